@@ -1,0 +1,106 @@
+//! A difference of two states, cut into steps in an order that is safe at every point.
+
+use std::fmt;
+
+use crate::op::Op;
+
+/// A part of a change; the order of the variants is the order of the steps.
+///
+/// A pod's packet must never find a half-built path, whichever step was the last one made:
+///
+/// - What a packet meets late is made early and taken away late. The guards come before
+///   everything, the routes before the marks that use them, and the maps are filled from the
+///   verdict back to the source and emptied from the source on.
+/// - What must move between two sets takes two transactions, the new place first. One commit of
+///   nf_tables is all or nothing for its reader, but a packet makes several lookups and may make
+///   the first before and the second after it.
+/// - Within a step the order is that of the operations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Phase {
+    /// Table, sets and guarding chains, with nothing in the maps yet.
+    Skeleton,
+    /// The tunnel device, its addresses, forwarding entries and neighbours.
+    Tunnel,
+    /// Routes, the ones that refuse before the ones that send.
+    Routes,
+    /// Rules, the one that refuses before the ones that send.
+    Rules,
+    /// New sets, ways out, peers, egress IPs, exclusions.
+    FillVerdicts,
+    /// Rules of chains that look into the sets, now that those are visible to packets.
+    Chains,
+    /// Policies: their way out and the address they wear.
+    FillPolicies,
+    /// Classes: which policy a destination has.
+    FillClasses,
+    /// Sources: which class a pod has.
+    FillSources,
+    /// Sources that left.
+    EmptySources,
+    /// Classes that left.
+    EmptyClasses,
+    /// Policies that left.
+    EmptyPolicies,
+    /// Chains and rules of chains that look into sets which are about to go.
+    EmptyVerdicts,
+    /// On removal of everything, the device first: nothing comes in or goes out by the tunnel.
+    DeleteTunnel,
+    /// Rules that left.
+    DeleteRules,
+    /// Routes that left, the ones that send before the ones that refuse.
+    DeleteRoutes,
+    /// Neighbours, forwarding entries and addresses that left.
+    DeletePeers,
+    /// The table, last of all: its guards hold until nothing is left to guard.
+    DeleteTable,
+}
+
+/// Operations that are made together.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// Which part of the change it is.
+    pub phase: Phase,
+    /// The operations, in order: one nf_tables transaction, or requests one after another.
+    pub ops: Vec<Op>,
+}
+
+/// Operations that turn one state into another, in an order that is safe at every point.
+///
+/// `Display` writes a line per command, as an operator would type them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[must_use]
+pub struct Changes {
+    steps: Vec<Step>,
+}
+
+impl Changes {
+    pub(crate) fn new(steps: Vec<Step>) -> Self {
+        Self { steps }
+    }
+
+    /// The steps, in order; none is empty.
+    pub fn steps(&self) -> &[Step] {
+        &self.steps
+    }
+
+    /// All operations, in order.
+    pub fn ops(&self) -> impl Iterator<Item = &Op> {
+        self.steps.iter().flat_map(|step| &step.ops)
+    }
+
+    /// Number of operations.
+    pub fn len(&self) -> usize {
+        self.steps.iter().map(|step| step.ops.len()).sum()
+    }
+
+    /// Whether there is nothing to do.
+    pub fn is_empty(&self) -> bool {
+        self.steps.is_empty()
+    }
+}
+
+impl fmt::Display for Changes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.ops().try_for_each(|op| writeln!(f, "{op}"))
+    }
+}

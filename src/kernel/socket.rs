@@ -1,0 +1,98 @@
+//! One netlink socket; the only file that touches netlink-sys.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use netlink_sys::{Socket as RawSocket, SocketAddr};
+
+/// Bytes that a dump may deliver at once; the kernel fills what the reader offers, up to 32 KiB
+/// a message buffer (`net/netlink/af_netlink.c`, `netlink_recvmsg`).
+const READ: usize = 64 * 1024;
+
+/// A netlink socket of the network namespace that the opening thread was in.
+///
+/// It never blocks: the kernel answers a request before `send` returns, so that an answer which
+/// is not there is an error, not something to wait for.
+#[derive(Debug)]
+pub(crate) struct Socket {
+    // Never cloned: a clone closes the descriptor of the original.
+    inner: RawSocket,
+    buffer: Vec<u8>,
+    sequence: u32,
+    port: u32,
+}
+
+impl Socket {
+    /// Opens a socket for a netlink protocol (`NETLINK_ROUTE`, `NETLINK_NETFILTER`).
+    pub(crate) fn open(protocol: isize) -> io::Result<Self> {
+        let mut inner = RawSocket::new(protocol)?;
+        let address = inner.bind_auto()?;
+        inner.connect(&SocketAddr::new(0, 0))?;
+        inner.set_non_blocking(true)?;
+        inner.set_ext_ack(true)?;
+        // Acknowledgements without a copy of the request, which may be megabytes.
+        inner.set_cap_ack(true)?;
+        Ok(Self {
+            inner,
+            buffer: Vec::with_capacity(READ),
+            sequence: 0,
+            port: address.port_number(),
+        })
+    }
+
+    /// Makes the kernel refuse dump requests that it does not understand in full, and filter.
+    pub(crate) fn set_strict(&self) -> io::Result<()> {
+        self.inner.set_netlink_get_strict_chk(true)
+    }
+
+    /// The next sequence number, never 0.
+    pub(crate) fn next_sequence(&mut self) -> u32 {
+        self.sequence = self.sequence.wrapping_add(1).max(1);
+        self.sequence
+    }
+
+    /// The port that answers to this socket carry.
+    pub(crate) fn port(&self) -> u32 {
+        self.port
+    }
+
+    /// Sends one datagram of one or more messages.
+    pub(crate) fn send(&self, datagram: &[u8]) -> io::Result<()> {
+        let sent = self.inner.send(datagram, 0)?;
+        if sent == datagram.len() {
+            Ok(())
+        } else {
+            Err(io::Error::new(
+                io::ErrorKind::WriteZero,
+                "the datagram was sent in part",
+            ))
+        }
+    }
+
+    /// Receives one datagram from the kernel; an error of kind `WouldBlock` says there is none.
+    pub(crate) fn receive(&mut self) -> io::Result<&[u8]> {
+        loop {
+            self.buffer.clear();
+            // MSG_TRUNC makes the length that of the datagram, even if the buffer was too small.
+            let (length, from) = self.inner.recv_from(&mut self.buffer, MSG_TRUNC)?;
+            if length > self.buffer.len() {
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidData,
+                    "a datagram was cut",
+                ));
+            }
+            // Any process may send to us; only port 0 is the kernel.
+            if from.port_number() == 0 {
+                return Ok(&self.buffer);
+            }
+        }
+    }
+}
+
+const MSG_TRUNC: i32 = 0x20;
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.inner.as_fd()
+    }
+}

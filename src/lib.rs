@@ -1,0 +1,27 @@
+//! Stable egress IPs for pods.
+
+mod alloc;
+mod changes;
+mod datapath;
+mod error;
+#[cfg(all(feature = "kernel", target_os = "linux"))]
+mod kernel;
+mod mark;
+mod op;
+mod range;
+pub mod state;
+mod types;
+
+pub use alloc::{AllocError, MarkAllocator, TableAllocator};
+pub use changes::{Changes, Phase, Step};
+pub use datapath::Datapath;
+pub use error::{ApplyError, KernelError};
+#[cfg(all(feature = "kernel", target_os = "linux"))]
+pub use kernel::KernelDatapath;
+pub use mark::{LayoutError, MarkLayout};
+pub use op::Op;
+pub use range::IpRange;
+pub use state::State;
+pub use types::{
+    DeviceName, Family, MacAddr, Mark, NameError, NodeName, ParseMacError, PolicyId, TableId,
+};

@@ -1,0 +1,383 @@
+//! Where in the 32 bits of a packet's mark our values live.
+
+use crate::types::Mark;
+
+/// Which bits of a packet's mark are ours, and how a gateway's number is written into them.
+///
+/// A mark is `prefix | value << shift`. Some values of the same bits are set aside and never
+/// given to a gateway: [`tunnel`](Self::tunnel) for packets this node must translate, and
+/// [`reply`](Self::reply) for replies that go back through the tunnel.
+///
+/// ```
+/// use egress_datapath::{Mark, MarkLayout};
+/// let layout = MarkLayout::SEED;
+/// assert_eq!(layout.mark(1), Some(Mark::new(0x2600_0100)));
+/// assert_eq!(layout.mask(), 0xffff_ff00);
+/// assert_eq!(layout.capacity(), 65_536);
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MarkLayout {
+    prefix: u32,
+    prefix_mask: u32,
+    shift: u8,
+    bits: u8,
+    avoid: u32,
+}
+
+/// Why a layout was refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum LayoutError {
+    /// Value bits beyond bit 31, none, or more than 16.
+    #[error(
+        "{bits} value bits at bit {shift} do not fit: a layout has 1 to 16 of them below bit 32"
+    )]
+    Field {
+        /// Lowest bit of the value.
+        shift: u8,
+        /// Number of value bits.
+        bits: u8,
+    },
+    /// The prefix has bits outside its mask, so no packet could ever match it.
+    #[error("prefix {prefix:#010x} has bits outside its mask {mask:#010x}")]
+    PrefixOutsideMask {
+        /// The prefix.
+        prefix: u32,
+        /// Its mask.
+        mask: u32,
+    },
+    /// A prefix of zero under a mask that is not: unmarked packets would carry it.
+    #[error("a prefix of zero under mask {mask:#010x} is what unmarked packets carry")]
+    PrefixZero {
+        /// The mask.
+        mask: u32,
+    },
+    /// Prefix and value share bits.
+    #[error("prefix mask {prefix_mask:#010x} and value bits {value_mask:#010x} overlap")]
+    Overlap {
+        /// The prefix's mask.
+        prefix_mask: u32,
+        /// The value's bits.
+        value_mask: u32,
+    },
+    /// All values are set aside.
+    #[error("{bits} value bits without a wider prefix leave no value for a gateway")]
+    NoValues {
+        /// Number of value bits.
+        bits: u8,
+    },
+}
+
+impl MarkLayout {
+    /// Bits that other software is known to test: kube-proxy (0x4000, 0x8000), the portmap CNI
+    /// plugin (0x2000), Cilium (0x0f00) and Istio ambient (0x0fff).
+    pub const KNOWN_FOREIGN: u32 = 0x0000_efff;
+
+    /// The default: prefix 0x26 in the top byte and 16 value bits, `0x26vvvv00/0xffffff00`.
+    pub const SEED: Self = Self {
+        prefix: 0x2600_0000,
+        prefix_mask: 0xff00_0000,
+        shift: 8,
+        bits: 16,
+        avoid: Self::KNOWN_FOREIGN,
+    };
+
+    /// Eight value bits at bit 22 and no prefix, 253 gateways: clear of Calico's default bits,
+    /// Cilium's, Istio's and kube-proxy's. Tailscale tests bits of it.
+    pub const COMPACT: Self = Self {
+        prefix: 0,
+        prefix_mask: 0,
+        shift: 22,
+        bits: 8,
+        avoid: Self::KNOWN_FOREIGN,
+    };
+
+    /// Six value bits at bit 24 and no prefix, 61 gateways: clear of Tailscale as well.
+    pub const COMPACT6: Self = Self {
+        prefix: 0,
+        prefix_mask: 0,
+        shift: 24,
+        bits: 6,
+        avoid: Self::KNOWN_FOREIGN,
+    };
+
+    /// A layout of one's own; `prefix_mask` 0 and `prefix` 0 mean a layout without prefix.
+    pub fn new(prefix: u32, prefix_mask: u32, shift: u8, bits: u8) -> Result<Self, LayoutError> {
+        if bits == 0 || bits > 16 || u32::from(shift) + u32::from(bits) > 32 {
+            return Err(LayoutError::Field { shift, bits });
+        }
+        if prefix & !prefix_mask != 0 {
+            return Err(LayoutError::PrefixOutsideMask {
+                prefix,
+                mask: prefix_mask,
+            });
+        }
+        if prefix == 0 && prefix_mask != 0 {
+            return Err(LayoutError::PrefixZero { mask: prefix_mask });
+        }
+        let layout = Self {
+            prefix,
+            prefix_mask,
+            shift,
+            bits,
+            avoid: Self::KNOWN_FOREIGN,
+        };
+        let value_mask = layout.value_mask();
+        if prefix_mask & value_mask != 0 {
+            return Err(LayoutError::Overlap {
+                prefix_mask,
+                value_mask,
+            });
+        }
+        if layout.capacity() == 0 {
+            return Err(LayoutError::NoValues { bits });
+        }
+        Ok(layout)
+    }
+
+    /// The same layout with other bits to stay clear of.
+    ///
+    /// Values that need one of these bits are given out last, and a bit of them that no mark in
+    /// use needs is neither written nor tested: another program may set it at any time.
+    #[must_use]
+    pub const fn with_avoid(mut self, avoid: u32) -> Self {
+        self.avoid = avoid;
+        self
+    }
+
+    /// The fixed part of every mark; 0 in a layout without prefix.
+    pub const fn prefix(&self) -> u32 {
+        self.prefix
+    }
+
+    /// The bits of the fixed part; 0 in a layout without prefix.
+    pub const fn prefix_mask(&self) -> u32 {
+        self.prefix_mask
+    }
+
+    /// Lowest bit of the value.
+    pub const fn shift(&self) -> u8 {
+        self.shift
+    }
+
+    /// Number of value bits.
+    pub const fn bits(&self) -> u8 {
+        self.bits
+    }
+
+    /// The bits to stay clear of.
+    pub const fn avoid(&self) -> u32 {
+        self.avoid
+    }
+
+    /// The bits of the value.
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "at most 16 bits below bit 32"
+    )]
+    pub const fn value_mask(&self) -> u32 {
+        (((1_u64 << self.bits) - 1) << self.shift) as u32
+    }
+
+    /// All bits that are ours to write.
+    pub const fn mask(&self) -> u32 {
+        self.prefix_mask | self.value_mask()
+    }
+
+    /// How many gateways can have a mark.
+    pub const fn capacity(&self) -> usize {
+        let values = 1_usize << self.bits;
+        if self.reserves_prefixes() {
+            values
+        } else if self.prefix_mask == 0 {
+            // Zero is what unmarked packets carry, the two highest are set aside.
+            values.saturating_sub(3)
+        } else {
+            values.saturating_sub(2)
+        }
+    }
+
+    /// The mark with this value; `None` for values that do not fit or are set aside.
+    pub const fn mark(&self, value: u16) -> Option<Mark> {
+        let value = value as u32;
+        if value >> self.bits != 0 {
+            return None;
+        }
+        let mark = Mark::new(self.prefix | value << self.shift);
+        if mark.get() == 0 || mark.get() == self.tunnel().get() || mark.get() == self.reply().get()
+        {
+            return None;
+        }
+        Some(mark)
+    }
+
+    /// The value in a mark; `None` if it is not a gateway's mark of this layout.
+    #[expect(clippy::cast_possible_truncation, reason = "at most 16 value bits")]
+    pub const fn value(&self, mark: Mark) -> Option<u16> {
+        if mark.get() & !self.value_mask() != self.prefix {
+            return None;
+        }
+        let value = ((mark.get() & self.value_mask()) >> self.shift) as u16;
+        if self.mark(value).is_none() {
+            None
+        } else {
+            Some(value)
+        }
+    }
+
+    /// Mark of packets that this node must translate: out of the tunnel, or of its own pods.
+    ///
+    /// With a prefix of two bits or more it differs from every gateway's mark in the prefix, so
+    /// that all values stay free; otherwise it is the last but one value.
+    pub const fn tunnel(&self) -> Mark {
+        if self.reserves_prefixes() {
+            Mark::new(self.other_prefix(0))
+        } else {
+            Mark::new(self.prefix | (((1 << self.bits) - 2) << self.shift))
+        }
+    }
+
+    /// Mark of replies that return to the pod's node through the tunnel.
+    pub const fn reply(&self) -> Mark {
+        if self.reserves_prefixes() {
+            Mark::new(self.other_prefix(1))
+        } else {
+            Mark::new(self.prefix | (((1 << self.bits) - 1) << self.shift))
+        }
+    }
+
+    /// Whether a mark needs a bit that should be stayed clear of.
+    pub const fn touches_avoided(&self, mark: Mark) -> bool {
+        mark.get() & self.avoid != 0
+    }
+
+    /// The bits to write and to test so that these marks are told apart: all of ours but those to
+    /// stay clear of that none of the marks needs.
+    ///
+    /// A bit that another program sets in a packet after us then does not unsteer it.
+    pub fn tested(&self, marks: impl IntoIterator<Item = Mark>) -> u32 {
+        let used = marks
+            .into_iter()
+            .chain([self.tunnel(), self.reply()])
+            .fold(0, |bits, mark| bits | mark.get());
+        self.prefix_mask | (self.value_mask() & (!self.avoid | used))
+    }
+
+    const fn reserves_prefixes(&self) -> bool {
+        self.prefix_mask.count_ones() >= 2
+    }
+
+    /// The n-th other value of the prefix bits, counted from their low end, that is not zero.
+    const fn other_prefix(&self, n: u32) -> u32 {
+        let mut seen = 0;
+        // Bit patterns of the prefix bits in ascending order; four are enough to find two others.
+        let mut flip = self.prefix_mask & self.prefix_mask.wrapping_neg();
+        loop {
+            let candidate = self.prefix ^ flip;
+            if candidate != 0 {
+                if seen == n {
+                    return candidate;
+                }
+                seen += 1;
+            }
+            flip = flip.wrapping_sub(self.prefix_mask) & self.prefix_mask;
+            if flip == 0 {
+                return candidate;
+            }
+        }
+    }
+}
+
+impl Default for MarkLayout {
+    fn default() -> Self {
+        Self::SEED
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_value_of_the_default_layout_is_a_mark() {
+        let layout = MarkLayout::SEED;
+        let mut seen = std::collections::BTreeSet::new();
+        for value in 0..=u16::MAX {
+            let mark = layout.mark(value).unwrap();
+            assert_eq!(layout.value(mark), Some(value));
+            assert_ne!(mark.get() & layout.mask(), layout.tunnel().get());
+            assert_ne!(mark.get() & layout.mask(), layout.reply().get());
+            seen.insert(mark);
+        }
+        assert_eq!(seen.len(), layout.capacity());
+        assert_eq!(layout.tunnel(), Mark::new(0x2700_0000));
+        assert_eq!(layout.reply(), Mark::new(0x2400_0000));
+    }
+
+    #[test]
+    fn compact_layouts_set_aside_zero_and_the_two_highest_values() {
+        for (layout, count) in [(MarkLayout::COMPACT, 253), (MarkLayout::COMPACT6, 61)] {
+            assert_eq!(layout.capacity(), count);
+            let usable = (0..=u16::MAX).filter(|v| layout.mark(*v).is_some()).count();
+            assert_eq!(usable, count);
+            assert_eq!(layout.mark(0), None);
+            assert_eq!(layout.value(layout.tunnel()), None);
+            assert_eq!(layout.value(layout.reply()), None);
+        }
+        assert_eq!(MarkLayout::COMPACT.mask(), 0x3fc0_0000);
+        assert_eq!(MarkLayout::COMPACT6.mask(), 0x3f00_0000);
+    }
+
+    #[test]
+    fn a_two_bit_prefix_still_sets_aside_two_others() {
+        let layout = MarkLayout::new(0x0001_0000, 0x0003_0000, 0, 8).unwrap();
+        let marks = [
+            layout.tunnel(),
+            layout.reply(),
+            layout.mark(0).unwrap(),
+            Mark::new(0),
+        ];
+        let distinct: std::collections::BTreeSet<_> = marks.into_iter().collect();
+        assert_eq!(distinct.len(), 4, "{marks:?}");
+    }
+
+    #[test]
+    fn contradictory_layouts_are_refused() {
+        assert!(matches!(
+            MarkLayout::new(0, 0, 30, 4),
+            Err(LayoutError::Field { .. })
+        ));
+        assert!(matches!(
+            MarkLayout::new(0, 0, 0, 17),
+            Err(LayoutError::Field { .. })
+        ));
+        assert!(matches!(
+            MarkLayout::new(0, 0, 0, 0),
+            Err(LayoutError::Field { .. })
+        ));
+        assert!(matches!(
+            MarkLayout::new(0x2600_0000, 0x0600_0000, 8, 8),
+            Err(LayoutError::PrefixOutsideMask { .. })
+        ));
+        assert!(matches!(
+            MarkLayout::new(0, 0xff00_0000, 8, 8),
+            Err(LayoutError::PrefixZero { .. })
+        ));
+        assert!(matches!(
+            MarkLayout::new(0x2600_0000, 0xff00_0000, 20, 8),
+            Err(LayoutError::Overlap { .. })
+        ));
+        assert!(matches!(
+            MarkLayout::new(0, 0, 0, 1),
+            Err(LayoutError::NoValues { .. })
+        ));
+    }
+
+    #[test]
+    fn avoided_bits_are_tested_only_when_a_mark_needs_them() {
+        let layout = MarkLayout::SEED;
+        assert_eq!(layout.tested([]), 0xffff_1000);
+        assert_eq!(layout.tested([Mark::new(0x2600_0100)]), 0xffff_1100);
+        assert_eq!(MarkLayout::COMPACT.tested([]), 0x3fc0_0000);
+    }
+}

@@ -1,0 +1,265 @@
+//! One change to the kernel, written as the command an operator would type.
+
+use std::fmt;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use crate::state::{
+    Base, ChainId, Key, LINK_ALIAS, NFT_TABLE, NftRule, PROTOCOL, Route, RouteKey, Rule, Set,
+    Stray, Value, Vxlan,
+};
+use crate::types::{DeviceName, Family, MacAddr};
+
+/// One change to the kernel; `Display` writes it as the command an operator would type.
+///
+/// Verbs are strict: what is added must not exist, what is deleted must. `Put` creates or
+/// replaces. An operation that finds the kernel otherwise is refused, so that drift shows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Op {
+    /// Creates the tunnel device and brings it up.
+    AddLink(Vxlan),
+    /// Gives the device its changeable attributes: local address, underlay device, Ethernet
+    /// address, MTU, `rp_filter`, up.
+    SetLink(Vxlan),
+    /// Deletes the device, and with it its addresses, routes and neighbours.
+    DeleteLink(DeviceName),
+    /// Adds an address to the device.
+    AddAddress(DeviceName, IpNet),
+    /// Deletes an address of the device.
+    DeleteAddress(DeviceName, IpNet),
+    /// Sends frames for an Ethernet address to a node.
+    PutFdb(DeviceName, MacAddr, IpAddr),
+    /// Deletes a forwarding entry.
+    DeleteFdb(DeviceName, MacAddr, IpAddr),
+    /// Makes an Ethernet address known.
+    PutNeighbour(DeviceName, IpAddr, MacAddr),
+    /// Deletes a neighbour.
+    DeleteNeighbour(DeviceName, IpAddr),
+    /// Creates or replaces a route; one via the tunnel leaves by this device.
+    PutRoute(DeviceName, RouteKey, Route),
+    /// Deletes a route.
+    DeleteRoute(DeviceName, RouteKey, Route),
+    /// Adds a routing rule.
+    AddRule(Rule),
+    /// Deletes a routing rule, by all its attributes.
+    DeleteRule(Rule),
+    /// Creates our nf_tables table.
+    AddTable,
+    /// Deletes our nf_tables table with all that is in it.
+    DeleteTable,
+    /// Creates an empty set or map.
+    AddSet(Set),
+    /// Deletes a set or map.
+    DeleteSet(Set),
+    /// Creates a chain without rules; `None` for one that others go to.
+    AddChain(ChainId, Option<Base>),
+    /// Deletes a chain and its rules.
+    DeleteChain(ChainId),
+    /// Makes these the rules of the chain.
+    SetRules(ChainId, Vec<NftRule>),
+    /// Adds an element.
+    AddElement(Key, Value),
+    /// Deletes an element.
+    DeleteElement(Key, Value),
+    /// Deletes something in our table that we never make.
+    DeleteStray(Stray),
+}
+
+const fn ip(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "ip",
+        Family::V6 => "ip -6",
+    }
+}
+
+/// Whether an operation is part of an nf_tables transaction rather than a request of its own.
+impl Op {
+    pub(crate) const fn is_nft(&self) -> bool {
+        matches!(
+            self,
+            Self::AddTable
+                | Self::DeleteTable
+                | Self::AddSet(_)
+                | Self::DeleteSet(_)
+                | Self::AddChain(..)
+                | Self::DeleteChain(_)
+                | Self::SetRules(..)
+                | Self::AddElement(..)
+                | Self::DeleteElement(..)
+                | Self::DeleteStray(_)
+        )
+    }
+}
+
+impl fmt::Display for Op {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const T: &str = NFT_TABLE;
+        match self {
+            Self::AddLink(link) => {
+                write!(
+                    f,
+                    "ip link add {} address {} mtu {} ",
+                    link.name, link.mac, link.mtu
+                )?;
+                write!(
+                    f,
+                    "alias {LINK_ALIAS} type vxlan id {} local {} ",
+                    link.vni, link.local
+                )?;
+                if let Some(underlay) = &link.underlay {
+                    write!(f, "dev {underlay} ")?;
+                }
+                write!(f, "dstport {} nolearning && ", link.port)?;
+                write!(
+                    f,
+                    "sysctl -w net.ipv4.conf.{}.rp_filter={}",
+                    link.name, link.rp_filter
+                )?;
+                if link.up {
+                    write!(f, " && ip link set {} up", link.name)?;
+                }
+                Ok(())
+            }
+            Self::SetLink(link) => {
+                write!(
+                    f,
+                    "ip link set {} address {} mtu {} ",
+                    link.name, link.mac, link.mtu
+                )?;
+                f.write_str(if link.up { "up" } else { "down" })?;
+                write!(f, " type vxlan local {}", link.local)?;
+                if let Some(underlay) = &link.underlay {
+                    write!(f, " dev {underlay}")?;
+                }
+                let name = &link.name;
+                write!(
+                    f,
+                    " && sysctl -w net.ipv4.conf.{name}.rp_filter={}",
+                    link.rp_filter
+                )
+            }
+            Self::DeleteLink(name) => write!(f, "ip link del {name}"),
+            Self::AddAddress(device, net) => {
+                write!(f, "{} addr add {net} dev {device}", ip(Family::of_net(net)))?;
+                f.write_str(if matches!(net, IpNet::V6(_)) {
+                    " nodad"
+                } else {
+                    ""
+                })
+            }
+            Self::DeleteAddress(device, net) => {
+                write!(f, "{} addr del {net} dev {device}", ip(Family::of_net(net)))
+            }
+            Self::PutFdb(device, mac, node) => {
+                write!(
+                    f,
+                    "bridge fdb replace {mac} dev {device} dst {node} self permanent"
+                )
+            }
+            Self::DeleteFdb(device, mac, node) => {
+                write!(f, "bridge fdb del {mac} dev {device} dst {node} self")
+            }
+            Self::PutNeighbour(device, address, mac) => {
+                let ip = ip(Family::of(*address));
+                write!(
+                    f,
+                    "{ip} neigh replace {address} lladdr {mac} dev {device} nud permanent"
+                )
+            }
+            Self::DeleteNeighbour(device, address) => {
+                write!(
+                    f,
+                    "{} neigh del {address} dev {device}",
+                    ip(Family::of(*address))
+                )
+            }
+            Self::PutRoute(device, key, route) => route_command(f, "replace", device, key, *route),
+            Self::DeleteRoute(device, key, route) => route_command(f, "del", device, key, *route),
+            Self::AddRule(rule) => write!(f, "{} rule add {rule}", ip(rule.family)),
+            Self::DeleteRule(rule) => write!(f, "{} rule del {rule}", ip(rule.family)),
+            Self::AddTable => write!(f, "nft create table inet {T}"),
+            Self::DeleteTable => write!(f, "nft delete table inet {T}"),
+            Self::AddSet(set) => add_set(f, *set),
+            Self::DeleteSet(set) => write!(f, "nft delete {} inet {T} {set}", noun(*set)),
+            Self::AddChain(chain, None) => write!(f, "nft create chain inet {T} {chain}"),
+            Self::AddChain(chain, Some(base)) => {
+                write!(f, "nft create chain inet {T} {chain} {{ {base} }}")
+            }
+            Self::DeleteChain(chain) => write!(f, "nft delete chain inet {T} {chain}"),
+            Self::SetRules(chain, rules) => {
+                write!(f, "nft flush chain inet {T} {chain}")?;
+                rules
+                    .iter()
+                    .try_for_each(|rule| write!(f, "\nnft add rule inet {T} {chain} {rule}"))
+            }
+            Self::AddElement(key, value) => {
+                write!(
+                    f,
+                    "nft create element inet {T} {} {{ {key}{value} }}",
+                    key.set()
+                )
+            }
+            Self::DeleteElement(key, _) => {
+                write!(f, "nft delete element inet {T} {} {{ {key} }}", key.set())
+            }
+            Self::DeleteStray(Stray::Chain(name)) => {
+                write!(f, "nft delete chain inet {T} {}", name.escape_default())
+            }
+            Self::DeleteStray(Stray::Set(name)) => {
+                write!(f, "nft delete set inet {T} {}", name.escape_default())
+            }
+        }
+    }
+}
+
+fn noun(set: Set) -> &'static str {
+    if set.data().is_some() { "map" } else { "set" }
+}
+
+fn add_set(f: &mut fmt::Formatter<'_>, set: Set) -> fmt::Result {
+    let key: Vec<_> = set.key().iter().map(|part| part.name()).collect();
+    write!(
+        f,
+        "nft create {} inet {NFT_TABLE} {set} {{ type {}",
+        noun(set),
+        key.join(" . ")
+    )?;
+    if let Some(data) = set.data() {
+        write!(f, " : {}", data.name())?;
+    }
+    f.write_str(if set.is_interval() {
+        "; flags interval; }"
+    } else {
+        "; }"
+    })
+}
+
+fn route_command(
+    f: &mut fmt::Formatter<'_>,
+    verb: &str,
+    device: &DeviceName,
+    key: &RouteKey,
+    route: Route,
+) -> fmt::Result {
+    write!(f, "{} route {verb} ", ip(Family::of_net(&key.dst)))?;
+    match route {
+        Route::Via(_) => {}
+        Route::Throw => f.write_str("throw ")?,
+        Route::Unreachable => f.write_str("unreachable ")?,
+    }
+    if key.dst.prefix_len() == 0 {
+        f.write_str("default")?
+    } else {
+        write!(f, "{}", key.dst)?
+    }
+    if let Route::Via(gateway) = route {
+        write!(f, " via {gateway} dev {device} onlink")?;
+    }
+    write!(f, " table {}", key.table)?;
+    if key.metric != 0 {
+        write!(f, " metric {}", key.metric)?;
+    }
+    write!(f, " proto {PROTOCOL}")
+}

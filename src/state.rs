@@ -1,0 +1,166 @@
+//! What one network namespace holds of ours, wanted or found.
+//!
+//! The same value describes both sides: [`plan`](crate::plan) makes it from policies, a
+//! [`Datapath`](crate::Datapath) reads it back from the kernel, and
+//! [`Changes`](crate::Changes) is the difference of two of them.
+//!
+//! Everything in it can be told from other people's objects after a restart with no memory:
+//!
+//! | object | ours if |
+//! |---|---|
+//! | VXLAN device | it has our [`LINK_ALIAS`] |
+//! | address, forwarding entry, neighbour | it is on our device |
+//! | route | its protocol is [`PROTOCOL`] and its table is not one of the kernel's own |
+//! | rule | its protocol is [`PROTOCOL`] |
+//! | set, chain, element | it is in the nf_tables table `inet egress_datapath` |
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use crate::types::{DeviceName, Family, MacAddr, Mark, TableId};
+
+mod firewall;
+mod ruleset;
+
+pub(crate) use firewall::Datum;
+pub use firewall::{Comment, Data, Firewall, Key, Set, Stray, Tag, Value, Verdict};
+pub use ruleset::{Base, ChainId, ChainType, Direction, Hook, NftRule, Stmt};
+
+/// Protocol number of our routes and rules, as `ip route` and `ip rule` print it.
+///
+/// Not in `include/uapi/linux/rtnetlink.h` nor in iproute2's `rt_protos`.
+pub const PROTOCOL: u8 = 69;
+
+/// Alias of our VXLAN device.
+pub const LINK_ALIAS: &str = "egress-datapath";
+
+/// Name of our nf_tables table, of family `inet`.
+pub const NFT_TABLE: &str = "egress_datapath";
+
+/// Metric of the `unreachable` route in each of our tables: the highest that anybody would use
+/// by hand plus one step, so that it loses to every other default route.
+pub const BACKSTOP_METRIC: u32 = 4_278_198_272;
+
+/// Everything of ours in one network namespace: wanted or found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct State {
+    /// The tunnel device.
+    pub link: Option<Vxlan>,
+    /// Addresses of the tunnel device, with their prefix length.
+    pub addresses: BTreeSet<IpNet>,
+    /// Which node a tunnelled frame goes to, by its destination address.
+    pub fdb: BTreeMap<MacAddr, IpAddr>,
+    /// Ethernet addresses of the other nodes' tunnel addresses.
+    pub neighbours: BTreeMap<IpAddr, MacAddr>,
+    /// Routes in the gateways' tables.
+    pub routes: BTreeMap<RouteKey, Route>,
+    /// Rules that send marked packets to a gateway's table.
+    pub rules: BTreeSet<Rule>,
+    /// The nf_tables table.
+    pub firewall: Option<Firewall>,
+}
+
+impl State {
+    /// Whether there is nothing.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// The tunnel device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Vxlan {
+    /// Its name.
+    pub name: DeviceName,
+    /// VXLAN network identifier, 24 bits; the kernel cannot change it later.
+    pub vni: u32,
+    /// UDP destination port; the kernel cannot change it later.
+    pub port: u16,
+    /// Source address of the outer packets, an address of this node.
+    pub local: IpAddr,
+    /// Device that carries the outer packets.
+    pub underlay: Option<DeviceName>,
+    /// Ethernet address of the device.
+    pub mac: MacAddr,
+    /// Largest inner packet in bytes.
+    pub mtu: u32,
+    /// `rp_filter` of the device; 2, because strict filtering drops every steered packet.
+    pub rp_filter: u32,
+    /// Whether it is up.
+    pub up: bool,
+}
+
+/// What the kernel tells routes apart by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RouteKey {
+    /// The table.
+    pub table: TableId,
+    /// The destination.
+    pub dst: IpNet,
+    /// The metric; lower wins. IPv6 has no metric 0, the kernel makes it 1024.
+    pub metric: u32,
+}
+
+impl RouteKey {
+    /// Metric that the kernel gives to a route for which none was asked.
+    pub const fn default_metric(family: Family) -> u32 {
+        match family {
+            Family::V4 => 0,
+            Family::V6 => 1024,
+        }
+    }
+}
+
+/// What a route does with a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Route {
+    /// Sends it to a neighbour on the tunnel device.
+    Via(IpAddr),
+    /// Ends the lookup in this table; the next rule decides.
+    Throw,
+    /// Refuses it, and says so to the sender.
+    Unreachable,
+}
+
+/// A routing rule: which table packets with a mark are routed by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Rule {
+    /// Its family.
+    pub family: Family,
+    /// Its place; lower is asked first.
+    pub priority: u32,
+    /// The mark to look for.
+    pub mark: Mark,
+    /// The bits of the mark that are compared.
+    pub mask: u32,
+    /// What happens to a packet that has it.
+    pub action: RuleAction,
+}
+
+/// What a routing rule does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum RuleAction {
+    /// Refuses the packet, and says so to the sender.
+    Unreachable,
+    /// Looks the destination up in a table; if it finds nothing the next rule is asked.
+    Lookup(TableId),
+}
+
+impl fmt::Display for Rule {
+    /// The rule as `ip rule add` takes it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "pref {} fwmark {}/{:#010x} ",
+            self.priority, self.mark, self.mask
+        )?;
+        match self.action {
+            RuleAction::Unreachable => f.write_str("unreachable")?,
+            RuleAction::Lookup(table) => write!(f, "lookup {table}")?,
+        }
+        write!(f, " protocol {PROTOCOL}")
+    }
+}

@@ -1,0 +1,360 @@
+//! The statements our rules are made of, in the kernel's meaning and in `nft`'s words.
+
+use std::fmt;
+
+use super::firewall::Set;
+use crate::types::{DeviceName, Family, Mark};
+
+/// A chain of our table; its name follows from which one it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ChainId {
+    /// Puts a pod's packet on its way, after destination NAT and before routing.
+    Prerouting,
+    /// Keeps strangers out of the tunnel and services off the egress IPs.
+    Input,
+    /// Takes the mark off before encapsulation; stops what is marked but not tunnelled.
+    Forward,
+    /// Translates, ahead of every other masquerade.
+    NatPostrouting,
+    /// Looks at what was really translated.
+    Guard,
+    /// From a class to a policy, by destination.
+    Pick(Family),
+    /// From a policy to its way out.
+    Steer(Family),
+    /// Way out: translate it here.
+    Here,
+    /// Way out: leave it alone.
+    Bypass,
+    /// Way out: the gateway with this mark.
+    To(Mark),
+    /// From a class to a policy, by destination, on the gateway.
+    Translate(Family),
+    /// From a policy to the address it wears.
+    Wear(Family),
+}
+
+impl ChainId {
+    /// The chain with this name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        use Family::{V4, V6};
+        Some(match name {
+            "prerouting" => Self::Prerouting,
+            "input" => Self::Input,
+            "forward" => Self::Forward,
+            "nat_postrouting" => Self::NatPostrouting,
+            "guard" => Self::Guard,
+            "pick4" => Self::Pick(V4),
+            "pick6" => Self::Pick(V6),
+            "steer4" => Self::Steer(V4),
+            "steer6" => Self::Steer(V6),
+            "here" => Self::Here,
+            "bypass" => Self::Bypass,
+            "translate4" => Self::Translate(V4),
+            "translate6" => Self::Translate(V6),
+            "wear4" => Self::Wear(V4),
+            "wear6" => Self::Wear(V6),
+            _ => {
+                let digits = name.strip_prefix("to_")?;
+                let chain = Self::To(Mark::new(u32::from_str_radix(digits, 16).ok()?));
+                return (chain.to_string() == name).then_some(chain);
+            }
+        })
+    }
+}
+
+impl fmt::Display for ChainId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Prerouting => f.write_str("prerouting"),
+            Self::Input => f.write_str("input"),
+            Self::Forward => f.write_str("forward"),
+            Self::NatPostrouting => f.write_str("nat_postrouting"),
+            Self::Guard => f.write_str("guard"),
+            Self::Pick(family) => write!(f, "pick{}", family.digit()),
+            Self::Steer(family) => write!(f, "steer{}", family.digit()),
+            Self::Here => f.write_str("here"),
+            Self::Bypass => f.write_str("bypass"),
+            Self::To(mark) => write!(f, "to_{:08x}", mark.get()),
+            Self::Translate(family) => write!(f, "translate{}", family.digit()),
+            Self::Wear(family) => write!(f, "wear{}", family.digit()),
+        }
+    }
+}
+
+/// Where the kernel calls a base chain; its policy is always `accept`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Base {
+    /// Filter or NAT.
+    pub kind: ChainType,
+    /// The hook.
+    pub hook: Hook,
+    /// Its place among the chains of the hook; lower runs first.
+    pub priority: i32,
+}
+
+/// Type of a base chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ChainType {
+    /// Sees every packet.
+    Filter,
+    /// Sees the first packet of a connection.
+    Nat,
+}
+
+/// A netfilter hook (`include/uapi/linux/netfilter.h`, `enum nf_inet_hooks`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Hook {
+    /// Before routing.
+    Prerouting = 0,
+    /// Delivered to this host.
+    Input = 1,
+    /// Routed through this host.
+    Forward = 2,
+    /// On the way out.
+    Postrouting = 4,
+}
+
+impl fmt::Display for Base {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = match self.kind {
+            ChainType::Filter => "filter",
+            ChainType::Nat => "nat",
+        };
+        let hook = match self.hook {
+            Hook::Prerouting => "prerouting",
+            Hook::Input => "input",
+            Hook::Forward => "forward",
+            Hook::Postrouting => "postrouting",
+        };
+        write!(
+            f,
+            "type {kind} hook {hook} priority {}; policy accept;",
+            self.priority
+        )
+    }
+}
+
+/// Direction of a packet in its connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Direction {
+    /// From the side that opened it.
+    Original = 0,
+    /// Back to it.
+    Reply = 1,
+}
+
+/// One statement of a rule: a test that must hold for the next to run, or something done.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Stmt {
+    /// `iifname "…"`
+    InputDevice(DeviceName),
+    /// `oifname "…"`
+    OutputDevice(DeviceName),
+    /// `meta mark & mask == value`
+    MarkIs {
+        /// Bits compared.
+        mask: u32,
+        /// What they must be.
+        value: u32,
+    },
+    /// `meta mark & mask != value`
+    MarkIsNot {
+        /// Bits compared.
+        mask: u32,
+        /// What they must not be.
+        value: u32,
+    },
+    /// `meta mark & mask @set`
+    MarkIn {
+        /// Bits compared.
+        mask: u32,
+        /// Set of marks.
+        set: Set,
+    },
+    /// `ip saddr @set`, of the set's family
+    SourceIn(Set),
+    /// `ip saddr != @set`, of the set's family
+    SourceNotIn(Set),
+    /// `ip daddr @set`, of the set's family
+    DestinationIn(Set),
+    /// `ip daddr != @set`, of the set's family
+    DestinationNotIn(Set),
+    /// `ct direction …`
+    CtDirection(Direction),
+    /// `ct state …`: one of these bits
+    CtState(u32),
+    /// `ct status ! snat`: the connection's source is not translated
+    NotTranslated,
+    /// `udp dport …`
+    UdpPort(u16),
+    /// `icmpv6 type …`
+    Icmp6Type(u8),
+    /// `meta mark set meta mark & keep | value`
+    SetMark {
+        /// Bits that stay as they are.
+        keep: u32,
+        /// Bits that are set; none of them in `keep`.
+        value: u32,
+    },
+    /// `meta priority set none`
+    ClearTag,
+    /// `meta priority set ip saddr map @set`
+    TagBySource(Set),
+    /// `meta priority set ip daddr & length . meta priority map @set`, by [`Set::Destination`]
+    TagByDestination(Family, u8),
+    /// `meta priority set meta priority map @set`
+    TagByTag(Set),
+    /// `meta priority @set`
+    TagIn(Set),
+    /// `meta priority vmap @set`
+    VerdictByTag(Set),
+    /// `snat ip to ip saddr`: binds the connection to its own source, so nobody masquerades it
+    SnatToSource(Family),
+    /// `snat ip to meta priority map @set`
+    SnatByTag(Family),
+    /// `masquerade`
+    Masquerade,
+    /// `counter`
+    Counter,
+    /// `drop`
+    Drop,
+    /// `return`
+    Return,
+    /// `goto chain`
+    Goto(ChainId),
+    /// Something found in the kernel that we never write; the number tells two of them apart.
+    Unknown(u64),
+}
+
+impl Stmt {
+    /// `ct state invalid` (`include/uapi/linux/netfilter/nf_conntrack_common.h`).
+    pub const INVALID: u32 = 1;
+    /// `ct state new`.
+    pub const NEW: u32 = 8;
+    /// `ct state untracked`.
+    pub const UNTRACKED: u32 = 64;
+}
+
+const fn ip(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "ip",
+        Family::V6 => "ip6",
+    }
+}
+
+/// The family of a set whose keys are addresses.
+fn set_ip(set: Set) -> &'static str {
+    use super::firewall::Datum;
+    if set.key().first() == Some(&Datum::Ipv6) {
+        "ip6"
+    } else {
+        "ip"
+    }
+}
+
+impl fmt::Display for Stmt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::InputDevice(name) => write!(f, "iifname \"{name}\""),
+            Self::OutputDevice(name) => write!(f, "oifname \"{name}\""),
+            Self::MarkIs { mask, value } => write!(f, "meta mark & {mask:#010x} == {value:#010x}"),
+            Self::MarkIsNot { mask, value } => {
+                write!(f, "meta mark & {mask:#010x} != {value:#010x}")
+            }
+            Self::MarkIn { mask, set } => write!(f, "meta mark & {mask:#010x} @{set}"),
+            Self::SourceIn(set) => write!(f, "{} saddr @{set}", set_ip(*set)),
+            Self::SourceNotIn(set) => write!(f, "{} saddr != @{set}", set_ip(*set)),
+            Self::DestinationIn(set) => write!(f, "{} daddr @{set}", set_ip(*set)),
+            Self::DestinationNotIn(set) => write!(f, "{} daddr != @{set}", set_ip(*set)),
+            Self::CtDirection(Direction::Original) => f.write_str("ct direction original"),
+            Self::CtDirection(Direction::Reply) => f.write_str("ct direction reply"),
+            Self::CtState(bits) => {
+                let names = [
+                    (1, "invalid"),
+                    (2, "established"),
+                    (4, "related"),
+                    (8, "new"),
+                    (64, "untracked"),
+                ];
+                let names: Vec<_> = names
+                    .iter()
+                    .filter(|(bit, _)| bits & bit != 0)
+                    .map(|(_, name)| *name)
+                    .collect();
+                write!(f, "ct state {}", names.join(","))
+            }
+            Self::NotTranslated => f.write_str("ct status ! snat"),
+            Self::UdpPort(port) => write!(f, "udp dport {port}"),
+            Self::Icmp6Type(kind) => write!(f, "icmpv6 type {kind}"),
+            Self::SetMark { keep, value: 0 } => {
+                write!(f, "meta mark set meta mark & {keep:#010x}")
+            }
+            Self::SetMark { keep, value } => {
+                write!(f, "meta mark set meta mark & {keep:#010x} | {value:#010x}")
+            }
+            Self::ClearTag => f.write_str("meta priority set none"),
+            Self::TagBySource(set) => {
+                write!(f, "meta priority set {} saddr map @{set}", set_ip(*set))
+            }
+            Self::TagByDestination(family, length) => {
+                let mask = crate::range::address(
+                    *family,
+                    match family {
+                        Family::V4 => u128::from(u32::MAX) & !(u128::from(u32::MAX) >> length),
+                        Family::V6 => {
+                            u128::MAX & !u128::MAX.checked_shr((*length).into()).unwrap_or(0)
+                        }
+                    },
+                );
+                let set = Set::Destination(*family, *length);
+                write!(f, "meta priority set {} daddr", ip(*family))?;
+                if let Some(mask) = mask.filter(|_| *length < family.bits()) {
+                    write!(f, " & {mask}")?;
+                }
+                write!(f, " . meta priority map @{set}")
+            }
+            Self::TagByTag(set) => write!(f, "meta priority set meta priority map @{set}"),
+            Self::TagIn(set) => write!(f, "meta priority @{set}"),
+            Self::VerdictByTag(set) => write!(f, "meta priority vmap @{set}"),
+            Self::SnatToSource(family) => {
+                write!(
+                    f,
+                    "meta nfproto ipv{} snat {ip} to {ip} saddr",
+                    family.digit(),
+                    ip = ip(*family)
+                )
+            }
+            Self::SnatByTag(family) => {
+                write!(
+                    f,
+                    "snat {} to meta priority map @{}",
+                    ip(*family),
+                    Set::Snat(*family)
+                )
+            }
+            Self::Masquerade => f.write_str("masquerade"),
+            Self::Counter => f.write_str("counter"),
+            Self::Drop => f.write_str("drop"),
+            Self::Return => f.write_str("return"),
+            Self::Goto(chain) => write!(f, "goto {chain}"),
+            Self::Unknown(_) => f.write_str("<not ours>"),
+        }
+    }
+}
+
+/// One rule: its statements in order.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct NftRule(pub Vec<Stmt>);
+
+impl fmt::Display for NftRule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, statement) in self.0.iter().enumerate() {
+            if index > 0 {
+                f.write_str(" ")?;
+            }
+            statement.fmt(f)?;
+        }
+        Ok(())
+    }
+}
