@@ -41,6 +41,7 @@ pub(crate) mod errno {
     pub(crate) const EMSGSIZE: i32 = 90;
     pub(crate) const EOPNOTSUPP: i32 = 95;
     pub(crate) const EADDRNOTAVAIL: i32 = 99;
+    pub(crate) const ENETDOWN: i32 = 100;
     pub(crate) const ENOBUFS: i32 = 105;
     pub(crate) const EPROTONOSUPPORT: i32 = 93;
 }

@@ -2,25 +2,36 @@
 
 mod alloc;
 mod changes;
+mod cluster;
 mod datapath;
+mod diff;
 mod error;
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 mod kernel;
 mod mark;
 mod op;
+mod plan;
+mod policy;
 mod range;
+mod reconciler;
+mod sim;
 pub mod state;
 mod types;
 
 pub use alloc::{AllocError, MarkAllocator, TableAllocator};
 pub use changes::{Changes, Phase, Step};
+pub use cluster::{Cluster, Node, Tunnel};
 pub use datapath::Datapath;
 pub use error::{ApplyError, KernelError};
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 pub use kernel::KernelDatapath;
 pub use mark::{LayoutError, MarkLayout};
 pub use op::Op;
+pub use plan::{Closed, Finding, Plan, PlanError, PolicyError, plan};
+pub use policy::{Destinations, EgressIp, EgressPolicy, Policy};
 pub use range::IpRange;
+pub use reconciler::{Error, Reconciler, Report};
+pub use sim::Sim;
 pub use state::State;
 pub use types::{
     DeviceName, Family, MacAddr, Mark, NameError, NodeName, ParseMacError, PolicyId, TableId,

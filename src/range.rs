@@ -20,6 +20,15 @@ impl IpRange {
         (Family::of(first) == Family::of(last) && first <= last).then_some(Self { first, last })
     }
 
+    /// The range from an address to the last of its family.
+    pub(crate) const fn from_to_end(first: IpAddr) -> Self {
+        let last = match first {
+            IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::BROADCAST),
+            IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::from_bits(u128::MAX)),
+        };
+        Self { first, last }
+    }
+
     /// The lowest address.
     pub const fn first(&self) -> IpAddr {
         self.first

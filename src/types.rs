@@ -277,6 +277,14 @@ name! {
     DeviceName, "device name", 15, device
 }
 
+impl DeviceName {
+    /// A name written in the source, which is known to be good.
+    pub(crate) fn known(name: &'static str) -> Self {
+        debug_assert!(Self::new(name).is_ok());
+        Self(name.into())
+    }
+}
+
 /// An Ethernet address.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]

@@ -1,0 +1,109 @@
+//! The world a plan is made for: this node, the other nodes, and what stays inside.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use crate::mark::MarkLayout;
+use crate::types::{DeviceName, MacAddr, Mark, NodeName};
+
+/// The cluster as one of its nodes sees it.
+///
+/// Plain data; [`plan`](crate::plan) checks it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cluster {
+    /// The node that is planned for; one of `nodes`.
+    pub node: NodeName,
+    /// All nodes, in any order.
+    pub nodes: Vec<Node>,
+    /// Prefixes that are never steered: pods, services, whatever else is inside. At least one.
+    ///
+    /// The nodes' own addresses, link-local and multicast destinations are always added.
+    pub excluded: Vec<IpNet>,
+    /// The tunnel between the nodes.
+    pub tunnel: Tunnel,
+    /// Which bits of a packet's mark are ours.
+    pub marks: MarkLayout,
+    /// Priority of our routing rules; the closing rule comes right after it. 1 to 32764.
+    ///
+    /// Default 101: behind the rule for local addresses, also where Cilium has moved it to 100,
+    /// and ahead of everything that has a default route.
+    pub rule_priority: u32,
+}
+
+impl Cluster {
+    /// Default priority of our routing rules.
+    pub const RULE_PRIORITY: u32 = 101;
+
+    /// A cluster with the default tunnel, marks and rule priority.
+    pub fn new(node: NodeName, nodes: Vec<Node>, excluded: Vec<IpNet>) -> Self {
+        Self {
+            node,
+            nodes,
+            excluded,
+            tunnel: Tunnel::default(),
+            marks: MarkLayout::SEED,
+            rule_priority: Self::RULE_PRIORITY,
+        }
+    }
+}
+
+/// A node of the cluster.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Node {
+    /// Its name.
+    pub name: NodeName,
+    /// Its addresses on the network that carries the tunnel, at most one per family.
+    pub underlay: Vec<IpAddr>,
+    /// Its addresses inside the tunnel, at most one per family, with the tunnel's prefix length.
+    pub tunnel: Vec<IpNet>,
+    /// Ethernet address of its tunnel device; derived from its name if `None`.
+    pub mac: Option<MacAddr>,
+    /// Firewall mark of traffic to it as a gateway; allocated if `None`.
+    pub mark: Option<Mark>,
+}
+
+impl Node {
+    /// A node whose Ethernet address is derived and whose mark is allocated.
+    pub const fn new(name: NodeName, underlay: Vec<IpAddr>, tunnel: Vec<IpNet>) -> Self {
+        Self {
+            name,
+            underlay,
+            tunnel,
+            mac: None,
+            mark: None,
+        }
+    }
+
+    /// Ethernet address of its tunnel device.
+    pub fn mac(&self) -> MacAddr {
+        self.mac.unwrap_or_else(|| MacAddr::of_node(&self.name))
+    }
+}
+
+/// The VXLAN tunnel between the nodes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tunnel {
+    /// Name of the device; default `egress.vxlan`.
+    pub device: DeviceName,
+    /// VXLAN network identifier, 1 to 2²⁴ − 1; default 100.
+    pub vni: u32,
+    /// UDP port; default 7789.
+    pub port: u16,
+    /// Device that carries the outer packets on this node; if it goes, the tunnel goes with it.
+    pub underlay_device: Option<DeviceName>,
+    /// MTU of that device in bytes; default 1500.
+    pub underlay_mtu: u32,
+}
+
+impl Default for Tunnel {
+    fn default() -> Self {
+        Self {
+            device: DeviceName::known("egress.vxlan"),
+            vni: 100,
+            port: 7789,
+            underlay_device: None,
+            underlay_mtu: 1500,
+        }
+    }
+}

@@ -1,0 +1,398 @@
+//! The difference of two states, and the one place that puts it in order.
+
+use std::collections::BTreeMap;
+
+use crate::changes::{Changes, Phase, Step};
+use crate::cluster::Tunnel;
+use crate::op::Op;
+use crate::range::IpRange;
+use crate::state::{Firewall, Key, NftRule, Route, Set, State, Stmt, Stray};
+
+impl Changes {
+    /// The operations that turn what is there into what is wanted.
+    ///
+    /// Equal states give no changes; [`State::default`] as `desired` removes everything.
+    pub fn between(observed: &State, desired: &State) -> Self {
+        let mut steps = Steps::default();
+        rtnetlink(observed, desired, &mut steps);
+        match (&observed.firewall, &desired.firewall) {
+            (None, None) => {}
+            (Some(_), None) => steps.add(Phase::DeleteTable, Op::DeleteTable),
+            (None, Some(desired)) => {
+                steps.add(Phase::Skeleton, Op::AddTable);
+                firewall(&Firewall::default(), desired, &mut steps);
+            }
+            (Some(observed), Some(desired)) => firewall(observed, desired, &mut steps),
+        }
+        Self::new(steps.finish())
+    }
+}
+
+#[derive(Default)]
+struct Steps(BTreeMap<Phase, Vec<Op>>);
+
+impl Steps {
+    fn add(&mut self, phase: Phase, op: Op) {
+        self.0.entry(phase).or_default().push(op);
+    }
+
+    fn finish(self) -> Vec<Step> {
+        self.0
+            .into_iter()
+            .map(|(phase, ops)| Step { phase, ops })
+            .collect()
+    }
+}
+
+/// What changes from one ordered map to another.
+enum Change<'a, K, V> {
+    Added(&'a K, &'a V),
+    Removed(&'a K, &'a V),
+    Replaced(&'a K, &'a V, &'a V),
+}
+
+/// Walks two ordered maps side by side.
+fn changes<'a, K: Ord, V: PartialEq>(
+    observed: &'a BTreeMap<K, V>,
+    desired: &'a BTreeMap<K, V>,
+    mut each: impl FnMut(Change<'a, K, V>),
+) {
+    let (mut old, mut new) = (observed.iter().peekable(), desired.iter().peekable());
+    loop {
+        match (old.peek().copied(), new.peek().copied()) {
+            (None, None) => return,
+            (Some((key, was)), Some((same, is))) if key == same => {
+                if was != is {
+                    each(Change::Replaced(key, was, is));
+                }
+                old.next();
+                new.next();
+            }
+            (Some((key, was)), other) if other.is_none_or(|(next, _)| key < next) => {
+                each(Change::Removed(key, was));
+                old.next();
+            }
+            (_, Some((key, is))) => {
+                each(Change::Added(key, is));
+                new.next();
+            }
+            (Some(_), None) => return,
+        }
+    }
+}
+
+fn rtnetlink(observed: &State, desired: &State, steps: &mut Steps) {
+    let mut observed = observed.clone();
+    link(&mut observed, desired, steps);
+    let new = desired.link.as_ref().map(|link| link.name.clone());
+    let old = observed
+        .link
+        .as_ref()
+        .map(|link| link.name.clone())
+        .or_else(|| new.clone());
+    if let Some(device) = &new {
+        for net in desired.addresses.difference(&observed.addresses) {
+            steps.add(Phase::Tunnel, Op::AddAddress(device.clone(), *net));
+        }
+    }
+    if let Some(device) = &old {
+        for net in observed.addresses.difference(&desired.addresses) {
+            steps.add(Phase::DeletePeers, Op::DeleteAddress(device.clone(), *net));
+        }
+    }
+    // A device that is gone took what was on it along, so that what is left here has a device.
+    let device = new.or(old);
+    changes(&observed.fdb, &desired.fdb, |change| {
+        match (change, &device) {
+            (Change::Added(mac, node) | Change::Replaced(mac, _, node), Some(device)) => {
+                steps.add(Phase::Tunnel, Op::PutFdb(device.clone(), *mac, *node));
+            }
+            (Change::Removed(mac, node), Some(device)) => {
+                steps.add(
+                    Phase::DeletePeers,
+                    Op::DeleteFdb(device.clone(), *mac, *node),
+                );
+            }
+            (_, None) => {}
+        }
+    });
+    changes(&observed.neighbours, &desired.neighbours, |change| {
+        match (change, &device) {
+            (Change::Added(address, mac) | Change::Replaced(address, _, mac), Some(device)) => {
+                steps.add(
+                    Phase::Tunnel,
+                    Op::PutNeighbour(device.clone(), *address, *mac),
+                );
+            }
+            (Change::Removed(address, _), Some(device)) => {
+                steps.add(
+                    Phase::DeletePeers,
+                    Op::DeleteNeighbour(device.clone(), *address),
+                );
+            }
+            (_, None) => {}
+        }
+    });
+    routes(&observed, desired, steps);
+    for rule in desired.rules.difference(&observed.rules) {
+        steps.add(Phase::Rules, Op::AddRule(*rule));
+    }
+    for rule in observed.rules.difference(&desired.rules) {
+        steps.add(Phase::DeleteRules, Op::DeleteRule(*rule));
+    }
+    // The rule that refuses is asked after those that send: made first, taken away last.
+    sort(steps, Phase::Rules, |op| {
+        std::cmp::Reverse(rule_priority(op))
+    });
+    sort(steps, Phase::DeleteRules, rule_priority);
+}
+
+fn rule_priority(op: &Op) -> u32 {
+    match op {
+        Op::AddRule(rule) | Op::DeleteRule(rule) => rule.priority,
+        _ => 0,
+    }
+}
+
+fn sort<K: Ord>(steps: &mut Steps, phase: Phase, key: impl Fn(&Op) -> K) {
+    if let Some(ops) = steps.0.get_mut(&phase) {
+        ops.sort_by_key(|op| key(op));
+    }
+}
+
+/// Brings the device about, and strikes from `observed` what goes with a device that is deleted.
+fn link(observed: &mut State, desired: &State, steps: &mut Steps) {
+    let took_along = |observed: &mut State| {
+        observed.addresses.clear();
+        observed.fdb.clear();
+        observed.neighbours.clear();
+        observed
+            .routes
+            .retain(|_, route| !matches!(route, Route::Via(_)));
+    };
+    match (observed.link.take(), &desired.link) {
+        (None, None) => {}
+        (None, Some(new)) => {
+            took_along(observed);
+            steps.add(Phase::Tunnel, Op::AddLink(new.clone()));
+        }
+        (Some(old), None) => {
+            took_along(observed);
+            steps.add(Phase::DeleteTunnel, Op::DeleteLink(old.name));
+        }
+        (Some(old), Some(new)) => {
+            if (&old.name, old.vni, old.port) != (&new.name, new.vni, new.port)
+                || old.local.is_ipv4() != new.local.is_ipv4()
+            {
+                took_along(observed);
+                steps.add(Phase::Tunnel, Op::DeleteLink(old.name));
+                steps.add(Phase::Tunnel, Op::AddLink(new.clone()));
+                return;
+            }
+            if old != *new {
+                if old.mac != new.mac {
+                    // The kernel forgets even permanent neighbours with the address.
+                    observed.neighbours.clear();
+                }
+                steps.add(Phase::Tunnel, Op::SetLink(new.clone()));
+            }
+            observed.link = Some(old);
+        }
+    }
+}
+
+fn routes(observed: &State, desired: &State, steps: &mut Steps) {
+    // Routes that name no device are told apart by table, destination and metric alone; any name
+    // will do for those that outlived theirs.
+    let link = desired.link.as_ref().or(observed.link.as_ref());
+    let device = link.map_or_else(|| Tunnel::default().device, |link| link.name.clone());
+    changes(&observed.routes, &desired.routes, |change| match change {
+        Change::Added(key, route) | Change::Replaced(key, _, route) => {
+            steps.add(Phase::Routes, Op::PutRoute(device.clone(), *key, *route));
+        }
+        Change::Removed(key, route) => {
+            steps.add(
+                Phase::DeleteRoutes,
+                Op::DeleteRoute(device.clone(), *key, *route),
+            );
+        }
+    });
+    let sends = |op: &Op| {
+        matches!(
+            op,
+            Op::PutRoute(_, _, Route::Via(_)) | Op::DeleteRoute(_, _, Route::Via(_))
+        )
+    };
+    sort(steps, Phase::Routes, sends);
+    sort(steps, Phase::DeleteRoutes, |op| !sends(op));
+}
+
+fn firewall(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
+    // A set of ours with a foreign shape cannot be changed, and our rules hold on to it.
+    let misshapen =
+        |stray: &Stray| matches!(stray, Stray::Set(name) if Set::from_name(name).is_some());
+    if observed.strays.iter().any(misshapen) {
+        steps.add(Phase::Skeleton, Op::DeleteTable);
+        steps.add(Phase::Skeleton, Op::AddTable);
+        return firewall(&Firewall::default(), desired, steps);
+    }
+    for set in desired.sets.difference(&observed.sets) {
+        steps.add(Phase::Skeleton, Op::AddSet(*set));
+    }
+    chains(observed, desired, steps);
+    changes(
+        &observed.elements,
+        &desired.elements,
+        |change| match change {
+            Change::Added(key, value) => {
+                steps.add(filled_in(key), Op::AddElement(*key, value.clone()));
+            }
+            Change::Replaced(key, was, is) => {
+                steps.add(filled_in(key), Op::DeleteElement(*key, was.clone()));
+                steps.add(filled_in(key), Op::AddElement(*key, is.clone()));
+            }
+            // Sets that go take their elements along.
+            Change::Removed(key, _) if !desired.sets.contains(&key.set()) => {}
+            Change::Removed(key, value) => {
+                let phase = if overlapped(key, desired) {
+                    filled_in(key)
+                } else {
+                    emptied_in(key)
+                };
+                steps.add(phase, Op::DeleteElement(*key, value.clone()));
+            }
+        },
+    );
+    for stray in &observed.strays {
+        steps.add(Phase::EmptyVerdicts, Op::DeleteStray(stray.clone()));
+    }
+    for set in observed.sets.difference(&desired.sets) {
+        steps.add(Phase::EmptyVerdicts, Op::DeleteSet(*set));
+    }
+    for phase in [
+        Phase::Skeleton,
+        Phase::FillVerdicts,
+        Phase::FillPolicies,
+        Phase::FillClasses,
+        Phase::FillSources,
+        Phase::EmptyVerdicts,
+    ] {
+        sort(steps, phase, rank);
+    }
+}
+
+/// Order within a transaction: nothing is made before what it refers to, nor deleted after.
+fn rank(op: &Op) -> u8 {
+    match op {
+        Op::DeleteTable => 0,
+        Op::AddTable => 1,
+        Op::AddSet(_) => 2,
+        // Of chains, those that go and come back in another place.
+        Op::AddChain(..) => 3,
+        Op::SetRules(..) => 4,
+        // A range that is cut in two must be gone before its parts come.
+        Op::DeleteElement(..) => 5,
+        Op::AddElement(..) => 6,
+        Op::DeleteChain(_) | Op::DeleteStray(Stray::Chain(_)) => 7,
+        _ => 8,
+    }
+}
+
+/// Whether a range that goes shares addresses with one that stays or comes.
+///
+/// The kernel refuses overlapping ranges, so the two cannot be there at once.
+fn overlapped(key: &Key, desired: &Firewall) -> bool {
+    let (range, make): (_, fn(IpRange) -> Key) = match key {
+        Key::Excluded(range) => (range, Key::Excluded),
+        Key::SourceNet(range) => (range, Key::SourceNet),
+        _ => return false,
+    };
+    let end = IpRange::from_to_end(range.last());
+    match desired.elements.range(..=make(end)).next_back() {
+        Some((Key::Excluded(other) | Key::SourceNet(other), _)) => {
+            make(*other).set() == key.set() && other.last() >= range.first()
+        }
+        _ => false,
+    }
+}
+
+fn chains(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
+    for (chain, (base, rules)) in &desired.chains {
+        let found = observed.chains.get(chain);
+        match found.filter(|(found, _)| found == base) {
+            Some((_, found)) if found == rules => {}
+            Some((_, found)) => {
+                let between = transitional(found, rules);
+                if between != *rules {
+                    let last = Op::SetRules(*chain, rules.clone());
+                    steps.add(Phase::EmptyVerdicts, last);
+                }
+                if between != *found {
+                    steps.add(Phase::Chains, Op::SetRules(*chain, between));
+                }
+            }
+            None => {
+                if found.is_some() {
+                    // Ahead of the rank's order: it makes room for the one that takes its place.
+                    steps
+                        .0
+                        .entry(Phase::Skeleton)
+                        .or_default()
+                        .insert(0, Op::DeleteChain(*chain));
+                }
+                steps.add(Phase::Skeleton, Op::AddChain(*chain, *base));
+                steps.add(Phase::Skeleton, Op::SetRules(*chain, rules.clone()));
+            }
+        }
+    }
+    for chain in observed
+        .chains
+        .keys()
+        .filter(|chain| !desired.chains.contains_key(chain))
+    {
+        steps.add(Phase::EmptyVerdicts, Op::DeleteChain(*chain));
+    }
+}
+
+/// The rules wanted, and those found that look up a destination: for as long as sources still
+/// have the old classes, both are needed.
+fn transitional(found: &[NftRule], wanted: &[NftRule]) -> Vec<NftRule> {
+    let length = |rule: &NftRule| match rule.0.first() {
+        Some(Stmt::TagByDestination(_, length)) => Some(*length),
+        Some(Stmt::TagByTag(Set::Any(_))) => Some(0),
+        _ => None,
+    };
+    let mut rules = wanted.to_vec();
+    for rule in found.iter().filter(|rule| !wanted.contains(rule)) {
+        if !matches!(rule.0.first(), Some(Stmt::TagByDestination(..))) {
+            continue;
+        }
+        if let Some(at) = rules
+            .iter()
+            .position(|other| length(other).is_some_and(|l| Some(l) <= length(rule)))
+        {
+            rules.insert(at, rule.clone());
+        }
+    }
+    rules
+}
+
+const fn filled_in(key: &Key) -> Phase {
+    match key {
+        Key::Peer(_) | Key::Excluded(_) | Key::Eip(_) | Key::Gateway(_) | Key::Verdict(_) => {
+            Phase::FillVerdicts
+        }
+        Key::Steer(..) | Key::Snat(..) | Key::Masquerade(..) => Phase::FillPolicies,
+        Key::Any(..) | Key::Destination(..) => Phase::FillClasses,
+        Key::Source(_) | Key::SourceNet(_) => Phase::FillSources,
+    }
+}
+
+const fn emptied_in(key: &Key) -> Phase {
+    match filled_in(key) {
+        Phase::FillPolicies => Phase::EmptyPolicies,
+        Phase::FillClasses => Phase::EmptyClasses,
+        Phase::FillSources => Phase::EmptySources,
+        _ => Phase::EmptyVerdicts,
+    }
+}

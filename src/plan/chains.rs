@@ -1,0 +1,316 @@
+//! The rules: a static skeleton, the same for one policy and for ten thousand.
+//!
+//! A packet carries what was found out about it from one map to the next in `meta priority`. The
+//! mark cannot serve for that, because a map's value overwrites all 32 bits of it, and some are
+//! other people's. The priority is nobody's at that point: a packet out of a pod's veth has 0
+//! (`____dev_forward_skb`), and forwarding sets it anew from the TOS field (`ip_forward`).
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::state::{Base, ChainId, ChainType, Direction, Hook, NftRule, Set, Stmt};
+use crate::types::{DeviceName, Family, Mark};
+
+/// What the rules depend on.
+pub(super) struct Skeleton<'a> {
+    /// The tunnel device.
+    pub(super) device: &'a DeviceName,
+    /// UDP port of the tunnel.
+    pub(super) port: u16,
+    /// The bits of the mark that are written and tested.
+    pub(super) mask: u32,
+    /// Mark of packets that this node must translate.
+    pub(super) tunnel: Mark,
+    /// Prefix of gateways' marks and its bits; `None` in layouts without.
+    pub(super) prefix: Option<(u32, u32)>,
+    /// Marks of the gateways.
+    pub(super) gateways: BTreeSet<Mark>,
+    /// Destination prefix lengths in use.
+    pub(super) lengths: BTreeSet<(Family, u8)>,
+}
+
+type Chains = BTreeMap<ChainId, (Option<Base>, Vec<NftRule>)>;
+
+/// Priorities of the base chains (`include/uapi/linux/netfilter_ipv4.h`).
+mod priority {
+    /// Right after destination NAT (-100), so that a service's real destination decides.
+    pub(super) const AFTER_DNAT: i32 = -99;
+    /// `mangle`: ahead of the filters of other people.
+    pub(super) const MANGLE: i32 = -150;
+    /// Right ahead of source NAT (100): at 100 the chain created last would run first.
+    pub(super) const BEFORE_SNAT: i32 = 99;
+    /// Right after source NAT.
+    pub(super) const AFTER_SNAT: i32 = 101;
+}
+
+const fn base(kind: ChainType, hook: Hook, priority: i32) -> Option<Base> {
+    Some(Base {
+        kind,
+        hook,
+        priority,
+    })
+}
+
+impl Skeleton<'_> {
+    /// All sets and maps that the rules name.
+    pub(super) fn sets(&self) -> BTreeSet<Set> {
+        let mut sets = BTreeSet::from([Set::Verdict]);
+        if self.prefix.is_none() {
+            sets.insert(Set::Gateway);
+        }
+        for family in Family::BOTH {
+            sets.extend([
+                Set::Peer(family),
+                Set::Excluded(family),
+                Set::Eip(family),
+                Set::Steer(family),
+                Set::Snat(family),
+                Set::Masquerade(family),
+                Set::Any(family),
+                Set::Source(family),
+                Set::SourceNet(family),
+            ]);
+        }
+        sets.extend(
+            self.lengths
+                .iter()
+                .map(|(family, length)| Set::Destination(*family, *length)),
+        );
+        sets
+    }
+
+    /// All chains and their rules.
+    pub(super) fn chains(&self) -> Chains {
+        use priority::{AFTER_DNAT, AFTER_SNAT, BEFORE_SNAT, MANGLE};
+        let mut chains = Chains::new();
+        let mut add = |chain, base, rules: Vec<Vec<Stmt>>| {
+            chains.insert(chain, (base, rules.into_iter().map(NftRule).collect()));
+        };
+        add(
+            ChainId::Prerouting,
+            base(ChainType::Filter, Hook::Prerouting, AFTER_DNAT),
+            self.prerouting(),
+        );
+        add(
+            ChainId::Input,
+            base(ChainType::Filter, Hook::Input, MANGLE),
+            self.input(),
+        );
+        add(
+            ChainId::Forward,
+            base(ChainType::Filter, Hook::Forward, MANGLE),
+            self.forward(),
+        );
+        add(
+            ChainId::NatPostrouting,
+            base(ChainType::Nat, Hook::Postrouting, BEFORE_SNAT),
+            self.nat_postrouting(),
+        );
+        add(
+            ChainId::Guard,
+            base(ChainType::Filter, Hook::Postrouting, AFTER_SNAT),
+            self.guard(),
+        );
+        add(ChainId::Bypass, None, vec![vec![Stmt::ClearTag]]);
+        add(ChainId::Here, None, self.send(self.tunnel));
+        for mark in &self.gateways {
+            add(ChainId::To(*mark), None, self.send(*mark));
+        }
+        for family in Family::BOTH {
+            add(ChainId::Pick(family), None, self.pick(family));
+            add(ChainId::Steer(family), None, steer(family));
+            add(ChainId::Translate(family), None, self.translate(family));
+            add(ChainId::Wear(family), None, wear(family));
+        }
+        chains
+    }
+
+    fn set_mark(&self, mark: u32) -> Stmt {
+        Stmt::SetMark {
+            keep: !self.mask,
+            value: mark,
+        }
+    }
+
+    fn is_tunnel(&self) -> Stmt {
+        Stmt::MarkIs {
+            mask: self.mask,
+            value: self.tunnel.get(),
+        }
+    }
+
+    fn is_not_tunnel(&self) -> Stmt {
+        Stmt::MarkIsNot {
+            mask: self.mask,
+            value: self.tunnel.get(),
+        }
+    }
+
+    fn from_tunnel(&self) -> Stmt {
+        Stmt::InputDevice(self.device.clone())
+    }
+
+    fn into_tunnel(&self) -> Stmt {
+        Stmt::OutputDevice(self.device.clone())
+    }
+
+    fn prerouting(&self) -> Vec<Vec<Stmt>> {
+        // What came out of the tunnel is never put into it again: two nodes that disagree about
+        // the gateway would send it to and fro. Postrouting cannot trust the input device, so
+        // the mark remembers.
+        let mut rules = vec![vec![
+            self.from_tunnel(),
+            self.set_mark(self.tunnel.get()),
+            Stmt::Return,
+        ]];
+        for family in Family::BOTH {
+            for set in [Set::Source(family), Set::SourceNet(family)] {
+                rules.push(vec![
+                    Stmt::TagBySource(set),
+                    Stmt::Goto(ChainId::Pick(family)),
+                ]);
+            }
+        }
+        rules
+    }
+
+    /// From a class to a policy, by destination; the longest prefix first.
+    fn by_destination(&self, family: Family, next: ChainId) -> Vec<Vec<Stmt>> {
+        let lengths = self.lengths.iter().rev().filter(|(of, _)| *of == family);
+        lengths
+            .map(|(_, length)| Stmt::TagByDestination(family, *length))
+            .chain([Stmt::TagByTag(Set::Any(family))])
+            .map(|find| vec![find, Stmt::Goto(next)])
+            .collect()
+    }
+
+    fn pick(&self, family: Family) -> Vec<Vec<Stmt>> {
+        let bypass = Stmt::Goto(ChainId::Bypass);
+        let mut rules = vec![
+            vec![Stmt::DestinationIn(Set::Excluded(family)), bypass.clone()],
+            // Of connections that somebody opened to the pod.
+            vec![Stmt::CtDirection(Direction::Reply), bypass],
+            // NAT leaves it alone, so it would leave with the pod's address.
+            vec![Stmt::CtState(Stmt::INVALID), Stmt::Counter, Stmt::Drop],
+        ];
+        rules.extend(self.by_destination(family, ChainId::Steer(family)));
+        rules.push(vec![Stmt::ClearTag]);
+        rules
+    }
+
+    fn send(&self, mark: Mark) -> Vec<Vec<Stmt>> {
+        vec![vec![self.set_mark(mark.get()), Stmt::ClearTag]]
+    }
+
+    fn forward(&self) -> Vec<Vec<Stmt>> {
+        let stray = match self.prefix {
+            Some((value, mask)) => Stmt::MarkIs { mask, value },
+            None => Stmt::MarkIn {
+                mask: self.mask,
+                set: Set::Gateway,
+            },
+        };
+        vec![
+            // The outer packet inherits the mark; routed by it, it would enter the tunnel again.
+            vec![self.into_tunnel(), self.set_mark(0), Stmt::Return],
+            // Marked, and yet not on its way into the tunnel: link, route or rule is missing.
+            vec![stray, Stmt::Counter, Stmt::Drop],
+        ]
+    }
+
+    fn nat_postrouting(&self) -> Vec<Vec<Stmt>> {
+        let mut rules: Vec<_> = Family::BOTH
+            .into_iter()
+            // `accept` would not keep a masquerade in another table from binding.
+            .map(|family| vec![self.into_tunnel(), Stmt::SnatToSource(family)])
+            .collect();
+        rules.push(vec![self.is_not_tunnel(), Stmt::Return]);
+        for family in Family::BOTH {
+            for set in [Set::Source(family), Set::SourceNet(family)] {
+                rules.push(vec![
+                    Stmt::TagBySource(set),
+                    Stmt::Goto(ChainId::Translate(family)),
+                ]);
+            }
+        }
+        // Tunnelled to us, but nothing here knows the source.
+        rules.push(vec![Stmt::Counter, Stmt::Drop]);
+        rules
+    }
+
+    fn translate(&self, family: Family) -> Vec<Vec<Stmt>> {
+        let mut rules = self.by_destination(family, ChainId::Wear(family));
+        rules.push(vec![Stmt::Counter, Stmt::Drop]);
+        rules
+    }
+
+    fn guard(&self) -> Vec<Vec<Stmt>> {
+        let drop = |tests: Vec<Stmt>| -> Vec<Stmt> {
+            [self.is_tunnel()]
+                .into_iter()
+                .chain(tests)
+                .chain([Stmt::Counter, Stmt::Drop])
+                .collect()
+        };
+        vec![
+            vec![self.is_not_tunnel(), Stmt::Return],
+            drop(vec![Stmt::CtState(Stmt::INVALID | Stmt::UNTRACKED)]),
+            drop(vec![
+                Stmt::CtDirection(Direction::Original),
+                Stmt::NotTranslated,
+            ]),
+            // The tag that translation left behind would choose a queue of the device.
+            vec![Stmt::CtState(Stmt::NEW), Stmt::ClearTag],
+            vec![self.set_mark(0)],
+        ]
+    }
+
+    fn input(&self) -> Vec<Vec<Stmt>> {
+        let mut rules = Vec::new();
+        for family in Family::BOTH {
+            // VXLAN is not authenticated: anyone could speak with an egress IP.
+            rules.push(vec![
+                Stmt::UdpPort(self.port),
+                Stmt::SourceNotIn(Set::Peer(family)),
+                Stmt::Counter,
+                Stmt::Drop,
+            ]);
+        }
+        // Neighbour solicitations and advertisements (RFC 4861): without an answer to a unicast
+        // probe the router forgets who has the address.
+        for kind in [135, 136] {
+            rules.push(vec![
+                Stmt::DestinationIn(Set::Eip(Family::V6)),
+                Stmt::Icmp6Type(kind),
+                Stmt::Return,
+            ]);
+        }
+        for family in Family::BOTH {
+            // No service of this node answers on an egress IP, and an open connection that moved
+            // here is not reset before its first packet out.
+            rules.push(vec![
+                Stmt::DestinationIn(Set::Eip(family)),
+                Stmt::Counter,
+                Stmt::Drop,
+            ]);
+        }
+        rules
+    }
+}
+
+fn steer(family: Family) -> Vec<Vec<Stmt>> {
+    vec![
+        vec![
+            Stmt::TagByTag(Set::Steer(family)),
+            Stmt::VerdictByTag(Set::Verdict),
+        ],
+        vec![Stmt::Counter, Stmt::Drop],
+    ]
+}
+
+fn wear(family: Family) -> Vec<Vec<Stmt>> {
+    vec![
+        vec![Stmt::SnatByTag(family)],
+        vec![Stmt::TagIn(Set::Masquerade(family)), Stmt::Masquerade],
+        vec![Stmt::Counter, Stmt::Drop],
+    ]
+}

@@ -1,0 +1,405 @@
+//! The edge: everything a caller hands over is checked here, once.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv6Addr};
+
+use ipnet::IpNet;
+
+use super::{PlanError, PolicyError};
+use crate::cluster::{Cluster, Node};
+use crate::policy::{Destinations, EgressIp, Policy};
+use crate::types::{Family, MacAddr, Mark, NodeName, PolicyId};
+
+/// Destinations that are never steered: link-local (cloud metadata, node-local DNS) and multicast.
+pub(super) fn never_steered() -> [IpNet; 4] {
+    use std::net::Ipv4Addr;
+    [
+        IpNet::new_assert(IpAddr::V4(Ipv4Addr::new(169, 254, 0, 0)), 16),
+        IpNet::new_assert(IpAddr::V4(Ipv4Addr::new(224, 0, 0, 0)), 4),
+        IpNet::new_assert(IpAddr::V6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0)), 10),
+        IpNet::new_assert(IpAddr::V6(Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0)), 8),
+    ]
+}
+
+/// A cluster without contradictions.
+pub(super) struct World<'a> {
+    pub(super) cluster: &'a Cluster,
+    /// This node.
+    pub(super) here: &'a Node,
+    /// Family of the outer packets.
+    pub(super) underlay: Family,
+    /// What is never steered, disjoint and in order.
+    pub(super) excluded: Vec<IpNet>,
+    nodes: BTreeMap<&'a NodeName, &'a Node>,
+}
+
+impl<'a> World<'a> {
+    pub(super) fn new(cluster: &'a Cluster) -> Result<Self, PlanError> {
+        check_settings(cluster)?;
+        let mut nodes = BTreeMap::new();
+        for node in &cluster.nodes {
+            check_node(node, cluster)?;
+            if nodes.insert(&node.name, node).is_some() {
+                return Err(PlanError::DuplicateNode {
+                    node: node.name.clone(),
+                });
+            }
+        }
+        check_distinct(&cluster.nodes)?;
+        let here = *nodes
+            .get(&cluster.node)
+            .ok_or_else(|| PlanError::UnknownNode {
+                node: cluster.node.clone(),
+            })?;
+        let underlay = here
+            .underlay
+            .iter()
+            .map(|address| Family::of(*address))
+            .min()
+            .ok_or_else(|| PlanError::NoUnderlay {
+                node: here.name.clone(),
+            })?;
+        for node in &cluster.nodes {
+            if underlay_of(node, underlay).is_none() {
+                return Err(PlanError::UnderlayFamily {
+                    node: node.name.clone(),
+                    family: underlay,
+                });
+            }
+        }
+        let overhead = match underlay {
+            // Outer Ethernet, IP, UDP and VXLAN headers (RFC 7348, section 5).
+            Family::V4 => 50,
+            Family::V6 => 70,
+        };
+        if cluster.tunnel.underlay_mtu < 1280 + overhead {
+            return Err(PlanError::Mtu {
+                mtu: cluster.tunnel.underlay_mtu,
+                needed: 1280 + overhead,
+            });
+        }
+        let excluded = excluded(cluster)?;
+        Ok(Self {
+            cluster,
+            here,
+            underlay,
+            excluded,
+            nodes,
+        })
+    }
+
+    pub(super) fn node(&self, name: &NodeName) -> Option<&'a Node> {
+        self.nodes.get(name).copied()
+    }
+
+    /// All nodes but this one, by name.
+    pub(super) fn peers(&self) -> impl Iterator<Item = &'a Node> + '_ {
+        self.nodes
+            .values()
+            .copied()
+            .filter(|node| node.name != self.here.name)
+    }
+
+    /// The address of a node that outer packets go to.
+    pub(super) fn underlay(&self, node: &Node) -> Option<IpAddr> {
+        underlay_of(node, self.underlay)
+    }
+
+    pub(super) fn mtu(&self) -> u32 {
+        self.cluster.tunnel.underlay_mtu
+            - match self.underlay {
+                Family::V4 => 50,
+                Family::V6 => 70,
+            }
+    }
+}
+
+fn underlay_of(node: &Node, family: Family) -> Option<IpAddr> {
+    node.underlay
+        .iter()
+        .copied()
+        .find(|address| Family::of(*address) == family)
+}
+
+/// The tunnel address of a node, without its prefix length.
+pub(super) fn tunnel_of(node: &Node, family: Family) -> Option<IpAddr> {
+    node.tunnel
+        .iter()
+        .find(|net| Family::of_net(net) == family)
+        .map(IpNet::addr)
+}
+
+fn check_settings(cluster: &Cluster) -> Result<(), PlanError> {
+    let tunnel = &cluster.tunnel;
+    if tunnel.vni == 0 || tunnel.vni >= 1 << 24 {
+        return Err(PlanError::Vni { vni: tunnel.vni });
+    }
+    if tunnel.port == 0 {
+        return Err(PlanError::Port);
+    }
+    // 0 is the kernel's rule for local addresses, 32766 the one for the main table.
+    if cluster.rule_priority == 0 || cluster.rule_priority > 32_764 {
+        return Err(PlanError::RulePriority {
+            priority: cluster.rule_priority,
+        });
+    }
+    if cluster.excluded.is_empty() {
+        return Err(PlanError::NothingExcluded);
+    }
+    Ok(())
+}
+
+fn check_node(node: &Node, cluster: &Cluster) -> Result<(), PlanError> {
+    let name = || node.name.clone();
+    let addresses = node
+        .underlay
+        .iter()
+        .copied()
+        .chain(node.tunnel.iter().map(IpNet::addr));
+    for address in addresses {
+        if is_mapped(address) {
+            return Err(PlanError::NodeMapped {
+                node: name(),
+                address,
+            });
+        }
+        if !is_host(address) {
+            return Err(PlanError::NodeAddress {
+                node: name(),
+                address,
+            });
+        }
+    }
+    for family in Family::BOTH {
+        let underlay = node
+            .underlay
+            .iter()
+            .filter(|address| Family::of(**address) == family);
+        let tunnel = node
+            .tunnel
+            .iter()
+            .filter(|net| Family::of_net(net) == family);
+        if underlay.count() > 1 || tunnel.count() > 1 {
+            return Err(PlanError::NodeFamily {
+                node: name(),
+                family,
+            });
+        }
+    }
+    if node.tunnel.is_empty() {
+        return Err(PlanError::NoTunnel { node: name() });
+    }
+    if !node.mac().is_unicast() {
+        return Err(PlanError::Mac {
+            node: name(),
+            mac: node.mac(),
+        });
+    }
+    match node.mark {
+        Some(mark) if cluster.marks.value(mark).is_none() => {
+            Err(PlanError::ForeignMark { node: name(), mark })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// No two nodes share an address, an Ethernet address or a mark.
+fn check_distinct(nodes: &[Node]) -> Result<(), PlanError> {
+    let mut addresses: BTreeMap<IpAddr, &NodeName> = BTreeMap::new();
+    let mut macs: BTreeMap<MacAddr, &NodeName> = BTreeMap::new();
+    let mut marks: BTreeMap<Mark, &NodeName> = BTreeMap::new();
+    for node in nodes {
+        for address in node
+            .underlay
+            .iter()
+            .copied()
+            .chain(node.tunnel.iter().map(IpNet::addr))
+        {
+            if let Some(other) = addresses.insert(address, &node.name) {
+                return Err(shared(&address, other, &node.name));
+            }
+        }
+        if let Some(other) = macs.insert(node.mac(), &node.name) {
+            return Err(shared(&node.mac(), other, &node.name));
+        }
+        if let Some(mark) = node.mark {
+            if let Some(other) = marks.insert(mark, &node.name) {
+                return Err(shared(&mark, other, &node.name));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn shared(what: &dyn std::fmt::Display, one: &NodeName, other: &NodeName) -> PlanError {
+    PlanError::Shared {
+        what: what.to_string(),
+        one: one.clone(),
+        other: other.clone(),
+    }
+}
+
+/// What is never steered: the caller's prefixes, the nodes themselves and what never is.
+fn excluded(cluster: &Cluster) -> Result<Vec<IpNet>, PlanError> {
+    for net in &cluster.excluded {
+        check_net(net).map_err(|source| PlanError::Excluded { source })?;
+    }
+    let nodes = cluster.nodes.iter().flat_map(|node| {
+        node.underlay
+            .iter()
+            .copied()
+            .chain(node.tunnel.iter().map(IpNet::addr))
+            .map(IpNet::from)
+    });
+    let all: Vec<_> = cluster
+        .excluded
+        .iter()
+        .copied()
+        .chain(nodes)
+        .chain(never_steered())
+        .collect();
+    Ok(IpNet::aggregate(&all))
+}
+
+/// A policy without contradictions, in canonical form.
+pub(super) struct Checked<'a> {
+    pub(super) id: &'a PolicyId,
+    pub(super) priority: u32,
+    /// Disjoint, in order.
+    pub(super) sources: Vec<IpNet>,
+    /// Disjoint, in order; a prefix of length 0 stands for all of its family.
+    pub(super) destinations: Option<Vec<IpNet>>,
+    pub(super) gateway: Option<&'a Node>,
+    pub(super) egress_ip: EgressIp,
+}
+
+impl<'a> Checked<'a> {
+    pub(super) fn new<P: Policy>(policy: &'a P, world: &World<'a>) -> Result<Self, PlanError> {
+        let id = policy.id();
+        Self::check(policy, world).map_err(|source| PlanError::Policy {
+            policy: id.clone(),
+            source,
+        })
+    }
+
+    fn check<P: Policy>(policy: &'a P, world: &World<'a>) -> Result<Self, PolicyError> {
+        if policy.sources().is_empty() {
+            return Err(PolicyError::NoSources);
+        }
+        let destinations = match policy.destinations() {
+            Destinations::External => None,
+            Destinations::Nets(nets) if nets.is_empty() => return Err(PolicyError::NoDestinations),
+            Destinations::Nets(nets) => Some(canonical(nets)?),
+        };
+        let gateway = match policy.gateway() {
+            None => None,
+            Some(name) => Some(
+                world
+                    .node(name)
+                    .ok_or_else(|| PolicyError::UnknownGateway {
+                        gateway: name.clone(),
+                    })?,
+            ),
+        };
+        for address in policy.egress_ip().addresses() {
+            check_egress_ip(address, world)?;
+        }
+        Ok(Self {
+            id: policy.id(),
+            priority: policy.priority(),
+            sources: canonical(policy.sources())?,
+            destinations,
+            gateway,
+            egress_ip: policy.egress_ip(),
+        })
+    }
+
+    /// Whether the policy takes every external destination of a family.
+    pub(super) fn takes_all(&self, family: Family) -> bool {
+        match &self.destinations {
+            None => true,
+            Some(nets) => nets
+                .iter()
+                .any(|net| Family::of_net(net) == family && net.prefix_len() == 0),
+        }
+    }
+
+    /// The listed destinations of a family; none if the policy takes them all.
+    pub(super) fn listed(&self, family: Family) -> impl Iterator<Item = IpNet> + '_ {
+        let nets = self.destinations.as_deref().unwrap_or_default();
+        nets.iter()
+            .copied()
+            .filter(move |net| Family::of_net(net) == family && net.prefix_len() > 0)
+    }
+}
+
+/// Sorted, each once, and none inside another.
+///
+/// Neighbouring prefixes are not joined: a pod's address stays an element of its own, which can
+/// come and go without touching another.
+fn canonical(nets: &[IpNet]) -> Result<Vec<IpNet>, PolicyError> {
+    nets.iter().try_for_each(check_net)?;
+    let mut nets = nets.to_vec();
+    // A prefix sorts before those inside it.
+    nets.sort_unstable_by_key(|net| (net.network(), net.prefix_len()));
+    nets.dedup_by(|net, kept| kept.contains(&*net));
+    Ok(nets)
+}
+
+fn check_net(net: &IpNet) -> Result<(), PolicyError> {
+    if net.addr() != net.network() {
+        return Err(PolicyError::HostBits {
+            net: *net,
+            meant: net.trunc(),
+        });
+    }
+    // A prefix wide enough to be more than mapped addresses has its own meaning.
+    if net.prefix_len() >= 96 && is_mapped(net.addr()) {
+        return Err(PolicyError::Mapped { net: *net });
+    }
+    Ok(())
+}
+
+fn check_egress_ip(address: IpAddr, world: &World<'_>) -> Result<(), PolicyError> {
+    if is_mapped(address) || !is_host(address) {
+        return Err(PolicyError::EgressIpNotUnicast { address });
+    }
+    for node in &world.cluster.nodes {
+        let mut own = node
+            .underlay
+            .iter()
+            .copied()
+            .chain(node.tunnel.iter().map(IpNet::addr));
+        if own.any(|own| own == address) {
+            return Err(PolicyError::EgressIpOfNode {
+                address,
+                node: node.name.clone(),
+            });
+        }
+    }
+    match world.excluded.iter().find(|net| net.contains(&address)) {
+        Some(net) => Err(PolicyError::EgressIpExcluded { address, net: *net }),
+        None => Ok(()),
+    }
+}
+
+fn is_mapped(address: IpAddr) -> bool {
+    matches!(address, IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some())
+}
+
+/// Whether one host can have the address and speak with it beyond its link.
+fn is_host(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => {
+            let [first, ..] = v4.octets();
+            // 0/8 is "this network" (RFC 1122, 3.2.1.3), 240/4 is reserved (RFC 1112, 4).
+            first != 0 && first < 224 && !v4.is_loopback() && !v4.is_link_local()
+        }
+        IpAddr::V6(v6) => {
+            !(v6.is_unspecified()
+                || v6.is_loopback()
+                || v6.is_multicast()
+                || v6.is_unicast_link_local())
+        }
+    }
+}

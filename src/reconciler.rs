@@ -1,0 +1,196 @@
+//! Plan, observe, diff, apply: one call that makes a node right.
+
+use std::net::IpAddr;
+
+use crate::alloc::{MarkAllocator, MarkPool, TableAllocator, TablePool};
+use crate::changes::Changes;
+use crate::cluster::Cluster;
+use crate::datapath::Datapath;
+use crate::error::{ApplyError, KernelError};
+use crate::plan::{Finding, Plan, PlanError, plan};
+use crate::policy::Policy;
+use crate::state::{Route, RuleAction, State};
+use crate::types::{Mark, NodeName, TableId};
+
+/// Keeps one network namespace as the policies want it.
+///
+/// Every call is given the whole of what is wanted; what is ours in the kernel and not wanted is
+/// removed. Nothing is kept in files: after a restart marks and tables are recovered from the
+/// kernel, and a call that finds everything right writes nothing.
+#[derive(Debug)]
+pub struct Reconciler<D, M = MarkPool, T = TablePool> {
+    datapath: D,
+    marks: M,
+    tables: T,
+}
+
+/// What a call did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// The changes that were made.
+    pub changes: Changes,
+    /// What is as asked, but perhaps not as meant.
+    pub findings: Vec<Finding>,
+}
+
+/// Why a call did not do all that it should.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The input contradicts itself; the kernel was not touched.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// The kernel could not be read; it was not touched.
+    #[error("cannot read the kernel's state: {0}")]
+    Observe(KernelError),
+    /// The kernel refused a change; those before it were made, in an order in which that is safe.
+    #[error(transparent)]
+    Apply(#[from] ApplyError),
+}
+
+impl<D: Datapath> Reconciler<D> {
+    /// A reconciler with the default mark layout and table range.
+    pub fn new(datapath: D) -> Self {
+        Self::with_allocators(datapath, MarkPool::default(), TablePool::default())
+    }
+}
+
+impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
+    /// A reconciler with allocators of one's own; the marks must be of the cluster's layout.
+    pub const fn with_allocators(datapath: D, marks: M, tables: T) -> Self {
+        Self {
+            datapath,
+            marks,
+            tables,
+        }
+    }
+
+    /// Makes the kernel hold what the policies want, and nothing else of ours.
+    ///
+    /// # Errors
+    ///
+    /// After [`Error::Plan`] and [`Error::Observe`] nothing has changed. After [`Error::Apply`]
+    /// the kernel is between the two states; call again.
+    pub fn reconcile<P: Policy>(
+        &mut self,
+        cluster: &Cluster,
+        policies: impl IntoIterator<Item = P>,
+    ) -> Result<Report, Error> {
+        let (plan, changes) = self.compare(cluster, policies)?;
+        self.datapath.apply(&changes)?;
+        self.release(cluster, &plan);
+        Ok(Report {
+            changes,
+            findings: plan.findings,
+        })
+    }
+
+    /// What [`reconcile`](Self::reconcile) would change and report, without changing it.
+    pub fn preview<P: Policy>(
+        &mut self,
+        cluster: &Cluster,
+        policies: impl IntoIterator<Item = P>,
+    ) -> Result<Report, Error> {
+        let (plan, changes) = self.compare(cluster, policies)?;
+        Ok(Report {
+            changes,
+            findings: plan.findings,
+        })
+    }
+
+    /// Removes everything of ours.
+    pub fn remove(&mut self) -> Result<Report, Error> {
+        let observed = self.datapath.observe().map_err(Error::Observe)?;
+        let changes = Changes::between(&observed, &State::default());
+        self.datapath.apply(&changes)?;
+        Ok(Report {
+            changes,
+            findings: Vec::new(),
+        })
+    }
+
+    /// The datapath.
+    pub const fn datapath(&mut self) -> &mut D {
+        &mut self.datapath
+    }
+
+    fn compare<P: Policy>(
+        &mut self,
+        cluster: &Cluster,
+        policies: impl IntoIterator<Item = P>,
+    ) -> Result<(Plan, Changes), Error> {
+        let observed = self.datapath.observe().map_err(Error::Observe)?;
+        adopt(cluster, &observed, &mut self.marks, &mut self.tables);
+        let plan = plan(cluster, policies, &mut self.marks, &mut self.tables)?;
+        let changes = Changes::between(&observed, &plan.state);
+        Ok((plan, changes))
+    }
+
+    /// Gives back what no gateway uses any more, now that the kernel does not either.
+    fn release(&mut self, cluster: &Cluster, plan: &Plan) {
+        for node in cluster
+            .nodes
+            .iter()
+            .filter(|node| !plan.gateways.contains_key(&node.name))
+        {
+            if node.mark.is_none() && self.marks.get(&node.name).is_some() {
+                let _freed = self.marks.release(&node.name);
+            }
+            if self.tables.get(&node.name).is_some() {
+                let _freed = self.tables.release(&node.name);
+            }
+        }
+    }
+}
+
+/// Recovers which gateway has which mark and table from what a previous run left in the kernel.
+///
+/// A rule says which table a mark has, and the table's default route says whose it is. What
+/// cannot be adopted, because the range or the layout has changed, is allocated anew and the old
+/// removed.
+fn adopt(
+    cluster: &Cluster,
+    observed: &State,
+    marks: &mut dyn MarkAllocator,
+    tables: &mut dyn TableAllocator,
+) {
+    for (node, table) in tables_of(cluster, observed) {
+        if tables.get(node).is_none() {
+            let _refused = tables.reserve(node, table);
+        }
+        for mark in marks_of(observed, table) {
+            if marks.get(node).is_none() {
+                let _refused = marks.reserve(node, mark);
+            }
+        }
+    }
+}
+
+fn tables_of<'a>(
+    cluster: &'a Cluster,
+    observed: &'a State,
+) -> impl Iterator<Item = (&'a NodeName, TableId)> {
+    let owner = |gateway: IpAddr| {
+        cluster
+            .nodes
+            .iter()
+            .find(|node| node.tunnel.iter().any(|net| net.addr() == gateway))
+    };
+    observed
+        .routes
+        .iter()
+        .filter_map(move |(key, route)| match route {
+            Route::Via(gateway) if key.dst.prefix_len() == 0 => {
+                owner(*gateway).map(|node| (&node.name, key.table))
+            }
+            _ => None,
+        })
+}
+
+fn marks_of(observed: &State, table: TableId) -> impl Iterator<Item = Mark> {
+    observed
+        .rules
+        .iter()
+        .filter(move |rule| rule.action == RuleAction::Lookup(table))
+        .map(|rule| rule.mark)
+}
