@@ -12,7 +12,10 @@ mod range;
 pub mod state;
 mod types;
 
-pub use alloc::{AllocError, MarkAllocator, TableAllocator};
+pub use alloc::{
+    AllocError, Dice, MarkAllocator, MarkPool, TableAllocator, TablePool, TableRange,
+    TableRangeError, TablesInUse,
+};
 pub use changes::{Changes, Phase, Step};
 pub use datapath::Datapath;
 pub use error::{ApplyError, KernelError};
