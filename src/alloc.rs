@@ -3,6 +3,7 @@
 mod dice;
 mod free_set;
 mod mark_pool;
+mod name_hash;
 mod table_pool;
 mod table_range;
 

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fmt;
 
 use super::free_set::FreeSet;
+use super::name_hash::NameHash;
 use super::{AllocError, MarkAllocator};
 use crate::mark::MarkLayout;
 use crate::types::{Mark, NodeName};
@@ -30,7 +31,7 @@ use crate::types::{Mark, NodeName};
 #[derive(Clone)]
 pub struct MarkPool {
     layout: MarkLayout,
-    nodes: HashMap<NodeName, Mark>,
+    nodes: HashMap<NodeName, Mark, NameHash>,
     /// Free values whose marks stay clear of the bits to avoid.
     clear: FreeSet,
     /// Free values whose marks do not.
@@ -42,7 +43,7 @@ impl MarkPool {
     pub fn new(layout: MarkLayout) -> Self {
         let mut pool = Self {
             layout,
-            nodes: HashMap::new(),
+            nodes: HashMap::default(),
             clear: FreeSet::new(),
             touching: FreeSet::new(),
         };
