@@ -1,5 +1,17 @@
 //! Who hands out marks and routing tables.
 
+mod dice;
+mod free_set;
+mod mark_pool;
+mod name_hash;
+mod table_pool;
+mod table_range;
+
+pub use dice::Dice;
+pub use mark_pool::MarkPool;
+pub use table_pool::{TablePool, TablesInUse};
+pub use table_range::{TableRange, TableRangeError};
+
 use crate::types::{Mark, NodeName, TableId};
 
 /// Gives every gateway node its firewall mark.

@@ -18,7 +18,10 @@ mod sim;
 pub mod state;
 mod types;
 
-pub use alloc::{AllocError, MarkAllocator, TableAllocator};
+pub use alloc::{
+    AllocError, Dice, MarkAllocator, MarkPool, TableAllocator, TablePool, TableRange,
+    TableRangeError, TablesInUse,
+};
 pub use changes::{Changes, Phase, Step};
 pub use cluster::{Cluster, Node, Tunnel};
 pub use datapath::Datapath;

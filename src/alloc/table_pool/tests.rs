@@ -1,0 +1,248 @@
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn node(n: impl fmt::Display) -> NodeName {
+    NodeName::new(format!("node-{n}")).unwrap()
+}
+
+fn table(id: u32) -> TableId {
+    TableId::new(id).unwrap()
+}
+
+fn range(start: u32, count: u32) -> TableRange {
+    TableRange::new(start, count).unwrap()
+}
+
+/// Gives the next answer of a list; the last one for ever.
+struct Answers {
+    list: VecDeque<Result<BTreeSet<u32>, KernelError>>,
+    asked: Arc<AtomicUsize>,
+}
+
+impl TablesInUse for Answers {
+    fn tables_in_use(&mut self) -> Result<BTreeSet<u32>, KernelError> {
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        if self.list.len() > 1 {
+            return self.list.pop_front().unwrap();
+        }
+        self.list.front().cloned().unwrap()
+    }
+}
+
+#[test]
+fn pools_can_move_to_another_thread() {
+    fn send<T: Send + fmt::Debug>(_: &T) {}
+    send(&TablePool::new(TableRange::default()));
+}
+
+#[test]
+fn every_start_reaches_the_only_free_table_in_as_many_looks_as_it_is_away() {
+    let range = TableRange::default();
+    for offset in 0..range.len() {
+        for free in range.iter() {
+            let mut looks = 0;
+            let found = first_free(range, offset, |table| {
+                looks += 1;
+                table == free
+            });
+            assert_eq!(found, Some(free));
+            let away = (free.get() + range.len() - range.start() - offset) % range.len();
+            assert_eq!(looks, away + 1);
+        }
+    }
+}
+
+#[test]
+fn a_full_range_is_looked_at_exactly_once() {
+    for count in 0..=100 {
+        let range = range(3000, count);
+        for offset in 0..range.len() {
+            let mut looked = Vec::new();
+            let found = first_free(range, offset, |table| {
+                looked.push(table);
+                false
+            });
+            assert_eq!(found, None);
+            assert_eq!(looked.len(), count as usize + 1);
+            looked.sort_unstable();
+            assert!(looked.into_iter().eq(range.iter()));
+        }
+    }
+}
+
+#[test]
+fn the_start_is_what_the_dice_say_and_after_the_last_comes_the_first() {
+    for offset in 0..=100 {
+        let rolled = move |sides: u32| {
+            assert_eq!(sides, 101);
+            offset
+        };
+        let mut pool = TablePool::new(TableRange::default()).with_dice(rolled);
+        for n in 0..101 {
+            let expected = table(3000 + (offset + n) % 101);
+            assert_eq!(pool.allocate(&node(n)), Ok(expected));
+        }
+        let full = AllocError::Exhausted {
+            node: node("new"),
+            capacity: 101,
+        };
+        assert_eq!(pool.allocate(&node("new")), Err(full));
+        assert_eq!(
+            pool.release(&node(50)),
+            Ok(table(3000 + (offset + 50) % 101))
+        );
+        assert_eq!(
+            pool.allocate(&node("new")),
+            Ok(table(3000 + (offset + 50) % 101))
+        );
+    }
+}
+
+#[test]
+fn dice_beyond_their_sides_still_lead_into_the_range() {
+    let mut pool = TablePool::new(TableRange::default()).with_dice(|_: u32| u32::MAX);
+    let given = pool.allocate(&node("a")).unwrap();
+    assert!(pool.range().contains(given));
+}
+
+#[test]
+fn the_default_dice_start_in_different_places() {
+    let start = |n: u32| {
+        let mut pool = TablePool::new(TableRange::default());
+        pool.allocate(&node(n)).unwrap()
+    };
+    let starts: BTreeSet<_> = (0..200).map(start).collect();
+    assert!(starts.len() > 50, "{starts:?}");
+}
+
+#[test]
+fn the_kernel_is_asked_once_for_a_new_node_and_not_for_a_known_one() {
+    let asked = Arc::default();
+    let probe = Answers {
+        list: [Ok([3000].into()), Ok([3001].into())].into(),
+        asked: Arc::clone(&asked),
+    };
+    let mut pool = TablePool::with_probe(range(3000, 2), probe).with_dice(|_: u32| 0);
+    assert_eq!(pool.allocate(&node("a")), Ok(table(3001)));
+    assert_eq!(pool.allocate(&node("a")), Ok(table(3001)));
+    assert_eq!(asked.load(Ordering::Relaxed), 1);
+    assert_eq!(
+        pool.allocate(&node("b")),
+        Ok(table(3000)),
+        "the answer is fresh"
+    );
+    assert_eq!(asked.load(Ordering::Relaxed), 2);
+    pool.reserve(&node("c"), table(3002)).unwrap();
+    pool.release(&node("c")).unwrap();
+    assert_eq!(asked.load(Ordering::Relaxed), 2);
+}
+
+#[test]
+fn nothing_is_given_out_when_the_kernel_cannot_be_asked() {
+    let refused = KernelError::refused("ip route show table all", 1);
+    let probe = Answers {
+        list: [Err(refused.clone()), Ok(BTreeSet::new())].into(),
+        asked: Arc::default(),
+    };
+    let mut pool = TablePool::with_probe(TableRange::default(), probe);
+    assert_eq!(pool.allocate(&node("a")), Err(AllocError::Kernel(refused)));
+    assert!(pool.is_empty());
+    assert!(pool.allocate(&node("a")).is_ok());
+}
+
+#[test]
+fn tables_of_an_earlier_run_go_back_to_their_nodes() {
+    let in_use: BTreeSet<u32> = (3000..=3009).collect();
+    let mut pool = TablePool::with_probe(range(3000, 10), in_use);
+    for n in 0..10 {
+        pool.reserve(&node(n), table(3000 + n)).unwrap();
+    }
+    for n in 0..10 {
+        assert_eq!(pool.allocate(&node(n)), Ok(table(3000 + n)));
+    }
+    assert_eq!(pool.allocate(&node("new")), Ok(table(3010)));
+}
+
+#[test]
+fn a_released_table_waits_until_the_kernel_has_it_no_longer() {
+    let probe = Answers {
+        list: [Ok([].into()), Ok([3000].into()), Ok([].into())].into(),
+        asked: Arc::default(),
+    };
+    let mut pool = TablePool::with_probe(range(3000, 0), probe);
+    assert_eq!(pool.allocate(&node("a")), Ok(table(3000)));
+    assert_eq!(pool.release(&node("a")), Ok(table(3000)));
+    let full = AllocError::Exhausted {
+        node: node("b"),
+        capacity: 1,
+    };
+    assert_eq!(pool.allocate(&node("b")), Err(full));
+    assert_eq!(pool.allocate(&node("b")), Ok(table(3000)));
+}
+
+#[test]
+fn refusals_are_typed_and_change_nothing() {
+    let mut pool = TablePool::new(TableRange::default());
+    let (a, b) = (node("a"), node("b"));
+    pool.reserve(&a, table(3000)).unwrap();
+    pool.reserve(&a, table(3000)).unwrap();
+    let taken = AllocError::Taken {
+        id: table(3000),
+        node: b.clone(),
+        holder: a.clone(),
+    };
+    assert_eq!(pool.reserve(&b, table(3000)), Err(taken));
+    let holds = AllocError::Holds {
+        node: a.clone(),
+        held: table(3000),
+        id: table(3001),
+    };
+    assert_eq!(pool.reserve(&a, table(3001)), Err(holds));
+    for id in [2999, 3101, 1, u32::MAX] {
+        let foreign = AllocError::Foreign { id: table(id) };
+        assert_eq!(pool.reserve(&b, table(id)), Err(foreign));
+    }
+    assert!(pool.iter().eq([(&a, table(3000))]));
+
+    assert_eq!(pool.release(&a), Ok(table(3000)));
+    let unknown = AllocError::Unknown { node: a.clone() };
+    assert_eq!(pool.release(&a), Err(unknown));
+    assert_eq!((pool.get(&a), pool.len()), (None, 0));
+}
+
+proptest! {
+    #[test]
+    fn exactly_the_free_tables_are_given_out_in_ring_order(
+        start in prop_oneof![256..4000_u32, u32::MAX - 90..u32::MAX - 40],
+        count in 0..40_u32,
+        offset in any::<u32>(),
+        used in prop::collection::btree_set(0..41_u32, 0..41),
+        reserved in prop::collection::btree_set(0..41_u32, 0..20),
+    ) {
+        let range = range(start, count);
+        let used: BTreeSet<u32> = used.into_iter().map(|n| start + n).collect();
+        let mut pool = TablePool::with_probe(range, used.clone()).with_dice(move |_: u32| offset);
+        let mut blocked = used;
+        for n in reserved.into_iter().filter(|n| *n <= count) {
+            pool.reserve(&node(format_args!("old-{n}")), table(start + n)).unwrap();
+            blocked.insert(start + n);
+        }
+        let first = offset % range.len();
+        let ring = (0..range.len()).map(|n| start + (first + n) % range.len());
+        let free: Vec<_> = ring.filter(|id| !blocked.contains(id)).collect();
+        for (n, id) in free.iter().enumerate() {
+            prop_assert_eq!(pool.allocate(&node(n)), Ok(table(*id)));
+        }
+        let full = AllocError::Exhausted { node: node("new"), capacity: count as usize + 1 };
+        prop_assert_eq!(pool.allocate(&node("new")), Err(full));
+        if let Some(id) = free.last() {
+            prop_assert_eq!(pool.release(&node(free.len() - 1)), Ok(table(*id)));
+            prop_assert_eq!(pool.allocate(&node("new")), Ok(table(*id)));
+        }
+    }
+}
