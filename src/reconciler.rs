@@ -4,12 +4,12 @@ use std::net::IpAddr;
 
 use crate::alloc::{MarkAllocator, MarkPool, TableAllocator, TablePool};
 use crate::changes::Changes;
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, Node};
 use crate::datapath::Datapath;
 use crate::error::{ApplyError, KernelError};
 use crate::plan::{Finding, Plan, PlanError, plan};
 use crate::policy::Policy;
-use crate::state::{Route, RuleAction, State};
+use crate::state::{ChainId, Comment, Data, Route, RuleAction, State, Verdict};
 use crate::types::{Mark, NodeName, TableId};
 
 /// Keeps one network namespace as the policies want it.
@@ -46,6 +46,26 @@ pub enum Error {
     /// The kernel refused a change; those before it were made, in an order in which that is safe.
     #[error(transparent)]
     Apply(#[from] ApplyError),
+}
+
+#[cfg(all(feature = "kernel", target_os = "linux"))]
+impl Reconciler<crate::KernelDatapath> {
+    /// A reconciler of the kernel of the calling thread's network namespace.
+    ///
+    /// Tables are given out from the range, those left out that any rule or route here uses.
+    ///
+    /// # Errors
+    ///
+    /// What is missing: a privilege, or a part of the kernel.
+    pub fn open(marks: crate::MarkLayout, tables: crate::TableRange) -> Result<Self, Error> {
+        let datapath = crate::KernelDatapath::open().map_err(Error::Observe)?;
+        let tables = TablePool::new(tables);
+        Ok(Self::with_allocators(
+            datapath,
+            MarkPool::new(marks),
+            tables,
+        ))
+    }
 }
 
 impl<D: Datapath> Reconciler<D> {
@@ -145,25 +165,65 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
 
 /// Recovers which gateway has which mark and table from what a previous run left in the kernel.
 ///
-/// A rule says which table a mark has, and the table's default route says whose it is. What
-/// cannot be adopted, because the range or the layout has changed, is allocated anew and the old
-/// removed.
+/// The way out to a gateway has the node's name and leads to the chain that sets its mark, and a
+/// rule says which table a mark has. Where the firewall is gone, the table's default route says
+/// whose it is. What cannot be adopted, because the range or the layout has changed, is allocated
+/// anew and the old removed.
 fn adopt(
     cluster: &Cluster,
     observed: &State,
     marks: &mut dyn MarkAllocator,
     tables: &mut dyn TableAllocator,
 ) {
+    let mut found: Vec<(&NodeName, Mark, TableId)> = Vec::new();
+    for (node, mark) in marks_of(cluster, observed) {
+        found.extend(table_of(observed, mark).map(|table| (node, mark, table)));
+    }
     for (node, table) in tables_of(cluster, observed) {
+        let rules = observed.rules.iter();
+        let to = rules.filter(|rule| rule.action == RuleAction::Lookup(table));
+        found.extend(to.map(|rule| (node, rule.mark, table)));
+    }
+    for (node, mark, table) in found {
         if tables.get(node).is_none() {
             let _refused = tables.reserve(node, table);
         }
-        for mark in marks_of(observed, table) {
-            if marks.get(node).is_none() {
-                let _refused = marks.reserve(node, mark);
-            }
+        if marks.get(node).is_none() {
+            let _refused = marks.reserve(node, mark);
         }
     }
+}
+
+fn marks_of<'a>(
+    cluster: &'a Cluster,
+    observed: &'a State,
+) -> impl Iterator<Item = (&'a NodeName, Mark)> {
+    let elements = observed
+        .firewall
+        .iter()
+        .flat_map(|firewall| &firewall.elements);
+    elements.filter_map(|(_, value)| match (value.data, &value.comment) {
+        (Data::Verdict(Verdict::Goto(ChainId::To(mark))), Some(comment)) => {
+            let named = |node: &&Node| Comment::of_name(node.name.as_str()) == *comment;
+            cluster
+                .nodes
+                .iter()
+                .find(named)
+                .map(|node| (&node.name, mark))
+        }
+        _ => None,
+    })
+}
+
+fn table_of(observed: &State, mark: Mark) -> Option<TableId> {
+    observed
+        .rules
+        .iter()
+        .find(|rule| rule.mark == mark)
+        .and_then(|rule| match rule.action {
+            RuleAction::Lookup(table) => Some(table),
+            RuleAction::Unreachable => None,
+        })
 }
 
 fn tables_of<'a>(
@@ -185,12 +245,4 @@ fn tables_of<'a>(
             }
             _ => None,
         })
-}
-
-fn marks_of(observed: &State, table: TableId) -> impl Iterator<Item = Mark> {
-    observed
-        .rules
-        .iter()
-        .filter(move |rule| rule.action == RuleAction::Lookup(table))
-        .map(|rule| rule.mark)
 }

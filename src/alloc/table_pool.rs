@@ -105,6 +105,13 @@ impl TablePool {
     }
 }
 
+impl Default for TablePool {
+    /// A pool of the default range that takes all its tables to be unused by others.
+    fn default() -> Self {
+        Self::new(TableRange::default())
+    }
+}
+
 impl fmt::Debug for TablePool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("TablePool")
