@@ -1,5 +1,7 @@
 //! The kernel backend.
+mod nft;
 mod socket;
+mod wire;
 
 use crate::changes::Changes;
 use crate::datapath::Datapath;
