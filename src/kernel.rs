@@ -1,5 +1,7 @@
 //! The kernel of a network namespace, over netlink.
+mod nft;
 mod socket;
+mod wire;
 
 use std::net::IpAddr;
 
