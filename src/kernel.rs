@@ -1,4 +1,13 @@
 //! The kernel backend.
+mod address;
+mod fdb;
+mod link;
+mod link_change;
+mod neighbour;
+mod route;
+mod route_socket;
+mod rtnl;
+mod rule;
 mod socket;
 
 use crate::changes::Changes;
