@@ -59,7 +59,8 @@ impl Reconciler<crate::KernelDatapath> {
     /// What is missing: a privilege, or a part of the kernel.
     pub fn open(marks: crate::MarkLayout, tables: crate::TableRange) -> Result<Self, Error> {
         let datapath = crate::KernelDatapath::open().map_err(Error::Observe)?;
-        let tables = TablePool::new(tables);
+        let in_use = crate::KernelTables::open().map_err(Error::Observe)?;
+        let tables = TablePool::with_probe(tables, in_use);
         Ok(Self::with_allocators(datapath, MarkPool::new(marks), tables))
     }
 }
