@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use crate::changes::{Changes, Phase, Step};
 use crate::cluster::Tunnel;
 use crate::op::Op;
-use crate::range::IpRange;
 use crate::state::{Firewall, Key, NftRule, Route, Set, State, Stmt, Stray};
 
 impl Changes {
@@ -78,7 +77,16 @@ fn changes<'a, K: Ord, V: PartialEq>(
 }
 
 fn rtnetlink(observed: &State, desired: &State, steps: &mut Steps) {
-    let mut observed = observed.clone();
+    let mut observed = State {
+        link: observed.link.clone(),
+        addresses: observed.addresses.clone(),
+        fdb: observed.fdb.clone(),
+        neighbours: observed.neighbours.clone(),
+        routes: observed.routes.clone(),
+        rules: observed.rules.clone(),
+        // A million elements may be in it, and none is looked at here.
+        firewall: None,
+    };
     link(&mut observed, desired, steps);
     let new = desired.link.as_ref().map(|link| link.name.clone());
     let old = observed.link.as_ref().map(|link| link.name.clone()).or_else(|| new.clone());
@@ -220,7 +228,9 @@ fn firewall(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
         // Sets that go take their elements along.
         Change::Removed(key, _) if !desired.sets.contains(&key.set()) => {}
         Change::Removed(key, value) => {
-            let phase = if overlapped(key, desired) { filled_in(key) } else { emptied_in(key) };
+            // The kernel refuses overlapping ranges: one that goes and one that stays or comes
+            // in its place cannot be there at once.
+            let phase = if desired.overlapping(key).is_some() { filled_in(key) } else { emptied_in(key) };
             steps.add(phase, Op::DeleteElement(*key, value.clone()));
         }
     });
@@ -256,24 +266,6 @@ fn rank(op: &Op) -> u8 {
         Op::AddElement(..) => 6,
         Op::DeleteChain(_) | Op::DeleteStray(Stray::Chain(_)) => 7,
         _ => 8,
-    }
-}
-
-/// Whether a range that goes shares addresses with one that stays or comes.
-///
-/// The kernel refuses overlapping ranges, so the two cannot be there at once.
-fn overlapped(key: &Key, desired: &Firewall) -> bool {
-    let (range, make): (_, fn(IpRange) -> Key) = match key {
-        Key::Excluded(range) => (range, Key::Excluded),
-        Key::SourceNet(range) => (range, Key::SourceNet),
-        _ => return false,
-    };
-    let end = IpRange::from_to_end(range.last());
-    match desired.elements.range(..=make(end)).next_back() {
-        Some((Key::Excluded(other) | Key::SourceNet(other), _)) => {
-            make(*other).set() == key.set() && other.last() >= range.first()
-        }
-        _ => false,
     }
 }
 
