@@ -97,11 +97,7 @@ impl Datapath for Sim {
             applied += made;
             if !refused.is_empty() {
                 let skipped = changes.len() - applied - refused.len();
-                return Err(ApplyError {
-                    applied,
-                    refused,
-                    skipped,
-                });
+                return Err(ApplyError { applied, refused, skipped });
             }
         }
         Ok(())
@@ -125,11 +121,7 @@ fn make(state: &mut State, op: &Op) -> Result<(), Errno> {
 
 fn rtnetlink(state: &mut State, op: &Op) -> Result<(), Errno> {
     let has = |device: &DeviceName| {
-        state
-            .link
-            .as_ref()
-            .filter(|link| link.name == *device)
-            .ok_or(errno::ENODEV)
+        state.link.as_ref().filter(|link| link.name == *device).ok_or(errno::ENODEV)
     };
     match op {
         Op::AddLink(link) => {
@@ -217,23 +209,14 @@ fn rtnetlink(state: &mut State, op: &Op) -> Result<(), Errno> {
 /// Routes and neighbours do not outlive the device, nor do they come back when it is up again.
 fn gone_with_device(state: &mut State) {
     state.neighbours.clear();
-    state
-        .routes
-        .retain(|_, route| !matches!(route, Route::Via(_)));
+    state.routes.retain(|_, route| !matches!(route, Route::Via(_)));
 }
 
 fn nft(firewall: &mut Firewall, op: &Op) -> Result<(), Errno> {
     match op {
-        Op::AddSet(set) => firewall
-            .sets
-            .insert(*set)
-            .then_some(())
-            .ok_or(errno::EEXIST),
+        Op::AddSet(set) => firewall.sets.insert(*set).then_some(()).ok_or(errno::EEXIST),
         Op::DeleteSet(set) => {
-            if firewall
-                .chains
-                .values()
-                .any(|(_, rules)| rules.iter().any(|rule| names(rule, *set)))
+            if firewall.chains.values().any(|(_, rules)| rules.iter().any(|rule| names(rule, *set)))
             {
                 return Err(errno::EBUSY);
             }
@@ -273,34 +256,16 @@ fn nft(firewall: &mut Firewall, op: &Op) -> Result<(), Errno> {
                     return Err(errno::ENOENT);
                 }
             }
-            if clashes(firewall, key) {
+            if firewall.elements.contains_key(key) || firewall.overlapping(key).is_some() {
                 return Err(errno::EEXIST);
             }
             firewall.elements.insert(*key, value.clone());
             Ok(())
         }
         Op::DeleteElement(key, _) => firewall.elements.remove(key).map(drop).ok_or(errno::ENOENT),
-        Op::DeleteStray(stray) => firewall
-            .strays
-            .remove(stray)
-            .then_some(())
-            .ok_or(errno::ENOENT),
+        Op::DeleteStray(stray) => firewall.strays.remove(stray).then_some(()).ok_or(errno::ENOENT),
         _ => Err(errno::EINVAL),
     }
-}
-
-/// Whether the key is there already, or a range that shares addresses with it.
-fn clashes(firewall: &Firewall, key: &Key) -> bool {
-    firewall.elements.contains_key(key)
-        || firewall.elements.keys().any(|other| match (key, other) {
-            (Key::Excluded(one), Key::Excluded(two))
-            | (Key::SourceNet(one), Key::SourceNet(two)) => {
-                one.family() == two.family()
-                    && one.first() <= two.last()
-                    && two.first() <= one.last()
-            }
-            _ => false,
-        })
 }
 
 fn goes_to(firewall: &Firewall, chain: ChainId) -> bool {
@@ -331,9 +296,7 @@ fn set_of(statement: &Stmt) -> Option<Set> {
 }
 
 fn names(rule: &NftRule, set: Set) -> bool {
-    rule.0
-        .iter()
-        .any(|statement| set_of(statement) == Some(set))
+    rule.0.iter().any(|statement| set_of(statement) == Some(set))
 }
 
 fn refers_well(firewall: &Firewall, rule: &NftRule) -> bool {
