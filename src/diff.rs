@@ -230,7 +230,8 @@ fn firewall(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
         Change::Removed(key, value) => {
             // The kernel refuses overlapping ranges: one that goes and one that stays or comes
             // in its place cannot be there at once.
-            let phase = if desired.overlapping(key).is_some() { filled_in(key) } else { emptied_in(key) };
+            let phase =
+                if desired.overlapping(key).is_some() { filled_in(key) } else { emptied_in(key) };
             steps.add(phase, Op::DeleteElement(*key, value.clone()));
         }
     });

@@ -66,11 +66,7 @@ impl Echo {
             // A server that fails stops to answer, and the probes say so.
             move || drop(sockets.serve(&seen, &stop))
         });
-        Ok(Self {
-            seen,
-            stop,
-            thread: Some(thread),
-        })
+        Ok(Self { seen, stop, thread: Some(thread) })
     }
 
     /// The sources of all packets since the last call.
@@ -106,11 +102,8 @@ impl Sockets {
                 Some(protocol),
             )
         };
-        let mut sockets = Self {
-            taps: vec![tap(eth::IP)?, tap(eth::IPV6)?],
-            udp: Vec::new(),
-            tcp: Vec::new(),
-        };
+        let mut sockets =
+            Self { taps: vec![tap(eth::IP)?, tap(eth::IPV6)?], udp: Vec::new(), tcp: Vec::new() };
         for address in addresses {
             let udp = UdpSocket::bind((*address, PORT))?;
             udp.set_nonblocking(true)?;

@@ -34,19 +34,13 @@ pub(crate) type Pair = [IpAddr; 2];
 const fn pair(v4: [u8; 4], v6: [u16; 8]) -> Pair {
     let [a, b, c, d] = v4;
     let [s, t, u, v, w, x, y, z] = v6;
-    [
-        IpAddr::V4(Ipv4Addr::new(a, b, c, d)),
-        IpAddr::V6(Ipv6Addr::new(s, t, u, v, w, x, y, z)),
-    ]
+    [IpAddr::V4(Ipv4Addr::new(a, b, c, d)), IpAddr::V6(Ipv6Addr::new(s, t, u, v, w, x, y, z))]
 }
 
 const fn outside(last: u8) -> Pair {
     // Written alike in both families: .20 and ::20.
     let digits = (last / 100) as u16 * 0x100 + (last / 10 % 10) as u16 * 0x10 + (last % 10) as u16;
-    pair(
-        [198, 51, 100, last],
-        [0x2001, 0xdb8, 0x51, 0, 0, 0, 0, digits],
-    )
+    pair([198, 51, 100, last], [0x2001, 0xdb8, 0x51, 0, 0, 0, 0, digits])
 }
 
 const fn inside(node: u8, last: u8) -> Pair {
@@ -55,17 +49,11 @@ const fn inside(node: u8, last: u8) -> Pair {
 }
 
 const fn underlay(node: u8) -> Pair {
-    pair(
-        [10, 10, 0, 10 + node],
-        [0xfd10, 0, 0, 0, 0, 0, 0, 0x10 + node as u16],
-    )
+    pair([10, 10, 0, 10 + node], [0xfd10, 0, 0, 0, 0, 0, 0, 0x10 + node as u16])
 }
 
 const fn tunnel(node: u8) -> Pair {
-    pair(
-        [172, 31, 0, 10 + node],
-        [0xfd11, 0, 0, 0, 0, 0, 0, 0x10 + node as u16],
-    )
+    pair([172, 31, 0, 10 + node], [0xfd11, 0, 0, 0, 0, 0, 0, 0x10 + node as u16])
 }
 
 /// The server's first address.
@@ -190,16 +178,7 @@ impl Lab {
 impl Host {
     fn new(name: &'static str, number: u8, router: &Netns) -> io::Result<Self> {
         let netns = forwarding()?;
-        plug(
-            router,
-            u32::from(number),
-            UPLINK,
-            &netns,
-            Device {
-                name: "eth0",
-                index: UPLINK,
-            },
-        )?;
+        plug(router, u32::from(number), UPLINK, &netns, Device { name: "eth0", index: UPLINK })?;
         netns.link(|link| {
             for (ip, length) in underlay(number).into_iter().zip(PREFIX) {
                 link.address(UPLINK, net(ip, length), Preference::Usual)?;
@@ -215,19 +194,12 @@ impl Host {
             }
             Ok(())
         })?;
-        Ok(Self {
-            name,
-            netns,
-            number,
-        })
+        Ok(Self { name, netns, number })
     }
 
     /// Gives the node a second way out, and an egress IP to answer for.
     fn attach_outside(&self, router: &Netns, eip: Pair) -> io::Result<()> {
-        let uplink = Device {
-            name: "eth1",
-            index: OUTSIDE,
-        };
+        let uplink = Device { name: "eth1", index: OUTSIDE };
         plug(router, u32::from(self.number), OUTSIDE, &self.netns, uplink)?;
         self.netns.link(|link| {
             for (ip, length) in outside(10 + self.number).into_iter().zip(PREFIX) {
@@ -244,10 +216,7 @@ impl Host {
         let pod = quiet()?;
         let index = FIRST_POD + u32::from(last);
         let name = format!("pod{last}");
-        let eth0 = Device {
-            name: "eth0",
-            index: UPLINK,
-        };
+        let eth0 = Device { name: "eth0", index: UPLINK };
         let (addresses, gateways) = (inside(self.number, last), inside(self.number, 1));
         self.netns.link(|link| {
             link.veth(Device { name: &name, index }, None, eth0, pod.as_fd())?;
@@ -273,10 +242,9 @@ impl Host {
 fn router() -> io::Result<Netns> {
     let router = forwarding()?;
     router.link(|link| {
-        for (name, index, addresses) in [
-            ("underlay", UPLINK, underlay_router()),
-            ("outside", OUTSIDE, outside(1)),
-        ] {
+        for (name, index, addresses) in
+            [("underlay", UPLINK, underlay_router()), ("outside", OUTSIDE, outside(1))]
+        {
             link.bridge(Device { name, index })?;
             for (ip, length) in addresses.into_iter().zip(PREFIX) {
                 link.address(index, net(ip, length), Preference::Usual)?;
@@ -295,21 +263,11 @@ fn router() -> io::Result<Netns> {
 
 fn server(router: &Netns) -> io::Result<Netns> {
     let server = quiet()?;
-    plug(
-        router,
-        0,
-        OUTSIDE,
-        &server,
-        Device {
-            name: "eth0",
-            index: UPLINK,
-        },
-    )?;
+    plug(router, 0, OUTSIDE, &server, Device { name: "eth0", index: UPLINK })?;
     server.link(|link| {
-        for (addresses, preference) in [
-            (SERVER, Preference::Usual),
-            (OTHER_SERVER, Preference::Deprecated),
-        ] {
+        for (addresses, preference) in
+            [(SERVER, Preference::Usual), (OTHER_SERVER, Preference::Deprecated)]
+        {
             for (ip, length) in addresses.into_iter().zip(PREFIX) {
                 link.address(UPLINK, net(ip, length), preference)?;
             }

@@ -30,8 +30,7 @@ impl Netns {
             let rtnl = Mutex::new(rtnl);
             Ok(Self { fd, rtnl })
         });
-        made.join()
-            .unwrap_or_else(|panicked| panic::resume_unwind(panicked))
+        made.join().unwrap_or_else(|panicked| panic::resume_unwind(panicked))
     }
 
     /// Does something in the namespace; sockets opened there stay there.
@@ -41,9 +40,7 @@ impl Netns {
                 move_into_link_name_space(self.fd.as_fd(), Some(LinkNameSpaceType::Network))?;
                 Ok(work())
             });
-            inside
-                .join()
-                .unwrap_or_else(|panicked| panic::resume_unwind(panicked))
+            inside.join().unwrap_or_else(|panicked| panic::resume_unwind(panicked))
         })
     }
 

@@ -56,10 +56,7 @@ impl Rtnl {
         socket.connect(&SocketAddr::new(0, 0))?;
         // The kernel has answered before `send` returns.
         socket.set_non_blocking(true)?;
-        Ok(Self {
-            socket,
-            sequence: 0,
-        })
+        Ok(Self { socket, sequence: 0 })
     }
 
     /// Brings a device up.
@@ -97,8 +94,7 @@ impl Rtnl {
         let namespace = LinkAttribute::NetNsFd(namespace.as_raw_fd());
         peer.attributes.push(namespace);
         let mut link = named(here);
-        link.attributes
-            .extend(bridge.map(LinkAttribute::Controller));
+        link.attributes.extend(bridge.map(LinkAttribute::Controller));
         link.attributes.push(LinkAttribute::LinkInfo(vec![
             LinkInfo::Kind(InfoKind::Veth),
             LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(peer))),
@@ -125,9 +121,7 @@ impl Rtnl {
         if preference == Preference::Deprecated {
             let mut lifetime = CacheInfo::default();
             lifetime.ifa_valid = u32::MAX;
-            message
-                .attributes
-                .push(AddressAttribute::CacheInfo(lifetime));
+            message.attributes.push(AddressAttribute::CacheInfo(lifetime));
         }
         self.request(RouteNetlinkMessage::NewAddress(message), CREATE)
     }

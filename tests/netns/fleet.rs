@@ -30,10 +30,7 @@ pub(crate) fn lab() -> Result<Option<Lab>> {
 
 /// Whether a program is there that a test needs as foreign software or as a second opinion.
 pub(crate) fn have(program: &str) -> Result<bool> {
-    let tried = Command::new(program)
-        .arg("-V")
-        .stdout(Stdio::null())
-        .status();
+    let tried = Command::new(program).arg("-V").stdout(Stdio::null()).status();
     match tried {
         Ok(_) => Ok(true),
         Err(error) if env::var_os("EGRESS_REQUIRE_NETNS").is_none_or(|value| value != "1") => {
@@ -108,6 +105,17 @@ impl Fleet {
         Ok(reports)
     }
 
+    /// Makes one node right.
+    pub(crate) fn apply_to(&mut self, name: &str, policies: &[EgressPolicy]) -> Result {
+        for (cluster, reconciler) in &mut self.nodes {
+            if cluster.node.as_str() == name {
+                reconciler.reconcile(cluster, policies)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes everything of ours from every node.
     pub(crate) fn remove(&mut self) -> Result {
         for (cluster, reconciler) in &mut self.nodes {
             let report = reconciler.remove();
@@ -119,9 +127,7 @@ impl Fleet {
 
 /// A reconciler of a node's namespace.
 pub(crate) fn open(host: &Host, marks: MarkLayout) -> Result<Reconciler<KernelDatapath>> {
-    Ok(host
-        .netns
-        .run(|| Reconciler::open(marks, TableRange::default()))??)
+    Ok(host.netns.run(|| Reconciler::open(marks, TableRange::default()))??)
 }
 
 /// A policy for everything external.
@@ -190,9 +196,5 @@ pub(crate) fn check(expectations: &[Expect<'_>]) {
 
 /// All sources that have come to the server since the last call, of one address or another.
 pub(crate) fn sources(lab: &Lab) -> BTreeSet<IpAddr> {
-    lab.outside
-        .take_seen()
-        .into_iter()
-        .map(|(source, _)| source)
-        .collect()
+    lab.outside.take_seen().into_iter().map(|(source, _)| source).collect()
 }
