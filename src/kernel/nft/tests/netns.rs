@@ -11,7 +11,7 @@ use crate::kernel::socket::Socket;
 ///
 /// Without the privilege it says so on standard error and passes, unless
 /// `EGRESS_REQUIRE_NETNS=1`.
-pub(super) fn in_netns(test: impl FnOnce(&mut Socket) + Send + 'static) {
+pub(in super::super) fn in_netns(test: impl FnOnce(&mut Socket) + Send + 'static) {
     let run = move || {
         // Only the namespace changes, and only that of this thread, which ends with the test.
         #[allow(
