@@ -26,7 +26,6 @@ pub(crate) mod flag {
 }
 
 /// Message types of netlink itself.
-pub(crate) const NLMSG_NOOP: u16 = 1;
 pub(crate) const NLMSG_ERROR: u16 = 2;
 pub(crate) const NLMSG_DONE: u16 = 3;
 
