@@ -5,6 +5,8 @@ use crate::state::{Datum, Direction, NftRule, Set, Stmt};
 use crate::types::Family;
 
 mod recognise;
+#[cfg(test)]
+mod tests;
 
 pub(super) use recognise::recognise;
 
@@ -201,11 +203,7 @@ fn body(statement: &Stmt) -> Vec<Expr> {
             };
             vec![connection(ct::DIRECTION), is(vec![number])]
         }
-        Stmt::CtState(states) => vec![
-            connection(ct::STATE),
-            masked(*states),
-            cmp(false, host(0)),
-        ],
+        Stmt::CtState(states) => vec![connection(ct::STATE), masked(*states), cmp(false, host(0))],
         Stmt::NotTranslated => vec![connection(ct::STATUS), masked(SOURCE_NAT), is(host(0))],
         Stmt::UdpPort(port) => vec![
             load(meta::L4PROTO),
@@ -260,7 +258,7 @@ fn body(statement: &Stmt) -> Vec<Expr> {
         Stmt::Counter => vec![Expr::Counter],
         Stmt::Drop => vec![end(verdict::DROP)],
         Stmt::Return => vec![end(verdict::RETURN)],
-        Stmt::Goto(chain) => vec![Expr::Immediate(Verdict::goto(chain))],
+        Stmt::Goto(chain) => vec![Expr::Immediate(Verdict::goto(*chain))],
         Stmt::Unknown(hash) => vec![Expr::Other(*hash)],
     }
 }

@@ -14,8 +14,8 @@ pub(in super::super) fn recognise(exprs: &[Expr]) -> NftRule {
     let mut statements = Vec::new();
     let mut rest = exprs;
     while let Some(first) = rest.first() {
-        let (statement, length) = next(rest, &mut family)
-            .unwrap_or_else(|| (Stmt::Unknown(first.hash()), 1));
+        let (statement, length) =
+            next(rest, &mut family).unwrap_or_else(|| (Stmt::Unknown(first.hash()), 1));
         statements.push(statement);
         rest = rest.get(length..).unwrap_or_default();
     }
@@ -147,7 +147,12 @@ fn guess_address(offset: u32, rest: &[Expr]) -> Option<Stmt> {
             Set::Destination(family, length) => Some(Stmt::TagByDestination(family, length)),
             _ => None,
         },
-        [Expr::Lookup { set, dreg, invert, .. }, ..] => {
+        [
+            Expr::Lookup {
+                set, dreg, invert, ..
+            },
+            ..,
+        ] => {
             let set = Set::from_name(set)?;
             let is_source = offset == 12 || offset == 8;
             Some(match (is_source, dreg.is_some(), invert) {

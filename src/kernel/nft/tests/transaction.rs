@@ -63,7 +63,11 @@ fn a_refused_operation_is_named_and_nothing_is_done() {
 #[test]
 fn a_value_changes_by_deleting_and_adding_its_key() {
     in_netns(|socket| {
-        commit(socket, &[Op::AddTable, Op::AddSet(Set::Any(V4)), add(1), add(2)]).unwrap();
+        commit(
+            socket,
+            &[Op::AddTable, Op::AddSet(Set::Any(V4)), add(1), add(2)],
+        )
+        .unwrap();
         let (key, value) = any(1, 77);
         commit(socket, &[delete(1), Op::AddElement(key, value.clone())]).unwrap();
         let found = observe(socket).unwrap().unwrap();
@@ -78,7 +82,10 @@ fn each_operation_of_a_large_transaction_can_be_the_one_that_is_named() {
         let mut ops = sample::ops();
         let good = ops.len();
         for at in [0, 1, 5, 30, good] {
-            ops.insert(at, Op::AddElement(Key::Peer([9, 9, 9, 9].into()), Value::plain(Data::None)));
+            ops.insert(
+                at,
+                Op::AddElement(Key::Peer([9, 9, 9, 9].into()), Value::plain(Data::None)),
+            );
             ops.insert(at, Op::DeleteSet(Set::Destination(V4, 7)));
             let refused = commit(socket, &ops).unwrap_err();
             assert_eq!(refused[0].0, at, "{refused:?}");
@@ -105,7 +112,9 @@ fn other_writers_delay_but_do_not_stop_us() {
                 let mut commits = 0;
                 while !stopped.load(Ordering::Relaxed) && commits < 1000 {
                     for verb in ["add", "delete"] {
-                        let done = Command::new("nft").args([verb, "table", "inet", "x"]).status();
+                        let done = Command::new("nft")
+                            .args([verb, "table", "inet", "x"])
+                            .status();
                         commits += u32::from(done.is_ok_and(|status| status.success()));
                     }
                 }
