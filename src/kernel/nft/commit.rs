@@ -2,8 +2,6 @@
 
 use std::io;
 
-use rustix::net::sockopt;
-
 use super::batch::{Batch, build};
 use super::{generation, position};
 use crate::error::{KernelError, errno};
@@ -93,10 +91,7 @@ impl Whole {
 fn reserve(socket: &Socket, length: usize) {
     if length > SMALL {
         let wanted = length.saturating_add(SLACK);
-        if sockopt::set_socket_send_buffer_size_force(socket, wanted).is_err() {
-            // Without the privilege the kernel grants what net.core.wmem_max allows.
-            let _ = sockopt::set_socket_send_buffer_size(socket, wanted);
-        }
+        socket.reserve(wanted);
     }
 }
 

@@ -82,8 +82,8 @@ impl Reader<'_> {
         let mut firewall = Firewall::default();
         self.chains(&mut firewall)?;
         self.rules(&mut firewall)?;
-        for set in self.sets(&mut firewall)? {
-            self.elements(set, &mut firewall)?;
+        for (set, count) in self.sets(&mut firewall)? {
+            self.elements(set, count, &mut firewall)?;
         }
         Ok(Some(firewall))
     }
@@ -135,7 +135,8 @@ impl Reader<'_> {
         self.ask(&request, |writer| writer.string(1, NFT_TABLE), take)
     }
 
-    fn sets(&mut self, firewall: &mut Firewall) -> Result<Vec<Set>, KernelError> {
+    fn sets(&mut self, firewall: &mut Firewall) -> Result<BTreeMap<Set, usize>, KernelError> {
+        let mut counts = BTreeMap::new();
         let request = Request {
             text: "nft list sets inet",
             kind: kind::GETSET,
@@ -149,6 +150,8 @@ impl Reader<'_> {
             match found.ours() {
                 Some(set) => {
                     firewall.sets.insert(set);
+                    let count = found.count.and_then(|count| usize::try_from(count).ok());
+                    counts.insert(set, count.unwrap_or(0));
                 }
                 // A rule that we do not know brought it and takes it away.
                 None if found.is_anonymous() => {}
@@ -159,13 +162,23 @@ impl Reader<'_> {
             Ok(())
         };
         self.ask(&request, |writer| writer.string(1, NFT_TABLE), take)?;
-        Ok(firewall.sets.iter().copied().collect())
+        Ok(counts)
     }
 
-    fn elements(&mut self, set: Set, firewall: &mut Firewall) -> Result<(), KernelError> {
+    /// Reads the elements of a set that has at least so many.
+    fn elements(
+        &mut self,
+        set: Set,
+        least: usize,
+        firewall: &mut Firewall,
+    ) -> Result<(), KernelError> {
         let mut pause = Duration::from_millis(1);
         while pause < LONGEST_PAUSE {
             match self.list(set)? {
+                // Of ranges the kernel counts both ends.
+                List::Elements(elements) if !set.is_interval() && elements.len() < least => {
+                    std::thread::sleep(pause);
+                }
                 List::Elements(elements) => {
                     firewall.elements.extend(elements);
                     return Ok(());
@@ -182,7 +195,7 @@ impl Reader<'_> {
         }
         Err(KernelError::answer(
             format!("nft list set inet {NFT_TABLE} {set}"),
-            "the kernel lists elements twice, so that others may be missing",
+            "the kernel keeps listing some elements twice and others not at all",
         ))
     }
 
