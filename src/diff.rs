@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::changes::{Changes, Phase, Step};
 use crate::cluster::Tunnel;
 use crate::op::Op;
-use crate::state::{Firewall, Key, NftRule, Route, Set, State, Stmt, Stray};
+use crate::state::{ChainId, Firewall, Key, NftRule, Route, Set, State, Stmt, Stray};
 
 impl Changes {
     /// The operations that turn what is there into what is wanted.
@@ -205,9 +205,11 @@ fn routes(observed: &State, desired: &State, steps: &mut Steps) {
 }
 
 fn firewall(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
-    // A set of ours with a foreign shape cannot be changed, and our rules hold on to it.
-    let misshapen =
-        |stray: &Stray| matches!(stray, Stray::Set(name) if Set::from_name(name).is_some());
+    // What has a name of ours and another shape cannot be changed, and our rules hold on to it.
+    let misshapen = |stray: &Stray| match stray {
+        Stray::Set(name) => Set::from_name(name).is_some(),
+        Stray::Chain(name) => ChainId::from_name(name).is_some(),
+    };
     if observed.strays.iter().any(misshapen) {
         steps.add(Phase::Skeleton, Op::DeleteTable);
         steps.add(Phase::Skeleton, Op::AddTable);
@@ -230,8 +232,7 @@ fn firewall(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
         Change::Removed(key, value) => {
             // The kernel refuses overlapping ranges: one that goes and one that stays or comes
             // in its place cannot be there at once.
-            let phase =
-                if desired.overlapping(key).is_some() { filled_in(key) } else { emptied_in(key) };
+            let phase = if desired.overlapping(key).is_some() { filled_in(key) } else { emptied_in(key) };
             steps.add(phase, Op::DeleteElement(*key, value.clone()));
         }
     });

@@ -6,7 +6,7 @@ use crate::changes::{Changes, Step};
 use crate::datapath::Datapath;
 use crate::error::{ApplyError, KernelError, errno};
 use crate::op::Op;
-use crate::state::{ChainId, Data, Firewall, Key, NftRule, Route, Set, State, Stmt, Verdict};
+use crate::state::{ChainId, Data, Firewall, NftRule, Route, Set, State, Stmt, Verdict};
 use crate::types::DeviceName;
 
 /// A [`Datapath`] in memory that refuses what the kernel refuses.

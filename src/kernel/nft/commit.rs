@@ -2,8 +2,6 @@
 
 use std::io;
 
-use rustix::net::sockopt;
-
 use super::batch::{Batch, build};
 use super::{generation, position};
 use crate::error::{KernelError, errno};
@@ -39,9 +37,10 @@ pub(in super::super) fn commit(socket: &mut Socket, ops: &[Op]) -> Result<(), Re
     let count = ops.iter().filter(|op| op.is_nft()).count();
     let whole = Whole { first, count };
     let Some(mut batch) = build(ops, &mut || socket.next_sequence()) else {
-        return Err(
-            whole.of(KernelError::answer(whole.text(), "an operation is too large for a message"))
-        );
+        return Err(whole.of(KernelError::answer(
+            whole.text(),
+            "an operation is too large for a message",
+        )));
     };
     reserve(socket, batch.datagram(0).len());
     for _ in 0..ATTEMPTS {
@@ -92,10 +91,7 @@ impl Whole {
 fn reserve(socket: &Socket, length: usize) {
     if length > SMALL {
         let wanted = length.saturating_add(SLACK);
-        if sockopt::set_socket_send_buffer_size_force(socket, wanted).is_err() {
-            // Without the privilege the kernel grants what net.core.wmem_max allows.
-            let _ = sockopt::set_socket_send_buffer_size(socket, wanted);
-        }
+        socket.reserve(wanted);
     }
 }
 
@@ -138,7 +134,11 @@ fn attempt(
         refused.dedup_by_key(|(index, _)| *index);
         return Err(refused);
     }
-    if made { Ok(Outcome::Made) } else { Err(whole.of(KernelError::answer(whole.text(), UNKNOWN))) }
+    if made {
+        Ok(Outcome::Made)
+    } else {
+        Err(whole.of(KernelError::answer(whole.text(), UNKNOWN)))
+    }
 }
 
 fn refusal(
@@ -154,4 +154,46 @@ fn refusal(
         None => (whole.first, KernelError::refused(whole.text(), ack.errno)),
     };
     (index, error.with_words(ack.words))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::nft::{observe, tests::netns::in_netns};
+    use crate::state::Firewall;
+
+    #[test]
+    fn a_transaction_for_another_generation_does_nothing() {
+        in_netns(|socket| {
+            let ops = [Op::AddTable];
+            let whole = Whole { first: 0, count: 1 };
+            let mut batch = build(&ops, &mut || socket.next_sequence()).unwrap();
+            let current = generation(socket).unwrap();
+            let outcome = attempt(socket, &ops, whole, &mut batch, current + 1);
+            assert!(matches!(outcome, Ok(Outcome::Outdated)));
+            assert_eq!(observe(socket), Ok(None));
+            let outcome = attempt(socket, &ops, whole, &mut batch, current);
+            assert!(matches!(outcome, Ok(Outcome::Made)));
+            assert_eq!(observe(socket), Ok(Some(Firewall::default())));
+            assert_eq!(generation(socket), Ok(current + 1));
+        });
+    }
+
+    #[test]
+    fn a_transaction_without_privilege_is_refused_as_a_whole() {
+        in_netns(|socket| {
+            use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
+            let mut ours = capabilities(None).unwrap();
+            ours.effective.remove(CapabilitySet::NET_ADMIN);
+            set_capabilities(None, ours).unwrap();
+            // The kernel asks for the privilege of who opened the socket, too.
+            let mut bare = crate::kernel::nft::open().unwrap();
+            let refused = commit(&mut bare, &[Op::AddTable]).unwrap_err();
+            assert_eq!(refused.len(), 1);
+            assert!(refused[0].1.is_denied(), "{refused:?}");
+            assert!(refused[0].1.remedy().is_some());
+            assert!(observe(&mut bare).unwrap_err().is_denied());
+            assert_eq!(observe(socket).unwrap_err().errno(), Some(errno::EPERM));
+        });
+    }
 }

@@ -48,7 +48,10 @@ impl Shape {
             flags: if set.is_interval() { INTERVAL } else { 0 }
                 | if data.is_some() { MAP } else { 0 },
             // Six bits a part, the first one highest.
-            key_type: set.key().iter().fold(0, |sum, part| sum << 6 | type_of(*part)),
+            key_type: set
+                .key()
+                .iter()
+                .fold(0, |sum, part| sum << 6 | type_of(*part)),
             key_len: u32::try_from(key_len).unwrap_or(u32::MAX),
             data_type: data.map_or(0, type_of),
             data_len: data.map_or(0, |data| u32::try_from(data.len()).unwrap_or(u32::MAX)),
@@ -102,6 +105,8 @@ fn note(kind: u8, value: u8) -> Vec<u8> {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Found {
     pub(super) name: String,
+    /// Number of elements, where the kernel says it.
+    pub(super) count: Option<u32>,
     shape: Shape,
 }
 
@@ -120,7 +125,7 @@ impl Found {
 
 /// Reads a listed set; `None` if it is in another table.
 pub(super) fn read(attributes: Attributes<'_>) -> Result<Option<Found>, Malformed> {
-    let (mut table, mut name, mut shape) = ("", None, Shape::default());
+    let (mut table, mut name, mut count, mut shape) = ("", None, None, Shape::default());
     for attribute in attributes {
         let attribute = attribute?;
         match attribute.kind {
@@ -131,6 +136,7 @@ pub(super) fn read(attributes: Attributes<'_>) -> Result<Option<Found>, Malforme
             5 => shape.key_len = attribute.be32()?,
             6 => shape.data_type = attribute.be32()?,
             7 => shape.data_len = attribute.be32()?,
+            20 => count = Some(attribute.be32()?),
             _ => {}
         }
     }
@@ -139,7 +145,7 @@ pub(super) fn read(attributes: Attributes<'_>) -> Result<Option<Found>, Malforme
         shape.data_len = 0;
     }
     let name = name.ok_or(Malformed("a set has no name"))?.to_owned();
-    Ok((table == NFT_TABLE).then_some(Found { name, shape }))
+    Ok((table == NFT_TABLE).then_some(Found { name, count, shape }))
 }
 
 #[cfg(test)]

@@ -5,6 +5,8 @@ use crate::state::{Datum, Direction, NftRule, Set, Stmt};
 use crate::types::Family;
 
 mod recognise;
+#[cfg(test)]
+mod tests;
 
 pub(super) use recognise::recognise;
 
@@ -35,7 +37,11 @@ const fn nfproto(family: Family) -> u8 {
 
 /// The family of a set's keys.
 fn family_of(set: Set) -> Family {
-    if set.key().first() == Some(&Datum::Ipv6) { Family::V6 } else { Family::V4 }
+    if set.key().first() == Some(&Datum::Ipv6) {
+        Family::V6
+    } else {
+        Family::V4
+    }
 }
 
 fn needs(statement: &Stmt) -> Needs {
@@ -79,11 +85,18 @@ const fn load(key: u32) -> Expr {
 }
 
 const fn set_tag() -> Expr {
-    Expr::MetaSet { key: meta::PRIORITY, sreg: reg::R1 }
+    Expr::MetaSet {
+        key: meta::PRIORITY,
+        sreg: reg::R1,
+    }
 }
 
 const fn cmp(equal: bool, data: Vec<u8>) -> Expr {
-    Expr::Cmp { sreg: reg::R1, equal, data }
+    Expr::Cmp {
+        sreg: reg::R1,
+        equal,
+        data,
+    }
 }
 
 const fn is(data: Vec<u8>) -> Expr {
@@ -96,7 +109,12 @@ fn host(number: u32) -> Vec<u8> {
 }
 
 fn bits(mask: Vec<u8>, xor: Vec<u8>) -> Expr {
-    Expr::Bitwise { sreg: reg::R1, dreg: reg::R1, mask, xor }
+    Expr::Bitwise {
+        sreg: reg::R1,
+        dreg: reg::R1,
+        mask,
+        xor,
+    }
 }
 
 fn masked(mask: u32) -> Expr {
@@ -104,7 +122,12 @@ fn masked(mask: u32) -> Expr {
 }
 
 fn lookup(set: Set, dreg: Option<u32>, invert: bool) -> Expr {
-    Expr::Lookup { set: set.name(), sreg: reg::R1, dreg, invert }
+    Expr::Lookup {
+        set: set.name(),
+        sreg: reg::R1,
+        dreg,
+        invert,
+    }
 }
 
 /// Bytes of an address.
@@ -116,7 +139,12 @@ const fn width(family: Family) -> u32 {
 }
 
 const fn address(offset: u32, family: Family) -> Expr {
-    Expr::Payload { base: base::NETWORK, offset, len: width(family), dreg: reg::R1 }
+    Expr::Payload {
+        base: base::NETWORK,
+        offset,
+        len: width(family),
+        dreg: reg::R1,
+    }
 }
 
 const fn source(family: Family) -> Expr {
@@ -128,7 +156,12 @@ const fn destination(family: Family) -> Expr {
 }
 
 const fn transport(offset: u32, len: u32) -> Expr {
-    Expr::Payload { base: base::TRANSPORT, offset, len, dreg: reg::R1 }
+    Expr::Payload {
+        base: base::TRANSPORT,
+        offset,
+        len,
+        dreg: reg::R1,
+    }
 }
 
 const fn end(code: i32) -> Expr {
@@ -178,26 +211,43 @@ fn body(statement: &Stmt) -> Vec<Expr> {
             transport(2, 2),
             is(port.to_be_bytes().to_vec()),
         ],
-        Stmt::Icmp6Type(kind) => {
-            vec![load(meta::L4PROTO), is(vec![ICMP6]), transport(0, 1), is(vec![*kind])]
-        }
+        Stmt::Icmp6Type(kind) => vec![
+            load(meta::L4PROTO),
+            is(vec![ICMP6]),
+            transport(0, 1),
+            is(vec![*kind]),
+        ],
         Stmt::SetMark { keep, value } => vec![
             load(meta::MARK),
             bits(host(*keep), host(*value)),
-            Expr::MetaSet { key: meta::MARK, sreg: reg::R1 },
+            Expr::MetaSet {
+                key: meta::MARK,
+                sreg: reg::R1,
+            },
         ],
-        Stmt::ClearTag => vec![Expr::Load { dreg: reg::R1, data: host(0) }, set_tag()],
-        Stmt::TagBySource(set) => {
-            vec![source(family_of(*set)), lookup(*set, Some(reg::R1), false), set_tag()]
-        }
+        Stmt::ClearTag => vec![
+            Expr::Load {
+                dreg: reg::R1,
+                data: host(0),
+            },
+            set_tag(),
+        ],
+        Stmt::TagBySource(set) => vec![
+            source(family_of(*set)),
+            lookup(*set, Some(reg::R1), false),
+            set_tag(),
+        ],
         Stmt::TagByDestination(family, length) => tag_by_destination(*family, *length),
-        Stmt::TagByTag(set) => {
-            vec![load(meta::PRIORITY), lookup(*set, Some(reg::R1), false), set_tag()]
-        }
+        Stmt::TagByTag(set) => vec![
+            load(meta::PRIORITY),
+            lookup(*set, Some(reg::R1), false),
+            set_tag(),
+        ],
         Stmt::TagIn(set) => vec![load(meta::PRIORITY), lookup(*set, None, false)],
-        Stmt::VerdictByTag(set) => {
-            vec![load(meta::PRIORITY), lookup(*set, Some(reg::VERDICT), false)]
-        }
+        Stmt::VerdictByTag(set) => vec![
+            load(meta::PRIORITY),
+            lookup(*set, Some(reg::VERDICT), false),
+        ],
         Stmt::SnatToSource(family) => vec![source(*family), snat(*family)],
         Stmt::SnatByTag(family) => vec![
             load(meta::PRIORITY),
@@ -208,7 +258,7 @@ fn body(statement: &Stmt) -> Vec<Expr> {
         Stmt::Counter => vec![Expr::Counter],
         Stmt::Drop => vec![end(verdict::DROP)],
         Stmt::Return => vec![end(verdict::RETURN)],
-        Stmt::Goto(chain) => vec![Expr::Immediate(Verdict::goto(chain))],
+        Stmt::Goto(chain) => vec![Expr::Immediate(Verdict::goto(*chain))],
         Stmt::Unknown(hash) => vec![Expr::Other(*hash)],
     }
 }
@@ -218,7 +268,10 @@ const fn connection(key: u32) -> Expr {
 }
 
 fn snat(family: Family) -> Expr {
-    Expr::Snat { family: nfproto(family).into(), sreg: reg::R1 }
+    Expr::Snat {
+        family: nfproto(family).into(),
+        sreg: reg::R1,
+    }
 }
 
 fn tag_by_destination(family: Family, length: u8) -> Vec<Expr> {

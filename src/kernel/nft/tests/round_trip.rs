@@ -4,7 +4,7 @@ use super::netns::{has_nft, in_netns, nft};
 use super::sample;
 use crate::kernel::nft::{commit, observe};
 use crate::op::Op;
-use crate::state::{ChainId, Firewall, Key, NFT_TABLE, Set, Stray};
+use crate::state::{ChainId, Data, Firewall, Key, NFT_TABLE, Set, Stray, Value};
 use crate::types::Family;
 
 #[track_caller]
@@ -46,8 +46,17 @@ fn everything_can_be_deleted_again() {
     in_netns(|socket| {
         commit(socket, &sample::ops()).unwrap();
         let wanted = sample::firewall();
-        let mut ops: Vec<_> = wanted.chains.keys().map(|id| Op::SetRules(*id, vec![])).collect();
-        ops.extend(wanted.elements.into_iter().map(|(key, value)| Op::DeleteElement(key, value)));
+        let mut ops: Vec<_> = wanted
+            .chains
+            .keys()
+            .map(|id| Op::SetRules(*id, vec![]))
+            .collect();
+        ops.extend(
+            wanted
+                .elements
+                .into_iter()
+                .map(|(key, value)| Op::DeleteElement(key, value)),
+        );
         ops.extend(wanted.chains.into_keys().map(Op::DeleteChain));
         ops.extend(wanted.sets.into_iter().map(Op::DeleteSet));
         assert_eq!(commit(socket, &ops), Ok(()));
@@ -61,7 +70,9 @@ fn script(ops: &[Op]) -> String {
         let text = op.to_string();
         text.lines().map(String::from).collect::<Vec<_>>()
     });
-    lines.map(|line| line.strip_prefix("nft ").unwrap().to_owned() + "\n").collect()
+    lines
+        .map(|line| line.strip_prefix("nft ").unwrap().to_owned() + "\n")
+        .collect()
 }
 
 #[test]
@@ -163,7 +174,11 @@ fn what_is_not_ours_is_told_apart() {
         );
         assert!(!found.sets.contains(&Set::Any(Family::V4)));
         assert!(!found.chains.contains_key(&ChainId::Guard));
-        let here: Vec<_> = found.chains[&ChainId::Here].1.iter().map(ToString::to_string).collect();
+        let here: Vec<_> = found.chains[&ChainId::Here]
+            .1
+            .iter()
+            .map(ToString::to_string)
+            .collect();
         assert_eq!(here.len(), 2);
         assert!(here[0].ends_with("<not ours> drop"), "{here:?}");
         assert_eq!(here[1], "counter");
@@ -177,8 +192,17 @@ fn a_set_of_another_type_is_a_stray_that_can_be_made_anew() {
     }
     in_netns(|socket| {
         commit(socket, &[Op::AddTable]).unwrap();
-        nft(&["add", "set", "inet", NFT_TABLE, "peer4 { type ipv4_addr; flags interval; }"], "")
-            .unwrap();
+        nft(
+            &[
+                "add",
+                "set",
+                "inet",
+                NFT_TABLE,
+                "peer4 { type ipv4_addr; flags interval; }",
+            ],
+            "",
+        )
+        .unwrap();
         let found = observe(socket).unwrap().unwrap();
         let stray = Stray::Set("peer4".into());
         assert_eq!(found.strays, [stray.clone()].into());
@@ -196,12 +220,29 @@ fn a_hundred_thousand_elements_are_one_transaction() {
     in_netns(|socket| {
         let any = Set::Source(Family::V4);
         let mut ops = vec![Op::AddTable, Op::AddSet(any)];
-        let value = crate::state::Value::plain(crate::state::Data::Tag(sample::tag(1)));
+        let value = Value::plain(Data::Tag(sample::tag(1)));
         let keys = (0..100_000).map(|n: u32| Key::Source((0x0a00_0000 + n).to_be_bytes().into()));
         ops.extend(keys.map(|key| Op::AddElement(key, value.clone())));
         commit(socket, &ops).unwrap();
         let found = observe(socket).unwrap().unwrap();
         assert_eq!(found.elements.len(), 100_000);
         assert!(found.elements.values().all(|found| *found == value));
+    });
+}
+
+#[test]
+fn elements_are_all_read_while_the_kernel_makes_their_table_larger() {
+    in_netns(|socket| {
+        let source = Set::Source(Family::V4);
+        let value = Value::plain(Data::Tag(sample::tag(1)));
+        for count in [50, 700, 6_000, 17_000, 3_000, 24_000] {
+            let mut ops = vec![Op::AddTable, Op::AddSet(source)];
+            let keys = (0..count).map(|n: u32| Key::Source((n * 7 + 1).to_be_bytes().into()));
+            ops.extend(keys.map(|key| Op::AddElement(key, value.clone())));
+            commit(socket, &ops).unwrap();
+            let found = observe(socket).unwrap().unwrap();
+            assert_eq!(found.elements.len(), count as usize);
+            commit(socket, &[Op::DeleteTable]).unwrap();
+        }
     });
 }
