@@ -7,6 +7,10 @@ mod neighbour;
 mod route;
 mod route_socket;
 mod rtnl;
+#[cfg(test)]
+mod rtnl_kernel_tests;
+#[cfg(test)]
+mod rtnl_wire_tests;
 mod rule;
 mod socket;
 
