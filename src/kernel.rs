@@ -5,6 +5,7 @@ mod link;
 mod link_change;
 mod neighbour;
 mod route;
+mod route_answer;
 mod route_socket;
 mod rtnl;
 #[cfg(test)]
