@@ -42,14 +42,7 @@ impl<'a> Exchange<'a> {
         port: u32,
         each: &'a mut dyn FnMut(RouteNetlinkMessage),
     ) -> Self {
-        Self {
-            what,
-            sequence,
-            port,
-            each,
-            end: End::Whole,
-            unread: None,
-        }
+        Self { what, sequence, port, each, end: End::Whole, unread: None }
     }
 
     /// Reads a datagram; `Some` if it holds the end.
@@ -125,9 +118,7 @@ fn words(attributes: &[u8]) -> Option<String> {
         .map_while(Result::ok)
         .find(|attribute: &NlaBuffer<&[u8]>| attribute.kind() == WORDS)
         .map(|attribute| {
-            String::from_utf8_lossy(attribute.value())
-                .trim_end_matches('\0')
-                .to_owned()
+            String::from_utf8_lossy(attribute.value()).trim_end_matches('\0').to_owned()
         })
 }
 
@@ -172,12 +163,7 @@ mod tests {
     }
 
     fn rule(flags: u16) -> Vec<u8> {
-        message(
-            NEWRULE,
-            flags,
-            SEQUENCE,
-            &[2, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0],
-        )
+        message(NEWRULE, flags, SEQUENCE, &[2, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0])
     }
 
     fn done(code: i32) -> Vec<u8> {
@@ -217,11 +203,7 @@ mod tests {
     #[test]
     fn an_object_that_cannot_be_read_is_an_error_at_the_end() {
         // An attribute "priority" of one byte.
-        let odd = [
-            &[2, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0][..],
-            &[5, 0, 6, 0, 1, 0, 0, 0],
-        ]
-        .concat();
+        let odd = [&[2, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0][..], &[5, 0, 6, 0, 1, 0, 0, 0]].concat();
         let odd = message(NEWRULE, 0, SEQUENCE, &odd);
         let (seen, end) = read(&[odd, rule(0), done(0)]);
         assert_eq!((seen, end.unwrap().unwrap_err().errno()), (1, None));

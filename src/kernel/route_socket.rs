@@ -27,9 +27,7 @@ impl RouteSocket {
         let what = "open a routing socket";
         let socket = Socket::open(NETLINK_ROUTE).map_err(|error| KernelError::io(what, &error))?;
         // Without it the kernel ignores the filters of a dump and sends everything.
-        socket
-            .set_strict()
-            .map_err(|error| KernelError::io(what, &error))?;
+        socket.set_strict().map_err(|error| KernelError::io(what, &error))?;
         Ok(Self { socket })
     }
 
@@ -75,12 +73,10 @@ impl RouteSocket {
     ) -> Result<Vec<T>, KernelError> {
         for _ in 0..TRIES {
             let mut found = Vec::new();
-            let end = self.exchange(
-                what,
-                message.clone(),
-                NLM_F_REQUEST | NLM_F_DUMP,
-                &mut |message| found.extend(pick(message)),
-            );
+            let end =
+                self.exchange(what, message.clone(), NLM_F_REQUEST | NLM_F_DUMP, &mut |message| {
+                    found.extend(pick(message));
+                });
             match end {
                 Ok(End::Whole) => return Ok(found),
                 Ok(End::Torn) => {}
@@ -108,8 +104,7 @@ impl RouteSocket {
         message.finalize();
         let mut bytes = vec![0; message.buffer_len()];
         message.serialize(&mut bytes);
-        self.send(&bytes)
-            .map_err(|error| KernelError::io(what, &error))?;
+        self.send(&bytes).map_err(|error| KernelError::io(what, &error))?;
         let mut exchange = Exchange::new(what, sequence, port, each);
         loop {
             let bytes = match self.socket.receive() {

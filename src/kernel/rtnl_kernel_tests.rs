@@ -45,10 +45,7 @@ fn in_namespace(test: impl FnOnce() + Send + 'static) {
     }
 }
 
-#[allow(
-    deprecated,
-    reason = "the descriptor table stays shared, so that it is sound"
-)]
+#[allow(deprecated, reason = "the descriptor table stays shared, so that it is sound")]
 fn unshare() -> Result<(), rustix::io::Errno> {
     rustix::thread::unshare(rustix::thread::UnshareFlags::NEWNET)
 }
@@ -57,11 +54,7 @@ fn unshare() -> Result<(), rustix::io::Errno> {
 fn sh(script: &str) -> String {
     let output = Command::new("sh").args(["-ec", script]).output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
-    assert!(
-        output.status.success(),
-        "{script}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
     text
 }
 
@@ -72,10 +65,8 @@ fn json(command: &str) -> Vec<Value> {
 
 /// Everything that may be left behind.
 fn snapshot() -> String {
-    sh(
-        "ip -d link; ip addr; ip route show table all; ip -6 route show table all
-        ip rule; ip -6 rule; bridge fdb; ip neigh",
-    )
+    sh("ip -d link; ip addr; ip route show table all; ip -6 route show table all
+        ip rule; ip -6 rule; bridge fdb; ip neigh")
 }
 
 fn name(text: &str) -> DeviceName {
@@ -97,21 +88,11 @@ fn vxlan() -> Vxlan {
 }
 
 fn key(table: u32, dst: &str, metric: u32) -> RouteKey {
-    RouteKey {
-        table: TableId::new(table).unwrap(),
-        dst: dst.parse().unwrap(),
-        metric,
-    }
+    RouteKey { table: TableId::new(table).unwrap(), dst: dst.parse().unwrap(), metric }
 }
 
 fn rule(family: Family, priority: u32, action: RuleAction) -> Rule {
-    Rule {
-        family,
-        priority,
-        mark: Mark::new(0x0100_0000),
-        mask: 0xff00_0000,
-        action,
-    }
+    Rule { family, priority, mark: Mark::new(0x0100_0000), mask: 0xff00_0000, action }
 }
 
 fn lookup(table: u32) -> RuleAction {
@@ -125,19 +106,10 @@ fn full() -> State {
     let via = |text: &str| Route::Via(text.parse().unwrap());
     State {
         link: Some(vxlan()),
-        addresses: ["10.9.0.1/16", "10.9.0.2/16", "fd09::1/64"]
-            .map(|a| a.parse().unwrap())
+        addresses: ["10.9.0.1/16", "10.9.0.2/16", "fd09::1/64"].map(|a| a.parse().unwrap()).into(),
+        fdb: [(peer, "192.0.2.2".parse().unwrap()), (peer6, "192.0.2.6".parse().unwrap())].into(),
+        neighbours: [("10.9.0.9".parse().unwrap(), peer), ("fd09::9".parse().unwrap(), peer6)]
             .into(),
-        fdb: [
-            (peer, "192.0.2.2".parse().unwrap()),
-            (peer6, "192.0.2.6".parse().unwrap()),
-        ]
-        .into(),
-        neighbours: [
-            ("10.9.0.9".parse().unwrap(), peer),
-            ("fd09::9".parse().unwrap(), peer6),
-        ]
-        .into(),
         routes: [
             (key(3000, "0.0.0.0/0", 0), via("10.9.0.9")),
             (key(3000, "0.0.0.0/0", BACKSTOP_METRIC), Route::Unreachable),
@@ -164,61 +136,22 @@ fn full() -> State {
 fn additions(state: &State) -> Vec<Op> {
     let device = || name("e0");
     let mut ops = vec![Op::AddLink(state.link.clone().unwrap())];
-    ops.extend(
-        state
-            .addresses
-            .iter()
-            .map(|net| Op::AddAddress(device(), *net)),
-    );
-    ops.extend(
-        state
-            .fdb
-            .iter()
-            .map(|(mac, node)| Op::PutFdb(device(), *mac, *node)),
-    );
+    ops.extend(state.addresses.iter().map(|net| Op::AddAddress(device(), *net)));
+    ops.extend(state.fdb.iter().map(|(mac, node)| Op::PutFdb(device(), *mac, *node)));
     let neighbours = state.neighbours.iter();
     ops.extend(neighbours.map(|(ip, mac)| Op::PutNeighbour(device(), *ip, *mac)));
-    ops.extend(
-        state
-            .routes
-            .iter()
-            .map(|(key, route)| Op::PutRoute(device(), *key, *route)),
-    );
+    ops.extend(state.routes.iter().map(|(key, route)| Op::PutRoute(device(), *key, *route)));
     ops.extend(state.rules.iter().map(|rule| Op::AddRule(*rule)));
     ops
 }
 
 fn deletions(state: &State) -> Vec<Op> {
     let device = || name("e0");
-    let mut ops: Vec<_> = state
-        .rules
-        .iter()
-        .map(|rule| Op::DeleteRule(*rule))
-        .collect();
-    ops.extend(
-        state
-            .routes
-            .iter()
-            .map(|(key, route)| Op::DeleteRoute(device(), *key, *route)),
-    );
-    ops.extend(
-        state
-            .neighbours
-            .keys()
-            .map(|ip| Op::DeleteNeighbour(device(), *ip)),
-    );
-    ops.extend(
-        state
-            .fdb
-            .iter()
-            .map(|(mac, node)| Op::DeleteFdb(device(), *mac, *node)),
-    );
-    ops.extend(
-        state
-            .addresses
-            .iter()
-            .map(|net| Op::DeleteAddress(device(), *net)),
-    );
+    let mut ops: Vec<_> = state.rules.iter().map(|rule| Op::DeleteRule(*rule)).collect();
+    ops.extend(state.routes.iter().map(|(key, route)| Op::DeleteRoute(device(), *key, *route)));
+    ops.extend(state.neighbours.keys().map(|ip| Op::DeleteNeighbour(device(), *ip)));
+    ops.extend(state.fdb.iter().map(|(mac, node)| Op::DeleteFdb(device(), *mac, *node)));
+    ops.extend(state.addresses.iter().map(|net| Op::DeleteAddress(device(), *net)));
     ops.push(Op::DeleteLink(device()));
     ops
 }
@@ -231,8 +164,6 @@ fn make(socket: &mut RouteSocket, op: &Op) {
 #[track_caller]
 fn observe(socket: &mut RouteSocket) -> State {
     let mut state = State::default();
-    socket
-        .observe(&mut state)
-        .unwrap_or_else(|error| panic!("{error}"));
+    socket.observe(&mut state).unwrap_or_else(|error| panic!("{error}"));
     state
 }

@@ -92,11 +92,7 @@ fn same(ours: RouteNetlinkMessage, flags: u16, hex: &str) {
 }
 
 fn key(dst: &str, metric: u32) -> RouteKey {
-    RouteKey {
-        table: TableId::new(3000).unwrap(),
-        dst: dst.parse().unwrap(),
-        metric,
-    }
+    RouteKey { table: TableId::new(3000).unwrap(), dst: dst.parse().unwrap(), metric }
 }
 
 /// `ip route replace default via 10.9.0.9 dev e0 onlink table 3000 proto 69`
@@ -155,11 +151,7 @@ fn routes_are_written_as_ip_writes_them() {
     same(RouteNetlinkMessage::NewRoute(message), PUT, ROUTE_THROW);
     let unreachable = key("2001:db8::/32", BACKSTOP_METRIC);
     let message = route::message(&unreachable, Route::Unreachable, 0);
-    same(
-        RouteNetlinkMessage::NewRoute(message),
-        PUT,
-        ROUTE_UNREACHABLE,
-    );
+    same(RouteNetlinkMessage::NewRoute(message), PUT, ROUTE_UNREACHABLE);
 }
 
 #[test]
@@ -180,17 +172,9 @@ fn a_route_is_deleted_by_its_kind_too() {
 #[test]
 fn routes_are_read_as_ip_writes_them() {
     let cases = [
-        (
-            ROUTE_VIA,
-            key("0.0.0.0/0", 0),
-            Route::Via([10, 9, 0, 9].into()),
-        ),
+        (ROUTE_VIA, key("0.0.0.0/0", 0), Route::Via([10, 9, 0, 9].into())),
         (ROUTE_THROW, key("10.0.0.0/8", 0), Route::Throw),
-        (
-            ROUTE_UNREACHABLE,
-            key("2001:db8::/32", BACKSTOP_METRIC),
-            Route::Unreachable,
-        ),
+        (ROUTE_UNREACHABLE, key("2001:db8::/32", BACKSTOP_METRIC), Route::Unreachable),
     ];
     for (hex, key, expected) in cases {
         let (RouteNetlinkMessage::NewRoute(message), _) = read(hex) else {
@@ -231,14 +215,8 @@ fn rules() -> [(Rule, &'static str); 2] {
     };
     let table = TableId::new(3000).unwrap();
     [
-        (
-            rule(Family::V4, 100, 0x0100_0000, RuleAction::Lookup(table)),
-            RULE,
-        ),
-        (
-            rule(Family::V6, 101, 0x0200_0000, RuleAction::Unreachable),
-            RULE_UNREACHABLE,
-        ),
+        (rule(Family::V4, 100, 0x0100_0000, RuleAction::Lookup(table)), RULE),
+        (rule(Family::V6, 101, 0x0200_0000, RuleAction::Unreachable), RULE_UNREACHABLE),
     ]
 }
 
@@ -265,12 +243,10 @@ fn a_rule_of_another_shape_is_not_ours() {
         |m| m.attributes.push(RuleAttribute::Protocol(4.into())),
         |m| m.attributes.push(RuleAttribute::SuppressPrefixLen(0)),
         |m| {
-            m.attributes
-                .retain(|a| !matches!(a, RuleAttribute::Protocol(_)));
+            m.attributes.retain(|a| !matches!(a, RuleAttribute::Protocol(_)));
         },
         |m| {
-            m.attributes
-                .retain(|a| !matches!(a, RuleAttribute::FwMask(_)));
+            m.attributes.retain(|a| !matches!(a, RuleAttribute::FwMask(_)));
         },
     ];
     for spoil in spoils {

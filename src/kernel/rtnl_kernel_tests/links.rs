@@ -10,14 +10,8 @@ fn a_device_that_is_not_ours_is_left_alone() {
     in_namespace(|| {
         let mut socket = RouteSocket::open().unwrap();
         for (make_it, kind) in [
-            (
-                "ip link add e0 type vxlan id 7 local 192.0.2.1 dstport 4790",
-                "without alias",
-            ),
-            (
-                "ip link add e0 type veth peer name e1; ip link set e0 alias egress-datapath",
-                "veth",
-            ),
+            ("ip link add e0 type vxlan id 7 local 192.0.2.1 dstport 4790", "without alias"),
+            ("ip link add e0 type veth peer name e1; ip link set e0 alias egress-datapath", "veth"),
         ] {
             sh(make_it);
             let before = snapshot();
@@ -63,20 +57,14 @@ fn a_half_made_device_is_replaced_and_a_refused_one_is_removed() {
         make(&mut socket, &Op::DeleteLink(name("e0")));
 
         let before = snapshot();
-        let link = Vxlan {
-            underlay: Some(name("missing")),
-            ..vxlan()
-        };
+        let link = Vxlan { underlay: Some(name("missing")), ..vxlan() };
         let error = socket.make(&Op::AddLink(link)).unwrap_err();
         assert!(error.is_not_found(), "{error}");
         assert!(error.remedy().unwrap().contains("underlay"), "{error}");
 
         // Created and named ours, but it cannot come up where somebody has the port.
         let _taken = UdpSocket::bind("0.0.0.0:4999").unwrap();
-        let link = Vxlan {
-            port: 4999,
-            ..vxlan()
-        };
+        let link = Vxlan { port: 4999, ..vxlan() };
         let error = socket.make(&Op::AddLink(link)).unwrap_err();
         assert_eq!(error.errno(), Some(98), "EADDRINUSE: {error}");
         assert_eq!(snapshot(), before);
@@ -104,11 +92,7 @@ fn the_device_is_changed_without_being_made_anew() {
         for (at, change) in changes.iter().enumerate() {
             change(&mut link);
             make(&mut socket, &Op::SetLink(link.clone()));
-            assert_eq!(
-                observe(&mut socket).link.as_ref(),
-                Some(&link),
-                "change {at}"
-            );
+            assert_eq!(observe(&mut socket).link.as_ref(), Some(&link), "change {at}");
         }
         let now =
             sh("cat /sys/class/net/e0/ifindex 2>/dev/null || ip -o link show e0 | cut -d: -f1");
@@ -124,10 +108,7 @@ fn the_device_is_changed_without_being_made_anew() {
             let mut link = vxlan();
             change(&mut link);
             let error = socket.make(&Op::SetLink(link)).unwrap_err();
-            assert!(
-                error.remedy().unwrap().contains("delete the device"),
-                "{error}"
-            );
+            assert!(error.remedy().unwrap().contains("delete the device"), "{error}");
         }
     });
 }
@@ -136,11 +117,7 @@ fn the_device_is_changed_without_being_made_anew() {
 fn an_ipv6_underlay_and_a_device_that_stays_down() {
     in_namespace(|| {
         let mut socket = RouteSocket::open().unwrap();
-        let link = Vxlan {
-            local: "2001:db8::1".parse().unwrap(),
-            up: false,
-            ..vxlan()
-        };
+        let link = Vxlan { local: "2001:db8::1".parse().unwrap(), up: false, ..vxlan() };
         make(&mut socket, &Op::AddLink(link.clone()));
         assert_eq!(observe(&mut socket).link, Some(link.clone()));
         let mac = "66:00:00:00:00:02".parse().unwrap();
@@ -164,17 +141,11 @@ fn without_ipv6_on_the_device_the_rest_works() {
         let mut socket = RouteSocket::open().unwrap();
         fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1").unwrap();
         make(&mut socket, &Op::AddLink(vxlan()));
-        make(
-            &mut socket,
-            &Op::AddAddress(name("e0"), "10.9.0.1/16".parse().unwrap()),
-        );
+        make(&mut socket, &Op::AddAddress(name("e0"), "10.9.0.1/16".parse().unwrap()));
         let state = observe(&mut socket);
         assert_eq!((state.link, state.addresses.len()), (Some(vxlan()), 1));
         // Below 1280 the kernel takes IPv6 off the device altogether.
-        let link = Vxlan {
-            mtu: 1000,
-            ..vxlan()
-        };
+        let link = Vxlan { mtu: 1000, ..vxlan() };
         make(&mut socket, &Op::SetLink(link.clone()));
         assert_eq!(observe(&mut socket).link, Some(link.clone()));
         make(&mut socket, &Op::DeleteLink(name("e0")));
@@ -201,17 +172,12 @@ fn without_the_privilege_the_error_names_it() {
         let mut socket = RouteSocket::open().unwrap();
         make(&mut socket, &Op::AddLink(vxlan()));
         let mut sets = rustix::thread::capabilities(None).unwrap();
-        sets.effective
-            .remove(rustix::thread::CapabilitySet::NET_ADMIN);
+        sets.effective.remove(rustix::thread::CapabilitySet::NET_ADMIN);
         rustix::thread::set_capabilities(None, sets).unwrap();
         let op = Op::AddRule(rule(Family::V4, 100, lookup(3000)));
         let error = socket.make(&op).unwrap_err();
         assert!(error.is_denied(), "{error}");
         assert!(error.to_string().contains("CAP_NET_ADMIN"), "{error}");
-        assert_eq!(
-            observe(&mut socket).link,
-            Some(vxlan()),
-            "reading needs none"
-        );
+        assert_eq!(observe(&mut socket).link, Some(vxlan()), "reading needs none");
     });
 }

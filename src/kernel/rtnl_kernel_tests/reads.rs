@@ -35,21 +35,12 @@ fn ip_and_bridge_agree() {
         assert_eq!(routes[1]["metric"], BACKSTOP_METRIC);
         assert_eq!(routes[2]["type"], "throw");
         let routes = json("ip -j -6 route show table 3000");
-        let metrics: Vec<_> = routes
-            .iter()
-            .map(|route| route["metric"].as_u64())
-            .collect();
-        assert_eq!(
-            metrics,
-            [Some(1024), Some(1024), Some(BACKSTOP_METRIC.into())]
-        );
+        let metrics: Vec<_> = routes.iter().map(|route| route["metric"].as_u64()).collect();
+        assert_eq!(metrics, [Some(1024), Some(1024), Some(BACKSTOP_METRIC.into())]);
 
         for family in ["-4", "-6"] {
             let rules = json(&format!("ip -j {family} rule show"));
-            let ours: Vec<_> = rules
-                .iter()
-                .filter(|rule| rule["protocol"] == "69")
-                .collect();
+            let ours: Vec<_> = rules.iter().filter(|rule| rule["protocol"] == "69").collect();
             assert_eq!(ours[0]["priority"], 100);
             assert_eq!(ours[0]["fwmark"], "0x1000000");
             assert_eq!(ours[0]["fwmask"], "0xff000000");
@@ -100,10 +91,7 @@ fn tables_in_use_are_those_of_rules_and_of_routes_of_anybody() {
         for table in [17, 253, 254, 255, 4001, 4002, 4003, 4004] {
             assert!(tables.contains(&table), "{table}");
         }
-        assert!(
-            !tables.contains(&252),
-            "252 is a stand-in for tables above 255"
-        );
+        assert!(!tables.contains(&252), "252 is a stand-in for tables above 255");
         assert!(!tables.contains(&3000));
     });
 }

@@ -125,23 +125,13 @@ fn what_goes_with_the_device_is_seen_to_be_gone() {
         let down = observe(&mut socket);
         assert!(!down.link.unwrap().up);
         assert!(down.neighbours.is_empty());
-        assert!(
-            down.routes
-                .values()
-                .all(|route| !matches!(route, Route::Via(_)))
-        );
+        assert!(down.routes.values().all(|route| !matches!(route, Route::Via(_))));
         assert_eq!(down.rules, state.rules);
         sh("ip link del e0");
         let gone = observe(&mut socket);
-        assert_eq!(
-            (gone.link, gone.addresses.len(), gone.fdb.len()),
-            (None, 0, 0)
-        );
-        let op = Op::PutRoute(
-            name("e0"),
-            key(3000, "0.0.0.0/0", 0),
-            Route::Via([10, 9, 0, 9].into()),
-        );
+        assert_eq!((gone.link, gone.addresses.len(), gone.fdb.len()), (None, 0, 0));
+        let op =
+            Op::PutRoute(name("e0"), key(3000, "0.0.0.0/0", 0), Route::Via([10, 9, 0, 9].into()));
         let error = socket.make(&op).unwrap_err();
         assert!(error.is_not_found());
         assert!(error.to_string().contains("dev e0"), "{error}");
@@ -177,10 +167,7 @@ fn many_objects_are_read_whole() {
             make(&mut socket, &Op::PutRoute(name("e0"), key, Route::Throw));
             let [.., a, b] = n.to_be_bytes();
             let mac = crate::types::MacAddr::new([0x66, 0, 0, 0, a, b]);
-            make(
-                &mut socket,
-                &Op::PutFdb(name("e0"), mac, [192, 0, 2, 2].into()),
-            );
+            make(&mut socket, &Op::PutFdb(name("e0"), mac, [192, 0, 2, 2].into()));
         }
         let state = observe(&mut socket);
         assert_eq!((state.routes.len(), state.fdb.len()), (3000, 3000));
