@@ -2,6 +2,12 @@
 //!
 //! `cargo bench --bench pure`; compare figures of one run with each other.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a bench that is set up wrongly should stop"
+)]
+
 use std::net::{IpAddr, Ipv4Addr};
 
 use divan::Bencher;

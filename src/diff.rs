@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::changes::{Changes, Phase, Step};
 use crate::cluster::Tunnel;
 use crate::op::Op;
-use crate::state::{ChainId, Firewall, Key, NftRule, Route, Set, State, Stmt, Stray};
+use crate::state::{ChainId, Firewall, Key, NftRule, Route, Set, State, Stmt, Stray, Vxlan};
 
 impl Changes {
     /// The operations that turn what is there into what is wanted.
@@ -164,9 +164,7 @@ fn link(observed: &mut State, desired: &State, steps: &mut Steps) {
             steps.add(Phase::DeleteTunnel, Op::DeleteLink(old.name));
         }
         (Some(old), Some(new)) => {
-            if (&old.name, old.vni, old.port) != (&new.name, new.vni, new.port)
-                || old.local.is_ipv4() != new.local.is_ipv4()
-            {
+            if must_be_made_anew(&old, new) {
                 took_along(observed);
                 steps.add(Phase::Tunnel, Op::DeleteLink(old.name));
                 steps.add(Phase::Tunnel, Op::AddLink(new.clone()));
@@ -182,6 +180,13 @@ fn link(observed: &mut State, desired: &State, steps: &mut Steps) {
             observed.link = Some(old);
         }
     }
+}
+
+/// Whether the kernel cannot give a device what is asked; it keeps silent about the last of them.
+fn must_be_made_anew(old: &Vxlan, new: &Vxlan) -> bool {
+    (&old.name, old.vni, old.port) != (&new.name, new.vni, new.port)
+        || old.local.is_ipv4() != new.local.is_ipv4()
+        || old.underlay.is_some() && new.underlay.is_none()
 }
 
 fn routes(observed: &State, desired: &State, steps: &mut Steps) {
@@ -232,7 +237,8 @@ fn firewall(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
         Change::Removed(key, value) => {
             // The kernel refuses overlapping ranges: one that goes and one that stays or comes
             // in its place cannot be there at once.
-            let phase = if desired.overlapping(key).is_some() { filled_in(key) } else { emptied_in(key) };
+            let phase =
+                if desired.overlapping(key).is_some() { filled_in(key) } else { emptied_in(key) };
             steps.add(phase, Op::DeleteElement(*key, value.clone()));
         }
     });

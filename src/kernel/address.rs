@@ -10,8 +10,10 @@ use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, Addres
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::route_socket::RouteSocket;
-use crate::error::KernelError;
+use crate::error::{KernelError, errno};
 use crate::types::{DeviceName, Family};
+
+const NO_IPV6: &str = "set the sysctl net.ipv6.conf.<device>.disable_ipv6 to 0";
 
 pub(super) const fn kernel_family(family: Family) -> AddressFamily {
     match family {
@@ -33,30 +35,20 @@ pub(super) fn message(index: u32, net: IpNet) -> AddressMessage {
     message.header.family = kernel_family(Family::of_net(&net));
     message.header.prefix_len = net.prefix_len();
     message.header.index = index;
-    message.attributes = vec![
-        AddressAttribute::Local(net.addr()),
-        AddressAttribute::Address(net.addr()),
-    ];
+    message.attributes =
+        vec![AddressAttribute::Local(net.addr()), AddressAttribute::Address(net.addr())];
     message
 }
 
 /// Index of the device and the address with its prefix length.
 fn parse(message: &AddressMessage) -> Option<(u32, IpNet)> {
     let local = message.attributes.iter().find_map(|attribute| {
-        if let AddressAttribute::Local(address) = attribute {
-            Some(*address)
-        } else {
-            None
-        }
+        if let AddressAttribute::Local(address) = attribute { Some(*address) } else { None }
     });
     // IPv6 has "local" only where there is a peer, IPv4 always.
     let address = local.or_else(|| {
         message.attributes.iter().find_map(|attribute| {
-            if let AddressAttribute::Address(address) = attribute {
-                Some(*address)
-            } else {
-                None
-            }
+            if let AddressAttribute::Address(address) = attribute { Some(*address) } else { None }
         })
     })?;
     let net = IpNet::new(address, message.header.prefix_len).ok()?;
@@ -77,7 +69,15 @@ impl RouteSocket {
             message.header.flags = AddressHeaderFlags::Nodad;
         }
         let flags = NLM_F_CREATE | NLM_F_EXCL;
-        self.request(what, RouteNetlinkMessage::NewAddress(message), flags)
+        let message = RouteNetlinkMessage::NewAddress(message);
+        self.request(what, message, flags).map_err(|error| {
+            // Not for want of a privilege, although the error number says so.
+            if error.errno() == Some(errno::EACCES) && matches!(net, IpNet::V6(_)) {
+                error.with_remedy(NO_IPV6)
+            } else {
+                error
+            }
+        })
     }
 
     pub(super) fn delete_address(
@@ -133,7 +133,7 @@ impl RouteSocket {
         family: Family,
     ) -> Result<Vec<(u32, IpNet)>, KernelError> {
         let message = RouteNetlinkMessage::GetAddress(message);
-        self.dump(what, &message, |message| match message {
+        let found = self.dump(what, &message, |message| match message {
             // A kernel without IPv6 answers with the addresses of all the families it has.
             RouteNetlinkMessage::NewAddress(message)
                 if message.header.family == kernel_family(family) =>
@@ -141,6 +141,7 @@ impl RouteSocket {
                 parse(&message)
             }
             _ => None,
-        })
+        });
+        super::rtnl::unless_absent(family, found)
     }
 }

@@ -12,11 +12,10 @@ use netlink_packet_route::link::{
 
 use super::link::Device;
 use super::route_socket::RouteSocket;
+use super::rtnl::EAFNOSUPPORT;
 use crate::error::{KernelError, errno};
 use crate::state::{LINK_ALIAS, Vxlan};
 use crate::types::DeviceName;
-
-const EAFNOSUPPORT: i32 = 97;
 
 // Of `linux/if_link.h` and `linux/ip.h`.
 const IFLA_INET_CONF: u16 = 1;
@@ -29,7 +28,7 @@ const VNI_TAKEN: &str =
     "another VXLAN device has this VNI and port: remove that device or choose others";
 const NO_UNDERLAY: &str = "create the underlay device first or name another one";
 const UNCHANGEABLE: &str =
-    "the kernel cannot change VNI, port and address family: delete the device and add it again";
+    "VNI, port, address family and lack of an underlay stay: delete the device and add it again";
 
 /// The request that creates the device, down; the kernel leaves out the alias.
 pub(super) fn create(link: &Vxlan, underlay: u32) -> LinkMessage {
@@ -68,11 +67,8 @@ fn info(data: Vec<InfoVxlan>) -> LinkAttribute {
 /// Without `promote_secondaries` the kernel deletes all other addresses of a subnet together with
 /// the oldest one, also the one that was to replace it.
 fn ipv4(rp_filter: u32) -> LinkAttribute {
-    let settings = [
-        (IPV4_DEVCONF_RP_FILTER, rp_filter),
-        (IPV4_DEVCONF_PROMOTE_SECONDARIES, 1),
-    ]
-    .map(|(kind, value)| DefaultNla::new(kind, value.to_ne_bytes().to_vec()));
+    let settings = [(IPV4_DEVCONF_RP_FILTER, rp_filter), (IPV4_DEVCONF_PROMOTE_SECONDARIES, 1)]
+        .map(|(kind, value)| DefaultNla::new(kind, value.to_ne_bytes().to_vec()));
     let settings = settings.as_slice();
     let mut bytes = vec![0; settings.buffer_len()];
     settings.emit(&mut bytes);
@@ -158,6 +154,10 @@ impl RouteSocket {
             return Err(KernelError::refused(what, errno::EOPNOTSUPP).with_remedy(UNCHANGEABLE));
         }
         let underlay = self.underlay(what, link)?;
+        // The kernel says yes to an underlay of 0 and keeps the old one.
+        if underlay == 0 && tunnel.underlay != 0 {
+            return Err(KernelError::refused(what, errno::EOPNOTSUPP).with_remedy(UNCHANGEABLE));
+        }
         let mut data = Vec::new();
         if tunnel.local != Some(link.local) {
             data.push(local(link.local));
@@ -238,8 +238,7 @@ impl RouteSocket {
 /// Whether this is what we leave behind when we die between creating the device and naming it
 /// ours, which the kernel does not do in one request.
 fn is_half_made(device: &Device, link: &Vxlan) -> bool {
-    let created = device
-        .tunnel
-        .is_some_and(|tunnel| (tunnel.vni, tunnel.port) == (link.vni, link.port));
+    let created =
+        device.tunnel.is_some_and(|tunnel| (tunnel.vni, tunnel.port) == (link.vni, link.port));
     created && device.alias.is_none() && device.mac == Some(link.mac) && !device.up
 }

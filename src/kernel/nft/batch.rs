@@ -162,13 +162,7 @@ impl Builder<'_> {
         };
         self.writer.string(1, NFT_TABLE);
         self.writer.string(2, &set.name());
-        let elements = Elements {
-            message,
-            list: self.writer.open(3),
-            sequence,
-            set,
-            adds,
-        };
+        let elements = Elements { message, list: self.writer.open(3), sequence, set, adds };
         self.elements = Some(elements);
         elements
     }
@@ -241,10 +235,7 @@ mod tests {
 
     fn peer(number: u32) -> Op {
         let comment = Comment::of_name(&"n".repeat(200));
-        let value = Value {
-            data: Data::None,
-            comment: Some(comment),
-        };
+        let value = Value { data: Data::None, comment: Some(comment) };
         Op::AddElement(Key::Peer(number.to_be_bytes().into()), value)
     }
 
@@ -271,22 +262,8 @@ mod tests {
         }
         let wanted: Vec<_> = (0..=1000).filter(|index| *index != 7).collect();
         assert_eq!(origins, wanted);
-        assert_eq!(
-            kinds[..4],
-            [
-                kind::BEGIN,
-                kind::NEWSETELEM,
-                kind::DELSET,
-                kind::NEWSETELEM
-            ]
-        );
-        assert_eq!(
-            kinds
-                .iter()
-                .filter(|kind| **kind == kind::NEWSETELEM)
-                .count(),
-            4
-        );
+        assert_eq!(kinds[..4], [kind::BEGIN, kind::NEWSETELEM, kind::DELSET, kind::NEWSETELEM]);
+        assert_eq!(kinds.iter().filter(|kind| **kind == kind::NEWSETELEM).count(), 4);
         assert_eq!(kinds.last(), Some(&kind::END));
         assert_eq!(datagram[24..28], [1, 2, 3, 4]);
         assert_eq!(batch.origin(batch.begin, None), None);

@@ -218,10 +218,8 @@ mod tests {
     fn elements_have_the_bytes_that_nft_sends() {
         // nft add element inet t m '{ 198.51.100.0 . 3f2a:91c4 comment "hi" : a:b }'
         let net = "198.51.100.0/24".parse().unwrap();
-        let value = Value {
-            data: Data::Tag(tag(0x000a_000b)),
-            comment: Some(Comment::of_name("hi")),
-        };
+        let value =
+            Value { data: Data::Tag(tag(0x000a_000b)), comment: Some(Comment::of_name("hi")) };
         assert_eq!(
             bytes(&Key::Destination(net, tag(0x3f2a_91c4)), &value),
             b"\x2c\0\x01\x80\
@@ -256,22 +254,14 @@ mod tests {
             let set = Set::Excluded(range.family());
             Attributes::new(&bytes)
                 .map(|found| read(&found.unwrap(), set).unwrap().unwrap())
-                .map(|found| {
-                    (
-                        ip(range.family(), &found.key).unwrap().to_string(),
-                        found.is_end,
-                    )
-                })
+                .map(|found| (ip(range.family(), &found.key).unwrap().to_string(), found.is_end))
                 .collect::<Vec<_>>()
         };
         assert_eq!(
             count("10.244.0.0", "10.244.255.255"),
             [("10.244.0.0".into(), false), ("10.245.0.0".into(), true)]
         );
-        assert_eq!(
-            count("240.0.0.0", "255.255.255.255"),
-            [("240.0.0.0".into(), false)]
-        );
+        assert_eq!(count("240.0.0.0", "255.255.255.255"), [("240.0.0.0".into(), false)]);
         let highest = "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff";
         assert_eq!(count("::", highest), [("::".into(), false)]);
     }
@@ -280,10 +270,7 @@ mod tests {
     fn what_we_never_write_has_no_key() {
         assert_eq!(key(Set::Any(Family::V4), &[0, 0, 0, 0]), None);
         assert_eq!(key(Set::Peer(Family::V4), &[1, 2, 3]), None);
-        assert_eq!(
-            key(Set::Destination(Family::V4, 24), &[1, 2, 3, 4, 1, 0, 1]),
-            None
-        );
+        assert_eq!(key(Set::Destination(Family::V4, 24), &[1, 2, 3, 4, 1, 0, 1]), None);
         assert_eq!(key(Set::Destination(Family::V4, 24), &[1]), None);
     }
 }

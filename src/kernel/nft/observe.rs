@@ -23,11 +23,8 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(1024);
 pub(in super::super) fn observe(socket: &mut Socket) -> Result<Option<Firewall>, KernelError> {
     for _ in 0..ATTEMPTS {
         let generation_before = generation(socket)?;
-        let mut reader = Reader {
-            socket: &mut *socket,
-            generation: low_half(generation_before),
-            moved: false,
-        };
+        let mut reader =
+            Reader { socket: &mut *socket, generation: low_half(generation_before), moved: false };
         let read = reader.table();
         let moved = reader.moved;
         if generation(socket)? == generation_before && !moved {
@@ -269,9 +266,7 @@ fn decode(set: Set, mut found: Vec<element::Found>) -> List {
         range::ranges(set, found).map(|ranges| ranges.into_iter().collect())
     } else {
         let pairs = found.into_iter();
-        pairs
-            .map(|found| Some((element::key(set, &found.key)?, found.value?)))
-            .collect()
+        pairs.map(|found| Some((element::key(set, &found.key)?, found.value?))).collect()
     };
     match elements {
         // The kernel goes on in a list by the number of elements it gave already. When it makes

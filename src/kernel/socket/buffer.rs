@@ -56,8 +56,9 @@ pub(super) fn set_send_buffer(socket: BorrowedFd<'_>, bytes: usize) {
 }
 
 fn set(socket: BorrowedFd<'_>, name: c_int, value: c_int) -> io::Result<()> {
-    let length = size_of::<c_int>() as u32;
-    // SAFETY: the descriptor is open for as long as it is borrowed. The kernel reads `length`
+    const LENGTH: u32 = 4;
+    const { assert!(size_of::<c_int>() == LENGTH as usize) };
+    // SAFETY: the descriptor is open for as long as it is borrowed. The kernel reads `LENGTH`
     // bytes from the pointer, which are those of `value`, alive until the call returns; it keeps
     // no pointer and writes nothing.
     let result = unsafe {
@@ -66,7 +67,7 @@ fn set(socket: BorrowedFd<'_>, name: c_int, value: c_int) -> io::Result<()> {
             number::SOL_SOCKET,
             name,
             (&raw const value).cast::<c_void>(),
-            length,
+            LENGTH,
         )
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }

@@ -11,9 +11,7 @@ use crate::types::Family;
 
 /// Rules and the bytes that `nft` sends for them.
 fn golden() -> Vec<(&'static str, Vec<u8>)> {
-    let mut lines = include_str!("golden.txt")
-        .lines()
-        .filter(|line| !line.starts_with('#'));
+    let mut lines = include_str!("golden.txt").lines().filter(|line| !line.starts_with('#'));
     let mut list = Vec::new();
     while let (Some(rule), Some(hex)) = (lines.next(), lines.next()) {
         let byte = |at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap();
@@ -24,9 +22,7 @@ fn golden() -> Vec<(&'static str, Vec<u8>)> {
 }
 
 fn read(bytes: &[u8]) -> Result<Vec<Expr>, Malformed> {
-    Attributes::new(bytes)
-        .map(|element| Expr::read(&element?))
-        .collect()
+    Attributes::new(bytes).map(|element| Expr::read(&element?)).collect()
 }
 
 fn written(exprs: &[Expr]) -> Vec<u8> {
@@ -39,10 +35,8 @@ fn written(exprs: &[Expr]) -> Vec<u8> {
 
 /// Each kind of statement at least once.
 fn statements() -> Vec<Stmt> {
-    let mut list: Vec<_> = golden()
-        .iter()
-        .flat_map(|(_, bytes)| recognise(&read(bytes).unwrap()).0)
-        .collect();
+    let mut list: Vec<_> =
+        golden().iter().flat_map(|(_, bytes)| recognise(&read(bytes).unwrap()).0).collect();
     for family in Family::BOTH {
         list.extend([
             Stmt::SourceNotIn(Set::Peer(family)),
@@ -56,14 +50,8 @@ fn statements() -> Vec<Stmt> {
     list.extend([
         Stmt::Unknown(7),
         Stmt::SetMark { keep: 0, value: 0 },
-        Stmt::SetMark {
-            keep: u32::MAX,
-            value: 0,
-        },
-        Stmt::SetMark {
-            keep: 0,
-            value: u32::MAX,
-        },
+        Stmt::SetMark { keep: u32::MAX, value: 0 },
+        Stmt::SetMark { keep: 0, value: u32::MAX },
         Stmt::CtState(0),
         Stmt::MarkIs { mask: 0, value: 0 },
         Stmt::UdpPort(0),

@@ -14,10 +14,7 @@ use crate::kernel::socket::Socket;
 pub(in super::super) fn in_netns(test: impl FnOnce(&mut Socket) + Send + 'static) {
     let run = move || {
         // Only the namespace changes, and only that of this thread, which ends with the test.
-        #[allow(
-            deprecated,
-            reason = "its successor is unsafe for flags that are not used here"
-        )]
+        #[allow(deprecated, reason = "its successor is unsafe for flags that are not used here")]
         let entered = rustix::thread::unshare(UnshareFlags::NEWNET);
         if let Err(error) = entered {
             let required = std::env::var("EGRESS_REQUIRE_NETNS").is_ok_and(|value| value == "1");
@@ -55,9 +52,5 @@ pub(super) fn nft(arguments: &[&str], input: &str) -> Result<String, String> {
     drop(stdin);
     let output = child.wait_with_output().unwrap();
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
-    if output.status.success() {
-        Ok(text(output.stdout))
-    } else {
-        Err(text(output.stderr))
-    }
+    if output.status.success() { Ok(text(output.stdout)) } else { Err(text(output.stderr)) }
 }

@@ -46,17 +46,8 @@ fn everything_can_be_deleted_again() {
     in_netns(|socket| {
         commit(socket, &sample::ops()).unwrap();
         let wanted = sample::firewall();
-        let mut ops: Vec<_> = wanted
-            .chains
-            .keys()
-            .map(|id| Op::SetRules(*id, vec![]))
-            .collect();
-        ops.extend(
-            wanted
-                .elements
-                .into_iter()
-                .map(|(key, value)| Op::DeleteElement(key, value)),
-        );
+        let mut ops: Vec<_> = wanted.chains.keys().map(|id| Op::SetRules(*id, vec![])).collect();
+        ops.extend(wanted.elements.into_iter().map(|(key, value)| Op::DeleteElement(key, value)));
         ops.extend(wanted.chains.into_keys().map(Op::DeleteChain));
         ops.extend(wanted.sets.into_iter().map(Op::DeleteSet));
         assert_eq!(commit(socket, &ops), Ok(()));
@@ -70,9 +61,7 @@ fn script(ops: &[Op]) -> String {
         let text = op.to_string();
         text.lines().map(String::from).collect::<Vec<_>>()
     });
-    lines
-        .map(|line| line.strip_prefix("nft ").unwrap().to_owned() + "\n")
-        .collect()
+    lines.map(|line| line.strip_prefix("nft ").unwrap().to_owned() + "\n").collect()
 }
 
 #[test]
@@ -174,11 +163,7 @@ fn what_is_not_ours_is_told_apart() {
         );
         assert!(!found.sets.contains(&Set::Any(Family::V4)));
         assert!(!found.chains.contains_key(&ChainId::Guard));
-        let here: Vec<_> = found.chains[&ChainId::Here]
-            .1
-            .iter()
-            .map(ToString::to_string)
-            .collect();
+        let here: Vec<_> = found.chains[&ChainId::Here].1.iter().map(ToString::to_string).collect();
         assert_eq!(here.len(), 2);
         assert!(here[0].ends_with("<not ours> drop"), "{here:?}");
         assert_eq!(here[1], "counter");
@@ -192,17 +177,8 @@ fn a_set_of_another_type_is_a_stray_that_can_be_made_anew() {
     }
     in_netns(|socket| {
         commit(socket, &[Op::AddTable]).unwrap();
-        nft(
-            &[
-                "add",
-                "set",
-                "inet",
-                NFT_TABLE,
-                "peer4 { type ipv4_addr; flags interval; }",
-            ],
-            "",
-        )
-        .unwrap();
+        nft(&["add", "set", "inet", NFT_TABLE, "peer4 { type ipv4_addr; flags interval; }"], "")
+            .unwrap();
         let found = observe(socket).unwrap().unwrap();
         let stray = Stray::Set("peer4".into());
         assert_eq!(found.strays, [stray.clone()].into());

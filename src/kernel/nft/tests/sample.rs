@@ -32,24 +32,14 @@ pub(super) fn tag(number: u16) -> Tag {
 }
 
 const fn base(kind: ChainType, hook: Hook, priority: i32) -> Base {
-    Base {
-        kind,
-        hook,
-        priority,
-    }
+    Base { kind, hook, priority }
 }
 
 const MASK: u32 = 0xffff_ff00;
 
-const MARK: Stmt = Stmt::SetMark {
-    keep: 0xff,
-    value: GATEWAY.get(),
-};
+const MARK: Stmt = Stmt::SetMark { keep: 0xff, value: GATEWAY.get() };
 
-const UNMARK: Stmt = Stmt::SetMark {
-    keep: 0xff,
-    value: 0,
-};
+const UNMARK: Stmt = Stmt::SetMark { keep: 0xff, value: 0 };
 
 /// A chain, how it is called, and its rules.
 type Chain = (ChainId, Option<Base>, Vec<NftRule>);
@@ -79,16 +69,8 @@ fn base_chains() -> Vec<Chain> {
                 vec![UdpPort(7789), SourceNotIn(Set::Peer(V4)), Counter, Drop],
                 vec![DestinationIn(Set::Eip(V6)), Icmp6Type(135), Return],
                 vec![Icmp6Type(136), Return],
-                vec![
-                    SourceIn(Set::Peer(V4)),
-                    DestinationNotIn(Set::Excluded(V4)),
-                    Drop,
-                ],
-                vec![
-                    SourceIn(Set::Peer(V6)),
-                    DestinationIn(Set::Excluded(V6)),
-                    Drop,
-                ],
+                vec![SourceIn(Set::Peer(V4)), DestinationNotIn(Set::Excluded(V4)), Drop],
+                vec![SourceIn(Set::Peer(V6)), DestinationIn(Set::Excluded(V6)), Drop],
                 vec![DestinationIn(Set::Eip(V4)), Drop],
             ]),
         ),
@@ -97,20 +79,8 @@ fn base_chains() -> Vec<Chain> {
             Some(base(ChainType::Filter, Hook::Forward, -150)),
             rules(vec![
                 vec![OutputDevice(device()), UNMARK, ClearTag],
-                vec![
-                    MarkIs {
-                        mask: MASK,
-                        value: 0x2600_0000,
-                    },
-                    Drop,
-                ],
-                vec![
-                    MarkIn {
-                        mask: MASK,
-                        set: Set::Gateway,
-                    },
-                    Drop,
-                ],
+                vec![MarkIs { mask: MASK, value: 0x2600_0000 }, Drop],
+                vec![MarkIn { mask: MASK, set: Set::Gateway }, Drop],
             ]),
         ),
         (
@@ -119,13 +89,7 @@ fn base_chains() -> Vec<Chain> {
             rules(vec![
                 vec![OutputDevice(device()), SnatToSource(V4)],
                 vec![OutputDevice(device()), SnatToSource(V6)],
-                vec![
-                    MarkIsNot {
-                        mask: MASK,
-                        value: 0x2700_0000,
-                    },
-                    Return,
-                ],
+                vec![MarkIsNot { mask: MASK, value: 0x2700_0000 }, Return],
                 vec![TagBySource(Set::Source(V4)), Goto(ChainId::Wear(V4))],
                 vec![TagBySource(Set::Source(V6)), Goto(ChainId::Wear(V6))],
             ]),
@@ -150,26 +114,14 @@ pub(super) fn chains() -> Vec<Chain> {
     list.extend([
         (ChainId::Here, None, rules(vec![vec![ClearTag]])),
         (ChainId::Bypass, None, rules(vec![])),
-        (
-            ChainId::To(GATEWAY),
-            None,
-            rules(vec![vec![MARK], vec![ClearTag], vec![Counter]]),
-        ),
+        (ChainId::To(GATEWAY), None, rules(vec![vec![MARK], vec![ClearTag], vec![Counter]])),
     ]);
     for (family, lengths) in [(V4, [32, 24, 1]), (V6, [128, 64, 1])] {
         let mut pick: Vec<_> = lengths
             .into_iter()
-            .map(|length| {
-                vec![
-                    TagByDestination(family, length),
-                    Goto(ChainId::Steer(family)),
-                ]
-            })
+            .map(|length| vec![TagByDestination(family, length), Goto(ChainId::Steer(family))])
             .collect();
-        pick.push(vec![
-            TagByTag(Set::Any(family)),
-            Goto(ChainId::Steer(family)),
-        ]);
+        pick.push(vec![TagByTag(Set::Any(family)), Goto(ChainId::Steer(family))]);
         list.extend([
             (ChainId::Pick(family), None, rules(pick)),
             (
@@ -215,10 +167,7 @@ pub(super) fn sets() -> Vec<Set> {
 }
 
 pub(super) fn elements() -> Vec<(Key, Value)> {
-    let note = |data, text: &str| Value {
-        data,
-        comment: Some(Comment::of_name(text)),
-    };
+    let note = |data, text: &str| Value { data, comment: Some(Comment::of_name(text)) };
     let plain = || Value::plain(Data::None);
     let class = |number| Value::plain(Data::Tag(tag(number)));
     let way = |tag, verdict| (Key::Verdict(tag), Value::plain(Data::Verdict(verdict)));
@@ -230,54 +179,29 @@ pub(super) fn elements() -> Vec<(Key, Value)> {
         way(Tag::BYPASS, Verdict::Goto(ChainId::Bypass)),
         way(Tag::gateway(0x2601), Verdict::Goto(ChainId::To(GATEWAY))),
         (net("198.51.100.7/32", 1), class(2)),
-        (
-            net("198.51.100.0/24", 1),
-            note(Data::Tag(tag(3)), "default/p1"),
-        ),
+        (net("198.51.100.0/24", 1), note(Data::Tag(tag(3)), "default/p1")),
         (net("128.0.0.0/1", 2), class(4)),
         (net("2001:db8::7/128", 1), class(2)),
         (net("2001:db8::/64", 1), class(3)),
         (net("8000::/1", 2), class(4)),
-        (
-            Key::Excluded(range("10.244.0.0", "10.244.255.255")),
-            plain(),
-        ),
-        (
-            Key::Excluded(range("10.245.0.0", "10.245.0.6")),
-            note(Data::None, "x"),
-        ),
-        (
-            Key::Excluded(range("240.0.0.0", "255.255.255.255")),
-            plain(),
-        ),
+        (Key::Excluded(range("10.244.0.0", "10.244.255.255")), plain()),
+        (Key::Excluded(range("10.245.0.0", "10.245.0.6")), note(Data::None, "x")),
+        (Key::Excluded(range("240.0.0.0", "255.255.255.255")), plain()),
         (Key::Excluded(range("::", "::ffff")), plain()),
-        (
-            Key::Excluded(range("ff00::", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff")),
-            plain(),
-        ),
+        (Key::Excluded(range("ff00::", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff")), plain()),
         (Key::SourceNet(range("10.9.0.0", "10.9.0.77")), class(5)),
-        (
-            Key::SourceNet(range("fd00::1", "fd00::1")),
-            note(Data::Tag(tag(6)), &"n".repeat(200)),
-        ),
+        (Key::SourceNet(range("fd00::1", "fd00::1")), note(Data::Tag(tag(6)), &"n".repeat(200))),
     ];
-    for (family, one, eip) in [
-        (V4, "192.0.2.1", "198.51.100.200"),
-        (V6, "2001:db8::1", "2001:db8::200"),
-    ] {
+    for (family, one, eip) in
+        [(V4, "192.0.2.1", "198.51.100.200"), (V6, "2001:db8::1", "2001:db8::200")]
+    {
         list.extend([
             (Key::Peer(address(one)), note(Data::None, "node-2")),
             (Key::Eip(address(eip)), plain()),
             (Key::Source(address(one)), class(7)),
             (Key::Any(family, tag(1)), class(8)),
-            (
-                Key::Steer(family, tag(8)),
-                note(Data::Tag(Tag::HERE), "default/p2"),
-            ),
-            (
-                Key::Snat(family, tag(8)),
-                note(Data::Address(address(eip)), "default/p2"),
-            ),
+            (Key::Steer(family, tag(8)), note(Data::Tag(Tag::HERE), "default/p2")),
+            (Key::Snat(family, tag(8)), note(Data::Address(address(eip)), "default/p2")),
             (Key::Masquerade(family, tag(9)), plain()),
         ]);
     }
@@ -290,26 +214,15 @@ pub(super) fn ops() -> Vec<Op> {
     ops.extend(sets().into_iter().map(Op::AddSet));
     let chains = chains();
     ops.extend(chains.iter().map(|(id, base, _)| Op::AddChain(*id, *base)));
-    ops.extend(
-        elements()
-            .into_iter()
-            .map(|(key, value)| Op::AddElement(key, value)),
-    );
-    ops.extend(
-        chains
-            .into_iter()
-            .map(|(id, _, rules)| Op::SetRules(id, rules)),
-    );
+    ops.extend(elements().into_iter().map(|(key, value)| Op::AddElement(key, value)));
+    ops.extend(chains.into_iter().map(|(id, _, rules)| Op::SetRules(id, rules)));
     ops
 }
 
 /// The state that they make.
 pub(super) fn firewall() -> Firewall {
     Firewall {
-        chains: chains()
-            .into_iter()
-            .map(|(id, base, rules)| (id, (base, rules)))
-            .collect(),
+        chains: chains().into_iter().map(|(id, base, rules)| (id, (base, rules))).collect(),
         sets: sets().into_iter().collect(),
         elements: elements().into_iter().collect(),
         ..Firewall::default()

@@ -63,11 +63,7 @@ fn a_refused_operation_is_named_and_nothing_is_done() {
 #[test]
 fn a_value_changes_by_deleting_and_adding_its_key() {
     in_netns(|socket| {
-        commit(
-            socket,
-            &[Op::AddTable, Op::AddSet(Set::Any(V4)), add(1), add(2)],
-        )
-        .unwrap();
+        commit(socket, &[Op::AddTable, Op::AddSet(Set::Any(V4)), add(1), add(2)]).unwrap();
         let (key, value) = any(1, 77);
         commit(socket, &[delete(1), Op::AddElement(key, value.clone())]).unwrap();
         let found = observe(socket).unwrap().unwrap();
@@ -112,9 +108,7 @@ fn other_writers_delay_but_do_not_stop_us() {
                 let mut commits = 0;
                 while !stopped.load(Ordering::Relaxed) && commits < 1000 {
                     for verb in ["add", "delete"] {
-                        let done = Command::new("nft")
-                            .args([verb, "table", "inet", "x"])
-                            .status();
+                        let done = Command::new("nft").args([verb, "table", "inet", "x"]).status();
                         commits += u32::from(done.is_ok_and(|status| status.success()));
                     }
                 }
