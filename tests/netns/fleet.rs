@@ -198,3 +198,40 @@ pub(crate) fn check(expectations: &[Expect<'_>]) {
 pub(crate) fn sources(lab: &Lab) -> BTreeSet<IpAddr> {
     lab.outside.take_seen().into_iter().map(|(source, _)| source).collect()
 }
+
+/// All that `nft`, `ip` and `bridge` can tell of a namespace, but for counters.
+pub(crate) fn snapshot(netns: &Netns) -> Result<String> {
+    [
+        "nft -s list ruleset",
+        "ip -4 rule",
+        "ip -6 rule",
+        "ip -4 -d route show table all",
+        "ip -6 -d route show table all",
+        "ip -d link",
+        "ip -d addr",
+        "ip -4 neigh",
+        "ip -6 neigh",
+        "bridge -d fdb",
+    ]
+    .into_iter()
+    .map(|line| Ok(format!("# {line}\n{}", tool(netns, line)?)))
+    .collect()
+}
+
+/// The lines of a text that another one does not have, or not as often.
+pub(crate) fn lost(before: &str, now: &str) -> String {
+    let mut left: Vec<&str> = now.lines().collect();
+    let mut lost = String::new();
+    for line in before.lines() {
+        match left.iter().position(|known| *known == line) {
+            Some(index) => drop(left.remove(index)),
+            None => lost.extend([line, "\n"]),
+        }
+    }
+    lost
+}
+
+/// Panics with what is gone and what is new unless two texts are equal.
+pub(crate) fn assert_same(before: &str, now: &str) {
+    assert!(before == now, "gone:\n{}\nnew:\n{}", lost(before, now), lost(now, before));
+}

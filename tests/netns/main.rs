@@ -1,6 +1,9 @@
 //! The datapath in the kernel, in network namespaces: real packets, real tools.
 
-mod fleet;
 #[path = "../lab/mod.rs"]
 mod lab;
+
+mod decoys;
+mod fleet;
 mod packets;
+mod roundtrip;

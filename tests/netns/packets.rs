@@ -1,16 +1,18 @@
 //! What packets do.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 
-use egress_datapath::{Destinations, EgressIp, Mark, MarkLayout};
+use egress_datapath::{Destinations, EgressIp, EgressPolicy, Mark, MarkLayout};
 use ipnet::IpNet;
 
 use crate::fleet::{
-    Fleet, Result, check, dual, expect, expect_nothing, have, lab, nft, policy, sources, tool,
+    Expect, Fleet, Result, check, dual, expect, expect_nothing, have, lab, nft, policy, sources,
+    tool,
 };
 use crate::lab::{
-    EIP_B, EIP_C, NODE_A, NODE_B_OUTSIDE, OTHER_SERVER, POD_A, POD_B, POD_C, Pair, SERVER,
-    STRANGER, hosts, net,
+    EIP_B, EIP_C, NODE_A, NODE_B_OUTSIDE, OTHER_SERVER, POD_A, POD_B, POD_C, Pair, Proto, SERVER,
+    STRANGER, hosts, net, probe,
 };
 
 const B: Option<&str> = Some("node-b");
@@ -301,23 +303,18 @@ fn a_policy_without_a_gateway_lets_nothing_out() -> Result {
 #[test]
 fn a_family_without_an_egress_ip_stays_inside() -> Result {
     let Some(lab) = lab()? else { return Ok(()) };
-    let [v4, v6] = EIP_B;
-    for egress_ip in
-        [dual(EIP_B), dual(EIP_B)].into_iter().zip([v4, v6]).map(|(both, keep)| {
-            match (both, keep.is_ipv4()) {
-                (EgressIp::Dual(v4, _), true) => EgressIp::V4(v4),
-                (EgressIp::Dual(_, v6), false) => EgressIp::V6(v6),
-                (other, _) => other,
-            }
-        })
-    {
+    let of_one_family = EIP_B.map(|ip| match ip {
+        IpAddr::V4(v4) => EgressIp::V4(v4),
+        IpAddr::V6(v6) => EgressIp::V6(v6),
+    });
+    for egress_ip in of_one_family {
         let policies = [policy("p", &[POD_A, POD_B], B, egress_ip)?];
         Fleet::open(&lab)?.apply(&policies)?;
         sources(&lab);
         let source = EIP_B.map(|ip| egress_ip.addresses().find(|address| *address == ip));
         check(&[
-            crate::fleet::Expect { from: &lab.pod_a, to: SERVER, source },
-            crate::fleet::Expect { from: &lab.pod_b, to: SERVER, source },
+            Expect { from: &lab.pod_a, to: SERVER, source },
+            Expect { from: &lab.pod_b, to: SERVER, source },
             expect(&lab.pod_a, POD_B, POD_A),
         ]);
         assert_eq!(sources(&lab), egress_ip.addresses().collect::<BTreeSet<_>>());
@@ -378,8 +375,8 @@ fn nothing_gets_out_while_a_piece_is_missing_and_it_is_put_back() -> Result {
             tool(&lab.node_a.netns, line)?;
         }
         let wearing: BTreeSet<_> = EIP_B.into_iter().collect();
-        let _either_way = crate::lab::probe(&lab.pod_a, crate::lab::Proto::Udp, SERVER[0]);
-        let _either_way = crate::lab::probe(&lab.pod_a, crate::lab::Proto::Udp, SERVER[1]);
+        let _either_way = probe(&lab.pod_a, Proto::Udp, SERVER[0]);
+        let _either_way = probe(&lab.pod_a, Proto::Udp, SERVER[1]);
         let seen = sources(&lab);
         assert!(seen.is_subset(&wearing), "after {damage:?}: {seen:?}");
         fleet.apply(&policies).map_err(|error| format!("after {damage:?}: {error}"))?;
@@ -392,7 +389,7 @@ fn nothing_gets_out_while_a_piece_is_missing_and_it_is_put_back() -> Result {
     Ok(())
 }
 
-fn two_gateways() -> Result<[egress_datapath::EgressPolicy; 2]> {
+fn two_gateways() -> Result<[EgressPolicy; 2]> {
     Ok([policy("one", &[POD_A], B, dual(EIP_B))?, policy("two", &[STRANGER], C, dual(EIP_C))?])
 }
 
