@@ -5,10 +5,10 @@ use crate::lab::{EIP_B, EIP_C, Netns, POD_A, POD_B};
 
 /// Objects of other programs, each like one of ours but for one attribute.
 ///
-/// Ours are: rules of protocol 69 at priority 101 and 102; routes of protocol 69 in tables from
+/// Ours are: rules of protocol 69 at priority 101; routes of protocol 69 in tables from
 /// 3000; `egress.vxlan` with an alias; the table `inet egress_datapath`.
 const DECOYS: &[&str] = &[
-    // A rule with another protocol, mark, priority; and one after our closing one.
+    // Rules with another protocol, or none.
     "ip -4 rule add pref 101 fwmark 0x26000000/0xff000000 lookup 3000",
     "ip -6 rule add pref 101 fwmark 0x26000000/0xff000000 lookup 3000 protocol static",
     "ip -4 rule add pref 102 fwmark 0x26000000/0xff000000 unreachable protocol 70",

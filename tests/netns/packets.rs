@@ -1,18 +1,20 @@
 //! What packets do.
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, UdpSocket};
+use std::time::Duration;
 
-use egress_datapath::{Destinations, EgressIp, EgressPolicy, Mark, MarkLayout};
+use egress_datapath::{Cluster, Destinations, EgressIp, EgressPolicy, Mark, MarkLayout};
 use ipnet::IpNet;
 
 use crate::fleet::{
     Expect, Fleet, Result, check, dual, expect, expect_nothing, have, lab, nft, policy, sources,
     tool,
 };
+use crate::lab::echo::PORT;
 use crate::lab::{
-    EIP_B, EIP_C, NODE_A, NODE_B_OUTSIDE, OTHER_SERVER, POD_A, POD_B, POD_C, Pair, Proto, SERVER,
-    STRANGER, hosts, net, probe,
+    EIP_B, EIP_C, Echo, NODE_A, NODE_B, NODE_B_OUTSIDE, OTHER_SERVER, POD_A, POD_B, POD_C, Pair,
+    Proto, SERVER, STRANGER, hosts, net, probe,
 };
 
 const B: Option<&str> = Some("node-b");
@@ -366,7 +368,7 @@ fn nothing_gets_out_while_a_piece_is_missing_and_it_is_put_back() -> Result {
         &["ip link set egress.vxlan down"][..],
         &["ip link del egress.vxlan"],
         &["ip -4 rule del pref 101", "ip -6 rule del pref 101"],
-        &["ip -4 rule del pref 102", "ip -6 rule del pref 102", "ip link set egress.vxlan down"],
+        &["ip -4 rule del pref 101", "ip -6 rule del pref 101", "ip link set egress.vxlan down"],
         &["ip -4 route flush table all proto 69", "ip -6 route flush table all proto 69"],
         &["ip neigh flush all dev egress.vxlan nud permanent"],
         &["ip addr flush dev egress.vxlan"],
@@ -387,6 +389,147 @@ fn nothing_gets_out_while_a_piece_is_missing_and_it_is_put_back() -> Result {
         sources(&lab);
     }
     Ok(())
+}
+
+#[test]
+fn a_masquerade_of_somebody_else_does_not_bind() -> Result {
+    let Some(lab) = lab()? else { return Ok(()) };
+    if !have("nft")? {
+        return Ok(());
+    }
+    // As a CNI plugin has it, on every node, before ours and after ours was made.
+    let masquerade = "chain postrouting {
+            type nat hook postrouting priority srcnat;
+            ip daddr != 10.244.0.0/16 ip saddr 10.244.0.0/16 masquerade
+            ip6 daddr != fd44::/16 ip6 saddr fd44::/16 masquerade
+        }";
+    for host in lab.nodes() {
+        nft(&host.netns, &[], &format!("table inet early {{\n{masquerade}\n}}"))?;
+    }
+    Fleet::open(&lab)?.apply(&[policy("p", &[POD_A, POD_B], B, dual(EIP_B))?])?;
+    for host in lab.nodes() {
+        nft(&host.netns, &[], &format!("table inet late {{\n{masquerade}\n}}"))?;
+    }
+    check(&[
+        expect(&lab.pod_a, SERVER, EIP_B),
+        expect(&lab.pod_b, SERVER, EIP_B),
+        expect(&lab.stranger, SERVER, NODE_A),
+    ]);
+    Ok(())
+}
+
+#[test]
+fn a_drop_of_somebody_else_still_drops() -> Result {
+    let Some(lab) = lab()? else { return Ok(()) };
+    if !have("nft")? {
+        return Ok(());
+    }
+    let rules = "table inet network_policy {
+        chain forward {
+            type filter hook forward priority filter;
+            ip saddr 10.244.1.10 ip daddr 198.51.100.20 drop
+            ip6 saddr fd44:1::10 ip6 daddr 2001:db8:51::20 drop
+        }
+    }";
+    nft(&lab.node_a.netns, &[], rules)?;
+    Fleet::open(&lab)?.apply(&[policy("p", &[POD_A], B, dual(EIP_B))?])?;
+    check(&[expect_nothing(&lab.pod_a, OTHER_SERVER), expect(&lab.pod_a, SERVER, EIP_B)]);
+    Ok(())
+}
+
+#[test]
+fn a_service_address_is_classified_by_where_it_leads() -> Result {
+    let Some(lab) = lab()? else { return Ok(()) };
+    if !have("nft")? {
+        return Ok(());
+    }
+    let rules = "table inet services {
+        chain prerouting {
+            type nat hook prerouting priority dstnat;
+            ip daddr 10.96.0.50 dnat ip to 198.51.100.10
+            ip6 daddr fd96::50 dnat ip6 to 2001:db8:51::10
+            ip daddr 203.0.113.7 dnat ip to 10.244.2.10
+            ip6 daddr 2001:db8:7::7 dnat ip6 to fd44:2::10
+        }
+    }";
+    nft(&lab.node_a.netns, &[], rules)?;
+    let services: [IpNet; 2] = ["10.96.0.0/16".parse()?, "fd96::/16".parse()?];
+    let mut fleet = Fleet::with(&lab, |cluster| cluster.excluded.extend(services))?;
+    fleet.apply(&[policy("p", &[POD_A], B, dual(EIP_B))?])?;
+    let inside: Pair = ["10.96.0.50".parse()?, "fd96::50".parse()?];
+    let outside: Pair = ["203.0.113.7".parse()?, "2001:db8:7::7".parse()?];
+    check(&[expect(&lab.pod_a, inside, EIP_B), expect(&lab.pod_a, outside, POD_A)]);
+    Ok(())
+}
+
+#[test]
+fn no_service_of_the_gateway_answers_on_an_egress_ip() -> Result {
+    let Some(lab) = lab()? else { return Ok(()) };
+    let _service = Echo::start(&lab.node_b.netns, &[EIP_B, NODE_B_OUTSIDE].concat())?;
+    check(&[expect(&lab.server, EIP_B, SERVER)]);
+    Fleet::open(&lab)?.apply(&[policy("p", &[POD_A], B, dual(EIP_B))?])?;
+    check(&[expect_nothing(&lab.server, EIP_B), expect(&lab.server, NODE_B_OUTSIDE, SERVER)]);
+    Ok(())
+}
+
+#[test]
+fn a_stranger_on_the_underlay_cannot_speak_through_the_tunnel() -> Result {
+    let Some(lab) = lab()? else { return Ok(()) };
+    let policies = [policy("p", &[POD_A], B, dual(EIP_B))?];
+    Fleet::open(&lab)?.apply(&policies)?;
+    check(&[expect(&lab.pod_a, SERVER, EIP_B)]);
+    sources(&lab);
+    let (to, from) = (lab.cluster(&lab.node_b)?, lab.cluster(&lab.node_a)?);
+    let mac_of = |cluster: &Cluster| {
+        let node = cluster.nodes.iter().find(|node| node.name == cluster.node);
+        node.map(|node| node.mac().octets()).unwrap_or_default()
+    };
+    let frame = vxlan_frame(mac_of(&to), mac_of(&from));
+    for (netns, arrives) in [(&lab.node_a.netns, true), (&lab.router, false)] {
+        for _ in 0..3 {
+            netns.run(|| {
+                let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+                socket.send_to(&frame, (NODE_B[0], 7789))
+            })??;
+        }
+        // An answered question later the frames have arrived, or never will.
+        check(&[expect(&lab.stranger, OTHER_SERVER, STRANGER)]);
+        let seen = sources(&lab);
+        assert_eq!(seen.contains(&EIP_B[0]), arrives, "{seen:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn an_open_flow_follows_its_policy_to_another_gateway() -> Result {
+    let Some(lab) = lab()? else { return Ok(()) };
+    let mut fleet = Fleet::open(&lab)?;
+    fleet.apply(&[policy("p", &[POD_A], B, dual(EIP_B))?])?;
+    let flow = lab.pod_a.run(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)))??;
+    flow.set_read_timeout(Some(Duration::from_millis(900)))?;
+    flow.connect((SERVER[0], PORT))?;
+    let ask = || -> Result<IpAddr> {
+        let mut answer = [0; 64];
+        flow.send(b"?")?;
+        let length = flow.recv(&mut answer)?;
+        Ok(String::from_utf8_lossy(answer.get(..length).unwrap_or_default()).parse()?)
+    };
+    assert_eq!(ask()?, EIP_B[0]);
+    fleet.apply(&[policy("p", &[POD_A], C, dual(EIP_C))?])?;
+    assert_eq!(ask()?, EIP_C[0]);
+    assert_eq!(ask()?, EIP_C[0]);
+    assert_eq!(sources(&lab), [EIP_B[0], EIP_C[0]].into_iter().collect());
+    Ok(())
+}
+
+/// A UDP datagram from the selected pod to the server, as it comes through the tunnel.
+fn vxlan_frame(to: [u8; 6], from: [u8; 6]) -> Vec<u8> {
+    // 29 bytes, do not fragment, UDP, checksum 0x0495, 10.244.1.10 to 198.51.100.10.
+    let ip = [69, 0, 0, 29, 0, 0, 0x40, 0, 64, 17, 4, 0x95, 10, 244, 1, 10, 198, 51, 100, 10];
+    let vxlan = [0x08, 0, 0, 0, 0, 0, 100, 0];
+    // From port 5000 to 7000, nine bytes, without checksum.
+    let udp = [0x13, 0x88, 0x1b, 0x58, 0, 9, 0, 0, b'?'];
+    [&vxlan[..], &to, &from, &[0x08, 0], &ip, &udp].concat()
 }
 
 fn two_gateways() -> Result<[EgressPolicy; 2]> {
