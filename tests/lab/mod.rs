@@ -206,13 +206,21 @@ impl Host {
         let uplink = Device { name: "eth1", index: OUTSIDE };
         plug(router, u32::from(self.number), OUTSIDE, &self.netns, uplink)?;
         self.netns.link(|link| {
-            for (ip, length) in outside(10 + self.number).into_iter().zip(PREFIX) {
-                link.address(OUTSIDE, net(ip, length), Preference::Usual)?;
-            }
-            for (ip, length) in eip.into_iter().zip(FULL) {
-                link.address(OUTSIDE, net(ip, length), Preference::Deprecated)?;
-            }
-            Ok(())
+            let mut addresses = outside(10 + self.number).into_iter().zip(PREFIX);
+            addresses.try_for_each(|(ip, length)| {
+                link.address(OUTSIDE, net(ip, length), Preference::Usual)
+            })
+        })?;
+        self.own(eip)
+    }
+
+    /// Makes a gateway answer for another egress IP.
+    pub(crate) fn own(&self, eip: Pair) -> io::Result<()> {
+        self.netns.link(|link| {
+            let mut addresses = eip.into_iter().zip(FULL);
+            addresses.try_for_each(|(ip, length)| {
+                link.address(OUTSIDE, net(ip, length), Preference::Deprecated)
+            })
         })
     }
 

@@ -5,5 +5,6 @@ mod lab;
 
 mod decoys;
 mod fleet;
+mod flows;
 mod packets;
 mod roundtrip;
