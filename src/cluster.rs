@@ -80,13 +80,7 @@ pub struct Node {
 impl Node {
     /// A node whose Ethernet address is derived and whose mark is allocated.
     pub const fn new(name: NodeName, underlay: Vec<IpAddr>, tunnel: Vec<IpNet>) -> Self {
-        Self {
-            name,
-            underlay,
-            tunnel,
-            mac: None,
-            mark: None,
-        }
+        Self { name, underlay, tunnel, mac: None, mark: None }
     }
 
     /// Ethernet address of its tunnel device.

@@ -37,10 +37,7 @@ impl Steps {
     }
 
     fn finish(self) -> Vec<Step> {
-        self.0
-            .into_iter()
-            .map(|(phase, ops)| Step { phase, ops })
-            .collect()
+        self.0.into_iter().map(|(phase, ops)| Step { phase, ops }).collect()
     }
 }
 
@@ -60,7 +57,6 @@ fn changes<'a, K: Ord, V: PartialEq>(
     let (mut old, mut new) = (observed.iter().peekable(), desired.iter().peekable());
     loop {
         match (old.peek().copied(), new.peek().copied()) {
-            (None, None) => return,
             (Some((key, was)), Some((same, is))) if key == same => {
                 if was != is {
                     each(Change::Replaced(key, was, is));
@@ -76,7 +72,7 @@ fn changes<'a, K: Ord, V: PartialEq>(
                 each(Change::Added(key, is));
                 new.next();
             }
-            (Some(_), None) => return,
+            (None | Some(_), None) => return,
         }
     }
 }
@@ -85,11 +81,7 @@ fn rtnetlink(observed: &State, desired: &State, steps: &mut Steps) {
     let mut observed = observed.clone();
     link(&mut observed, desired, steps);
     let new = desired.link.as_ref().map(|link| link.name.clone());
-    let old = observed
-        .link
-        .as_ref()
-        .map(|link| link.name.clone())
-        .or_else(|| new.clone());
+    let old = observed.link.as_ref().map(|link| link.name.clone()).or_else(|| new.clone());
     if let Some(device) = &new {
         for net in desired.addresses.difference(&observed.addresses) {
             steps.add(Phase::Tunnel, Op::AddAddress(device.clone(), *net));
@@ -102,36 +94,23 @@ fn rtnetlink(observed: &State, desired: &State, steps: &mut Steps) {
     }
     // A device that is gone took what was on it along, so that what is left here has a device.
     let device = new.or(old);
-    changes(&observed.fdb, &desired.fdb, |change| {
-        match (change, &device) {
-            (Change::Added(mac, node) | Change::Replaced(mac, _, node), Some(device)) => {
-                steps.add(Phase::Tunnel, Op::PutFdb(device.clone(), *mac, *node));
-            }
-            (Change::Removed(mac, node), Some(device)) => {
-                steps.add(
-                    Phase::DeletePeers,
-                    Op::DeleteFdb(device.clone(), *mac, *node),
-                );
-            }
-            (_, None) => {}
+    changes(&observed.fdb, &desired.fdb, |change| match (change, &device) {
+        (Change::Added(mac, node) | Change::Replaced(mac, _, node), Some(device)) => {
+            steps.add(Phase::Tunnel, Op::PutFdb(device.clone(), *mac, *node));
         }
+        (Change::Removed(mac, node), Some(device)) => {
+            steps.add(Phase::DeletePeers, Op::DeleteFdb(device.clone(), *mac, *node));
+        }
+        (_, None) => {}
     });
-    changes(&observed.neighbours, &desired.neighbours, |change| {
-        match (change, &device) {
-            (Change::Added(address, mac) | Change::Replaced(address, _, mac), Some(device)) => {
-                steps.add(
-                    Phase::Tunnel,
-                    Op::PutNeighbour(device.clone(), *address, *mac),
-                );
-            }
-            (Change::Removed(address, _), Some(device)) => {
-                steps.add(
-                    Phase::DeletePeers,
-                    Op::DeleteNeighbour(device.clone(), *address),
-                );
-            }
-            (_, None) => {}
+    changes(&observed.neighbours, &desired.neighbours, |change| match (change, &device) {
+        (Change::Added(address, mac) | Change::Replaced(address, _, mac), Some(device)) => {
+            steps.add(Phase::Tunnel, Op::PutNeighbour(device.clone(), *address, *mac));
         }
+        (Change::Removed(address, _), Some(device)) => {
+            steps.add(Phase::DeletePeers, Op::DeleteNeighbour(device.clone(), *address));
+        }
+        (_, None) => {}
     });
     routes(&observed, desired, steps);
     for rule in desired.rules.difference(&observed.rules) {
@@ -141,9 +120,7 @@ fn rtnetlink(observed: &State, desired: &State, steps: &mut Steps) {
         steps.add(Phase::DeleteRules, Op::DeleteRule(*rule));
     }
     // The rule that refuses is asked after those that send: made first, taken away last.
-    sort(steps, Phase::Rules, |op| {
-        std::cmp::Reverse(rule_priority(op))
-    });
+    sort(steps, Phase::Rules, |op| std::cmp::Reverse(rule_priority(op)));
     sort(steps, Phase::DeleteRules, rule_priority);
 }
 
@@ -166,9 +143,7 @@ fn link(observed: &mut State, desired: &State, steps: &mut Steps) {
         observed.addresses.clear();
         observed.fdb.clear();
         observed.neighbours.clear();
-        observed
-            .routes
-            .retain(|_, route| !matches!(route, Route::Via(_)));
+        observed.routes.retain(|_, route| !matches!(route, Route::Via(_)));
     };
     match (observed.link.take(), &desired.link) {
         (None, None) => {}
@@ -211,17 +186,11 @@ fn routes(observed: &State, desired: &State, steps: &mut Steps) {
             steps.add(Phase::Routes, Op::PutRoute(device.clone(), *key, *route));
         }
         Change::Removed(key, route) => {
-            steps.add(
-                Phase::DeleteRoutes,
-                Op::DeleteRoute(device.clone(), *key, *route),
-            );
+            steps.add(Phase::DeleteRoutes, Op::DeleteRoute(device.clone(), *key, *route));
         }
     });
     let sends = |op: &Op| {
-        matches!(
-            op,
-            Op::PutRoute(_, _, Route::Via(_)) | Op::DeleteRoute(_, _, Route::Via(_))
-        )
+        matches!(op, Op::PutRoute(_, _, Route::Via(_)) | Op::DeleteRoute(_, _, Route::Via(_)))
     };
     sort(steps, Phase::Routes, sends);
     sort(steps, Phase::DeleteRoutes, |op| !sends(op));
@@ -240,29 +209,21 @@ fn firewall(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
         steps.add(Phase::Skeleton, Op::AddSet(*set));
     }
     chains(observed, desired, steps);
-    changes(
-        &observed.elements,
-        &desired.elements,
-        |change| match change {
-            Change::Added(key, value) => {
-                steps.add(filled_in(key), Op::AddElement(*key, value.clone()));
-            }
-            Change::Replaced(key, was, is) => {
-                steps.add(filled_in(key), Op::DeleteElement(*key, was.clone()));
-                steps.add(filled_in(key), Op::AddElement(*key, is.clone()));
-            }
-            // Sets that go take their elements along.
-            Change::Removed(key, _) if !desired.sets.contains(&key.set()) => {}
-            Change::Removed(key, value) => {
-                let phase = if overlapped(key, desired) {
-                    filled_in(key)
-                } else {
-                    emptied_in(key)
-                };
-                steps.add(phase, Op::DeleteElement(*key, value.clone()));
-            }
-        },
-    );
+    changes(&observed.elements, &desired.elements, |change| match change {
+        Change::Added(key, value) => {
+            steps.add(filled_in(key), Op::AddElement(*key, value.clone()));
+        }
+        Change::Replaced(key, was, is) => {
+            steps.add(filled_in(key), Op::DeleteElement(*key, was.clone()));
+            steps.add(filled_in(key), Op::AddElement(*key, is.clone()));
+        }
+        // Sets that go take their elements along.
+        Change::Removed(key, _) if !desired.sets.contains(&key.set()) => {}
+        Change::Removed(key, value) => {
+            let phase = if overlapped(key, desired) { filled_in(key) } else { emptied_in(key) };
+            steps.add(phase, Op::DeleteElement(*key, value.clone()));
+        }
+    });
     for stray in &observed.strays {
         steps.add(Phase::EmptyVerdicts, Op::DeleteStray(stray.clone()));
     }
@@ -334,22 +295,14 @@ fn chains(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
             None => {
                 if found.is_some() {
                     // Ahead of the rank's order: it makes room for the one that takes its place.
-                    steps
-                        .0
-                        .entry(Phase::Skeleton)
-                        .or_default()
-                        .insert(0, Op::DeleteChain(*chain));
+                    steps.0.entry(Phase::Skeleton).or_default().insert(0, Op::DeleteChain(*chain));
                 }
                 steps.add(Phase::Skeleton, Op::AddChain(*chain, *base));
                 steps.add(Phase::Skeleton, Op::SetRules(*chain, rules.clone()));
             }
         }
     }
-    for chain in observed
-        .chains
-        .keys()
-        .filter(|chain| !desired.chains.contains_key(chain))
-    {
+    for chain in observed.chains.keys().filter(|chain| !desired.chains.contains_key(chain)) {
         steps.add(Phase::EmptyVerdicts, Op::DeleteChain(*chain));
     }
 }
@@ -367,9 +320,8 @@ fn transitional(found: &[NftRule], wanted: &[NftRule]) -> Vec<NftRule> {
         if !matches!(rule.0.first(), Some(Stmt::TagByDestination(..))) {
             continue;
         }
-        if let Some(at) = rules
-            .iter()
-            .position(|other| length(other).is_some_and(|l| Some(l) <= length(rule)))
+        if let Some(at) =
+            rules.iter().position(|other| length(other).is_some_and(|l| Some(l) <= length(rule)))
         {
             rules.insert(at, rule.clone());
         }

@@ -26,6 +26,7 @@ enum Cause {
 }
 
 /// Error numbers of `asm-generic/errno*.h` that we look for.
+#[cfg_attr(not(feature = "kernel"), allow(dead_code, reason = "the wire knows more of them"))]
 pub(crate) mod errno {
     pub(crate) const EPERM: i32 = 1;
     pub(crate) const ENOENT: i32 = 2;
@@ -67,12 +68,7 @@ impl KernelError {
 
     fn with(request: impl fmt::Display, cause: Cause) -> Self {
         let request = request.to_string();
-        Self(Box::new(Inner {
-            request,
-            cause,
-            words: None,
-            remedy: None,
-        }))
+        Self(Box::new(Inner { request, cause, words: None, remedy: None }))
     }
 
     /// Adds the kernel's own words, from an extended acknowledgement.
@@ -180,16 +176,8 @@ pub struct ApplyError {
 
 impl fmt::Display for ApplyError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            applied,
-            refused,
-            skipped,
-        } = self;
-        write!(
-            f,
-            "{applied} changes made, {} refused, {skipped} not tried",
-            refused.len()
-        )?;
+        let Self { applied, refused, skipped } = self;
+        write!(f, "{applied} changes made, {} refused, {skipped} not tried", refused.len())?;
         match refused.first() {
             Some((_, error)) => write!(f, "; first refusal: {error}"),
             None => Ok(()),

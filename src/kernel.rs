@@ -1,42 +1,97 @@
 //! The kernel of a network namespace, over netlink.
+
+mod address;
+mod fdb;
+mod link;
+mod link_change;
+mod neighbour;
+mod nft;
+mod route;
+mod route_socket;
+mod rtnl;
+mod rule;
 mod socket;
+mod tables;
+mod wire;
 
 use std::net::IpAddr;
 
-use crate::changes::Changes;
+use crate::changes::{Changes, Step};
 use crate::datapath::Datapath;
 use crate::error::{ApplyError, KernelError};
+use crate::op::Op;
 use crate::state::State;
 use crate::types::DeviceName;
 
+use route_socket::RouteSocket;
+use socket::Socket;
+pub use tables::KernelTables;
+
 /// The kernel of the network namespace that the opening thread was in.
 ///
-/// A socket belongs to the namespace of the thread that opened it, for ever: enter the namespace,
-/// open, and move the value wherever it is needed.
+/// Its sockets belong to that namespace for ever: enter the namespace, open, and move the value
+/// wherever it is needed. Every call takes as long as the kernel takes and waits for nothing
+/// else, microseconds for a change and milliseconds for a large table.
+///
+/// Reading links, routes and rules needs no privilege; everything else needs `CAP_NET_ADMIN` in
+/// the user namespace that owns the network namespace.
 #[derive(Debug)]
-pub struct KernelDatapath {}
+pub struct KernelDatapath {
+    routing: RouteSocket,
+    netfilter: Socket,
+}
 
 impl KernelDatapath {
     /// Opens sockets in the network namespace of the calling thread.
+    ///
+    /// # Errors
+    ///
+    /// The part of the kernel that is missing.
     pub fn open() -> Result<Self, KernelError> {
-        Ok(Self {})
+        Ok(Self { routing: RouteSocket::open()?, netfilter: nft::open()? })
     }
 
     /// The device that has an address, and its MTU in bytes; `None` if none has it.
-    pub fn device_of(
-        &mut self,
-        _address: IpAddr,
-    ) -> Result<Option<(DeviceName, u32)>, KernelError> {
-        Ok(None)
+    pub fn device_of(&mut self, address: IpAddr) -> Result<Option<(DeviceName, u32)>, KernelError> {
+        self.routing.device_of(address)
+    }
+
+    /// Makes a step: one transaction, or every request in turn.
+    fn step(&mut self, step: &Step) -> (usize, Vec<(Op, KernelError)>) {
+        if step.ops.first().is_some_and(Op::is_nft) {
+            return match nft::commit(&mut self.netfilter, &step.ops) {
+                Ok(()) => (step.ops.len(), Vec::new()),
+                Err(refused) => {
+                    let refused = refused.into_iter();
+                    let op = |index: usize| step.ops.get(index).or(step.ops.first()).cloned();
+                    (0, refused.filter_map(|(index, error)| Some((op(index)?, error))).collect())
+                }
+            };
+        }
+        let refuse = |op: &Op| self.routing.make(op).err().map(|error| (op.clone(), error));
+        let refused: Vec<_> = step.ops.iter().filter_map(refuse).collect();
+        (step.ops.len() - refused.len(), refused)
     }
 }
 
 impl Datapath for KernelDatapath {
     fn observe(&mut self) -> Result<State, KernelError> {
-        Ok(State::default())
+        let mut state = State::default();
+        self.routing.observe(&mut state)?;
+        state.firewall = nft::observe(&mut self.netfilter)?;
+        Ok(state)
     }
 
-    fn apply(&mut self, _changes: &Changes) -> Result<(), ApplyError> {
+    fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {
+        let mut applied = 0;
+        for step in changes.steps() {
+            let (made, refused) = self.step(step);
+            applied += made;
+            if !refused.is_empty() {
+                let skipped = changes.len() - applied - refused.len();
+                return Err(ApplyError { applied, refused, skipped });
+            }
+        }
         Ok(())
     }
 }

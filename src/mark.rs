@@ -88,22 +88,12 @@ impl MarkLayout {
 
     /// Eight value bits at bit 22 and no prefix, 253 gateways: clear of Calico's default bits,
     /// Cilium's, Istio's and kube-proxy's. Tailscale tests bits of it.
-    pub const COMPACT: Self = Self {
-        prefix: 0,
-        prefix_mask: 0,
-        shift: 22,
-        bits: 8,
-        avoid: Self::KNOWN_FOREIGN,
-    };
+    pub const COMPACT: Self =
+        Self { prefix: 0, prefix_mask: 0, shift: 22, bits: 8, avoid: Self::KNOWN_FOREIGN };
 
     /// Six value bits at bit 24 and no prefix, 61 gateways: clear of Tailscale as well.
-    pub const COMPACT6: Self = Self {
-        prefix: 0,
-        prefix_mask: 0,
-        shift: 24,
-        bits: 6,
-        avoid: Self::KNOWN_FOREIGN,
-    };
+    pub const COMPACT6: Self =
+        Self { prefix: 0, prefix_mask: 0, shift: 24, bits: 6, avoid: Self::KNOWN_FOREIGN };
 
     /// A layout of one's own; `prefix_mask` 0 and `prefix` 0 mean a layout without prefix.
     pub fn new(prefix: u32, prefix_mask: u32, shift: u8, bits: u8) -> Result<Self, LayoutError> {
@@ -111,27 +101,15 @@ impl MarkLayout {
             return Err(LayoutError::Field { shift, bits });
         }
         if prefix & !prefix_mask != 0 {
-            return Err(LayoutError::PrefixOutsideMask {
-                prefix,
-                mask: prefix_mask,
-            });
+            return Err(LayoutError::PrefixOutsideMask { prefix, mask: prefix_mask });
         }
         if prefix == 0 && prefix_mask != 0 {
             return Err(LayoutError::PrefixZero { mask: prefix_mask });
         }
-        let layout = Self {
-            prefix,
-            prefix_mask,
-            shift,
-            bits,
-            avoid: Self::KNOWN_FOREIGN,
-        };
+        let layout = Self { prefix, prefix_mask, shift, bits, avoid: Self::KNOWN_FOREIGN };
         let value_mask = layout.value_mask();
         if prefix_mask & value_mask != 0 {
-            return Err(LayoutError::Overlap {
-                prefix_mask,
-                value_mask,
-            });
+            return Err(LayoutError::Overlap { prefix_mask, value_mask });
         }
         if layout.capacity() == 0 {
             return Err(LayoutError::NoValues { bits });
@@ -175,10 +153,7 @@ impl MarkLayout {
     }
 
     /// The bits of the value.
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "at most 16 bits below bit 32"
-    )]
+    #[expect(clippy::cast_possible_truncation, reason = "at most 16 bits below bit 32")]
     pub const fn value_mask(&self) -> u32 {
         (((1_u64 << self.bits) - 1) << self.shift) as u32
     }
@@ -222,11 +197,7 @@ impl MarkLayout {
             return None;
         }
         let value = ((mark.get() & self.value_mask()) >> self.shift) as u16;
-        if self.mark(value).is_none() {
-            None
-        } else {
-            Some(value)
-        }
+        if self.mark(value).is_none() { None } else { Some(value) }
     }
 
     /// Mark of packets that this node must translate: out of the tunnel, or of its own pods.
@@ -335,30 +306,16 @@ mod tests {
     #[test]
     fn a_two_bit_prefix_still_sets_aside_two_others() {
         let layout = MarkLayout::new(0x0001_0000, 0x0003_0000, 0, 8).unwrap();
-        let marks = [
-            layout.tunnel(),
-            layout.reply(),
-            layout.mark(0).unwrap(),
-            Mark::new(0),
-        ];
+        let marks = [layout.tunnel(), layout.reply(), layout.mark(0).unwrap(), Mark::new(0)];
         let distinct: std::collections::BTreeSet<_> = marks.into_iter().collect();
         assert_eq!(distinct.len(), 4, "{marks:?}");
     }
 
     #[test]
     fn contradictory_layouts_are_refused() {
-        assert!(matches!(
-            MarkLayout::new(0, 0, 30, 4),
-            Err(LayoutError::Field { .. })
-        ));
-        assert!(matches!(
-            MarkLayout::new(0, 0, 0, 17),
-            Err(LayoutError::Field { .. })
-        ));
-        assert!(matches!(
-            MarkLayout::new(0, 0, 0, 0),
-            Err(LayoutError::Field { .. })
-        ));
+        assert!(matches!(MarkLayout::new(0, 0, 30, 4), Err(LayoutError::Field { .. })));
+        assert!(matches!(MarkLayout::new(0, 0, 0, 17), Err(LayoutError::Field { .. })));
+        assert!(matches!(MarkLayout::new(0, 0, 0, 0), Err(LayoutError::Field { .. })));
         assert!(matches!(
             MarkLayout::new(0x2600_0000, 0x0600_0000, 8, 8),
             Err(LayoutError::PrefixOutsideMask { .. })
@@ -371,10 +328,7 @@ mod tests {
             MarkLayout::new(0x2600_0000, 0xff00_0000, 20, 8),
             Err(LayoutError::Overlap { .. })
         ));
-        assert!(matches!(
-            MarkLayout::new(0, 0, 0, 1),
-            Err(LayoutError::NoValues { .. })
-        ));
+        assert!(matches!(MarkLayout::new(0, 0, 0, 1), Err(LayoutError::NoValues { .. })));
     }
 
     #[test]

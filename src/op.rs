@@ -74,8 +74,8 @@ const fn ip(family: Family) -> &'static str {
     }
 }
 
-/// Whether an operation is part of an nf_tables transaction rather than a request of its own.
 impl Op {
+    /// Whether it is part of an nf_tables transaction rather than a request of its own.
     pub(crate) const fn is_nft(&self) -> bool {
         matches!(
             self,
@@ -95,122 +95,97 @@ impl Op {
 
 impl fmt::Display for Op {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const T: &str = NFT_TABLE;
-        match self {
-            Self::AddLink(link) => {
-                write!(
-                    f,
-                    "ip link add {} address {} mtu {} ",
-                    link.name, link.mac, link.mtu
-                )?;
-                write!(
-                    f,
-                    "alias {LINK_ALIAS} type vxlan id {} local {} ",
-                    link.vni, link.local
-                )?;
-                if let Some(underlay) = &link.underlay {
-                    write!(f, "dev {underlay} ")?;
-                }
-                write!(f, "dstport {} nolearning && ", link.port)?;
-                write!(
-                    f,
-                    "sysctl -w net.ipv4.conf.{}.rp_filter={}",
-                    link.name, link.rp_filter
-                )?;
-                if link.up {
-                    write!(f, " && ip link set {} up", link.name)?;
-                }
-                Ok(())
-            }
-            Self::SetLink(link) => {
-                write!(
-                    f,
-                    "ip link set {} address {} mtu {} ",
-                    link.name, link.mac, link.mtu
-                )?;
-                f.write_str(if link.up { "up" } else { "down" })?;
-                write!(f, " type vxlan local {}", link.local)?;
-                if let Some(underlay) = &link.underlay {
-                    write!(f, " dev {underlay}")?;
-                }
-                let name = &link.name;
-                write!(
-                    f,
-                    " && sysctl -w net.ipv4.conf.{name}.rp_filter={}",
-                    link.rp_filter
-                )
-            }
-            Self::DeleteLink(name) => write!(f, "ip link del {name}"),
-            Self::AddAddress(device, net) => {
-                write!(f, "{} addr add {net} dev {device}", ip(Family::of_net(net)))?;
-                f.write_str(if matches!(net, IpNet::V6(_)) {
-                    " nodad"
-                } else {
-                    ""
-                })
-            }
-            Self::DeleteAddress(device, net) => {
-                write!(f, "{} addr del {net} dev {device}", ip(Family::of_net(net)))
-            }
-            Self::PutFdb(device, mac, node) => {
-                write!(
-                    f,
-                    "bridge fdb replace {mac} dev {device} dst {node} self permanent"
-                )
-            }
-            Self::DeleteFdb(device, mac, node) => {
-                write!(f, "bridge fdb del {mac} dev {device} dst {node} self")
-            }
-            Self::PutNeighbour(device, address, mac) => {
-                let ip = ip(Family::of(*address));
-                write!(
-                    f,
-                    "{ip} neigh replace {address} lladdr {mac} dev {device} nud permanent"
-                )
-            }
-            Self::DeleteNeighbour(device, address) => {
-                write!(
-                    f,
-                    "{} neigh del {address} dev {device}",
-                    ip(Family::of(*address))
-                )
-            }
-            Self::PutRoute(device, key, route) => route_command(f, "replace", device, key, *route),
-            Self::DeleteRoute(device, key, route) => route_command(f, "del", device, key, *route),
-            Self::AddRule(rule) => write!(f, "{} rule add {rule}", ip(rule.family)),
-            Self::DeleteRule(rule) => write!(f, "{} rule del {rule}", ip(rule.family)),
-            Self::AddTable => write!(f, "nft create table inet {T}"),
-            Self::DeleteTable => write!(f, "nft delete table inet {T}"),
-            Self::AddSet(set) => add_set(f, *set),
-            Self::DeleteSet(set) => write!(f, "nft delete {} inet {T} {set}", noun(*set)),
-            Self::AddChain(chain, None) => write!(f, "nft create chain inet {T} {chain}"),
-            Self::AddChain(chain, Some(base)) => {
-                write!(f, "nft create chain inet {T} {chain} {{ {base} }}")
-            }
-            Self::DeleteChain(chain) => write!(f, "nft delete chain inet {T} {chain}"),
-            Self::SetRules(chain, rules) => {
-                write!(f, "nft flush chain inet {T} {chain}")?;
-                rules
-                    .iter()
-                    .try_for_each(|rule| write!(f, "\nnft add rule inet {T} {chain} {rule}"))
-            }
-            Self::AddElement(key, value) => {
-                write!(
-                    f,
-                    "nft create element inet {T} {} {{ {key}{value} }}",
-                    key.set()
-                )
-            }
-            Self::DeleteElement(key, _) => {
-                write!(f, "nft delete element inet {T} {} {{ {key} }}", key.set())
-            }
-            Self::DeleteStray(Stray::Chain(name)) => {
-                write!(f, "nft delete chain inet {T} {}", name.escape_default())
-            }
-            Self::DeleteStray(Stray::Set(name)) => {
-                write!(f, "nft delete set inet {T} {}", name.escape_default())
-            }
+        if self.is_nft() { nft_command(f, self) } else { ip_command(f, self) }
+    }
+}
+
+fn ip_command(f: &mut fmt::Formatter<'_>, op: &Op) -> fmt::Result {
+    match op {
+        Op::AddLink(link) => {
+            write!(f, "ip link add {} address {} mtu {} ", link.name, link.mac, link.mtu)?;
+            write!(f, "alias {LINK_ALIAS} type vxlan id {} ", link.vni)?;
+            link_attributes(f, link)?;
+            write!(f, " dstport {} nolearning", link.port)?;
+            rp_filter(f, link)?;
+            if link.up { write!(f, " && ip link set {} up", link.name) } else { Ok(()) }
         }
+        Op::SetLink(link) => {
+            write!(f, "ip link set {} address {} mtu {} ", link.name, link.mac, link.mtu)?;
+            f.write_str(if link.up { "up type vxlan " } else { "down type vxlan " })?;
+            link_attributes(f, link)?;
+            rp_filter(f, link)
+        }
+        Op::DeleteLink(name) => write!(f, "ip link del {name}"),
+        Op::AddAddress(device, net) => {
+            write!(f, "{} addr add {net} dev {device}", ip(Family::of_net(net)))?;
+            f.write_str(if matches!(net, IpNet::V6(_)) { " nodad" } else { "" })
+        }
+        Op::DeleteAddress(device, net) => {
+            write!(f, "{} addr del {net} dev {device}", ip(Family::of_net(net)))
+        }
+        Op::PutFdb(device, mac, node) => {
+            write!(f, "bridge fdb replace {mac} dev {device} dst {node} self permanent")
+        }
+        Op::DeleteFdb(device, mac, node) => {
+            write!(f, "bridge fdb del {mac} dev {device} dst {node} self")
+        }
+        Op::PutNeighbour(device, address, mac) => {
+            let ip = ip(Family::of(*address));
+            write!(f, "{ip} neigh replace {address} lladdr {mac} dev {device} nud permanent")
+        }
+        Op::DeleteNeighbour(device, address) => {
+            write!(f, "{} neigh del {address} dev {device}", ip(Family::of(*address)))
+        }
+        Op::PutRoute(device, key, route) => route_command(f, "replace", device, key, *route),
+        Op::DeleteRoute(device, key, route) => route_command(f, "del", device, key, *route),
+        Op::AddRule(rule) => write!(f, "{} rule add {rule}", ip(rule.family)),
+        Op::DeleteRule(rule) => write!(f, "{} rule del {rule}", ip(rule.family)),
+        _ => Ok(()),
+    }
+}
+
+fn link_attributes(f: &mut fmt::Formatter<'_>, link: &Vxlan) -> fmt::Result {
+    write!(f, "local {}", link.local)?;
+    match &link.underlay {
+        Some(underlay) => write!(f, " dev {underlay}"),
+        None => Ok(()),
+    }
+}
+
+fn rp_filter(f: &mut fmt::Formatter<'_>, link: &Vxlan) -> fmt::Result {
+    // Slashes, because the device's name has a dot in it.
+    write!(f, " && sysctl -w net/ipv4/conf/{}/rp_filter={}", link.name, link.rp_filter)
+}
+
+fn nft_command(f: &mut fmt::Formatter<'_>, op: &Op) -> fmt::Result {
+    const T: &str = NFT_TABLE;
+    match op {
+        Op::AddTable => write!(f, "nft create table inet {T}"),
+        Op::DeleteTable => write!(f, "nft delete table inet {T}"),
+        Op::AddSet(set) => add_set(f, *set),
+        Op::DeleteSet(set) => write!(f, "nft delete {} inet {T} {set}", noun(*set)),
+        Op::AddChain(chain, None) => write!(f, "nft create chain inet {T} {chain}"),
+        Op::AddChain(chain, Some(base)) => {
+            write!(f, "nft create chain inet {T} {chain} {{ {base} }}")
+        }
+        Op::DeleteChain(chain) => write!(f, "nft delete chain inet {T} {chain}"),
+        Op::SetRules(chain, rules) => {
+            write!(f, "nft flush chain inet {T} {chain}")?;
+            rules.iter().try_for_each(|rule| write!(f, "\nnft add rule inet {T} {chain} {rule}"))
+        }
+        Op::AddElement(key, value) => {
+            write!(f, "nft create element inet {T} {} {{ {key}{value} }}", key.set())
+        }
+        Op::DeleteElement(key, _) => {
+            write!(f, "nft delete element inet {T} {} {{ {key} }}", key.set())
+        }
+        Op::DeleteStray(Stray::Chain(name)) => {
+            write!(f, "nft delete chain inet {T} {}", name.escape_default())
+        }
+        Op::DeleteStray(Stray::Set(name)) => {
+            write!(f, "nft delete set inet {T} {}", name.escape_default())
+        }
+        _ => Ok(()),
     }
 }
 
@@ -220,20 +195,11 @@ fn noun(set: Set) -> &'static str {
 
 fn add_set(f: &mut fmt::Formatter<'_>, set: Set) -> fmt::Result {
     let key: Vec<_> = set.key().iter().map(|part| part.name()).collect();
-    write!(
-        f,
-        "nft create {} inet {NFT_TABLE} {set} {{ type {}",
-        noun(set),
-        key.join(" . ")
-    )?;
+    write!(f, "nft create {} inet {NFT_TABLE} {set} {{ type {}", noun(set), key.join(" . "))?;
     if let Some(data) = set.data() {
         write!(f, " : {}", data.name())?;
     }
-    f.write_str(if set.is_interval() {
-        "; flags interval; }"
-    } else {
-        "; }"
-    })
+    f.write_str(if set.is_interval() { "; flags interval; }" } else { "; }" })
 }
 
 fn route_command(
@@ -250,9 +216,9 @@ fn route_command(
         Route::Unreachable => f.write_str("unreachable ")?,
     }
     if key.dst.prefix_len() == 0 {
-        f.write_str("default")?
+        f.write_str("default")?;
     } else {
-        write!(f, "{}", key.dst)?
+        write!(f, "{}", key.dst)?;
     }
     if let Route::Via(gateway) = route {
         write!(f, " via {gateway} dev {device} onlink")?;

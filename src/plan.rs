@@ -288,21 +288,12 @@ pub fn plan<P: Policy>(
     let gateways = gateways(&checked, &world, marks, tables, &mut findings)?;
     let mut state = State::default();
     routing::routing(&world, &gateways, &mut state);
-    state.firewall = Some(firewall::firewall(
-        &world,
-        &checked,
-        &gateways,
-        &mut findings,
-    ));
+    state.firewall = Some(firewall::firewall(&world, &checked, &gateways, &mut findings));
     let gateways = gateways
         .into_values()
         .map(|gateway| (gateway.node.name.clone(), (gateway.mark, gateway.table)))
         .collect();
-    Ok(Plan {
-        state,
-        gateways,
-        findings,
-    })
+    Ok(Plan { state, gateways, findings })
 }
 
 /// The policies in their total order: (priority, id).
@@ -314,9 +305,7 @@ fn checked<'a, P: Policy>(
     let mut checked = Vec::with_capacity(policies.len());
     for policy in policies {
         if !ids.insert(policy.id()) {
-            return Err(PlanError::DuplicatePolicy {
-                policy: policy.id().clone(),
-            });
+            return Err(PlanError::DuplicatePolicy { policy: policy.id().clone() });
         }
         checked.push(Checked::new(policy, world)?);
     }
@@ -327,11 +316,7 @@ fn checked<'a, P: Policy>(
 /// Makes the allocator agree with the marks that the caller gives.
 fn reserve_given(cluster: &Cluster, marks: &mut dyn MarkAllocator) -> Result<(), PlanError> {
     let given = |node: &NodeName| {
-        cluster
-            .nodes
-            .iter()
-            .find(|other| other.name == *node)
-            .and_then(|other| other.mark)
+        cluster.nodes.iter().find(|other| other.name == *node).and_then(|other| other.mark)
     };
     for node in &cluster.nodes {
         let Some(mark) = node.mark else { continue };
@@ -397,11 +382,7 @@ fn gateways<'a>(
     let mut used = BTreeMap::new();
     for policy in policies {
         for family in Family::BOTH {
-            if !policy
-                .sources
-                .iter()
-                .any(|net| Family::of_net(net) == family)
-            {
+            if !policy.sources.iter().any(|net| Family::of_net(net) == family) {
                 continue;
             }
             match (role(policy, family, world), policy.gateway) {
@@ -409,11 +390,7 @@ fn gateways<'a>(
                     used.insert(&node.name, node);
                 }
                 (Role::Closed(why), _) => {
-                    findings.push(Finding::Closed {
-                        policy: policy.id.clone(),
-                        family,
-                        why,
-                    });
+                    findings.push(Finding::Closed { policy: policy.id.clone(), family, why });
                 }
                 _ => {}
             }
@@ -426,20 +403,9 @@ fn gateways<'a>(
             .cluster
             .marks
             .value(mark)
-            .ok_or_else(|| PlanError::ForeignMark {
-                node: name.clone(),
-                mark,
-            })?;
+            .ok_or_else(|| PlanError::ForeignMark { node: name.clone(), mark })?;
         let table = tables.allocate(name).map_err(PlanError::Table)?;
-        gateways.insert(
-            name,
-            Gateway {
-                node,
-                mark,
-                value,
-                table,
-            },
-        );
+        gateways.insert(name, Gateway { node, mark, value, table });
     }
     Ok(gateways)
 }

@@ -27,10 +27,7 @@ pub trait Policy: Send + Sync {
     fn destinations(&self) -> &Destinations;
 
     /// Node that sends the traffic out of the cluster; with `None` the traffic is dropped.
-    #[expect(
-        clippy::needless_lifetimes,
-        reason = "the mock needs the lifetime to have a name"
-    )]
+    #[expect(clippy::needless_lifetimes, reason = "the mock needs the lifetime to have a name")]
     fn gateway<'a>(&'a self) -> Option<&'a NodeName>;
 
     /// Source address the traffic wears outside.
@@ -112,9 +109,7 @@ impl EgressIp {
 
     /// The addresses, IPv4 first.
     pub fn addresses(self) -> impl Iterator<Item = IpAddr> {
-        Family::BOTH
-            .into_iter()
-            .filter_map(move |family| self.address(family))
+        Family::BOTH.into_iter().filter_map(move |family| self.address(family))
     }
 }
 

@@ -52,10 +52,7 @@ impl IpRange {
 
 impl From<IpNet> for IpRange {
     fn from(net: IpNet) -> Self {
-        Self {
-            first: net.network(),
-            last: net.broadcast(),
-        }
+        Self { first: net.network(), last: net.broadcast() }
     }
 }
 
@@ -88,9 +85,7 @@ pub(crate) fn number(address: IpAddr) -> u128 {
 /// The address with this number, `None` if the family has none.
 pub(crate) fn address(family: Family, number: u128) -> Option<IpAddr> {
     match family {
-        Family::V4 => u32::try_from(number)
-            .ok()
-            .map(|n| Ipv4Addr::from_bits(n).into()),
+        Family::V4 => u32::try_from(number).ok().map(|n| Ipv4Addr::from_bits(n).into()),
         Family::V6 => Some(Ipv6Addr::from_bits(number).into()),
     }
 }
@@ -102,24 +97,12 @@ mod tests {
     #[test]
     fn a_range_that_is_a_prefix_prints_as_one() {
         for text in ["10.0.0.0/8", "0.0.0.0/0", "::/0", "fd00::/16", "8000::/1"] {
-            assert_eq!(
-                IpRange::from(text.parse::<IpNet>().unwrap()).to_string(),
-                text
-            );
+            assert_eq!(IpRange::from(text.parse::<IpNet>().unwrap()).to_string(), text);
         }
         let range = |a: &str, b: &str| IpRange::new(a.parse().unwrap(), b.parse().unwrap());
-        assert_eq!(
-            range("10.0.0.1", "10.0.0.1").unwrap().to_string(),
-            "10.0.0.1"
-        );
-        assert_eq!(
-            range("10.0.0.0", "10.0.0.6").unwrap().to_string(),
-            "10.0.0.0-10.0.0.6"
-        );
-        assert_eq!(
-            range("10.0.0.1", "10.0.0.2").unwrap().to_string(),
-            "10.0.0.1-10.0.0.2"
-        );
+        assert_eq!(range("10.0.0.1", "10.0.0.1").unwrap().to_string(), "10.0.0.1");
+        assert_eq!(range("10.0.0.0", "10.0.0.6").unwrap().to_string(), "10.0.0.0-10.0.0.6");
+        assert_eq!(range("10.0.0.1", "10.0.0.2").unwrap().to_string(), "10.0.0.1-10.0.0.2");
         assert_eq!(range("10.0.0.2", "10.0.0.1"), None);
         assert_eq!(range("10.0.0.2", "::1"), None);
     }

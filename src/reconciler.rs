@@ -59,12 +59,9 @@ impl Reconciler<crate::KernelDatapath> {
     /// What is missing: a privilege, or a part of the kernel.
     pub fn open(marks: crate::MarkLayout, tables: crate::TableRange) -> Result<Self, Error> {
         let datapath = crate::KernelDatapath::open().map_err(Error::Observe)?;
-        let tables = TablePool::new(tables);
-        Ok(Self::with_allocators(
-            datapath,
-            MarkPool::new(marks),
-            tables,
-        ))
+        let in_use = crate::KernelTables::open().map_err(Error::Observe)?;
+        let tables = TablePool::with_probe(tables, in_use);
+        Ok(Self::with_allocators(datapath, MarkPool::new(marks), tables))
     }
 }
 
@@ -78,11 +75,7 @@ impl<D: Datapath> Reconciler<D> {
 impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     /// A reconciler with allocators of one's own; the marks must be of the cluster's layout.
     pub const fn with_allocators(datapath: D, marks: M, tables: T) -> Self {
-        Self {
-            datapath,
-            marks,
-            tables,
-        }
+        Self { datapath, marks, tables }
     }
 
     /// Makes the kernel hold what the policies want, and nothing else of ours.
@@ -99,10 +92,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         let (plan, changes) = self.compare(cluster, policies)?;
         self.datapath.apply(&changes)?;
         self.release(cluster, &plan);
-        Ok(Report {
-            changes,
-            findings: plan.findings,
-        })
+        Ok(Report { changes, findings: plan.findings })
     }
 
     /// What [`reconcile`](Self::reconcile) would change and report, without changing it.
@@ -112,10 +102,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         policies: impl IntoIterator<Item = P>,
     ) -> Result<Report, Error> {
         let (plan, changes) = self.compare(cluster, policies)?;
-        Ok(Report {
-            changes,
-            findings: plan.findings,
-        })
+        Ok(Report { changes, findings: plan.findings })
     }
 
     /// Removes everything of ours.
@@ -123,10 +110,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         let observed = self.datapath.observe().map_err(Error::Observe)?;
         let changes = Changes::between(&observed, &State::default());
         self.datapath.apply(&changes)?;
-        Ok(Report {
-            changes,
-            findings: Vec::new(),
-        })
+        Ok(Report { changes, findings: Vec::new() })
     }
 
     /// The datapath.
@@ -148,11 +132,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
 
     /// Gives back what no gateway uses any more, now that the kernel does not either.
     fn release(&mut self, cluster: &Cluster, plan: &Plan) {
-        for node in cluster
-            .nodes
-            .iter()
-            .filter(|node| !plan.gateways.contains_key(&node.name))
-        {
+        for node in cluster.nodes.iter().filter(|node| !plan.gateways.contains_key(&node.name)) {
             if node.mark.is_none() && self.marks.get(&node.name).is_some() {
                 let _freed = self.marks.release(&node.name);
             }
@@ -198,32 +178,21 @@ fn marks_of<'a>(
     cluster: &'a Cluster,
     observed: &'a State,
 ) -> impl Iterator<Item = (&'a NodeName, Mark)> {
-    let elements = observed
-        .firewall
-        .iter()
-        .flat_map(|firewall| &firewall.elements);
+    let elements = observed.firewall.iter().flat_map(|firewall| &firewall.elements);
     elements.filter_map(|(_, value)| match (value.data, &value.comment) {
         (Data::Verdict(Verdict::Goto(ChainId::To(mark))), Some(comment)) => {
             let named = |node: &&Node| Comment::of_name(node.name.as_str()) == *comment;
-            cluster
-                .nodes
-                .iter()
-                .find(named)
-                .map(|node| (&node.name, mark))
+            cluster.nodes.iter().find(named).map(|node| (&node.name, mark))
         }
         _ => None,
     })
 }
 
 fn table_of(observed: &State, mark: Mark) -> Option<TableId> {
-    observed
-        .rules
-        .iter()
-        .find(|rule| rule.mark == mark)
-        .and_then(|rule| match rule.action {
-            RuleAction::Lookup(table) => Some(table),
-            RuleAction::Unreachable => None,
-        })
+    observed.rules.iter().find(|rule| rule.mark == mark).and_then(|rule| match rule.action {
+        RuleAction::Lookup(table) => Some(table),
+        RuleAction::Unreachable => None,
+    })
 }
 
 fn tables_of<'a>(
@@ -231,18 +200,12 @@ fn tables_of<'a>(
     observed: &'a State,
 ) -> impl Iterator<Item = (&'a NodeName, TableId)> {
     let owner = |gateway: IpAddr| {
-        cluster
-            .nodes
-            .iter()
-            .find(|node| node.tunnel.iter().any(|net| net.addr() == gateway))
+        cluster.nodes.iter().find(|node| node.tunnel.iter().any(|net| net.addr() == gateway))
     };
-    observed
-        .routes
-        .iter()
-        .filter_map(move |(key, route)| match route {
-            Route::Via(gateway) if key.dst.prefix_len() == 0 => {
-                owner(*gateway).map(|node| (&node.name, key.table))
-            }
-            _ => None,
-        })
+    observed.routes.iter().filter_map(move |(key, route)| match route {
+        Route::Via(gateway) if key.dst.prefix_len() == 0 => {
+            owner(*gateway).map(|node| (&node.name, key.table))
+        }
+        _ => None,
+    })
 }

@@ -97,11 +97,7 @@ impl Datapath for Sim {
             applied += made;
             if !refused.is_empty() {
                 let skipped = changes.len() - applied - refused.len();
-                return Err(ApplyError {
-                    applied,
-                    refused,
-                    skipped,
-                });
+                return Err(ApplyError { applied, refused, skipped });
             }
         }
         Ok(())
@@ -125,11 +121,7 @@ fn make(state: &mut State, op: &Op) -> Result<(), Errno> {
 
 fn rtnetlink(state: &mut State, op: &Op) -> Result<(), Errno> {
     let has = |device: &DeviceName| {
-        state
-            .link
-            .as_ref()
-            .filter(|link| link.name == *device)
-            .ok_or(errno::ENODEV)
+        state.link.as_ref().filter(|link| link.name == *device).ok_or(errno::ENODEV)
     };
     match op {
         Op::AddLink(link) => {
@@ -217,23 +209,14 @@ fn rtnetlink(state: &mut State, op: &Op) -> Result<(), Errno> {
 /// Routes and neighbours do not outlive the device, nor do they come back when it is up again.
 fn gone_with_device(state: &mut State) {
     state.neighbours.clear();
-    state
-        .routes
-        .retain(|_, route| !matches!(route, Route::Via(_)));
+    state.routes.retain(|_, route| !matches!(route, Route::Via(_)));
 }
 
 fn nft(firewall: &mut Firewall, op: &Op) -> Result<(), Errno> {
     match op {
-        Op::AddSet(set) => firewall
-            .sets
-            .insert(*set)
-            .then_some(())
-            .ok_or(errno::EEXIST),
+        Op::AddSet(set) => firewall.sets.insert(*set).then_some(()).ok_or(errno::EEXIST),
         Op::DeleteSet(set) => {
-            if firewall
-                .chains
-                .values()
-                .any(|(_, rules)| rules.iter().any(|rule| names(rule, *set)))
+            if firewall.chains.values().any(|(_, rules)| rules.iter().any(|rule| names(rule, *set)))
             {
                 return Err(errno::EBUSY);
             }
@@ -280,11 +263,7 @@ fn nft(firewall: &mut Firewall, op: &Op) -> Result<(), Errno> {
             Ok(())
         }
         Op::DeleteElement(key, _) => firewall.elements.remove(key).map(drop).ok_or(errno::ENOENT),
-        Op::DeleteStray(stray) => firewall
-            .strays
-            .remove(stray)
-            .then_some(())
-            .ok_or(errno::ENOENT),
+        Op::DeleteStray(stray) => firewall.strays.remove(stray).then_some(()).ok_or(errno::ENOENT),
         _ => Err(errno::EINVAL),
     }
 }
@@ -331,9 +310,7 @@ fn set_of(statement: &Stmt) -> Option<Set> {
 }
 
 fn names(rule: &NftRule, set: Set) -> bool {
-    rule.0
-        .iter()
-        .any(|statement| set_of(statement) == Some(set))
+    rule.0.iter().any(|statement| set_of(statement) == Some(set))
 }
 
 fn refers_well(firewall: &Firewall, rule: &NftRule) -> bool {

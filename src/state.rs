@@ -152,11 +152,7 @@ pub enum RuleAction {
 impl fmt::Display for Rule {
     /// The rule as `ip rule add` takes it.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "pref {} fwmark {}/{:#010x} ",
-            self.priority, self.mark, self.mask
-        )?;
+        write!(f, "pref {} fwmark {}/{:#010x} ", self.priority, self.mark, self.mask)?;
         match self.action {
             RuleAction::Unreachable => f.write_str("unreachable")?,
             RuleAction::Lookup(table) => write!(f, "lookup {table}")?,

@@ -1,7 +1,7 @@
 //! The small values everything else is made of; their ranges and units live here.
 
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::num::NonZeroU32;
 use std::str::FromStr;
 
@@ -34,6 +34,14 @@ impl Family {
         match net {
             IpNet::V4(_) => Self::V4,
             IpNet::V6(_) => Self::V6,
+        }
+    }
+
+    /// The address of all zeros.
+    pub(crate) const fn unspecified(self) -> IpAddr {
+        match self {
+            Self::V4 => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            Self::V6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
         }
     }
 
@@ -167,11 +175,7 @@ fn check_name(
         return Err(NameError::Empty { what });
     }
     if text.len() > limit {
-        return Err(NameError::TooLong {
-            what,
-            len: text.len(),
-            limit,
-        });
+        return Err(NameError::TooLong { what, len: text.len(), limit });
     }
     match text.char_indices().find(|&(_, c)| !allowed(c)) {
         Some((at, found)) => Err(NameError::Character { what, found, at }),
@@ -307,8 +311,10 @@ impl MacAddr {
     /// The first byte is 0x66, the other five are the low bytes of the name's 64-bit FNV-1a hash,
     /// so that every node computes the same address for a peer.
     pub fn of_node(node: &NodeName) -> Self {
-        let [_, _, _, a, b, c, d, e] = fnv1a(node.as_str().as_bytes()).to_be_bytes();
-        Self([0x66, a, b, c, d, e])
+        let mut bytes = [0x66; 6];
+        let hash = fnv1a(node.as_str().as_bytes()).to_be_bytes();
+        bytes.iter_mut().skip(1).zip(hash.iter().skip(3)).for_each(|(byte, hash)| *byte = *hash);
+        Self(bytes)
     }
 
     /// Whether a device can have the address: not zero and not a group address.
@@ -326,8 +332,10 @@ pub(crate) fn fnv1a(bytes: &[u8]) -> u64 {
 
 impl fmt::Display for MacAddr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [a, b, c, d, e, g] = self.0;
-        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+        for (index, byte) in self.0.iter().enumerate() {
+            write!(f, "{}{byte:02x}", if index == 0 { "" } else { ":" })?;
+        }
+        Ok(())
     }
 }
 
@@ -356,11 +364,7 @@ impl FromStr for MacAddr {
             }
             *byte = u8::from_str_radix(part, 16).map_err(|_| error())?;
         }
-        if parts.next().is_some() {
-            Err(error())
-        } else {
-            Ok(Self(bytes))
-        }
+        if parts.next().is_some() { Err(error()) } else { Ok(Self(bytes)) }
     }
 }
 

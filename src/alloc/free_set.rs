@@ -17,10 +17,7 @@ const fn place(index: u16) -> (u16, u64) {
 }
 
 /// Index of the lowest bit of the word with this index.
-#[expect(
-    clippy::cast_possible_truncation,
-    reason = "a bit's number is below 64"
-)]
+#[expect(clippy::cast_possible_truncation, reason = "a bit's number is below 64")]
 const fn lowest(index: u16, word: u64) -> Option<u16> {
     match word {
         0 => None,
@@ -31,11 +28,7 @@ const fn lowest(index: u16, word: u64) -> Option<u16> {
 impl FreeSet {
     /// The empty set.
     pub(super) fn new() -> Self {
-        Self {
-            bits: Box::new([0; 1024]),
-            words: [0; 16],
-            groups: 0,
-        }
+        Self { bits: Box::new([0; 1024]), words: [0; 16], groups: 0 }
     }
 
     /// Whether the number is in the set.

@@ -72,22 +72,14 @@ impl MarkPool {
 
     /// The nodes and their marks, by ascending mark.
     pub fn iter(&self) -> impl Iterator<Item = (&NodeName, Mark)> {
-        let mut all: Vec<_> = self
-            .nodes
-            .iter()
-            .map(|(node, mark)| (node, *mark))
-            .collect();
+        let mut all: Vec<_> = self.nodes.iter().map(|(node, mark)| (node, *mark)).collect();
         all.sort_unstable_by_key(|(_, mark)| *mark);
         all.into_iter()
     }
 
     /// The free values of the kind that this mark is of.
     fn side(&mut self, mark: Mark) -> &mut FreeSet {
-        if self.layout.touches_avoided(mark) {
-            &mut self.touching
-        } else {
-            &mut self.clear
-        }
+        if self.layout.touches_avoided(mark) { &mut self.touching } else { &mut self.clear }
     }
 
     /// The node that has this mark.
@@ -134,27 +126,16 @@ impl MarkAllocator for MarkPool {
     }
 
     fn reserve(&mut self, node: &NodeName, mark: Mark) -> Result<(), AllocError<Mark>> {
-        let value = self
-            .layout
-            .value(mark)
-            .ok_or(AllocError::Foreign { id: mark })?;
+        let value = self.layout.value(mark).ok_or(AllocError::Foreign { id: mark })?;
         let held = self.nodes.get(node).copied();
         if held == Some(mark) {
             return Ok(());
         }
         if let Some(holder) = self.holder(value, mark) {
-            return Err(AllocError::Taken {
-                id: mark,
-                node: node.clone(),
-                holder: holder.clone(),
-            });
+            return Err(AllocError::Taken { id: mark, node: node.clone(), holder: holder.clone() });
         }
         if let Some(held) = held {
-            return Err(AllocError::Holds {
-                node: node.clone(),
-                held,
-                id: mark,
-            });
+            return Err(AllocError::Holds { node: node.clone(), held, id: mark });
         }
         self.side(mark).remove(value);
         self.nodes.insert(node.clone(), mark);

@@ -39,11 +39,7 @@ impl Hasher for NameHasher {
             self.mix(u64::from_le_bytes(*word));
             bytes = rest;
         }
-        self.mix(
-            bytes
-                .iter()
-                .fold(1, |word, byte| word << 8 | u64::from(*byte)),
-        );
+        self.mix(bytes.iter().fold(1, |word, byte| word << 8 | u64::from(*byte)));
     }
 
     fn write_u8(&mut self, byte: u8) {
@@ -72,14 +68,8 @@ mod tests {
                 high[(hashed >> 57) as usize] += 1;
             }
             let longest = low.iter().max().unwrap();
-            assert!(
-                *longest <= 16,
-                "{longest} of 65536 names in one place, seed {seed:#x}"
-            );
-            assert!(
-                high.iter().all(|count| (256..1024).contains(count)),
-                "seed {seed:#x}"
-            );
+            assert!(*longest <= 16, "{longest} of 65536 names in one place, seed {seed:#x}");
+            assert!(high.iter().all(|count| (256..1024).contains(count)), "seed {seed:#x}");
         }
     }
 

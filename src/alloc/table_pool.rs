@@ -66,10 +66,7 @@ impl TablePool {
 
     /// A pool that asks which tables are in use, once for every new node.
     pub fn with_probe(range: TableRange, probe: impl TablesInUse + 'static) -> Self {
-        Self {
-            probe: Some(Box::new(probe)),
-            ..Self::new(range)
-        }
+        Self { probe: Some(Box::new(probe)), ..Self::new(range) }
     }
 
     /// The same pool with another source of random starts.
@@ -157,16 +154,12 @@ impl TableAllocator for TablePool {
         }
         match (self.holders.get(&table), self.tables.get(node)) {
             (Some(holder), _) if holder == node => Ok(()),
-            (Some(holder), _) => Err(AllocError::Taken {
-                id: table,
-                node: node.clone(),
-                holder: holder.clone(),
-            }),
-            (None, Some(held)) => Err(AllocError::Holds {
-                node: node.clone(),
-                held: *held,
-                id: table,
-            }),
+            (Some(holder), _) => {
+                Err(AllocError::Taken { id: table, node: node.clone(), holder: holder.clone() })
+            }
+            (None, Some(held)) => {
+                Err(AllocError::Holds { node: node.clone(), held: *held, id: table })
+            }
             (None, None) => {
                 self.record(node, table);
                 Ok(())

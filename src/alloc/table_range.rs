@@ -50,10 +50,7 @@ pub enum TableRangeError {
     },
 }
 
-#[expect(
-    clippy::len_without_is_empty,
-    reason = "a range has at least one table"
-)]
+#[expect(clippy::len_without_is_empty, reason = "a range has at least one table")]
 impl TableRange {
     /// The range that starts with this table and has `count` more.
     pub fn new(start: u32, count: u32) -> Result<Self, TableRangeError> {
@@ -95,18 +92,13 @@ impl TableRange {
     /// All tables, ascending from the one at `offset` to the last and on from the first.
     pub(super) fn ring(self, offset: u32) -> impl Iterator<Item = TableId> + use<> {
         let from = self.start + offset % self.len();
-        (from..=self.end())
-            .chain(self.start..from)
-            .filter_map(TableId::new)
+        (from..=self.end()).chain(self.start..from).filter_map(TableId::new)
     }
 }
 
 impl Default for TableRange {
     fn default() -> Self {
-        Self {
-            start: 3000,
-            count: 100,
-        }
+        Self { start: 3000, count: 100 }
     }
 }
 
@@ -151,10 +143,7 @@ mod tests {
     fn the_end_belongs_to_the_range() {
         let range = TableRange::default();
         let holds = |id| range.contains(TableId::new(id).unwrap());
-        assert_eq!(
-            [2999, 3000, 3100, 3101].map(holds),
-            [false, true, true, false]
-        );
+        assert_eq!([2999, 3000, 3100, 3101].map(holds), [false, true, true, false]);
         let last = TableRange::new(u32::MAX - 1, 1).unwrap();
         assert!(last.iter().map(TableId::get).eq([u32::MAX - 1, u32::MAX]));
     }

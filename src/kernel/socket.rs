@@ -62,10 +62,7 @@ impl Socket {
         if sent == datagram.len() {
             Ok(())
         } else {
-            Err(io::Error::new(
-                io::ErrorKind::WriteZero,
-                "the datagram was sent in part",
-            ))
+            Err(io::Error::new(io::ErrorKind::WriteZero, "the datagram was sent in part"))
         }
     }
 
@@ -76,10 +73,7 @@ impl Socket {
             // MSG_TRUNC makes the length that of the datagram, even if the buffer was too small.
             let (length, from) = self.inner.recv_from(&mut self.buffer, MSG_TRUNC)?;
             if length > self.buffer.len() {
-                return Err(io::Error::new(
-                    io::ErrorKind::InvalidData,
-                    "a datagram was cut",
-                ));
+                return Err(io::Error::new(io::ErrorKind::InvalidData, "a datagram was cut"));
             }
             // Any process may send to us; only port 0 is the kernel.
             if from.port_number() == 0 {

@@ -42,12 +42,8 @@ mod priority {
     pub(super) const AFTER_SNAT: i32 = 101;
 }
 
-const fn base(kind: ChainType, hook: Hook, priority: i32) -> Option<Base> {
-    Some(Base {
-        kind,
-        hook,
-        priority,
-    })
+const fn base(kind: ChainType, hook: Hook, priority: i32) -> Base {
+    Base { kind, hook, priority }
 }
 
 impl Skeleton<'_> {
@@ -70,11 +66,7 @@ impl Skeleton<'_> {
                 Set::SourceNet(family),
             ]);
         }
-        sets.extend(
-            self.lengths
-                .iter()
-                .map(|(family, length)| Set::Destination(*family, *length)),
-        );
+        sets.extend(self.lengths.iter().map(|(family, length)| Set::Destination(*family, *length)));
         sets
     }
 
@@ -87,27 +79,19 @@ impl Skeleton<'_> {
         };
         add(
             ChainId::Prerouting,
-            base(ChainType::Filter, Hook::Prerouting, AFTER_DNAT),
+            Some(base(ChainType::Filter, Hook::Prerouting, AFTER_DNAT)),
             self.prerouting(),
         );
-        add(
-            ChainId::Input,
-            base(ChainType::Filter, Hook::Input, MANGLE),
-            self.input(),
-        );
-        add(
-            ChainId::Forward,
-            base(ChainType::Filter, Hook::Forward, MANGLE),
-            self.forward(),
-        );
+        add(ChainId::Input, Some(base(ChainType::Filter, Hook::Input, MANGLE)), self.input());
+        add(ChainId::Forward, Some(base(ChainType::Filter, Hook::Forward, MANGLE)), self.forward());
         add(
             ChainId::NatPostrouting,
-            base(ChainType::Nat, Hook::Postrouting, BEFORE_SNAT),
+            Some(base(ChainType::Nat, Hook::Postrouting, BEFORE_SNAT)),
             self.nat_postrouting(),
         );
         add(
             ChainId::Guard,
-            base(ChainType::Filter, Hook::Postrouting, AFTER_SNAT),
+            Some(base(ChainType::Filter, Hook::Postrouting, AFTER_SNAT)),
             self.guard(),
         );
         add(ChainId::Bypass, None, vec![vec![Stmt::ClearTag]]);
@@ -125,31 +109,18 @@ impl Skeleton<'_> {
     }
 
     fn set_mark(&self, mark: u32) -> Stmt {
-        Stmt::SetMark {
-            keep: !self.mask,
-            value: mark,
-        }
-    }
-
-    fn is_tunnel(&self) -> Stmt {
-        Stmt::MarkIs {
-            mask: self.mask,
-            value: self.tunnel.get(),
-        }
+        Stmt::SetMark { keep: !self.mask, value: mark }
     }
 
     fn is_not_tunnel(&self) -> Stmt {
-        Stmt::MarkIsNot {
-            mask: self.mask,
-            value: self.tunnel.get(),
-        }
+        Stmt::MarkIsNot { mask: self.mask, value: self.tunnel.get() }
     }
 
-    fn from_tunnel(&self) -> Stmt {
+    fn out_of_tunnel(&self) -> Stmt {
         Stmt::InputDevice(self.device.clone())
     }
 
-    fn into_tunnel(&self) -> Stmt {
+    fn to_tunnel(&self) -> Stmt {
         Stmt::OutputDevice(self.device.clone())
     }
 
@@ -157,17 +128,11 @@ impl Skeleton<'_> {
         // What came out of the tunnel is never put into it again: two nodes that disagree about
         // the gateway would send it to and fro. Postrouting cannot trust the input device, so
         // the mark remembers.
-        let mut rules = vec![vec![
-            self.from_tunnel(),
-            self.set_mark(self.tunnel.get()),
-            Stmt::Return,
-        ]];
+        let mut rules =
+            vec![vec![self.out_of_tunnel(), self.set_mark(self.tunnel.get()), Stmt::Return]];
         for family in Family::BOTH {
             for set in [Set::Source(family), Set::SourceNet(family)] {
-                rules.push(vec![
-                    Stmt::TagBySource(set),
-                    Stmt::Goto(ChainId::Pick(family)),
-                ]);
+                rules.push(vec![Stmt::TagBySource(set), Stmt::Goto(ChainId::Pick(family))]);
             }
         }
         rules
@@ -204,14 +169,11 @@ impl Skeleton<'_> {
     fn forward(&self) -> Vec<Vec<Stmt>> {
         let stray = match self.prefix {
             Some((value, mask)) => Stmt::MarkIs { mask, value },
-            None => Stmt::MarkIn {
-                mask: self.mask,
-                set: Set::Gateway,
-            },
+            None => Stmt::MarkIn { mask: self.mask, set: Set::Gateway },
         };
         vec![
             // The outer packet inherits the mark; routed by it, it would enter the tunnel again.
-            vec![self.into_tunnel(), self.set_mark(0), Stmt::Return],
+            vec![self.to_tunnel(), self.set_mark(0), Stmt::Return],
             // Marked, and yet not on its way into the tunnel: link, route or rule is missing.
             vec![stray, Stmt::Counter, Stmt::Drop],
         ]
@@ -221,15 +183,12 @@ impl Skeleton<'_> {
         let mut rules: Vec<_> = Family::BOTH
             .into_iter()
             // `accept` would not keep a masquerade in another table from binding.
-            .map(|family| vec![self.into_tunnel(), Stmt::SnatToSource(family)])
+            .map(|family| vec![self.to_tunnel(), Stmt::SnatToSource(family)])
             .collect();
         rules.push(vec![self.is_not_tunnel(), Stmt::Return]);
         for family in Family::BOTH {
             for set in [Set::Source(family), Set::SourceNet(family)] {
-                rules.push(vec![
-                    Stmt::TagBySource(set),
-                    Stmt::Goto(ChainId::Translate(family)),
-                ]);
+                rules.push(vec![Stmt::TagBySource(set), Stmt::Goto(ChainId::Translate(family))]);
             }
         }
         // Tunnelled to us, but nothing here knows the source.
@@ -244,20 +203,12 @@ impl Skeleton<'_> {
     }
 
     fn guard(&self) -> Vec<Vec<Stmt>> {
-        let drop = |tests: Vec<Stmt>| -> Vec<Stmt> {
-            [self.is_tunnel()]
-                .into_iter()
-                .chain(tests)
-                .chain([Stmt::Counter, Stmt::Drop])
-                .collect()
-        };
+        let untracked = Stmt::CtState(Stmt::INVALID | Stmt::UNTRACKED);
+        let original = Stmt::CtDirection(Direction::Original);
         vec![
             vec![self.is_not_tunnel(), Stmt::Return],
-            drop(vec![Stmt::CtState(Stmt::INVALID | Stmt::UNTRACKED)]),
-            drop(vec![
-                Stmt::CtDirection(Direction::Original),
-                Stmt::NotTranslated,
-            ]),
+            vec![untracked, Stmt::Counter, Stmt::Drop],
+            vec![original, Stmt::NotTranslated, Stmt::Counter, Stmt::Drop],
             // The tag that translation left behind would choose a queue of the device.
             vec![Stmt::CtState(Stmt::NEW), Stmt::ClearTag],
             vec![self.set_mark(0)],
@@ -287,11 +238,7 @@ impl Skeleton<'_> {
         for family in Family::BOTH {
             // No service of this node answers on an egress IP, and an open connection that moved
             // here is not reset before its first packet out.
-            rules.push(vec![
-                Stmt::DestinationIn(Set::Eip(family)),
-                Stmt::Counter,
-                Stmt::Drop,
-            ]);
+            rules.push(vec![Stmt::DestinationIn(Set::Eip(family)), Stmt::Counter, Stmt::Drop]);
         }
         rules
     }
@@ -299,10 +246,7 @@ impl Skeleton<'_> {
 
 fn steer(family: Family) -> Vec<Vec<Stmt>> {
     vec![
-        vec![
-            Stmt::TagByTag(Set::Steer(family)),
-            Stmt::VerdictByTag(Set::Verdict),
-        ],
+        vec![Stmt::TagByTag(Set::Steer(family)), Stmt::VerdictByTag(Set::Verdict)],
         vec![Stmt::Counter, Stmt::Drop],
     ]
 }

@@ -30,6 +30,8 @@ pub(super) struct World<'a> {
     pub(super) underlay: Family,
     /// What is never steered, disjoint and in order.
     pub(super) excluded: Vec<IpNet>,
+    /// The same without the nodes' own addresses.
+    pub(super) inside: Vec<IpNet>,
     nodes: BTreeMap<&'a NodeName, &'a Node>,
 }
 
@@ -40,25 +42,19 @@ impl<'a> World<'a> {
         for node in &cluster.nodes {
             check_node(node, cluster)?;
             if nodes.insert(&node.name, node).is_some() {
-                return Err(PlanError::DuplicateNode {
-                    node: node.name.clone(),
-                });
+                return Err(PlanError::DuplicateNode { node: node.name.clone() });
             }
         }
         check_distinct(&cluster.nodes)?;
         let here = *nodes
             .get(&cluster.node)
-            .ok_or_else(|| PlanError::UnknownNode {
-                node: cluster.node.clone(),
-            })?;
+            .ok_or_else(|| PlanError::UnknownNode { node: cluster.node.clone() })?;
         let underlay = here
             .underlay
             .iter()
             .map(|address| Family::of(*address))
             .min()
-            .ok_or_else(|| PlanError::NoUnderlay {
-                node: here.name.clone(),
-            })?;
+            .ok_or_else(|| PlanError::NoUnderlay { node: here.name.clone() })?;
         for node in &cluster.nodes {
             if underlay_of(node, underlay).is_none() {
                 return Err(PlanError::UnderlayFamily {
@@ -78,14 +74,13 @@ impl<'a> World<'a> {
                 needed: 1280 + overhead,
             });
         }
-        let excluded = excluded(cluster)?;
-        Ok(Self {
-            cluster,
-            here,
-            underlay,
-            excluded,
-            nodes,
-        })
+        for net in &cluster.excluded {
+            check_net(net).map_err(|source| PlanError::Excluded { source })?;
+        }
+        let inside = disjoint(cluster.excluded.iter().copied().chain(never_steered()).collect());
+        let own = cluster.nodes.iter().flat_map(own_addresses).map(IpNet::from);
+        let excluded = disjoint(inside.iter().copied().chain(own).collect());
+        Ok(Self { cluster, here, underlay, excluded, inside, nodes })
     }
 
     pub(super) fn node(&self, name: &NodeName) -> Option<&'a Node> {
@@ -94,10 +89,7 @@ impl<'a> World<'a> {
 
     /// All nodes but this one, by name.
     pub(super) fn peers(&self) -> impl Iterator<Item = &'a Node> + '_ {
-        self.nodes
-            .values()
-            .copied()
-            .filter(|node| node.name != self.here.name)
+        self.nodes.values().copied().filter(|node| node.name != self.here.name)
     }
 
     /// The address of a node that outer packets go to.
@@ -115,18 +107,12 @@ impl<'a> World<'a> {
 }
 
 fn underlay_of(node: &Node, family: Family) -> Option<IpAddr> {
-    node.underlay
-        .iter()
-        .copied()
-        .find(|address| Family::of(*address) == family)
+    node.underlay.iter().copied().find(|address| Family::of(*address) == family)
 }
 
 /// The tunnel address of a node, without its prefix length.
 pub(super) fn tunnel_of(node: &Node, family: Family) -> Option<IpAddr> {
-    node.tunnel
-        .iter()
-        .find(|net| Family::of_net(net) == family)
-        .map(IpNet::addr)
+    node.tunnel.iter().find(|net| Family::of_net(net) == family).map(IpNet::addr)
 }
 
 fn check_settings(cluster: &Cluster) -> Result<(), PlanError> {
@@ -139,9 +125,7 @@ fn check_settings(cluster: &Cluster) -> Result<(), PlanError> {
     }
     // 0 is the kernel's rule for local addresses, 32766 the one for the main table.
     if cluster.rule_priority == 0 || cluster.rule_priority > 32_764 {
-        return Err(PlanError::RulePriority {
-            priority: cluster.rule_priority,
-        });
+        return Err(PlanError::RulePriority { priority: cluster.rule_priority });
     }
     if cluster.excluded.is_empty() {
         return Err(PlanError::NothingExcluded);
@@ -151,49 +135,26 @@ fn check_settings(cluster: &Cluster) -> Result<(), PlanError> {
 
 fn check_node(node: &Node, cluster: &Cluster) -> Result<(), PlanError> {
     let name = || node.name.clone();
-    let addresses = node
-        .underlay
-        .iter()
-        .copied()
-        .chain(node.tunnel.iter().map(IpNet::addr));
-    for address in addresses {
+    for address in own_addresses(node) {
         if is_mapped(address) {
-            return Err(PlanError::NodeMapped {
-                node: name(),
-                address,
-            });
+            return Err(PlanError::NodeMapped { node: name(), address });
         }
         if !is_host(address) {
-            return Err(PlanError::NodeAddress {
-                node: name(),
-                address,
-            });
+            return Err(PlanError::NodeAddress { node: name(), address });
         }
     }
     for family in Family::BOTH {
-        let underlay = node
-            .underlay
-            .iter()
-            .filter(|address| Family::of(**address) == family);
-        let tunnel = node
-            .tunnel
-            .iter()
-            .filter(|net| Family::of_net(net) == family);
+        let underlay = node.underlay.iter().filter(|address| Family::of(**address) == family);
+        let tunnel = node.tunnel.iter().filter(|net| Family::of_net(net) == family);
         if underlay.count() > 1 || tunnel.count() > 1 {
-            return Err(PlanError::NodeFamily {
-                node: name(),
-                family,
-            });
+            return Err(PlanError::NodeFamily { node: name(), family });
         }
     }
     if node.tunnel.is_empty() {
         return Err(PlanError::NoTunnel { node: name() });
     }
     if !node.mac().is_unicast() {
-        return Err(PlanError::Mac {
-            node: name(),
-            mac: node.mac(),
-        });
+        return Err(PlanError::Mac { node: name(), mac: node.mac() });
     }
     match node.mark {
         Some(mark) if cluster.marks.value(mark).is_none() => {
@@ -209,12 +170,7 @@ fn check_distinct(nodes: &[Node]) -> Result<(), PlanError> {
     let mut macs: BTreeMap<MacAddr, &NodeName> = BTreeMap::new();
     let mut marks: BTreeMap<Mark, &NodeName> = BTreeMap::new();
     for node in nodes {
-        for address in node
-            .underlay
-            .iter()
-            .copied()
-            .chain(node.tunnel.iter().map(IpNet::addr))
-        {
+        for address in own_addresses(node) {
             if let Some(other) = addresses.insert(address, &node.name) {
                 return Err(shared(&address, other, &node.name));
             }
@@ -232,33 +188,12 @@ fn check_distinct(nodes: &[Node]) -> Result<(), PlanError> {
 }
 
 fn shared(what: &dyn std::fmt::Display, one: &NodeName, other: &NodeName) -> PlanError {
-    PlanError::Shared {
-        what: what.to_string(),
-        one: one.clone(),
-        other: other.clone(),
-    }
+    PlanError::Shared { what: what.to_string(), one: one.clone(), other: other.clone() }
 }
 
-/// What is never steered: the caller's prefixes, the nodes themselves and what never is.
-fn excluded(cluster: &Cluster) -> Result<Vec<IpNet>, PlanError> {
-    for net in &cluster.excluded {
-        check_net(net).map_err(|source| PlanError::Excluded { source })?;
-    }
-    let nodes = cluster.nodes.iter().flat_map(|node| {
-        node.underlay
-            .iter()
-            .copied()
-            .chain(node.tunnel.iter().map(IpNet::addr))
-            .map(IpNet::from)
-    });
-    let all: Vec<_> = cluster
-        .excluded
-        .iter()
-        .copied()
-        .chain(nodes)
-        .chain(never_steered())
-        .collect();
-    Ok(IpNet::aggregate(&all))
+/// Underlay and tunnel addresses of a node.
+fn own_addresses(node: &Node) -> impl Iterator<Item = IpAddr> + '_ {
+    node.underlay.iter().copied().chain(node.tunnel.iter().map(IpNet::addr))
 }
 
 /// A policy without contradictions, in canonical form.
@@ -276,10 +211,8 @@ pub(super) struct Checked<'a> {
 impl<'a> Checked<'a> {
     pub(super) fn new<P: Policy>(policy: &'a P, world: &World<'a>) -> Result<Self, PlanError> {
         let id = policy.id();
-        Self::check(policy, world).map_err(|source| PlanError::Policy {
-            policy: id.clone(),
-            source,
-        })
+        Self::check(policy, world)
+            .map_err(|source| PlanError::Policy { policy: id.clone(), source })
     }
 
     fn check<P: Policy>(policy: &'a P, world: &World<'a>) -> Result<Self, PolicyError> {
@@ -296,9 +229,7 @@ impl<'a> Checked<'a> {
             Some(name) => Some(
                 world
                     .node(name)
-                    .ok_or_else(|| PolicyError::UnknownGateway {
-                        gateway: name.clone(),
-                    })?,
+                    .ok_or_else(|| PolicyError::UnknownGateway { gateway: name.clone() })?,
             ),
         };
         for address in policy.egress_ip().addresses() {
@@ -318,9 +249,9 @@ impl<'a> Checked<'a> {
     pub(super) fn takes_all(&self, family: Family) -> bool {
         match &self.destinations {
             None => true,
-            Some(nets) => nets
-                .iter()
-                .any(|net| Family::of_net(net) == family && net.prefix_len() == 0),
+            Some(nets) => {
+                nets.iter().any(|net| Family::of_net(net) == family && net.prefix_len() == 0)
+            }
         }
     }
 
@@ -333,25 +264,25 @@ impl<'a> Checked<'a> {
     }
 }
 
-/// Sorted, each once, and none inside another.
-///
-/// Neighbouring prefixes are not joined: a pod's address stays an element of its own, which can
-/// come and go without touching another.
 fn canonical(nets: &[IpNet]) -> Result<Vec<IpNet>, PolicyError> {
     nets.iter().try_for_each(check_net)?;
-    let mut nets = nets.to_vec();
+    Ok(disjoint(nets.to_vec()))
+}
+
+/// Sorted, each once, and none inside another.
+///
+/// Neighbouring prefixes are not joined: an address stays an element of its own, which can come
+/// and go without touching another.
+fn disjoint(mut nets: Vec<IpNet>) -> Vec<IpNet> {
     // A prefix sorts before those inside it.
     nets.sort_unstable_by_key(|net| (net.network(), net.prefix_len()));
     nets.dedup_by(|net, kept| kept.contains(&*net));
-    Ok(nets)
+    nets
 }
 
 fn check_net(net: &IpNet) -> Result<(), PolicyError> {
     if net.addr() != net.network() {
-        return Err(PolicyError::HostBits {
-            net: *net,
-            meant: net.trunc(),
-        });
+        return Err(PolicyError::HostBits { net: *net, meant: net.trunc() });
     }
     // A prefix wide enough to be more than mapped addresses has its own meaning.
     if net.prefix_len() >= 96 && is_mapped(net.addr()) {
@@ -365,16 +296,8 @@ fn check_egress_ip(address: IpAddr, world: &World<'_>) -> Result<(), PolicyError
         return Err(PolicyError::EgressIpNotUnicast { address });
     }
     for node in &world.cluster.nodes {
-        let mut own = node
-            .underlay
-            .iter()
-            .copied()
-            .chain(node.tunnel.iter().map(IpNet::addr));
-        if own.any(|own| own == address) {
-            return Err(PolicyError::EgressIpOfNode {
-                address,
-                node: node.name.clone(),
-            });
+        if own_addresses(node).any(|own| own == address) {
+            return Err(PolicyError::EgressIpOfNode { address, node: node.name.clone() });
         }
     }
     match world.excluded.iter().find(|net| net.contains(&address)) {

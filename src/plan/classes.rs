@@ -34,16 +34,9 @@ pub(super) struct Classes {
 /// Numbers that the kernel's maps know policies by; they depend on the ids alone, not on order.
 pub(super) fn policy_tags(policies: &[Checked<'_>]) -> Vec<Tag> {
     let mut numbers = Numbers::default();
-    let mut by_id: Vec<_> = policies
-        .iter()
-        .map(|policy| policy.id)
-        .enumerate()
-        .collect();
+    let mut by_id: Vec<_> = policies.iter().map(|policy| policy.id).enumerate().collect();
     by_id.sort_unstable_by_key(|&(_, id)| id);
-    let mut tags: Vec<_> = by_id
-        .into_iter()
-        .map(|(rank, id)| (rank, numbers.take([id])))
-        .collect();
+    let mut tags: Vec<_> = by_id.into_iter().map(|(rank, id)| (rank, numbers.take([id]))).collect();
     tags.sort_unstable_by_key(|&(rank, _)| rank);
     tags.into_iter().map(|(_, tag)| tag).collect()
 }
@@ -122,13 +115,8 @@ impl Classes {
             }
         }
         for (host, ranks) in groups {
-            let at = classes
-                .ranges
-                .partition_point(|(range, _)| range.last() < host);
-            let around = classes
-                .ranges
-                .get(at)
-                .filter(|(range, _)| range.contains(host));
+            let at = classes.ranges.partition_point(|(range, _)| range.last() < host);
+            let around = classes.ranges.get(at).filter(|(range, _)| range.contains(host));
             // A host that its range already sends the same way needs no element.
             if let Some(tag) = tag(&ranks).filter(|tag| around.is_none_or(|(_, a)| a != tag)) {
                 classes.hosts.push((host, tag));
@@ -160,16 +148,10 @@ impl Classes {
 
     fn number(&mut self, interned: &mut HashMap<Vec<Rank>, Option<Tag>>, all: &[Checked<'_>]) {
         let ids = |ranks: &[Rank]| -> Vec<&PolicyId> {
-            ranks
-                .iter()
-                .filter_map(|rank| policy(all, *rank))
-                .map(|policy| policy.id)
-                .collect()
+            ranks.iter().filter_map(|rank| policy(all, *rank)).map(|policy| policy.id).collect()
         };
-        let mut lists: Vec<_> = interned
-            .iter_mut()
-            .map(|(ranks, tag)| (ids(ranks), ranks, tag))
-            .collect();
+        let mut lists: Vec<_> =
+            interned.iter_mut().map(|(ranks, tag)| (ids(ranks), ranks, tag)).collect();
         lists.sort_unstable_by(|(one, ..), (other, ..)| one.cmp(other));
         let mut numbers = Numbers::default();
         for (ids, ranks, tag) in lists {
@@ -193,10 +175,8 @@ fn overlap(policies: &[Checked<'_>], (first, second): (Rank, Rank), family: Fami
         return true;
     }
     // Both lists are sorted by address and free of inner overlaps: walk them together.
-    let (mut ours, mut theirs) = (
-        first.listed(family).peekable(),
-        second.listed(family).peekable(),
-    );
+    let (mut ours, mut theirs) =
+        (first.listed(family).peekable(), second.listed(family).peekable());
     while let (Some(one), Some(other)) = (ours.peek(), theirs.peek()) {
         if one.contains(other) || other.contains(one) {
             return true;
@@ -210,14 +190,13 @@ fn overlap(policies: &[Checked<'_>], (first, second): (Rank, Rank), family: Fami
     false
 }
 
-fn sources(policies: &[Checked<'_>], family: Family) -> (Vec<(IpAddr, Rank)>, Vec<(IpNet, Rank)>) {
+/// Single addresses and prefixes of all policies, each with the rank of its policy.
+type Sources = (Vec<(IpAddr, Rank)>, Vec<(IpNet, Rank)>);
+
+fn sources(policies: &[Checked<'_>], family: Family) -> Sources {
     let (mut hosts, mut nets) = (Vec::new(), Vec::new());
     for (rank, policy) in (0..).zip(policies) {
-        for net in policy
-            .sources
-            .iter()
-            .filter(|net| Family::of_net(net) == family)
-        {
+        for net in policy.sources.iter().filter(|net| Family::of_net(net) == family) {
             if net.prefix_len() == family.bits() {
                 hosts.push((net.addr(), rank));
             } else {
@@ -235,11 +214,7 @@ fn segments(nets: &[(IpNet, Rank)], family: Family) -> Vec<(IpRange, Vec<Rank>)>
     // no such place, and nothing more to cut.
     let mut edges: BTreeMap<u128, (Vec<Rank>, Vec<Rank>)> = BTreeMap::new();
     for (net, rank) in nets {
-        edges
-            .entry(number(net.network()))
-            .or_default()
-            .0
-            .push(*rank);
+        edges.entry(number(net.network())).or_default().0.push(*rank);
         if let Some(after) = number(net.broadcast()).checked_add(1) {
             edges.entry(after).or_default().1.push(*rank);
         }
@@ -284,23 +259,16 @@ pub(super) fn destinations(
 ) -> Vec<(IpNet, Rank)> {
     let mut prefixes = BTreeMap::new();
     for rank in members {
-        let listed = policy(policies, *rank)
-            .into_iter()
-            .flat_map(|policy| policy.listed(family));
+        let listed = policy(policies, *rank).into_iter().flat_map(|policy| policy.listed(family));
         for net in listed {
             // Members come in order: the first to name a prefix keeps it.
-            prefixes
-                .entry((net.network(), net.prefix_len()))
-                .or_insert((net, *rank));
+            prefixes.entry((net.network(), net.prefix_len())).or_insert((net, *rank));
         }
     }
     let mut inside: Vec<(IpNet, Rank)> = Vec::new();
     let mut found = Vec::new();
     for (net, rank) in prefixes.into_values() {
-        while inside
-            .last()
-            .is_some_and(|(outer, _)| !outer.contains(&net))
-        {
+        while inside.last().is_some_and(|(outer, _)| !outer.contains(&net)) {
             inside.pop();
         }
         let outer = inside.last().map(|(_, rank)| *rank);

@@ -22,11 +22,7 @@ pub(super) fn firewall(
     fixed(world, gateways, &mut elements);
     for family in Family::BOTH {
         for (policy, tag) in policies.iter().zip(&tags) {
-            if policy
-                .sources
-                .iter()
-                .any(|net| Family::of_net(net) == family)
-            {
+            if policy.sources.iter().any(|net| Family::of_net(net) == family) {
                 ways_out(world, policy, *tag, family, gateways, &mut elements);
             }
         }
@@ -34,11 +30,7 @@ pub(super) fn firewall(
         for (winner, loser) in &classes.overlaps {
             let id = |rank: &Rank| policy(policies, *rank).map(|policy| policy.id.clone());
             if let (Some(winner), Some(loser)) = (id(winner), id(loser)) {
-                findings.push(Finding::Overlap {
-                    winner,
-                    loser,
-                    family,
-                });
+                findings.push(Finding::Overlap { winner, loser, family });
             }
         }
         class_elements(&classes, policies, &tags, family, &mut elements);
@@ -47,11 +39,7 @@ pub(super) fn firewall(
     let marks: BTreeSet<_> = gateways.values().map(|gateway| gateway.mark).collect();
     let prefix = layout.prefix_mask() != 0;
     if !prefix {
-        elements.extend(
-            marks
-                .iter()
-                .map(|mark| (Key::Gateway(*mark), Value::plain(Data::None))),
-        );
+        elements.extend(marks.iter().map(|mark| (Key::Gateway(*mark), Value::plain(Data::None))));
     }
     let lengths = elements.keys().filter_map(|key| match key.set() {
         Set::Destination(family, length) => Some((family, length)),
@@ -66,12 +54,7 @@ pub(super) fn firewall(
         lengths: lengths.collect(),
         gateways: marks,
     };
-    Firewall {
-        chains: skeleton.chains(),
-        sets: skeleton.sets(),
-        elements,
-        strays: BTreeSet::new(),
-    }
+    Firewall { chains: skeleton.chains(), sets: skeleton.sets(), elements, strays: BTreeSet::new() }
 }
 
 /// What does not depend on policies one by one.
@@ -83,10 +66,7 @@ fn fixed(
     for peer in world.peers() {
         let comment = Some(Comment::of_name(peer.name.as_str()));
         for address in &peer.underlay {
-            let value = Value {
-                data: Data::None,
-                comment: comment.clone(),
-            };
+            let value = Value { data: Data::None, comment: comment.clone() };
             elements.insert(Key::Peer(*address), value);
         }
     }
@@ -98,18 +78,10 @@ fn fixed(
         elements.insert(Key::Verdict(tag), Value { data, comment });
     };
     way_out(Tag::CLOSED, Verdict::Drop, Some(Comment::of_name("closed")));
-    way_out(
-        Tag::HERE,
-        Verdict::Goto(ChainId::Here),
-        Some(Comment::of_name("this-node")),
-    );
+    way_out(Tag::HERE, Verdict::Goto(ChainId::Here), Some(Comment::of_name("this-node")));
     for gateway in gateways.values() {
         let comment = Some(Comment::of_name(gateway.node.name.as_str()));
-        way_out(
-            Tag::gateway(gateway.value),
-            Verdict::Goto(ChainId::To(gateway.mark)),
-            comment,
-        );
+        way_out(Tag::gateway(gateway.value), Verdict::Goto(ChainId::To(gateway.mark)), comment);
     }
 }
 
@@ -129,30 +101,18 @@ fn ways_out(
         (Role::Client, Some(gateway)) => Tag::gateway(gateway.value),
         _ => Tag::CLOSED,
     };
-    let value = Value {
-        data: Data::Tag(way_out),
-        comment: comment.clone(),
-    };
+    let value = Value { data: Data::Tag(way_out), comment: comment.clone() };
     elements.insert(Key::Steer(family, tag), value);
     if way_out != Tag::HERE {
         return;
     }
-    match policy.egress_ip.address(family) {
-        Some(address) => {
-            let value = Value {
-                data: Data::Address(address),
-                comment,
-            };
-            elements.insert(Key::Snat(family, tag), value);
-            elements.insert(Key::Eip(address), Value::plain(Data::None));
-        }
-        None => {
-            let value = Value {
-                data: Data::None,
-                comment,
-            };
-            elements.insert(Key::Masquerade(family, tag), value);
-        }
+    if let Some(address) = policy.egress_ip.address(family) {
+        let value = Value { data: Data::Address(address), comment };
+        elements.insert(Key::Snat(family, tag), value);
+        elements.insert(Key::Eip(address), Value::plain(Data::None));
+    } else {
+        let value = Value { data: Data::None, comment };
+        elements.insert(Key::Masquerade(family, tag), value);
     }
 }
 
@@ -164,12 +124,7 @@ fn class_elements(
     elements: &mut BTreeMap<Key, Value>,
 ) {
     let plain = |tag: Tag| Value::plain(Data::Tag(tag));
-    let tag_of = |rank: Rank| {
-        usize::try_from(rank)
-            .ok()
-            .and_then(|rank| tags.get(rank))
-            .copied()
-    };
+    let tag_of = |rank: Rank| usize::try_from(rank).ok().and_then(|rank| tags.get(rank)).copied();
     for (class, members) in &classes.members {
         for (net, rank) in destinations(members, policies, family) {
             if let Some(tag) = tag_of(rank) {
@@ -178,10 +133,7 @@ fn class_elements(
         }
         let takes_all =
             |rank: &&Rank| policy(policies, **rank).is_some_and(|p| p.takes_all(family));
-        let any = members
-            .last()
-            .filter(takes_all)
-            .and_then(|rank| tag_of(*rank));
+        let any = members.last().filter(takes_all).and_then(|rank| tag_of(*rank));
         if let Some(tag) = any {
             elements.insert(Key::Any(family, *class), plain(tag));
         }

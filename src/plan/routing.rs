@@ -1,7 +1,7 @@
 //! Tunnel, routes and rules.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 
 use ipnet::IpNet;
 
@@ -9,7 +9,7 @@ use super::Gateway;
 use super::check::{World, tunnel_of};
 use crate::cluster::Node;
 use crate::state::{BACKSTOP_METRIC, Route, RouteKey, Rule, RuleAction, State, Vxlan};
-use crate::types::{Family, Mark, NodeName, TableId};
+use crate::types::{Family, Mark, NodeName};
 
 /// Whether the tunnel carries a family from this node to another.
 pub(super) fn carries(world: &World<'_>, peer: &Node, family: Family) -> bool {
@@ -41,13 +41,8 @@ pub(super) fn routing(
         if let Some(address) = world.underlay(peer) {
             state.fdb.insert(peer.mac(), address);
         }
-        for family in Family::BOTH
-            .into_iter()
-            .filter(|family| carries(world, peer, *family))
-        {
-            state
-                .neighbours
-                .extend(tunnel_of(peer, family).map(|address| (address, peer.mac())));
+        for family in Family::BOTH.into_iter().filter(|family| carries(world, peer, *family)) {
+            state.neighbours.extend(tunnel_of(peer, family).map(|address| (address, peer.mac())));
         }
     }
     let marks = world.cluster.marks;
@@ -58,15 +53,9 @@ pub(super) fn routing(
             if let Some(address) =
                 tunnel_of(gateway.node, family).filter(|_| carries(world, gateway.node, family))
             {
-                table(world, gateway.table, address, state);
+                table(world, gateway, address, state);
                 let action = RuleAction::Lookup(gateway.table);
-                state.rules.insert(Rule {
-                    family,
-                    priority,
-                    mark: gateway.mark,
-                    mask,
-                    action,
-                });
+                state.rules.insert(Rule { family, priority, mark: gateway.mark, mask, action });
             }
         }
         // Whatever carries our prefix and found no table: better refused than sent by the main
@@ -84,41 +73,20 @@ pub(super) fn routing(
 }
 
 /// The table of one gateway and one family.
-fn table(world: &World<'_>, table: TableId, gateway: IpAddr, state: &mut State) {
-    let family = Family::of(gateway);
+fn table(world: &World<'_>, gateway: &Gateway<'_>, via: IpAddr, state: &mut State) {
+    let (family, table) = (Family::of(via), gateway.table);
     let metric = RouteKey::default_metric(family);
-    for dst in world
-        .excluded
-        .iter()
-        .filter(|net| Family::of_net(net) == family)
-    {
-        state.routes.insert(
-            RouteKey {
-                table,
-                dst: *dst,
-                metric,
-            },
-            Route::Throw,
-        );
+    // The outer packet to the gateway has lost the mark by then; should it not have, it must
+    // still find another way than into the tunnel.
+    let outer = world.underlay(gateway.node).map(IpNet::from);
+    let inside = world.inside.iter().copied().chain(outer);
+    for dst in inside.filter(|net| Family::of_net(net) == family) {
+        state.routes.insert(RouteKey { table, dst, metric }, Route::Throw);
     }
-    let dst = everything(family);
-    state
-        .routes
-        .insert(RouteKey { table, dst, metric }, Route::Via(gateway));
+    let dst = IpNet::new_assert(family.unspecified(), 0);
+    state.routes.insert(RouteKey { table, dst, metric }, Route::Via(via));
     // Needs no device, so it is still there when the tunnel's routes have gone with the tunnel;
     // without it the lookup would fall through to the main table.
-    let backstop = RouteKey {
-        table,
-        dst,
-        metric: BACKSTOP_METRIC,
-    };
+    let backstop = RouteKey { table, dst, metric: BACKSTOP_METRIC };
     state.routes.insert(backstop, Route::Unreachable);
-}
-
-/// The prefix of length 0.
-fn everything(family: Family) -> IpNet {
-    match family {
-        Family::V4 => IpNet::new_assert(Ipv4Addr::UNSPECIFIED.into(), 0),
-        Family::V6 => IpNet::new_assert(Ipv6Addr::UNSPECIFIED.into(), 0),
-    }
 }

@@ -53,7 +53,7 @@ impl Tag {
 
     /// The tag with this number, `None` if one of its halves is zero or it is all ones.
     pub const fn new(number: u32) -> Option<Self> {
-        if number >> 16 == 0 || number & 0xffff == 0 || number == u32::MAX {
+        if number >> 16 == 0 || number.trailing_zeros() >= 16 || number == u32::MAX {
             return None;
         }
         Some(Self(number))
@@ -197,10 +197,7 @@ impl Set {
                 let Self::Destination(_, length) = set else {
                     return None;
                 };
-                (1..=family.bits())
-                    .contains(&length)
-                    .then_some(set)
-                    .filter(|s| s.name() == name)?
+                (1..=family.bits()).contains(&length).then_some(set).filter(|s| s.name() == name)?
             }
         })
     }
@@ -208,10 +205,8 @@ impl Set {
     /// Types of the key's parts, in order.
     pub(crate) fn key(self) -> &'static [Datum] {
         const IP: [&[Datum]; 2] = [&[Datum::Ipv4], &[Datum::Ipv6]];
-        const IP_CLASS: [&[Datum]; 2] = [
-            &[Datum::Ipv4, Datum::ClassId],
-            &[Datum::Ipv6, Datum::ClassId],
-        ];
+        const IP_CLASS: [&[Datum]; 2] =
+            [&[Datum::Ipv4, Datum::ClassId], &[Datum::Ipv6, Datum::ClassId]];
         let pick = |types: [&'static [Datum]; 2], family| match family {
             Family::V4 => types[0],
             Family::V6 => types[1],
@@ -359,10 +354,7 @@ pub struct Value {
 impl Value {
     /// A value without comment.
     pub const fn plain(data: Data) -> Self {
-        Self {
-            data,
-            comment: None,
-        }
+        Self { data, comment: None }
     }
 }
 
@@ -438,15 +430,7 @@ mod tests {
         for set in sets {
             assert_eq!(Set::from_name(&set.name()), Some(set));
         }
-        for name in [
-            "",
-            "dest4_0",
-            "dest4_33",
-            "dest4_024",
-            "dest6_129",
-            "dest5_1",
-            "source",
-        ] {
+        for name in ["", "dest4_0", "dest4_33", "dest4_024", "dest6_129", "dest5_1", "source"] {
             assert_eq!(Set::from_name(name), None, "{name}");
         }
     }
@@ -455,10 +439,7 @@ mod tests {
     fn the_ways_out_of_all_gateways_are_distinct_tags() {
         let tags: BTreeSet<_> = (0..=u16::MAX).map(Tag::gateway).collect();
         assert_eq!(tags.len(), 65_536);
-        for tag in tags
-            .into_iter()
-            .chain([Tag::CLOSED, Tag::HERE, Tag::BYPASS])
-        {
+        for tag in tags.into_iter().chain([Tag::CLOSED, Tag::HERE, Tag::BYPASS]) {
             assert_eq!(Tag::new(tag.get()), Some(tag));
         }
     }

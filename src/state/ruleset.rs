@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use ipnet::IpNet;
+
 use super::firewall::Set;
 use crate::types::{DeviceName, Family, Mark};
 
@@ -127,11 +129,7 @@ impl fmt::Display for Base {
             Hook::Forward => "forward",
             Hook::Postrouting => "postrouting",
         };
-        write!(
-            f,
-            "type {kind} hook {hook} priority {}; policy accept;",
-            self.priority
-        )
+        write!(f, "type {kind} hook {hook} priority {}; policy accept;", self.priority)
     }
 }
 
@@ -246,11 +244,7 @@ const fn ip(family: Family) -> &'static str {
 /// The family of a set whose keys are addresses.
 fn set_ip(set: Set) -> &'static str {
     use super::firewall::Datum;
-    if set.key().first() == Some(&Datum::Ipv6) {
-        "ip6"
-    } else {
-        "ip"
-    }
+    if set.key().first() == Some(&Datum::Ipv6) { "ip6" } else { "ip" }
 }
 
 impl fmt::Display for Stmt {
@@ -298,19 +292,11 @@ impl fmt::Display for Stmt {
                 write!(f, "meta priority set {} saddr map @{set}", set_ip(*set))
             }
             Self::TagByDestination(family, length) => {
-                let mask = crate::range::address(
-                    *family,
-                    match family {
-                        Family::V4 => u128::from(u32::MAX) & !(u128::from(u32::MAX) >> length),
-                        Family::V6 => {
-                            u128::MAX & !u128::MAX.checked_shr((*length).into()).unwrap_or(0)
-                        }
-                    },
-                );
                 let set = Set::Destination(*family, *length);
                 write!(f, "meta priority set {} daddr", ip(*family))?;
-                if let Some(mask) = mask.filter(|_| *length < family.bits()) {
-                    write!(f, " & {mask}")?;
+                let net = IpNet::new(family.unspecified(), *length).ok();
+                if let Some(net) = net.filter(|net| net.prefix_len() < family.bits()) {
+                    write!(f, " & {}", net.netmask())?;
                 }
                 write!(f, " . meta priority map @{set}")
             }
@@ -326,12 +312,7 @@ impl fmt::Display for Stmt {
                 )
             }
             Self::SnatByTag(family) => {
-                write!(
-                    f,
-                    "snat {} to meta priority map @{}",
-                    ip(*family),
-                    Set::Snat(*family)
-                )
+                write!(f, "snat {} to meta priority map @{}", ip(*family), Set::Snat(*family))
             }
             Self::Masquerade => f.write_str("masquerade"),
             Self::Counter => f.write_str("counter"),

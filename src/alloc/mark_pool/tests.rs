@@ -16,10 +16,8 @@ fn drain(layout: MarkLayout) -> (MarkPool, Vec<Mark>) {
         match pool.allocate(&node(marks.len())) {
             Ok(mark) => marks.push(mark),
             Err(error) => {
-                let refused = AllocError::Exhausted {
-                    node: node(marks.len()),
-                    capacity: layout.capacity(),
-                };
+                let refused =
+                    AllocError::Exhausted { node: node(marks.len()), capacity: layout.capacity() };
                 assert_eq!(error, refused);
                 return (pool, marks);
             }
@@ -40,9 +38,7 @@ fn the_default_layout_gives_all_65_536_marks() {
     let (mut pool, marks) = drain(MarkLayout::SEED);
     assert_eq!(marks.len(), 65_536);
     assert_complete(MarkLayout::SEED, &marks);
-    let clear = marks
-        .iter()
-        .filter(|m| !MarkLayout::SEED.touches_avoided(**m));
+    let clear = marks.iter().filter(|m| !MarkLayout::SEED.touches_avoided(**m));
     assert_eq!(clear.count(), 512);
     for (n, mark) in marks.iter().enumerate() {
         assert_eq!(pool.allocate(&node(n)), Ok(*mark), "stable on repeat");
@@ -118,9 +114,7 @@ struct Model {
 impl Model {
     fn holder(&self, mark: Mark) -> Option<NodeName> {
         let mut nodes = self.nodes.iter();
-        nodes
-            .find(|(_, held)| **held == mark)
-            .map(|(node, _)| node.clone())
+        nodes.find(|(_, held)| **held == mark).map(|(node, _)| node.clone())
     }
 
     fn allocate(&mut self, node: &NodeName) -> Result<Mark, AllocError<Mark>> {
@@ -146,16 +140,8 @@ impl Model {
         match (self.holder(mark), self.nodes.get(node)) {
             _ if self.layout.value(mark).is_none() => Err(AllocError::Foreign { id }),
             (Some(holder), _) if holder == *node => Ok(()),
-            (Some(holder), _) => Err(AllocError::Taken {
-                id,
-                node: asker,
-                holder,
-            }),
-            (None, Some(&held)) => Err(AllocError::Holds {
-                node: asker,
-                held,
-                id,
-            }),
+            (Some(holder), _) => Err(AllocError::Taken { id, node: asker, holder }),
+            (None, Some(&held)) => Err(AllocError::Holds { node: asker, held, id }),
             (None, None) => {
                 self.nodes.insert(asker, mark);
                 Ok(())

@@ -87,19 +87,10 @@ fn the_start_is_what_the_dice_say_and_after_the_last_comes_the_first() {
             let expected = table(3000 + (offset + n) % 101);
             assert_eq!(pool.allocate(&node(n)), Ok(expected));
         }
-        let full = AllocError::Exhausted {
-            node: node("new"),
-            capacity: 101,
-        };
+        let full = AllocError::Exhausted { node: node("new"), capacity: 101 };
         assert_eq!(pool.allocate(&node("new")), Err(full));
-        assert_eq!(
-            pool.release(&node(50)),
-            Ok(table(3000 + (offset + 50) % 101))
-        );
-        assert_eq!(
-            pool.allocate(&node("new")),
-            Ok(table(3000 + (offset + 50) % 101))
-        );
+        assert_eq!(pool.release(&node(50)), Ok(table(3000 + (offset + 50) % 101)));
+        assert_eq!(pool.allocate(&node("new")), Ok(table(3000 + (offset + 50) % 101)));
     }
 }
 
@@ -123,19 +114,13 @@ fn the_default_dice_start_in_different_places() {
 #[test]
 fn the_kernel_is_asked_once_for_a_new_node_and_not_for_a_known_one() {
     let asked = Arc::default();
-    let probe = Answers {
-        list: [Ok([3000].into()), Ok([3001].into())].into(),
-        asked: Arc::clone(&asked),
-    };
+    let probe =
+        Answers { list: [Ok([3000].into()), Ok([3001].into())].into(), asked: Arc::clone(&asked) };
     let mut pool = TablePool::with_probe(range(3000, 2), probe).with_dice(|_: u32| 0);
     assert_eq!(pool.allocate(&node("a")), Ok(table(3001)));
     assert_eq!(pool.allocate(&node("a")), Ok(table(3001)));
     assert_eq!(asked.load(Ordering::Relaxed), 1);
-    assert_eq!(
-        pool.allocate(&node("b")),
-        Ok(table(3000)),
-        "the answer is fresh"
-    );
+    assert_eq!(pool.allocate(&node("b")), Ok(table(3000)), "the answer is fresh");
     assert_eq!(asked.load(Ordering::Relaxed), 2);
     pool.reserve(&node("c"), table(3002)).unwrap();
     pool.release(&node("c")).unwrap();
@@ -145,10 +130,8 @@ fn the_kernel_is_asked_once_for_a_new_node_and_not_for_a_known_one() {
 #[test]
 fn nothing_is_given_out_when_the_kernel_cannot_be_asked() {
     let refused = KernelError::refused("ip route show table all", 1);
-    let probe = Answers {
-        list: [Err(refused.clone()), Ok(BTreeSet::new())].into(),
-        asked: Arc::default(),
-    };
+    let probe =
+        Answers { list: [Err(refused.clone()), Ok(BTreeSet::new())].into(), asked: Arc::default() };
     let mut pool = TablePool::with_probe(TableRange::default(), probe);
     assert_eq!(pool.allocate(&node("a")), Err(AllocError::Kernel(refused)));
     assert!(pool.is_empty());
@@ -177,10 +160,7 @@ fn a_released_table_waits_until_the_kernel_has_it_no_longer() {
     let mut pool = TablePool::with_probe(range(3000, 0), probe);
     assert_eq!(pool.allocate(&node("a")), Ok(table(3000)));
     assert_eq!(pool.release(&node("a")), Ok(table(3000)));
-    let full = AllocError::Exhausted {
-        node: node("b"),
-        capacity: 1,
-    };
+    let full = AllocError::Exhausted { node: node("b"), capacity: 1 };
     assert_eq!(pool.allocate(&node("b")), Err(full));
     assert_eq!(pool.allocate(&node("b")), Ok(table(3000)));
 }
@@ -191,17 +171,9 @@ fn refusals_are_typed_and_change_nothing() {
     let (a, b) = (node("a"), node("b"));
     pool.reserve(&a, table(3000)).unwrap();
     pool.reserve(&a, table(3000)).unwrap();
-    let taken = AllocError::Taken {
-        id: table(3000),
-        node: b.clone(),
-        holder: a.clone(),
-    };
+    let taken = AllocError::Taken { id: table(3000), node: b.clone(), holder: a.clone() };
     assert_eq!(pool.reserve(&b, table(3000)), Err(taken));
-    let holds = AllocError::Holds {
-        node: a.clone(),
-        held: table(3000),
-        id: table(3001),
-    };
+    let holds = AllocError::Holds { node: a.clone(), held: table(3000), id: table(3001) };
     assert_eq!(pool.reserve(&a, table(3001)), Err(holds));
     for id in [2999, 3101, 1, u32::MAX] {
         let foreign = AllocError::Foreign { id: table(id) };

@@ -1,0 +1,146 @@
+//! Addresses of devices.
+
+use std::collections::BTreeSet;
+use std::fmt::Display;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+
+use super::route_socket::RouteSocket;
+use crate::error::KernelError;
+use crate::types::{DeviceName, Family};
+
+pub(super) const fn kernel_family(family: Family) -> AddressFamily {
+    match family {
+        Family::V4 => AddressFamily::Inet,
+        Family::V6 => AddressFamily::Inet6,
+    }
+}
+
+/// Whether the kernel makes such addresses and neighbours of its own accord.
+pub(super) fn is_link_local(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(_) => false,
+        IpAddr::V6(address) => address.is_unicast_link_local(),
+    }
+}
+
+pub(super) fn message(index: u32, net: IpNet) -> AddressMessage {
+    let mut message = AddressMessage::default();
+    message.header.family = kernel_family(Family::of_net(&net));
+    message.header.prefix_len = net.prefix_len();
+    message.header.index = index;
+    message.attributes = vec![
+        AddressAttribute::Local(net.addr()),
+        AddressAttribute::Address(net.addr()),
+    ];
+    message
+}
+
+/// Index of the device and the address with its prefix length.
+fn parse(message: &AddressMessage) -> Option<(u32, IpNet)> {
+    let local = message.attributes.iter().find_map(|attribute| {
+        if let AddressAttribute::Local(address) = attribute {
+            Some(*address)
+        } else {
+            None
+        }
+    });
+    // IPv6 has "local" only where there is a peer, IPv4 always.
+    let address = local.or_else(|| {
+        message.attributes.iter().find_map(|attribute| {
+            if let AddressAttribute::Address(address) = attribute {
+                Some(*address)
+            } else {
+                None
+            }
+        })
+    })?;
+    let net = IpNet::new(address, message.header.prefix_len).ok()?;
+    Some((message.header.index, net))
+}
+
+impl RouteSocket {
+    pub(super) fn add_address(
+        &mut self,
+        what: &dyn Display,
+        device: &DeviceName,
+        net: IpNet,
+    ) -> Result<(), KernelError> {
+        let index = self.our_device(what, device)?.index;
+        let mut message = message(index, net);
+        if matches!(net, IpNet::V6(_)) {
+            // Nobody else can have it, and until the check ends it cannot be used.
+            message.header.flags = AddressHeaderFlags::Nodad;
+        }
+        let flags = NLM_F_CREATE | NLM_F_EXCL;
+        self.request(what, RouteNetlinkMessage::NewAddress(message), flags)
+    }
+
+    pub(super) fn delete_address(
+        &mut self,
+        what: &dyn Display,
+        device: &DeviceName,
+        net: IpNet,
+    ) -> Result<(), KernelError> {
+        let index = self.our_device(what, device)?.index;
+        let message = message(index, net);
+        self.request(what, RouteNetlinkMessage::DelAddress(message), 0)
+    }
+
+    /// Addresses of the device with this index, without link-local ones.
+    pub(super) fn addresses(&mut self, index: u32) -> Result<BTreeSet<IpNet>, KernelError> {
+        let what = format_args!("ip addr show dev index {index}");
+        let mut found = BTreeSet::new();
+        for family in Family::BOTH {
+            let mut message = AddressMessage::default();
+            message.header.family = kernel_family(family);
+            message.header.index = index;
+            let nets = self.dump_addresses(&what, message, family)?;
+            found.extend(
+                nets.into_iter()
+                    .filter(|(at, net)| *at == index && !is_link_local(net.addr()))
+                    .map(|(_, net)| net),
+            );
+        }
+        Ok(found)
+    }
+
+    /// The device that holds this address, and its MTU.
+    pub(crate) fn device_of(
+        &mut self,
+        address: IpAddr,
+    ) -> Result<Option<(DeviceName, u32)>, KernelError> {
+        let what = format_args!("ip addr show to {address}");
+        let family = Family::of(address);
+        let mut message = AddressMessage::default();
+        message.header.family = kernel_family(family);
+        let nets = self.dump_addresses(&what, message, family)?;
+        let Some((index, _)) = nets.into_iter().find(|(_, net)| net.addr() == address) else {
+            return Ok(None);
+        };
+        let device = self.device_at(index)?;
+        Ok(device.and_then(|device| Some((DeviceName::new(device.name).ok()?, device.mtu))))
+    }
+
+    fn dump_addresses(
+        &mut self,
+        what: &dyn Display,
+        message: AddressMessage,
+        family: Family,
+    ) -> Result<Vec<(u32, IpNet)>, KernelError> {
+        let message = RouteNetlinkMessage::GetAddress(message);
+        self.dump(what, &message, |message| match message {
+            // A kernel without IPv6 answers with the addresses of all the families it has.
+            RouteNetlinkMessage::NewAddress(message)
+                if message.header.family == kernel_family(family) =>
+            {
+                parse(&message)
+            }
+            _ => None,
+        })
+    }
+}

@@ -1,0 +1,83 @@
+//! Forwarding entries of the tunnel device: which node a frame goes to.
+
+use std::collections::BTreeMap;
+use std::fmt::Display;
+use std::net::IpAddr;
+
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
+use netlink_packet_route::neighbour::{
+    NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
+};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+
+use super::neighbour::{destination, lladdr};
+use super::route_socket::RouteSocket;
+use crate::error::KernelError;
+use crate::types::{DeviceName, MacAddr};
+
+/// `NUD_NOARP | NUD_PERMANENT` of `linux/neighbour.h`, as `bridge` sends them.
+const KEPT: u16 = 0xc0;
+
+pub(super) fn message(index: u32, mac: MacAddr, node: IpAddr) -> NeighbourMessage {
+    let mut message = NeighbourMessage::default();
+    message.header.family = AddressFamily::Bridge;
+    message.header.ifindex = index;
+    message.header.flags = NeighbourFlags::Own;
+    message.header.state = NeighbourState::from(KEPT);
+    message.attributes = vec![
+        NeighbourAttribute::LinkLayerAddress(mac.octets().to_vec()),
+        NeighbourAttribute::Destination(node.into()),
+    ];
+    message
+}
+
+fn parse(message: &NeighbourMessage) -> Option<(MacAddr, IpAddr)> {
+    if u16::from(message.header.state) & KEPT == 0 {
+        return None;
+    }
+    // The all-zero address is where everything unknown goes, not a peer.
+    let mac = lladdr(&message.attributes).filter(|mac| mac.octets() != [0; 6])?;
+    Some((mac, destination(&message.attributes)?))
+}
+
+impl RouteSocket {
+    pub(super) fn put_fdb(
+        &mut self,
+        what: &dyn Display,
+        device: &DeviceName,
+        mac: MacAddr,
+        node: IpAddr,
+    ) -> Result<(), KernelError> {
+        let index = self.our_device(what, device)?.index;
+        let message = RouteNetlinkMessage::NewNeighbour(message(index, mac, node));
+        self.request(what, message, NLM_F_CREATE | NLM_F_REPLACE)
+    }
+
+    pub(super) fn delete_fdb(
+        &mut self,
+        what: &dyn Display,
+        device: &DeviceName,
+        mac: MacAddr,
+        node: IpAddr,
+    ) -> Result<(), KernelError> {
+        let index = self.our_device(what, device)?.index;
+        let message = RouteNetlinkMessage::DelNeighbour(message(index, mac, node));
+        self.request(what, message, 0)
+    }
+
+    /// Forwarding entries of the device with this index that do not age.
+    pub(super) fn fdb(&mut self, index: u32) -> Result<BTreeMap<MacAddr, IpAddr>, KernelError> {
+        let what = format_args!("bridge fdb show dev index {index}");
+        let mut message = NeighbourMessage::default();
+        message.header.family = AddressFamily::Bridge;
+        message.attributes = vec![NeighbourAttribute::IfIndex(index)];
+        let message = RouteNetlinkMessage::GetNeighbour(message);
+        let entries = self.dump(&what, &message, |message| match message {
+            RouteNetlinkMessage::NewNeighbour(message) if message.header.ifindex == index => {
+                parse(&message)
+            }
+            _ => None,
+        })?;
+        Ok(entries.into_iter().collect())
+    }
+}

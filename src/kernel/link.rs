@@ -1,0 +1,208 @@
+//! The tunnel device, read from the kernel.
+
+use std::fmt::Display;
+use std::net::{IpAddr, Ipv4Addr};
+
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::link::{
+    AfSpecInet, AfSpecUnspec, InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkExtentMask,
+    LinkFlags, LinkInfo, LinkMessage,
+};
+
+use super::route_socket::RouteSocket;
+use crate::error::{KernelError, errno};
+use crate::state::{LINK_ALIAS, Vxlan};
+use crate::types::{DeviceName, MacAddr};
+
+const NOT_OURS: &str = "no tunnel device of ours has this name; read the state again";
+
+/// A network device, as far as it matters here.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Device {
+    pub(super) index: u32,
+    pub(super) name: String,
+    pub(super) alias: Option<String>,
+    pub(super) mac: Option<MacAddr>,
+    pub(super) mtu: u32,
+    pub(super) rp_filter: u32,
+    pub(super) up: bool,
+    /// What it has as a VXLAN device; `None` if it is not one.
+    pub(super) tunnel: Option<Tunnel>,
+}
+
+/// What only a VXLAN device has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Tunnel {
+    pub(super) vni: u32,
+    pub(super) port: u16,
+    pub(super) local: Option<IpAddr>,
+    /// Interface index of the underlay; 0 for none.
+    pub(super) underlay: u32,
+}
+
+impl Device {
+    pub(super) fn parse(message: LinkMessage) -> Self {
+        let mut device = Self {
+            index: message.header.index,
+            up: message.header.flags.contains(LinkFlags::Up),
+            ..Self::default()
+        };
+        for attribute in message.attributes {
+            match attribute {
+                LinkAttribute::IfName(name) => device.name = name,
+                LinkAttribute::IfAlias(alias) => device.alias = Some(alias),
+                LinkAttribute::Address(bytes) => device.mac = mac(&bytes),
+                LinkAttribute::Mtu(mtu) => device.mtu = mtu,
+                LinkAttribute::LinkInfo(infos) => device.tunnel = tunnel(&infos),
+                LinkAttribute::AfSpecUnspec(families) => device.rp_filter = rp_filter(&families),
+                _ => {}
+            }
+        }
+        device
+    }
+
+    pub(super) fn is_ours(&self) -> bool {
+        self.tunnel.is_some() && self.alias.as_deref() == Some(LINK_ALIAS)
+    }
+}
+
+/// The Ethernet address in these bytes, if they are as many as one has.
+pub(super) fn mac(bytes: &[u8]) -> Option<MacAddr> {
+    <[u8; 6]>::try_from(bytes).ok().map(MacAddr::new)
+}
+
+fn tunnel(infos: &[LinkInfo]) -> Option<Tunnel> {
+    if !infos.contains(&LinkInfo::Kind(InfoKind::Vxlan)) {
+        return None;
+    }
+    let mut tunnel = Tunnel::default();
+    for info in infos {
+        let LinkInfo::Data(InfoData::Vxlan(data)) = info else {
+            continue;
+        };
+        for datum in data {
+            match datum {
+                InfoVxlan::Id(vni) => tunnel.vni = *vni,
+                InfoVxlan::Port(port) => tunnel.port = *port,
+                InfoVxlan::Local(local) => tunnel.local = Some((*local).into()),
+                InfoVxlan::Local6(local) => tunnel.local = Some((*local).into()),
+                InfoVxlan::Link(index) => tunnel.underlay = *index,
+                _ => {}
+            }
+        }
+    }
+    Some(tunnel)
+}
+
+fn rp_filter(families: &[AfSpecUnspec]) -> u32 {
+    families
+        .iter()
+        .find_map(|family| match family {
+            AfSpecUnspec::Inet(attributes) => {
+                attributes.iter().find_map(|attribute| match attribute {
+                    AfSpecInet::DevConf(conf) => u32::try_from(conf.rp_filter).ok(),
+                    _ => None,
+                })
+            }
+            _ => None,
+        })
+        .unwrap_or_default()
+}
+
+fn without_statistics() -> LinkAttribute {
+    LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats])
+}
+
+impl RouteSocket {
+    /// Our tunnel device: by its alias, whatever its name; the oldest if there are several.
+    pub(super) fn link(&mut self) -> Result<Option<(u32, Vxlan)>, KernelError> {
+        let what = "ip -d link show type vxlan";
+        let mut message = LinkMessage::default();
+        message.attributes = vec![
+            without_statistics(),
+            LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Vxlan)]),
+        ];
+        let message = RouteNetlinkMessage::GetLink(message);
+        let devices = self.dump(&what, &message, |message| match message {
+            RouteNetlinkMessage::NewLink(link) => Some(Device::parse(link)).filter(Device::is_ours),
+            _ => None,
+        })?;
+        let Some(device) = devices.into_iter().min_by_key(|device| device.index) else {
+            return Ok(None);
+        };
+        let tunnel = device.tunnel.unwrap_or_default();
+        let name = DeviceName::new(&device.name)
+            .map_err(|_| KernelError::answer(what, "our device has an impossible name"))?;
+        Ok(Some((
+            device.index,
+            Vxlan {
+                name,
+                vni: tunnel.vni,
+                port: tunnel.port,
+                local: tunnel.local.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)),
+                underlay: self.name_of(tunnel.underlay)?,
+                mac: device.mac.unwrap_or(MacAddr::new([0; 6])),
+                mtu: device.mtu,
+                rp_filter: device.rp_filter,
+                up: device.up,
+            },
+        )))
+    }
+
+    /// The device with this name, of whoever.
+    pub(super) fn device_named(
+        &mut self,
+        what: &dyn Display,
+        name: &DeviceName,
+    ) -> Result<Option<Device>, KernelError> {
+        let mut message = LinkMessage::default();
+        message.attributes = vec![
+            LinkAttribute::IfName(name.as_str().to_owned()),
+            without_statistics(),
+        ];
+        self.device(what, message)
+    }
+
+    /// Our device with this name.
+    ///
+    /// The index is looked up for every operation: it changes when the device is made anew.
+    pub(super) fn our_device(
+        &mut self,
+        what: &dyn Display,
+        name: &DeviceName,
+    ) -> Result<Device, KernelError> {
+        self.device_named(what, name)?
+            .filter(Device::is_ours)
+            .ok_or_else(|| KernelError::refused(what, errno::ENODEV).with_remedy(NOT_OURS))
+    }
+
+    /// The device with this index, of whoever.
+    pub(super) fn device_at(&mut self, index: u32) -> Result<Option<Device>, KernelError> {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        message.attributes = vec![without_statistics()];
+        self.device(&format_args!("ip link show up to index {index}"), message)
+    }
+
+    fn device(
+        &mut self,
+        what: &dyn Display,
+        message: LinkMessage,
+    ) -> Result<Option<Device>, KernelError> {
+        match self.get(what, RouteNetlinkMessage::GetLink(message)) {
+            Ok(RouteNetlinkMessage::NewLink(link)) => Ok(Some(Device::parse(link))),
+            Ok(_) => Err(KernelError::answer(what, "the answer was not a device")),
+            Err(error) if error.errno() == Some(errno::ENODEV) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Name of the device with this index; `None` for 0 and for one that is gone.
+    fn name_of(&mut self, index: u32) -> Result<Option<DeviceName>, KernelError> {
+        if index == 0 {
+            return Ok(None);
+        }
+        let device = self.device_at(index)?;
+        Ok(device.and_then(|device| DeviceName::new(device.name).ok()))
+    }
+}

@@ -1,0 +1,226 @@
+//! Operations as one transaction, and which of them the kernel complains about.
+
+use std::collections::BTreeMap;
+
+use super::kind;
+use super::{chain, element, set};
+use crate::kernel::wire::{Open, Writer, flag};
+use crate::op::Op;
+use crate::state::{Key, NFT_TABLE, Set, Stray, Value};
+
+/// `NFNL_SUBSYS_NFTABLES`, as the resource that a transaction is for.
+const NF_TABLES: u16 = 10;
+
+/// `NFPROTO_INET`, the family of our table.
+pub(super) const INET: u8 = 1;
+
+/// Bytes of elements in one message: an attribute has at most 65 535, an element far fewer
+/// than what is left free.
+const ELEMENTS: usize = 64_000;
+
+/// A transaction ready to be sent.
+#[derive(Debug)]
+pub(super) struct Batch {
+    datagram: Vec<u8>,
+    generation_at: usize,
+    /// Sequence number of its first message, which stands for all of it.
+    pub(super) begin: u32,
+    /// Sequence numbers of the messages that are acknowledged when it was committed.
+    pub(super) acknowledged: [u32; 2],
+    /// By sequence number: where in the message which operation begins.
+    origins: BTreeMap<u32, Vec<(usize, usize)>>,
+}
+
+impl Batch {
+    /// The bytes, to be committed only if the rules have this generation; 0 for any.
+    pub(super) fn datagram(&mut self, generation: u32) -> &[u8] {
+        let at = self.generation_at;
+        if let Some(slot) = self.datagram.get_mut(at..at + 4) {
+            slot.copy_from_slice(&generation.to_be_bytes());
+        }
+        &self.datagram
+    }
+
+    /// The operation that a message, or the attribute at an offset of it, was made from.
+    pub(super) fn origin(&self, sequence: u32, offset: Option<usize>) -> Option<usize> {
+        let parts = self.origins.get(&sequence)?;
+        let at = offset.unwrap_or(0);
+        let part = parts.iter().rev().find(|(start, _)| *start <= at);
+        part.or(parts.first()).map(|(_, op)| *op)
+    }
+}
+
+/// Elements of one set that go, or come, in one message.
+#[derive(Clone, Copy)]
+struct Elements {
+    message: Open,
+    list: Open,
+    sequence: u32,
+    set: Set,
+    adds: bool,
+}
+
+struct Builder<'a> {
+    writer: Writer,
+    origins: BTreeMap<u32, Vec<(usize, usize)>>,
+    next_sequence: &'a mut dyn FnMut() -> u32,
+    last: Option<(Open, u32)>,
+    elements: Option<Elements>,
+    sets: u32,
+}
+
+/// Makes a transaction of those operations that are nf_tables operations; `None` if there are
+/// none or something does not fit into its length field.
+pub(super) fn build(ops: &[Op], next_sequence: &mut dyn FnMut() -> u32) -> Option<Batch> {
+    let mut builder = Builder {
+        writer: Writer::default(),
+        origins: BTreeMap::new(),
+        last: None,
+        next_sequence,
+        elements: None,
+        sets: 0,
+    };
+    let begin = builder.sequence();
+    let message = builder.writer.message(kind::BEGIN, flag::REQUEST, begin);
+    builder.writer.nfgen(0, NF_TABLES);
+    builder.writer.be32(1, 0);
+    let generation_at = builder.writer.since(message).checked_sub(4)?;
+    builder.writer.end(message);
+
+    for (index, op) in ops.iter().enumerate() {
+        builder.op(index, op);
+    }
+    builder.flush();
+    // Kernels before 6.10 acknowledge no end of a transaction, so the last operation is, too.
+    let (last, sequence) = builder.last?;
+    builder.writer.demand_ack(last);
+
+    let end = builder.sequence();
+    let flags = flag::REQUEST | flag::ACK;
+    let message = builder.writer.message(kind::END, flags, end);
+    builder.writer.nfgen(0, NF_TABLES);
+    builder.writer.end(message);
+    Some(Batch {
+        datagram: builder.writer.finish()?,
+        generation_at,
+        begin,
+        acknowledged: [sequence, end],
+        origins: builder.origins,
+    })
+}
+
+impl Builder<'_> {
+    fn sequence(&mut self) -> u32 {
+        (self.next_sequence)()
+    }
+
+    /// Begins a message for an operation.
+    fn begin(&mut self, op: usize, kind: u16, flags: u16) -> (Open, u32) {
+        let sequence = self.sequence();
+        let message = self.writer.message(kind, flag::REQUEST | flags, sequence);
+        self.writer.nfgen(INET, 0);
+        self.origins.insert(sequence, vec![(0, op)]);
+        self.last = Some((message, sequence));
+        (message, sequence)
+    }
+
+    fn message(&mut self, op: usize, kind: u16, flags: u16, write: impl FnOnce(&mut Writer)) {
+        self.flush();
+        let (message, _) = self.begin(op, kind, flags);
+        write(&mut self.writer);
+        self.writer.end(message);
+    }
+
+    /// Ends the message with elements, if one is begun.
+    fn flush(&mut self) {
+        if let Some(elements) = self.elements.take() {
+            self.writer.close(elements.list);
+            self.writer.end(elements.message);
+        }
+    }
+
+    fn element(&mut self, index: usize, key: &Key, value: Option<&Value>) {
+        let (set, adds) = (key.set(), value.is_some());
+        let open = self.elements.filter(|open| {
+            let room = self.writer.since(open.list) < ELEMENTS;
+            open.set == set && open.adds == adds && room
+        });
+        let open = open.unwrap_or_else(|| self.begin_elements(index, set, adds));
+        let start = self.writer.since(open.message);
+        if let Some(parts) = self.origins.get_mut(&open.sequence) {
+            parts.push((start, index));
+        }
+        element::write(&mut self.writer, key, value);
+    }
+
+    fn begin_elements(&mut self, index: usize, set: Set, adds: bool) -> Elements {
+        self.flush();
+        let (message, sequence) = if adds {
+            self.begin(index, kind::NEWSETELEM, flag::CREATE | flag::EXCL)
+        } else {
+            self.begin(index, kind::DELSETELEM, 0)
+        };
+        self.writer.string(1, NFT_TABLE);
+        self.writer.string(2, &set.name());
+        let elements = Elements {
+            message,
+            list: self.writer.open(3),
+            sequence,
+            set,
+            adds,
+        };
+        self.elements = Some(elements);
+        elements
+    }
+
+    fn op(&mut self, index: usize, op: &Op) {
+        const NEW: u16 = flag::CREATE | flag::EXCL;
+        let named = |name: String, kind: u16| {
+            move |writer: &mut Writer| {
+                writer.string(1, NFT_TABLE);
+                writer.string(kind, &name);
+            }
+        };
+        match op {
+            Op::AddTable => self.message(index, kind::NEWTABLE, NEW, |writer| {
+                writer.string(1, NFT_TABLE);
+                writer.be32(2, 0);
+            }),
+            Op::DeleteTable => self.message(index, kind::DELTABLE, 0, |writer| {
+                writer.string(1, NFT_TABLE);
+            }),
+            Op::AddSet(set) => {
+                self.sets += 1;
+                let id = self.sets;
+                self.message(index, kind::NEWSET, NEW, |writer| {
+                    set::write(writer, *set, id);
+                });
+            }
+            Op::DeleteSet(set) => self.message(index, kind::DELSET, 0, named(set.name(), 2)),
+            Op::AddChain(chain, base) => self.message(index, kind::NEWCHAIN, NEW, |writer| {
+                chain::write(writer, *chain, base.as_ref());
+            }),
+            Op::DeleteChain(chain) => {
+                self.message(index, kind::DELCHAIN, 0, named(chain.to_string(), 3));
+            }
+            Op::SetRules(chain, rules) => {
+                self.message(index, kind::DELRULE, 0, named(chain.to_string(), 2));
+                for rule in rules {
+                    let flags = flag::CREATE | flag::APPEND;
+                    self.message(index, kind::NEWRULE, flags, |writer| {
+                        chain::write_rule(writer, *chain, rule);
+                    });
+                }
+            }
+            Op::AddElement(key, value) => self.element(index, key, Some(value)),
+            Op::DeleteElement(key, _) => self.element(index, key, None),
+            Op::DeleteStray(Stray::Chain(name)) => {
+                self.message(index, kind::DELCHAIN, 0, named(name.clone(), 3));
+            }
+            Op::DeleteStray(Stray::Set(name)) => {
+                self.message(index, kind::DELSET, 0, named(name.clone(), 2));
+            }
+            _ => {}
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! Chains and their rules as bytes.
+
+use super::expr::Expr;
+use super::stmt;
+use crate::kernel::wire::{Attributes, Malformed, Writer};
+use crate::state::{Base, ChainId, ChainType, Hook, NFT_TABLE, NftRule};
+
+/// `NF_ACCEPT`, the policy of every base chain of ours.
+const ACCEPT: u32 = 1;
+
+/// Writes a new chain.
+pub(super) fn write(writer: &mut Writer, chain: ChainId, base: Option<&Base>) {
+    writer.string(1, NFT_TABLE);
+    writer.string(3, &chain.to_string());
+    let Some(base) = base else { return };
+    writer.string(
+        7,
+        match base.kind {
+            ChainType::Filter => "filter",
+            ChainType::Nat => "nat",
+        },
+    );
+    writer.be32(5, ACCEPT);
+    writer.nest(4, |writer| {
+        writer.be32(
+            1,
+            match base.hook {
+                Hook::Prerouting => 0,
+                Hook::Input => 1,
+                Hook::Forward => 2,
+                Hook::Postrouting => 4,
+            },
+        );
+        writer.attribute(2, &base.priority.to_be_bytes());
+    });
+}
+
+/// Writes a new rule.
+pub(super) fn write_rule(writer: &mut Writer, chain: ChainId, rule: &NftRule) {
+    writer.string(1, NFT_TABLE);
+    writer.string(2, &chain.to_string());
+    writer.nest(4, |writer| {
+        for expr in stmt::compile(rule) {
+            expr.write(writer);
+        }
+    });
+}
+
+/// A chain as the kernel lists it.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Found {
+    pub(super) name: String,
+    /// How it is called; `None` if it is a base chain of a kind that we never make.
+    base: Option<Option<Base>>,
+}
+
+impl Found {
+    /// Which of our chains it is; `None` if it is none, or is called in a way we never say.
+    pub(super) fn ours(&self) -> Option<(ChainId, Option<Base>)> {
+        Some((ChainId::from_name(&self.name)?, self.base?))
+    }
+}
+
+/// Reads a listed chain; `None` if it is in another table.
+pub(super) fn read(attributes: Attributes<'_>) -> Result<Option<Found>, Malformed> {
+    let (mut table, mut name, mut kind, mut policy) = ("", None, "", ACCEPT);
+    let mut hook = None;
+    for attribute in attributes {
+        let attribute = attribute?;
+        match attribute.kind {
+            1 => table = attribute.text()?,
+            3 => name = Some(attribute.text()?),
+            4 => hook = Some(read_hook(attribute.nested())?),
+            5 => policy = attribute.be32()?,
+            7 => kind = attribute.text()?,
+            _ => {}
+        }
+    }
+    let base = match hook {
+        None => Some(None),
+        Some((number, priority)) => base(kind, number, priority, policy).map(Some),
+    };
+    let name = name.ok_or(Malformed("a chain has no name"))?.to_owned();
+    Ok((table == NFT_TABLE).then_some(Found { name, base }))
+}
+
+fn read_hook(attributes: Attributes<'_>) -> Result<(u32, i32), Malformed> {
+    let (mut number, mut priority) = (u32::MAX, 0);
+    for attribute in attributes {
+        let attribute = attribute?;
+        match attribute.kind {
+            1 => number = attribute.be32()?,
+            2 => priority = i32::from_ne_bytes(attribute.be32()?.to_ne_bytes()),
+            _ => {}
+        }
+    }
+    Ok((number, priority))
+}
+
+fn base(kind: &str, hook: u32, priority: i32, policy: u32) -> Option<Base> {
+    let kind = match kind {
+        "filter" => ChainType::Filter,
+        "nat" => ChainType::Nat,
+        _ => return None,
+    };
+    let hook = match hook {
+        0 => Hook::Prerouting,
+        1 => Hook::Input,
+        2 => Hook::Forward,
+        4 => Hook::Postrouting,
+        _ => return None,
+    };
+    (policy == ACCEPT).then_some(Base {
+        kind,
+        hook,
+        priority,
+    })
+}
+
+/// A rule as the kernel lists it.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct FoundRule {
+    pub(super) chain: String,
+    pub(super) handle: u64,
+    pub(super) rule: NftRule,
+}
+
+/// Reads a listed rule; `None` if it is in another table.
+pub(super) fn read_rule(attributes: Attributes<'_>) -> Result<Option<FoundRule>, Malformed> {
+    let (mut table, mut chain, mut handle) = ("", None, 0);
+    let mut exprs = Vec::new();
+    for attribute in attributes {
+        let attribute = attribute?;
+        match attribute.kind {
+            1 => table = attribute.text()?,
+            2 => chain = Some(attribute.text()?),
+            3 => handle = attribute.be64()?,
+            4 => {
+                for element in attribute.nested() {
+                    exprs.push(Expr::read(&element?)?);
+                }
+            }
+            _ => {}
+        }
+    }
+    let chain = chain.ok_or(Malformed("a rule has no chain"))?.to_owned();
+    Ok((table == NFT_TABLE).then(|| FoundRule {
+        chain,
+        handle,
+        rule: stmt::recognise(&exprs),
+    }))
+}

@@ -1,0 +1,162 @@
+//! Making a transaction.
+
+use std::io;
+
+use rustix::net::sockopt;
+
+use super::batch::{Batch, build};
+use super::{generation, position};
+use crate::error::{KernelError, errno};
+use crate::kernel::socket::Socket;
+use crate::kernel::wire::{Ack, Messages, NLMSG_ERROR};
+use crate::op::Op;
+
+/// Times that a transaction is made for the generation just read; then for any, because someone
+/// else's changes come faster than ours.
+const ATTEMPTS: usize = 5;
+
+/// Bytes that a new socket takes at once on every kernel (`net.core.wmem_default`).
+const SMALL: usize = 128 * 1024;
+
+/// Bytes of kernel bookkeeping that count against the send buffer, rounded up.
+const SLACK: usize = 4096;
+
+const UNKNOWN: &str = "the kernel's answer was lost: whether the changes were made must be read";
+const TOO_LARGE: &str = "raise net.core.wmem_max, or run with CAP_NET_ADMIN in the first user \
+                         namespace: a transaction must fit the socket's send buffer";
+
+/// What was refused, by index among the operations.
+type Refused = Vec<(usize, KernelError)>;
+
+/// Makes all nf_tables operations in one transaction: all of them are made, or none.
+///
+/// The errors say which operations the kernel refused. One that concerns the transaction as a
+/// whole is reported for the first of them; if it is `ENOBUFS` it is not known what was done.
+pub(in super::super) fn commit(socket: &mut Socket, ops: &[Op]) -> Result<(), Refused> {
+    let Some(first) = position(ops) else {
+        return Ok(());
+    };
+    let count = ops.iter().filter(|op| op.is_nft()).count();
+    let whole = Whole { first, count };
+    let Some(mut batch) = build(ops, &mut || socket.next_sequence()) else {
+        return Err(whole.of(KernelError::answer(
+            whole.text(),
+            "an operation is too large for a message",
+        )));
+    };
+    reserve(socket, batch.datagram(0).len());
+    for _ in 0..ATTEMPTS {
+        let generation = generation(socket).map_err(|error| whole.of(error))?;
+        match attempt(socket, ops, whole, &mut batch, generation)? {
+            Outcome::Made => return Ok(()),
+            Outcome::Outdated => {}
+        }
+    }
+    match attempt(socket, ops, whole, &mut batch, 0)? {
+        Outcome::Made => Ok(()),
+        Outcome::Outdated => Err(whole.of(KernelError::refused(whole.text(), errno::ERESTART))),
+    }
+}
+
+enum Outcome {
+    Made,
+    /// The generation was another one; nothing was done.
+    Outdated,
+}
+
+/// The transaction as a whole, where an error is of no single operation.
+#[derive(Clone, Copy)]
+struct Whole {
+    first: usize,
+    count: usize,
+}
+
+impl Whole {
+    fn text(self) -> String {
+        format!("an nft transaction of {} operations", self.count)
+    }
+
+    fn of(self, error: KernelError) -> Refused {
+        vec![(self.first, error)]
+    }
+
+    fn io(self, error: &io::Error, remedy: Option<(i32, &'static str)>) -> Refused {
+        let error = KernelError::io(self.text(), error);
+        self.of(match remedy {
+            Some((errno, remedy)) if error.errno() == Some(errno) => error.with_remedy(remedy),
+            _ => error,
+        })
+    }
+}
+
+/// Makes the send buffer large enough; if it cannot be, sending says so.
+fn reserve(socket: &Socket, length: usize) {
+    if length > SMALL {
+        let wanted = length.saturating_add(SLACK);
+        if sockopt::set_socket_send_buffer_size_force(socket, wanted).is_err() {
+            // Without the privilege the kernel grants what net.core.wmem_max allows.
+            let _ = sockopt::set_socket_send_buffer_size(socket, wanted);
+        }
+    }
+}
+
+fn attempt(
+    socket: &mut Socket,
+    ops: &[Op],
+    whole: Whole,
+    batch: &mut Batch,
+    generation: u32,
+) -> Result<Outcome, Refused> {
+    super::drain(socket);
+    let sent = socket.send(batch.datagram(generation));
+    sent.map_err(|error| whole.io(&error, Some((errno::EMSGSIZE, TOO_LARGE))))?;
+
+    let (mut made, mut refused) = (false, Refused::new());
+    loop {
+        let datagram = match socket.receive() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+            other => other.map_err(|error| whole.io(&error, Some((errno::ENOBUFS, UNKNOWN))))?,
+        };
+        for message in Messages::new(datagram) {
+            let malformed = |_| whole.of(KernelError::answer(whole.text(), UNKNOWN));
+            let message = message.map_err(malformed)?;
+            if message.kind != NLMSG_ERROR {
+                continue;
+            }
+            let ack = Ack::read(&message).map_err(malformed)?;
+            if ack.errno == 0 {
+                made |= batch.acknowledged.contains(&message.sequence);
+            } else if message.sequence == batch.begin && ack.errno == errno::ERESTART {
+                return Ok(Outcome::Outdated);
+            } else {
+                refused.push(refusal(ops, whole, batch, message.sequence, ack));
+            }
+        }
+    }
+    if !refused.is_empty() {
+        refused.sort_by_key(|(index, _)| *index);
+        refused.dedup_by_key(|(index, _)| *index);
+        return Err(refused);
+    }
+    if made {
+        Ok(Outcome::Made)
+    } else {
+        Err(whole.of(KernelError::answer(whole.text(), UNKNOWN)))
+    }
+}
+
+fn refusal(
+    ops: &[Op],
+    whole: Whole,
+    batch: &Batch,
+    sequence: u32,
+    ack: Ack,
+) -> (usize, KernelError) {
+    let origin = batch.origin(sequence, ack.offset);
+    let (index, error) = match origin.and_then(|index| Some((index, ops.get(index)?))) {
+        Some((index, op)) => (index, KernelError::refused(op, ack.errno)),
+        None => (whole.first, KernelError::refused(whole.text(), ack.errno)),
+    };
+    (index, error.with_words(ack.words))
+}

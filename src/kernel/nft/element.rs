@@ -1,0 +1,200 @@
+//! Elements of sets and maps as bytes.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::expr::{self, Verdict, verdict};
+use crate::kernel::wire::{Attribute, Malformed, Writer};
+use crate::range::{address, number};
+use crate::state::{ChainId, Comment, Data, Datum, Key, Set, Tag, Value};
+use crate::types::{Family, Mark};
+
+/// `NFT_SET_ELEM_INTERVAL_END`: the first key behind a range.
+const END: u32 = 1;
+
+/// Writes an element: one attribute, or two where it is a range.
+pub(super) fn write(writer: &mut Writer, key: &Key, value: Option<&Value>) {
+    let (first, behind) = key_bytes(key);
+    writer.nest(expr::ELEMENT, |writer| {
+        if let Key::Excluded(_) | Key::SourceNet(_) = key {
+            writer.be32(3, 0);
+        }
+        writer.nest(1, |writer| writer.attribute(1, &first));
+        if let Some(value) = value {
+            write_value(writer, value);
+        }
+    });
+    if let Some(behind) = behind {
+        writer.nest(expr::ELEMENT, |writer| {
+            writer.be32(3, END);
+            writer.nest(1, |writer| writer.attribute(1, &behind));
+        });
+    }
+}
+
+fn write_value(writer: &mut Writer, value: &Value) {
+    match value.data {
+        Data::None => {}
+        Data::Tag(tag) => {
+            writer.nest(2, |writer| {
+                writer.attribute(1, &tag.get().to_ne_bytes());
+            });
+        }
+        Data::Address(address) => {
+            writer.nest(2, |writer| writer.attribute(1, &octets(address)));
+        }
+        Data::Verdict(way) => {
+            let verdict = match way {
+                crate::state::Verdict::Drop => Verdict::plain(verdict::DROP),
+                crate::state::Verdict::Goto(chain) => Verdict::goto(chain),
+            };
+            writer.nest(2, |writer| verdict.write(writer));
+        }
+    }
+    let note = value.comment.as_ref().and_then(|comment| {
+        let text = comment.as_str().as_bytes();
+        // The note's length has one byte and counts the closing NUL.
+        let length = u8::try_from(text.len().checked_add(1)?).ok()?;
+        Some([&[0, length], text, &[0]].concat())
+    });
+    if let Some(note) = note {
+        writer.attribute(6, &note);
+    }
+}
+
+/// The key, and of a range also the first key behind it unless there is none.
+fn key_bytes(key: &Key) -> (Vec<u8>, Option<Vec<u8>>) {
+    let bytes = match key {
+        Key::Peer(address) | Key::Eip(address) | Key::Source(address) => octets(*address),
+        Key::Gateway(mark) => mark.get().to_ne_bytes().to_vec(),
+        Key::Verdict(tag)
+        | Key::Steer(_, tag)
+        | Key::Snat(_, tag)
+        | Key::Masquerade(_, tag)
+        | Key::Any(_, tag) => tag.get().to_ne_bytes().to_vec(),
+        Key::Destination(net, tag) => {
+            let mut bytes = octets(net.addr());
+            bytes.extend(tag.get().to_ne_bytes());
+            bytes
+        }
+        Key::Excluded(range) | Key::SourceNet(range) => {
+            let behind = number(range.last())
+                .checked_add(1)
+                .and_then(|behind| address(range.family(), behind));
+            return (octets(range.first()), behind.map(octets));
+        }
+    };
+    (bytes, None)
+}
+
+fn octets(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(v4) => v4.octets().to_vec(),
+        IpAddr::V6(v6) => v6.octets().to_vec(),
+    }
+}
+
+/// An element as the kernel lists it.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Found {
+    pub(super) key: Vec<u8>,
+    /// Whether it is the first key behind a range.
+    pub(super) is_end: bool,
+    /// The right side; `None` if it is not one that we write.
+    pub(super) value: Option<Value>,
+}
+
+/// Reads one element of a set; `None` if it has no key, as a catch-all has none.
+pub(super) fn read(element: &Attribute<'_>, set: Set) -> Result<Option<Found>, Malformed> {
+    let (mut key, mut data, mut flags, mut comment) = (None, None, 0, None);
+    for attribute in element.nested() {
+        let attribute = attribute?;
+        match attribute.kind {
+            1 => key = expr::value(&attribute)?,
+            2 => data = Some(attribute),
+            3 => flags = attribute.be32()?,
+            6 => comment = note(attribute.bytes()),
+            _ => {}
+        }
+    }
+    let Some(key) = key else { return Ok(None) };
+    let data = match (set.data(), &data) {
+        (None, _) => Some(Data::None),
+        (Some(datum), Some(data)) => read_data(data, datum)?,
+        (Some(_), None) => None,
+    };
+    Ok(Some(Found {
+        key: key.to_vec(),
+        is_end: flags & END != 0,
+        value: data.map(|data| Value { data, comment }),
+    }))
+}
+
+fn read_data(data: &Attribute<'_>, datum: Datum) -> Result<Option<Data>, Malformed> {
+    if let Some(verdict) = Verdict::read(data)? {
+        let chain = verdict.chain.as_deref().and_then(ChainId::from_name);
+        return Ok(match (verdict.code, chain) {
+            (verdict::DROP, _) => Some(Data::Verdict(crate::state::Verdict::Drop)),
+            (verdict::GOTO, Some(chain)) => {
+                Some(Data::Verdict(crate::state::Verdict::Goto(chain)))
+            }
+            _ => None,
+        });
+    }
+    let Some(bytes) = expr::value(data)? else {
+        return Ok(None);
+    };
+    Ok(match datum {
+        Datum::Ipv4 => ip(Family::V4, bytes).map(Data::Address),
+        Datum::Ipv6 => ip(Family::V6, bytes).map(Data::Address),
+        Datum::ClassId => tag(bytes).map(Data::Tag),
+        Datum::Mark | Datum::Verdict => None,
+    })
+}
+
+/// The comment among an element's notes.
+fn note(mut bytes: &[u8]) -> Option<Comment> {
+    while let [kind, length, rest @ ..] = bytes {
+        let value = rest.get(..usize::from(*length))?;
+        if *kind == 0 {
+            let text = value.strip_suffix(&[0]).unwrap_or(value);
+            return Some(Comment::found(&String::from_utf8_lossy(text)));
+        }
+        bytes = rest.get(value.len()..)?;
+    }
+    None
+}
+
+/// The key of a set without ranges; `None` if it is not one that we write.
+pub(super) fn key(set: Set, bytes: &[u8]) -> Option<Key> {
+    Some(match set {
+        Set::Peer(family) => Key::Peer(ip(family, bytes)?),
+        Set::Eip(family) => Key::Eip(ip(family, bytes)?),
+        Set::Source(family) => Key::Source(ip(family, bytes)?),
+        Set::Gateway => Key::Gateway(Mark::new(u32::from_ne_bytes(bytes.try_into().ok()?))),
+        Set::Verdict => Key::Verdict(tag(bytes)?),
+        Set::Steer(family) => Key::Steer(family, tag(bytes)?),
+        Set::Snat(family) => Key::Snat(family, tag(bytes)?),
+        Set::Masquerade(family) => Key::Masquerade(family, tag(bytes)?),
+        Set::Any(family) => Key::Any(family, tag(bytes)?),
+        Set::Destination(family, length) => {
+            let (head, class) = bytes.split_at_checked(bytes.len().checked_sub(4)?)?;
+            let net = IpNet::new(ip(family, head)?, length).ok()?;
+            Key::Destination(net, tag(class)?)
+        }
+        Set::Excluded(_) | Set::SourceNet(_) => return None,
+    })
+}
+
+/// An address of the family from its bytes.
+pub(super) fn ip(family: Family, bytes: &[u8]) -> Option<IpAddr> {
+    match family {
+        Family::V4 => <[u8; 4]>::try_from(bytes).ok().map(IpAddr::from),
+        Family::V6 => <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from),
+    }
+}
+
+fn tag(bytes: &[u8]) -> Option<Tag> {
+    Tag::new(u32::from_ne_bytes(bytes.try_into().ok()?))
+}

@@ -1,0 +1,235 @@
+//! Expressions: the instructions of the kernel's packet classifier that statements are made of.
+//!
+//! Numbers are those of `include/uapi/linux/netfilter/nf_tables.h`.
+
+use crate::kernel::wire::{Attribute, Attributes, Malformed, Writer};
+use crate::types::fnv1a;
+
+mod read;
+
+pub(super) use read::{Verdict, value};
+
+pub(super) const ELEMENT: u16 = 1;
+
+/// Registers. A register of 32 bits that begins a register of 128 bits has two numbers; the
+/// kernel prints the shorter name, and so do we.
+pub(super) mod reg {
+    pub(crate) const VERDICT: u32 = 0;
+    pub(crate) const R1: u32 = 1;
+    /// The 32 bits behind an IPv6 address in the first register.
+    pub(crate) const AFTER_16: u32 = 2;
+    /// The 32 bits behind an IPv4 address in the first register.
+    pub(crate) const AFTER_4: u32 = 9;
+
+    /// The number that the kernel prints for a register.
+    pub(super) const fn canonical(number: u32) -> u32 {
+        match number {
+            8 | 12 | 16 | 20 => number / 4 - 1,
+            _ => number,
+        }
+    }
+}
+
+/// Keys of `meta`.
+pub(super) mod meta {
+    pub(crate) const PRIORITY: u32 = 2;
+    pub(crate) const MARK: u32 = 3;
+    pub(crate) const IIFNAME: u32 = 6;
+    pub(crate) const OIFNAME: u32 = 7;
+    pub(crate) const NFPROTO: u32 = 15;
+    pub(crate) const L4PROTO: u32 = 16;
+}
+
+/// Keys of `ct`.
+pub(super) mod ct {
+    pub(crate) const STATE: u32 = 0;
+    pub(crate) const DIRECTION: u32 = 1;
+    pub(crate) const STATUS: u32 = 2;
+}
+
+/// Headers that `payload` counts from.
+pub(super) mod base {
+    pub(crate) const NETWORK: u32 = 1;
+    pub(crate) const TRANSPORT: u32 = 2;
+}
+
+/// One expression.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Expr {
+    /// Loads a property of the packet.
+    MetaLoad { key: u32, dreg: u32 },
+    /// Sets a property of the packet.
+    MetaSet { key: u32, sreg: u32 },
+    /// Loads bytes of the packet.
+    Payload {
+        base: u32,
+        offset: u32,
+        len: u32,
+        dreg: u32,
+    },
+    /// Ends the rule unless a register has, or has not, this value.
+    Cmp {
+        sreg: u32,
+        equal: bool,
+        data: Vec<u8>,
+    },
+    /// Masks a register, then turns bits over.
+    Bitwise {
+        sreg: u32,
+        dreg: u32,
+        mask: Vec<u8>,
+        xor: Vec<u8>,
+    },
+    /// Looks a register up in a set; ends the rule if it is not there (`invert`: if it is).
+    Lookup {
+        set: String,
+        sreg: u32,
+        dreg: Option<u32>,
+        invert: bool,
+    },
+    /// Loads a property of the connection.
+    Ct { key: u32, dreg: u32 },
+    /// Loads a constant.
+    Load { dreg: u32, data: Vec<u8> },
+    /// Ends the rule with a verdict.
+    Immediate(Verdict),
+    /// Translates the source to the address in a register.
+    Snat { family: u32, sreg: u32 },
+    /// Translates the source to the address of the device.
+    Masquerade,
+    /// Counts.
+    Counter,
+    /// Anything else; the number tells two of them apart.
+    Other(u64),
+}
+
+/// Verdict codes.
+pub(super) mod verdict {
+    pub(crate) const DROP: i32 = 0;
+    pub(crate) const GOTO: i32 = -4;
+    pub(crate) const RETURN: i32 = -5;
+}
+
+impl Expr {
+    /// Writes the expression as an element of a rule's list.
+    pub(super) fn write(&self, writer: &mut Writer) {
+        let name = match self {
+            Self::MetaLoad { .. } | Self::MetaSet { .. } => "meta",
+            Self::Payload { .. } => "payload",
+            Self::Cmp { .. } => "cmp",
+            Self::Bitwise { .. } => "bitwise",
+            Self::Lookup { .. } => "lookup",
+            Self::Ct { .. } => "ct",
+            Self::Load { .. } | Self::Immediate(_) => "immediate",
+            Self::Snat { .. } => "nat",
+            Self::Masquerade => "masq",
+            Self::Counter => "counter",
+            // Not an expression of any kernel, so that a rule with one is refused, not weakened.
+            Self::Other(_) => "unknown",
+        };
+        writer.nest(ELEMENT, |writer| {
+            writer.string(1, name);
+            writer.nest(2, |writer| self.write_data(writer));
+        });
+    }
+
+    fn write_data(&self, writer: &mut Writer) {
+        match self {
+            Self::MetaLoad { key, dreg } => {
+                writer.be32(2, *key);
+                writer.be32(1, *dreg);
+            }
+            Self::MetaSet { key, sreg } => {
+                writer.be32(2, *key);
+                writer.be32(3, *sreg);
+            }
+            Self::Payload {
+                base,
+                offset,
+                len,
+                dreg,
+            } => {
+                writer.be32(1, *dreg);
+                writer.be32(2, *base);
+                writer.be32(3, *offset);
+                writer.be32(4, *len);
+            }
+            Self::Cmp { sreg, equal, data } => {
+                writer.be32(1, *sreg);
+                writer.be32(2, u32::from(!equal));
+                writer.nest(3, |writer| writer.attribute(1, data));
+            }
+            Self::Bitwise {
+                sreg,
+                dreg,
+                mask,
+                xor,
+            } => {
+                writer.be32(1, *sreg);
+                writer.be32(2, *dreg);
+                writer.be32(6, 0);
+                writer.be32(3, u32::try_from(mask.len()).unwrap_or(u32::MAX));
+                writer.nest(4, |writer| writer.attribute(1, mask));
+                writer.nest(5, |writer| writer.attribute(1, xor));
+            }
+            Self::Lookup {
+                set,
+                sreg,
+                dreg,
+                invert,
+            } => {
+                writer.be32(2, *sreg);
+                if let Some(dreg) = dreg {
+                    writer.be32(3, *dreg);
+                }
+                writer.string(1, set);
+                if *invert {
+                    writer.be32(5, 1);
+                }
+            }
+            Self::Ct { key, dreg } => {
+                writer.be32(2, *key);
+                writer.be32(1, *dreg);
+            }
+            Self::Load { dreg, data } => {
+                writer.be32(1, *dreg);
+                writer.nest(2, |writer| writer.attribute(1, data));
+            }
+            Self::Immediate(verdict) => {
+                writer.be32(1, reg::VERDICT);
+                writer.nest(2, |writer| verdict.write(writer));
+            }
+            Self::Snat { family, sreg } => {
+                writer.be32(1, 0);
+                writer.be32(2, *family);
+                writer.be32(3, *sreg);
+            }
+            Self::Masquerade | Self::Counter | Self::Other(_) => {}
+        }
+    }
+
+    /// Reads an element of a rule's list.
+    pub(super) fn read(element: &Attribute<'_>) -> Result<Self, Malformed> {
+        let (mut name, mut data) = ("", Attributes::new(&[]));
+        for attribute in element.nested() {
+            let attribute = attribute?;
+            match attribute.kind {
+                1 => name = attribute.text()?,
+                2 => data = attribute.nested(),
+                _ => {}
+            }
+        }
+        let other = || Self::Other(fnv1a(element.bytes()));
+        Ok(read::data(name, data)?.unwrap_or_else(other))
+    }
+
+    /// A number that tells the expression apart from others.
+    pub(super) fn hash(&self) -> u64 {
+        if let Self::Other(hash) = self {
+            return *hash;
+        }
+        let mut writer = Writer::default();
+        self.write(&mut writer);
+        fnv1a(&writer.finish().unwrap_or_default())
+    }
+}

@@ -1,0 +1,237 @@
+//! Sets and maps: what the kernel is told of one, and whether one it has is ours.
+
+use crate::kernel::wire::{Attributes, Malformed, Writer};
+use crate::state::{Datum, NFT_TABLE, Set};
+
+/// Flags of a set (`enum nft_set_flags`).
+const INTERVAL: u32 = 0x4;
+const MAP: u32 = 0x8;
+
+/// Data type of a verdict (`NFT_DATA_VERDICT`).
+const VERDICT: u32 = 0xffff_ff00;
+
+/// Type numbers of `nft` (`include/datatype.h`); the kernel only keeps them for it.
+const fn type_of(datum: Datum) -> u32 {
+    match datum {
+        Datum::Ipv4 => 7,
+        Datum::Ipv6 => 8,
+        Datum::Mark => 19,
+        Datum::ClassId => 23,
+        Datum::Verdict => VERDICT,
+    }
+}
+
+/// Byte order as `nft` notes it: 0 for none, 1 for the host's, 2 for the network's.
+const fn byte_order(datum: Datum) -> u8 {
+    match datum {
+        Datum::Ipv4 | Datum::Ipv6 => 2,
+        Datum::Mark | Datum::ClassId => 1,
+        Datum::Verdict => 0,
+    }
+}
+
+/// What the kernel knows of a set besides its name.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Shape {
+    flags: u32,
+    key_type: u32,
+    key_len: u32,
+    data_type: u32,
+    data_len: u32,
+}
+
+impl Shape {
+    fn of(set: Set) -> Self {
+        let key_len = set.key().iter().map(|part| part.len()).sum::<usize>();
+        let data = set.data();
+        Self {
+            flags: if set.is_interval() { INTERVAL } else { 0 }
+                | if data.is_some() { MAP } else { 0 },
+            // Six bits a part, the first one highest.
+            key_type: set
+                .key()
+                .iter()
+                .fold(0, |sum, part| sum << 6 | type_of(*part)),
+            key_len: u32::try_from(key_len).unwrap_or(u32::MAX),
+            data_type: data.map_or(0, type_of),
+            data_len: data.map_or(0, |data| u32::try_from(data.len()).unwrap_or(u32::MAX)),
+        }
+    }
+}
+
+/// Writes a new set; `id` is unique within the transaction.
+pub(super) fn write(writer: &mut Writer, set: Set, id: u32) {
+    let shape = Shape::of(set);
+    writer.string(1, NFT_TABLE);
+    writer.string(2, &set.name());
+    writer.be32(3, shape.flags);
+    writer.be32(4, shape.key_type);
+    writer.be32(5, shape.key_len);
+    if set.data().is_some() {
+        writer.be32(6, shape.data_type);
+        writer.be32(7, shape.data_len);
+    }
+    writer.be32(10, id);
+    writer.attribute(13, &userdata(set));
+}
+
+/// Notes for `nft`, as it writes them itself: without them it prints numbers turned around.
+fn userdata(set: Set) -> Vec<u8> {
+    let order = match set.key() {
+        [part] => byte_order(*part),
+        _ => 0,
+    };
+    let mut bytes = note(0, order);
+    if let Some(data) = set.data() {
+        bytes.extend(note(1, byte_order(data)));
+        if set.key().len() > 1 {
+            // The key is a concatenation: an expression of type 13 with nothing in it.
+            let expression = [note(0, 13), vec![1, 0]].concat();
+            bytes.extend([3, 8]);
+            bytes.extend(expression);
+        }
+        bytes.extend(note(6, 0));
+    }
+    bytes
+}
+
+fn note(kind: u8, value: u8) -> Vec<u8> {
+    let mut bytes = vec![kind, 4];
+    bytes.extend(u32::from(value).to_ne_bytes());
+    bytes
+}
+
+/// A set as the kernel lists it.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Found {
+    pub(super) name: String,
+    shape: Shape,
+}
+
+impl Found {
+    /// Which of our sets it is; `None` if it is none, or has the name of one and another type.
+    pub(super) fn ours(&self) -> Option<Set> {
+        let set = Set::from_name(&self.name)?;
+        (Shape::of(set) == self.shape).then_some(set)
+    }
+
+    /// Whether it belongs to a rule: the kernel deletes it with that.
+    pub(super) const fn is_anonymous(&self) -> bool {
+        self.shape.flags & 1 != 0
+    }
+}
+
+/// Reads a listed set; `None` if it is in another table.
+pub(super) fn read(attributes: Attributes<'_>) -> Result<Option<Found>, Malformed> {
+    let (mut table, mut name, mut shape) = ("", None, Shape::default());
+    for attribute in attributes {
+        let attribute = attribute?;
+        match attribute.kind {
+            1 => table = attribute.text()?,
+            2 => name = Some(attribute.text()?),
+            3 => shape.flags = attribute.be32()?,
+            4 => shape.key_type = attribute.be32()?,
+            5 => shape.key_len = attribute.be32()?,
+            6 => shape.data_type = attribute.be32()?,
+            7 => shape.data_len = attribute.be32()?,
+            _ => {}
+        }
+    }
+    if shape.data_type == VERDICT {
+        // The kernel says how much memory it takes, which is not ours to know.
+        shape.data_len = 0;
+    }
+    let name = name.ok_or(Malformed("a set has no name"))?.to_owned();
+    Ok((table == NFT_TABLE).then_some(Found { name, shape }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::Family;
+
+    /// What follows the table's name in the bytes of a new set.
+    fn bytes(set: Set, id: u32) -> Vec<u8> {
+        let mut writer = Writer::default();
+        write(&mut writer, set, id);
+        let skip = (4 + NFT_TABLE.len() + 1 + 3) & !3;
+        writer.bytes()[skip..].to_vec()
+    }
+
+    fn attribute(kind: u8, value: &[u8]) -> Vec<u8> {
+        let mut bytes = vec![u8::try_from(value.len() + 4).unwrap(), 0, kind, 0];
+        bytes.extend(value);
+        bytes.resize(bytes.len().div_ceil(4) * 4, 0);
+        bytes
+    }
+
+    #[cfg(target_endian = "little")]
+    #[test]
+    fn a_set_has_the_bytes_that_nft_sends() {
+        // nft add map inet t m '{ type ipv4_addr . classid : classid; }'
+        let expected = [
+            attribute(2, b"dest4_24\0"),
+            attribute(3, &[0, 0, 0, 8]),
+            attribute(4, &[0, 0, 0x01, 0xd7]),
+            attribute(5, &[0, 0, 0, 8]),
+            attribute(6, &[0, 0, 0, 0x17]),
+            attribute(7, &[0, 0, 0, 4]),
+            attribute(10, &[0, 0, 0, 2]),
+            attribute(
+                13,
+                b"\0\x04\0\0\0\0\x01\x04\x01\0\0\0\x03\x08\0\x04\x0d\0\0\0\x01\0\x06\x04\0\0\0\0",
+            ),
+        ]
+        .concat();
+        assert_eq!(bytes(Set::Destination(Family::V4, 24), 2), expected);
+
+        // nft add map inet t a '{ type classid : verdict; }'
+        let expected = [
+            attribute(2, b"way_out\0"),
+            attribute(3, &[0, 0, 0, 8]),
+            attribute(4, &[0, 0, 0, 0x17]),
+            attribute(5, &[0, 0, 0, 4]),
+            attribute(6, &[0xff, 0xff, 0xff, 0]),
+            attribute(7, &[0, 0, 0, 0]),
+            attribute(10, &[0, 0, 0, 4]),
+            attribute(13, b"\0\x04\x01\0\0\0\x01\x04\0\0\0\0\x06\x04\0\0\0\0"),
+        ]
+        .concat();
+        assert_eq!(bytes(Set::Verdict, 4), expected);
+
+        // nft add set inet t s '{ type ipv4_addr; flags interval; }'
+        let expected = [
+            attribute(2, b"excluded4\0"),
+            attribute(3, &[0, 0, 0, 4]),
+            attribute(4, &[0, 0, 0, 7]),
+            attribute(5, &[0, 0, 0, 4]),
+            attribute(10, &[0, 0, 0, 1]),
+            attribute(13, b"\0\x04\x02\0\0\0"),
+        ]
+        .concat();
+        assert_eq!(bytes(Set::Excluded(Family::V4), 1), expected);
+
+        // nft add set inet t g '{ type mark; }'
+        let expected = [
+            attribute(2, b"gateway_mark\0"),
+            attribute(3, &[0, 0, 0, 0]),
+            attribute(4, &[0, 0, 0, 0x13]),
+            attribute(5, &[0, 0, 0, 4]),
+            attribute(10, &[0, 0, 0, 6]),
+            attribute(13, b"\0\x04\x01\0\0\0"),
+        ]
+        .concat();
+        assert_eq!(bytes(Set::Gateway, 6), expected);
+    }
+
+    #[test]
+    fn a_set_of_another_type_is_not_ours() {
+        let mut writer = Writer::default();
+        write(&mut writer, Set::Gateway, 1);
+        let found = read(Attributes::new(writer.bytes())).unwrap().unwrap();
+        assert_eq!(found.ours(), Some(Set::Gateway));
+        let mut other = found;
+        other.shape.flags |= INTERVAL;
+        assert_eq!(other.ours(), None);
+    }
+}

@@ -1,0 +1,218 @@
+//! What is put is what is read, also by `nft` and from `nft`.
+
+use super::netns::{has_nft, in_netns, nft};
+use super::sample;
+use crate::kernel::nft::{commit, observe};
+use crate::op::Op;
+use crate::state::{ChainId, Firewall, Key, NFT_TABLE, Set, Stray};
+use crate::types::Family;
+
+#[track_caller]
+fn assert_same(found: Option<Firewall>) {
+    let (found, wanted) = (found.unwrap(), sample::firewall());
+    assert_eq!(found.strays, wanted.strays);
+    assert_eq!(found.sets, wanted.sets);
+    for (id, chain) in &wanted.chains {
+        assert_eq!(found.chains.get(id), Some(chain), "{id}");
+    }
+    for (key, value) in &wanted.elements {
+        assert_eq!(found.elements.get(key), Some(value), "{key}");
+    }
+    assert_eq!(found, wanted);
+}
+
+#[test]
+fn there_is_no_table_until_it_is_made_and_after_it_is_deleted() {
+    in_netns(|socket| {
+        assert_eq!(observe(socket), Ok(None));
+        assert_eq!(commit(socket, &[]), Ok(()));
+        assert_eq!(commit(socket, &[Op::AddTable]), Ok(()));
+        assert_eq!(observe(socket), Ok(Some(Firewall::default())));
+        assert_eq!(commit(socket, &[Op::DeleteTable]), Ok(()));
+        assert_eq!(observe(socket), Ok(None));
+    });
+}
+
+#[test]
+fn a_table_with_everything_reads_back() {
+    in_netns(|socket| {
+        assert_eq!(commit(socket, &sample::ops()), Ok(()));
+        assert_same(observe(socket).unwrap());
+    });
+}
+
+#[test]
+fn everything_can_be_deleted_again() {
+    in_netns(|socket| {
+        commit(socket, &sample::ops()).unwrap();
+        let wanted = sample::firewall();
+        let mut ops: Vec<_> = wanted
+            .chains
+            .keys()
+            .map(|id| Op::SetRules(*id, vec![]))
+            .collect();
+        ops.extend(
+            wanted
+                .elements
+                .into_iter()
+                .map(|(key, value)| Op::DeleteElement(key, value)),
+        );
+        ops.extend(wanted.chains.into_keys().map(Op::DeleteChain));
+        ops.extend(wanted.sets.into_iter().map(Op::DeleteSet));
+        assert_eq!(commit(socket, &ops), Ok(()));
+        assert_eq!(observe(socket), Ok(Some(Firewall::default())));
+    });
+}
+
+/// The operations as `nft -f` takes them.
+fn script(ops: &[Op]) -> String {
+    let lines = ops.iter().flat_map(|op| {
+        let text = op.to_string();
+        text.lines().map(String::from).collect::<Vec<_>>()
+    });
+    lines
+        .map(|line| line.strip_prefix("nft ").unwrap().to_owned() + "\n")
+        .collect()
+}
+
+#[test]
+fn what_we_print_makes_the_same_table_when_nft_runs_it() {
+    if !has_nft() {
+        return;
+    }
+    in_netns(|socket| {
+        nft(&["-f", "-"], &script(&sample::ops())).unwrap();
+        assert_same(observe(socket).unwrap());
+    });
+}
+
+#[test]
+fn what_nft_lists_makes_the_same_table_again() {
+    if !has_nft() {
+        return;
+    }
+    in_netns(|socket| {
+        commit(socket, &sample::ops()).unwrap();
+        let listed = nft(&["list", "ruleset"], "").unwrap();
+        nft(&["flush", "ruleset"], "").unwrap();
+        nft(&["-f", "-"], &listed).unwrap();
+        assert_same(observe(socket).unwrap());
+    });
+}
+
+#[test]
+fn nft_lists_rules_in_the_words_that_we_use() {
+    if !has_nft() {
+        return;
+    }
+    in_netns(|socket| {
+        commit(socket, &sample::ops()).unwrap();
+        let listed = nft(&["-nn", "list", "ruleset"], "").unwrap();
+        let (mut same, mut different) = (0, Vec::new());
+        for (_, _, rules) in sample::chains() {
+            for rule in rules {
+                if listed.contains(&format!("\t{rule}\n")) {
+                    same += 1;
+                } else {
+                    different.push(rule.to_string());
+                }
+            }
+        }
+        assert!(same >= 30, "{same} of {listed}\n{different:#?}");
+        for element in [
+            "3f2a:8 comment \"default/p2\" : 198.51.100.200",
+            "198.51.100.0 . 3f2a:1 comment \"default/p1\" : 3f2a:3",
+            "0x26000100 comment \"node-1\"",
+            "10.9.0.0-10.9.0.77 : 3f2a:5",
+        ] {
+            assert!(listed.contains(element), "{element} in {listed}");
+        }
+    });
+}
+
+#[test]
+fn what_is_not_ours_is_told_apart() {
+    if !has_nft() {
+        return;
+    }
+    in_netns(|socket| {
+        commit(socket, &sample::ops()).unwrap();
+        let script = format!(
+            "add chain inet {NFT_TABLE} foreign
+             add set inet {NFT_TABLE} foreign {{ type inet_service; }}
+             delete rule inet {NFT_TABLE} translate4 handle 99999"
+        );
+        assert!(nft(&["-f", "-"], &script).is_err());
+        let script = format!(
+            "add chain inet {NFT_TABLE} foreign
+             add set inet {NFT_TABLE} foreign {{ type inet_service; }}
+             flush chain inet {NFT_TABLE} here
+             add rule inet {NFT_TABLE} here tcp dport {{ 80, 443 }} limit rate 1/second drop
+             add rule inet {NFT_TABLE} here counter packets 7 bytes 70 masquerade random
+             delete set inet {NFT_TABLE} eip4
+             add element inet {NFT_TABLE} any4 {{ 0:7 : 1:1 }}
+             chain inet {NFT_TABLE} guard {{ policy drop; }}"
+        );
+        // A set in use cannot be deleted, so nothing of this is done.
+        assert!(nft(&["-f", "-"], &script).is_err());
+        assert_same(observe(socket).unwrap());
+
+        let script = script
+            .replace(&format!("delete set inet {NFT_TABLE} eip4"), "")
+            .replace(" masquerade random", "");
+        nft(&["-f", "-"], &script).unwrap();
+        let found = observe(socket).unwrap().unwrap();
+        let strays: Vec<_> = found.strays.iter().collect();
+        assert_eq!(
+            strays,
+            [
+                &Stray::Chain("foreign".into()),
+                &Stray::Chain("guard".into()),
+                &Stray::Set("any4".into()),
+                &Stray::Set("foreign".into()),
+            ]
+        );
+        assert!(!found.sets.contains(&Set::Any(Family::V4)));
+        assert!(!found.chains.contains_key(&ChainId::Guard));
+        let here: Vec<_> = found.chains[&ChainId::Here].1.iter().map(ToString::to_string).collect();
+        assert_eq!(here.len(), 2);
+        assert!(here[0].ends_with("<not ours> drop"), "{here:?}");
+        assert_eq!(here[1], "counter");
+    });
+}
+
+#[test]
+fn a_set_of_another_type_is_a_stray_that_can_be_made_anew() {
+    if !has_nft() {
+        return;
+    }
+    in_netns(|socket| {
+        commit(socket, &[Op::AddTable]).unwrap();
+        nft(&["add", "set", "inet", NFT_TABLE, "peer4 { type ipv4_addr; flags interval; }"], "")
+            .unwrap();
+        let found = observe(socket).unwrap().unwrap();
+        let stray = Stray::Set("peer4".into());
+        assert_eq!(found.strays, [stray.clone()].into());
+        assert_eq!(found.sets, [].into());
+        let peer = Set::Peer(Family::V4);
+        commit(socket, &[Op::DeleteStray(stray), Op::AddSet(peer)]).unwrap();
+        let found = observe(socket).unwrap().unwrap();
+        assert_eq!(found.sets, [peer].into());
+        assert!(found.strays.is_empty());
+    });
+}
+
+#[test]
+fn a_hundred_thousand_elements_are_one_transaction() {
+    in_netns(|socket| {
+        let any = Set::Source(Family::V4);
+        let mut ops = vec![Op::AddTable, Op::AddSet(any)];
+        let value = crate::state::Value::plain(crate::state::Data::Tag(sample::tag(1)));
+        let keys = (0..100_000).map(|n: u32| Key::Source((0x0a00_0000 + n).to_be_bytes().into()));
+        ops.extend(keys.map(|key| Op::AddElement(key, value.clone())));
+        commit(socket, &ops).unwrap();
+        let found = observe(socket).unwrap().unwrap();
+        assert_eq!(found.elements.len(), 100_000);
+        assert!(found.elements.values().all(|found| *found == value));
+    });
+}

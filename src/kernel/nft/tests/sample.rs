@@ -1,0 +1,230 @@
+//! A table with every set, every kind of element and every statement in it.
+
+use std::net::IpAddr;
+
+use crate::op::Op;
+use crate::range::IpRange;
+use crate::state::{
+    Base, ChainId, ChainType, Comment, Data, Direction, Firewall, Hook, Key, NftRule, Set, Stmt,
+    Tag, Value, Verdict,
+};
+use crate::types::{DeviceName, Family, Mark};
+
+use Family::{V4, V6};
+
+const GATEWAY: Mark = Mark::new(0x2600_0100);
+
+fn device() -> DeviceName {
+    DeviceName::new("egress.vxlan").unwrap()
+}
+
+fn address(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+fn range(first: &str, last: &str) -> IpRange {
+    IpRange::new(address(first), address(last)).unwrap()
+}
+
+/// A tag with this number in its low half.
+pub(super) fn tag(number: u16) -> Tag {
+    Tag::new(0x3f2a_0000 | u32::from(number.max(1))).unwrap()
+}
+
+fn base(kind: ChainType, hook: Hook, priority: i32) -> Option<Base> {
+    Some(Base {
+        kind,
+        hook,
+        priority,
+    })
+}
+
+pub(super) fn chains() -> Vec<(ChainId, Option<Base>, Vec<NftRule>)> {
+    use Stmt::*;
+    let rules = |list: Vec<Vec<Stmt>>| list.into_iter().map(NftRule).collect::<Vec<_>>();
+    let mask = 0xffff_ff00;
+    let mark = SetMark {
+        keep: 0xff,
+        value: GATEWAY.get(),
+    };
+    let unmark = SetMark {
+        keep: 0xff,
+        value: 0,
+    };
+    let mut list = vec![
+        (
+            ChainId::Prerouting,
+            base(ChainType::Filter, Hook::Prerouting, -99),
+            rules(vec![
+                vec![InputDevice(device()), mark.clone(), Return],
+                vec![TagBySource(Set::Source(V4)), Goto(ChainId::Pick(V4))],
+                vec![TagBySource(Set::SourceNet(V4)), Goto(ChainId::Pick(V4))],
+                vec![TagBySource(Set::Source(V6)), Goto(ChainId::Pick(V6))],
+                vec![TagBySource(Set::SourceNet(V6)), Goto(ChainId::Pick(V6))],
+            ]),
+        ),
+        (
+            ChainId::Input,
+            base(ChainType::Filter, Hook::Input, -150),
+            rules(vec![
+                vec![UdpPort(7789), SourceNotIn(Set::Peer(V4)), Counter, Drop],
+                vec![DestinationIn(Set::Eip(V6)), Icmp6Type(135), Return],
+                vec![Icmp6Type(136), Return],
+                vec![SourceIn(Set::Peer(V4)), DestinationNotIn(Set::Excluded(V4)), Drop],
+                vec![SourceIn(Set::Peer(V6)), DestinationIn(Set::Excluded(V6)), Drop],
+                vec![DestinationIn(Set::Eip(V4)), Drop],
+            ]),
+        ),
+        (
+            ChainId::Forward,
+            base(ChainType::Filter, Hook::Forward, -150),
+            rules(vec![
+                vec![OutputDevice(device()), unmark, ClearTag],
+                vec![MarkIs { mask, value: 0x2600_0000 }, Drop],
+                vec![MarkIn { mask, set: Set::Gateway }, Drop],
+            ]),
+        ),
+        (
+            ChainId::NatPostrouting,
+            base(ChainType::Nat, Hook::Postrouting, 99),
+            rules(vec![
+                vec![OutputDevice(device()), SnatToSource(V4)],
+                vec![OutputDevice(device()), SnatToSource(V6)],
+                vec![MarkIsNot { mask, value: 0x2700_0000 }, Return],
+                vec![TagBySource(Set::Source(V4)), Goto(ChainId::Wear(V4))],
+                vec![TagBySource(Set::Source(V6)), Goto(ChainId::Wear(V6))],
+            ]),
+        ),
+        (
+            ChainId::Guard,
+            base(ChainType::Filter, Hook::Postrouting, 101),
+            rules(vec![
+                vec![CtState(Stmt::INVALID | Stmt::UNTRACKED), Drop],
+                vec![CtDirection(Direction::Original), NotTranslated, Drop],
+                vec![CtDirection(Direction::Reply), Return],
+                vec![CtState(Stmt::NEW), ClearTag],
+            ]),
+        ),
+        (ChainId::Here, None, rules(vec![vec![ClearTag]])),
+        (ChainId::Bypass, None, rules(vec![])),
+        (ChainId::To(GATEWAY), None, rules(vec![vec![mark], vec![ClearTag], vec![Counter]])),
+    ];
+    for (family, lengths) in [(V4, [32, 24, 1]), (V6, [128, 64, 1])] {
+        let mut pick: Vec<_> = lengths
+            .into_iter()
+            .map(|length| vec![TagByDestination(family, length), Goto(ChainId::Steer(family))])
+            .collect();
+        pick.push(vec![TagByTag(Set::Any(family)), Goto(ChainId::Steer(family))]);
+        list.extend([
+            (ChainId::Pick(family), None, rules(pick)),
+            (
+                ChainId::Steer(family),
+                None,
+                rules(vec![
+                    vec![TagByTag(Set::Steer(family)), VerdictByTag(Set::Verdict)],
+                    vec![Drop],
+                ]),
+            ),
+            (ChainId::Translate(family), None, rules(vec![vec![Return]])),
+            (
+                ChainId::Wear(family),
+                None,
+                rules(vec![
+                    vec![SnatByTag(family)],
+                    vec![TagIn(Set::Masquerade(family)), Masquerade],
+                    vec![Drop],
+                ]),
+            ),
+        ]);
+    }
+    list
+}
+
+pub(super) fn sets() -> Vec<Set> {
+    let mut sets = vec![Set::Gateway, Set::Verdict];
+    for (family, lengths) in [(V4, [32, 24, 1]), (V6, [128, 64, 1])] {
+        sets.extend([
+            Set::Peer(family),
+            Set::Excluded(family),
+            Set::Eip(family),
+            Set::Steer(family),
+            Set::Snat(family),
+            Set::Masquerade(family),
+            Set::Any(family),
+            Set::Source(family),
+            Set::SourceNet(family),
+        ]);
+        sets.extend(lengths.map(|length| Set::Destination(family, length)));
+    }
+    sets
+}
+
+pub(super) fn elements() -> Vec<(Key, Value)> {
+    let note = |data, text: &str| Value {
+        data,
+        comment: Some(Comment::of_name(text)),
+    };
+    let none = || Value::plain(Data::None);
+    let class = |number| Value::plain(Data::Tag(tag(number)));
+    let way = |tag, verdict| (Key::Verdict(tag), Value::plain(Data::Verdict(verdict)));
+    let net = |text: &str, number| (Key::Destination(text.parse().unwrap(), tag(number)));
+    let mut list = vec![
+        (Key::Gateway(GATEWAY), note(Data::None, "node-1")),
+        way(Tag::CLOSED, Verdict::Drop),
+        way(Tag::HERE, Verdict::Goto(ChainId::Here)),
+        way(Tag::BYPASS, Verdict::Goto(ChainId::Bypass)),
+        way(Tag::gateway(0x2601), Verdict::Goto(ChainId::To(GATEWAY))),
+        (net("198.51.100.7/32", 1), class(2)),
+        (net("198.51.100.0/24", 1), note(Data::Tag(tag(3)), "default/p1")),
+        (net("128.0.0.0/1", 2), class(4)),
+        (net("2001:db8::7/128", 1), class(2)),
+        (net("2001:db8::/64", 1), class(3)),
+        (net("8000::/1", 2), class(4)),
+        (Key::Excluded(range("10.244.0.0", "10.244.255.255")), none()),
+        (Key::Excluded(range("10.245.0.0", "10.245.0.6")), note(Data::None, "x")),
+        (Key::Excluded(range("240.0.0.0", "255.255.255.255")), none()),
+        (Key::Excluded(range("::", "::ffff")), none()),
+        (Key::Excluded(range("ff00::", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff")), none()),
+        (Key::SourceNet(range("10.9.0.0", "10.9.0.77")), class(5)),
+        (Key::SourceNet(range("fd00::1", "fd00::1")), note(Data::Tag(tag(6)), &"n".repeat(200))),
+    ];
+    for (family, one, eip) in [
+        (V4, "192.0.2.1", "198.51.100.200"),
+        (V6, "2001:db8::1", "2001:db8::200"),
+    ] {
+        list.extend([
+            (Key::Peer(address(one)), note(Data::None, "node-2")),
+            (Key::Eip(address(eip)), none()),
+            (Key::Source(address(one)), class(7)),
+            (Key::Any(family, tag(1)), class(8)),
+            (Key::Steer(family, tag(8)), note(Data::Tag(Tag::HERE), "default/p2")),
+            (Key::Snat(family, tag(8)), note(Data::Address(address(eip)), "default/p2")),
+            (Key::Masquerade(family, tag(9)), none()),
+        ]);
+    }
+    list
+}
+
+/// The operations that make the table from nothing.
+pub(super) fn ops() -> Vec<Op> {
+    let mut ops = vec![Op::AddTable];
+    ops.extend(sets().into_iter().map(Op::AddSet));
+    let chains = chains();
+    ops.extend(chains.iter().map(|(id, base, _)| Op::AddChain(*id, *base)));
+    ops.extend(elements().into_iter().map(|(key, value)| Op::AddElement(key, value)));
+    ops.extend(chains.into_iter().map(|(id, _, rules)| Op::SetRules(id, rules)));
+    ops
+}
+
+/// The state that they make.
+pub(super) fn firewall() -> Firewall {
+    Firewall {
+        chains: chains()
+            .into_iter()
+            .map(|(id, base, rules)| (id, (base, rules)))
+            .collect(),
+        sets: sets().into_iter().collect(),
+        elements: elements().into_iter().collect(),
+        ..Firewall::default()
+    }
+}

@@ -1,0 +1,228 @@
+//! Routes in the gateways' tables.
+
+use std::collections::BTreeMap;
+use std::fmt::Display;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnet::IpNet;
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteProtocol, RouteScope, RouteType,
+};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+
+use super::address::kernel_family;
+use super::route_socket::RouteSocket;
+use crate::error::KernelError;
+use crate::state::{PROTOCOL, Route, RouteKey};
+use crate::types::{DeviceName, Family, TableId};
+
+/// The route; `oif` is the index of the device that one via a gateway leaves by.
+pub(super) fn message(key: &RouteKey, route: Route, oif: u32) -> RouteMessage {
+    let mut message = RouteMessage::default();
+    let header = &mut message.header;
+    header.address_family = kernel_family(Family::of_net(&key.dst));
+    header.destination_prefix_length = key.dst.prefix_len();
+    header.protocol = RouteProtocol::from(PROTOCOL);
+    header.scope = RouteScope::Universe;
+    // The byte in the header is too small for most tables; the attribute wins.
+    header.table = u8::try_from(key.table.get()).unwrap_or_default();
+    header.kind = match route {
+        Route::Via(_) => RouteType::Unicast,
+        Route::Throw => RouteType::Throw,
+        Route::Unreachable => RouteType::Unreachable,
+    };
+    if key.dst.prefix_len() != 0 {
+        let dst = RouteAttribute::Destination(key.dst.addr().into());
+        message.attributes.push(dst);
+    }
+    message
+        .attributes
+        .push(RouteAttribute::Table(key.table.get()));
+    if key.metric != 0 {
+        message
+            .attributes
+            .push(RouteAttribute::Priority(key.metric));
+    }
+    if let Route::Via(gateway) = route {
+        message.header.flags = RouteFlags::Onlink;
+        message.attributes.extend([
+            RouteAttribute::Gateway(gateway.into()),
+            RouteAttribute::Oif(oif),
+        ]);
+    }
+    message
+}
+
+/// A route of ours; `None` for one that we never write, which nobody but its maker touches.
+///
+/// `oif` is the index of our device: a route that leaves by another one is not what we wrote.
+pub(super) fn parse(message: &RouteMessage, oif: Option<u32>) -> Option<(RouteKey, Route)> {
+    let header = &message.header;
+    if header.protocol != RouteProtocol::from(PROTOCOL)
+        || header.source_prefix_length != 0
+        || header.tos != 0
+    {
+        return None;
+    }
+    let family = family(header.address_family)?;
+    let mut table = u32::from(header.table);
+    let mut metric = 0;
+    let mut dst = match family {
+        Family::V4 => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        Family::V6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+    };
+    let mut gateway = None;
+    let mut device = None;
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Table(id) => table = *id,
+            RouteAttribute::Priority(priority) => metric = *priority,
+            RouteAttribute::Destination(address) => dst = ip(address)?,
+            RouteAttribute::Gateway(address) => gateway = Some(ip(address)?),
+            RouteAttribute::Oif(index) => device = Some(*index),
+            RouteAttribute::MultiPath(_)
+            | RouteAttribute::Via(_)
+            | RouteAttribute::NhId(_)
+            | RouteAttribute::Encap(_)
+            | RouteAttribute::PrefSource(_) => return None,
+            // Preference, expiry and the like: what the kernel says without being told.
+            _ => {}
+        }
+    }
+    let key = RouteKey {
+        table: TableId::new(table)?,
+        dst: IpNet::new(dst, header.destination_prefix_length).ok()?,
+        metric,
+    };
+    let route = match (header.kind, gateway) {
+        (RouteType::Unicast, Some(gateway)) if device.is_some() && device == oif => {
+            Route::Via(gateway)
+        }
+        // IPv6 shows the loopback device for these.
+        (RouteType::Throw, None) => Route::Throw,
+        (RouteType::Unreachable, None) => Route::Unreachable,
+        _ => return None,
+    };
+    Some((key, route))
+}
+
+fn family(family: AddressFamily) -> Option<Family> {
+    match family {
+        AddressFamily::Inet => Some(Family::V4),
+        AddressFamily::Inet6 => Some(Family::V6),
+        _ => None,
+    }
+}
+
+fn ip(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(address) => Some((*address).into()),
+        RouteAddress::Inet6(address) => Some((*address).into()),
+        _ => None,
+    }
+}
+
+/// The table that a route is in.
+fn table(message: &RouteMessage) -> u32 {
+    message
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            RouteAttribute::Table(id) => Some(*id),
+            _ => None,
+        })
+        .unwrap_or(u32::from(message.header.table))
+}
+
+impl RouteSocket {
+    pub(super) fn put_route(
+        &mut self,
+        what: &dyn Display,
+        device: &DeviceName,
+        key: &RouteKey,
+        route: Route,
+    ) -> Result<(), KernelError> {
+        let oif = self.oif(what, device, route)?;
+        let message = RouteNetlinkMessage::NewRoute(message(key, route, oif));
+        self.request(what, message, NLM_F_CREATE | NLM_F_REPLACE)
+    }
+
+    /// Deletes by all that the kernel compares; in IPv4 a metric of 0 means any to it, but it
+    /// takes the lowest first, and the kind of the route is compared too.
+    pub(super) fn delete_route(
+        &mut self,
+        what: &dyn Display,
+        device: &DeviceName,
+        key: &RouteKey,
+        route: Route,
+    ) -> Result<(), KernelError> {
+        let oif = self.oif(what, device, route)?;
+        let mut message = message(key, route, oif);
+        message.header.scope = RouteScope::NoWhere;
+        self.request(what, RouteNetlinkMessage::DelRoute(message), 0)
+    }
+
+    fn oif(
+        &mut self,
+        what: &dyn Display,
+        device: &DeviceName,
+        route: Route,
+    ) -> Result<u32, KernelError> {
+        match route {
+            Route::Via(_) => Ok(self.our_device(what, device)?.index),
+            Route::Throw | Route::Unreachable => Ok(0),
+        }
+    }
+
+    /// Routes of ours, by our protocol number, outside the kernel's own tables.
+    pub(super) fn routes(
+        &mut self,
+        oif: Option<u32>,
+    ) -> Result<BTreeMap<RouteKey, Route>, KernelError> {
+        let mut found = BTreeMap::new();
+        for family in Family::BOTH {
+            let what = format_args!("ip route show table all proto {PROTOCOL}");
+            let mut request = RouteMessage::default();
+            request.header.protocol = RouteProtocol::from(PROTOCOL);
+            let routes = self.dump_routes(&what, request, family, |message| parse(message, oif))?;
+            for (key, route) in routes {
+                // Of several with one key the kernel uses the first.
+                found.entry(key).or_insert(route);
+            }
+        }
+        Ok(found)
+    }
+
+    /// Tables that hold a route, of either family and of whoever.
+    pub(super) fn tables_of_routes(&mut self) -> Result<Vec<u32>, KernelError> {
+        let mut found = Vec::new();
+        for family in Family::BOTH {
+            let what = "ip route show table all";
+            let request = RouteMessage::default();
+            found.extend(self.dump_routes(&what, request, family, |route| Some(table(route)))?);
+        }
+        Ok(found)
+    }
+
+    fn dump_routes<T>(
+        &mut self,
+        what: &dyn Display,
+        mut request: RouteMessage,
+        family: Family,
+        pick: impl Fn(&RouteMessage) -> Option<T>,
+    ) -> Result<Vec<T>, KernelError> {
+        request.header.address_family = kernel_family(family);
+        let request = RouteNetlinkMessage::GetRoute(request);
+        let found = self.dump(what, &request, |message| match message {
+            // A kernel without IPv6 answers with the routes of all the families it has.
+            RouteNetlinkMessage::NewRoute(route)
+                if route.header.address_family == kernel_family(family) =>
+            {
+                pick(&route)
+            }
+            _ => None,
+        });
+        super::rtnl::unless_absent(family, found)
+    }
+}

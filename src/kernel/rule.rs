@@ -1,0 +1,151 @@
+//! Routing rules.
+
+use std::collections::BTreeSet;
+use std::fmt::Display;
+
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::route::RouteProtocol;
+use netlink_packet_route::rule::{
+    RuleAction as KernelAction, RuleAttribute, RuleFlags, RuleMessage,
+};
+
+use super::address::kernel_family;
+use super::route_socket::RouteSocket;
+use crate::error::KernelError;
+use crate::state::{PROTOCOL, Rule, RuleAction};
+use crate::types::{Family, Mark, TableId};
+
+pub(super) fn message(rule: &Rule) -> RuleMessage {
+    let mut message = RuleMessage::default();
+    message.header.family = kernel_family(rule.family);
+    message.attributes = vec![
+        RuleAttribute::Priority(rule.priority),
+        RuleAttribute::FwMark(rule.mark.get()),
+        RuleAttribute::FwMask(rule.mask),
+    ];
+    match rule.action {
+        RuleAction::Unreachable => message.header.action = KernelAction::Unreachable,
+        RuleAction::Lookup(table) => {
+            message.header.action = KernelAction::ToTable;
+            // The byte in the header is too small for most tables; the attribute wins.
+            message.header.table = u8::try_from(table.get()).unwrap_or_default();
+            message.attributes.push(RuleAttribute::Table(table.get()));
+        }
+    }
+    let protocol = RouteProtocol::from(PROTOCOL);
+    message.attributes.push(RuleAttribute::Protocol(protocol));
+    message
+}
+
+/// A rule of ours; `None` for one that we never write, which nobody but its maker touches.
+pub(super) fn parse(message: &RuleMessage, family: Family) -> Option<Rule> {
+    let header = &message.header;
+    let selects = (header.src_len, header.dst_len, header.tos) != (0, 0, 0);
+    if selects || header.flags.contains(RuleFlags::Invert) {
+        return None;
+    }
+    let mut protocol = None;
+    let mut priority = 0;
+    let mut value = 0;
+    let mut mask = None;
+    for attribute in &message.attributes {
+        match attribute {
+            RuleAttribute::Protocol(number) => protocol = Some(u8::from(*number)),
+            RuleAttribute::Priority(number) => priority = *number,
+            RuleAttribute::FwMark(number) => value = *number,
+            RuleAttribute::FwMask(number) => mask = Some(*number),
+            // What the kernel says of every rule.
+            RuleAttribute::SuppressPrefixLen(u32::MAX) | RuleAttribute::Table(_) => {}
+            // A selector or an option that we never ask for.
+            _ => return None,
+        }
+    }
+    if protocol != Some(PROTOCOL) {
+        return None;
+    }
+    let action = match header.action {
+        KernelAction::Unreachable => RuleAction::Unreachable,
+        KernelAction::ToTable => RuleAction::Lookup(TableId::new(table(message))?),
+        _ => return None,
+    };
+    Some(Rule {
+        family,
+        priority,
+        mark: Mark::new(value),
+        mask: mask?,
+        action,
+    })
+}
+
+/// The table that a rule names; the byte in the header is a stand-in where it does not fit.
+fn table(message: &RuleMessage) -> u32 {
+    message
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            RuleAttribute::Table(id) => Some(*id),
+            _ => None,
+        })
+        .unwrap_or(u32::from(message.header.table))
+}
+
+impl RouteSocket {
+    pub(super) fn add_rule(&mut self, what: &dyn Display, rule: &Rule) -> Result<(), KernelError> {
+        let message = RouteNetlinkMessage::NewRule(message(rule));
+        // Without "exclusive" the kernel adds the same rule as often as it is asked.
+        self.request(what, message, NLM_F_CREATE | NLM_F_EXCL)
+    }
+
+    /// Deletes by all attributes; what is not said matches every rule, and the first one goes.
+    pub(super) fn delete_rule(
+        &mut self,
+        what: &dyn Display,
+        rule: &Rule,
+    ) -> Result<(), KernelError> {
+        self.request(what, RouteNetlinkMessage::DelRule(message(rule)), 0)
+    }
+
+    /// Rules of ours, by our protocol number.
+    pub(super) fn rules(&mut self) -> Result<BTreeSet<Rule>, KernelError> {
+        let mut found = BTreeSet::new();
+        for family in Family::BOTH {
+            found.extend(self.dump_rules(family, |rule| parse(rule, family))?);
+        }
+        Ok(found)
+    }
+
+    /// Tables that a rule names, of either family and of whoever.
+    pub(super) fn tables_of_rules(&mut self) -> Result<Vec<u32>, KernelError> {
+        let mut found = Vec::new();
+        for family in Family::BOTH {
+            let tables = self.dump_rules(family, |rule| match rule.header.action {
+                KernelAction::ToTable => Some(table(rule)),
+                _ => None,
+            })?;
+            found.extend(tables);
+        }
+        Ok(found)
+    }
+
+    fn dump_rules<T>(
+        &mut self,
+        family: Family,
+        pick: impl Fn(&RuleMessage) -> Option<T>,
+    ) -> Result<Vec<T>, KernelError> {
+        let what = match family {
+            Family::V4 => "ip rule show",
+            Family::V6 => "ip -6 rule show",
+        };
+        let mut request = RuleMessage::default();
+        request.header.family = kernel_family(family);
+        let request = RouteNetlinkMessage::GetRule(request);
+        let found = self.dump(&what, &request, |message| match message {
+            RouteNetlinkMessage::NewRule(rule) if rule.header.family == kernel_family(family) => {
+                pick(&rule)
+            }
+            _ => None,
+        });
+        super::rtnl::unless_absent(family, found)
+    }
+}

@@ -1,0 +1,135 @@
+//! Writing messages.
+
+use super::{HEADER, align};
+
+/// Marks an attribute that holds attributes.
+const NESTED: u16 = 0x8000;
+
+/// Bytes in front of an attribute's value.
+const ATTRIBUTE: usize = 4;
+
+/// Where the byte of the flags is that says `NLM_F_ACK`.
+const FLAGS: usize = if cfg!(target_endian = "little") { 6 } else { 7 };
+const ACK: u8 = 4;
+
+/// Writes messages one after another into one datagram.
+///
+/// A length that does not fit its field is remembered, not written wrong: [`Writer::finish`]
+/// gives nothing then.
+#[derive(Debug, Default)]
+pub(crate) struct Writer {
+    bytes: Vec<u8>,
+    overflow: bool,
+}
+
+/// Where something begins whose length is written when it ends.
+#[derive(Clone, Copy, Debug)]
+#[must_use]
+pub(crate) struct Open(usize);
+
+impl Writer {
+    /// Begins a message.
+    pub(crate) fn message(&mut self, kind: u16, flags: u16, sequence: u32) -> Open {
+        let open = Open(self.bytes.len());
+        self.raw(&0_u32.to_ne_bytes());
+        self.raw(&kind.to_ne_bytes());
+        self.raw(&flags.to_ne_bytes());
+        self.raw(&sequence.to_ne_bytes());
+        // The kernel fills the port in.
+        self.raw(&0_u32.to_ne_bytes());
+        debug_assert_eq!(self.bytes.len() - open.0, HEADER);
+        open
+    }
+
+    /// Ends a message.
+    pub(crate) fn end(&mut self, open: Open) {
+        let length = u32::try_from(self.bytes.len() - open.0);
+        self.overflow |= length.is_err();
+        self.patch(open.0, &length.unwrap_or_default().to_ne_bytes());
+    }
+
+    /// Asks for an acknowledgement of a message.
+    pub(crate) fn demand_ack(&mut self, open: Open) {
+        if let Some(low) = self.bytes.get_mut(open.0 + FLAGS) {
+            *low |= ACK;
+        }
+    }
+
+    /// The header of every netfilter message, `struct nfgenmsg`.
+    pub(crate) fn nfgen(&mut self, family: u8, resource: u16) {
+        self.raw(&[family, 0]);
+        self.raw(&resource.to_be_bytes());
+    }
+
+    /// An attribute with these bytes.
+    pub(crate) fn attribute(&mut self, kind: u16, value: &[u8]) {
+        let length = u16::try_from(ATTRIBUTE + value.len());
+        self.overflow |= length.is_err();
+        self.raw(&length.unwrap_or_default().to_ne_bytes());
+        self.raw(&kind.to_ne_bytes());
+        self.raw(value);
+        self.bytes.resize(align(self.bytes.len()), 0);
+    }
+
+    /// An attribute with a number in network byte order, as netfilter writes them.
+    pub(crate) fn be32(&mut self, kind: u16, value: u32) {
+        self.attribute(kind, &value.to_be_bytes());
+    }
+
+    /// An attribute with a text and its closing NUL.
+    pub(crate) fn string(&mut self, kind: u16, value: &str) {
+        let mut bytes = Vec::with_capacity(value.len() + 1);
+        bytes.extend_from_slice(value.as_bytes());
+        bytes.push(0);
+        self.attribute(kind, &bytes);
+    }
+
+    /// An attribute with what `inside` writes.
+    pub(crate) fn nest(&mut self, kind: u16, inside: impl FnOnce(&mut Self)) {
+        let open = self.open(kind);
+        inside(self);
+        self.close(open);
+    }
+
+    /// Begins an attribute that holds attributes.
+    pub(crate) fn open(&mut self, kind: u16) -> Open {
+        let open = Open(self.bytes.len());
+        self.raw(&0_u16.to_ne_bytes());
+        self.raw(&(kind | NESTED).to_ne_bytes());
+        open
+    }
+
+    /// Ends an attribute that holds attributes.
+    pub(crate) fn close(&mut self, open: Open) {
+        let length = u16::try_from(self.since(open));
+        self.overflow |= length.is_err();
+        self.patch(open.0, &length.unwrap_or_default().to_ne_bytes());
+    }
+
+    /// Bytes written since something began.
+    pub(crate) fn since(&self, open: Open) -> usize {
+        self.bytes.len() - open.0
+    }
+
+    /// Bytes as they are.
+    pub(crate) fn raw(&mut self, bytes: &[u8]) {
+        self.bytes.extend_from_slice(bytes);
+    }
+
+    /// Bytes written so far.
+    #[cfg(test)]
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// The datagram; nothing if a length did not fit its field.
+    pub(crate) fn finish(self) -> Option<Vec<u8>> {
+        (!self.overflow).then_some(self.bytes)
+    }
+
+    fn patch(&mut self, at: usize, value: &[u8]) {
+        if let Some(slot) = self.bytes.get_mut(at..at + value.len()) {
+            slot.copy_from_slice(value);
+        }
+    }
+}
