@@ -15,8 +15,7 @@ use crate::types::Mark;
 
 /// The text as a value of a type whose own message does not quote it.
 fn quoted<T: FromStr, E: de::Error>(text: &str, what: &str) -> Result<T, E> {
-    text.parse()
-        .map_err(|_| E::custom(format_args!("{text:?} is not {what}")))
+    text.parse().map_err(|_| E::custom(format_args!("{text:?} is not {what}")))
 }
 
 impl Serialize for Mark {
@@ -99,10 +98,7 @@ impl TryFrom<RangeForm> for TableRange {
 
 impl From<TableRange> for RangeForm {
     fn from(range: TableRange) -> Self {
-        Self {
-            start: range.start(),
-            count: range.len() - 1,
-        }
+        Self { start: range.start(), count: range.len() - 1 }
     }
 }
 
@@ -173,15 +169,12 @@ impl<'de> Deserialize<'de> for EgressIp {
             fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<EgressIp, A::Error> {
                 let form = value::MapAccessDeserializer::new(map);
                 match Addresses::deserialize(form)? {
-                    Addresses {
-                        v4: Some(v4),
-                        v6: Some(v6),
-                    } => Ok(EgressIp::Dual(v4, v6)),
+                    Addresses { v4: Some(v4), v6: Some(v6) } => Ok(EgressIp::Dual(v4, v6)),
                     Addresses { v4: Some(v4), .. } => Ok(EgressIp::V4(v4)),
                     Addresses { v6: Some(v6), .. } => Ok(EgressIp::V6(v6)),
-                    Addresses { .. } => Err(de::Error::custom(
-                        "an egress IP needs v4, v6 or both; none is given",
-                    )),
+                    Addresses { .. } => {
+                        Err(de::Error::custom("an egress IP needs v4, v6 or both; none is given"))
+                    }
                 }
             }
         }
@@ -257,17 +250,7 @@ mod tests {
     fn marks_are_text() {
         round_trip(&Mark::new(0x2600_0100), &json!("0x26000100"));
         assert_eq!(from_value::<Mark>(json!("256")).unwrap(), Mark::new(256));
-        for text in [
-            "",
-            "0x",
-            "+1",
-            "0x+1",
-            "-1",
-            "26g",
-            "0x100000000",
-            "4294967296",
-            " 1",
-        ] {
+        for text in ["", "0x", "+1", "0x+1", "-1", "26g", "0x100000000", "4294967296", " 1"] {
             let what = "is not a mark: write 0x26000100, or a decimal number, of 32 bits";
             refused::<Mark>(json!(text), &format!("{text:?} {what}"));
         }
@@ -291,10 +274,7 @@ mod tests {
             json!({"prefix": "0", "prefix_mask": "0", "shift": 30, "bits": 8}),
             "8 value bits at bit 30 do not fit: a layout has 1 to 16 of them below bit 32",
         );
-        round_trip(
-            &TableRange::default(),
-            &json!({"start": 3000, "count": 100}),
-        );
+        round_trip(&TableRange::default(), &json!({"start": 3000, "count": 100}));
         refused::<TableRange>(
             json!({"start": 200, "count": 100}),
             "tables 200 to 300 include 253, which is the kernel's",
@@ -308,36 +288,18 @@ mod tests {
         round_trip(&EgressIp::Node, &json!("node"));
         round_trip(&EgressIp::V4(parsed.0), &json!({"v4": v4}));
         round_trip(&EgressIp::V6(parsed.1), &json!({"v6": v6}));
-        round_trip(
-            &EgressIp::Dual(parsed.0, parsed.1),
-            &json!({"v4": v4, "v6": v6}),
-        );
+        round_trip(&EgressIp::Dual(parsed.0, parsed.1), &json!({"v4": v4, "v6": v6}));
         let refused = |form, sentence| refused::<EgressIp>(form, sentence);
-        refused(
-            json!({}),
-            "an egress IP needs v4, v6 or both; none is given",
-        );
-        refused(
-            json!({"v4": null}),
-            "an egress IP needs v4, v6 or both; none is given",
-        );
-        refused(
-            json!({"v6": v4}),
-            "\"198.51.100.200\" is not an IPv6 address",
-        );
-        refused(
-            json!({"v4": v6}),
-            "\"2001:db8:51::200\" is not an IPv4 address",
-        );
+        refused(json!({}), "an egress IP needs v4, v6 or both; none is given");
+        refused(json!({"v4": null}), "an egress IP needs v4, v6 or both; none is given");
+        refused(json!({"v6": v4}), "\"198.51.100.200\" is not an IPv6 address");
+        refused(json!({"v4": v6}), "\"2001:db8:51::200\" is not an IPv4 address");
         refused(
             json!({"v6": "::ffff:198.51.100.200"}),
             "\"::ffff:198.51.100.200\" is an IPv4-mapped IPv6 address; \
              write IPv4 addresses as v4",
         );
-        refused(
-            json!({"v5": v4}),
-            "unknown field `v5`, expected `v4` or `v6`",
-        );
+        refused(json!({"v5": v4}), "unknown field `v5`, expected `v4` or `v6`");
         refused(
             json!("nodes"),
             "invalid value: string \"nodes\", expected \"node\" or an object with v4, v6 or both",

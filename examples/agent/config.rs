@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use egress_datapath::{
     Cluster, Destinations, DeviceName, EgressIp, EgressPolicy, MacAddr, Mark, MarkLayout, Node,
-    NodeName, PolicyId, TableRange, Tunnel,
+    NodeName, PlanError, PolicyError, PolicyId, TableRange, Tunnel,
 };
 use ipnet::IpNet;
 use serde::Deserialize;
@@ -27,27 +27,66 @@ impl Config {
         let text =
             fs::read_to_string(file).map_err(|error| format!("--cluster {file}: {error}"))?;
         let mut json = serde_json::Deserializer::from_str(&text);
-        let form: File =
-            serde_path_to_error::deserialize(&mut json).map_err(|error| {
-                match error.path().to_string().as_str() {
-                    "." => format!("{file}: {}", error.inner()),
-                    path => format!("{file}: {path}: {}", error.inner()),
-                }
-            })?;
-        json.end().map_err(|error| format!("{file}: {error}"))?;
+        let form: File = serde_path_to_error::deserialize(&mut json).map_err(|error| {
+            let path = match error.path().to_string() {
+                // A text that is no JSON breaks off somewhere, not in a field.
+                _ if error.inner().is_syntax() || error.inner().is_eof() => String::new(),
+                path if path == "." => String::new(),
+                path => format!("{path}: "),
+            };
+            place(file, &path, error.inner())
+        })?;
+        json.end().map_err(|error| place(file, "", &error))?;
         Ok(form.into_config(node))
+    }
+
+    /// The field that an error of planning is about.
+    pub(crate) fn field_of(&self, error: &PlanError) -> String {
+        let field = match error {
+            PlanError::UnknownNode { .. } => "--node",
+            PlanError::Vni { .. } => "tunnel.vni",
+            PlanError::Port => "tunnel.port",
+            PlanError::Mtu { .. } => "tunnel.underlay_device",
+            PlanError::RulePriority { .. } => "rule_priority",
+            PlanError::NothingExcluded | PlanError::Excluded { .. } => "excluded",
+            PlanError::Mark(_) => "marks",
+            PlanError::Table(_) => "tables",
+            PlanError::DuplicatePolicy { .. } => "policies",
+            PlanError::Policy { policy, source } => {
+                let field = match source {
+                    PolicyError::NoSources => ".sources",
+                    PolicyError::NoDestinations => ".destinations",
+                    PolicyError::UnknownGateway { .. } => ".gateway",
+                    PolicyError::EgressIpNotUnicast { .. }
+                    | PolicyError::EgressIpExcluded { .. }
+                    | PolicyError::EgressIpOfNode { .. } => ".egress_ip",
+                    _ => "",
+                };
+                let at = self.policies.iter().position(|other| other.id == *policy);
+                return format!("policies[{}]{field}", at.unwrap_or_default());
+            }
+            _ => "nodes",
+        };
+        field.into()
     }
 
     /// The address of this node that the tunnel uses, and the field it stands in.
     pub(crate) fn underlay(&self) -> Option<(IpAddr, String)> {
         let nodes = self.cluster.nodes.iter().enumerate();
-        let (at, here) = nodes
-            .into_iter()
-            .find(|(_, node)| node.name == self.cluster.node)?;
+        let (at, here) = nodes.into_iter().find(|(_, node)| node.name == self.cluster.node)?;
         let addresses = here.underlay.iter().enumerate();
         let (place, address) = addresses.min_by_key(|(_, address)| address.is_ipv6())?;
         Some((*address, format!("nodes[{at}].underlay[{place}]")))
     }
+}
+
+/// The sentence with its place in the file in front, as compilers write it.
+fn place(file: &str, path: &str, error: &serde_json::Error) -> String {
+    let (line, column) = (error.line(), error.column());
+    let text = error.to_string();
+    let suffix = format!(" at line {line} column {column}");
+    let sentence = text.strip_suffix(&suffix).unwrap_or(&text);
+    format!("{file}:{line}:{column}: {path}{sentence}")
 }
 
 #[derive(Deserialize)]
@@ -105,10 +144,7 @@ impl File {
             nodes: self.nodes.into_iter().map(NodeForm::into_node).collect(),
             excluded: self.excluded.into_iter().map(|net| net.0.0).collect(),
             tunnel: Tunnel {
-                device: self
-                    .tunnel
-                    .device
-                    .map_or(fallback.device, |device| device.0),
+                device: self.tunnel.device.map_or(fallback.device, |device| device.0),
                 vni: self.tunnel.vni.unwrap_or(fallback.vni),
                 port: self.tunnel.port.unwrap_or(fallback.port),
                 underlay_device: self.tunnel.underlay_device.map(|device| device.0),
@@ -119,11 +155,7 @@ impl File {
         };
         Config {
             cluster,
-            policies: self
-                .policies
-                .into_iter()
-                .map(PolicyForm::into_policy)
-                .collect(),
+            policies: self.policies.into_iter().map(PolicyForm::into_policy).collect(),
             tables: self.tables,
         }
     }
@@ -149,9 +181,8 @@ impl PolicyForm {
             id: self.id.0,
             priority: self.priority,
             sources: nets(self.sources),
-            destinations: destinations.map_or(Destinations::External, |listed| {
-                Destinations::Nets(nets(listed))
-            }),
+            destinations: destinations
+                .map_or(Destinations::External, |listed| Destinations::Nets(nets(listed))),
             gateway: self.gateway.map(|gateway| gateway.0),
             egress_ip: self.egress_ip,
         }
@@ -176,11 +207,10 @@ impl FromStr for Prefix {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let (address, length) = text
-            .split_once('/')
-            .ok_or("a prefix needs a length, such as 10.244.0.0/16")?;
-        let address: IpAddr = address.parse().map_err(|_| no_address(address))?;
-        // Leading zeros are octal to some readers, and a sign is a slip.
+        let (address, length) =
+            text.split_once('/').ok_or("a prefix needs a length, such as 10.244.0.0/16")?;
+        let address: IpAddr = address.parse().map_err(|_| NO_ADDRESS)?;
+        // `u8` takes both.
         let plain = length == "0" || !length.starts_with(['0', '+']);
         let net = length
             .parse()
@@ -203,11 +233,10 @@ impl FromStr for Hosts {
         if text.contains('/') {
             return text.parse().map(|Prefix(net)| Self(net));
         }
-        let address: IpAddr = text.parse().map_err(|_| no_address(text))?;
+        let address: IpAddr = text.parse().map_err(|_| NO_ADDRESS)?;
         Ok(Self(address.into()))
     }
 }
 
-fn no_address(text: &str) -> String {
-    format!("{text:?} is not an IP address; write it without leading zeros")
-}
+/// Leading zeros are octal to some readers.
+const NO_ADDRESS: &str = "not an IP address, which has no leading zeros";

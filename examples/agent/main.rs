@@ -62,13 +62,10 @@ fn run(arguments: &[&str]) -> Result<(), Failure> {
         ["remove"] => remove(),
         ["--help" | "-h"] => print(&format!("{USAGE}\n")),
         [] => Err(Failure::Input(format!("no command given\n{USAGE}"))),
-        [command @ ("show" | "remove"), ref rest @ ..] => Err(Failure::Input(format!(
-            "{command} does not take {:?}\n{USAGE}",
-            rest.join(" ")
-        ))),
-        [command, ..] => Err(Failure::Input(format!(
-            "{command:?} is no command\n{USAGE}"
-        ))),
+        [command @ ("show" | "remove"), ref rest @ ..] => {
+            Err(Failure::Input(format!("{command} does not take {:?}\n{USAGE}", rest.join(" "))))
+        }
+        [command, ..] => Err(Failure::Input(format!("{command:?} is no command\n{USAGE}"))),
     }
 }
 
@@ -88,25 +85,16 @@ fn reconcile(options: &[&str], mode: Mode) -> Result<(), Failure> {
         &mut MarkPool::new(config.cluster.marks),
         &mut TablePool::new(config.tables),
     )
-    .map_err(|error| Failure::Input(format!("{file}: {error}")))?;
+    .map_err(|error| failure(file, &config, error.into()))?;
     let opened = Reconciler::open(config.cluster.marks, config.tables);
-    let mut egress = opened.map_err(|error| failure(file, error))?;
+    let mut egress = opened.map_err(|error| failure(file, &config, error))?;
     find_underlay(file, &mut config, egress.datapath())?;
     let (report, what) = match mode {
-        Mode::Apply => (
-            egress.reconcile(&config.cluster, &config.policies),
-            "changes",
-        ),
-        Mode::Plan => (
-            egress.preview(&config.cluster, &config.policies),
-            "changes planned",
-        ),
+        Mode::Apply => (egress.reconcile(&config.cluster, &config.policies), "changes"),
+        Mode::Plan => (egress.preview(&config.cluster, &config.policies), "changes planned"),
     };
-    let Report { changes, findings } = report.map_err(|error| failure(file, error))?;
-    let notes: String = findings
-        .iter()
-        .map(|finding| format!("note: {finding}\n"))
-        .collect();
+    let Report { changes, findings } = report.map_err(|error| failure(file, &config, error))?;
+    let notes: String = findings.iter().map(|finding| format!("note: {finding}\n")).collect();
     summary(&changes, &notes, what)
 }
 
@@ -120,18 +108,13 @@ fn options_of<'a>(options: &[&'a str]) -> Result<(&'a str, &'a str), Failure> {
             "--cluster" => &mut file,
             other => return Err(Failure::Input(format!("{other:?} is no option\n{USAGE}"))),
         };
-        let value = options
-            .next()
-            .ok_or_else(|| format!("{option} needs a value\n{USAGE}"));
+        let value = options.next().ok_or_else(|| format!("{option} needs a value\n{USAGE}"));
         if slot.replace(value.map_err(Failure::Input)?).is_some() {
             return Err(Failure::Input(format!("{option} is given twice\n{USAGE}")));
         }
     }
     let missing = |option| Failure::Input(format!("{option} is missing\n{USAGE}"));
-    Ok((
-        node.ok_or_else(|| missing("--node"))?,
-        file.ok_or_else(|| missing("--cluster"))?,
-    ))
+    Ok((node.ok_or_else(|| missing("--node"))?, file.ok_or_else(|| missing("--cluster"))?))
 }
 
 /// Fills in the device that has this node's underlay address, and its MTU.
@@ -145,9 +128,7 @@ fn find_underlay(
     };
     let found = kernel.device_of(address).map_err(Failure::kernel)?;
     let (device, mtu) = found.ok_or_else(|| {
-        Failure::Input(format!(
-            "{file}: {field}: no device here has the address {address}"
-        ))
+        Failure::Input(format!("{file}: {field}: no device here has the address {address}"))
     })?;
     let tunnel = &mut config.cluster.tunnel;
     match &tunnel.underlay_device {
@@ -163,13 +144,15 @@ fn find_underlay(
     }
 }
 
-fn failure(file: &str, error: Error) -> Failure {
+fn failure(file: &str, config: &Config, error: Error) -> Failure {
     match error {
         Error::Plan(
             error @ (PlanError::Table(AllocError::Kernel(_))
             | PlanError::Mark(AllocError::Kernel(_))),
         ) => Failure::kernel(error),
-        Error::Plan(error) => Failure::Input(format!("{file}: {error}")),
+        Error::Plan(error) => {
+            Failure::Input(format!("{file}: {}: {error}", config.field_of(&error)))
+        }
         error => Failure::kernel(error),
     }
 }

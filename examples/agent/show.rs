@@ -102,21 +102,11 @@ pub(crate) fn people(state: &State) -> io::Result<()> {
         Some(link) => {
             write!(out, "link: {} ", link.name)?;
             write!(out, "{} ", if link.up { "up" } else { "down" })?;
-            write!(
-                out,
-                "vni {} port {} local {} ",
-                link.vni, link.port, link.local
-            )?;
+            write!(out, "vni {} port {} local {} ", link.vni, link.port, link.local)?;
             if let Some(underlay) = &link.underlay_device {
                 write!(out, "dev {underlay} ")?;
             }
-            writeln!(
-                out,
-                "mac {} mtu {} {}",
-                link.mac,
-                link.mtu,
-                link.addresses.join(" ")
-            )?;
+            writeln!(out, "mac {} mtu {} {}", link.mac, link.mtu, link.addresses.join(" "))?;
         }
     }
     for Gateway { node, mark, table } in &document.gateways {
@@ -136,14 +126,10 @@ pub(crate) fn people(state: &State) -> io::Result<()> {
             writeln!(out)?;
         }
     }
-    for (family, Sources { addresses, ranges }) in [
-        ("IPv4", document.sources.ipv4),
-        ("IPv6", document.sources.ipv6),
-    ] {
-        writeln!(
-            out,
-            "sources: {family} {addresses} addresses, {ranges} ranges"
-        )?;
+    for (family, Sources { addresses, ranges }) in
+        [("IPv4", document.sources.ipv4), ("IPv6", document.sources.ipv6)]
+    {
+        writeln!(out, "sources: {family} {addresses} addresses, {ranges} ranges")?;
     }
     Ok(())
 }
@@ -198,11 +184,7 @@ fn gateways(state: &State, firewall: &Firewall) -> Vec<Gateway> {
                     RuleAction::Lookup(table) => Some(table.get()),
                     RuleAction::Unreachable => None,
                 });
-                Some(Gateway {
-                    node: comment(value),
-                    mark: mark.to_string(),
-                    table,
-                })
+                Some(Gateway { node: comment(value), mark: mark.to_string(), table })
             }
             _ => None,
         })
@@ -224,33 +206,19 @@ fn policies(firewall: &Firewall) -> Vec<Policy> {
 }
 
 fn steered(firewall: &Firewall, family: Family, policy: Tag, way_out: Tag) -> Steered {
-    let mut steered = Steered {
-        way_out: "closed",
-        gateway: None,
-        egress_ip: None,
-    };
+    let mut steered = Steered { way_out: "closed", gateway: None, egress_ip: None };
     let elements = &firewall.elements;
     match elements.get(&Key::Verdict(way_out)) {
-        Some(Value {
-            data: Data::Verdict(Verdict::Goto(ChainId::Here)),
-            ..
-        }) => {
+        Some(Value { data: Data::Verdict(Verdict::Goto(ChainId::Here)), .. }) => {
             steered.way_out = "here";
-            let worn = elements
-                .get(&Key::Snat(family, policy))
-                .map(|value| value.data);
+            let worn = elements.get(&Key::Snat(family, policy)).map(|value| value.data);
             steered.egress_ip = match worn {
                 Some(Data::Address(address)) => Some(address.to_string()),
                 _ if elements.contains_key(&Key::Masquerade(family, policy)) => Some("node".into()),
                 _ => None,
             };
         }
-        Some(
-            value @ Value {
-                data: Data::Verdict(Verdict::Goto(_)),
-                ..
-            },
-        ) => {
+        Some(value @ Value { data: Data::Verdict(Verdict::Goto(_)), .. }) => {
             steered.way_out = "gateway";
             steered.gateway = Some(comment(value));
         }

@@ -33,30 +33,20 @@ pub(super) fn message(index: u32, net: IpNet) -> AddressMessage {
     message.header.family = kernel_family(Family::of_net(&net));
     message.header.prefix_len = net.prefix_len();
     message.header.index = index;
-    message.attributes = vec![
-        AddressAttribute::Local(net.addr()),
-        AddressAttribute::Address(net.addr()),
-    ];
+    message.attributes =
+        vec![AddressAttribute::Local(net.addr()), AddressAttribute::Address(net.addr())];
     message
 }
 
 /// Index of the device and the address with its prefix length.
 fn parse(message: &AddressMessage) -> Option<(u32, IpNet)> {
     let local = message.attributes.iter().find_map(|attribute| {
-        if let AddressAttribute::Local(address) = attribute {
-            Some(*address)
-        } else {
-            None
-        }
+        if let AddressAttribute::Local(address) = attribute { Some(*address) } else { None }
     });
     // IPv6 has "local" only where there is a peer, IPv4 always.
     let address = local.or_else(|| {
         message.attributes.iter().find_map(|attribute| {
-            if let AddressAttribute::Address(address) = attribute {
-                Some(*address)
-            } else {
-                None
-            }
+            if let AddressAttribute::Address(address) = attribute { Some(*address) } else { None }
         })
     })?;
     let net = IpNet::new(address, message.header.prefix_len).ok()?;

@@ -156,10 +156,8 @@ impl RouteSocket {
         name: &DeviceName,
     ) -> Result<Option<Device>, KernelError> {
         let mut message = LinkMessage::default();
-        message.attributes = vec![
-            LinkAttribute::IfName(name.as_str().to_owned()),
-            without_statistics(),
-        ];
+        message.attributes =
+            vec![LinkAttribute::IfName(name.as_str().to_owned()), without_statistics()];
         self.device(what, message)
     }
 

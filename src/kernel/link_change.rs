@@ -68,11 +68,8 @@ fn info(data: Vec<InfoVxlan>) -> LinkAttribute {
 /// Without `promote_secondaries` the kernel deletes all other addresses of a subnet together with
 /// the oldest one, also the one that was to replace it.
 fn ipv4(rp_filter: u32) -> LinkAttribute {
-    let settings = [
-        (IPV4_DEVCONF_RP_FILTER, rp_filter),
-        (IPV4_DEVCONF_PROMOTE_SECONDARIES, 1),
-    ]
-    .map(|(kind, value)| DefaultNla::new(kind, value.to_ne_bytes().to_vec()));
+    let settings = [(IPV4_DEVCONF_RP_FILTER, rp_filter), (IPV4_DEVCONF_PROMOTE_SECONDARIES, 1)]
+        .map(|(kind, value)| DefaultNla::new(kind, value.to_ne_bytes().to_vec()));
     let settings = settings.as_slice();
     let mut bytes = vec![0; settings.buffer_len()];
     settings.emit(&mut bytes);
@@ -238,8 +235,7 @@ impl RouteSocket {
 /// Whether this is what we leave behind when we die between creating the device and naming it
 /// ours, which the kernel does not do in one request.
 fn is_half_made(device: &Device, link: &Vxlan) -> bool {
-    let created = device
-        .tunnel
-        .is_some_and(|tunnel| (tunnel.vni, tunnel.port) == (link.vni, link.port));
+    let created =
+        device.tunnel.is_some_and(|tunnel| (tunnel.vni, tunnel.port) == (link.vni, link.port));
     created && device.alias.is_none() && device.mac == Some(link.mac) && !device.up
 }

@@ -106,10 +106,7 @@ fn ask(
         let datagram = match socket.receive() {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                return Err(KernelError::answer(
-                    request.text,
-                    "the kernel's answer has no end",
-                ));
+                return Err(KernelError::answer(request.text, "the kernel's answer has no end"));
             }
             other => other.map_err(failed)?,
         };

@@ -36,20 +36,15 @@ pub(super) fn message(key: &RouteKey, route: Route, oif: u32) -> RouteMessage {
         let dst = RouteAttribute::Destination(key.dst.addr().into());
         message.attributes.push(dst);
     }
-    message
-        .attributes
-        .push(RouteAttribute::Table(key.table.get()));
+    message.attributes.push(RouteAttribute::Table(key.table.get()));
     if key.metric != 0 {
-        message
-            .attributes
-            .push(RouteAttribute::Priority(key.metric));
+        message.attributes.push(RouteAttribute::Priority(key.metric));
     }
     if let Route::Via(gateway) = route {
         message.header.flags = RouteFlags::Onlink;
-        message.attributes.extend([
-            RouteAttribute::Gateway(gateway.into()),
-            RouteAttribute::Oif(oif),
-        ]);
+        message
+            .attributes
+            .extend([RouteAttribute::Gateway(gateway.into()), RouteAttribute::Oif(oif)]);
     }
     message
 }

@@ -42,9 +42,7 @@ impl RouteSocket {
         let what = "open a routing socket";
         let socket = Socket::open(NETLINK_ROUTE).map_err(|error| KernelError::io(what, &error))?;
         // Without it the kernel ignores the filters of a dump and sends everything.
-        socket
-            .set_strict()
-            .map_err(|error| KernelError::io(what, &error))?;
+        socket.set_strict().map_err(|error| KernelError::io(what, &error))?;
         Ok(Self { socket })
     }
 
@@ -90,12 +88,10 @@ impl RouteSocket {
     ) -> Result<Vec<T>, KernelError> {
         for _ in 0..TRIES {
             let mut found = Vec::new();
-            let end = self.exchange(
-                what,
-                message.clone(),
-                NLM_F_REQUEST | NLM_F_DUMP,
-                &mut |message| found.extend(pick(message)),
-            );
+            let end =
+                self.exchange(what, message.clone(), NLM_F_REQUEST | NLM_F_DUMP, &mut |message| {
+                    found.extend(pick(message))
+                });
             match end {
                 Ok(End::Whole) => return Ok(found),
                 Ok(End::Torn) => {}
@@ -123,8 +119,7 @@ impl RouteSocket {
         message.finalize();
         let mut bytes = vec![0; message.buffer_len()];
         message.serialize(&mut bytes);
-        self.send(&bytes)
-            .map_err(|error| KernelError::io(what, &error))?;
+        self.send(&bytes).map_err(|error| KernelError::io(what, &error))?;
         let mut end = End::Whole;
         let mut unread = None;
         loop {
@@ -230,9 +225,7 @@ fn words(attributes: &[u8]) -> Option<String> {
         .map_while(Result::ok)
         .find(|attribute: &NlaBuffer<&[u8]>| attribute.kind() == WORDS)
         .map(|attribute| {
-            String::from_utf8_lossy(attribute.value())
-                .trim_end_matches('\0')
-                .to_owned()
+            String::from_utf8_lossy(attribute.value()).trim_end_matches('\0').to_owned()
         })
 }
 

@@ -52,10 +52,9 @@ impl RouteSocket {
             | Op::SetRules(..)
             | Op::AddElement(..)
             | Op::DeleteElement(..)
-            | Op::DeleteStray(_) => Err(KernelError::answer(
-                op,
-                "nf_tables operations go by the other socket",
-            )),
+            | Op::DeleteStray(_) => {
+                Err(KernelError::answer(op, "nf_tables operations go by the other socket"))
+            }
         }
     }
 

@@ -69,13 +69,7 @@ pub(super) fn parse(message: &RuleMessage, family: Family) -> Option<Rule> {
         KernelAction::ToTable => RuleAction::Lookup(TableId::new(table(message))?),
         _ => return None,
     };
-    Some(Rule {
-        family,
-        priority,
-        mark: Mark::new(value),
-        mask: mask?,
-        action,
-    })
+    Some(Rule { family, priority, mark: Mark::new(value), mask: mask?, action })
 }
 
 /// The table that a rule names; the byte in the header is a stand-in where it does not fit.

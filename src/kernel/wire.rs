@@ -58,12 +58,7 @@ mod tests {
         let mut count = 0;
         for attribute in Attributes::new(bytes).flatten() {
             count += 1;
-            let _ = (
-                attribute.be32(),
-                attribute.u32(),
-                attribute.be64(),
-                attribute.text(),
-            );
+            let _ = (attribute.be32(), attribute.u32(), attribute.be64(), attribute.text());
             if depth < 8 {
                 count += walk(attribute.bytes(), depth + 1);
             }
@@ -143,11 +138,7 @@ mod tests {
         let message = Messages::new(&bytes).next().unwrap().unwrap();
         assert_eq!(
             Ack::read(&message),
-            Ok(Ack {
-                errno: 17,
-                offset: Some(52),
-                words: Some("no such thing".into()),
-            })
+            Ok(Ack { errno: 17, offset: Some(52), words: Some("no such thing".into()) })
         );
     }
 

@@ -162,13 +162,7 @@ impl Builder<'_> {
         };
         self.writer.string(1, NFT_TABLE);
         self.writer.string(2, &set.name());
-        let elements = Elements {
-            message,
-            list: self.writer.open(3),
-            sequence,
-            set,
-            adds,
-        };
+        let elements = Elements { message, list: self.writer.open(3), sequence, set, adds };
         self.elements = Some(elements);
         elements
     }

@@ -110,11 +110,7 @@ fn base(kind: &str, hook: u32, priority: i32, policy: u32) -> Option<Base> {
         4 => Hook::Postrouting,
         _ => return None,
     };
-    (policy == ACCEPT).then_some(Base {
-        kind,
-        hook,
-        priority,
-    })
+    (policy == ACCEPT).then_some(Base { kind, hook, priority })
 }
 
 /// A rule as the kernel lists it.
@@ -144,9 +140,5 @@ pub(super) fn read_rule(attributes: Attributes<'_>) -> Result<Option<FoundRule>,
         }
     }
     let chain = chain.ok_or(Malformed("a rule has no chain"))?.to_owned();
-    Ok((table == NFT_TABLE).then(|| FoundRule {
-        chain,
-        handle,
-        rule: stmt::recognise(&exprs),
-    }))
+    Ok((table == NFT_TABLE).then(|| FoundRule { chain, handle, rule: stmt::recognise(&exprs) }))
 }

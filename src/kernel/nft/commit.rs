@@ -39,10 +39,9 @@ pub(in super::super) fn commit(socket: &mut Socket, ops: &[Op]) -> Result<(), Re
     let count = ops.iter().filter(|op| op.is_nft()).count();
     let whole = Whole { first, count };
     let Some(mut batch) = build(ops, &mut || socket.next_sequence()) else {
-        return Err(whole.of(KernelError::answer(
-            whole.text(),
-            "an operation is too large for a message",
-        )));
+        return Err(
+            whole.of(KernelError::answer(whole.text(), "an operation is too large for a message"))
+        );
     };
     reserve(socket, batch.datagram(0).len());
     for _ in 0..ATTEMPTS {
@@ -139,11 +138,7 @@ fn attempt(
         refused.dedup_by_key(|(index, _)| *index);
         return Err(refused);
     }
-    if made {
-        Ok(Outcome::Made)
-    } else {
-        Err(whole.of(KernelError::answer(whole.text(), UNKNOWN)))
-    }
+    if made { Ok(Outcome::Made) } else { Err(whole.of(KernelError::answer(whole.text(), UNKNOWN))) }
 }
 
 fn refusal(

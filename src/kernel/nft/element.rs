@@ -136,9 +136,7 @@ fn read_data(data: &Attribute<'_>, datum: Datum) -> Result<Option<Data>, Malform
         let chain = verdict.chain.as_deref().and_then(ChainId::from_name);
         return Ok(match (verdict.code, chain) {
             (verdict::DROP, _) => Some(Data::Verdict(crate::state::Verdict::Drop)),
-            (verdict::GOTO, Some(chain)) => {
-                Some(Data::Verdict(crate::state::Verdict::Goto(chain)))
-            }
+            (verdict::GOTO, Some(chain)) => Some(Data::Verdict(crate::state::Verdict::Goto(chain))),
             _ => None,
         });
     }

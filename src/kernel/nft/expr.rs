@@ -61,32 +61,13 @@ pub(super) enum Expr {
     /// Sets a property of the packet.
     MetaSet { key: u32, sreg: u32 },
     /// Loads bytes of the packet.
-    Payload {
-        base: u32,
-        offset: u32,
-        len: u32,
-        dreg: u32,
-    },
+    Payload { base: u32, offset: u32, len: u32, dreg: u32 },
     /// Ends the rule unless a register has, or has not, this value.
-    Cmp {
-        sreg: u32,
-        equal: bool,
-        data: Vec<u8>,
-    },
+    Cmp { sreg: u32, equal: bool, data: Vec<u8> },
     /// Masks a register, then turns bits over.
-    Bitwise {
-        sreg: u32,
-        dreg: u32,
-        mask: Vec<u8>,
-        xor: Vec<u8>,
-    },
+    Bitwise { sreg: u32, dreg: u32, mask: Vec<u8>, xor: Vec<u8> },
     /// Looks a register up in a set; ends the rule if it is not there (`invert`: if it is).
-    Lookup {
-        set: String,
-        sreg: u32,
-        dreg: Option<u32>,
-        invert: bool,
-    },
+    Lookup { set: String, sreg: u32, dreg: Option<u32>, invert: bool },
     /// Loads a property of the connection.
     Ct { key: u32, dreg: u32 },
     /// Loads a constant.
@@ -143,12 +124,7 @@ impl Expr {
                 writer.be32(2, *key);
                 writer.be32(3, *sreg);
             }
-            Self::Payload {
-                base,
-                offset,
-                len,
-                dreg,
-            } => {
+            Self::Payload { base, offset, len, dreg } => {
                 writer.be32(1, *dreg);
                 writer.be32(2, *base);
                 writer.be32(3, *offset);
@@ -159,12 +135,7 @@ impl Expr {
                 writer.be32(2, u32::from(!equal));
                 writer.nest(3, |writer| writer.attribute(1, data));
             }
-            Self::Bitwise {
-                sreg,
-                dreg,
-                mask,
-                xor,
-            } => {
+            Self::Bitwise { sreg, dreg, mask, xor } => {
                 writer.be32(1, *sreg);
                 writer.be32(2, *dreg);
                 writer.be32(6, 0);
@@ -172,12 +143,7 @@ impl Expr {
                 writer.nest(4, |writer| writer.attribute(1, mask));
                 writer.nest(5, |writer| writer.attribute(1, xor));
             }
-            Self::Lookup {
-                set,
-                sreg,
-                dreg,
-                invert,
-            } => {
+            Self::Lookup { set, sreg, dreg, invert } => {
                 writer.be32(2, *sreg);
                 if let Some(dreg) = dreg {
                     writer.be32(3, *dreg);

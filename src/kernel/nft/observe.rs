@@ -19,11 +19,8 @@ const ATTEMPTS: usize = 5;
 pub(in super::super) fn observe(socket: &mut Socket) -> Result<Option<Firewall>, KernelError> {
     for _ in 0..ATTEMPTS {
         let generation_before = generation(socket)?;
-        let mut reader = Reader {
-            socket: &mut *socket,
-            generation: low_half(generation_before),
-            moved: false,
-        };
+        let mut reader =
+            Reader { socket: &mut *socket, generation: low_half(generation_before), moved: false };
         let read = reader.table();
         let moved = reader.moved;
         if generation(socket)? == generation_before && !moved {
@@ -219,8 +216,5 @@ fn decode(set: Set, elements: Vec<element::Found>) -> Option<Elements> {
     if set.is_interval() {
         return Some(range::ranges(set, elements)?.into_iter().collect());
     }
-    elements
-        .into_iter()
-        .map(|found| Some((element::key(set, &found.key)?, found.value?)))
-        .collect()
+    elements.into_iter().map(|found| Some((element::key(set, &found.key)?, found.value?))).collect()
 }

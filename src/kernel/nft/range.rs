@@ -27,10 +27,8 @@ pub(super) fn ranges(set: Set, found: Vec<Found>) -> Option<Vec<(Key, Value)>> {
         match (is_start, open.take()) {
             (true, None) => open = Some((at, value?)),
             (false, Some((first, value))) => {
-                let range = IpRange::new(
-                    address(family, first)?,
-                    address(family, at.checked_sub(1)?)?,
-                )?;
+                let range =
+                    IpRange::new(address(family, first)?, address(family, at.checked_sub(1)?)?)?;
                 ranges.push((key(range), value));
             }
             // `nft` begins a set that does not hold the lowest address with an end there.
@@ -73,21 +71,11 @@ mod tests {
 
     #[test]
     fn ranges_come_from_their_ends_in_any_order() {
-        let list = [
-            (20, true),
-            (0, true),
-            (10, false),
-            (20, false),
-            (30, true),
-            (u32::MAX - 1, false),
-        ];
+        let list =
+            [(20, true), (0, true), (10, false), (20, false), (30, true), (u32::MAX - 1, false)];
         assert_eq!(
             text(&list).unwrap(),
-            [
-                "0.0.0.10-0.0.0.19",
-                "0.0.0.20-0.0.0.29",
-                "255.255.255.254/31"
-            ]
+            ["0.0.0.10-0.0.0.19", "0.0.0.20-0.0.0.29", "255.255.255.254/31"]
         );
         assert_eq!(text(&[(0, false)]).unwrap(), ["0.0.0.0/0"]);
         assert_eq!(text(&[]).unwrap(), [""; 0]);

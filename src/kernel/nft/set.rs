@@ -48,10 +48,7 @@ impl Shape {
             flags: if set.is_interval() { INTERVAL } else { 0 }
                 | if data.is_some() { MAP } else { 0 },
             // Six bits a part, the first one highest.
-            key_type: set
-                .key()
-                .iter()
-                .fold(0, |sum, part| sum << 6 | type_of(*part)),
+            key_type: set.key().iter().fold(0, |sum, part| sum << 6 | type_of(*part)),
             key_len: u32::try_from(key_len).unwrap_or(u32::MAX),
             data_type: data.map_or(0, type_of),
             data_len: data.map_or(0, |data| u32::try_from(data.len()).unwrap_or(u32::MAX)),

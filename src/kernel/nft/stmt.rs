@@ -35,11 +35,7 @@ const fn nfproto(family: Family) -> u8 {
 
 /// The family of a set's keys.
 fn family_of(set: Set) -> Family {
-    if set.key().first() == Some(&Datum::Ipv6) {
-        Family::V6
-    } else {
-        Family::V4
-    }
+    if set.key().first() == Some(&Datum::Ipv6) { Family::V6 } else { Family::V4 }
 }
 
 fn needs(statement: &Stmt) -> Needs {
@@ -83,18 +79,11 @@ const fn load(key: u32) -> Expr {
 }
 
 const fn set_tag() -> Expr {
-    Expr::MetaSet {
-        key: meta::PRIORITY,
-        sreg: reg::R1,
-    }
+    Expr::MetaSet { key: meta::PRIORITY, sreg: reg::R1 }
 }
 
 const fn cmp(equal: bool, data: Vec<u8>) -> Expr {
-    Expr::Cmp {
-        sreg: reg::R1,
-        equal,
-        data,
-    }
+    Expr::Cmp { sreg: reg::R1, equal, data }
 }
 
 const fn is(data: Vec<u8>) -> Expr {
@@ -107,12 +96,7 @@ fn host(number: u32) -> Vec<u8> {
 }
 
 fn bits(mask: Vec<u8>, xor: Vec<u8>) -> Expr {
-    Expr::Bitwise {
-        sreg: reg::R1,
-        dreg: reg::R1,
-        mask,
-        xor,
-    }
+    Expr::Bitwise { sreg: reg::R1, dreg: reg::R1, mask, xor }
 }
 
 fn masked(mask: u32) -> Expr {
@@ -120,12 +104,7 @@ fn masked(mask: u32) -> Expr {
 }
 
 fn lookup(set: Set, dreg: Option<u32>, invert: bool) -> Expr {
-    Expr::Lookup {
-        set: set.name(),
-        sreg: reg::R1,
-        dreg,
-        invert,
-    }
+    Expr::Lookup { set: set.name(), sreg: reg::R1, dreg, invert }
 }
 
 /// Bytes of an address.
@@ -137,12 +116,7 @@ const fn width(family: Family) -> u32 {
 }
 
 const fn address(offset: u32, family: Family) -> Expr {
-    Expr::Payload {
-        base: base::NETWORK,
-        offset,
-        len: width(family),
-        dreg: reg::R1,
-    }
+    Expr::Payload { base: base::NETWORK, offset, len: width(family), dreg: reg::R1 }
 }
 
 const fn source(family: Family) -> Expr {
@@ -154,12 +128,7 @@ const fn destination(family: Family) -> Expr {
 }
 
 const fn transport(offset: u32, len: u32) -> Expr {
-    Expr::Payload {
-        base: base::TRANSPORT,
-        offset,
-        len,
-        dreg: reg::R1,
-    }
+    Expr::Payload { base: base::TRANSPORT, offset, len, dreg: reg::R1 }
 }
 
 const fn end(code: i32) -> Expr {
@@ -201,11 +170,7 @@ fn body(statement: &Stmt) -> Vec<Expr> {
             };
             vec![connection(ct::DIRECTION), is(vec![number])]
         }
-        Stmt::CtState(states) => vec![
-            connection(ct::STATE),
-            masked(*states),
-            cmp(false, host(0)),
-        ],
+        Stmt::CtState(states) => vec![connection(ct::STATE), masked(*states), cmp(false, host(0))],
         Stmt::NotTranslated => vec![connection(ct::STATUS), masked(SOURCE_NAT), is(host(0))],
         Stmt::UdpPort(port) => vec![
             load(meta::L4PROTO),
@@ -213,43 +178,26 @@ fn body(statement: &Stmt) -> Vec<Expr> {
             transport(2, 2),
             is(port.to_be_bytes().to_vec()),
         ],
-        Stmt::Icmp6Type(kind) => vec![
-            load(meta::L4PROTO),
-            is(vec![ICMP6]),
-            transport(0, 1),
-            is(vec![*kind]),
-        ],
+        Stmt::Icmp6Type(kind) => {
+            vec![load(meta::L4PROTO), is(vec![ICMP6]), transport(0, 1), is(vec![*kind])]
+        }
         Stmt::SetMark { keep, value } => vec![
             load(meta::MARK),
             bits(host(*keep), host(*value)),
-            Expr::MetaSet {
-                key: meta::MARK,
-                sreg: reg::R1,
-            },
+            Expr::MetaSet { key: meta::MARK, sreg: reg::R1 },
         ],
-        Stmt::ClearTag => vec![
-            Expr::Load {
-                dreg: reg::R1,
-                data: host(0),
-            },
-            set_tag(),
-        ],
-        Stmt::TagBySource(set) => vec![
-            source(family_of(*set)),
-            lookup(*set, Some(reg::R1), false),
-            set_tag(),
-        ],
+        Stmt::ClearTag => vec![Expr::Load { dreg: reg::R1, data: host(0) }, set_tag()],
+        Stmt::TagBySource(set) => {
+            vec![source(family_of(*set)), lookup(*set, Some(reg::R1), false), set_tag()]
+        }
         Stmt::TagByDestination(family, length) => tag_by_destination(*family, *length),
-        Stmt::TagByTag(set) => vec![
-            load(meta::PRIORITY),
-            lookup(*set, Some(reg::R1), false),
-            set_tag(),
-        ],
+        Stmt::TagByTag(set) => {
+            vec![load(meta::PRIORITY), lookup(*set, Some(reg::R1), false), set_tag()]
+        }
         Stmt::TagIn(set) => vec![load(meta::PRIORITY), lookup(*set, None, false)],
-        Stmt::VerdictByTag(set) => vec![
-            load(meta::PRIORITY),
-            lookup(*set, Some(reg::VERDICT), false),
-        ],
+        Stmt::VerdictByTag(set) => {
+            vec![load(meta::PRIORITY), lookup(*set, Some(reg::VERDICT), false)]
+        }
         Stmt::SnatToSource(family) => vec![source(*family), snat(*family)],
         Stmt::SnatByTag(family) => vec![
             load(meta::PRIORITY),
@@ -270,10 +218,7 @@ const fn connection(key: u32) -> Expr {
 }
 
 fn snat(family: Family) -> Expr {
-    Expr::Snat {
-        family: nfproto(family).into(),
-        sreg: reg::R1,
-    }
+    Expr::Snat { family: nfproto(family).into(), sreg: reg::R1 }
 }
 
 fn tag_by_destination(family: Family, length: u8) -> Vec<Expr> {

@@ -16,10 +16,7 @@ impl Verdict {
     }
 
     pub(in super::super) fn goto(chain: impl ToString) -> Self {
-        Self {
-            code: super::verdict::GOTO,
-            chain: Some(chain.to_string()),
-        }
+        Self { code: super::verdict::GOTO, chain: Some(chain.to_string()) }
     }
 
     /// Writes it as the content of a data attribute.
@@ -41,9 +38,7 @@ impl Verdict {
         let chain = find(inside.nested(), 2)?;
         Ok(Some(Self {
             code: i32::from_ne_bytes(code.be32()?.to_ne_bytes()),
-            chain: chain
-                .map(|chain| chain.text().map(String::from))
-                .transpose()?,
+            chain: chain.map(|chain| chain.text().map(String::from)).transpose()?,
         }))
     }
 }
@@ -68,9 +63,7 @@ struct Fields<'a>(Attributes<'a>);
 
 impl<'a> Fields<'a> {
     fn number(&self, kind: u16) -> Result<Option<u32>, Malformed> {
-        find(self.0.clone(), kind)?
-            .map(|attribute| attribute.be32())
-            .transpose()
+        find(self.0.clone(), kind)?.map(|attribute| attribute.be32()).transpose()
     }
 
     fn register(&self, kind: u16) -> Result<Option<u32>, Malformed> {
@@ -113,11 +106,9 @@ pub(super) fn data(name: &str, list: Attributes<'_>) -> Result<Option<Expr>, Mal
         },
         "payload" => payload(&fields)?,
         "cmp" => match (fields.register(1)?, fields.number(2)?, fields.data(3)?) {
-            (Some(sreg), Some(op @ (0 | 1)), Some(data)) => Some(Expr::Cmp {
-                sreg,
-                equal: op == 0,
-                data,
-            }),
+            (Some(sreg), Some(op @ (0 | 1)), Some(data)) => {
+                Some(Expr::Cmp { sreg, equal: op == 0, data })
+            }
             _ => None,
         },
         "bitwise" => bitwise(&fields)?,
@@ -140,12 +131,9 @@ fn payload(fields: &Fields<'_>) -> Result<Option<Expr>, Malformed> {
     let numbers = (fields.number(2)?, fields.number(3)?, fields.number(4)?);
     let (dreg, sreg) = (fields.register(1)?, fields.register(5)?);
     Ok(match (dreg, sreg, numbers) {
-        (Some(dreg), None, (Some(base), Some(offset), Some(len))) => Some(Expr::Payload {
-            base,
-            offset,
-            len,
-            dreg,
-        }),
+        (Some(dreg), None, (Some(base), Some(offset), Some(len))) => {
+            Some(Expr::Payload { base, offset, len, dreg })
+        }
         _ => None,
     })
 }
@@ -156,12 +144,9 @@ fn bitwise(fields: &Fields<'_>) -> Result<Option<Expr>, Malformed> {
     }
     let registers = (fields.register(1)?, fields.register(2)?);
     Ok(match (registers, fields.data(4)?, fields.data(5)?) {
-        ((Some(sreg), Some(dreg)), Some(mask), Some(xor)) => Some(Expr::Bitwise {
-            sreg,
-            dreg,
-            mask,
-            xor,
-        }),
+        ((Some(sreg), Some(dreg)), Some(mask), Some(xor)) => {
+            Some(Expr::Bitwise { sreg, dreg, mask, xor })
+        }
         _ => None,
     })
 }
@@ -176,12 +161,7 @@ fn lookup(fields: &Fields<'_>) -> Result<Option<Expr>, Malformed> {
         1 => true,
         _ => return Ok(None),
     };
-    Ok(Some(Expr::Lookup {
-        set: set.into(),
-        sreg,
-        dreg: fields.register(3)?,
-        invert,
-    }))
+    Ok(Some(Expr::Lookup { set: set.into(), sreg, dreg: fields.register(3)?, invert }))
 }
 
 fn immediate(fields: &Fields<'_>) -> Result<Option<Expr>, Malformed> {
@@ -191,10 +171,7 @@ fn immediate(fields: &Fields<'_>) -> Result<Option<Expr>, Malformed> {
     if let Some(verdict) = Verdict::read(&data)? {
         return Ok((dreg == reg::VERDICT).then_some(Expr::Immediate(verdict)));
     }
-    Ok(value(&data)?.map(|data| Expr::Load {
-        dreg,
-        data: data.to_vec(),
-    }))
+    Ok(value(&data)?.map(|data| Expr::Load { dreg, data: data.to_vec() }))
 }
 
 /// `NF_NAT_RANGE_MAP_IPS`: the kernel sets it where there is an address.

@@ -14,8 +14,8 @@ pub(in super::super) fn recognise(exprs: &[Expr]) -> NftRule {
     let mut statements = Vec::new();
     let mut rest = exprs;
     while let Some(first) = rest.first() {
-        let (statement, length) = next(rest, &mut family)
-            .unwrap_or_else(|| (Stmt::Unknown(first.hash()), 1));
+        let (statement, length) =
+            next(rest, &mut family).unwrap_or_else(|| (Stmt::Unknown(first.hash()), 1));
         statements.push(statement);
         rest = rest.get(length..).unwrap_or_default();
     }
@@ -44,19 +44,10 @@ fn next(exprs: &[Expr], known: &mut Option<Family>) -> Option<(Stmt, usize)> {
 fn tested_family(exprs: &[Expr]) -> Option<Family> {
     match exprs {
         [
-            Expr::MetaLoad {
-                key: meta::NFPROTO,
-                dreg: reg::R1,
-            },
-            Expr::Cmp {
-                sreg: reg::R1,
-                equal: true,
-                data,
-            },
+            Expr::MetaLoad { key: meta::NFPROTO, dreg: reg::R1 },
+            Expr::Cmp { sreg: reg::R1, equal: true, data },
             ..,
-        ] => Family::BOTH
-            .into_iter()
-            .find(|family| data.as_slice() == [nfproto(*family)]),
+        ] => Family::BOTH.into_iter().find(|family| data.as_slice() == [nfproto(*family)]),
         _ => None,
     }
 }
@@ -96,24 +87,12 @@ fn guess_meta(key: u32, rest: &[Expr]) -> Option<Stmt> {
         (meta::MARK, [Expr::Bitwise { mask, xor, .. }, then, ..]) => {
             let (mask, xor) = (host(mask)?, host(xor)?);
             match then {
-                Expr::Cmp {
-                    equal: true, data, ..
-                } => Some(Stmt::MarkIs {
-                    mask,
-                    value: host(data)?,
-                }),
-                Expr::Cmp { data, .. } => Some(Stmt::MarkIsNot {
-                    mask,
-                    value: host(data)?,
-                }),
-                Expr::Lookup { set, .. } => Some(Stmt::MarkIn {
-                    mask,
-                    set: Set::from_name(set)?,
-                }),
-                _ => Some(Stmt::SetMark {
-                    keep: mask,
-                    value: xor,
-                }),
+                Expr::Cmp { equal: true, data, .. } => {
+                    Some(Stmt::MarkIs { mask, value: host(data)? })
+                }
+                Expr::Cmp { data, .. } => Some(Stmt::MarkIsNot { mask, value: host(data)? }),
+                Expr::Lookup { set, .. } => Some(Stmt::MarkIn { mask, set: Set::from_name(set)? }),
+                _ => Some(Stmt::SetMark { keep: mask, value: xor }),
             }
         }
         (meta::L4PROTO, [Expr::Cmp { data: proto, .. }, _, Expr::Cmp { data, .. }, ..]) => {

@@ -46,17 +46,8 @@ fn everything_can_be_deleted_again() {
     in_netns(|socket| {
         commit(socket, &sample::ops()).unwrap();
         let wanted = sample::firewall();
-        let mut ops: Vec<_> = wanted
-            .chains
-            .keys()
-            .map(|id| Op::SetRules(*id, vec![]))
-            .collect();
-        ops.extend(
-            wanted
-                .elements
-                .into_iter()
-                .map(|(key, value)| Op::DeleteElement(key, value)),
-        );
+        let mut ops: Vec<_> = wanted.chains.keys().map(|id| Op::SetRules(*id, vec![])).collect();
+        ops.extend(wanted.elements.into_iter().map(|(key, value)| Op::DeleteElement(key, value)));
         ops.extend(wanted.chains.into_keys().map(Op::DeleteChain));
         ops.extend(wanted.sets.into_iter().map(Op::DeleteSet));
         assert_eq!(commit(socket, &ops), Ok(()));
@@ -70,9 +61,7 @@ fn script(ops: &[Op]) -> String {
         let text = op.to_string();
         text.lines().map(String::from).collect::<Vec<_>>()
     });
-    lines
-        .map(|line| line.strip_prefix("nft ").unwrap().to_owned() + "\n")
-        .collect()
+    lines.map(|line| line.strip_prefix("nft ").unwrap().to_owned() + "\n").collect()
 }
 
 #[test]

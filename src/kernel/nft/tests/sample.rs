@@ -32,25 +32,15 @@ pub(super) fn tag(number: u16) -> Tag {
 }
 
 fn base(kind: ChainType, hook: Hook, priority: i32) -> Option<Base> {
-    Some(Base {
-        kind,
-        hook,
-        priority,
-    })
+    Some(Base { kind, hook, priority })
 }
 
 pub(super) fn chains() -> Vec<(ChainId, Option<Base>, Vec<NftRule>)> {
     use Stmt::*;
     let rules = |list: Vec<Vec<Stmt>>| list.into_iter().map(NftRule).collect::<Vec<_>>();
     let mask = 0xffff_ff00;
-    let mark = SetMark {
-        keep: 0xff,
-        value: GATEWAY.get(),
-    };
-    let unmark = SetMark {
-        keep: 0xff,
-        value: 0,
-    };
+    let mark = SetMark { keep: 0xff, value: GATEWAY.get() };
+    let unmark = SetMark { keep: 0xff, value: 0 };
     let mut list = vec![
         (
             ChainId::Prerouting,
@@ -160,10 +150,7 @@ pub(super) fn sets() -> Vec<Set> {
 }
 
 pub(super) fn elements() -> Vec<(Key, Value)> {
-    let note = |data, text: &str| Value {
-        data,
-        comment: Some(Comment::of_name(text)),
-    };
+    let note = |data, text: &str| Value { data, comment: Some(Comment::of_name(text)) };
     let none = || Value::plain(Data::None);
     let class = |number| Value::plain(Data::Tag(tag(number)));
     let way = |tag, verdict| (Key::Verdict(tag), Value::plain(Data::Verdict(verdict)));
@@ -188,10 +175,9 @@ pub(super) fn elements() -> Vec<(Key, Value)> {
         (Key::SourceNet(range("10.9.0.0", "10.9.0.77")), class(5)),
         (Key::SourceNet(range("fd00::1", "fd00::1")), note(Data::Tag(tag(6)), &"n".repeat(200))),
     ];
-    for (family, one, eip) in [
-        (V4, "192.0.2.1", "198.51.100.200"),
-        (V6, "2001:db8::1", "2001:db8::200"),
-    ] {
+    for (family, one, eip) in
+        [(V4, "192.0.2.1", "198.51.100.200"), (V6, "2001:db8::1", "2001:db8::200")]
+    {
         list.extend([
             (Key::Peer(address(one)), note(Data::None, "node-2")),
             (Key::Eip(address(eip)), none()),
@@ -219,10 +205,7 @@ pub(super) fn ops() -> Vec<Op> {
 /// The state that they make.
 pub(super) fn firewall() -> Firewall {
     Firewall {
-        chains: chains()
-            .into_iter()
-            .map(|(id, base, rules)| (id, (base, rules)))
-            .collect(),
+        chains: chains().into_iter().map(|(id, base, rules)| (id, (base, rules))).collect(),
         sets: sets().into_iter().collect(),
         elements: elements().into_iter().collect(),
         ..Firewall::default()

@@ -78,7 +78,10 @@ fn each_operation_of_a_large_transaction_can_be_the_one_that_is_named() {
         let mut ops = sample::ops();
         let good = ops.len();
         for at in [0, 1, 5, 30, good] {
-            ops.insert(at, Op::AddElement(Key::Peer([9, 9, 9, 9].into()), Value::plain(Data::None)));
+            ops.insert(
+                at,
+                Op::AddElement(Key::Peer([9, 9, 9, 9].into()), Value::plain(Data::None)),
+            );
             ops.insert(at, Op::DeleteSet(Set::Destination(V4, 7)));
             let refused = commit(socket, &ops).unwrap_err();
             assert_eq!(refused[0].0, at, "{refused:?}");
