@@ -5,8 +5,7 @@ use std::collections::BTreeMap;
 use crate::changes::{Changes, Phase, Step};
 use crate::cluster::Tunnel;
 use crate::op::Op;
-use crate::range::IpRange;
-use crate::state::{Firewall, Key, NftRule, Route, Set, State, Stmt, Stray};
+use crate::state::{ChainId, Firewall, Key, NftRule, Route, Set, State, Stmt, Stray, Vxlan};
 
 impl Changes {
     /// The operations that turn what is there into what is wanted.
@@ -78,7 +77,16 @@ fn changes<'a, K: Ord, V: PartialEq>(
 }
 
 fn rtnetlink(observed: &State, desired: &State, steps: &mut Steps) {
-    let mut observed = observed.clone();
+    let mut observed = State {
+        link: observed.link.clone(),
+        addresses: observed.addresses.clone(),
+        fdb: observed.fdb.clone(),
+        neighbours: observed.neighbours.clone(),
+        routes: observed.routes.clone(),
+        rules: observed.rules.clone(),
+        // A million elements may be in it, and none is looked at here.
+        firewall: None,
+    };
     link(&mut observed, desired, steps);
     let new = desired.link.as_ref().map(|link| link.name.clone());
     let old = observed.link.as_ref().map(|link| link.name.clone()).or_else(|| new.clone());
@@ -156,9 +164,7 @@ fn link(observed: &mut State, desired: &State, steps: &mut Steps) {
             steps.add(Phase::DeleteTunnel, Op::DeleteLink(old.name));
         }
         (Some(old), Some(new)) => {
-            if (&old.name, old.vni, old.port) != (&new.name, new.vni, new.port)
-                || old.local.is_ipv4() != new.local.is_ipv4()
-            {
+            if must_be_made_anew(&old, new) {
                 took_along(observed);
                 steps.add(Phase::Tunnel, Op::DeleteLink(old.name));
                 steps.add(Phase::Tunnel, Op::AddLink(new.clone()));
@@ -174,6 +180,13 @@ fn link(observed: &mut State, desired: &State, steps: &mut Steps) {
             observed.link = Some(old);
         }
     }
+}
+
+/// Whether the kernel cannot give a device what is asked; it keeps silent about the last of them.
+fn must_be_made_anew(old: &Vxlan, new: &Vxlan) -> bool {
+    (&old.name, old.vni, old.port) != (&new.name, new.vni, new.port)
+        || old.local.is_ipv4() != new.local.is_ipv4()
+        || old.underlay.is_some() && new.underlay.is_none()
 }
 
 fn routes(observed: &State, desired: &State, steps: &mut Steps) {
@@ -197,9 +210,11 @@ fn routes(observed: &State, desired: &State, steps: &mut Steps) {
 }
 
 fn firewall(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
-    // A set of ours with a foreign shape cannot be changed, and our rules hold on to it.
-    let misshapen =
-        |stray: &Stray| matches!(stray, Stray::Set(name) if Set::from_name(name).is_some());
+    // What has a name of ours and another shape cannot be changed, and our rules hold on to it.
+    let misshapen = |stray: &Stray| match stray {
+        Stray::Set(name) => Set::from_name(name).is_some(),
+        Stray::Chain(name) => ChainId::from_name(name).is_some(),
+    };
     if observed.strays.iter().any(misshapen) {
         steps.add(Phase::Skeleton, Op::DeleteTable);
         steps.add(Phase::Skeleton, Op::AddTable);
@@ -220,7 +235,10 @@ fn firewall(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
         // Sets that go take their elements along.
         Change::Removed(key, _) if !desired.sets.contains(&key.set()) => {}
         Change::Removed(key, value) => {
-            let phase = if overlapped(key, desired) { filled_in(key) } else { emptied_in(key) };
+            // The kernel refuses overlapping ranges: one that goes and one that stays or comes
+            // in its place cannot be there at once.
+            let phase =
+                if desired.overlapping(key).is_some() { filled_in(key) } else { emptied_in(key) };
             steps.add(phase, Op::DeleteElement(*key, value.clone()));
         }
     });
@@ -230,8 +248,12 @@ fn firewall(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
     for set in observed.sets.difference(&desired.sets) {
         steps.add(Phase::EmptyVerdicts, Op::DeleteSet(*set));
     }
+    // A chain that goes at the start makes room for the one that takes its place.
+    sort(steps, Phase::Skeleton, |op| match op {
+        Op::DeleteChain(_) => 0,
+        op => rank(op),
+    });
     for phase in [
-        Phase::Skeleton,
         Phase::FillVerdicts,
         Phase::FillPolicies,
         Phase::FillClasses,
@@ -248,7 +270,6 @@ fn rank(op: &Op) -> u8 {
         Op::DeleteTable => 0,
         Op::AddTable => 1,
         Op::AddSet(_) => 2,
-        // Of chains, those that go and come back in another place.
         Op::AddChain(..) => 3,
         Op::SetRules(..) => 4,
         // A range that is cut in two must be gone before its parts come.
@@ -256,24 +277,6 @@ fn rank(op: &Op) -> u8 {
         Op::AddElement(..) => 6,
         Op::DeleteChain(_) | Op::DeleteStray(Stray::Chain(_)) => 7,
         _ => 8,
-    }
-}
-
-/// Whether a range that goes shares addresses with one that stays or comes.
-///
-/// The kernel refuses overlapping ranges, so the two cannot be there at once.
-fn overlapped(key: &Key, desired: &Firewall) -> bool {
-    let (range, make): (_, fn(IpRange) -> Key) = match key {
-        Key::Excluded(range) => (range, Key::Excluded),
-        Key::SourceNet(range) => (range, Key::SourceNet),
-        _ => return false,
-    };
-    let end = IpRange::from_to_end(range.last());
-    match desired.elements.range(..=make(end)).next_back() {
-        Some((Key::Excluded(other) | Key::SourceNet(other), _)) => {
-            make(*other).set() == key.set() && other.last() >= range.first()
-        }
-        _ => false,
     }
 }
 
@@ -294,8 +297,7 @@ fn chains(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
             }
             None => {
                 if found.is_some() {
-                    // Ahead of the rank's order: it makes room for the one that takes its place.
-                    steps.0.entry(Phase::Skeleton).or_default().insert(0, Op::DeleteChain(*chain));
+                    steps.add(Phase::Skeleton, Op::DeleteChain(*chain));
                 }
                 steps.add(Phase::Skeleton, Op::AddChain(*chain, *base));
                 steps.add(Phase::Skeleton, Op::SetRules(*chain, rules.clone()));

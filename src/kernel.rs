@@ -7,8 +7,13 @@ mod link_change;
 mod neighbour;
 mod nft;
 mod route;
+mod route_answer;
 mod route_socket;
 mod rtnl;
+#[cfg(test)]
+mod rtnl_kernel_tests;
+#[cfg(test)]
+mod rtnl_wire_tests;
 mod rule;
 mod socket;
 mod tables;

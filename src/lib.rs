@@ -1,4 +1,80 @@
-//! Stable egress IPs for pods.
+//! Stable egress IPs for pods: selected pods that talk to selected destinations leave through a
+//! chosen gateway node, wearing a chosen address.
+//!
+//! The crate is a library for CNI plugins and operators. It plans what a node's kernel should hold,
+//! reads what it does hold, and makes the difference, over netlink and without any external binary.
+//! It does not watch an API server, choose gateways, announce addresses or run threads.
+//!
+//! ```text
+//!  policies, cluster        Reconciler::reconcile
+//!        │
+//!        ▼            observe            compare               apply
+//!      plan ──► State ◄────── Datapath ──────────► Changes ──────────► Datapath
+//!     (pure)  (wanted)       (kernel, Sim)         (steps in a safe order)
+//! ```
+//!
+//! - [`Policy`] says which traffic leaves where; [`EgressPolicy`] is the plain value.
+//! - [`MarkAllocator`] and [`TableAllocator`] number the gateways; [`MarkPool`] and [`TablePool`]
+//!   are ready-made.
+//! - [`plan`] makes a [`State`] of it; pure, and the same for the same input.
+//! - [`Changes`] are the difference of two states, in an order that is safe at every point; they
+//!   print as the commands an operator would type.
+//! - [`Datapath`] holds a state: the kernel ([`KernelDatapath`]) or a stand-in ([`Sim`]).
+//! - [`Reconciler`] does all of this in one call.
+//!
+//! # Example
+//!
+//! On a node that is not the gateway; with [`Sim`] it runs anywhere, with `Reconciler::open` it
+//! programs the kernel.
+//!
+//! ```
+//! use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, NodeName, PolicyId};
+//! use egress_datapath::{Reconciler, Sim};
+//!
+//! let cluster = Cluster::new(
+//!     NodeName::new("node-a")?,
+//!     vec![
+//!         Node::new(
+//!             NodeName::new("node-a")?,
+//!             vec!["10.10.0.11".parse()?],
+//!             vec!["172.31.0.11/16".parse()?],
+//!         ),
+//!         Node::new(
+//!             NodeName::new("node-b")?,
+//!             vec!["10.10.0.12".parse()?],
+//!             vec!["172.31.0.12/16".parse()?],
+//!         ),
+//!     ],
+//!     vec!["10.244.0.0/16".parse()?],
+//! );
+//! let policy = EgressPolicy {
+//!     gateway: Some(NodeName::new("node-b")?),
+//!     ..EgressPolicy::new(
+//!         PolicyId::new("shop/checkout")?,
+//!         vec!["10.244.1.10/32".parse()?],
+//!         EgressIp::V4("198.51.100.200".parse()?),
+//!     )
+//! };
+//!
+//! let mut egress = Reconciler::new(Sim::new());
+//! let report = egress.reconcile(&cluster, [&policy])?;
+//! assert!(report.changes.to_string().contains("ip rule add pref 101 fwmark 0x26000000"));
+//!
+//! let again = egress.reconcile(&cluster, [&policy])?;
+//! assert!(again.changes.is_empty());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Features
+//!
+//! - `kernel` (default): [`KernelDatapath`], on Linux.
+//! - `serde`: `Serialize` and `Deserialize` for the value types.
+//! - `mock`: mocks of the four traits; exempt from semantic versioning.
+//!
+//! # Permissions
+//!
+//! Programming a kernel needs `CAP_NET_ADMIN` in the user namespace that owns the network
+//! namespace. The minimum Rust version is 1.85.
 
 mod alloc;
 mod changes;
@@ -47,3 +123,8 @@ pub use state::State;
 pub use types::{
     DeviceName, Family, MacAddr, Mark, NameError, NodeName, ParseMacError, PolicyId, TableId,
 };
+
+/// The README's example, compiled.
+#[cfg(all(doctest, feature = "kernel", target_os = "linux"))]
+#[doc = include_str!("../README.md")]
+struct Readme;

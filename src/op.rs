@@ -103,10 +103,14 @@ fn ip_command(f: &mut fmt::Formatter<'_>, op: &Op) -> fmt::Result {
     match op {
         Op::AddLink(link) => {
             write!(f, "ip link add {} address {} mtu {} ", link.name, link.mac, link.mtu)?;
-            write!(f, "alias {LINK_ALIAS} type vxlan id {} ", link.vni)?;
+            write!(f, "type vxlan id {} ", link.vni)?;
             link_attributes(f, link)?;
             write!(f, " dstport {} nolearning", link.port)?;
+            // The kernel ignores an alias in the request that creates a device.
+            write!(f, " && ip link set {} alias {LINK_ALIAS} addrgenmode none", link.name)?;
             rp_filter(f, link)?;
+            // Else an address takes others of its network along when it goes.
+            write!(f, " net/ipv4/conf/{}/promote_secondaries=1", link.name)?;
             if link.up { write!(f, " && ip link set {} up", link.name) } else { Ok(()) }
         }
         Op::SetLink(link) => {
@@ -131,7 +135,10 @@ fn ip_command(f: &mut fmt::Formatter<'_>, op: &Op) -> fmt::Result {
         }
         Op::PutNeighbour(device, address, mac) => {
             let ip = ip(Family::of(*address));
-            write!(f, "{ip} neigh replace {address} lladdr {mac} dev {device} nud permanent")
+            write!(
+                f,
+                "{ip} neigh replace {address} lladdr {mac} dev {device} nud permanent protocol {PROTOCOL}"
+            )
         }
         Op::DeleteNeighbour(device, address) => {
             write!(f, "{} neigh del {address} dev {device}", ip(Family::of(*address)))

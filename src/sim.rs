@@ -6,7 +6,7 @@ use crate::changes::{Changes, Step};
 use crate::datapath::Datapath;
 use crate::error::{ApplyError, KernelError, errno};
 use crate::op::Op;
-use crate::state::{ChainId, Data, Firewall, Key, NftRule, Route, Set, State, Stmt, Verdict};
+use crate::state::{ChainId, Data, Firewall, NftRule, Route, Set, State, Stmt, Verdict};
 use crate::types::DeviceName;
 
 /// A [`Datapath`] in memory that refuses what the kernel refuses.
@@ -288,7 +288,7 @@ fn nft(firewall: &mut Firewall, op: &Op) -> Result<(), Errno> {
                     return Err(errno::ENOENT);
                 }
             }
-            if clashes(firewall, key) {
+            if firewall.elements.contains_key(key) || firewall.overlapping(key).is_some() {
                 return Err(errno::EEXIST);
             }
             firewall.elements.insert(*key, value.clone());
@@ -298,20 +298,6 @@ fn nft(firewall: &mut Firewall, op: &Op) -> Result<(), Errno> {
         Op::DeleteStray(stray) => firewall.strays.remove(stray).then_some(()).ok_or(errno::ENOENT),
         _ => Err(errno::EINVAL),
     }
-}
-
-/// Whether the key is there already, or a range that shares addresses with it.
-fn clashes(firewall: &Firewall, key: &Key) -> bool {
-    firewall.elements.contains_key(key)
-        || firewall.elements.keys().any(|other| match (key, other) {
-            (Key::Excluded(one), Key::Excluded(two))
-            | (Key::SourceNet(one), Key::SourceNet(two)) => {
-                one.family() == two.family()
-                    && one.first() <= two.last()
-                    && two.first() <= one.last()
-            }
-            _ => false,
-        })
 }
 
 fn goes_to(firewall: &Firewall, chain: ChainId) -> bool {

@@ -10,8 +10,10 @@ use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, Addres
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::route_socket::RouteSocket;
-use crate::error::KernelError;
+use crate::error::{KernelError, errno};
 use crate::types::{DeviceName, Family};
+
+const NO_IPV6: &str = "set the sysctl net.ipv6.conf.<device>.disable_ipv6 to 0";
 
 pub(super) const fn kernel_family(family: Family) -> AddressFamily {
     match family {
@@ -67,7 +69,15 @@ impl RouteSocket {
             message.header.flags = AddressHeaderFlags::Nodad;
         }
         let flags = NLM_F_CREATE | NLM_F_EXCL;
-        self.request(what, RouteNetlinkMessage::NewAddress(message), flags)
+        let message = RouteNetlinkMessage::NewAddress(message);
+        self.request(what, message, flags).map_err(|error| {
+            // Not for want of a privilege, although the error number says so.
+            if error.errno() == Some(errno::EACCES) && matches!(net, IpNet::V6(_)) {
+                error.with_remedy(NO_IPV6)
+            } else {
+                error
+            }
+        })
     }
 
     pub(super) fn delete_address(
@@ -123,7 +133,7 @@ impl RouteSocket {
         family: Family,
     ) -> Result<Vec<(u32, IpNet)>, KernelError> {
         let message = RouteNetlinkMessage::GetAddress(message);
-        self.dump(what, &message, |message| match message {
+        let found = self.dump(what, &message, |message| match message {
             // A kernel without IPv6 answers with the addresses of all the families it has.
             RouteNetlinkMessage::NewAddress(message)
                 if message.header.family == kernel_family(family) =>
@@ -131,6 +141,7 @@ impl RouteSocket {
                 parse(&message)
             }
             _ => None,
-        })
+        });
+        super::rtnl::unless_absent(family, found)
     }
 }

@@ -12,11 +12,10 @@ use netlink_packet_route::link::{
 
 use super::link::Device;
 use super::route_socket::RouteSocket;
+use super::rtnl::EAFNOSUPPORT;
 use crate::error::{KernelError, errno};
 use crate::state::{LINK_ALIAS, Vxlan};
 use crate::types::DeviceName;
-
-const EAFNOSUPPORT: i32 = 97;
 
 // Of `linux/if_link.h` and `linux/ip.h`.
 const IFLA_INET_CONF: u16 = 1;
@@ -29,7 +28,7 @@ const VNI_TAKEN: &str =
     "another VXLAN device has this VNI and port: remove that device or choose others";
 const NO_UNDERLAY: &str = "create the underlay device first or name another one";
 const UNCHANGEABLE: &str =
-    "the kernel cannot change VNI, port and address family: delete the device and add it again";
+    "VNI, port, address family and lack of an underlay stay: delete the device and add it again";
 
 /// The request that creates the device, down; the kernel leaves out the alias.
 pub(super) fn create(link: &Vxlan, underlay: u32) -> LinkMessage {
@@ -155,6 +154,10 @@ impl RouteSocket {
             return Err(KernelError::refused(what, errno::EOPNOTSUPP).with_remedy(UNCHANGEABLE));
         }
         let underlay = self.underlay(what, link)?;
+        // The kernel says yes to an underlay of 0 and keeps the old one.
+        if underlay == 0 && tunnel.underlay != 0 {
+            return Err(KernelError::refused(what, errno::EOPNOTSUPP).with_remedy(UNCHANGEABLE));
+        }
         let mut data = Vec::new();
         if tunnel.local != Some(link.local) {
             data.push(local(link.local));

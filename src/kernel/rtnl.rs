@@ -8,7 +8,8 @@ use crate::op::Op;
 use crate::state::State;
 use crate::types::Family;
 
-const EAFNOSUPPORT: i32 = 97;
+/// Not among the error numbers that callers ask about.
+pub(super) const EAFNOSUPPORT: i32 = 97;
 
 /// A kernel without IPv6 has nothing of it; that is no error.
 pub(super) fn unless_absent<T>(

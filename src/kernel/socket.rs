@@ -5,6 +5,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use netlink_sys::{Socket as RawSocket, SocketAddr};
 
+mod buffer;
+
 /// Bytes that a dump may deliver at once; the kernel fills what the reader offers, up to 32 KiB
 /// a message buffer (`net/netlink/af_netlink.c`, `netlink_recvmsg`).
 const READ: usize = 64 * 1024;
@@ -54,6 +56,11 @@ impl Socket {
     /// The port that answers to this socket carry.
     pub(crate) fn port(&self) -> u32 {
         self.port
+    }
+
+    /// Makes room for a datagram of this many bytes, as far as the kernel grants it.
+    pub(crate) fn reserve(&self, bytes: usize) {
+        buffer::set_send_buffer(self.inner.as_fd(), bytes);
     }
 
     /// Sends one datagram of one or more messages.

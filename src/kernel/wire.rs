@@ -26,7 +26,6 @@ pub(crate) mod flag {
 }
 
 /// Message types of netlink itself.
-pub(crate) const NLMSG_NOOP: u16 = 1;
 pub(crate) const NLMSG_ERROR: u16 = 2;
 pub(crate) const NLMSG_DONE: u16 = 3;
 
@@ -119,8 +118,8 @@ mod tests {
         assert!(writer.finish().is_none());
         let mut writer = Writer::default();
         writer.nest(1, |writer| {
-            writer.attribute(1, &[0; 40_000]);
-            writer.attribute(1, &[0; 40_000]);
+            writer.attribute(1, &vec![0; 40_000]);
+            writer.attribute(1, &vec![0; 40_000]);
         });
         assert!(writer.finish().is_none());
     }
@@ -147,7 +146,7 @@ mod tests {
         let bytes = sample();
         for length in 0..bytes.len() {
             walk_messages(&bytes[..length]);
-            let whole = Messages::new(&bytes[..length]).filter(Result::is_ok);
+            let whole = Messages::new(&bytes[..length]).flatten();
             assert_eq!(whole.count(), length / (bytes.len() / 3));
         }
     }

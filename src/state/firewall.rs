@@ -28,6 +28,24 @@ pub struct Firewall {
     pub strays: BTreeSet<Stray>,
 }
 
+impl Firewall {
+    /// An element of the same set whose range shares addresses with that of the key.
+    ///
+    /// `None` for keys that are not ranges.
+    pub fn overlapping(&self, key: &Key) -> Option<&Key> {
+        let (range, make): (_, fn(IpRange) -> Key) = match key {
+            Key::Excluded(range) => (range, Key::Excluded),
+            Key::SourceNet(range) => (range, Key::SourceNet),
+            _ => return None,
+        };
+        // Ranges of one set are disjoint, so only the last that begins in time can reach it.
+        let end = make(IpRange::from_to_end(range.last()));
+        let (other, _) = self.elements.range(..=end).next_back()?;
+        let (Key::Excluded(found) | Key::SourceNet(found)) = other else { return None };
+        (other.set() == key.set() && found.last() >= range.first()).then_some(other)
+    }
+}
+
 /// Something found in our table that we never make.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Stray {

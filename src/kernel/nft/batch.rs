@@ -218,3 +218,68 @@ impl Builder<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::wire::{Attributes, Messages};
+    use crate::state::{Comment, Data};
+
+    fn sequences() -> impl FnMut() -> u32 {
+        let mut last = 0;
+        move || {
+            last += 1;
+            last
+        }
+    }
+
+    fn peer(number: u32) -> Op {
+        let comment = Comment::of_name(&"n".repeat(200));
+        let value = Value { data: Data::None, comment: Some(comment) };
+        Op::AddElement(Key::Peer(number.to_be_bytes().into()), value)
+    }
+
+    #[test]
+    fn elements_share_messages_and_each_is_found_by_its_offset() {
+        let mut ops: Vec<_> = (0..1000).map(peer).collect();
+        ops.insert(7, Op::DeleteSet(Set::Gateway));
+        let mut batch = build(&ops, &mut sequences()).unwrap();
+        let datagram = batch.datagram(0x0102_0304).to_vec();
+        let (mut kinds, mut origins) = (Vec::new(), Vec::new());
+        for message in Messages::new(&datagram).map(Result::unwrap) {
+            kinds.push(message.kind);
+            let (_, body) = message.nfgen().unwrap();
+            if message.kind != kind::NEWSETELEM {
+                continue;
+            }
+            let list = Attributes::new(body).map(Result::unwrap).last().unwrap();
+            let base = message.payload().as_ptr() as usize - 16;
+            for found in list.nested().map(Result::unwrap) {
+                // The kernel names the attribute, whose header is in front of its value.
+                let offset = found.bytes().as_ptr() as usize - 4 - base;
+                origins.push(batch.origin(message.sequence, Some(offset)).unwrap());
+            }
+        }
+        let wanted: Vec<_> = (0..=1000).filter(|index| *index != 7).collect();
+        assert_eq!(origins, wanted);
+        assert_eq!(kinds[..4], [kind::BEGIN, kind::NEWSETELEM, kind::DELSET, kind::NEWSETELEM]);
+        assert_eq!(kinds.iter().filter(|kind| **kind == kind::NEWSETELEM).count(), 4);
+        assert_eq!(kinds.last(), Some(&kind::END));
+        assert_eq!(datagram[24..28], [1, 2, 3, 4]);
+        assert_eq!(batch.origin(batch.begin, None), None);
+    }
+
+    #[test]
+    fn only_the_last_operation_and_the_end_are_acknowledged() {
+        let ops = [Op::AddTable, Op::AddSet(Set::Gateway), peer(1), peer(2)];
+        let mut batch = build(&ops, &mut sequences()).unwrap();
+        let datagram = batch.datagram(0).to_vec();
+        let acknowledged: Vec<_> = Messages::new(&datagram)
+            .map(Result::unwrap)
+            .filter(|message| message.flags & flag::ACK != 0)
+            .map(|message| message.sequence)
+            .collect();
+        assert_eq!(acknowledged, batch.acknowledged);
+        assert_eq!(acknowledged, [4, 5]);
+    }
+}

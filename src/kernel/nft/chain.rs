@@ -46,18 +46,31 @@ pub(super) fn write_rule(writer: &mut Writer, chain: ChainId, rule: &NftRule) {
     });
 }
 
+/// By whom a chain is called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Called {
+    ByRules,
+    ByHook(Base),
+    /// In a way that we never ask for.
+    Otherwise,
+}
+
 /// A chain as the kernel lists it.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Found {
     pub(super) name: String,
-    /// How it is called; `None` if it is a base chain of a kind that we never make.
-    base: Option<Option<Base>>,
+    called: Called,
 }
 
 impl Found {
     /// Which of our chains it is; `None` if it is none, or is called in a way we never say.
     pub(super) fn ours(&self) -> Option<(ChainId, Option<Base>)> {
-        Some((ChainId::from_name(&self.name)?, self.base?))
+        let base = match self.called {
+            Called::ByRules => None,
+            Called::ByHook(base) => Some(base),
+            Called::Otherwise => return None,
+        };
+        Some((ChainId::from_name(&self.name)?, base))
     }
 }
 
@@ -76,12 +89,14 @@ pub(super) fn read(attributes: Attributes<'_>) -> Result<Option<Found>, Malforme
             _ => {}
         }
     }
-    let base = match hook {
-        None => Some(None),
-        Some((number, priority)) => base(kind, number, priority, policy).map(Some),
+    let called = match hook {
+        None => Called::ByRules,
+        Some((number, priority)) => {
+            base(kind, number, priority, policy).map_or(Called::Otherwise, Called::ByHook)
+        }
     };
     let name = name.ok_or(Malformed("a chain has no name"))?.to_owned();
-    Ok((table == NFT_TABLE).then_some(Found { name, base }))
+    Ok((table == NFT_TABLE).then_some(Found { name, called }))
 }
 
 fn read_hook(attributes: Attributes<'_>) -> Result<(u32, i32), Malformed> {

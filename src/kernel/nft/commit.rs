@@ -2,8 +2,6 @@
 
 use std::io;
 
-use rustix::net::sockopt;
-
 use super::batch::{Batch, build};
 use super::{generation, position};
 use crate::error::{KernelError, errno};
@@ -92,10 +90,7 @@ impl Whole {
 fn reserve(socket: &Socket, length: usize) {
     if length > SMALL {
         let wanted = length.saturating_add(SLACK);
-        if sockopt::set_socket_send_buffer_size_force(socket, wanted).is_err() {
-            // Without the privilege the kernel grants what net.core.wmem_max allows.
-            let _ = sockopt::set_socket_send_buffer_size(socket, wanted);
-        }
+        socket.reserve(wanted);
     }
 }
 
@@ -154,4 +149,46 @@ fn refusal(
         None => (whole.first, KernelError::refused(whole.text(), ack.errno)),
     };
     (index, error.with_words(ack.words))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::nft::{observe, tests::netns::in_netns};
+    use crate::state::Firewall;
+
+    #[test]
+    fn a_transaction_for_another_generation_does_nothing() {
+        in_netns(|socket| {
+            let ops = [Op::AddTable];
+            let whole = Whole { first: 0, count: 1 };
+            let mut batch = build(&ops, &mut || socket.next_sequence()).unwrap();
+            let current = generation(socket).unwrap();
+            let outcome = attempt(socket, &ops, whole, &mut batch, current + 1);
+            assert!(matches!(outcome, Ok(Outcome::Outdated)));
+            assert_eq!(observe(socket), Ok(None));
+            let outcome = attempt(socket, &ops, whole, &mut batch, current);
+            assert!(matches!(outcome, Ok(Outcome::Made)));
+            assert_eq!(observe(socket), Ok(Some(Firewall::default())));
+            assert_eq!(generation(socket), Ok(current + 1));
+        });
+    }
+
+    #[test]
+    fn a_transaction_without_privilege_is_refused_as_a_whole() {
+        in_netns(|socket| {
+            use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
+            let mut ours = capabilities(None).unwrap();
+            ours.effective.remove(CapabilitySet::NET_ADMIN);
+            set_capabilities(None, ours).unwrap();
+            // The kernel asks for the privilege of who opened the socket, too.
+            let mut bare = crate::kernel::nft::open().unwrap();
+            let refused = commit(&mut bare, &[Op::AddTable]).unwrap_err();
+            assert_eq!(refused.len(), 1);
+            assert!(refused[0].1.is_denied(), "{refused:?}");
+            assert!(refused[0].1.remedy().is_some());
+            assert!(observe(&mut bare).unwrap_err().is_denied());
+            assert_eq!(observe(socket).unwrap_err().errno(), Some(errno::EPERM));
+        });
+    }
 }

@@ -196,3 +196,81 @@ pub(super) fn ip(family: Family, bytes: &[u8]) -> Option<IpAddr> {
 fn tag(bytes: &[u8]) -> Option<Tag> {
     Tag::new(u32::from_ne_bytes(bytes.try_into().ok()?))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::wire::Attributes;
+    use crate::range::IpRange;
+
+    fn bytes(key: &Key, value: &Value) -> Vec<u8> {
+        let mut writer = Writer::default();
+        write(&mut writer, key, Some(value));
+        writer.finish().unwrap()
+    }
+
+    fn tag(number: u32) -> Tag {
+        Tag::new(number).unwrap()
+    }
+
+    #[cfg(target_endian = "little")]
+    #[test]
+    fn elements_have_the_bytes_that_nft_sends() {
+        // nft add element inet t m '{ 198.51.100.0 . 3f2a:91c4 comment "hi" : a:b }'
+        let net = "198.51.100.0/24".parse().unwrap();
+        let value =
+            Value { data: Data::Tag(tag(0x000a_000b)), comment: Some(Comment::of_name("hi")) };
+        assert_eq!(
+            bytes(&Key::Destination(net, tag(0x3f2a_91c4)), &value),
+            b"\x2c\0\x01\x80\
+              \x10\0\x01\x80\x0c\0\x01\0\xc6\x33\x64\0\xc4\x91\x2a\x3f\
+              \x0c\0\x02\x80\x08\0\x01\0\x0b\0\x0a\0\
+              \x09\0\x06\0\0\x03hi\0\0\0\0"
+        );
+
+        // nft add element inet t a '{ 1:1 : drop }'
+        let drop = Value::plain(Data::Verdict(crate::state::Verdict::Drop));
+        assert_eq!(
+            bytes(&Key::Verdict(tag(0x0001_0001)), &drop),
+            b"\x20\0\x01\x80\x0c\0\x01\x80\x08\0\x01\0\x01\0\x01\0\
+              \x10\0\x02\x80\x0c\0\x02\x80\x08\0\x01\0\0\0\0\0"
+        );
+
+        // nft add element inet t a '{ 1:3 : goto here }'
+        let goto = Value::plain(Data::Verdict(crate::state::Verdict::Goto(ChainId::Here)));
+        assert_eq!(
+            bytes(&Key::Verdict(tag(0x0001_0003)), &goto),
+            b"\x2c\0\x01\x80\x0c\0\x01\x80\x08\0\x01\0\x03\0\x01\0\
+              \x1c\0\x02\x80\x18\0\x02\x80\x08\0\x01\0\xff\xff\xff\xfc\
+              \x09\0\x02\0here\0\0\0\0"
+        );
+    }
+
+    #[test]
+    fn a_range_ends_behind_its_last_address_unless_there_is_none() {
+        let count = |first: &str, last: &str| {
+            let range = IpRange::new(first.parse().unwrap(), last.parse().unwrap()).unwrap();
+            let bytes = bytes(&Key::Excluded(range), &Value::plain(Data::None));
+            let set = Set::Excluded(range.family());
+            Attributes::new(&bytes)
+                .map(|found| read(&found.unwrap(), set).unwrap().unwrap())
+                .map(|found| (ip(range.family(), &found.key).unwrap().to_string(), found.is_end))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(
+            count("10.244.0.0", "10.244.255.255"),
+            [("10.244.0.0".into(), false), ("10.245.0.0".into(), true)]
+        );
+        assert_eq!(count("240.0.0.0", "255.255.255.255"), [("240.0.0.0".into(), false)]);
+        let highest = "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff";
+        assert_eq!(count("::", highest), [("::".into(), false)]);
+    }
+
+    #[test]
+    fn what_we_never_write_has_no_key() {
+        assert_eq!(key(Set::Any(Family::V4), &[0, 0, 0, 0]), None);
+        assert_eq!(key(Set::Peer(Family::V4), &[1, 2, 3]), None);
+        assert_eq!(key(Set::Destination(Family::V4, 24), &[1, 2, 3, 4, 1, 0, 1]), None);
+        assert_eq!(key(Set::Destination(Family::V4, 24), &[1]), None);
+    }
+}

@@ -116,7 +116,7 @@ impl Expr {
 
     fn write_data(&self, writer: &mut Writer) {
         match self {
-            Self::MetaLoad { key, dreg } => {
+            Self::MetaLoad { key, dreg } | Self::Ct { key, dreg } => {
                 writer.be32(2, *key);
                 writer.be32(1, *dreg);
             }
@@ -152,10 +152,6 @@ impl Expr {
                 if *invert {
                     writer.be32(5, 1);
                 }
-            }
-            Self::Ct { key, dreg } => {
-                writer.be32(2, *key);
-                writer.be32(1, *dreg);
             }
             Self::Load { dreg, data } => {
                 writer.be32(1, *dreg);

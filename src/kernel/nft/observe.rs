@@ -1,15 +1,19 @@
 //! Reading the table back.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use super::{Answered, Request, ask, chain, element, expr, generation, kind, range, set};
 use crate::error::{KernelError, errno};
 use crate::kernel::socket::Socket;
 use crate::kernel::wire::{Attributes, Malformed, Writer, flag};
-use crate::state::{ChainId, Firewall, NFT_TABLE, Set, Stray};
+use crate::state::{ChainId, Firewall, Key, NFT_TABLE, Set, Stray, Value};
 
 /// Times that the table is read until nobody changes anything meanwhile.
 const ATTEMPTS: usize = 5;
+
+/// Pauses between listings of one set double up to this, which makes a second of them all.
+const LONGEST_PAUSE: Duration = Duration::from_millis(1024);
 
 /// Reads our table; `None` if there is none.
 ///
@@ -75,8 +79,8 @@ impl Reader<'_> {
         let mut firewall = Firewall::default();
         self.chains(&mut firewall)?;
         self.rules(&mut firewall)?;
-        for set in self.sets(&mut firewall)? {
-            self.elements(set, &mut firewall)?;
+        for (set, count) in self.sets(&mut firewall)? {
+            self.elements(set, count, &mut firewall)?;
         }
         Ok(Some(firewall))
     }
@@ -128,7 +132,8 @@ impl Reader<'_> {
         self.ask(&request, |writer| writer.string(1, NFT_TABLE), take)
     }
 
-    fn sets(&mut self, firewall: &mut Firewall) -> Result<Vec<Set>, KernelError> {
+    fn sets(&mut self, firewall: &mut Firewall) -> Result<BTreeMap<Set, usize>, KernelError> {
+        let mut counts = BTreeMap::new();
         let request = Request {
             text: "nft list sets inet",
             kind: kind::GETSET,
@@ -142,6 +147,8 @@ impl Reader<'_> {
             match found.ours() {
                 Some(set) => {
                     firewall.sets.insert(set);
+                    let count = found.count.and_then(|count| usize::try_from(count).ok());
+                    counts.insert(set, count.unwrap_or(0));
                 }
                 // A rule that we do not know brought it and takes it away.
                 None if found.is_anonymous() => {}
@@ -152,10 +159,45 @@ impl Reader<'_> {
             Ok(())
         };
         self.ask(&request, |writer| writer.string(1, NFT_TABLE), take)?;
-        Ok(firewall.sets.iter().copied().collect())
+        Ok(counts)
     }
 
-    fn elements(&mut self, set: Set, firewall: &mut Firewall) -> Result<(), KernelError> {
+    /// Reads the elements of a set that has at least so many.
+    fn elements(
+        &mut self,
+        set: Set,
+        least: usize,
+        firewall: &mut Firewall,
+    ) -> Result<(), KernelError> {
+        let mut pause = Duration::from_millis(1);
+        while pause < LONGEST_PAUSE {
+            match self.list(set)? {
+                // Of ranges the kernel counts both ends.
+                List::Elements(elements) if !set.is_interval() && elements.len() < least => {
+                    std::thread::sleep(pause);
+                }
+                List::Elements(elements) => {
+                    firewall.elements.extend(elements);
+                    return Ok(());
+                }
+                List::NotOurs => {
+                    // It holds what we never write and cannot name, so it must be made anew.
+                    firewall.sets.remove(&set);
+                    firewall.strays.insert(Stray::Set(set.name()));
+                    return Ok(());
+                }
+                List::Torn => std::thread::sleep(pause),
+            }
+            pause *= 2;
+        }
+        Err(KernelError::answer(
+            format!("nft list set inet {NFT_TABLE} {set}"),
+            "the kernel keeps listing some elements twice and others not at all",
+        ))
+    }
+
+    /// Lists the elements of a set once.
+    fn list(&mut self, set: Set) -> Result<List, KernelError> {
         let request = Request {
             text: &format!("nft list set inet {NFT_TABLE} {set}"),
             kind: kind::GETSETELEM,
@@ -186,19 +228,11 @@ impl Reader<'_> {
             // Deleted since the sets were listed; the generation says so, too.
             Err(error) if error.errno() == Some(errno::ENOENT) => {
                 self.moved = true;
-                return Ok(());
+                return Ok(List::Elements(Elements::new()));
             }
             other => other?,
         }
-        match elements.and_then(|elements| decode(set, elements)) {
-            Some(elements) => firewall.elements.extend(elements),
-            None => {
-                // It holds what we never write and cannot name, so it must be made anew.
-                firewall.sets.remove(&set);
-                firewall.strays.insert(Stray::Set(set.name()));
-            }
-        }
-        Ok(())
+        Ok(elements.map_or(List::NotOurs, |elements| decode(set, elements)))
     }
 }
 
@@ -210,11 +244,36 @@ fn collect(list: &mut Option<Vec<element::Found>>, found: Option<element::Found>
     }
 }
 
-type Elements = BTreeMap<crate::state::Key, crate::state::Value>;
+type Elements = BTreeMap<Key, Value>;
 
-fn decode(set: Set, elements: Vec<element::Found>) -> Option<Elements> {
-    if set.is_interval() {
-        return Some(range::ranges(set, elements)?.into_iter().collect());
+/// What one listing of a set's elements came to.
+enum List {
+    Elements(Elements),
+    /// There are some that we never write.
+    NotOurs,
+    /// Some came twice.
+    Torn,
+}
+
+fn decode(set: Set, mut found: Vec<element::Found>) -> List {
+    let count = found.len();
+    let elements: Option<Elements> = if set.is_interval() {
+        found.sort_by(|a, b| (&a.key, a.is_end).cmp(&(&b.key, b.is_end)));
+        found.dedup_by(|a, b| a.key == b.key && a.is_end == b.is_end);
+        if found.len() < count {
+            return List::Torn;
+        }
+        range::ranges(set, found).map(|ranges| ranges.into_iter().collect())
+    } else {
+        let pairs = found.into_iter();
+        pairs.map(|found| Some((element::key(set, &found.key)?, found.value?))).collect()
+    };
+    match elements {
+        // The kernel goes on in a list by the number of elements it gave already. When it makes
+        // a hash table larger meanwhile, in the background and in no generation of its own, some
+        // elements come twice and as many not at all.
+        Some(elements) if !set.is_interval() && elements.len() < count => List::Torn,
+        Some(elements) => List::Elements(elements),
+        None => List::NotOurs,
     }
-    elements.into_iter().map(|found| Some((element::key(set, &found.key)?, found.value?))).collect()
 }

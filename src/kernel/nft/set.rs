@@ -102,6 +102,8 @@ fn note(kind: u8, value: u8) -> Vec<u8> {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Found {
     pub(super) name: String,
+    /// Number of elements, where the kernel says it.
+    pub(super) count: Option<u32>,
     shape: Shape,
 }
 
@@ -120,7 +122,7 @@ impl Found {
 
 /// Reads a listed set; `None` if it is in another table.
 pub(super) fn read(attributes: Attributes<'_>) -> Result<Option<Found>, Malformed> {
-    let (mut table, mut name, mut shape) = ("", None, Shape::default());
+    let (mut table, mut name, mut count, mut shape) = ("", None, None, Shape::default());
     for attribute in attributes {
         let attribute = attribute?;
         match attribute.kind {
@@ -131,6 +133,7 @@ pub(super) fn read(attributes: Attributes<'_>) -> Result<Option<Found>, Malforme
             5 => shape.key_len = attribute.be32()?,
             6 => shape.data_type = attribute.be32()?,
             7 => shape.data_len = attribute.be32()?,
+            20 => count = Some(attribute.be32()?),
             _ => {}
         }
     }
@@ -139,7 +142,7 @@ pub(super) fn read(attributes: Attributes<'_>) -> Result<Option<Found>, Malforme
         shape.data_len = 0;
     }
     let name = name.ok_or(Malformed("a set has no name"))?.to_owned();
-    Ok((table == NFT_TABLE).then_some(Found { name, shape }))
+    Ok((table == NFT_TABLE).then_some(Found { name, count, shape }))
 }
 
 #[cfg(test)]

@@ -5,6 +5,8 @@ use crate::state::{Datum, Direction, NftRule, Set, Stmt};
 use crate::types::Family;
 
 mod recognise;
+#[cfg(test)]
+mod tests;
 
 pub(super) use recognise::recognise;
 
@@ -208,7 +210,7 @@ fn body(statement: &Stmt) -> Vec<Expr> {
         Stmt::Counter => vec![Expr::Counter],
         Stmt::Drop => vec![end(verdict::DROP)],
         Stmt::Return => vec![end(verdict::RETURN)],
-        Stmt::Goto(chain) => vec![Expr::Immediate(Verdict::goto(chain))],
+        Stmt::Goto(chain) => vec![Expr::Immediate(Verdict::goto(*chain))],
         Stmt::Unknown(hash) => vec![Expr::Other(*hash)],
     }
 }

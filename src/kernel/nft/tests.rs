@@ -1,7 +1,7 @@
 //! The nf_tables half against the real kernel, in network namespaces of their own, with `nft` as
 //! the second opinion.
 
-mod netns;
+pub(super) mod netns;
 mod round_trip;
 mod sample;
 mod transaction;

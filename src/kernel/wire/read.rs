@@ -182,7 +182,7 @@ impl Ack {
         let echo = if message.kind == super::NLMSG_DONE {
             0
         } else if message.flags & flag::CAPPED == 0 && ack.errno != 0 {
-            let length = array(payload, 4).map(u32::from_ne_bytes).unwrap_or(0);
+            let length = array(payload, 4).map_or(0, u32::from_ne_bytes);
             align(usize::try_from(length).unwrap_or(usize::MAX))
         } else {
             HEADER

@@ -2,6 +2,7 @@
 
 use super::{Expr, reg};
 use crate::kernel::wire::{Attribute, Attributes, Malformed, Writer};
+use crate::state::ChainId;
 
 /// A verdict as the kernel writes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,7 +16,7 @@ impl Verdict {
         Self { code, chain: None }
     }
 
-    pub(in super::super) fn goto(chain: impl ToString) -> Self {
+    pub(in super::super) fn goto(chain: ChainId) -> Self {
         Self { code: super::verdict::GOTO, chain: Some(chain.to_string()) }
     }
 

@@ -11,7 +11,7 @@ use crate::kernel::socket::Socket;
 ///
 /// Without the privilege it says so on standard error and passes, unless
 /// `EGRESS_REQUIRE_NETNS=1`.
-pub(super) fn in_netns(test: impl FnOnce(&mut Socket) + Send + 'static) {
+pub(in super::super) fn in_netns(test: impl FnOnce(&mut Socket) + Send + 'static) {
     let run = move || {
         // Only the namespace changes, and only that of this thread, which ends with the test.
         #[allow(deprecated, reason = "its successor is unsafe for flags that are not used here")]
@@ -20,8 +20,8 @@ pub(super) fn in_netns(test: impl FnOnce(&mut Socket) + Send + 'static) {
             let required = std::env::var("EGRESS_REQUIRE_NETNS").is_ok_and(|value| value == "1");
             assert!(!required, "no network namespace: {error}");
             // The test harness hides what goes through `eprintln!`.
-            let text = format!("SKIPPED, no network namespace: {error}\n");
-            std::io::stderr().write_all(text.as_bytes()).unwrap();
+            let notice = format!("SKIPPED, no network namespace: {error}\n");
+            std::io::stderr().write_all(notice.as_bytes()).unwrap();
             return;
         }
         let mut socket = crate::kernel::nft::open().unwrap();

@@ -4,7 +4,7 @@ use super::netns::{has_nft, in_netns, nft};
 use super::sample;
 use crate::kernel::nft::{commit, observe};
 use crate::op::Op;
-use crate::state::{ChainId, Firewall, Key, NFT_TABLE, Set, Stray};
+use crate::state::{ChainId, Data, Firewall, Key, NFT_TABLE, Set, Stray, Value};
 use crate::types::Family;
 
 #[track_caller]
@@ -196,12 +196,29 @@ fn a_hundred_thousand_elements_are_one_transaction() {
     in_netns(|socket| {
         let any = Set::Source(Family::V4);
         let mut ops = vec![Op::AddTable, Op::AddSet(any)];
-        let value = crate::state::Value::plain(crate::state::Data::Tag(sample::tag(1)));
+        let value = Value::plain(Data::Tag(sample::tag(1)));
         let keys = (0..100_000).map(|n: u32| Key::Source((0x0a00_0000 + n).to_be_bytes().into()));
         ops.extend(keys.map(|key| Op::AddElement(key, value.clone())));
         commit(socket, &ops).unwrap();
         let found = observe(socket).unwrap().unwrap();
         assert_eq!(found.elements.len(), 100_000);
         assert!(found.elements.values().all(|found| *found == value));
+    });
+}
+
+#[test]
+fn elements_are_all_read_while_the_kernel_makes_their_table_larger() {
+    in_netns(|socket| {
+        let source = Set::Source(Family::V4);
+        let value = Value::plain(Data::Tag(sample::tag(1)));
+        for count in [50, 700, 6_000, 17_000, 3_000, 24_000] {
+            let mut ops = vec![Op::AddTable, Op::AddSet(source)];
+            let keys = (0..count).map(|n: u32| Key::Source((n * 7 + 1).to_be_bytes().into()));
+            ops.extend(keys.map(|key| Op::AddElement(key, value.clone())));
+            commit(socket, &ops).unwrap();
+            let found = observe(socket).unwrap().unwrap();
+            assert_eq!(found.elements.len(), count as usize);
+            commit(socket, &[Op::DeleteTable]).unwrap();
+        }
     });
 }

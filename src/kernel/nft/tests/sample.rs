@@ -31,22 +31,31 @@ pub(super) fn tag(number: u16) -> Tag {
     Tag::new(0x3f2a_0000 | u32::from(number.max(1))).unwrap()
 }
 
-fn base(kind: ChainType, hook: Hook, priority: i32) -> Option<Base> {
-    Some(Base { kind, hook, priority })
+const fn base(kind: ChainType, hook: Hook, priority: i32) -> Base {
+    Base { kind, hook, priority }
 }
 
-pub(super) fn chains() -> Vec<(ChainId, Option<Base>, Vec<NftRule>)> {
+const MASK: u32 = 0xffff_ff00;
+
+const MARK: Stmt = Stmt::SetMark { keep: 0xff, value: GATEWAY.get() };
+
+const UNMARK: Stmt = Stmt::SetMark { keep: 0xff, value: 0 };
+
+/// A chain, how it is called, and its rules.
+type Chain = (ChainId, Option<Base>, Vec<NftRule>);
+
+fn rules(list: Vec<Vec<Stmt>>) -> Vec<NftRule> {
+    list.into_iter().map(NftRule).collect()
+}
+
+fn base_chains() -> Vec<Chain> {
     use Stmt::*;
-    let rules = |list: Vec<Vec<Stmt>>| list.into_iter().map(NftRule).collect::<Vec<_>>();
-    let mask = 0xffff_ff00;
-    let mark = SetMark { keep: 0xff, value: GATEWAY.get() };
-    let unmark = SetMark { keep: 0xff, value: 0 };
-    let mut list = vec![
+    vec![
         (
             ChainId::Prerouting,
-            base(ChainType::Filter, Hook::Prerouting, -99),
+            Some(base(ChainType::Filter, Hook::Prerouting, -99)),
             rules(vec![
-                vec![InputDevice(device()), mark.clone(), Return],
+                vec![InputDevice(device()), MARK, Return],
                 vec![TagBySource(Set::Source(V4)), Goto(ChainId::Pick(V4))],
                 vec![TagBySource(Set::SourceNet(V4)), Goto(ChainId::Pick(V4))],
                 vec![TagBySource(Set::Source(V6)), Goto(ChainId::Pick(V6))],
@@ -55,7 +64,7 @@ pub(super) fn chains() -> Vec<(ChainId, Option<Base>, Vec<NftRule>)> {
         ),
         (
             ChainId::Input,
-            base(ChainType::Filter, Hook::Input, -150),
+            Some(base(ChainType::Filter, Hook::Input, -150)),
             rules(vec![
                 vec![UdpPort(7789), SourceNotIn(Set::Peer(V4)), Counter, Drop],
                 vec![DestinationIn(Set::Eip(V6)), Icmp6Type(135), Return],
@@ -67,27 +76,27 @@ pub(super) fn chains() -> Vec<(ChainId, Option<Base>, Vec<NftRule>)> {
         ),
         (
             ChainId::Forward,
-            base(ChainType::Filter, Hook::Forward, -150),
+            Some(base(ChainType::Filter, Hook::Forward, -150)),
             rules(vec![
-                vec![OutputDevice(device()), unmark, ClearTag],
-                vec![MarkIs { mask, value: 0x2600_0000 }, Drop],
-                vec![MarkIn { mask, set: Set::Gateway }, Drop],
+                vec![OutputDevice(device()), UNMARK, ClearTag],
+                vec![MarkIs { mask: MASK, value: 0x2600_0000 }, Drop],
+                vec![MarkIn { mask: MASK, set: Set::Gateway }, Drop],
             ]),
         ),
         (
             ChainId::NatPostrouting,
-            base(ChainType::Nat, Hook::Postrouting, 99),
+            Some(base(ChainType::Nat, Hook::Postrouting, 99)),
             rules(vec![
                 vec![OutputDevice(device()), SnatToSource(V4)],
                 vec![OutputDevice(device()), SnatToSource(V6)],
-                vec![MarkIsNot { mask, value: 0x2700_0000 }, Return],
+                vec![MarkIsNot { mask: MASK, value: 0x2700_0000 }, Return],
                 vec![TagBySource(Set::Source(V4)), Goto(ChainId::Wear(V4))],
                 vec![TagBySource(Set::Source(V6)), Goto(ChainId::Wear(V6))],
             ]),
         ),
         (
             ChainId::Guard,
-            base(ChainType::Filter, Hook::Postrouting, 101),
+            Some(base(ChainType::Filter, Hook::Postrouting, 101)),
             rules(vec![
                 vec![CtState(Stmt::INVALID | Stmt::UNTRACKED), Drop],
                 vec![CtDirection(Direction::Original), NotTranslated, Drop],
@@ -95,10 +104,18 @@ pub(super) fn chains() -> Vec<(ChainId, Option<Base>, Vec<NftRule>)> {
                 vec![CtState(Stmt::NEW), ClearTag],
             ]),
         ),
+    ]
+}
+
+/// All chains.
+pub(super) fn chains() -> Vec<Chain> {
+    use Stmt::*;
+    let mut list = base_chains();
+    list.extend([
         (ChainId::Here, None, rules(vec![vec![ClearTag]])),
         (ChainId::Bypass, None, rules(vec![])),
-        (ChainId::To(GATEWAY), None, rules(vec![vec![mark], vec![ClearTag], vec![Counter]])),
-    ];
+        (ChainId::To(GATEWAY), None, rules(vec![vec![MARK], vec![ClearTag], vec![Counter]])),
+    ]);
     for (family, lengths) in [(V4, [32, 24, 1]), (V6, [128, 64, 1])] {
         let mut pick: Vec<_> = lengths
             .into_iter()
@@ -151,10 +168,10 @@ pub(super) fn sets() -> Vec<Set> {
 
 pub(super) fn elements() -> Vec<(Key, Value)> {
     let note = |data, text: &str| Value { data, comment: Some(Comment::of_name(text)) };
-    let none = || Value::plain(Data::None);
+    let plain = || Value::plain(Data::None);
     let class = |number| Value::plain(Data::Tag(tag(number)));
     let way = |tag, verdict| (Key::Verdict(tag), Value::plain(Data::Verdict(verdict)));
-    let net = |text: &str, number| (Key::Destination(text.parse().unwrap(), tag(number)));
+    let net = |text: &str, number| Key::Destination(text.parse().unwrap(), tag(number));
     let mut list = vec![
         (Key::Gateway(GATEWAY), note(Data::None, "node-1")),
         way(Tag::CLOSED, Verdict::Drop),
@@ -167,11 +184,11 @@ pub(super) fn elements() -> Vec<(Key, Value)> {
         (net("2001:db8::7/128", 1), class(2)),
         (net("2001:db8::/64", 1), class(3)),
         (net("8000::/1", 2), class(4)),
-        (Key::Excluded(range("10.244.0.0", "10.244.255.255")), none()),
+        (Key::Excluded(range("10.244.0.0", "10.244.255.255")), plain()),
         (Key::Excluded(range("10.245.0.0", "10.245.0.6")), note(Data::None, "x")),
-        (Key::Excluded(range("240.0.0.0", "255.255.255.255")), none()),
-        (Key::Excluded(range("::", "::ffff")), none()),
-        (Key::Excluded(range("ff00::", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff")), none()),
+        (Key::Excluded(range("240.0.0.0", "255.255.255.255")), plain()),
+        (Key::Excluded(range("::", "::ffff")), plain()),
+        (Key::Excluded(range("ff00::", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff")), plain()),
         (Key::SourceNet(range("10.9.0.0", "10.9.0.77")), class(5)),
         (Key::SourceNet(range("fd00::1", "fd00::1")), note(Data::Tag(tag(6)), &"n".repeat(200))),
     ];
@@ -180,12 +197,12 @@ pub(super) fn elements() -> Vec<(Key, Value)> {
     {
         list.extend([
             (Key::Peer(address(one)), note(Data::None, "node-2")),
-            (Key::Eip(address(eip)), none()),
+            (Key::Eip(address(eip)), plain()),
             (Key::Source(address(one)), class(7)),
             (Key::Any(family, tag(1)), class(8)),
             (Key::Steer(family, tag(8)), note(Data::Tag(Tag::HERE), "default/p2")),
             (Key::Snat(family, tag(8)), note(Data::Address(address(eip)), "default/p2")),
-            (Key::Masquerade(family, tag(9)), none()),
+            (Key::Masquerade(family, tag(9)), plain()),
         ]);
     }
     list

@@ -1,0 +1,169 @@
+//! Operations against a real kernel, in network namespaces of their own, with `ip` and `bridge`
+//! as witnesses.
+
+use std::io::{Write, stderr};
+use std::process::Command;
+use std::thread;
+
+use serde_json::Value;
+
+use super::route_socket::RouteSocket;
+use crate::op::Op;
+use crate::state::{BACKSTOP_METRIC, LINK_ALIAS, Route, RouteKey, Rule, RuleAction, State, Vxlan};
+use crate::types::{DeviceName, Family, Mark, TableId};
+
+mod links;
+mod reads;
+mod round_trip;
+
+/// Runs the test in a fresh network namespace, which ends with its thread.
+fn in_namespace(test: impl FnOnce() + Send + 'static) {
+    let name = thread::current().name().unwrap_or_default().to_owned();
+    let done = thread::spawn(move || {
+        if let Err(error) = unshare() {
+            assert!(
+                std::env::var_os("EGRESS_REQUIRE_NETNS").is_none_or(|value| value != "1"),
+                "no network namespace: {error}"
+            );
+            // Not `eprintln`, which the test runner swallows.
+            let _ = writeln!(stderr(), "SKIPPED, no network namespace: {name}: {error}");
+            return;
+        }
+        // `addrgenmode none`, so that no address appears in the middle of a test.
+        sh("ip link set lo up
+            ip link add u0 type veth peer name u1
+            ip link set u0 addrgenmode none && ip link set u1 addrgenmode none
+            ip addr add 192.0.2.1/24 dev u0 && ip addr add 2001:db8::1/64 dev u0 nodad
+            ip link set u0 up && ip link set u1 up
+            ip link add foreign type vxlan id 99 local 192.0.2.1 dev u0 dstport 4790
+            ip link set foreign alias other addrgenmode none up");
+        test();
+    })
+    .join();
+    if let Err(panic) = done {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+#[allow(deprecated, reason = "the descriptor table stays shared, so that it is sound")]
+fn unshare() -> Result<(), rustix::io::Errno> {
+    rustix::thread::unshare(rustix::thread::UnshareFlags::NEWNET)
+}
+
+#[track_caller]
+fn sh(script: &str) -> String {
+    let output = Command::new("sh").args(["-ec", script]).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
+    text
+}
+
+#[track_caller]
+fn json(command: &str) -> Vec<Value> {
+    serde_json::from_str(&sh(command)).unwrap()
+}
+
+/// Everything that may be left behind.
+fn snapshot() -> String {
+    sh("ip -d link; ip addr; ip route show table all; ip -6 route show table all
+        ip rule; ip -6 rule; bridge fdb; ip neigh")
+}
+
+fn name(text: &str) -> DeviceName {
+    text.parse().unwrap()
+}
+
+fn vxlan() -> Vxlan {
+    Vxlan {
+        name: name("e0"),
+        vni: 7,
+        port: 4790,
+        local: [192, 0, 2, 1].into(),
+        underlay: Some(name("u0")),
+        mac: "66:f7:06:23:81:6b".parse().unwrap(),
+        mtu: 1400,
+        rp_filter: 2,
+        up: true,
+    }
+}
+
+fn key(table: u32, dst: &str, metric: u32) -> RouteKey {
+    RouteKey { table: TableId::new(table).unwrap(), dst: dst.parse().unwrap(), metric }
+}
+
+fn rule(family: Family, priority: u32, action: RuleAction) -> Rule {
+    Rule { family, priority, mark: Mark::new(0x0100_0000), mask: 0xff00_0000, action }
+}
+
+fn lookup(table: u32) -> RuleAction {
+    RuleAction::Lookup(TableId::new(table).unwrap())
+}
+
+/// A state with everything in it, of both families.
+fn full() -> State {
+    let peer = "66:00:00:00:00:02".parse().unwrap();
+    let peer6 = "66:00:00:00:00:06".parse().unwrap();
+    let via = |text: &str| Route::Via(text.parse().unwrap());
+    State {
+        link: Some(vxlan()),
+        addresses: ["10.9.0.1/16", "10.9.0.2/16", "fd09::1/64"].map(|a| a.parse().unwrap()).into(),
+        fdb: [(peer, "192.0.2.2".parse().unwrap()), (peer6, "192.0.2.6".parse().unwrap())].into(),
+        neighbours: [("10.9.0.9".parse().unwrap(), peer), ("fd09::9".parse().unwrap(), peer6)]
+            .into(),
+        routes: [
+            (key(3000, "0.0.0.0/0", 0), via("10.9.0.9")),
+            (key(3000, "0.0.0.0/0", BACKSTOP_METRIC), Route::Unreachable),
+            (key(3000, "10.0.0.0/8", 0), Route::Throw),
+            (key(u32::MAX, "10.0.0.0/8", 7), Route::Throw),
+            (key(200, "198.51.100.0/24", 7), via("10.9.0.9")),
+            (key(3000, "::/0", 1024), via("fd09::9")),
+            (key(3000, "::/0", BACKSTOP_METRIC), Route::Unreachable),
+            (key(3000, "fd00::/8", 1024), Route::Throw),
+        ]
+        .into(),
+        rules: [
+            rule(Family::V4, 100, lookup(3000)),
+            rule(Family::V4, 101, RuleAction::Unreachable),
+            rule(Family::V6, 100, lookup(3000)),
+            rule(Family::V6, 101, RuleAction::Unreachable),
+            rule(Family::V4, 102, lookup(200)),
+        ]
+        .into(),
+        firewall: None,
+    }
+}
+
+fn additions(state: &State) -> Vec<Op> {
+    let device = || name("e0");
+    let mut ops = vec![Op::AddLink(state.link.clone().unwrap())];
+    ops.extend(state.addresses.iter().map(|net| Op::AddAddress(device(), *net)));
+    ops.extend(state.fdb.iter().map(|(mac, node)| Op::PutFdb(device(), *mac, *node)));
+    let neighbours = state.neighbours.iter();
+    ops.extend(neighbours.map(|(ip, mac)| Op::PutNeighbour(device(), *ip, *mac)));
+    ops.extend(state.routes.iter().map(|(key, route)| Op::PutRoute(device(), *key, *route)));
+    ops.extend(state.rules.iter().map(|rule| Op::AddRule(*rule)));
+    ops
+}
+
+fn deletions(state: &State) -> Vec<Op> {
+    let device = || name("e0");
+    let mut ops: Vec<_> = state.rules.iter().map(|rule| Op::DeleteRule(*rule)).collect();
+    ops.extend(state.routes.iter().map(|(key, route)| Op::DeleteRoute(device(), *key, *route)));
+    ops.extend(state.neighbours.keys().map(|ip| Op::DeleteNeighbour(device(), *ip)));
+    ops.extend(state.fdb.iter().map(|(mac, node)| Op::DeleteFdb(device(), *mac, *node)));
+    ops.extend(state.addresses.iter().map(|net| Op::DeleteAddress(device(), *net)));
+    ops.push(Op::DeleteLink(device()));
+    ops
+}
+
+#[track_caller]
+fn make(socket: &mut RouteSocket, op: &Op) {
+    socket.make(op).unwrap_or_else(|error| panic!("{error}"));
+}
+
+#[track_caller]
+fn observe(socket: &mut RouteSocket) -> State {
+    let mut state = State::default();
+    socket.observe(&mut state).unwrap_or_else(|error| panic!("{error}"));
+    state
+}

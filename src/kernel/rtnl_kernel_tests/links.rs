@@ -1,0 +1,183 @@
+//! The tunnel device: made, changed, mistaken for another.
+
+use std::fs;
+use std::net::UdpSocket;
+
+use super::*;
+
+#[test]
+fn a_device_that_is_not_ours_is_left_alone() {
+    in_namespace(|| {
+        let mut socket = RouteSocket::open().unwrap();
+        for (make_it, kind) in [
+            ("ip link add e0 type vxlan id 7 local 192.0.2.1 dstport 4790", "without alias"),
+            ("ip link add e0 type veth peer name e1; ip link set e0 alias egress-datapath", "veth"),
+        ] {
+            sh(make_it);
+            let before = snapshot();
+            let error = socket.make(&Op::AddLink(vxlan())).unwrap_err();
+            assert!(error.is_exists(), "{kind}: {error}");
+            assert!(error.remedy().unwrap().contains("somebody else"), "{error}");
+            let peer = "66:00:00:00:00:02".parse().unwrap();
+            for op in [
+                Op::SetLink(vxlan()),
+                Op::DeleteLink(name("e0")),
+                Op::AddAddress(name("e0"), "10.9.0.1/16".parse().unwrap()),
+                Op::PutFdb(name("e0"), peer, [192, 0, 2, 2].into()),
+                Op::PutNeighbour(name("e0"), [10, 9, 0, 9].into(), peer),
+            ] {
+                let error = socket.make(&op).unwrap_err();
+                assert!(error.is_not_found(), "{kind}: {error}");
+            }
+            assert!(observe(&mut socket).is_empty());
+            assert_eq!(snapshot(), before);
+            sh("ip link del e0");
+        }
+    });
+}
+
+#[test]
+fn a_vni_that_is_taken_is_said() {
+    in_namespace(|| {
+        let mut socket = RouteSocket::open().unwrap();
+        let link = Vxlan { vni: 99, ..vxlan() };
+        let error = socket.make(&Op::AddLink(link)).unwrap_err();
+        assert!(error.is_exists(), "{error}");
+        assert!(error.remedy().unwrap().contains("VNI"), "{error}");
+    });
+}
+
+#[test]
+fn a_half_made_device_is_replaced_and_a_refused_one_is_removed() {
+    in_namespace(|| {
+        let mut socket = RouteSocket::open().unwrap();
+        sh("ip link add e0 address 66:f7:06:23:81:6b type vxlan id 7 local 192.0.2.1 dstport 4790");
+        make(&mut socket, &Op::AddLink(vxlan()));
+        assert_eq!(observe(&mut socket).link, Some(vxlan()));
+        make(&mut socket, &Op::DeleteLink(name("e0")));
+
+        let before = snapshot();
+        let link = Vxlan { underlay: Some(name("missing")), ..vxlan() };
+        let error = socket.make(&Op::AddLink(link)).unwrap_err();
+        assert!(error.is_not_found(), "{error}");
+        assert!(error.remedy().unwrap().contains("underlay"), "{error}");
+
+        // Created and named ours, but it cannot come up where somebody has the port.
+        let _taken = UdpSocket::bind("0.0.0.0:4999").unwrap();
+        let link = Vxlan { port: 4999, ..vxlan() };
+        let error = socket.make(&Op::AddLink(link)).unwrap_err();
+        assert_eq!(error.errno(), Some(98), "EADDRINUSE: {error}");
+        assert_eq!(snapshot(), before);
+    });
+}
+
+#[test]
+fn the_device_is_changed_without_being_made_anew() {
+    in_namespace(|| {
+        let mut socket = RouteSocket::open().unwrap();
+        sh("ip addr add 192.0.2.3/24 dev u0");
+        make(&mut socket, &Op::AddLink(vxlan()));
+        let index =
+            sh("cat /sys/class/net/e0/ifindex 2>/dev/null || ip -o link show e0 | cut -d: -f1");
+        let changes: [fn(&mut Vxlan); 7] = [
+            |link| link.mac = "66:00:00:00:00:99".parse().unwrap(),
+            |link| link.mtu = 1300,
+            |link| link.rp_filter = 0,
+            |link| link.local = [192, 0, 2, 3].into(),
+            |link| link.underlay = Some(name("u1")),
+            |link| link.up = false,
+            |link| *link = vxlan(),
+        ];
+        let mut link = vxlan();
+        for (at, change) in changes.iter().enumerate() {
+            change(&mut link);
+            make(&mut socket, &Op::SetLink(link.clone()));
+            assert_eq!(observe(&mut socket).link.as_ref(), Some(&link), "change {at}");
+        }
+        let now =
+            sh("cat /sys/class/net/e0/ifindex 2>/dev/null || ip -o link show e0 | cut -d: -f1");
+        assert_eq!(index, now);
+
+        let unchangeable: [fn(&mut Vxlan); 4] = [
+            |link| link.underlay = None,
+            |link| link.vni = 8,
+            |link| link.port = 4791,
+            |link| link.local = "2001:db8::1".parse().unwrap(),
+        ];
+        for change in unchangeable {
+            let mut link = vxlan();
+            change(&mut link);
+            let error = socket.make(&Op::SetLink(link)).unwrap_err();
+            assert!(error.remedy().unwrap().contains("delete the device"), "{error}");
+        }
+    });
+}
+
+#[test]
+fn an_ipv6_underlay_and_a_device_that_stays_down() {
+    in_namespace(|| {
+        let mut socket = RouteSocket::open().unwrap();
+        let link = Vxlan { local: "2001:db8::1".parse().unwrap(), up: false, ..vxlan() };
+        make(&mut socket, &Op::AddLink(link.clone()));
+        assert_eq!(observe(&mut socket).link, Some(link.clone()));
+        let mac = "66:00:00:00:00:02".parse().unwrap();
+        let node = "2001:db8::2".parse().unwrap();
+        make(&mut socket, &Op::PutFdb(name("e0"), mac, node));
+        assert_eq!(observe(&mut socket).fdb, [(mac, node)].into());
+
+        let via = Route::Via([10, 9, 0, 9].into());
+        let op = Op::PutRoute(name("e0"), key(3000, "0.0.0.0/0", 0), via);
+        let error = socket.make(&op).unwrap_err();
+        assert_eq!(error.errno(), Some(100), "ENETDOWN: {error}");
+        make(&mut socket, &Op::SetLink(Vxlan { up: true, ..link }));
+        make(&mut socket, &op);
+        assert_eq!(observe(&mut socket).routes.len(), 1);
+    });
+}
+
+#[test]
+fn without_ipv6_on_the_device_the_rest_works() {
+    in_namespace(|| {
+        let mut socket = RouteSocket::open().unwrap();
+        fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1").unwrap();
+        make(&mut socket, &Op::AddLink(vxlan()));
+        make(&mut socket, &Op::AddAddress(name("e0"), "10.9.0.1/16".parse().unwrap()));
+        let state = observe(&mut socket);
+        assert_eq!((state.link, state.addresses.len()), (Some(vxlan()), 1));
+        // Below 1280 the kernel takes IPv6 off the device altogether.
+        let link = Vxlan { mtu: 1000, ..vxlan() };
+        make(&mut socket, &Op::SetLink(link.clone()));
+        assert_eq!(observe(&mut socket).link, Some(link.clone()));
+        make(&mut socket, &Op::DeleteLink(name("e0")));
+        make(&mut socket, &Op::AddLink(link.clone()));
+        assert_eq!(observe(&mut socket).link, Some(link));
+    });
+}
+
+#[test]
+fn an_ipv6_address_where_ipv6_is_off_is_refused_with_the_way_out() {
+    in_namespace(|| {
+        let mut socket = RouteSocket::open().unwrap();
+        make(&mut socket, &Op::AddLink(vxlan()));
+        fs::write("/proc/sys/net/ipv6/conf/e0/disable_ipv6", "1").unwrap();
+        let op = Op::AddAddress(name("e0"), "fd09::1/64".parse().unwrap());
+        let error = socket.make(&op).unwrap_err();
+        assert!(error.remedy().unwrap().contains("disable_ipv6"), "{error}");
+    });
+}
+
+#[test]
+fn without_the_privilege_the_error_names_it() {
+    in_namespace(|| {
+        let mut socket = RouteSocket::open().unwrap();
+        make(&mut socket, &Op::AddLink(vxlan()));
+        let mut sets = rustix::thread::capabilities(None).unwrap();
+        sets.effective.remove(rustix::thread::CapabilitySet::NET_ADMIN);
+        rustix::thread::set_capabilities(None, sets).unwrap();
+        let op = Op::AddRule(rule(Family::V4, 100, lookup(3000)));
+        let error = socket.make(&op).unwrap_err();
+        assert!(error.is_denied(), "{error}");
+        assert!(error.to_string().contains("CAP_NET_ADMIN"), "{error}");
+        assert_eq!(observe(&mut socket).link, Some(vxlan()), "reading needs none");
+    });
+}
