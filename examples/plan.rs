@@ -49,10 +49,7 @@ fn cluster(here: &str) -> Result<Cluster> {
         nodes.push(Node::new(
             NodeName::new(name)?,
             vec![format!("10.10.0.{number}").parse()?, format!("fd10::{number}").parse()?],
-            vec![
-                format!("172.31.0.{number}/16").parse()?,
-                format!("fd11::{number}/112").parse()?,
-            ],
+            vec![format!("172.31.0.{number}/16").parse()?, format!("fd11::{number}/112").parse()?],
         ));
     }
     let pods_and_services = ["10.244.0.0/16", "10.96.0.0/12", "fd44::/16"];

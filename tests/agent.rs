@@ -29,8 +29,7 @@ fn agent() -> PathBuf {
 }
 
 fn run(arguments: &[&str]) -> (Option<i32>, String, String) {
-    let Output { status, stdout, stderr } =
-        Command::new(agent()).args(arguments).output().unwrap();
+    let Output { status, stdout, stderr } = Command::new(agent()).args(arguments).output().unwrap();
     let text = |bytes| String::from_utf8(bytes).unwrap();
     (status.code(), text(stdout), text(stderr))
 }
@@ -195,14 +194,12 @@ fn texts_that_are_not_what_they_should_be() {
             "a device name has at most 15 bytes, this one has 16",
         ),
     ] {
-        let mut path = String::new();
-        for part in pointer.split('/').skip(1) {
-            if part.parse::<usize>().is_ok() {
-                path += &format!("[{part}]");
-            } else {
-                path += &format!("{}{part}", if path.is_empty() { "" } else { "." });
-            }
-        }
+        let parts = pointer.split('/').skip(1).map(|part| match part.parse::<usize>() {
+            Ok(index) => format!("[{index}]"),
+            Err(_) => format!(".{part}"),
+        });
+        let path: Vec<_> = parts.collect();
+        let path = path.concat().trim_start_matches('.').to_owned();
         refused(pointer, json!(text), &format!("{path}: {text:?}: {why}"));
     }
     refused(
@@ -327,10 +324,7 @@ fn texts_that_are_no_json() {
     assert_eq!(refusal("a", &format!("{}}}", good())), "trailing characters");
     let (code, _, message) = run(&["apply", "--node", "a", "--cluster", "/nowhere.json"]);
     assert_eq!(code, Some(2));
-    assert_eq!(
-        message,
-        "agent: --cluster /nowhere.json: No such file or directory (os error 2)\n"
-    );
+    assert_eq!(message, "agent: --cluster /nowhere.json: No such file or directory (os error 2)\n");
 }
 
 #[test]
@@ -378,10 +372,7 @@ fn command_lines_that_cannot_be_meant() {
     }
     let (code, _, message) = run(&["plan", "--node", "a b", "--cluster", "x"]);
     assert_eq!(code, Some(2));
-    assert_eq!(
-        message,
-        "agent: --node \"a b\": a node name cannot contain ' ' (at byte 1)\n"
-    );
+    assert_eq!(message, "agent: --node \"a b\": a node name cannot contain ' ' (at byte 1)\n");
     let (code, out, _) = run(&["--help"]);
     assert_eq!(code, Some(0));
     assert!(out.starts_with("usage: agent apply"));

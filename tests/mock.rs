@@ -3,8 +3,8 @@
 
 use egress_datapath::{
     AllocError, Cluster, Destinations, EgressIp, Error, KernelError, Mark, MarkPool, MockDatapath,
-    MockMarkAllocator, MockPolicy, MockTableAllocator, Node, NodeName, PlanError, Policy,
-    PolicyId, Reconciler, Sim, State, TableId, TablePool,
+    MockMarkAllocator, MockPolicy, MockTableAllocator, Node, NodeName, PlanError, Policy, PolicyId,
+    Reconciler, Sim, State, TableId, TablePool,
 };
 
 fn name(text: &str) -> NodeName {
@@ -51,7 +51,11 @@ fn marks_and_tables_come_from_the_allocators() {
     let table = TableId::new(7000).unwrap();
     marks.expect_get().return_const(None);
     tables.expect_get().return_const(None);
-    marks.expect_allocate().withf(|node| node.as_str() == "b").times(1).returning(move |_| Ok(mark));
+    marks
+        .expect_allocate()
+        .withf(|node| node.as_str() == "b")
+        .times(1)
+        .returning(move |_| Ok(mark));
     tables.expect_allocate().times(1).returning(move |_| Ok(table));
     let mut egress = Reconciler::with_allocators(Sim::new(), marks, tables);
     egress.reconcile(&cluster(), [policy()]).unwrap();
@@ -64,9 +68,9 @@ fn marks_and_tables_come_from_the_allocators() {
 fn an_allocator_that_has_nothing_left_stops_before_the_kernel_is_changed() {
     let mut marks = MockMarkAllocator::new();
     marks.expect_get().return_const(None);
-    marks.expect_allocate().returning(|node| {
-        Err(AllocError::Exhausted { node: node.clone(), capacity: 0 })
-    });
+    marks
+        .expect_allocate()
+        .returning(|node| Err(AllocError::Exhausted { node: node.clone(), capacity: 0 }));
     let mut kernel = MockDatapath::new();
     kernel.expect_observe().times(1).returning(|| Ok(State::default()));
     kernel.expect_apply().never();
@@ -78,10 +82,7 @@ fn an_allocator_that_has_nothing_left_stops_before_the_kernel_is_changed() {
 #[test]
 fn a_kernel_that_cannot_be_read_is_not_changed() {
     let mut kernel = MockDatapath::new();
-    kernel
-        .expect_observe()
-        .times(1)
-        .returning(|| Err(KernelError::refused("list the links", 1)));
+    kernel.expect_observe().times(1).returning(|| Err(KernelError::refused("list the links", 1)));
     kernel.expect_apply().never();
     let mut egress = Reconciler::new(kernel);
     let error = egress.reconcile(&cluster(), [policy()]).unwrap_err();

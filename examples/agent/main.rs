@@ -9,8 +9,8 @@ use std::process::ExitCode;
 
 use config::Config;
 use egress_datapath::{
-    AllocError, Changes, Datapath, Error, KernelDatapath, MarkLayout, MarkPool, PlanError,
-    Reconciler, Report, TablePool, TableRange, plan,
+    AllocError, Datapath, Error, KernelDatapath, MarkLayout, MarkPool, PlanError, Reconciler,
+    Report, TablePool, TableRange, plan,
 };
 
 const USAGE: &str = "\
@@ -31,8 +31,11 @@ impl Failure {
     fn kernel(error: impl Display) -> Self {
         Self::Kernel(error.to_string())
     }
+}
 
-    fn output(error: &io::Error) -> Self {
+/// The agent writes nothing but its output.
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
         Self::Kernel(format!("cannot write the output: {error}"))
     }
 }
@@ -57,10 +60,10 @@ fn run(arguments: &[&str]) -> Result<(), Failure> {
     match *arguments {
         ["apply", ref options @ ..] => reconcile(options, Mode::Apply),
         ["plan", ref options @ ..] => reconcile(options, Mode::Plan),
-        ["show"] => show::people(&observe()?).map_err(|error| Failure::output(&error)),
-        ["show", "--json"] => show::json(&observe()?).map_err(|error| Failure::output(&error)),
+        ["show"] => Ok(show::people(&observe()?)?),
+        ["show", "--json"] => Ok(show::json(&observe()?)?),
         ["remove"] => remove(),
-        ["--help" | "-h"] => print(&format!("{USAGE}\n")),
+        ["--help" | "-h"] => Ok(writeln!(io::stdout(), "{USAGE}")?),
         [] => Err(Failure::Input(format!("no command given\n{USAGE}"))),
         [command @ ("show" | "remove"), ref rest @ ..] => {
             Err(Failure::Input(format!("{command} does not take {:?}\n{USAGE}", rest.join(" "))))
@@ -93,9 +96,7 @@ fn reconcile(options: &[&str], mode: Mode) -> Result<(), Failure> {
         Mode::Apply => (egress.reconcile(&config.cluster, &config.policies), "changes"),
         Mode::Plan => (egress.preview(&config.cluster, &config.policies), "changes planned"),
     };
-    let Report { changes, findings } = report.map_err(|error| failure(file, &config, error))?;
-    let notes: String = findings.iter().map(|finding| format!("note: {finding}\n")).collect();
-    summary(&changes, &notes, what)
+    summary(&report.map_err(|error| failure(file, &config, error))?, what)
 }
 
 /// The values of `--node` and `--cluster`, in either order.
@@ -166,14 +167,14 @@ fn remove() -> Result<(), Failure> {
     // Which marks and tables could be given out does not matter to what is taken away.
     let opened = Reconciler::open(MarkLayout::default(), TableRange::default());
     let report = opened.and_then(|mut egress| egress.remove());
-    summary(&report.map_err(Failure::kernel)?.changes, "", "changes")
+    summary(&report.map_err(Failure::kernel)?, "changes")
 }
 
-fn summary(changes: &Changes, notes: &str, what: &str) -> Result<(), Failure> {
-    print(&format!("{changes}{notes}{} {what}\n", changes.len()))
-}
-
-fn print(text: &str) -> Result<(), Failure> {
-    let written = io::stdout().write_all(text.as_bytes());
-    written.map_err(|error| Failure::output(&error))
+fn summary(Report { changes, findings }: &Report, what: &str) -> Result<(), Failure> {
+    let mut out = io::stdout().lock();
+    write!(out, "{changes}")?;
+    for finding in findings {
+        writeln!(out, "note: {finding}")?;
+    }
+    Ok(writeln!(out, "{} {what}", changes.len())?)
 }

@@ -52,7 +52,7 @@ fn drifts() -> impl Strategy<Value = Drift> {
     ]
 }
 
-fn pick<T: Clone>(index: &Index, all: impl Iterator<Item = T>) -> Option<T> {
+fn pick<T: Clone>(index: Index, all: impl Iterator<Item = T>) -> Option<T> {
     let all: Vec<T> = all.collect();
     (!all.is_empty()).then(|| index.get(&all).clone())
 }
@@ -83,17 +83,17 @@ fn drift(state: &mut State, drift: &Drift) {
             }
         }
         Drift::RuleGone(index) => {
-            if let Some(rule) = pick(index, state.rules.iter().copied()) {
+            if let Some(rule) = pick(*index, state.rules.iter().copied()) {
                 state.rules.remove(&rule);
             }
         }
         Drift::RouteGone(index) => {
-            if let Some(key) = pick(index, state.routes.keys().copied()) {
+            if let Some(key) = pick(*index, state.routes.keys().copied()) {
                 state.routes.remove(&key);
             }
         }
         Drift::NeighbourGone(index) => {
-            if let Some(key) = pick(index, state.neighbours.keys().copied()) {
+            if let Some(key) = pick(*index, state.neighbours.keys().copied()) {
                 state.neighbours.remove(&key);
             }
         }
@@ -104,7 +104,7 @@ fn drift(state: &mut State, drift: &Drift) {
     let Some(firewall) = &mut state.firewall else { return };
     match drift {
         Drift::ElementGone(index) => {
-            if let Some(key) = pick(index, firewall.elements.keys().copied()) {
+            if let Some(key) = pick(*index, firewall.elements.keys().copied()) {
                 firewall.elements.remove(&key);
             }
         }
@@ -125,7 +125,7 @@ fn drift(state: &mut State, drift: &Drift) {
             }
         }
         Drift::OtherRules(index) => {
-            if let Some(chain) = pick(index, firewall.chains.keys().copied()) {
+            if let Some(chain) = pick(*index, firewall.chains.keys().copied()) {
                 if let Some((_, rules)) = firewall.chains.get_mut(&chain) {
                     rules.insert(0, NftRule(vec![Stmt::Unknown(7)]));
                 }
@@ -137,7 +137,9 @@ fn drift(state: &mut State, drift: &Drift) {
 
 fn drifted() -> impl Strategy<Value = State> {
     (states(), prop::collection::vec(drifts(), 0..4)).prop_map(|(mut state, all)| {
-        all.iter().for_each(|one| drift(&mut state, one));
+        for one in &all {
+            drift(&mut state, one);
+        }
         state
     })
 }

@@ -51,7 +51,7 @@ fn cluster(here: &str) -> Cluster {
 fn cluster_v4(here: &str) -> Cluster {
     let mut cluster = cluster(here);
     for node in &mut cluster.nodes {
-        node.underlay.retain(|address| address.is_ipv4());
+        node.underlay.retain(std::net::IpAddr::is_ipv4);
         node.tunnel.retain(|net| net.addr().is_ipv4());
     }
     cluster
