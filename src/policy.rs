@@ -139,6 +139,7 @@ pub struct EgressPolicy {
     #[cfg_attr(feature = "serde", serde(default))]
     pub priority: u32,
     /// Pod prefixes whose traffic the policy takes.
+    #[cfg_attr(feature = "serde", serde(deserialize_with = "crate::serde_impls::nets"))]
     pub sources: Vec<IpNet>,
     /// Where that traffic must be headed.
     #[cfg_attr(feature = "serde", serde(default))]

@@ -1,7 +1,7 @@
 //! `Serialize` and `Deserialize` where the derived form would not be what a person writes.
 
 use std::fmt;
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
 use ipnet::IpNet;
@@ -16,6 +16,28 @@ use crate::types::Mark;
 /// The text as a value of a type whose own message does not quote it.
 fn quoted<T: FromStr, E: de::Error>(text: &str, what: &str) -> Result<T, E> {
     text.parse().map_err(|_| E::custom(format_args!("{text:?} is not {what}")))
+}
+
+/// A prefix in the one way to write it: `ipnet` takes leading zeros, octal to other readers.
+struct Net(IpNet);
+
+impl<'de> Deserialize<'de> for Net {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let plain = text.split_once('/').is_some_and(|(address, length)| {
+            address.parse::<IpAddr>().is_ok() && (length == "0" || !length.starts_with('0'))
+        });
+        text.parse().ok().filter(|_| plain).map(Self).ok_or_else(|| {
+            let what = "is not a prefix such as 10.244.0.0/16, without leading zeros";
+            de::Error::custom(format_args!("{text:?} {what}"))
+        })
+    }
+}
+
+/// Prefixes, each in the one way to write it.
+pub(crate) fn nets<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<IpNet>, D::Error> {
+    let nets = Vec::<Net>::deserialize(deserializer)?;
+    Ok(nets.into_iter().map(|net| net.0).collect())
 }
 
 impl Serialize for Mark {
@@ -216,7 +238,7 @@ impl<'de> Deserialize<'de> for Destinations {
 
             fn visit_seq<A: SeqAccess<'de>>(self, list: A) -> Result<Destinations, A::Error> {
                 let form = value::SeqAccessDeserializer::new(list);
-                Vec::<IpNet>::deserialize(form).map(Destinations::Nets)
+                nets(form).map(Destinations::Nets)
             }
         }
 
@@ -304,6 +326,16 @@ mod tests {
             json!("nodes"),
             "invalid value: string \"nodes\", expected \"node\" or an object with v4, v6 or both",
         );
+    }
+
+    #[test]
+    fn prefixes_are_written_in_one_way() {
+        let nets = Destinations::Nets(vec!["0.0.0.0/0".parse().unwrap(), "::/0".parse().unwrap()]);
+        round_trip(&nets, &json!(["0.0.0.0/0", "::/0"]));
+        for text in ["010.0.0.0/8", "10.0.0.0/08", "10.0.0.0/+8", "10.0.0.0", "10.0.0.0/33", ""] {
+            let what = "is not a prefix such as 10.244.0.0/16, without leading zeros";
+            refused::<Destinations>(json!([text]), &format!("{text:?} {what}"));
+        }
     }
 
     #[test]

@@ -145,7 +145,7 @@ fn drifted() -> impl Strategy<Value = State> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 96, failure_persistence: None, ..<_>::default() })]
+    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..<_>::default() })]
 
     #[test]
     fn any_state_becomes_any_other(

@@ -1,7 +1,7 @@
 //! Random clusters and policies, out of few addresses, so that they meet.
 
 use egress_datapath::{
-    Cluster, Destinations, EgressIp, EgressPolicy, MacAddr, MarkLayout, PolicyId,
+    Cluster, Destinations, DeviceName, EgressIp, EgressPolicy, MacAddr, MarkLayout, PolicyId,
 };
 use ipnet::IpNet;
 use proptest::prelude::*;
@@ -86,6 +86,8 @@ prop_compose! {
         macs in prop::array::uniform3(prop::option::weighted(0.3, 0..4_u8)),
         marks in prop::array::uniform3(prop::option::weighted(0.3, 0..3_u16)),
         (port, mtu, priority) in (7789..7791_u16, select(vec![1500, 9000]), 101..103_u32),
+        (vni, device) in (100..102_u32, select(vec!["egress.vxlan", "egress1"])),
+        under in select(vec![None, Some("eth0"), Some("eth1")]),
         up_v4 in prop::bool::weighted(0.9),
         excluded in select(vec![
             vec!["10.244.0.0/16", "fd44::/16"],
@@ -98,6 +100,9 @@ prop_compose! {
         cluster.marks = layout;
         cluster.tunnel.port = port;
         cluster.tunnel.underlay_mtu = mtu;
+        cluster.tunnel.vni = vni;
+        cluster.tunnel.device = DeviceName::new(device).unwrap();
+        cluster.tunnel.underlay_device = under.map(|name| DeviceName::new(name).unwrap());
         cluster.rule_priority = priority;
         cluster.excluded = nets(&excluded);
         for (number, node) in cluster.nodes.iter_mut().enumerate() {
