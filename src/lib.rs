@@ -79,11 +79,13 @@
 mod alloc;
 mod changes;
 mod cluster;
+mod connection;
 mod datapath;
 mod diff;
 mod error;
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 mod kernel;
+mod lookup;
 mod mark;
 mod op;
 mod plan;
@@ -104,6 +106,7 @@ pub use alloc::{
 pub use alloc::{MockMarkAllocator, MockTableAllocator};
 pub use changes::{Changes, Phase, Step};
 pub use cluster::{Cluster, Node, Tunnel};
+pub use connection::Connection;
 pub use datapath::Datapath;
 #[cfg(feature = "mock")]
 pub use datapath::MockDatapath;

@@ -9,7 +9,7 @@ use super::Gateway;
 use super::check::{World, tunnel_of};
 use crate::cluster::Node;
 use crate::state::{BACKSTOP_METRIC, Route, RouteKey, Rule, RuleAction, State, Vxlan};
-use crate::types::{Family, Mark, NodeName};
+use crate::types::{Family, NodeName};
 
 /// Whether the tunnel carries a family from this node to another.
 pub(super) fn carries(world: &World<'_>, peer: &Node, family: Family) -> bool {
@@ -57,17 +57,6 @@ pub(super) fn routing(
                 let action = RuleAction::Lookup(gateway.table);
                 state.rules.insert(Rule { family, priority, mark: gateway.mark, mask, action });
             }
-        }
-        // Whatever carries our prefix and found no table: better refused than sent by the main
-        // table. Without a prefix our marks cannot be told from other people's.
-        if marks.prefix_mask() != 0 && tunnel_of(world.here, family).is_some() {
-            state.rules.insert(Rule {
-                family,
-                priority: priority + 1,
-                mark: Mark::new(marks.prefix()),
-                mask: marks.prefix_mask(),
-                action: RuleAction::Unreachable,
-            });
         }
     }
 }

@@ -206,7 +206,7 @@ impl Walk<'_> {
             Stmt::Drop => return Next::End(Fate::Dropped),
             Stmt::Return => return Next::End(Fate::Alone),
             Stmt::Goto(chain) => return Next::Chain(*chain),
-            Stmt::Counter => true,
+            Stmt::Counter | Stmt::SetCtMark(_) => true,
             Stmt::ClearTag => {
                 self.tag = 0;
                 true
