@@ -85,6 +85,7 @@ mod diff;
 mod error;
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 mod kernel;
+#[cfg(all(feature = "kernel", target_os = "linux"))]
 mod lookup;
 mod mark;
 mod op;
