@@ -49,6 +49,7 @@ fn marks_and_tables_come_from_the_allocators() {
     let (mut marks, mut tables) = (MockMarkAllocator::new(), MockTableAllocator::new());
     let mark = Mark::new(0x2600_2000);
     let table = TableId::new(7000).unwrap();
+    let closing = TableId::new(7001).unwrap();
     marks.expect_get().return_const(None);
     tables.expect_get().return_const(None);
     marks
@@ -56,12 +57,13 @@ fn marks_and_tables_come_from_the_allocators() {
         .withf(|node| node.as_str() == "b")
         .times(1)
         .returning(move |_| Ok(mark));
-    tables.expect_allocate().times(1).returning(move |_| Ok(table));
+    let given = move |node: &NodeName| Ok(if node.as_str() == "b" { table } else { closing });
+    tables.expect_allocate().times(2).returning(given);
     let mut egress = Reconciler::with_allocators(Sim::new(), marks, tables);
     egress.reconcile(&cluster(), [policy()]).unwrap();
     let state = egress.datapath().state();
     assert!(state.rules.iter().any(|rule| rule.mark == mark));
-    assert!(state.routes.keys().all(|key| key.table == table));
+    assert!(state.routes.keys().all(|key| key.table == table || key.table == closing));
 }
 
 #[test]

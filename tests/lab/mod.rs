@@ -25,6 +25,7 @@ use egress_datapath::{Cluster, DeviceName, NameError, Node, NodeName};
 use ipnet::IpNet;
 
 pub(crate) use echo::{Echo, Proto, probe};
+#[allow(unused_imports, reason = "tests and example use different parts")]
 pub(crate) use netns::{Netns, enter_user_namespace};
 pub(crate) use rtnl::{Device, Preference};
 
