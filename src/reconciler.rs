@@ -9,7 +9,7 @@ use crate::datapath::Datapath;
 use crate::error::{ApplyError, KernelError};
 use crate::plan::{Finding, Plan, PlanError, plan};
 use crate::policy::Policy;
-use crate::state::{ChainId, Comment, Data, Route, RuleAction, State, Verdict};
+use crate::state::{ChainId, Comment, Data, Route, Rule, RuleAction, State, Verdict};
 use crate::types::{Mark, NodeName, TableId};
 
 /// Keeps one network namespace as the policies want it.
@@ -149,7 +149,8 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
 
     /// Gives back what no gateway uses any more, now that the kernel does not either.
     fn release(&mut self, cluster: &Cluster, plan: &Plan) {
-        for node in cluster.nodes.iter().filter(|node| !plan.gateways.contains_key(&node.name)) {
+        let idle = |name: &NodeName| *name != cluster.node && !plan.gateways.contains_key(name);
+        for node in cluster.nodes.iter().filter(|node| idle(&node.name)) {
             if node.mark.is_none() && self.marks.get(&node.name).is_some() {
                 let _freed = self.marks.release(&node.name);
             }
@@ -172,6 +173,14 @@ fn adopt(
     marks: &mut dyn MarkAllocator,
     tables: &mut dyn TableAllocator,
 ) {
+    let layout = cluster.marks;
+    let closing =
+        |rule: &&Rule| (rule.mark.get(), rule.mask) == (layout.prefix(), layout.prefix_mask());
+    for rule in observed.rules.iter().filter(closing) {
+        if let (RuleAction::Lookup(table), None) = (rule.action, tables.get(&cluster.node)) {
+            let _refused = tables.reserve(&cluster.node, table);
+        }
+    }
     let mut found: Vec<(&NodeName, Mark, TableId)> = Vec::new();
     for (node, mark) in marks_of(cluster, observed) {
         found.extend(table_of(observed, mark).map(|table| (node, mark, table)));
