@@ -49,13 +49,15 @@ fn own_allocators() -> Result<()> {
     marks.expect_get().return_const(None);
     marks.expect_allocate().times(1).returning(move |_| Ok(mark));
     tables.expect_get().return_const(None);
-    let given = move |node: &NodeName| Ok(if node.as_str() == "b" { table } else { closing });
-    tables.expect_allocate().times(2).returning(given);
+    // The second table is this node's own: what is marked and found no gateway is refused there.
+    let closing = TableId::new(7001).ok_or("a kernel's table")?;
+    let give = move |node: &NodeName| Ok(if node.as_str() == "b" { table } else { closing });
+    tables.expect_allocate().times(2).returning(give);
     let mut egress = Reconciler::with_allocators(Sim::new(), marks, tables);
     egress.reconcile(&cluster()?, [policy()?])?;
     let state = egress.datapath().state();
     assert!(state.rules.iter().any(|rule| rule.mark == mark));
-    assert!(state.routes.keys().all(|key| key.table == table || key.table == closing));
+    assert!(state.routes.keys().all(|key| [table, closing].contains(&key.table)));
     println!("gateway b has mark {mark} and table {table}, as the allocators said");
     Ok(())
 }
