@@ -49,8 +49,6 @@ fn own_allocators() -> Result<()> {
     marks.expect_get().return_const(None);
     marks.expect_allocate().times(1).returning(move |_| Ok(mark));
     tables.expect_get().return_const(None);
-    // The second table is this node's own: what is marked and found no gateway is refused there.
-    let closing = TableId::new(7001).ok_or("a kernel's table")?;
     let give = move |node: &NodeName| Ok(if node.as_str() == "b" { table } else { closing });
     tables.expect_allocate().times(2).returning(give);
     let mut egress = Reconciler::with_allocators(Sim::new(), marks, tables);

@@ -49,7 +49,6 @@ fn marks_and_tables_come_from_the_allocators() {
     let (mut marks, mut tables) = (MockMarkAllocator::new(), MockTableAllocator::new());
     let mark = Mark::new(0x2600_2000);
     let table = TableId::new(7000).unwrap();
-    let closing = TableId::new(7001).unwrap();
     marks.expect_get().return_const(None);
     tables.expect_get().return_const(None);
     marks
