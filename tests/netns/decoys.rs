@@ -3,7 +3,7 @@
 use crate::fleet::{
     Result, assert_same, dual, have, lab, lost, nft, open, policy, settled, snapshot, tool,
 };
-use crate::lab::{EIP_B, EIP_C, Netns, POD_A, POD_B};
+use crate::lab::{EIP_B, EIP_C, POD_A, POD_B};
 
 /// Objects of other programs, each like one of ours but for one attribute.
 ///

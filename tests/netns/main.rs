@@ -3,6 +3,7 @@
 #[path = "../lab/mod.rs"]
 mod lab;
 
+mod closed;
 mod decoys;
 mod fleet;
 mod flows;
