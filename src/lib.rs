@@ -113,7 +113,7 @@ pub use datapath::Datapath;
 pub use datapath::MockDatapath;
 pub use error::{ApplyError, KernelError};
 #[cfg(all(feature = "kernel", target_os = "linux"))]
-pub use kernel::{KernelDatapath, KernelTables};
+pub use kernel::{KernelDatapath, KernelTables, Ownership};
 pub use mark::{LayoutError, MarkLayout};
 pub use op::Op;
 pub use plan::{Closed, Finding, Plan, PlanError, PolicyError, plan};
