@@ -1,6 +1,7 @@
 //! The kernel of a network namespace, over netlink.
 
 mod address;
+mod facts;
 mod fdb;
 mod link;
 mod link_change;
@@ -28,6 +29,7 @@ use crate::op::Op;
 use crate::state::State;
 use crate::types::DeviceName;
 
+pub(crate) use facts::facts;
 use route_socket::RouteSocket;
 use socket::Socket;
 pub use tables::KernelTables;

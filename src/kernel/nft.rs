@@ -12,7 +12,9 @@ mod chain;
 mod commit;
 mod element;
 mod expr;
+mod foreign;
 mod observe;
+mod probe;
 mod range;
 mod set;
 mod stmt;
@@ -20,7 +22,9 @@ mod stmt;
 mod tests;
 
 pub(super) use commit::commit;
+pub(super) use foreign::{foreign, is_absent};
 pub(super) use observe::observe;
+pub(super) use probe::missing;
 
 /// `NETLINK_NETFILTER`.
 const NETFILTER: isize = 12;
@@ -78,12 +82,23 @@ struct Answered {
     interrupted: bool,
 }
 
-/// Asks the kernel for something, and gives every message of the answer to `take`.
+/// Asks the kernel for something of our family, and gives every message of the answer to `take`.
 ///
 /// `take` gets the resource id, which is the low half of the rules' generation, and the
 /// attributes.
 fn ask(
     socket: &mut Socket,
+    request: &Request<'_>,
+    write: impl FnOnce(&mut Writer),
+    take: impl FnMut(u16, &[u8]) -> Result<(), Malformed>,
+) -> Result<Answered, KernelError> {
+    ask_family(socket, batch::INET, request, write, take)
+}
+
+/// The same of any family (`NFPROTO_*`).
+fn ask_family(
+    socket: &mut Socket,
+    family: u8,
     request: &Request<'_>,
     write: impl FnOnce(&mut Writer),
     mut take: impl FnMut(u16, &[u8]) -> Result<(), Malformed>,
@@ -95,7 +110,7 @@ fn ask(
     let mut writer = Writer::default();
     let flags = flag::REQUEST | flag::ACK | request.flags;
     let message = writer.message(request.kind, flags, sequence);
-    writer.nfgen(batch::INET, 0);
+    writer.nfgen(family, 0);
     write(&mut writer);
     writer.end(message);
     let datagram = writer.finish().ok_or(Malformed("a name is too long"));

@@ -9,7 +9,7 @@ use crate::op::Op;
 use crate::state::{Key, NFT_TABLE, Set, Stray, Value};
 
 /// `NFNL_SUBSYS_NFTABLES`, as the resource that a transaction is for.
-const NF_TABLES: u16 = 10;
+pub(super) const NF_TABLES: u16 = 10;
 
 /// `NFPROTO_INET`, the family of our table.
 pub(super) const INET: u8 = 1;
