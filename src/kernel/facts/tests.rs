@@ -2,7 +2,6 @@
 
 use std::process::Command;
 
-use super::*;
 use crate::cluster::{Cluster, Node};
 use crate::kernel::rtnl_kernel_tests::{in_namespace, sh};
 use crate::policy::{EgressIp, EgressPolicy};

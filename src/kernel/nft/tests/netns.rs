@@ -34,12 +34,12 @@ pub(in super::super) fn in_netns(test: impl FnOnce(&mut Socket) + Send + 'static
 }
 
 /// Whether there is an `nft` to ask.
-pub(super) fn has_nft() -> bool {
+pub(in super::super) fn has_nft() -> bool {
     Command::new("nft").arg("--version").output().is_ok()
 }
 
 /// What `nft` prints; it runs in the namespace of the calling thread.
-pub(super) fn nft(arguments: &[&str], input: &str) -> Result<String, String> {
+pub(in super::super) fn nft(arguments: &[&str], input: &str) -> Result<String, String> {
     let mut child = Command::new("nft")
         .args(arguments)
         .stdin(Stdio::piped())
