@@ -51,7 +51,7 @@ mod settings;
 mod tests;
 
 use facts::Facts;
-pub use problem::{DropHook, KernelPart, Problem, Severity};
+pub use problem::{DropHook, KernelPart, MarkKind, Problem, Severity};
 
 /// A look at this host with the eyes of the datapath that is to run on it.
 #[derive(Clone, Debug)]

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::problem::KernelPart;
+use super::problem::{KernelPart, MarkKind};
 use crate::types::Family;
 
 /// What is there, and not ours.
@@ -146,12 +146,13 @@ pub(crate) struct Chain {
     pub(crate) drops: bool,
 }
 
-/// Rules of one table that do the same to a packet's mark.
+/// Rules of one table that do the same to a mark.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct MarkUse {
     pub(crate) table: String,
     /// The first chain that has one.
     pub(crate) chain: String,
+    pub(crate) kind: MarkKind,
     pub(crate) bits: u32,
     pub(crate) writes: bool,
     pub(crate) rules: usize,

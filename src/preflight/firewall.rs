@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::facts::{Chain, Facts};
-use super::{DropHook, Preflight, Problem};
+use super::{DropHook, MarkKind, Preflight, Problem};
 use crate::plan::BEFORE_SNAT;
 use crate::types::Family;
 
@@ -16,14 +16,18 @@ impl Preflight<'_> {
             problems.extend(self.drops(chain));
             problems.extend(self.translates_first(chain));
         }
-        let ours = self.mark_bits();
         for used in &facts.firewall.marks {
-            let shared = used.bits & ours;
+            let shared = used.bits
+                & match used.kind {
+                    MarkKind::Packet => self.mark_bits(),
+                    MarkKind::Connection => self.cluster.marks.connection().mask,
+                };
             if shared != 0 {
                 problems.push(Problem::MarkUsedByFirewall {
                     table: used.table.clone(),
                     chain: used.chain.clone(),
                     rules: used.rules,
+                    kind: used.kind,
                     writes: used.writes,
                     bits: used.bits,
                     shared,

@@ -83,6 +83,24 @@ impl fmt::Display for DropHook {
     }
 }
 
+/// Whose mark it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum MarkKind {
+    /// A packet's, `meta mark`.
+    Packet,
+    /// A connection's, `ct mark`.
+    Connection,
+}
+
+impl fmt::Display for MarkKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Packet => "packet",
+            Self::Connection => "connection",
+        })
+    }
+}
+
 /// Something on this host that may keep the datapath from working.
 ///
 /// Its `Display` is one sentence with the facts.
@@ -149,7 +167,7 @@ pub enum Problem {
     /// Firewall rules of others test or write bits of our marks.
     #[error(
         "{rules} rule(s) of nft table {table}, one in chain {chain}, {} bits {bits:#010x} of the \
-         mark, of which {shared:#010x} are ours", if *writes { "write" } else { "test" }
+         {kind} mark, of which {shared:#010x} are ours", if *writes { "write" } else { "test" }
     )]
     MarkUsedByFirewall {
         /// Family and name of the table.
@@ -158,6 +176,8 @@ pub enum Problem {
         chain: String,
         /// How many there are.
         rules: usize,
+        /// Whose mark it is.
+        kind: MarkKind,
         /// Whether they write the bits; otherwise they test them.
         writes: bool,
         /// The bits.

@@ -5,7 +5,7 @@ use std::process::Command;
 use crate::cluster::{Cluster, Node};
 use crate::kernel::rtnl_kernel_tests::{in_namespace, sh};
 use crate::policy::{EgressIp, EgressPolicy};
-use crate::preflight::{DropHook, Preflight, Problem, Severity};
+use crate::preflight::{DropHook, MarkKind, Preflight, Problem, Severity};
 use crate::reconciler::Reconciler;
 use crate::types::Family;
 
@@ -58,6 +58,7 @@ fn has(program: &str) -> bool {
 fn a_fresh_host_has_no_problem_and_keeps_no_trace() {
     in_namespace(|| {
         let all = "ip -d link; ip addr; ip rule; ip -6 rule; ip route show table all";
+        assert_eq!(problems(":"), []);
         let before = sh(all);
         assert_eq!(problems(":"), []);
         assert_eq!(sh(all), before);
@@ -143,7 +144,7 @@ fn devices_of_others() {
     in_namespace(|| {
         let found = problems(
             "ip link set u0 mtu 1400
-             ip link add egress.vxlan type dummy
+             ip link add egress.vxlan type veth peer name v0
              ip link add v1 type vxlan id 5 dstport 7789 local 192.0.2.1
              ip link add v2 type vxlan id 100 dstport 7789 local 192.0.2.1",
         );
@@ -210,6 +211,7 @@ fn firewalls_of_others() {
             table: "ip mangle".to_owned(),
             chain: "PREROUTING".to_owned(),
             rules: 1,
+            kind: MarkKind::Packet,
             writes,
             bits,
             shared: bits,

@@ -1,6 +1,6 @@
 //! What others have in nf_tables, iptables-nft among them.
 
-use super::{Answered, Request, ask_family, batch, chain, generation, kind};
+use super::{Answered, Request, ask_any, batch, chain, generation, kind};
 use crate::error::{KernelError, errno};
 use crate::kernel::socket::Socket;
 use crate::kernel::wire::{Attribute, Attributes, Malformed, flag};
@@ -60,7 +60,7 @@ fn chains(
         }
         Ok(())
     };
-    ask_family(socket, number, &request, |_| {}, take)
+    ask_any(socket, &request, |writer| writer.nfgen(number, 0), take)
 }
 
 /// A base chain of others.
@@ -121,23 +121,20 @@ fn rules(
             return Ok(());
         }
         let table = format!("{family} {table}");
-        for (bits, writes) in [(uses.tested, false), (uses.written, true)] {
-            if bits != 0 {
-                count(
-                    found,
-                    MarkUse { table: table.clone(), chain: chain.clone(), bits, writes, rules: 1 },
-                );
-            }
+        for ((kind, writes), bits) in uses.0 {
+            let (table, chain) = (table.clone(), chain.clone());
+            count(found, MarkUse { table, chain, kind, bits, writes, rules: 1 });
         }
         Ok(())
     };
-    ask_family(socket, number, &request, |_| {}, take)
+    ask_any(socket, &request, |writer| writer.nfgen(number, 0), take)
 }
 
 /// Adds a use to those of its table that are alike.
 fn count(found: &mut Vec<MarkUse>, used: MarkUse) {
     let alike = found.iter_mut().find(|other| {
-        (other.bits, other.writes) == (used.bits, used.writes) && other.table == used.table
+        (other.kind, other.writes, other.bits) == (used.kind, used.writes, used.bits)
+            && other.table == used.table
     });
     match alike {
         Some(other) => other.rules += used.rules,
@@ -160,11 +157,12 @@ fn text(attribute: &Attribute<'_>) -> String {
 mod tests {
     use super::*;
     use crate::kernel::nft::tests::netns::{has_nft, in_netns, nft};
+    use crate::preflight::MarkKind::{Connection, Packet};
 
     const RULESET: &str = "
         table ip nat {
             chain early { type nat hook postrouting priority 50; }
-            chain late { type nat hook postrouting priority 100; masquerade }
+            chain late { type nat hook postrouting priority 100; masquerade; }
         }
         table inet host {
             chain in { type filter hook input priority 0; policy drop;
@@ -174,7 +172,8 @@ mod tests {
                 ip daddr 192.0.2.1 meta mark set 0x80
                 meta mark set meta mark & 0xffff00ff | 0x200
                 meta mark set ct mark
-                ct mark 7 accept
+                ct mark & 0xff == 7 accept
+                ct mark set ct mark | 0x10
                 tcp dport 1 accept
             }
         }
@@ -206,15 +205,17 @@ mod tests {
             let marks: Vec<_> = found
                 .marks
                 .iter()
-                .map(|used| (used.table.as_str(), used.bits, used.writes, used.rules))
+                .map(|used| (used.table.as_str(), used.kind, used.bits, used.writes, used.rules))
                 .collect();
             assert_eq!(
                 marks,
                 [
-                    ("inet host", 0x00ff_0000, false, 2),
-                    ("inet host", 0xffff_ffff, false, 1),
-                    ("inet host", 0xffff_ffff, true, 2),
-                    ("inet host", 0x0000_ff00, true, 1),
+                    ("inet host", Packet, 0x00ff_0000, false, 2),
+                    ("inet host", Packet, 0xffff_ffff, false, 1),
+                    ("inet host", Packet, 0xffff_ffff, true, 2),
+                    ("inet host", Packet, 0x0000_ff00, true, 1),
+                    ("inet host", Connection, 0xff, false, 1),
+                    ("inet host", Connection, 0x10, true, 1),
                 ]
             );
         });

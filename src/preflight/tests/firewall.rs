@@ -45,19 +45,23 @@ fn a_chain_that_translates_before_ours() {
 
 #[test]
 fn rules_that_use_our_bits() {
-    let used = |bits, writes| {
+    let used_of = |kind, bits, writes| {
         let (table, chain) = ("ip mangle".to_owned(), "cali-x".to_owned());
-        let marks = vec![MarkUse { table, chain, bits, writes, rules: 3 }];
+        let marks = vec![MarkUse { table, chain, kind, bits, writes, rules: 3 }];
         judge(&Facts { firewall: Firewall { marks, ..Firewall::default() }, ..facts() })
     };
+    let used = |bits, writes| used_of(MarkKind::Packet, bits, writes);
     assert_eq!(used(0x4000, true), [], "a bit that the layout avoids");
     let problems = used(0x10000, true);
     assert_eq!(
         problems[0].to_string(),
-        "3 rule(s) of nft table ip mangle, one in chain cali-x, write bits 0x00010000 of the mark, \
-         of which 0x00010000 are ours"
+        "3 rule(s) of nft table ip mangle, one in chain cali-x, write bits 0x00010000 of the \
+         packet mark, of which 0x00010000 are ours"
     );
     assert!(used(u32::MAX, false)[0].to_string().contains("test bits 0xffffffff"));
+    assert_eq!(used_of(MarkKind::Connection, 0x10000, true), [], "only the prefix is ours there");
+    let problems = used_of(MarkKind::Connection, 0x0f00_0000, true);
+    assert!(problems[0].to_string().contains("of the connection mark"));
 }
 
 #[test]

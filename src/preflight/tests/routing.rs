@@ -41,18 +41,19 @@ fn a_rule_ahead_of_ours_that_lets_our_packets_pass() {
 fn values_with_avoided_bits_are_expected_only_if_they_are_given() {
     let cilium = marked(0x200, 0xf00, lookup(9, 254));
     assert_eq!(with(cilium.clone()), []);
-    let mut cluster = cluster();
-    cluster.nodes[1].mark = MarkLayout::SEED.mark(2);
-    let mut facts = facts();
+    let (mut cluster, mut facts, policy) = (cluster(), facts(), policy("node-b", EIP));
     facts.rules.push(cilium);
-    let problems = judge_for(&cluster, &policy("node-b", EIP), &facts);
-    assert_eq!(problems.len(), 1);
-    let Problem::MarkTestedByRule { bits: 0xf00, shared: 0x200, .. } = &problems[0] else {
+    cluster.nodes[1].mark = MarkLayout::SEED.mark(1);
+    let problems = judge_for(&cluster, &policy, &facts);
+    let [Problem::MarkTestedByRule { bits: 0xf00, shared: 0x100, .. }] = &problems[..] else {
         panic!("{problems:?}")
     };
+    cluster.nodes[1].mark = MarkLayout::SEED.mark(2);
+    let problems = judge_for(&cluster, &policy, &facts);
+    assert_eq!(problems, takes_first("ip rule 9: fwmark 0x200/0xf00 lookup 254"));
     cluster.marks = MarkLayout::COMPACT;
     cluster.nodes[1].mark = None;
-    assert_eq!(judge_for(&cluster, &policy("node-b", EIP), &facts), []);
+    assert_eq!(judge_for(&cluster, &policy, &facts), []);
 }
 
 #[test]

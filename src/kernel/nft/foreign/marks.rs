@@ -1,22 +1,44 @@
-//! Which bits of a packet's mark a rule tests and writes.
+//! Which bits of a packet's and of a connection's mark a rule tests and writes.
 
 use std::collections::BTreeMap;
 
-use super::super::expr::{ELEMENT, Expr, meta};
+use super::super::expr::{ELEMENT, Expr, ct, meta};
 use crate::kernel::wire::{Attribute, Attributes, Malformed};
+use crate::preflight::MarkKind;
 
-/// The bits that a rule tests and writes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Uses {
-    pub(super) tested: u32,
-    pub(super) written: u32,
+/// Bits, by whose mark it is and whether they are written rather than tested.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Uses(pub(super) BTreeMap<(MarkKind, bool), u32>);
+
+impl Uses {
+    fn tests(&mut self, kind: MarkKind, bits: u32) {
+        *self.0.entry((kind, false)).or_default() |= bits;
+    }
+
+    fn writes(&mut self, kind: MarkKind, bits: u32) {
+        *self.0.entry((kind, true)).or_default() |= bits;
+    }
+
+    /// A register becomes a mark.
+    fn stores(&mut self, kind: MarkKind, held: Option<&Held>) {
+        // A value that was not made from the same mark replaces all of it.
+        let own = held.filter(|held| held.kind == kind);
+        self.writes(kind, own.map_or(u32::MAX, |held| !held.kept | held.turned));
+    }
 }
 
-/// What is left of the mark in a register: bits that are kept, and bits that are turned over.
+/// What is left of a mark in a register: bits that are kept, and bits that are turned over.
 #[derive(Clone, Copy)]
 struct Held {
+    kind: MarkKind,
     kept: u32,
     turned: u32,
+}
+
+impl Held {
+    const fn all(kind: MarkKind) -> Self {
+        Self { kind, kept: u32::MAX, turned: 0 }
+    }
 }
 
 /// Reads the expressions of a rule.
@@ -40,29 +62,35 @@ pub(super) fn read(list: Attributes<'_>) -> Result<Uses, Malformed> {
 fn follow(expr: &Expr, registers: &mut BTreeMap<u32, Held>, uses: &mut Uses) {
     match expr {
         Expr::MetaLoad { key: meta::MARK, dreg } => {
-            registers.insert(*dreg, Held { kept: u32::MAX, turned: 0 });
+            registers.insert(*dreg, Held::all(MarkKind::Packet));
+        }
+        Expr::Ct { key: ct::MARK, dreg } => {
+            registers.insert(*dreg, Held::all(MarkKind::Connection));
         }
         Expr::MetaSet { key: meta::MARK, sreg } => {
-            // A value that was not made from the mark replaces all of it.
-            let held = registers.get(sreg);
-            uses.written |= held.map_or(u32::MAX, |held| !held.kept | held.turned);
+            uses.stores(MarkKind::Packet, registers.get(sreg));
+        }
+        Expr::CtSet { key: ct::MARK, sreg } => {
+            uses.stores(MarkKind::Connection, registers.get(sreg));
         }
         Expr::Bitwise { sreg, dreg, mask, xor } => {
             let held = registers.get(sreg).copied();
             match (held, host(mask), host(xor)) {
                 (Some(held), Some(mask), Some(xor)) => {
-                    let turned = held.turned & mask ^ xor;
-                    registers.insert(*dreg, Held { kept: held.kept & mask, turned });
+                    let (kept, turned) = (held.kept & mask, (held.turned & mask) ^ xor);
+                    registers.insert(*dreg, Held { kept, turned, ..held });
                 }
                 _ => drop(registers.remove(dreg)),
             }
         }
         Expr::Cmp { sreg, .. } => {
-            uses.tested |= registers.get(sreg).map_or(0, |held| held.kept);
+            if let Some(held) = registers.get(sreg) {
+                uses.tests(held.kind, held.kept);
+            }
         }
         Expr::Lookup { dreg, .. } => {
             // A mark may be any part of a concatenation.
-            uses.tested |= registers.values().fold(0, |bits, held| bits | held.kept);
+            registers.values().for_each(|held| uses.tests(held.kind, held.kept));
             if let Some(dreg) = dreg {
                 registers.remove(dreg);
             }
@@ -72,11 +100,7 @@ fn follow(expr: &Expr, registers: &mut BTreeMap<u32, Held>, uses: &mut Uses) {
         | Expr::Ct { dreg, .. }
         | Expr::Load { dreg, .. } => drop(registers.remove(dreg)),
         Expr::Other(_) => registers.clear(),
-        Expr::MetaSet { .. }
-        | Expr::Immediate(_)
-        | Expr::Snat { .. }
-        | Expr::Masquerade
-        | Expr::Counter => {}
+        _ => {}
     }
 }
 
@@ -104,13 +128,19 @@ fn extension(element: &Attribute<'_>, uses: &mut Uses) -> bool {
         }
     }
     let word = |n: usize| info.get(n * 4..n * 4 + 4).and_then(host).unwrap_or_default();
-    // `struct xt_mark_mtinfo1`, `xt_mark_tginfo2` and `xt_connmark_tginfo1` or `2`, in the byte
-    // order of this machine; the first two words are value and mask.
+    // `struct xt_mark_mtinfo1`, `xt_connmark_mtinfo1` and `xt_mark_tginfo2` begin with value and
+    // mask, `xt_connmark_tginfo1` and `2` with value, mask and the mask of the packet's mark; then
+    // comes the mode, in the second after two bytes of shifting.
     match (name, revision) {
-        ("mark", 1) => uses.tested |= word(1),
-        ("MARK", 2) => uses.written |= word(0) | word(1),
-        // Connection's mark and its mask, packet's mask, mode; 2 puts it into the packet.
-        ("CONNMARK", 1 | 2) if info.get(12) == Some(&2) => uses.written |= word(2),
+        ("mark", 1) => uses.tests(MarkKind::Packet, word(1)),
+        ("connmark", 1) => uses.tests(MarkKind::Connection, word(1)),
+        ("MARK", 2) => uses.writes(MarkKind::Packet, word(0) | word(1)),
+        ("CONNMARK", 1 | 2) => match info.get(if revision == 1 { 12 } else { 14 }) {
+            Some(0) => uses.writes(MarkKind::Connection, word(0) | word(1)),
+            Some(1) => uses.writes(MarkKind::Connection, word(1) | word(2)),
+            Some(2) => uses.writes(MarkKind::Packet, word(1) | word(2)),
+            _ => {}
+        },
         _ => {}
     }
     true
@@ -149,16 +179,23 @@ mod tests {
 
     #[test]
     fn extensions_of_iptables_are_understood() {
-        let tested = |tested| Uses { tested, written: 0 };
-        let written = |written| Uses { tested: 0, written };
-        assert_eq!(xt("match", "mark", 1, &[0x4000, 0xc000, 0]), tested(0xc000));
-        assert_eq!(xt("target", "MARK", 2, &[0x4000, 0]), written(0x4000));
-        assert_eq!(xt("target", "MARK", 2, &[0, 0xff00]), written(0xff00));
-        let restore = 2_u32.to_le();
-        assert_eq!(xt("target", "CONNMARK", 1, &[0, 0xff, 0xf0, restore]), written(0xf0));
-        assert_eq!(xt("target", "CONNMARK", 1, &[0, 0xff, 0xf0, 0]), Uses::default());
-        assert_eq!(xt("match", "connmark", 1, &[1, 1, 0]), Uses::default());
-        assert_eq!(xt("match", "mark", 1, &[1]), Uses::default(), "too short to have a mask");
+        use MarkKind::{Connection, Packet};
+        let of = |kind, writes, bits| Uses([((kind, writes), bits)].into());
+        assert_eq!(xt("match", "mark", 1, &[0x4000, 0xc000, 0]), of(Packet, false, 0xc000));
+        assert_eq!(xt("match", "connmark", 1, &[1, 3, 0]), of(Connection, false, 3));
+        assert_eq!(xt("target", "MARK", 2, &[0x4000, 0]), of(Packet, true, 0x4000));
+        assert_eq!(xt("target", "MARK", 2, &[0, 0xff00]), of(Packet, true, 0xff00));
+        for (revision, shift) in [(1, 0), (2, 16)] {
+            let connmark = |mode: u32| {
+                let words = [1, 0xe, 0xf0, (mode << shift).to_le()];
+                xt("target", "CONNMARK", revision, &words)
+            };
+            assert_eq!(connmark(0), of(Connection, true, 0xf));
+            assert_eq!(connmark(1), of(Connection, true, 0xfe));
+            assert_eq!(connmark(2), of(Packet, true, 0xfe));
+            assert_eq!(connmark(3), Uses::default());
+        }
+        assert_eq!(xt("match", "mark", 1, &[1]), of(Packet, false, 0), "too short to have a mask");
     }
 
     #[test]
@@ -171,6 +208,6 @@ mod tests {
         });
         assert_eq!(found, Uses::default());
         let found = uses(|writer| [mark, test()].iter().for_each(|expr| expr.write(writer)));
-        assert_eq!(found, Uses { tested: u32::MAX, written: 0 });
+        assert_eq!(found, Uses([((MarkKind::Packet, false), u32::MAX)].into()));
     }
 }
