@@ -68,7 +68,7 @@
 //!
 //! # Features
 //!
-//! - `kernel` (default): [`KernelDatapath`], on Linux.
+//! - `kernel` (default): [`KernelDatapath`] and [`preflight`], on Linux.
 //! - `serde`: `Serialize` and `Deserialize` for the value types.
 //! - `mock`: mocks of the four traits; exempt from semantic versioning.
 //!

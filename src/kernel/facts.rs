@@ -45,16 +45,25 @@ pub(crate) fn facts(devices: &[&str]) -> Result<Facts, KernelError> {
     Ok(facts)
 }
 
+/// What others have in nf_tables, if there is one and we may look.
 fn firewall(missing: &mut Vec<KernelPart>, denied: &mut bool) -> Result<Firewall, KernelError> {
-    let mut read = || {
-        let mut socket = nft::open()?;
-        missing.extend(nft::missing(&mut socket)?);
-        nft::foreign(&mut socket)
+    let mut socket = match nft::open() {
+        Err(error) if nft::is_absent(&error) => {
+            missing.push(KernelPart::NfTables);
+            return Ok(Firewall::default());
+        }
+        other => other?,
     };
-    match read() {
-        Err(error) if error.is_denied() => *denied = true,
-        Err(error) if nft::is_absent(&error) => missing.push(KernelPart::NfTables),
-        other => return other,
+    let lacking = match nft::missing(&mut socket) {
+        Err(error) if error.is_denied() => {
+            *denied = true;
+            return Ok(Firewall::default());
+        }
+        other => other?,
+    };
+    missing.extend(&lacking);
+    if lacking.contains(&KernelPart::NfTables) {
+        return Ok(Firewall::default());
     }
-    Ok(Firewall::default())
+    nft::foreign(&mut socket)
 }

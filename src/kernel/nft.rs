@@ -22,9 +22,9 @@ mod stmt;
 mod tests;
 
 pub(super) use commit::commit;
-pub(super) use foreign::{foreign, is_absent};
+pub(super) use foreign::foreign;
 pub(super) use observe::observe;
-pub(super) use probe::missing;
+pub(super) use probe::{is_absent, missing};
 
 /// `NETLINK_NETFILTER`.
 const NETFILTER: isize = 12;

@@ -7,15 +7,9 @@ impl Problem {
     /// What to do about it, as an imperative or a command.
     pub fn remedy(&self) -> String {
         match self {
-            Self::StrictTunnel { device } => {
-                format!("sysctl -w net.ipv4.conf.{device}.rp_filter=2")
-            }
+            Self::StrictTunnel { device } => loose(device),
             Self::StrictOverlay { devices } => {
-                let commands = devices.iter().map(|device| {
-                    // A dot in a name would be taken for a step of the path.
-                    format!("sysctl -w net/ipv4/conf/{device}/rp_filter=2")
-                });
-                commands.collect::<Vec<_>>().join("; ")
+                devices.iter().map(|device| loose(device)).collect::<Vec<_>>().join("; ")
             }
             Self::DropPolicy { hook: DropHook::Forward, table, chain, .. } => format!(
                 "accept forwarded packets of the policies' pods, both ways, in chain {chain} of \
@@ -109,4 +103,9 @@ impl Problem {
             _ => "",
         }
     }
+}
+
+fn loose(device: &str) -> String {
+    // With slashes, because a dot in a name would be taken for a step of the path.
+    format!("sysctl -w net/ipv4/conf/{device}/rp_filter=2")
 }

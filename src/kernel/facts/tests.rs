@@ -74,6 +74,8 @@ fn our_own_objects_are_no_problem() {
         assert_eq!(problems("echo 1 >/proc/sys/net/ipv4/conf/u0/rp_filter"), []);
         let strict = problems("echo 1 >/proc/sys/net/ipv4/conf/egress.vxlan/rp_filter");
         assert_eq!(strict, [Problem::StrictTunnel { device: "egress.vxlan".to_owned() }]);
+        sh(&strict[0].remedy());
+        assert_eq!(problems(":"), []);
     });
 }
 

@@ -1,7 +1,7 @@
 //! What others have in nf_tables, iptables-nft among them.
 
 use super::{Answered, Request, ask_any, batch, chain, generation, kind};
-use crate::error::{KernelError, errno};
+use crate::error::KernelError;
 use crate::kernel::socket::Socket;
 use crate::kernel::wire::{Attribute, Attributes, Malformed, flag};
 use crate::preflight::facts::{Chain, Firewall, MarkUse};
@@ -16,12 +16,6 @@ const ATTEMPTS: usize = 5;
 /// Families whose packets we steer (`NFPROTO_*`), as `nft` writes them.
 const FAMILIES: [(u8, &str, &[Family]); 3] =
     [(batch::INET, "inet", &Family::BOTH), (2, "ip", &[Family::V4]), (10, "ip6", &[Family::V6])];
-
-/// Whether the error says that there is no nf_tables.
-pub(in super::super) fn is_absent(error: &KernelError) -> bool {
-    let absent = [errno::EINVAL, errno::EOPNOTSUPP, errno::EPROTONOSUPPORT];
-    error.errno().is_some_and(|errno| absent.contains(&errno))
-}
 
 /// Reads base chains and the uses of the mark in all tables but ours.
 pub(in super::super) fn foreign(socket: &mut Socket) -> Result<Firewall, KernelError> {

@@ -18,8 +18,17 @@ const TEXT: &str = "try out what nf_tables has";
 ///
 /// The transaction has no end, so that the kernel looks at every message and then forgets all.
 pub(in super::super) fn missing(socket: &mut Socket) -> Result<Vec<KernelPart>, KernelError> {
-    generation(socket)?;
-    try_out(socket, &parts())
+    match generation(socket) {
+        Err(error) if is_absent(&error) => Ok(vec![KernelPart::NfTables]),
+        Err(error) => Err(error),
+        Ok(_) => try_out(socket, &parts()),
+    }
+}
+
+/// Whether the error says that there is no nf_tables at all.
+pub(in super::super) fn is_absent(error: &KernelError) -> bool {
+    let absent = [errno::EINVAL, errno::EOPNOTSUPP, errno::EPROTONOSUPPORT];
+    error.errno().is_some_and(|errno| absent.contains(&errno))
 }
 
 /// What stands for a part in the transaction.
@@ -75,12 +84,13 @@ fn try_out(
             let ack = Ack::read(&message).map_err(malformed)?;
             let part = sequences.iter().find(|(sequence, _)| *sequence == message.sequence);
             match (ack.errno, part) {
-                (0, _) => {}
-                (errno::ENOENT | errno::EOPNOTSUPP | errno::EPROTONOSUPPORT, Some((_, part))) => {
-                    missing.push(*part);
-                }
-                // What follows from it.
-                (errno::ENOENT, None) => {}
+                // The second follows from another refusal.
+                (0, _) | (errno::ENOENT, None) => {}
+                // There in part is not there: it is tried in the way that it will be used.
+                (
+                    errno::ENOENT | errno::EOPNOTSUPP | errno::EPROTONOSUPPORT | errno::EINVAL,
+                    Some((_, part)),
+                ) => missing.push(*part),
                 (code, _) => {
                     return Err(KernelError::refused(TEXT, code).with_words(ack.words));
                 }

@@ -6,8 +6,8 @@ fn with(rule: Rule) -> Vec<Problem> {
     judge(&facts)
 }
 
-fn marked(value: u32, mask: u32, rule: Rule) -> Rule {
-    Rule { mark: Some((value, mask)), ..rule }
+fn marked(value: u32, mask: u32, priority: u32) -> Rule {
+    Rule { mark: Some((value, mask)), ..lookup(priority, 254) }
 }
 
 fn takes_first(text: &str) -> [Problem; 1] {
@@ -20,9 +20,9 @@ fn a_rule_ahead_of_ours_takes_our_packets() {
     assert_eq!(with(rule(50, Action::Refuse)), takes_first("ip rule 50: refuse"));
     let of_pods = Rule { source: Some("10.244.0.0/16".parse().unwrap()), ..lookup(50, 254) };
     assert_eq!(with(of_pods), takes_first("ip rule 50: from 10.244.0.0/16 lookup 254"));
-    let unless = Rule { inverted: true, ..marked(0xca6c, u32::MAX, lookup(50, 254)) };
+    let unless = Rule { inverted: true, ..marked(0xca6c, u32::MAX, 50) };
     assert_eq!(with(unless), takes_first("ip rule 50: not fwmark 0xca6c/0xffffffff lookup 254"));
-    let prefix = marked(0x2600_0000, 0xff00_0000, lookup(50, 254));
+    let prefix = marked(0x2600_0000, 0xff00_0000, 50);
     assert_eq!(with(prefix), takes_first("ip rule 50: fwmark 0x26000000/0xff000000 lookup 254"));
 }
 
@@ -31,7 +31,7 @@ fn a_rule_ahead_of_ours_that_lets_our_packets_pass() {
     let of_others = Rule { source: Some("192.168.0.0/16".parse().unwrap()), ..lookup(50, 254) };
     let without_default = rule(50, Action::Lookup { table: 254, without_default: true });
     let selects = Rule { selects: true, ..lookup(50, 254) };
-    let aws = marked(0x80, 0x80, lookup(50, 254));
+    let aws = marked(0x80, 0x80, 50);
     for rule in [of_others, without_default, selects, aws, lookup(50, 7), rule(50, Action::Other)] {
         assert_eq!(with(rule.clone()), [], "{rule}");
     }
@@ -39,7 +39,7 @@ fn a_rule_ahead_of_ours_that_lets_our_packets_pass() {
 
 #[test]
 fn values_with_avoided_bits_are_expected_only_if_they_are_given() {
-    let cilium = marked(0x200, 0xf00, lookup(9, 254));
+    let cilium = marked(0x200, 0xf00, 9);
     assert_eq!(with(cilium.clone()), []);
     let (mut cluster, mut facts, policy) = (cluster(), facts(), policy("node-b", EIP));
     facts.rules.push(cilium);
@@ -58,7 +58,7 @@ fn values_with_avoided_bits_are_expected_only_if_they_are_given() {
 
 #[test]
 fn a_rule_that_tests_our_bits() {
-    let tailscale = marked(0x80000, 0xff0000, lookup(5210, 254));
+    let tailscale = marked(0x8_0000, 0xff_0000, 5210);
     let rule = "ip rule 5210: fwmark 0x80000/0xff0000 lookup 254".to_owned();
     let problem = Problem::MarkTestedByRule { rule, bits: 0xff_0000, shared: 0xff_0000 };
     assert_eq!(with(tailscale), std::slice::from_ref(&problem));

@@ -90,7 +90,9 @@ fn follow(expr: &Expr, registers: &mut BTreeMap<u32, Held>, uses: &mut Uses) {
         }
         Expr::Lookup { dreg, .. } => {
             // A mark may be any part of a concatenation.
-            registers.values().for_each(|held| uses.tests(held.kind, held.kept));
+            for held in registers.values() {
+                uses.tests(held.kind, held.kept);
+            }
             if let Some(dreg) = dreg {
                 registers.remove(dreg);
             }
@@ -204,10 +206,15 @@ mod tests {
         let other = Expr::MetaLoad { key: meta::L4PROTO, dreg: 1 };
         let test = || Expr::Cmp { sreg: 1, equal: true, data: vec![6] };
         let found = uses(|writer| {
-            [mark.clone(), other, test()].iter().for_each(|expr| expr.write(writer));
+            for expr in [mark.clone(), other, test()] {
+                expr.write(writer);
+            }
         });
         assert_eq!(found, Uses::default());
-        let found = uses(|writer| [mark, test()].iter().for_each(|expr| expr.write(writer)));
+        let found = uses(|writer| {
+            mark.write(writer);
+            test().write(writer);
+        });
         assert_eq!(found, Uses([((MarkKind::Packet, false), u32::MAX)].into()));
     }
 }
