@@ -47,11 +47,13 @@ mod problem;
 mod remedy;
 mod routing;
 mod settings;
+mod terms;
 #[cfg(test)]
 mod tests;
 
 use facts::Facts;
-pub use problem::{DropHook, KernelPart, MarkKind, Problem, Severity};
+pub use problem::Problem;
+pub use terms::{DropHook, KernelPart, MarkKind, Severity};
 
 /// A look at this host with the eyes of the datapath that is to run on it.
 #[derive(Clone, Debug)]

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::problem::{KernelPart, MarkKind};
+use super::terms::{KernelPart, MarkKind};
 use crate::types::Family;
 
 /// What is there, and not ours.

@@ -1,6 +1,6 @@
 //! What to do about a problem.
 
-use super::problem::{DropHook, KernelPart, Problem};
+use super::{DropHook, KernelPart, Problem};
 use crate::types::Family;
 
 impl Problem {

@@ -1,8 +1,7 @@
 //! Privilege, parts of the kernel, and its settings.
 
 use super::facts::Facts;
-use super::problem::KernelPart;
-use super::{Preflight, Problem};
+use super::{KernelPart, Preflight, Problem};
 use crate::types::Family;
 
 /// `rp_filter` where packets must come in by the device that the host would answer by.
