@@ -42,16 +42,20 @@ fn own_policies() -> Result<()> {
 /// Marks and tables that come from elsewhere, a database perhaps.
 fn own_allocators() -> Result<()> {
     let (mut marks, mut tables) = (MockMarkAllocator::new(), MockTableAllocator::new());
-    let (mark, table) = (Mark::new(0x2600_2000), TableId::new(7000).ok_or("a kernel's table")?);
+    let mark = Mark::new(0x2600_2000);
+    let table = |id| TableId::new(id).ok_or("a kernel's table");
+    // One for the gateway, and one for this node: what is marked and finds no gateway ends there.
+    let (table, closing) = (table(7000)?, table(7001)?);
     marks.expect_get().return_const(None);
     marks.expect_allocate().times(1).returning(move |_| Ok(mark));
     tables.expect_get().return_const(None);
-    tables.expect_allocate().times(1).returning(move |_| Ok(table));
+    let give = move |node: &NodeName| Ok(if node.as_str() == "b" { table } else { closing });
+    tables.expect_allocate().times(2).returning(give);
     let mut egress = Reconciler::with_allocators(Sim::new(), marks, tables);
     egress.reconcile(&cluster()?, [policy()?])?;
     let state = egress.datapath().state();
     assert!(state.rules.iter().any(|rule| rule.mark == mark));
-    assert!(state.routes.keys().all(|key| key.table == table));
+    assert!(state.routes.keys().all(|key| [table, closing].contains(&key.table)));
     println!("gateway b has mark {mark} and table {table}, as the allocators said");
     Ok(())
 }

@@ -56,12 +56,17 @@ fn marks_and_tables_come_from_the_allocators() {
         .withf(|node| node.as_str() == "b")
         .times(1)
         .returning(move |_| Ok(mark));
-    tables.expect_allocate().times(1).returning(move |_| Ok(table));
+    // The second table is this node's own: what is marked and found no gateway is refused there.
+    let closing = TableId::new(7001).unwrap();
+    tables
+        .expect_allocate()
+        .times(2)
+        .returning(move |node| Ok(if node.as_str() == "b" { table } else { closing }));
     let mut egress = Reconciler::with_allocators(Sim::new(), marks, tables);
     egress.reconcile(&cluster(), [policy()]).unwrap();
     let state = egress.datapath().state();
     assert!(state.rules.iter().any(|rule| rule.mark == mark));
-    assert!(state.routes.keys().all(|key| key.table == table));
+    assert!(state.routes.keys().all(|key| key.table == table || key.table == closing));
 }
 
 #[test]

@@ -118,7 +118,8 @@ fn options_of<'a>(options: &[&'a str]) -> Result<(&'a str, &'a str), Failure> {
     Ok((node.ok_or_else(|| missing("--node"))?, file.ok_or_else(|| missing("--cluster"))?))
 }
 
-/// Fills in the device that has this node's underlay address, and its MTU.
+/// Fills in the MTU of the device below the tunnel, and where none is named the device that has
+/// this node's underlay address.
 fn find_underlay(
     file: &str,
     config: &mut Config,
@@ -127,22 +128,23 @@ fn find_underlay(
     let Some((address, field)) = config.underlay() else {
         return Ok(());
     };
+    let tunnel = &mut config.cluster.tunnel;
+    if let Some(device) = &tunnel.underlay_device {
+        let mtu = kernel.mtu_of(device).map_err(Failure::kernel)?;
+        tunnel.underlay_mtu = mtu.ok_or_else(|| {
+            Failure::Input(format!(
+                "{file}: tunnel.underlay_device: \"{device}\" is no device here"
+            ))
+        })?;
+        return Ok(());
+    }
     let found = kernel.device_of(address).map_err(Failure::kernel)?;
     let (device, mtu) = found.ok_or_else(|| {
         Failure::Input(format!("{file}: {field}: no device here has the address {address}"))
     })?;
-    let tunnel = &mut config.cluster.tunnel;
-    match &tunnel.underlay_device {
-        Some(given) if *given != device => Err(Failure::Input(format!(
-            "{file}: tunnel.underlay_device: \"{given}\" does not have this node's address \
-             {address}, {device} does"
-        ))),
-        _ => {
-            tunnel.underlay_device = Some(device);
-            tunnel.underlay_mtu = mtu;
-            Ok(())
-        }
-    }
+    tunnel.underlay_device = Some(device);
+    tunnel.underlay_mtu = mtu;
+    Ok(())
 }
 
 fn failure(file: &str, config: &Config, error: Error) -> Failure {
