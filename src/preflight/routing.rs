@@ -47,7 +47,9 @@ impl Preflight<'_> {
             problems.push(Problem::RuleTakesFirst { rule: rule.to_string(), priority });
             return;
         }
-        if rule.priority == priority || rule.priority == priority + 1 {
+        // The closing rule needs a prefix to look for.
+        let last = priority + u32::from(self.cluster.marks.prefix_mask() != 0);
+        if (priority..=last).contains(&rule.priority) {
             problems.push(Problem::PriorityShared { rule: rule.to_string() });
         }
         let (bits, ours) = (rule.mark.map_or(0, |(_, mask)| mask), self.mark_bits());

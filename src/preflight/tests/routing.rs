@@ -76,6 +76,11 @@ fn a_rule_at_one_of_our_priorities() {
         assert_eq!(problems.len(), count, "{priority}");
         assert!(problems.iter().all(|p| matches!(p, Problem::PriorityShared { .. })));
     }
+    let cluster = Cluster { marks: MarkLayout::COMPACT, ..cluster() };
+    let mut facts = facts();
+    facts.rules.push(Rule { selects: true, ..lookup(102, 7) });
+    let problems = judge_for(&cluster, &policy("node-b", EIP), &facts);
+    assert_eq!(problems, [], "a layout without prefix has no closing rule");
 }
 
 #[test]
