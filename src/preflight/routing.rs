@@ -48,7 +48,8 @@ impl Preflight<'_> {
             return;
         }
         // The closing rule needs a prefix to look for.
-        let last = priority + u32::from(self.cluster.marks.prefix_mask() != 0);
+        let closing = u32::from(self.cluster.marks.prefix_mask() != 0);
+        let last = priority.saturating_add(closing);
         if (priority..=last).contains(&rule.priority) {
             problems.push(Problem::PriorityShared { rule: rule.to_string() });
         }
