@@ -2,6 +2,7 @@
 
 mod address;
 mod conntrack;
+mod facts;
 mod fdb;
 mod link;
 mod link_change;
@@ -32,6 +33,7 @@ use crate::op::Op;
 use crate::state::State;
 use crate::types::DeviceName;
 
+pub(crate) use facts::facts;
 use ownership::Hold;
 pub use ownership::Ownership;
 use route_socket::RouteSocket;

@@ -21,6 +21,7 @@
 //!   print as the commands an operator would type.
 //! - [`Datapath`] holds a state: the kernel ([`KernelDatapath`]) or a stand-in ([`Sim`]).
 //! - [`Reconciler`] does all of this in one call.
+//! - [`preflight`] looks beforehand at what on the host may be in the way.
 //!
 //! # Example
 //!
@@ -67,7 +68,7 @@
 //!
 //! # Features
 //!
-//! - `kernel` (default): [`KernelDatapath`], on Linux.
+//! - `kernel` (default): [`KernelDatapath`] and [`preflight`], on Linux.
 //! - `serde`: `Serialize` and `Deserialize` for the value types.
 //! - `mock`: mocks of the four traits; exempt from semantic versioning.
 //!
@@ -91,6 +92,8 @@ mod mark;
 mod op;
 mod plan;
 mod policy;
+#[cfg(all(feature = "kernel", target_os = "linux"))]
+pub mod preflight;
 mod range;
 mod reconciler;
 #[cfg(feature = "serde")]

@@ -17,6 +17,8 @@ mod classes;
 mod firewall;
 mod routing;
 
+#[cfg(all(feature = "kernel", target_os = "linux"))]
+pub(crate) use chains::priority::BEFORE_SNAT;
 use check::{Checked, World};
 
 /// What this node's kernel should hold, and what the caller should know about it.

@@ -109,7 +109,7 @@ fn rp_filter(families: &[AfSpecUnspec]) -> u32 {
         .unwrap_or_default()
 }
 
-fn without_statistics() -> LinkAttribute {
+pub(super) fn without_statistics() -> LinkAttribute {
     LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats])
 }
 

@@ -17,7 +17,7 @@ mod reads;
 mod round_trip;
 
 /// Runs the test in a fresh network namespace, which ends with its thread.
-fn in_namespace(test: impl FnOnce() + Send + 'static) {
+pub(super) fn in_namespace(test: impl FnOnce() + Send + 'static) {
     let name = thread::current().name().unwrap_or_default().to_owned();
     let done = thread::spawn(move || {
         if let Err(error) = unshare() {
@@ -51,7 +51,7 @@ fn unshare() -> Result<(), rustix::io::Errno> {
 }
 
 #[track_caller]
-fn sh(script: &str) -> String {
+pub(super) fn sh(script: &str) -> String {
     let output = Command::new("sh").args(["-ec", script]).output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
