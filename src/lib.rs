@@ -122,7 +122,7 @@ pub use op::Op;
 pub use plan::{Closed, Finding, Plan, PlanError, PolicyError, plan};
 #[cfg(feature = "mock")]
 pub use policy::MockPolicy;
-pub use policy::{Destinations, EgressIp, EgressPolicy, Policy};
+pub use policy::{Destinations, EgressIp, EgressPolicy, Policy, Unavailable};
 pub use range::IpRange;
 pub use reconciler::{Error, Reconciler, Report};
 pub use sim::Sim;

@@ -104,9 +104,9 @@ fn doctor(options: &[&str]) -> Result<(), Failure> {
     let broken = problems.iter().filter(|problem| problem.severity() == Severity::Broken).count();
     match broken {
         0 => Ok(()),
-        _ => {
-            Err(Failure::Kernel(format!("{broken} problem(s) would keep the datapath from working")))
-        }
+        _ => Err(Failure::Kernel(format!(
+            "{broken} problem(s) would keep the datapath from working"
+        ))),
     }
 }
 
