@@ -17,6 +17,7 @@ mod rtnl_wire_tests;
 mod rule;
 mod socket;
 mod tables;
+mod watch;
 mod wire;
 
 use std::net::IpAddr;
@@ -31,6 +32,7 @@ use crate::types::DeviceName;
 use route_socket::RouteSocket;
 use socket::Socket;
 pub use tables::KernelTables;
+pub use watch::{News, Part, Process, Watch};
 
 /// The kernel of the network namespace that the opening thread was in.
 ///
@@ -44,6 +46,7 @@ pub use tables::KernelTables;
 pub struct KernelDatapath {
     routing: RouteSocket,
     netfilter: Socket,
+    watching: watch::Shared,
 }
 
 impl KernelDatapath {
@@ -53,7 +56,20 @@ impl KernelDatapath {
     ///
     /// The part of the kernel that is missing.
     pub fn open() -> Result<Self, KernelError> {
-        Ok(Self { routing: RouteSocket::open()?, netfilter: nft::open()? })
+        let routing = RouteSocket::open()?;
+        let watching = watch::Shared::open(routing.share_expected(), nft::open()?)
+            .map_err(|error| KernelError::io("open a routing socket", &error))?;
+        Ok(Self { routing, netfilter: nft::open()?, watching })
+    }
+
+    /// Begins to listen for changes that others make to what is ours, in the network namespace of
+    /// this datapath, whatever the calling thread's is.
+    ///
+    /// # Errors
+    ///
+    /// A missing privilege, or `EBUSY` while another watch of this datapath lives.
+    pub fn watch(&self) -> Result<Watch, KernelError> {
+        self.watching.watch(self.routing.port(), self.netfilter.port())
     }
 
     /// The device that has an address, and its MTU in bytes; `None` if none has it.

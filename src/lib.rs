@@ -21,6 +21,8 @@
 //!   print as the commands an operator would type.
 //! - [`Datapath`] holds a state: the kernel ([`KernelDatapath`]) or a stand-in ([`Sim`]).
 //! - [`Reconciler`] does all of this in one call.
+//! - [`Watch`] is readable when somebody else touched what is ours, and [`Reconciler::repair`] puts
+//!   it right.
 //!
 //! # Example
 //!
@@ -103,7 +105,7 @@ pub use cluster::{Cluster, Node, Tunnel};
 pub use datapath::Datapath;
 pub use error::{ApplyError, KernelError};
 #[cfg(all(feature = "kernel", target_os = "linux"))]
-pub use kernel::{KernelDatapath, KernelTables};
+pub use kernel::{KernelDatapath, KernelTables, News, Part, Process, Watch};
 pub use mark::{LayoutError, MarkLayout};
 pub use op::Op;
 pub use plan::{Closed, Finding, Plan, PlanError, PolicyError, plan};

@@ -22,6 +22,8 @@ pub struct Reconciler<D, M = MarkPool, T = TablePool> {
     datapath: D,
     marks: M,
     tables: T,
+    /// What the last call that could plan wanted.
+    wanted: Option<State>,
 }
 
 /// What a call did.
@@ -75,7 +77,7 @@ impl<D: Datapath> Reconciler<D> {
 impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     /// A reconciler with allocators of one's own; the marks must be of the cluster's layout.
     pub const fn with_allocators(datapath: D, marks: M, tables: T) -> Self {
-        Self { datapath, marks, tables }
+        Self { datapath, marks, tables, wanted: None }
     }
 
     /// Makes the kernel hold what the policies want, and nothing else of ours.
@@ -89,10 +91,32 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         cluster: &Cluster,
         policies: impl IntoIterator<Item = P>,
     ) -> Result<Report, Error> {
-        let (plan, changes) = self.compare(cluster, policies)?;
+        let (mut plan, changes) = self.compare(cluster, policies)?;
+        self.wanted = Some(std::mem::take(&mut plan.state));
         self.datapath.apply(&changes)?;
         self.release(cluster, &plan);
         Ok(Report { changes, findings: plan.findings })
+    }
+
+    /// Makes the kernel hold again what the last [`reconcile`](Self::reconcile) wanted, whatever
+    /// others have done to it since; the report has no findings.
+    ///
+    /// It is the cheap half of a reconciliation: nothing is planned, and where nothing has changed
+    /// nothing is written. It also goes on with what a failed [`Error::Apply`] left undone. Before
+    /// the first reconciliation, and after [`remove`](Self::remove), nothing is wanted, and nothing
+    /// is done.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Observe`] and [`Error::Apply`], as of [`reconcile`](Self::reconcile).
+    pub fn repair(&mut self) -> Result<Report, Error> {
+        let mut changes = Changes::default();
+        if let Some(wanted) = &self.wanted {
+            let observed = self.datapath.observe().map_err(Error::Observe)?;
+            changes = Changes::between(&observed, wanted);
+            self.datapath.apply(&changes)?;
+        }
+        Ok(Report { changes, findings: Vec::new() })
     }
 
     /// What [`reconcile`](Self::reconcile) would change and report, without changing it.
@@ -107,6 +131,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
 
     /// Removes everything of ours.
     pub fn remove(&mut self) -> Result<Report, Error> {
+        self.wanted = None;
         let observed = self.datapath.observe().map_err(Error::Observe)?;
         let changes = Changes::between(&observed, &State::default());
         self.datapath.apply(&changes)?;

@@ -1,0 +1,233 @@
+//! News that somebody else may have touched what is ours.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::socket::{Epoll, Socket};
+use super::wire::Messages;
+use crate::error::{KernelError, errno};
+
+mod expected;
+mod filter;
+mod news;
+mod recognise;
+#[cfg(test)]
+mod tests;
+
+pub(super) use expected::Expected;
+pub use news::{News, Part, Process};
+
+/// Groups of the routing subsystem (`enum rtnetlink_groups`): links, neighbours with forwarding
+/// entries, IPv4 addresses, routes, rules, the same of IPv6, and settings of IPv4.
+const ROUTING: [u32; 9] = [1, 3, 5, 7, 8, 9, 11, 19, 24];
+
+/// `NFNLGRP_NFTABLES`.
+const NETFILTER: [u32; 1] = [7];
+
+/// Bytes of news that wait to be read; what does not fit is lost, and that is said.
+const UNREAD: usize = 1 << 20;
+
+const BUSY: &str = "drop the other watch of this datapath first";
+
+/// Readable when somebody else may have touched what is ours.
+///
+/// Made by [`KernelDatapath::watch`](crate::KernelDatapath::watch). It has one descriptor, which
+/// becomes readable within microseconds of a change; [`drain`](Self::drain) says what it was, and
+/// takes the news out. The order that misses nothing is: watch, then reconcile, then wait.
+///
+/// ```no_run
+/// use std::os::fd::AsFd;
+/// # use egress_datapath::{KernelDatapath, KernelError, Reconciler};
+/// # fn wait_until_readable(_: std::os::fd::BorrowedFd<'_>) {}
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let mut egress = Reconciler::new(KernelDatapath::open()?);
+/// let mut watch = egress.datapath().watch()?;
+/// // … egress.reconcile(&cluster, &policies)?;
+/// loop {
+///     wait_until_readable(watch.as_fd()); // poll(2) for POLLIN, with the slow poll's timeout
+///     let news = watch.drain()?;
+///     if !news.is_empty() {
+///         let report = egress.repair()?;
+///         eprintln!("{news}; repaired:\n{}", report.changes);
+///     }
+/// }
+/// # }
+/// ```
+///
+/// Under tokio it goes into an `AsyncFd`: await `readable_mut()`, call `clear_ready()` on the guard,
+/// then [`drain`](Self::drain) on its `get_inner_mut()`, and make the repair in `spawn_blocking`.
+/// Draining to the end is what an edge-triggered poller needs; [`drain`](Self::drain) does.
+///
+/// # What wakes it
+///
+/// Changes of our nf_tables table, routes and rules with our protocol, routes that replace others
+/// outside the kernel's own tables, our device and the addresses, neighbours and forwarding entries
+/// on it, and its `rp_filter`. Other changes of links, addresses, neighbours, rules and nf_tables
+/// tables make it readable, too, and then drain to nothing; foreign routes, of which a router has
+/// many, are dropped in the kernel. A route that somebody adds to a table of ours is no news,
+/// because it is not ours to repair.
+///
+/// What the datapath writes itself does not wake it: the kernel says who asked, and a socket
+/// filter drops those messages. For devices, forwarding entries and IPv6 addresses the kernel does
+/// not say; those writes make it readable and drain to nothing. Sometimes a write of ours is still
+/// taken for news, for instance a new Ethernet address, which makes the kernel forget neighbours;
+/// the repair then finds nothing to do.
+///
+/// It is no substitute for reconciling now and then: IPv4 routes that go with a device that went
+/// down are told by nobody (the device is), and a daemon that adopts one of our objects unchanged
+/// is not noticed.
+#[derive(Debug)]
+pub struct Watch {
+    poll: Epoll,
+    /// Only nothing while it is dropped.
+    ears: Option<Ears>,
+    shared: Shared,
+    /// Part of a foreign transaction was read that touched our table, but not its end.
+    unsigned: bool,
+}
+
+/// What a datapath and its watch have in common.
+#[derive(Clone, Debug)]
+pub(super) struct Shared {
+    idle: Arc<Mutex<Option<Ears>>>,
+    expected: Arc<Mutex<Expected>>,
+}
+
+/// Sockets that hear what the kernel tells; opened with the datapath, because a socket belongs to
+/// the network namespace that its thread was in then.
+#[derive(Debug)]
+pub(super) struct Ears {
+    routing: Socket,
+    netfilter: Socket,
+}
+
+impl Shared {
+    /// Opens the sockets, which hear nothing yet.
+    pub(super) fn open(expected: Arc<Mutex<Expected>>, netfilter: Socket) -> io::Result<Self> {
+        let routing = Socket::open(filter::ROUTE)?;
+        let ears = Ears { routing, netfilter };
+        Ok(Self { idle: Arc::new(Mutex::new(Some(ears))), expected })
+    }
+
+    /// Begins to watch; what is asked for from these ports is no news.
+    pub(super) fn watch(&self, routing: u32, netfilter: u32) -> Result<Watch, KernelError> {
+        let what = "watch the kernel's state";
+        let failed = |error: io::Error| KernelError::io(what, &error);
+        let poll = Epoll::new().map_err(failed)?;
+        let ears = lock(&self.idle).take();
+        let ears =
+            ears.ok_or_else(|| KernelError::refused(what, errno::EBUSY).with_remedy(BUSY))?;
+        let mut watch = Watch { poll, ears: Some(ears), shared: self.clone(), unsigned: false };
+        watch.begin(routing, netfilter).map_err(failed)?;
+        Ok(watch)
+    }
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Every change under the locks here is a single one.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Watch {
+    fn begin(&mut self, routing: u32, netfilter: u32) -> io::Result<()> {
+        let Some(ears) = &mut self.ears else { return Ok(()) };
+        lock(&self.shared.expected).begin();
+        ears.routing.filter(&filter::routing(routing))?;
+        ears.netfilter.filter(&filter::netfilter(netfilter))?;
+        for (socket, groups) in ears.each() {
+            // Left from an earlier watch.
+            while !is_silent(socket.receive().map(drop)) {}
+            socket.reserve_unread(UNREAD);
+            self.poll.add(socket.as_fd())?;
+            groups.iter().try_for_each(|group| socket.join(*group))?;
+        }
+        Ok(())
+    }
+
+    /// Takes all news out; afterwards it is not readable until there is more.
+    ///
+    /// Never blocks. An error is one of the socket, after which the watch is of no use; that news
+    /// was lost is [`News::lost`], not an error.
+    pub fn drain(&mut self) -> Result<News, KernelError> {
+        let mut news = News::default();
+        let Self { ears: Some(ears), shared, unsigned, .. } = self else { return Ok(news) };
+        let mut expected = lock(&shared.expected);
+        for (socket, _) in ears.each() {
+            loop {
+                match socket.receive() {
+                    Ok(datagram) => {
+                        for message in Messages::new(datagram) {
+                            match message {
+                                Ok(message) => {
+                                    recognise::read(&message, &mut expected, unsigned, &mut news);
+                                }
+                                Err(_) => news.lost = true,
+                            }
+                        }
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                    // Too much at once, or a message larger than any that we know.
+                    Err(error)
+                        if error.raw_os_error() == Some(errno::ENOBUFS)
+                            || error.kind() == io::ErrorKind::InvalidData =>
+                    {
+                        news.lost = true;
+                    }
+                    Err(error) => return Err(KernelError::io("read the kernel's news", &error)),
+                }
+            }
+        }
+        if news.lost {
+            *unsigned = false;
+            expected.begin();
+        }
+        Ok(news)
+    }
+
+    /// The sockets with a receive buffer of this many bytes, to have them overflow.
+    #[cfg(test)]
+    fn shrink(&mut self, bytes: usize) {
+        for (socket, _) in self.ears.as_mut().unwrap().each() {
+            socket.reserve_unread(bytes);
+        }
+    }
+}
+
+fn is_silent(received: io::Result<()>) -> bool {
+    received.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+}
+
+impl Ears {
+    fn each(&mut self) -> [(&mut Socket, &'static [u32]); 2] {
+        [(&mut self.routing, &ROUTING), (&mut self.netfilter, &NETFILTER)]
+    }
+}
+
+impl AsFd for Watch {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.poll.as_fd()
+    }
+}
+
+impl AsRawFd for Watch {
+    fn as_raw_fd(&self) -> RawFd {
+        self.as_fd().as_raw_fd()
+    }
+}
+
+impl Drop for Watch {
+    /// Gives the sockets back, so that the datapath can be watched again.
+    fn drop(&mut self) {
+        lock(&self.shared.expected).end();
+        if let Some(mut ears) = self.ears.take() {
+            for (socket, groups) in ears.each() {
+                for group in groups {
+                    let _not_joined = socket.leave(*group);
+                }
+            }
+            *lock(&self.shared.idle) = Some(ears);
+        }
+    }
+}
