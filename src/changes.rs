@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use crate::connection::Connection;
 use crate::op::Op;
 
 /// A part of a change; the order of the variants is the order of the steps.
@@ -51,6 +52,8 @@ pub enum Phase {
     DeleteRoutes,
     /// Neighbours, forwarding entries and addresses that left.
     DeletePeers,
+    /// Connections that the table would now treat otherwise.
+    EndConnections,
     /// The table, last of all: its guards hold until nothing is left to guard.
     DeleteTable,
 }
@@ -76,6 +79,25 @@ pub struct Changes {
 impl Changes {
     pub(crate) fn new(steps: Vec<Step>) -> Self {
         Self { steps }
+    }
+
+    /// Ends connections; nothing if there are none.
+    pub(crate) fn end(connections: impl IntoIterator<Item = Connection>) -> Self {
+        let ops: Vec<_> = connections.into_iter().map(Op::EndConnection).collect();
+        let step = Step { phase: Phase::EndConnections, ops };
+        Self { steps: if step.ops.is_empty() { Vec::new() } else { vec![step] } }
+    }
+
+    /// Parts the changes before the table's guards go.
+    pub(crate) fn before_table_goes(mut self) -> (Self, Self) {
+        let at = self.steps.partition_point(|step| step.phase < Phase::DeleteTable);
+        let last = self.steps.split_off(at);
+        (self, Self { steps: last })
+    }
+
+    /// Appends other changes.
+    pub(crate) fn extend(&mut self, other: Self) {
+        self.steps.extend(other.steps);
     }
 
     /// The steps, in order; none is empty.

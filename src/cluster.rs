@@ -24,7 +24,7 @@ pub struct Cluster {
     pub tunnel: Tunnel,
     /// Which bits of a packet's mark are ours.
     pub marks: MarkLayout,
-    /// Priority of our routing rules; the closing rule comes right after it. 1 to 32764.
+    /// Priority of our routing rules, 1 to 32764; the closing rule comes right after it.
     ///
     /// Default 101: behind the rule for local addresses, also where Cilium has moved it to 100,
     /// and ahead of everything that has a default route.

@@ -1,6 +1,9 @@
 //! The boundary between what is wanted and who holds it.
 
+use std::collections::BTreeSet;
+
 use crate::changes::Changes;
+use crate::connection::Connection;
 use crate::error::{ApplyError, KernelError};
 use crate::state::State;
 
@@ -13,6 +16,20 @@ pub trait Datapath: Send {
     ///
     /// The request that the kernel refused, with its words.
     fn observe(&mut self) -> Result<State, KernelError>;
+
+    /// Connections of ours, or of selected sources, that are not translated as `wanted` says.
+    ///
+    /// `before` is what was there when they began. Asked once the changes are made, and once more
+    /// before the guards of a table that goes are taken away. A datapath that tracks no
+    /// connections has none.
+    #[expect(unused_variables, reason = "the names are for those who have some")]
+    fn stale_connections(
+        &mut self,
+        wanted: &State,
+        before: &State,
+    ) -> Result<BTreeSet<Connection>, KernelError> {
+        Ok(BTreeSet::new())
+    }
 
     /// Makes the changes, step by step.
     ///
@@ -30,6 +47,14 @@ impl<D: Datapath + ?Sized> Datapath for &mut D {
         (**self).observe()
     }
 
+    fn stale_connections(
+        &mut self,
+        wanted: &State,
+        before: &State,
+    ) -> Result<BTreeSet<Connection>, KernelError> {
+        (**self).stale_connections(wanted, before)
+    }
+
     fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {
         (**self).apply(changes)
     }
@@ -38,6 +63,14 @@ impl<D: Datapath + ?Sized> Datapath for &mut D {
 impl<D: Datapath + ?Sized> Datapath for Box<D> {
     fn observe(&mut self) -> Result<State, KernelError> {
         (**self).observe()
+    }
+
+    fn stale_connections(
+        &mut self,
+        wanted: &State,
+        before: &State,
+    ) -> Result<BTreeSet<Connection>, KernelError> {
+        (**self).stale_connections(wanted, before)
     }
 
     fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {

@@ -1,6 +1,7 @@
 //! The kernel of a network namespace, over netlink.
 
 mod address;
+mod conntrack;
 mod fdb;
 mod link;
 mod link_change;
@@ -20,9 +21,11 @@ mod tables;
 mod watch;
 mod wire;
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use crate::changes::{Changes, Step};
+use crate::connection::Connection;
 use crate::datapath::Datapath;
 use crate::error::{ApplyError, KernelError};
 use crate::op::Op;
@@ -89,6 +92,15 @@ impl KernelDatapath {
                 }
             };
         }
+        let ended: Vec<_> = step.ops.iter().filter_map(Op::ended).collect();
+        if !ended.is_empty() {
+            let refused = conntrack::end(&mut self.netfilter, &ended).into_iter();
+            let op = |connection: &Connection| Op::EndConnection(*connection);
+            let refused: Vec<_> = refused
+                .filter_map(|(index, error)| ended.get(index).map(|found| (op(found), error)))
+                .collect();
+            return (ended.len() - refused.len(), refused);
+        }
         let refuse = |op: &Op| self.routing.make(op).err().map(|error| (op.clone(), error));
         let refused: Vec<_> = step.ops.iter().filter_map(refuse).collect();
         (step.ops.len() - refused.len(), refused)
@@ -101,6 +113,22 @@ impl Datapath for KernelDatapath {
         self.routing.observe(&mut state)?;
         state.firewall = nft::observe(&mut self.netfilter)?;
         Ok(state)
+    }
+
+    fn stale_connections(
+        &mut self,
+        wanted: &State,
+        before: &State,
+    ) -> Result<BTreeSet<Connection>, KernelError> {
+        if wanted.firewall.is_none() && before.firewall.is_none() {
+            return Ok(BTreeSet::new());
+        }
+        let local = self.routing.local_addresses()?;
+        let (wanted, before) = (wanted.firewall.as_ref(), before.firewall.as_ref());
+        let connections = conntrack::connections(&mut self.netfilter)?.into_iter();
+        // What ends on this node passes no hook that would translate it.
+        let forwarded = connections.filter(|connection| !local.contains(&connection.peer));
+        Ok(forwarded.filter(|connection| connection.is_stale(wanted, before)).collect())
     }
 
     fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {

@@ -81,11 +81,13 @@
 mod alloc;
 mod changes;
 mod cluster;
+mod connection;
 mod datapath;
 mod diff;
 mod error;
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 mod kernel;
+mod lookup;
 mod mark;
 mod op;
 mod plan;
@@ -102,6 +104,7 @@ pub use alloc::{
 };
 pub use changes::{Changes, Phase, Step};
 pub use cluster::{Cluster, Node, Tunnel};
+pub use connection::Connection;
 pub use datapath::Datapath;
 pub use error::{ApplyError, KernelError};
 #[cfg(all(feature = "kernel", target_os = "linux"))]

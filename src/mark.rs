@@ -1,5 +1,6 @@
 //! Where in the 32 bits of a packet's mark our values live.
 
+use crate::state::MarkBits;
 use crate::types::Mark;
 
 /// Which bits of a packet's mark are ours, and how a gateway's number is written into them.
@@ -215,6 +216,13 @@ impl MarkLayout {
         } else {
             Mark::new(self.prefix | (((1 << self.bits) - 1) << self.shift))
         }
+    }
+
+    /// What a connection's mark has that we translated or bound: the tunnel's mark, in the bits
+    /// that tell it from others whichever gateways there are.
+    pub const fn connection(&self) -> MarkBits {
+        let mask = if self.reserves_prefixes() { self.prefix_mask } else { self.mask() };
+        MarkBits { mask, value: self.tunnel().get() & mask }
     }
 
     /// Whether a mark needs a bit that should be stayed clear of.

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
+use crate::connection::Connection;
 use crate::state::{
     Base, ChainId, Key, LINK_ALIAS, NFT_TABLE, NftRule, PROTOCOL, Route, RouteKey, Rule, Set,
     Stray, Value, Vxlan,
@@ -65,6 +66,8 @@ pub enum Op {
     DeleteElement(Key, Value),
     /// Deletes something in our table that we never make.
     DeleteStray(Stray),
+    /// Makes the kernel forget a connection, so that its next packet is decided about anew.
+    EndConnection(Connection),
 }
 
 const fn ip(family: Family) -> &'static str {
@@ -75,6 +78,15 @@ const fn ip(family: Family) -> &'static str {
 }
 
 impl Op {
+    /// The connection that it ends.
+    #[cfg_attr(not(feature = "kernel"), allow(dead_code, reason = "only a kernel tracks any"))]
+    pub(crate) const fn ended(&self) -> Option<&Connection> {
+        match self {
+            Self::EndConnection(connection) => Some(connection),
+            _ => None,
+        }
+    }
+
     /// Whether it is part of an nf_tables transaction rather than a request of its own.
     pub(crate) const fn is_nft(&self) -> bool {
         matches!(
@@ -147,6 +159,7 @@ fn ip_command(f: &mut fmt::Formatter<'_>, op: &Op) -> fmt::Result {
         Op::DeleteRoute(device, key, route) => route_command(f, "del", device, key, *route),
         Op::AddRule(rule) => write!(f, "{} rule add {rule}", ip(rule.family)),
         Op::DeleteRule(rule) => write!(f, "{} rule del {rule}", ip(rule.family)),
+        Op::EndConnection(connection) => write!(f, "conntrack -D {connection}"),
         _ => Ok(()),
     }
 }

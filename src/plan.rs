@@ -268,7 +268,8 @@ pub enum PolicyError {
 /// What this node's kernel should hold for these policies.
 ///
 /// The order of the input never matters. Gateways that this node steers to get their mark and
-/// their table from the allocators; a mark given with a [`Node`] is reserved first.
+/// their table from the allocators; a mark given with a [`Node`] is reserved first. In a layout
+/// with a prefix this node gets a table too, for marked packets that find no gateway's.
 ///
 /// # Errors
 ///
@@ -287,7 +288,13 @@ pub fn plan<P: Policy>(
     let mut findings = Vec::new();
     let gateways = gateways(&checked, &world, marks, tables, &mut findings)?;
     let mut state = State::default();
-    routing::routing(&world, &gateways, &mut state);
+    // Without a prefix our marks cannot be told from other people's, so nothing can be closed
+    // but what a gateway's mark is on.
+    let closing = match cluster.marks.prefix_mask() {
+        0 => None,
+        _ => Some(tables.allocate(&cluster.node).map_err(PlanError::Table)?),
+    };
+    routing::routing(&world, &gateways, closing, &mut state);
     state.firewall = Some(firewall::firewall(&world, &checked, &gateways, &mut findings));
     let gateways = gateways
         .into_values()

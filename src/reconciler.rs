@@ -9,7 +9,7 @@ use crate::datapath::Datapath;
 use crate::error::{ApplyError, KernelError};
 use crate::plan::{Finding, Plan, PlanError, plan};
 use crate::policy::Policy;
-use crate::state::{ChainId, Comment, Data, Route, RuleAction, State, Verdict};
+use crate::state::{ChainId, Comment, Data, Route, Rule, RuleAction, State, Verdict};
 use crate::types::{Mark, NodeName, TableId};
 
 /// Keeps one network namespace as the policies want it.
@@ -42,7 +42,7 @@ pub enum Error {
     /// The input contradicts itself; the kernel was not touched.
     #[error(transparent)]
     Plan(#[from] PlanError),
-    /// The kernel could not be read; it was not touched.
+    /// The kernel could not be read.
     #[error("cannot read the kernel's state: {0}")]
     Observe(KernelError),
     /// The kernel refused a change; those before it were made, in an order in which that is safe.
@@ -84,16 +84,17 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     ///
     /// # Errors
     ///
-    /// After [`Error::Plan`] and [`Error::Observe`] nothing has changed. After [`Error::Apply`]
-    /// the kernel is between the two states; call again.
+    /// After [`Error::Plan`] nothing has changed. After the others the kernel may be between the
+    /// two states, in an order in which that is safe; call again.
     pub fn reconcile<P: Policy>(
         &mut self,
         cluster: &Cluster,
         policies: impl IntoIterator<Item = P>,
     ) -> Result<Report, Error> {
-        let (mut plan, changes) = self.compare(cluster, policies)?;
+        let (mut plan, observed, changes) = self.compare(cluster, policies)?;
+        let made = self.make(changes, &observed, &plan.state);
         self.wanted = Some(std::mem::take(&mut plan.state));
-        self.datapath.apply(&changes)?;
+        let changes = made?;
         self.release(cluster, &plan);
         Ok(Report { changes, findings: plan.findings })
     }
@@ -110,12 +111,14 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     ///
     /// [`Error::Observe`] and [`Error::Apply`], as of [`reconcile`](Self::reconcile).
     pub fn repair(&mut self) -> Result<Report, Error> {
-        let mut changes = Changes::default();
-        if let Some(wanted) = &self.wanted {
-            let observed = self.datapath.observe().map_err(Error::Observe)?;
-            changes = Changes::between(&observed, wanted);
-            self.datapath.apply(&changes)?;
-        }
+        let changes = match self.wanted.take() {
+            Some(wanted) => {
+                let made = self.restore(&wanted);
+                self.wanted = Some(wanted);
+                made?
+            }
+            None => Changes::default(),
+        };
         Ok(Report { changes, findings: Vec::new() })
     }
 
@@ -125,7 +128,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         cluster: &Cluster,
         policies: impl IntoIterator<Item = P>,
     ) -> Result<Report, Error> {
-        let (plan, changes) = self.compare(cluster, policies)?;
+        let (plan, _, changes) = self.compare(cluster, policies)?;
         Ok(Report { changes, findings: plan.findings })
     }
 
@@ -133,8 +136,9 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     pub fn remove(&mut self) -> Result<Report, Error> {
         self.wanted = None;
         let observed = self.datapath.observe().map_err(Error::Observe)?;
-        let changes = Changes::between(&observed, &State::default());
-        self.datapath.apply(&changes)?;
+        let nothing = State::default();
+        let changes = Changes::between(&observed, &nothing);
+        let changes = self.make(changes, &observed, &nothing)?;
         Ok(Report { changes, findings: Vec::new() })
     }
 
@@ -147,17 +151,40 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         &mut self,
         cluster: &Cluster,
         policies: impl IntoIterator<Item = P>,
-    ) -> Result<(Plan, Changes), Error> {
+    ) -> Result<(Plan, State, Changes), Error> {
         let observed = self.datapath.observe().map_err(Error::Observe)?;
         adopt(cluster, &observed, &mut self.marks, &mut self.tables);
         let plan = plan(cluster, policies, &mut self.marks, &mut self.tables)?;
         let changes = Changes::between(&observed, &plan.state);
-        Ok((plan, changes))
+        Ok((plan, observed, changes))
+    }
+
+    fn restore(&mut self, wanted: &State) -> Result<Changes, Error> {
+        let observed = self.datapath.observe().map_err(Error::Observe)?;
+        let changes = Changes::between(&observed, wanted);
+        self.make(changes, &observed, wanted)
+    }
+
+    /// Makes the changes, and ends the connections that they leave behind with a translation
+    /// that is not wanted; the table's guards hold those back until then.
+    ///
+    /// They are looked for even if nothing changes: who ran before may have been stopped between
+    /// the two.
+    fn make(&mut self, changes: Changes, before: &State, wanted: &State) -> Result<Changes, Error> {
+        let (mut made, last) = changes.before_table_goes();
+        self.datapath.apply(&made)?;
+        let stale = self.datapath.stale_connections(wanted, before).map_err(Error::Observe)?;
+        let mut rest = Changes::end(stale);
+        rest.extend(last);
+        self.datapath.apply(&rest)?;
+        made.extend(rest);
+        Ok(made)
     }
 
     /// Gives back what no gateway uses any more, now that the kernel does not either.
     fn release(&mut self, cluster: &Cluster, plan: &Plan) {
-        for node in cluster.nodes.iter().filter(|node| !plan.gateways.contains_key(&node.name)) {
+        let idle = |name: &NodeName| *name != cluster.node && !plan.gateways.contains_key(name);
+        for node in cluster.nodes.iter().filter(|node| idle(&node.name)) {
             if node.mark.is_none() && self.marks.get(&node.name).is_some() {
                 let _freed = self.marks.release(&node.name);
             }
@@ -180,6 +207,14 @@ fn adopt(
     marks: &mut dyn MarkAllocator,
     tables: &mut dyn TableAllocator,
 ) {
+    let layout = cluster.marks;
+    let closing =
+        |rule: &&Rule| (rule.mark.get(), rule.mask) == (layout.prefix(), layout.prefix_mask());
+    for rule in observed.rules.iter().filter(closing) {
+        if let (RuleAction::Lookup(table), None) = (rule.action, tables.get(&cluster.node)) {
+            let _refused = tables.reserve(&cluster.node, table);
+        }
+    }
     let mut found: Vec<(&NodeName, Mark, TableId)> = Vec::new();
     for (node, mark) in marks_of(cluster, observed) {
         found.extend(table_of(observed, mark).map(|table| (node, mark, table)));

@@ -27,7 +27,7 @@ mod ruleset;
 
 pub(crate) use firewall::Datum;
 pub use firewall::{Comment, Data, Firewall, Key, Set, Stray, Tag, Value, Verdict};
-pub use ruleset::{Base, ChainId, ChainType, Direction, Hook, NftRule, Stmt};
+pub use ruleset::{Base, ChainId, ChainType, Direction, Hook, MarkBits, NftRule, Stmt};
 
 /// Protocol number of our routes and rules, as `ip route` and `ip rule` print it.
 ///

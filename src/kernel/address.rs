@@ -109,6 +109,18 @@ impl RouteSocket {
         Ok(found)
     }
 
+    /// All addresses of this node, of whatever device.
+    pub(crate) fn local_addresses(&mut self) -> Result<BTreeSet<IpAddr>, KernelError> {
+        let mut found = BTreeSet::new();
+        for family in Family::BOTH {
+            let mut message = AddressMessage::default();
+            message.header.family = kernel_family(family);
+            let nets = self.dump_addresses(&"ip addr show", message, family)?;
+            found.extend(nets.into_iter().map(|(_, net)| net.addr()));
+        }
+        Ok(found)
+    }
+
     /// The device that holds this address, and its MTU.
     pub(crate) fn device_of(
         &mut self,

@@ -62,20 +62,20 @@ pub(super) fn open() -> Result<Socket, KernelError> {
 }
 
 /// What is asked of the kernel.
-struct Request<'a> {
+pub(super) struct Request<'a> {
     /// As an operator would ask.
-    text: &'a str,
-    kind: u16,
-    flags: u16,
+    pub(super) text: &'a str,
+    pub(super) kind: u16,
+    pub(super) flags: u16,
     /// Type of the messages that answer.
-    answer: u16,
+    pub(super) answer: u16,
 }
 
 /// How a request was answered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Answered {
+pub(super) struct Answered {
     /// Whether the kernel saw the objects change while it listed them.
-    interrupted: bool,
+    pub(super) interrupted: bool,
 }
 
 /// Asks the kernel for something, and gives every message of the answer to `take`.
@@ -83,6 +83,20 @@ struct Answered {
 /// `take` gets the resource id, which is the low half of the rules' generation, and the
 /// attributes.
 fn ask(
+    socket: &mut Socket,
+    request: &Request<'_>,
+    write: impl FnOnce(&mut Writer),
+    take: impl FnMut(u16, &[u8]) -> Result<(), Malformed>,
+) -> Result<Answered, KernelError> {
+    let header = |writer: &mut Writer| {
+        writer.nfgen(batch::INET, 0);
+        write(writer);
+    };
+    ask_any(socket, request, header, take)
+}
+
+/// The same of any subsystem: `write` begins with `struct nfgenmsg`.
+pub(super) fn ask_any(
     socket: &mut Socket,
     request: &Request<'_>,
     write: impl FnOnce(&mut Writer),
@@ -95,7 +109,6 @@ fn ask(
     let mut writer = Writer::default();
     let flags = flag::REQUEST | flag::ACK | request.flags;
     let message = writer.message(request.kind, flags, sequence);
-    writer.nfgen(batch::INET, 0);
     write(&mut writer);
     writer.end(message);
     let datagram = writer.finish().ok_or(Malformed("a name is too long"));
@@ -140,7 +153,7 @@ fn is_listed(message: &super::wire::Message<'_>) -> bool {
 
 /// Takes what an earlier request that was given up left in the socket, also the rest of a list:
 /// the kernel makes no second one before the first is read.
-fn drain(socket: &mut Socket) {
+pub(super) fn drain(socket: &mut Socket) {
     while match socket.receive() {
         Ok(_) => true,
         Err(error) => matches!(error.raw_os_error(), Some(errno::ENOBUFS | errno::EINTR)),

@@ -63,8 +63,9 @@ impl RouteSocket {
             | Op::SetRules(..)
             | Op::AddElement(..)
             | Op::DeleteElement(..)
-            | Op::DeleteStray(_) => {
-                Err(KernelError::answer(op, "nf_tables operations go by the other socket"))
+            | Op::DeleteStray(_)
+            | Op::EndConnection(_) => {
+                Err(KernelError::answer(op, "operations of netfilter go by the other socket"))
             }
         }
     }

@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::state::{Base, ChainId, ChainType, Direction, Hook, NftRule, Set, Stmt};
+use crate::state::{Base, ChainId, ChainType, Direction, Hook, MarkBits, NftRule, Set, Stmt};
 use crate::types::{DeviceName, Family, Mark};
 
 /// What the rules depend on.
@@ -20,6 +20,8 @@ pub(super) struct Skeleton<'a> {
     pub(super) mask: u32,
     /// Mark of packets that this node must translate.
     pub(super) tunnel: Mark,
+    /// Mark of connections that we translated or bound.
+    pub(super) connection: MarkBits,
     /// Prefix of gateways' marks and its bits; `None` in layouts without.
     pub(super) prefix: Option<(u32, u32)>,
     /// Marks of the gateways.
@@ -103,7 +105,7 @@ impl Skeleton<'_> {
             add(ChainId::Pick(family), None, self.pick(family));
             add(ChainId::Steer(family), None, steer(family));
             add(ChainId::Translate(family), None, self.translate(family));
-            add(ChainId::Wear(family), None, wear(family));
+            add(ChainId::Wear(family), None, self.wear(family));
         }
         chains
     }
@@ -174,17 +176,26 @@ impl Skeleton<'_> {
         vec![
             // The outer packet inherits the mark; routed by it, it would enter the tunnel again.
             vec![self.to_tunnel(), self.set_mark(0), Stmt::Return],
+            // Of a connection that was ours, and on no way of ours any more: its policy has gone.
+            // The kernel would send it on with the address it once got, the pod's own.
+            vec![
+                Stmt::CtMarkIs(self.connection),
+                Stmt::CtDirection(Direction::Original),
+                self.is_not_tunnel(),
+                Stmt::Counter,
+                Stmt::Drop,
+            ],
             // Marked, and yet not on its way into the tunnel: link, route or rule is missing.
             vec![stray, Stmt::Counter, Stmt::Drop],
         ]
     }
 
     fn nat_postrouting(&self) -> Vec<Vec<Stmt>> {
-        let mut rules: Vec<_> = Family::BOTH
-            .into_iter()
+        let mut rules = vec![vec![self.to_tunnel(), Stmt::SetCtMark(self.connection)]];
+        for family in Family::BOTH {
             // `accept` would not keep a masquerade in another table from binding.
-            .map(|family| vec![self.to_tunnel(), Stmt::SnatToSource(family)])
-            .collect();
+            rules.push(vec![self.to_tunnel(), Stmt::SnatToSource(family)]);
+        }
         rules.push(vec![self.is_not_tunnel(), Stmt::Return]);
         for family in Family::BOTH {
             for set in [Set::Source(family), Set::SourceNet(family)] {
@@ -202,12 +213,23 @@ impl Skeleton<'_> {
         rules
     }
 
+    fn wear(&self, family: Family) -> Vec<Vec<Stmt>> {
+        vec![
+            vec![Stmt::SetCtMark(self.connection)],
+            vec![Stmt::SnatByTag(family)],
+            vec![Stmt::TagIn(Set::Masquerade(family)), Stmt::Masquerade],
+            vec![Stmt::Counter, Stmt::Drop],
+        ]
+    }
+
     fn guard(&self) -> Vec<Vec<Stmt>> {
         let untracked = Stmt::CtState(Stmt::INVALID | Stmt::UNTRACKED);
         let original = Stmt::CtDirection(Direction::Original);
         vec![
             vec![self.is_not_tunnel(), Stmt::Return],
             vec![untracked, Stmt::Counter, Stmt::Drop],
+            // Translated by somebody else, before there was a policy.
+            vec![original.clone(), Stmt::CtMarkIsNot(self.connection), Stmt::Counter, Stmt::Drop],
             vec![original, Stmt::NotTranslated, Stmt::Counter, Stmt::Drop],
             // The tag that translation left behind would choose a queue of the device.
             vec![Stmt::CtState(Stmt::NEW), Stmt::ClearTag],
@@ -247,14 +269,6 @@ impl Skeleton<'_> {
 fn steer(family: Family) -> Vec<Vec<Stmt>> {
     vec![
         vec![Stmt::TagByTag(Set::Steer(family)), Stmt::VerdictByTag(Set::Verdict)],
-        vec![Stmt::Counter, Stmt::Drop],
-    ]
-}
-
-fn wear(family: Family) -> Vec<Vec<Stmt>> {
-    vec![
-        vec![Stmt::SnatByTag(family)],
-        vec![Stmt::TagIn(Set::Masquerade(family)), Stmt::Masquerade],
         vec![Stmt::Counter, Stmt::Drop],
     ]
 }

@@ -50,6 +50,7 @@ pub(super) fn firewall(
         port: world.cluster.tunnel.port,
         mask: layout.tested(marks.iter().copied()),
         tunnel: layout.tunnel(),
+        connection: layout.connection(),
         prefix: prefix.then_some((layout.prefix(), layout.prefix_mask())),
         lengths: lengths.collect(),
         gateways: marks,

@@ -9,7 +9,7 @@ use super::Gateway;
 use super::check::{World, tunnel_of};
 use crate::cluster::Node;
 use crate::state::{BACKSTOP_METRIC, Route, RouteKey, Rule, RuleAction, State, Vxlan};
-use crate::types::{Family, Mark, NodeName};
+use crate::types::{Family, Mark, NodeName, TableId};
 
 /// Whether the tunnel carries a family from this node to another.
 pub(super) fn carries(world: &World<'_>, peer: &Node, family: Family) -> bool {
@@ -20,6 +20,7 @@ pub(super) fn carries(world: &World<'_>, peer: &Node, family: Family) -> bool {
 pub(super) fn routing(
     world: &World<'_>,
     gateways: &BTreeMap<&NodeName, Gateway<'_>>,
+    closing: Option<TableId>,
     state: &mut State,
 ) {
     let tunnel = &world.cluster.tunnel;
@@ -45,28 +46,29 @@ pub(super) fn routing(
             state.neighbours.extend(tunnel_of(peer, family).map(|address| (address, peer.mac())));
         }
     }
-    let marks = world.cluster.marks;
-    let mask = marks.tested(gateways.values().map(|gateway| gateway.mark));
+    let layout = world.cluster.marks;
+    let mask = layout.tested(gateways.values().map(|gateway| gateway.mark));
     for family in Family::BOTH {
         let priority = world.cluster.rule_priority;
         for gateway in gateways.values() {
-            if let Some(address) =
-                tunnel_of(gateway.node, family).filter(|_| carries(world, gateway.node, family))
-            {
-                table(world, gateway, address, state);
+            let via = tunnel_of(gateway.node, family);
+            if let Some(via) = via.filter(|_| carries(world, gateway.node, family)) {
+                table(world, gateway, via, state);
                 let action = RuleAction::Lookup(gateway.table);
                 state.rules.insert(Rule { family, priority, mark: gateway.mark, mask, action });
             }
         }
-        // Whatever carries our prefix and found no table: better refused than sent by the main
-        // table. Without a prefix our marks cannot be told from other people's.
-        if marks.prefix_mask() != 0 && tunnel_of(world.here, family).is_some() {
+        if let Some(table) = closing.filter(|_| tunnel_of(world.here, family).is_some()) {
+            // Whatever carries our prefix and found no gateway's table is refused here, not sent
+            // by the main table. Not by the rule itself: the kernel looks the way back to the pod
+            // up with our mark where `src_valid_mark` is set, and that must pass.
+            inside(world, table, family, None, state);
             state.rules.insert(Rule {
                 family,
                 priority: priority + 1,
-                mark: Mark::new(marks.prefix()),
-                mask: marks.prefix_mask(),
-                action: RuleAction::Unreachable,
+                mark: Mark::new(layout.prefix()),
+                mask: layout.prefix_mask(),
+                action: RuleAction::Lookup(table),
             });
         }
     }
@@ -75,18 +77,32 @@ pub(super) fn routing(
 /// The table of one gateway and one family.
 fn table(world: &World<'_>, gateway: &Gateway<'_>, via: IpAddr, state: &mut State) {
     let (family, table) = (Family::of(via), gateway.table);
-    let metric = RouteKey::default_metric(family);
     // The outer packet to the gateway has lost the mark by then; should it not have, it must
     // still find another way than into the tunnel.
-    let outer = world.underlay(gateway.node).map(IpNet::from);
-    let inside = world.inside.iter().copied().chain(outer);
+    inside(world, table, family, world.underlay(gateway.node), state);
+    let key = RouteKey { table, dst: everything(family), metric: RouteKey::default_metric(family) };
+    state.routes.insert(key, Route::Via(via));
+}
+
+/// The routes of a table that leave what stays inside to the main table, and refuse the rest.
+fn inside(
+    world: &World<'_>,
+    table: TableId,
+    family: Family,
+    outer: Option<IpAddr>,
+    state: &mut State,
+) {
+    let metric = RouteKey::default_metric(family);
+    let inside = world.inside.iter().copied().chain(outer.map(IpNet::from));
     for dst in inside.filter(|net| Family::of_net(net) == family) {
         state.routes.insert(RouteKey { table, dst, metric }, Route::Throw);
     }
-    let dst = IpNet::new_assert(family.unspecified(), 0);
-    state.routes.insert(RouteKey { table, dst, metric }, Route::Via(via));
     // Needs no device, so it is still there when the tunnel's routes have gone with the tunnel;
     // without it the lookup would fall through to the main table.
-    let backstop = RouteKey { table, dst, metric: BACKSTOP_METRIC };
+    let backstop = RouteKey { table, dst: everything(family), metric: BACKSTOP_METRIC };
     state.routes.insert(backstop, Route::Unreachable);
+}
+
+fn everything(family: Family) -> IpNet {
+    IpNet::new_assert(family.unspecified(), 0)
 }

@@ -142,6 +142,22 @@ pub enum Direction {
     Reply = 1,
 }
 
+/// A value in some bits of a mark.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct MarkBits {
+    /// The bits.
+    pub mask: u32,
+    /// Their value; none outside the mask.
+    pub value: u32,
+}
+
+impl MarkBits {
+    /// Whether a mark has this value in these bits.
+    pub const fn are_in(self, mark: u32) -> bool {
+        mark & self.mask == self.value
+    }
+}
+
 /// One statement of a rule: a test that must hold for the next to run, or something done.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Stmt {
@@ -184,6 +200,12 @@ pub enum Stmt {
     CtState(u32),
     /// `ct status ! snat`: the connection's source is not translated
     NotTranslated,
+    /// `ct mark & mask == value`
+    CtMarkIs(MarkBits),
+    /// `ct mark & mask != value`
+    CtMarkIsNot(MarkBits),
+    /// `ct mark set ct mark & ~mask | value`
+    SetCtMark(MarkBits),
     /// `udp dport …`
     UdpPort(u16),
     /// `icmpv6 type …`
@@ -279,6 +301,15 @@ impl fmt::Display for Stmt {
                 write!(f, "ct state {}", names.join(","))
             }
             Self::NotTranslated => f.write_str("ct status ! snat"),
+            Self::CtMarkIs(MarkBits { mask, value }) => {
+                write!(f, "ct mark & {mask:#010x} == {value:#010x}")
+            }
+            Self::CtMarkIsNot(MarkBits { mask, value }) => {
+                write!(f, "ct mark & {mask:#010x} != {value:#010x}")
+            }
+            Self::SetCtMark(MarkBits { mask, value }) => {
+                write!(f, "ct mark set ct mark & {:#010x} | {value:#010x}", !mask)
+            }
             Self::UdpPort(port) => write!(f, "udp dport {port}"),
             Self::Icmp6Type(kind) => write!(f, "icmpv6 type {kind}"),
             Self::SetMark { keep, value: 0 } => {

@@ -45,6 +45,7 @@ pub(super) mod ct {
     pub(crate) const STATE: u32 = 0;
     pub(crate) const DIRECTION: u32 = 1;
     pub(crate) const STATUS: u32 = 2;
+    pub(crate) const MARK: u32 = 3;
 }
 
 /// Headers that `payload` counts from.
@@ -70,6 +71,8 @@ pub(super) enum Expr {
     Lookup { set: String, sreg: u32, dreg: Option<u32>, invert: bool },
     /// Loads a property of the connection.
     Ct { key: u32, dreg: u32 },
+    /// Sets a property of the connection.
+    CtSet { key: u32, sreg: u32 },
     /// Loads a constant.
     Load { dreg: u32, data: Vec<u8> },
     /// Ends the rule with a verdict.
@@ -100,7 +103,7 @@ impl Expr {
             Self::Cmp { .. } => "cmp",
             Self::Bitwise { .. } => "bitwise",
             Self::Lookup { .. } => "lookup",
-            Self::Ct { .. } => "ct",
+            Self::Ct { .. } | Self::CtSet { .. } => "ct",
             Self::Load { .. } | Self::Immediate(_) => "immediate",
             Self::Snat { .. } => "nat",
             Self::Masquerade => "masq",
@@ -123,6 +126,10 @@ impl Expr {
             Self::MetaSet { key, sreg } => {
                 writer.be32(2, *key);
                 writer.be32(3, *sreg);
+            }
+            Self::CtSet { key, sreg } => {
+                writer.be32(2, *key);
+                writer.be32(4, *sreg);
             }
             Self::Payload { base, offset, len, dreg } => {
                 writer.be32(1, *dreg);

@@ -1,7 +1,7 @@
 //! Statements as expressions, in the form that `nft` gives them.
 
 use super::expr::{Expr, Verdict, base, ct, meta, reg, verdict};
-use crate::state::{Datum, Direction, NftRule, Set, Stmt};
+use crate::state::{Datum, Direction, MarkBits, NftRule, Set, Stmt};
 use crate::types::Family;
 
 mod recognise;
@@ -174,6 +174,17 @@ fn body(statement: &Stmt) -> Vec<Expr> {
         }
         Stmt::CtState(states) => vec![connection(ct::STATE), masked(*states), cmp(false, host(0))],
         Stmt::NotTranslated => vec![connection(ct::STATUS), masked(SOURCE_NAT), is(host(0))],
+        Stmt::CtMarkIs(MarkBits { mask, value }) => {
+            vec![connection(ct::MARK), masked(*mask), is(host(*value))]
+        }
+        Stmt::CtMarkIsNot(MarkBits { mask, value }) => {
+            vec![connection(ct::MARK), masked(*mask), cmp(false, host(*value))]
+        }
+        Stmt::SetCtMark(MarkBits { mask, value }) => vec![
+            connection(ct::MARK),
+            bits(host(!mask), host(*value)),
+            Expr::CtSet { key: ct::MARK, sreg: reg::R1 },
+        ],
         Stmt::UdpPort(port) => vec![
             load(meta::L4PROTO),
             is(vec![UDP]),

@@ -1,6 +1,6 @@
 //! What the kernel will tell because we asked, where it does not say that it was us.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -26,6 +26,8 @@ pub(in crate::kernel) struct Expected {
     /// What will be there, or nothing where it will go.
     addresses: BTreeMap<IpNet, bool>,
     fdb: BTreeMap<MacAddr, Option<IpAddr>>,
+    /// Neighbours that will go; of those that come the kernel says whose doing it is.
+    neighbours: BTreeSet<IpAddr>,
 }
 
 impl Expected {
@@ -63,6 +65,9 @@ impl Expected {
             Op::DeleteFdb(_, mac, _) => {
                 self.fdb.insert(*mac, None);
             }
+            Op::DeleteNeighbour(_, ip) => {
+                self.neighbours.insert(*ip);
+            }
             _ => {}
         }
     }
@@ -75,6 +80,9 @@ impl Expected {
             }
             Op::PutFdb(_, mac, _) | Op::DeleteFdb(_, mac, _) => {
                 self.fdb.remove(mac);
+            }
+            Op::DeleteNeighbour(_, ip) => {
+                self.neighbours.remove(ip);
             }
             Op::DeleteLink(_) => self.leaving = 0,
             _ => {}
@@ -96,6 +104,7 @@ impl Expected {
             // What is on it goes with it.
             self.addresses.clear();
             self.fdb.clear();
+            self.neighbours.clear();
         }
     }
 
@@ -135,6 +144,11 @@ impl Expected {
             self.addresses.remove(&net);
         }
         expected
+    }
+
+    /// Whether it is our doing that this neighbour went.
+    pub(super) fn is_expected_to_go(&mut self, neighbour: IpAddr) -> bool {
+        self.neighbours.remove(&neighbour)
     }
 
     /// Whether it is our doing that this forwarding entry leads there, or is not there.

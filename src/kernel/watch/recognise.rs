@@ -147,8 +147,11 @@ fn neighbour_news(message: &Message<'_>, expected: &mut Expected) -> Option<Part
     }
     (deleted || may_be_permanent(&found)).then_some(())?;
     let address = neighbour::destination(&found.attributes);
-    let ours = address.is_none_or(|ip| !ip.is_multicast() && !is_link_local(ip));
-    ours.then_some(Part::Neighbour)
+    let news = address.is_none_or(|ip| {
+        let ours = !ip.is_multicast() && !is_link_local(ip);
+        ours && !(deleted && expected.is_expected_to_go(ip))
+    });
+    news.then_some(Part::Neighbour)
 }
 
 /// Whether it is or may have been permanent; the kernel resolves one that never was without end

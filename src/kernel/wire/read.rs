@@ -19,9 +19,6 @@ pub(crate) struct Message<'a> {
     pub(crate) kind: u16,
     pub(crate) flags: u16,
     pub(crate) sequence: u32,
-    /// Who asked for what the message tells; 0 for the kernel itself.
-    #[cfg(test)]
-    pub(crate) port: u32,
     payload: &'a [u8],
 }
 
@@ -37,8 +34,6 @@ impl<'a> Messages<'a> {
             kind: u16::from_ne_bytes(array(bytes, 4)?),
             flags: u16::from_ne_bytes(array(bytes, 6)?),
             sequence: u32::from_ne_bytes(array(bytes, 8)?),
-            #[cfg(test)]
-            port: u32::from_ne_bytes(array(bytes, 12)?),
             payload: bytes.get(HEADER..length)?,
         };
         Some((message, bytes.get(align(length)..).unwrap_or_default()))

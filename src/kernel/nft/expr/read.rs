@@ -114,10 +114,10 @@ pub(super) fn data(name: &str, list: Attributes<'_>) -> Result<Option<Expr>, Mal
         },
         "bitwise" => bitwise(&fields)?,
         "lookup" => lookup(&fields)?,
-        "ct" => match (fields.number(2)?, fields.register(1)?) {
-            (Some(key), Some(dreg)) if fields.get(3)?.is_none() && fields.get(4)?.is_none() => {
-                Some(Expr::Ct { key, dreg })
-            }
+        "ct" if !fields.none(&[3])? => None,
+        "ct" => match (fields.number(2)?, fields.register(1)?, fields.register(4)?) {
+            (Some(key), Some(dreg), None) => Some(Expr::Ct { key, dreg }),
+            (Some(key), None, Some(sreg)) => Some(Expr::CtSet { key, sreg }),
             _ => None,
         },
         "immediate" => immediate(&fields)?,

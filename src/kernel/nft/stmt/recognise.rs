@@ -5,7 +5,7 @@
 
 use super::super::expr::{Expr, ct, meta, reg, verdict};
 use super::{Needs, UDP, body, needs, nfproto};
-use crate::state::{ChainId, Direction, NftRule, Set, Stmt};
+use crate::state::{ChainId, Direction, MarkBits, NftRule, Set, Stmt};
 use crate::types::{DeviceName, Family};
 
 /// The statements of a rule; what is not one of ours becomes [`Stmt::Unknown`].
@@ -65,6 +65,18 @@ fn guess(exprs: &[Expr]) -> Option<Stmt> {
             },
             (ct::STATE, [Expr::Bitwise { mask, .. }, ..]) => Some(Stmt::CtState(host(mask)?)),
             (ct::STATUS, _) => Some(Stmt::NotTranslated),
+            (ct::MARK, [Expr::Bitwise { mask, xor, .. }, then, ..]) => {
+                let (mask, xor) = (host(mask)?, host(xor)?);
+                Some(match then {
+                    Expr::Cmp { equal: true, data, .. } => {
+                        Stmt::CtMarkIs(MarkBits { mask, value: host(data)? })
+                    }
+                    Expr::Cmp { data, .. } => {
+                        Stmt::CtMarkIsNot(MarkBits { mask, value: host(data)? })
+                    }
+                    _ => Stmt::SetCtMark(MarkBits { mask: !mask, value: xor }),
+                })
+            }
             _ => None,
         },
         Expr::Load { .. } => Some(Stmt::ClearTag),

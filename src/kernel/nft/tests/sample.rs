@@ -5,8 +5,8 @@ use std::net::IpAddr;
 use crate::op::Op;
 use crate::range::IpRange;
 use crate::state::{
-    Base, ChainId, ChainType, Comment, Data, Direction, Firewall, Hook, Key, NftRule, Set, Stmt,
-    Tag, Value, Verdict,
+    Base, ChainId, ChainType, Comment, Data, Direction, Firewall, Hook, Key, MarkBits, NftRule,
+    Set, Stmt, Tag, Value, Verdict,
 };
 use crate::types::{DeviceName, Family, Mark};
 
@@ -38,6 +38,8 @@ const fn base(kind: ChainType, hook: Hook, priority: i32) -> Base {
 const MASK: u32 = 0xffff_ff00;
 
 const MARK: Stmt = Stmt::SetMark { keep: 0xff, value: GATEWAY.get() };
+
+const FLOW: MarkBits = MarkBits { mask: 0xff00_0000, value: 0x2700_0000 };
 
 const UNMARK: Stmt = Stmt::SetMark { keep: 0xff, value: 0 };
 
@@ -102,6 +104,7 @@ fn base_chains() -> Vec<Chain> {
                 vec![CtDirection(Direction::Original), NotTranslated, Drop],
                 vec![CtDirection(Direction::Reply), Return],
                 vec![CtState(Stmt::NEW), ClearTag],
+                vec![CtMarkIs(FLOW), CtMarkIsNot(FLOW), SetCtMark(FLOW)],
             ]),
         ),
     ]

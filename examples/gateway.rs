@@ -1,0 +1,193 @@
+//! Pods of one node leave the cluster by another node, with an address that stays.
+//!
+//! Builds three nodes, their pods and a server outside out of network namespaces, gives each node
+//! the same policies, sends real packets and prints which source the server saw. Needs neither
+//! root nor any other program; ends with status 1 if a single packet wore the wrong address.
+//!
+//! ```text
+//! cargo run --example gateway
+//! ```
+
+#[path = "../tests/lab/mod.rs"]
+mod lab;
+
+use std::error::Error;
+use std::net::IpAddr;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use egress_datapath::{
+    Cluster, Destinations, EgressIp, EgressPolicy, KernelDatapath, NodeName, PolicyId, Reconciler,
+    TableRange,
+};
+use lab::{
+    EIP_B, EIP_C, Lab, NODE_B_OUTSIDE, Netns, OTHER_SERVER, POD_A, POD_B, Pair, Proto, SERVER,
+    STRANGER, hosts, probe,
+};
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(0) => {
+            println!("\neverything as expected");
+            ExitCode::SUCCESS
+        }
+        Ok(wrong) => {
+            println!("\n{wrong} not as expected");
+            ExitCode::FAILURE
+        }
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The number of things that went wrong.
+fn run() -> Result<usize, Box<dyn Error>> {
+    // Nothing below touches the network of the machine.
+    lab::enter_user_namespace()?;
+    let start = Instant::now();
+    let lab = Lab::new()?;
+    println!("three nodes, four pods, a router, a server: built in {:.0?}", start.elapsed());
+    let mut nodes = Nodes::open(&lab)?;
+    let mut table = Table::default();
+
+    table.step("no policy");
+    table.expect("pod-a", &lab.pod_a, SERVER, POD_A);
+    table.expect("pod-b", &lab.pod_b, SERVER, POD_B);
+
+    let mut policy = EgressPolicy {
+        gateway: Some(NodeName::new("node-b")?),
+        ..EgressPolicy::new(PolicyId::new("shop")?, hosts(&[POD_A, POD_B]), dual(EIP_B))
+    };
+    nodes.reconcile(&[policy.clone()])?;
+    table.step("by node-b");
+    table.expect("pod-a", &lab.pod_a, SERVER, EIP_B);
+    table.expect("pod-a", &lab.pod_a, POD_B, POD_A);
+    table.expect("pod-b, on the gateway", &lab.pod_b, SERVER, EIP_B);
+    table.expect("another pod", &lab.stranger, SERVER, STRANGER);
+    table.expect("server, to the pod", &lab.server, POD_A, SERVER);
+
+    policy.destinations = Destinations::Nets(hosts(&[OTHER_SERVER]));
+    nodes.reconcile(&[policy.clone()])?;
+    table.step("to one server only");
+    table.expect("pod-a", &lab.pod_a, OTHER_SERVER, EIP_B);
+    table.expect("pod-a", &lab.pod_a, SERVER, POD_A);
+
+    policy.destinations = Destinations::External;
+    policy.egress_ip = EgressIp::Node;
+    nodes.reconcile(&[policy.clone()])?;
+    table.step("the node's own address");
+    table.expect("pod-a", &lab.pod_a, SERVER, NODE_B_OUTSIDE);
+
+    policy.gateway = Some(NodeName::new("node-c")?);
+    policy.egress_ip = dual(EIP_C);
+    nodes.reconcile(&[policy.clone()])?;
+    table.step("moved to node-c");
+    table.expect("pod-a", &lab.pod_a, SERVER, EIP_C);
+    table.expect("pod-b", &lab.pod_b, SERVER, EIP_C);
+
+    let changes = nodes.reconcile(&[policy])?;
+    table.verify("the same again changes nothing", changes == 0);
+
+    nodes.remove()?;
+    table.step("removed");
+    table.expect("pod-a", &lab.pod_a, SERVER, POD_A);
+    table.expect("pod-b", &lab.pod_b, SERVER, POD_B);
+    Ok(table.wrong)
+}
+
+/// The reconciler of each node, as the agent that runs there would have it.
+struct Nodes(Vec<(Cluster, Reconciler<KernelDatapath>)>);
+
+impl Nodes {
+    fn open(lab: &Lab) -> Result<Self, Box<dyn Error>> {
+        let mut nodes = Vec::new();
+        for host in lab.nodes() {
+            let cluster = lab.cluster(host)?;
+            let marks = cluster.marks;
+            // Opened in the node's namespace; from there on it may be used anywhere.
+            let open = || Reconciler::open(marks, TableRange::default());
+            nodes.push((cluster, host.netns.run(open)??));
+        }
+        Ok(Self(nodes))
+    }
+
+    /// Gives every node the policies, the gateways first; returns the number of changes.
+    fn reconcile(&mut self, policies: &[EgressPolicy]) -> Result<usize, Box<dyn Error>> {
+        let mut changes = 0;
+        println!();
+        for (cluster, reconciler) in self.0.iter_mut().rev() {
+            let start = Instant::now();
+            let report = reconciler.reconcile(cluster, policies)?;
+            let (node, made) = (&cluster.node, report.changes.len());
+            println!("{node}: {made} changes in {:.1?}", start.elapsed());
+            for finding in report.findings {
+                println!("{node}: {finding}");
+            }
+            changes += made;
+        }
+        Ok(changes)
+    }
+
+    fn remove(&mut self) -> Result<(), Box<dyn Error>> {
+        println!();
+        for (cluster, reconciler) in &mut self.0 {
+            let report = reconciler.remove()?;
+            println!("{}: {} changes to be gone", cluster.node, report.changes.len());
+        }
+        Ok(())
+    }
+}
+
+/// What was expected and what was seen.
+#[derive(Default)]
+struct Table {
+    step: &'static str,
+    wrong: usize,
+}
+
+impl Table {
+    fn step(&mut self, step: &'static str) {
+        self.step = step;
+        println!();
+        line(["step", "from", "", "to", "expected", "seen", "ok"]);
+    }
+
+    /// Asks by TCP and UDP over IPv4 and IPv6.
+    fn expect(&mut self, from: &str, netns: &Netns, to: Pair, source: Pair) {
+        for (to, source) in to.into_iter().zip(source) {
+            for proto in Proto::BOTH {
+                let seen = probe(netns, proto, to);
+                let right = seen.as_ref().is_ok_and(|seen| *seen == source);
+                self.wrong += usize::from(!right);
+                let seen = seen.map_or_else(|error| error.to_string(), |seen| seen.to_string());
+                line([
+                    self.step,
+                    from,
+                    &proto.to_string(),
+                    &to.to_string(),
+                    &source.to_string(),
+                    &seen,
+                    if right { "yes" } else { "NO" },
+                ]);
+            }
+        }
+    }
+
+    fn verify(&mut self, what: &str, right: bool) {
+        self.wrong += usize::from(!right);
+        println!("{what}: {}", if right { "yes" } else { "NO" });
+    }
+}
+
+fn line([step, from, proto, to, expected, seen, ok]: [&str; 7]) {
+    println!("{step:<22}  {from:<21}  {proto:<3}  {to:<17}  {expected:<18}  {seen:<18}  {ok}");
+}
+
+fn dual(pair: Pair) -> EgressIp {
+    match pair {
+        [IpAddr::V4(v4), IpAddr::V6(v6)] => EgressIp::Dual(v4, v6),
+        _ => EgressIp::Node,
+    }
+}

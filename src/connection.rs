@@ -1,0 +1,72 @@
+//! Connections that the kernel tracks, and whether they are translated as they should be.
+
+use std::fmt;
+use std::net::IpAddr;
+
+use crate::lookup::WayOut;
+use crate::state::{Firewall, MarkBits};
+
+/// A connection that the kernel tracks, by the packet that opened it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Connection {
+    /// Protocol number of the IP header.
+    pub protocol: u8,
+    /// Who opened it.
+    pub source: IpAddr,
+    /// Source port; of ICMP the identifier.
+    pub source_port: u16,
+    /// To whom, as the opener wrote it.
+    pub destination: IpAddr,
+    /// Destination port; of ICMP type and code.
+    pub destination_port: u16,
+    /// To whom it really goes, after destination NAT.
+    pub peer: IpAddr,
+    /// As whom: the address that replies are sent to.
+    pub wears: IpAddr,
+    /// Its mark.
+    pub mark: u32,
+    /// Its conntrack zone.
+    pub zone: u16,
+    /// The kernel's number of it; another connection with the same addresses has another one.
+    pub id: u32,
+}
+
+impl Connection {
+    /// Whether its translation is not what the wanted table would give it now.
+    ///
+    /// The kernel decides about a connection's translation once, at its first packet. One that
+    /// was decided otherwise keeps a wrong address for as long as it lives, or is dropped by the
+    /// guards, so it must end.
+    pub(crate) fn is_stale(&self, wanted: Option<&Firewall>, before: Option<&Firewall>) -> bool {
+        let has = |bits: Option<MarkBits>| bits.is_some_and(|bits| bits.are_in(self.mark));
+        let ours = has(wanted.and_then(Firewall::connection_mark));
+        let was_ours = has(before.and_then(Firewall::connection_mark));
+        let translated = self.wears != self.source;
+        let way_out = |firewall: &Firewall| firewall.way_out(self.source, self.peer);
+        match wanted.map_or(WayOut::None, way_out) {
+            WayOut::None => ours || was_ours,
+            // Nothing of it gets out, and it is looked at again when the policy opens.
+            WayOut::Closed => false,
+            WayOut::To(_) => !ours || translated,
+            WayOut::Here(Some(address)) => !ours || self.wears != address,
+            WayOut::Here(None) => {
+                let wore = before.map(way_out) == Some(WayOut::Here(Some(self.wears)));
+                !ours || !translated || wore
+            }
+        }
+    }
+}
+
+impl fmt::Display for Connection {
+    /// The connection as `conntrack -D` takes it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let family = if self.source.is_ipv4() { "ipv4" } else { "ipv6" };
+        let Self { protocol, source, destination, .. } = self;
+        write!(f, "-f {family} -s {source} -d {destination} -p {protocol}")?;
+        match protocol {
+            1 | 58 => write!(f, " --icmp-id {}", self.source_port)?,
+            _ => write!(f, " --sport {} --dport {}", self.source_port, self.destination_port)?,
+        }
+        if self.zone == 0 { Ok(()) } else { write!(f, " --zone {}", self.zone) }
+    }
+}

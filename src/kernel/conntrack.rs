@@ -1,0 +1,316 @@
+//! Connections: listed, and ended one by one.
+//!
+//! Numbers are those of `include/uapi/linux/netfilter/nfnetlink_conntrack.h`. A delete request
+//! without a connection in it would flush the whole table, so none can be written here.
+
+use std::io;
+use std::net::IpAddr;
+
+use super::nft::{Request, ask_any, drain};
+use super::socket::Socket;
+use super::wire::{Ack, Attribute, Attributes, Malformed, Messages, NLMSG_ERROR, Writer, flag};
+use crate::connection::Connection;
+use crate::error::{KernelError, errno};
+use crate::types::Family;
+
+const NEW: u16 = 0x100;
+const GET: u16 = 0x101;
+const DELETE: u16 = 0x102;
+
+const TUPLE_ORIG: u16 = 1;
+const TUPLE_REPLY: u16 = 2;
+const MARK: u16 = 8;
+const ID: u16 = 12;
+const ZONE: u16 = 18;
+
+const TEXT: &str = "conntrack -L";
+const NO_CONNTRACK: &str = "load nf_conntrack_netlink or use a kernel with CONFIG_NF_CT_NETLINK";
+
+/// Times that the table is listed until the kernel lists it in one piece.
+const ATTEMPTS: usize = 5;
+
+/// Requests that are sent at once: their answers fit the buffer of a new socket.
+const AT_ONCE: usize = 128;
+
+/// All connections that the kernel tracks in this network namespace.
+///
+/// The list is no snapshot: connections come and go while it is made.
+pub(super) fn connections(socket: &mut Socket) -> Result<Vec<Connection>, KernelError> {
+    let request = Request { text: TEXT, kind: GET, flags: flag::DUMP, answer: NEW };
+    for _ in 0..ATTEMPTS {
+        let mut list = Vec::new();
+        let take = |_, body: &[u8]| {
+            list.extend(read(Attributes::new(body))?);
+            Ok(())
+        };
+        match ask_any(socket, &request, |writer| writer.nfgen(0, 0), take) {
+            Ok(answered) if answered.interrupted => {}
+            Ok(_) => return Ok(list),
+            Err(error) => return Err(explained(error)),
+        }
+    }
+    Err(KernelError::answer(TEXT, "connections change faster than they can be listed"))
+}
+
+fn explained(error: KernelError) -> KernelError {
+    match error.errno() {
+        Some(errno::EINVAL | errno::EOPNOTSUPP) => error.with_remedy(NO_CONNTRACK),
+        _ => error,
+    }
+}
+
+/// One side of a connection.
+struct Tuple {
+    protocol: u8,
+    source: IpAddr,
+    source_port: u16,
+    destination: IpAddr,
+    destination_port: u16,
+}
+
+/// Reads a listed connection; `None` if it has no addresses of ours.
+fn read(attributes: Attributes<'_>) -> Result<Option<Connection>, Malformed> {
+    let (mut orig, mut reply, mut mark, mut zone, mut id) = (None, None, 0, 0, 0);
+    for attribute in attributes {
+        let attribute = attribute?;
+        match attribute.kind {
+            TUPLE_ORIG => orig = tuple(attribute.nested())?,
+            TUPLE_REPLY => reply = tuple(attribute.nested())?,
+            MARK => mark = attribute.be32()?,
+            ZONE => zone = be16(&attribute)?,
+            ID => id = attribute.be32()?,
+            _ => {}
+        }
+    }
+    Ok(orig.zip(reply).map(|(orig, reply)| Connection {
+        protocol: orig.protocol,
+        source: orig.source,
+        source_port: orig.source_port,
+        destination: orig.destination,
+        destination_port: orig.destination_port,
+        peer: reply.source,
+        wears: reply.destination,
+        mark,
+        zone,
+        id,
+    }))
+}
+
+fn tuple(attributes: Attributes<'_>) -> Result<Option<Tuple>, Malformed> {
+    let (mut source, mut destination) = (None, None);
+    let (mut protocol, mut ports, mut icmp) = (None, [0; 2], [None; 3]);
+    for attribute in attributes {
+        let attribute = attribute?;
+        for inner in attribute.nested() {
+            let inner = inner?;
+            match (attribute.kind, inner.kind) {
+                (1, 1 | 3) => source = address(&inner)?,
+                (1, 2 | 4) => destination = address(&inner)?,
+                (2, 1) => protocol = inner.bytes().first().copied(),
+                (2, 2) => ports[0] = be16(&inner)?,
+                (2, 3) => ports[1] = be16(&inner)?,
+                (2, 4 | 7) => icmp[0] = Some(be16(&inner)?),
+                (2, 5 | 8) => icmp[1] = inner.bytes().first().copied().map(u16::from),
+                (2, 6 | 9) => icmp[2] = inner.bytes().first().copied().map(u16::from),
+                _ => {}
+            }
+        }
+    }
+    let ([source_port, destination_port], [icmp_id, kind, code]) = (ports, icmp);
+    let type_code = kind.zip(code).map(|(kind, code)| kind << 8 | code);
+    let addresses = source.zip(destination).zip(protocol);
+    Ok(addresses.map(|((source, destination), protocol)| Tuple {
+        protocol,
+        source,
+        source_port: icmp_id.unwrap_or(source_port),
+        destination,
+        destination_port: type_code.unwrap_or(destination_port),
+    }))
+}
+
+fn be16(attribute: &Attribute<'_>) -> Result<u16, Malformed> {
+    let bytes = attribute.bytes().try_into();
+    bytes.map(u16::from_be_bytes).map_err(|_| Malformed("a port has a wrong length"))
+}
+
+fn address(attribute: &Attribute<'_>) -> Result<Option<IpAddr>, Malformed> {
+    let bytes = attribute.bytes();
+    if let Ok(v4) = <[u8; 4]>::try_from(bytes) {
+        return Ok(Some(IpAddr::from(v4)));
+    }
+    let v6 = <[u8; 16]>::try_from(bytes);
+    v6.map(|v6| Some(IpAddr::from(v6))).map_err(|_| Malformed("an address has a wrong length"))
+}
+
+/// Ends connections; those that have ended by themselves are no error.
+pub(super) fn end(socket: &mut Socket, list: &[&Connection]) -> Vec<(usize, KernelError)> {
+    let mut refused = Vec::new();
+    for (part, chunk) in list.chunks(AT_ONCE).enumerate() {
+        let found = end_some(socket, chunk);
+        refused.extend(found.into_iter().map(|(index, error)| (part * AT_ONCE + index, error)));
+    }
+    refused
+}
+
+fn end_some(socket: &mut Socket, list: &[&Connection]) -> Vec<(usize, KernelError)> {
+    let text = |connection: &Connection| format!("conntrack -D {connection}");
+    let all = |error: &dyn Fn(&Connection) -> KernelError| -> Vec<_> {
+        list.iter().map(|connection| error(connection)).enumerate().collect()
+    };
+    drain(socket);
+    let mut writer = Writer::default();
+    let mut pending = Vec::with_capacity(list.len());
+    for connection in list {
+        let sequence = socket.next_sequence();
+        write(&mut writer, connection, sequence);
+        pending.push(Some(sequence));
+    }
+    let Some(datagram) = writer.finish() else {
+        return all(&|connection| KernelError::answer(text(connection), "it does not fit"));
+    };
+    if let Err(error) = socket.send(&datagram) {
+        return all(&|connection| KernelError::io(text(connection), &error));
+    }
+    let mut refused = Vec::new();
+    loop {
+        let datagram = match socket.receive() {
+            Ok(datagram) => datagram,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(_) => break,
+        };
+        // What cannot be read answers nothing: its request stays without an answer below.
+        for message in Messages::new(datagram).flatten().filter(|m| m.kind == NLMSG_ERROR) {
+            let place = pending.iter().position(|sequence| *sequence == Some(message.sequence));
+            let (Some(index), Ok(ack)) = (place, Ack::read(&message)) else { continue };
+            if let Some(sequence) = pending.get_mut(index) {
+                *sequence = None;
+            }
+            if let (Some(connection), false) =
+                (list.get(index), matches!(ack.errno, 0 | errno::ENOENT))
+            {
+                let error = KernelError::refused(text(connection), ack.errno);
+                refused.push((index, explained(error.with_words(ack.words))));
+            }
+        }
+    }
+    let unanswered =
+        pending.iter().zip(list).enumerate().filter(|(_, (sequence, _))| sequence.is_some());
+    refused.extend(unanswered.map(|(index, (_, connection))| {
+        (index, KernelError::answer(text(connection), "the kernel did not answer"))
+    }));
+    refused
+}
+
+fn write(writer: &mut Writer, connection: &Connection, sequence: u32) {
+    let (family, base) = match Family::of(connection.source) {
+        Family::V4 => (2, 0),
+        Family::V6 => (10, 2),
+    };
+    let message = writer.message(DELETE, flag::REQUEST | flag::ACK, sequence);
+    writer.nfgen(family, 0);
+    writer.nest(TUPLE_ORIG, |writer| {
+        writer.nest(1, |writer| {
+            for (kind, address) in [(1, connection.source), (2, connection.destination)] {
+                match address {
+                    IpAddr::V4(v4) => writer.attribute(base + kind, &v4.octets()),
+                    IpAddr::V6(v6) => writer.attribute(base + kind, &v6.octets()),
+                }
+            }
+        });
+        writer.nest(2, |writer| protocol(writer, connection));
+    });
+    // Without the number a new connection with the same addresses could be hit.
+    writer.be32(ID, connection.id);
+    if connection.zone != 0 {
+        writer.attribute(ZONE, &connection.zone.to_be_bytes());
+    }
+    writer.end(message);
+}
+
+fn protocol(writer: &mut Writer, connection: &Connection) {
+    let (source, destination) =
+        (connection.source_port.to_be_bytes(), connection.destination_port.to_be_bytes());
+    writer.attribute(1, &[connection.protocol]);
+    let icmp = match connection.protocol {
+        1 => 4,
+        58 => 7,
+        _ => {
+            writer.attribute(2, &source);
+            writer.attribute(3, &destination);
+            return;
+        }
+    };
+    let [kind, code] = destination;
+    writer.attribute(icmp, &source);
+    writer.attribute(icmp + 1, &[kind]);
+    writer.attribute(icmp + 2, &[code]);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(source: &str, destination: &str, protocol: u8) -> Connection {
+        Connection {
+            protocol,
+            source: source.parse().unwrap(),
+            source_port: 40_000,
+            destination: destination.parse().unwrap(),
+            destination_port: 0x0800,
+            peer: destination.parse().unwrap(),
+            wears: source.parse().unwrap(),
+            mark: 0,
+            zone: 7,
+            id: 0x1234_5678,
+        }
+    }
+
+    /// The body of the only message of a datagram.
+    fn body(datagram: &[u8]) -> &[u8] {
+        let message = Messages::new(datagram).next().unwrap().unwrap();
+        let (_, rest) = message.nfgen().unwrap();
+        rest
+    }
+
+    #[test]
+    fn what_is_written_reads_back() {
+        for connection in [
+            sample("10.244.1.10", "198.51.100.10", 17),
+            sample("fd44:1::10", "2001:db8:51::10", 6),
+            sample("10.244.1.10", "198.51.100.10", 1),
+            sample("fd44:1::10", "2001:db8:51::10", 58),
+        ] {
+            let mut writer = Writer::default();
+            write(&mut writer, &connection, 1);
+            let datagram = writer.finish().unwrap();
+            // A listed connection has the other side, too.
+            let both = [body(&datagram), &reply(body(&datagram))].concat();
+            let read = read(Attributes::new(&both)).unwrap().unwrap();
+            let Connection { peer, wears, .. } = connection;
+            assert_eq!(read, Connection { peer: wears, wears: peer, ..connection });
+        }
+    }
+
+    /// The tuple of a request, as that of the other side.
+    fn reply(body: &[u8]) -> Vec<u8> {
+        let tuple = Attributes::new(body).next().unwrap().unwrap();
+        let mut writer = Writer::default();
+        writer.nest(TUPLE_REPLY, |writer| writer.raw(tuple.bytes()));
+        writer.finish().unwrap()
+    }
+
+    #[test]
+    fn damaged_connections_are_read_without_panic() {
+        let mut writer = Writer::default();
+        write(&mut writer, &sample("10.244.1.10", "198.51.100.10", 1), 1);
+        let bytes = body(&writer.finish().unwrap()).to_vec();
+        for at in 0..bytes.len() {
+            for flip in 1..=255 {
+                let mut other = bytes.clone();
+                other[at] ^= flip;
+                let _any = read(Attributes::new(&other));
+                let _cut = read(Attributes::new(&other[..at]));
+            }
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! What the maps say about a packet: the walk that the kernel makes, on a [`Firewall`].
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use crate::range::IpRange;
+use crate::state::{ChainId, Data, Firewall, Key, MarkBits, Set, Stmt, Tag, Verdict};
+use crate::types::{Family, Mark};
+
+/// What becomes of a packet, by its source and its destination after destination NAT.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum WayOut {
+    /// No policy takes it.
+    None,
+    /// It is dropped.
+    Closed,
+    /// It is sent to the gateway with this mark.
+    To(Mark),
+    /// It leaves from here, wearing this address, or with `None` the node's own.
+    Here(Option<IpAddr>),
+}
+
+impl Firewall {
+    /// What becomes of a packet of a new connection.
+    pub(crate) fn way_out(&self, source: IpAddr, destination: IpAddr) -> WayOut {
+        let family = Family::of(source);
+        let Some(policy) = self.class_of(source).and_then(|class| {
+            let excluded =
+                self.overlapping(&Key::Excluded(IpRange::from(IpNet::from(destination))));
+            if excluded.is_some() { None } else { self.policy_of(class, destination) }
+        }) else {
+            return WayOut::None;
+        };
+        let way_out = self.tag(&Key::Steer(family, policy));
+        match way_out.and_then(|tag| self.elements.get(&Key::Verdict(tag))).map(|value| value.data)
+        {
+            Some(Data::Verdict(Verdict::Goto(ChainId::To(mark)))) => WayOut::To(mark),
+            Some(Data::Verdict(Verdict::Goto(ChainId::Here))) => self.worn(family, policy),
+            Some(Data::Verdict(Verdict::Goto(ChainId::Bypass))) => WayOut::None,
+            _ => WayOut::Closed,
+        }
+    }
+
+    fn class_of(&self, source: IpAddr) -> Option<Tag> {
+        self.tag(&Key::Source(source)).or_else(|| {
+            let here = Key::SourceNet(IpRange::from(IpNet::from(source)));
+            self.tag(self.overlapping(&here)?)
+        })
+    }
+
+    fn policy_of(&self, class: Tag, destination: IpAddr) -> Option<Tag> {
+        let family = Family::of(destination);
+        let lengths = self.sets.range(Set::Destination(family, 0)..=Set::Destination(family, 128));
+        lengths
+            .rev()
+            .find_map(|set| {
+                let Set::Destination(_, length) = set else { return None };
+                let net = IpNet::new(destination, *length).ok()?.trunc();
+                self.tag(&Key::Destination(net, class))
+            })
+            .or_else(|| self.tag(&Key::Any(family, class)))
+    }
+
+    fn worn(&self, family: Family, policy: Tag) -> WayOut {
+        match self.elements.get(&Key::Snat(family, policy)).map(|value| value.data) {
+            Some(Data::Address(address)) => WayOut::Here(Some(address)),
+            _ if self.elements.contains_key(&Key::Masquerade(family, policy)) => WayOut::Here(None),
+            _ => WayOut::Closed,
+        }
+    }
+
+    fn tag(&self, key: &Key) -> Option<Tag> {
+        match self.elements.get(key)?.data {
+            Data::Tag(tag) => Some(tag),
+            _ => None,
+        }
+    }
+
+    /// The bits of a connection's mark that say that it was translated, or left alone, by us.
+    pub(crate) fn connection_mark(&self) -> Option<MarkBits> {
+        let (_, rules) = self.chains.get(&ChainId::Guard)?;
+        rules.iter().flat_map(|rule| &rule.0).find_map(|statement| match statement {
+            Stmt::CtMarkIsNot(bits) => Some(*bits),
+            _ => None,
+        })
+    }
+}

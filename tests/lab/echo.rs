@@ -1,0 +1,218 @@
+//! Who am I, seen from there: a server that tells, and the client that asks.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::net::{AddressFamily, Protocol, RecvFlags, SocketFlags, SocketType, eth, recv};
+
+use super::netns::Netns;
+
+const PORT: u16 = 7000;
+/// How long a probe waits for an answer, all its tries together.
+const PATIENCE: Duration = Duration::from_millis(900);
+const TRIES: u32 = 3;
+
+/// A transport protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Proto {
+    /// Its number is 6.
+    Tcp,
+    /// Its number is 17.
+    Udp,
+}
+
+impl Proto {
+    /// Both.
+    pub(crate) const BOTH: [Self; 2] = [Self::Tcp, Self::Udp];
+}
+
+impl fmt::Display for Proto {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "TCP",
+            Self::Udp => "UDP",
+        })
+    }
+}
+
+type Seen = Arc<Mutex<BTreeSet<(IpAddr, Proto)>>>;
+
+/// A server that answers every TCP connection and UDP datagram with the source it saw.
+///
+/// It also remembers the source of every TCP and UDP packet that reached its namespace, be it of
+/// a connection or not.
+#[derive(Debug)]
+pub(crate) struct Echo {
+    seen: Seen,
+    stop: Arc<OwnedFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Echo {
+    /// Starts to serve on addresses of a namespace.
+    pub(crate) fn start(netns: &Netns, addresses: &[IpAddr]) -> io::Result<Self> {
+        let sockets = netns.run(|| Sockets::open(addresses))??;
+        let seen = Seen::default();
+        let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
+        let thread = thread::spawn({
+            let (seen, stop) = (Arc::clone(&seen), Arc::clone(&stop));
+            // A server that fails stops to answer, and the probes say so.
+            move || drop(sockets.serve(&seen, &stop))
+        });
+        Ok(Self { seen, stop, thread: Some(thread) })
+    }
+
+    /// The sources of all packets since the last call.
+    ///
+    /// What came before an answer is in it.
+    pub(crate) fn take_seen(&self) -> BTreeSet<(IpAddr, Proto)> {
+        std::mem::take(&mut self.seen.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl Drop for Echo {
+    fn drop(&mut self) {
+        let _ = rustix::io::write(&*self.stop, &1_u64.to_ne_bytes());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Sockets {
+    taps: Vec<OwnedFd>,
+    udp: Vec<UdpSocket>,
+    tcp: Vec<TcpListener>,
+}
+
+impl Sockets {
+    fn open(addresses: &[IpAddr]) -> io::Result<Self> {
+        let tap = |protocol: Protocol| {
+            rustix::net::socket_with(
+                AddressFamily::PACKET,
+                SocketType::DGRAM,
+                SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+                Some(protocol),
+            )
+        };
+        let mut sockets =
+            Self { taps: vec![tap(eth::IP)?, tap(eth::IPV6)?], udp: Vec::new(), tcp: Vec::new() };
+        for address in addresses {
+            let udp = UdpSocket::bind((*address, PORT))?;
+            udp.set_nonblocking(true)?;
+            sockets.udp.push(udp);
+            let tcp = TcpListener::bind((*address, PORT))?;
+            tcp.set_nonblocking(true)?;
+            sockets.tcp.push(tcp);
+        }
+        Ok(sockets)
+    }
+
+    fn serve(&self, seen: &Seen, stop: &OwnedFd) -> io::Result<()> {
+        loop {
+            let readable = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
+            let mut fds = vec![readable(stop.as_fd())];
+            fds.extend(self.taps.iter().map(|tap| readable(tap.as_fd())));
+            fds.extend(self.udp.iter().map(|udp| readable(udp.as_fd())));
+            fds.extend(self.tcp.iter().map(|tcp| readable(tcp.as_fd())));
+            poll(&mut fds, None)?;
+            if fds.first().is_some_and(|stop| !stop.revents().is_empty()) {
+                return Ok(());
+            }
+            // Before anybody is answered: an answer says that the packets before it are known.
+            self.note(&mut seen.lock().unwrap_or_else(PoisonError::into_inner));
+            self.answer();
+        }
+    }
+
+    fn note(&self, seen: &mut BTreeSet<(IpAddr, Proto)>) {
+        let mut packet = [0; 2048];
+        for tap in &self.taps {
+            while let Ok((length, _)) = recv(tap, &mut packet[..], RecvFlags::empty()) {
+                seen.extend(packet.get(..length).and_then(source));
+            }
+        }
+    }
+
+    fn answer(&self) {
+        for udp in &self.udp {
+            let mut question = [0; 64];
+            while let Ok((_, from)) = udp.recv_from(&mut question) {
+                let _ = udp.send_to(from.ip().to_string().as_bytes(), from);
+            }
+        }
+        for tcp in &self.tcp {
+            while let Ok((mut stream, from)) = tcp.accept() {
+                let _ = stream.write_all(from.ip().to_string().as_bytes());
+            }
+        }
+    }
+}
+
+/// Source and protocol of a TCP or UDP packet.
+fn source(packet: &[u8]) -> Option<(IpAddr, Proto)> {
+    let (address, protocol) = match packet.first()? >> 4 {
+        4 => {
+            let address: [u8; 4] = packet.get(12..16)?.try_into().ok()?;
+            (IpAddr::from(address), packet.get(9)?)
+        }
+        6 => {
+            let address: [u8; 16] = packet.get(8..24)?.try_into().ok()?;
+            (IpAddr::from(address), packet.get(6)?)
+        }
+        _ => return None,
+    };
+    match protocol {
+        6 => Some((address, Proto::Tcp)),
+        17 => Some((address, Proto::Udp)),
+        _ => None,
+    }
+}
+
+/// The source that a server saw when it was asked from a namespace; waits less than a second.
+pub(crate) fn probe(netns: &Netns, proto: Proto, server: IpAddr) -> io::Result<IpAddr> {
+    let server = SocketAddr::new(server, PORT);
+    let answer = netns.run(|| match proto {
+        Proto::Udp => ask_udp(server),
+        Proto::Tcp => ask_tcp(server),
+    })??;
+    let invalid = |error| io::Error::new(io::ErrorKind::InvalidData, error);
+    answer.parse().map_err(invalid)
+}
+
+fn ask_udp(server: SocketAddr) -> io::Result<String> {
+    let any: IpAddr = match server {
+        SocketAddr::V4(_) => std::net::Ipv4Addr::UNSPECIFIED.into(),
+        SocketAddr::V6(_) => std::net::Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let socket = UdpSocket::bind((any, 0))?;
+    socket.connect(server)?;
+    socket.set_read_timeout(Some(PATIENCE / TRIES))?;
+    let mut answer = [0; 64];
+    let mut last = io::ErrorKind::TimedOut.into();
+    for _ in 0..TRIES {
+        match socket.send(b"?").and_then(|_| socket.recv(&mut answer)) {
+            Ok(length) => {
+                let answer = answer.get(..length).unwrap_or_default();
+                return Ok(String::from_utf8_lossy(answer).into_owned());
+            }
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+fn ask_tcp(server: SocketAddr) -> io::Result<String> {
+    let mut stream = TcpStream::connect_timeout(&server, PATIENCE)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    Ok(answer)
+}

@@ -1,0 +1,96 @@
+//! Network namespaces without a name: they live as long as somebody holds them.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::panic;
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+
+use rustix::process::{getegid, geteuid};
+use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
+
+use super::rtnl::{LOOPBACK, Rtnl};
+
+/// A network namespace; it ends with this value, whatever way that goes.
+#[derive(Debug)]
+pub(crate) struct Netns {
+    fd: OwnedFd,
+    rtnl: Mutex<Rtnl>,
+}
+
+impl Netns {
+    /// A new namespace with nothing in it but the loopback device, which is up.
+    pub(crate) fn new() -> io::Result<Self> {
+        let made = thread::spawn(|| {
+            unshare(UnshareFlags::NEWNET)?;
+            let fd = File::open("/proc/thread-self/ns/net")?.into();
+            let mut rtnl = Rtnl::open()?;
+            rtnl.up(LOOPBACK)?;
+            let rtnl = Mutex::new(rtnl);
+            Ok(Self { fd, rtnl })
+        });
+        made.join().unwrap_or_else(|panicked| panic::resume_unwind(panicked))
+    }
+
+    /// Does something in the namespace; sockets opened there stay there.
+    pub(crate) fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> io::Result<T> {
+        thread::scope(|scope| {
+            let inside = scope.spawn(|| {
+                move_into_link_name_space(self.fd.as_fd(), Some(LinkNameSpaceType::Network))?;
+                Ok(work())
+            });
+            inside.join().unwrap_or_else(|panicked| panic::resume_unwind(panicked))
+        })
+    }
+
+    /// Changes links, addresses and routes of the namespace.
+    pub(crate) fn link<T>(&self, work: impl FnOnce(&mut Rtnl) -> io::Result<T>) -> io::Result<T> {
+        work(&mut self.rtnl.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Writes kernel parameters, each named as its file under `/proc/sys/net`.
+    pub(crate) fn sysctl(&self, settings: &[(&str, &str)]) -> io::Result<()> {
+        self.run(|| {
+            settings.iter().try_for_each(|(name, value)| {
+                let path = format!("/proc/sys/net/{name}");
+                fs::write(&path, value).map_err(|error| {
+                    let sentence = format!("cannot write {value} to {path}: {error}");
+                    io::Error::new(error.kind(), sentence)
+                })
+            })
+        })?
+    }
+}
+
+impl AsFd for Netns {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// Moves this process, which must not have started threads, off the host's network.
+///
+/// Root gets a network namespace, everybody else a user namespace of which he is root as well.
+pub(crate) fn enter_user_namespace() -> io::Result<()> {
+    let (user, group) = (geteuid(), getegid());
+    if user.is_root() {
+        return unshare(UnshareFlags::NEWNET);
+    }
+    unshare(UnshareFlags::NEWUSER | UnshareFlags::NEWNET).map_err(|error| {
+        let sentence = format!("this user may not create a user namespace: {error}");
+        io::Error::new(error.kind(), sentence)
+    })?;
+    // Without this an unprivileged process may not write the map of groups.
+    fs::write("/proc/self/setgroups", "deny")?;
+    fs::write("/proc/self/uid_map", format!("0 {} 1", user.as_raw()))?;
+    fs::write("/proc/self/gid_map", format!("0 {} 1", group.as_raw()))
+}
+
+#[expect(
+    deprecated,
+    reason = "the replacement is unsafe for the sake of CLONE_FILES, which is not used here"
+)]
+fn unshare(what: UnshareFlags) -> io::Result<()> {
+    Ok(rustix::thread::unshare(what)?)
+}

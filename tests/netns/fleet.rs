@@ -1,0 +1,237 @@
+//! What every test here does: a lab, a reconciler on each node, probes.
+
+use std::collections::BTreeSet;
+use std::error::Error;
+use std::io::{self, Write};
+use std::net::IpAddr;
+use std::process::{Command, Stdio};
+use std::{env, thread};
+
+use egress_datapath::{
+    Cluster, EgressIp, EgressPolicy, KernelDatapath, MarkLayout, NodeName, PolicyId, Reconciler,
+    Report, TableRange,
+};
+
+use crate::lab::{Host, Lab, Netns, Pair, Proto, hosts, probe};
+
+pub(crate) type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
+
+/// A lab, or the reason why there can be none, said on the terminal whatever libtest captures.
+pub(crate) fn lab() -> Result<Option<Lab>> {
+    match Lab::new() {
+        Ok(lab) => Ok(Some(lab)),
+        Err(error) if env::var_os("EGRESS_REQUIRE_NETNS").is_none_or(|value| value != "1") => {
+            writeln!(io::stderr(), "SKIPPED, no network namespaces: {error}")?;
+            Ok(None)
+        }
+        Err(error) => Err(format!("no network namespaces: {error}").into()),
+    }
+}
+
+/// Whether a program is there that a test needs as foreign software or as a second opinion.
+pub(crate) fn have(program: &str) -> Result<bool> {
+    let tried = Command::new(program).arg("-V").stdout(Stdio::null()).status();
+    match tried {
+        Ok(_) => Ok(true),
+        Err(error) if env::var_os("EGRESS_REQUIRE_NETNS").is_none_or(|value| value != "1") => {
+            writeln!(io::stderr(), "SKIPPED, no program {program}: {error}")?;
+            Ok(false)
+        }
+        Err(error) => Err(format!("no program {program}: {error}").into()),
+    }
+}
+
+/// Runs a command line in a namespace and returns what it printed; words are split at blanks.
+pub(crate) fn tool(netns: &Netns, line: &str) -> Result<String> {
+    let mut words = line.split_whitespace();
+    let program = words.next().unwrap_or_default();
+    let output = netns.run(|| Command::new(program).args(words).output())??;
+    if output.status.success() {
+        Ok(String::from_utf8(output.stdout)?)
+    } else {
+        let said = String::from_utf8_lossy(&output.stderr);
+        Err(format!("{line}: {said}").into())
+    }
+}
+
+/// Feeds rules to `nft` in a namespace; with `--check` they are only read.
+pub(crate) fn nft(netns: &Netns, options: &[&str], rules: &str) -> Result {
+    let output = netns.run(|| {
+        let mut nft = Command::new("nft")
+            .args(options)
+            .args(["-f", "-"])
+            .stdin(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        if let Some(mut stdin) = nft.stdin.take() {
+            stdin.write_all(rules.as_bytes())?;
+        }
+        nft.wait_with_output()
+    })??;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(format!("nft: {}", String::from_utf8_lossy(&output.stderr)).into())
+}
+
+/// A reconciler on each node.
+pub(crate) struct Fleet {
+    nodes: Vec<(Cluster, Reconciler<KernelDatapath>)>,
+}
+
+impl Fleet {
+    pub(crate) fn open(lab: &Lab) -> Result<Self> {
+        Self::with(lab, |_| {})
+    }
+
+    /// With clusters that are not quite the usual ones.
+    pub(crate) fn with(lab: &Lab, change: impl Fn(&mut Cluster)) -> Result<Self> {
+        let open = |host: &&Host| -> Result<_> {
+            let mut cluster = lab.cluster(host)?;
+            change(&mut cluster);
+            Ok((cluster.clone(), open(host, cluster.marks)?))
+        };
+        let nodes = lab.nodes().iter().map(open).collect::<Result<_>>()?;
+        Ok(Self { nodes })
+    }
+
+    /// Makes every node right, from the last to the first: gateways before their clients.
+    pub(crate) fn apply(&mut self, policies: &[EgressPolicy]) -> Result<Vec<Report>> {
+        let mut reports = Vec::new();
+        for (cluster, reconciler) in self.nodes.iter_mut().rev() {
+            let report = reconciler.reconcile(cluster, policies);
+            reports.push(report.map_err(|error| format!("{}: {error}", cluster.node))?);
+        }
+        Ok(reports)
+    }
+
+    /// Makes one node right.
+    pub(crate) fn apply_to(&mut self, name: &str, policies: &[EgressPolicy]) -> Result {
+        for (cluster, reconciler) in &mut self.nodes {
+            if cluster.node.as_str() == name {
+                reconciler.reconcile(cluster, policies)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes everything of ours from every node.
+    pub(crate) fn remove(&mut self) -> Result {
+        for (cluster, reconciler) in &mut self.nodes {
+            let report = reconciler.remove();
+            report.map_err(|error| format!("{}: {error}", cluster.node))?;
+        }
+        Ok(())
+    }
+}
+
+/// A reconciler of a node's namespace.
+pub(crate) fn open(host: &Host, marks: MarkLayout) -> Result<Reconciler<KernelDatapath>> {
+    Ok(host.netns.run(|| Reconciler::open(marks, TableRange::default()))??)
+}
+
+/// A policy for everything external.
+pub(crate) fn policy(
+    id: &str,
+    sources: &[Pair],
+    gateway: Option<&str>,
+    egress_ip: EgressIp,
+) -> Result<EgressPolicy> {
+    Ok(EgressPolicy {
+        gateway: gateway.map(NodeName::new).transpose()?,
+        ..EgressPolicy::new(PolicyId::new(id)?, hosts(sources), egress_ip)
+    })
+}
+
+/// Both addresses of a pair.
+pub(crate) fn dual(pair: Pair) -> EgressIp {
+    match pair {
+        [IpAddr::V4(v4), IpAddr::V6(v6)] => EgressIp::Dual(v4, v6),
+        _ => EgressIp::Node,
+    }
+}
+
+/// Who asks, whom, and with which source the question must arrive, if at all.
+pub(crate) struct Expect<'a> {
+    pub(crate) from: &'a Netns,
+    pub(crate) to: Pair,
+    pub(crate) source: [Option<IpAddr>; 2],
+}
+
+pub(crate) fn expect(from: &Netns, to: Pair, source: Pair) -> Expect<'_> {
+    let source = source.map(Some);
+    Expect { from, to, source }
+}
+
+pub(crate) fn expect_nothing(from: &Netns, to: Pair) -> Expect<'_> {
+    let source = [None; 2];
+    Expect { from, to, source }
+}
+
+/// Asks by TCP and UDP over IPv4 and IPv6, all at once, and compares.
+pub(crate) fn check(expectations: &[Expect<'_>]) {
+    let wrong: Vec<String> = thread::scope(|scope| {
+        let mut probes = Vec::new();
+        for (number, expected) in expectations.iter().enumerate() {
+            for (to, source) in expected.to.into_iter().zip(expected.source) {
+                for proto in Proto::BOTH {
+                    let ask = move || match (probe(expected.from, proto, to), source) {
+                        (Ok(seen), Some(wanted)) if seen == wanted => None,
+                        (Err(_), None) => None,
+                        (seen, wanted) => Some(format!(
+                            "probe {number}, {proto} to {to}: wanted {wanted:?}, got {seen:?}"
+                        )),
+                    };
+                    probes.push(scope.spawn(ask));
+                }
+            }
+        }
+        let ended = probes.into_iter().map(thread::ScopedJoinHandle::join);
+        ended
+            .filter_map(|probe| probe.unwrap_or_else(|_| Some("a probe panicked".to_owned())))
+            .collect()
+    });
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// All sources that have come to the server since the last call, of one address or another.
+pub(crate) fn sources(lab: &Lab) -> BTreeSet<IpAddr> {
+    lab.outside.take_seen().into_iter().map(|(source, _)| source).collect()
+}
+
+/// All that `nft`, `ip` and `bridge` can tell of a namespace, but for counters.
+pub(crate) fn snapshot(netns: &Netns) -> Result<String> {
+    [
+        "nft -s list ruleset",
+        "ip -4 rule",
+        "ip -6 rule",
+        "ip -4 -d route show table all",
+        "ip -6 -d route show table all",
+        "ip -d link",
+        "ip -d addr",
+        "ip -4 neigh",
+        "ip -6 neigh",
+        "bridge -d fdb",
+    ]
+    .into_iter()
+    .map(|line| Ok(format!("# {line}\n{}", tool(netns, line)?)))
+    .collect()
+}
+
+/// The lines of a text that another one does not have, or not as often.
+pub(crate) fn lost(before: &str, now: &str) -> String {
+    let mut left: Vec<&str> = now.lines().collect();
+    let mut lost = String::new();
+    for line in before.lines() {
+        match left.iter().position(|known| *known == line) {
+            Some(index) => drop(left.remove(index)),
+            None => lost.extend([line, "\n"]),
+        }
+    }
+    lost
+}
+
+/// Panics with what is gone and what is new unless two texts are equal.
+pub(crate) fn assert_same(before: &str, now: &str) {
+    assert!(before == now, "gone:\n{}\nnew:\n{}", lost(before, now), lost(now, before));
+}
