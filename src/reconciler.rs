@@ -269,3 +269,44 @@ fn tables_of<'a>(
         _ => None,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{EgressIp, EgressPolicy, PolicyId, Sim};
+
+    #[test]
+    fn a_repair_restores_what_was_wanted_last_with_the_smallest_write() {
+        let name = |text: &str| NodeName::new(text).unwrap();
+        let node = |text: &str, number: u8| {
+            let tunnel = IpAddr::from([172, 31, 0, number]).into();
+            Node::new(name(text), vec![[192, 0, 2, number].into()], vec![tunnel])
+        };
+        let nodes = vec![node("a", 1), node("b", 2)];
+        let cluster = Cluster::new(name("a"), nodes, vec!["10.0.0.0/8".parse().unwrap()]);
+        let source = vec!["10.0.0.1/32".parse().unwrap()];
+        let eip = EgressIp::V4([198, 51, 100, 1].into());
+        let policy = EgressPolicy {
+            gateway: Some(name("b")),
+            ..EgressPolicy::new(PolicyId::new("p").unwrap(), source, eip)
+        };
+        let mut egress = Reconciler::new(Sim::new());
+        assert!(egress.repair().unwrap().changes.is_empty(), "nothing is wanted yet");
+        let _report = egress.reconcile(&cluster, [&policy]).unwrap();
+        assert!(egress.repair().unwrap().changes.is_empty());
+
+        let whole = egress.datapath().observe().unwrap();
+        let mut less = whole.clone();
+        let rule = less.rules.pop_last().unwrap();
+        egress.datapath().apply(&Changes::between(&whole, &less)).unwrap();
+        let _looked = egress.preview(&cluster, [&policy; 0]).unwrap();
+        let report = egress.repair().unwrap();
+        assert_eq!(report.changes.ops().collect::<Vec<_>>(), [&crate::Op::AddRule(rule)]);
+        assert_eq!(egress.datapath().observe().unwrap(), whole);
+        assert!(egress.repair().unwrap().changes.is_empty());
+
+        let _report = egress.remove().unwrap();
+        assert!(egress.repair().unwrap().changes.is_empty(), "nothing is wanted any more");
+        assert!(egress.datapath().observe().unwrap().is_empty());
+    }
+}

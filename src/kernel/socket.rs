@@ -1,4 +1,4 @@
-//! One netlink socket; the only file that touches netlink-sys.
+//! One netlink socket; the only file that touches netlink-sys, with all unsafe code below it.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};

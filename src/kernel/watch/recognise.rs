@@ -213,3 +213,67 @@ fn typed(message: &Message<'_>) -> Option<RouteNetlinkMessage> {
     header.message_type = message.kind;
     RouteNetlinkMessage::deserialize(&header, message.payload()).ok()
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::kernel::wire::{Messages, Writer};
+
+    fn tell(kind: u16, body: &[u8], news: &mut News, unsigned: &mut bool) {
+        let mut expected = Expected::default();
+        expected.found(7);
+        let mut writer = Writer::default();
+        let message = writer.message(kind, 0, 0);
+        writer.raw(body);
+        writer.end(message);
+        let bytes = writer.finish().unwrap();
+        for message in Messages::new(&bytes).flatten() {
+            read(&message, &mut expected, unsigned, news);
+        }
+    }
+
+    fn table(family: u8, name: &str) -> Vec<u8> {
+        let mut writer = Writer::default();
+        writer.nfgen(family, 0);
+        writer.string(1, name);
+        writer.finish().unwrap()
+    }
+
+    #[test]
+    fn a_transaction_is_told_at_its_end_with_its_writer() {
+        let mut end = Writer::default();
+        end.nfgen(0, 0);
+        end.be32(1, 5);
+        end.be32(2, 77);
+        end.string(3, "nft");
+        let end = end.finish().unwrap();
+        let (mut news, mut unsigned) = (News::default(), false);
+        for body in [table(2, NFT_TABLE), table(1, "other")] {
+            tell(0xa06, &body, &mut news, &mut unsigned);
+            tell(NEWGEN, &end, &mut news, &mut unsigned);
+            assert!(news.is_empty());
+        }
+        tell(0xa06, &table(1, NFT_TABLE), &mut news, &mut unsigned);
+        assert!(news.is_empty() && unsigned);
+        tell(NEWGEN, &end, &mut news, &mut unsigned);
+        assert!(!unsigned);
+        assert_eq!(news.changed, [Part::Firewall].into());
+        assert_eq!(news.writers, [Process { pid: 77, name: "nft".into() }].into());
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_messages_are_read_without_panic(
+            kind in prop_oneof![16_u16..34, Just(NEWNETCONF), 0xa00_u16..0xa20],
+            mut body in proptest::collection::vec(any::<u8>(), 0..200),
+            ours in any::<bool>(),
+        ) {
+            if let (true, Some(index)) = (ours, body.get_mut(4..8)) {
+                index.copy_from_slice(&7_u32.to_ne_bytes());
+            }
+            tell(kind, &body, &mut News::default(), &mut false);
+        }
+    }
+}
