@@ -69,14 +69,21 @@ const BUSY: &str = "drop the other watch of this datapath first";
 /// because it is not ours to repair.
 ///
 /// What the datapath writes itself does not wake it: the kernel says who asked, and a socket
-/// filter drops those messages. For devices, forwarding entries and IPv6 addresses the kernel does
-/// not say; those writes make it readable and drain to nothing. Sometimes a write of ours is still
-/// taken for news, for instance a new Ethernet address, which makes the kernel forget neighbours;
-/// the repair then finds nothing to do.
+/// filter drops those messages. Of devices, forwarding entries, IPv6 addresses and deleted
+/// neighbours the kernel does not say it; those writes make it readable and drain to nothing.
+/// A write of ours may still be taken for news where it has side effects, such as a new Ethernet
+/// address, which makes the kernel forget neighbours; the repair then finds nothing to do.
 ///
-/// It is no substitute for reconciling now and then: IPv4 routes that go with a device that went
-/// down are told by nobody (the device is), and a daemon that adopts one of our objects unchanged
-/// is not noticed.
+/// # What it costs
+///
+/// A foreign change that must be looked at costs microseconds and a wake-up; 2000 neighbours of
+/// other devices were drained in 15 ms without optimisation. The kernel writes a message for each
+/// nf_tables object that is changed, ours too, before the filter drops it. Up to 1 MiB of news
+/// waits to be read, less without `CAP_NET_ADMIN` in the first user namespace; what does not fit
+/// is [`News::lost`].
+///
+/// It is no substitute for reconciling now and then: what the kernel tells nobody, nobody hears.
+/// IPv4 routes that go with a device are an example, though there the device is told.
 #[derive(Debug)]
 pub struct Watch {
     poll: Epoll,

@@ -125,16 +125,9 @@ impl Expected {
 
     /// Whether it is our doing that our device is this.
     pub(super) fn is_expected(&mut self, device: &Device) -> bool {
-        match self.device.iter().position(|expected| is_like(expected, device)) {
-            Some(at) => {
-                self.device.drain(..at);
-                true
-            }
-            None => {
-                self.device.clear();
-                false
-            }
-        }
+        let at = self.device.iter().position(|expected| is_like(expected, device));
+        self.device.drain(..at.unwrap_or(self.device.len()));
+        at.is_some()
     }
 
     /// Whether it is our doing that this address is or is not there.

@@ -57,8 +57,9 @@ fn what_we_write_does_not_even_wake() {
             for step in crate::Changes::between(&observed, wanted).steps() {
                 let step = step.clone();
                 let said = step.ops.iter().all(says_who);
-                let text = step.ops.iter().map(|op| format!("{op}\n")).collect::<String>();
-                host.egress.datapath().apply(&crate::Changes::new(vec![step])).unwrap();
+                let changes = crate::Changes::new(vec![step]);
+                let text = changes.to_string();
+                host.egress.datapath().apply(&changes).unwrap();
                 assert!(!said || !host.is_readable(0), "{text}");
                 host.expect_silence(&text);
                 seen += 1;
