@@ -11,6 +11,8 @@ use crate::types::{DeviceName, MacAddr, Mark, NodeName};
 ///
 /// Plain data; [`plan`](crate::plan) checks it.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct Cluster {
     /// The node that is planned for; one of `nodes`.
     pub node: NodeName,
@@ -19,16 +21,25 @@ pub struct Cluster {
     /// Prefixes that are never steered: pods, services, whatever else is inside. At least one.
     ///
     /// The nodes' own addresses, link-local and multicast destinations are always added.
+    #[cfg_attr(feature = "serde", serde(deserialize_with = "crate::serde_impls::nets"))]
     pub excluded: Vec<IpNet>,
     /// The tunnel between the nodes.
+    #[cfg_attr(feature = "serde", serde(default))]
     pub tunnel: Tunnel,
     /// Which bits of a packet's mark are ours.
+    #[cfg_attr(feature = "serde", serde(default))]
     pub marks: MarkLayout,
     /// Priority of our routing rules, 1 to 32764; the closing rule comes right after it.
     ///
     /// Default 101: behind the rule for local addresses, also where Cilium has moved it to 100,
     /// and ahead of everything that has a default route.
+    #[cfg_attr(feature = "serde", serde(default = "rule_priority"))]
     pub rule_priority: u32,
+}
+
+#[cfg(feature = "serde")]
+const fn rule_priority() -> u32 {
+    Cluster::RULE_PRIORITY
 }
 
 impl Cluster {
@@ -50,16 +61,21 @@ impl Cluster {
 
 /// A node of the cluster.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct Node {
     /// Its name.
     pub name: NodeName,
     /// Its addresses on the network that carries the tunnel, at most one per family.
     pub underlay: Vec<IpAddr>,
     /// Its addresses inside the tunnel, at most one per family, with the tunnel's prefix length.
+    #[cfg_attr(feature = "serde", serde(deserialize_with = "crate::serde_impls::nets"))]
     pub tunnel: Vec<IpNet>,
     /// Ethernet address of its tunnel device; derived from its name if `None`.
+    #[cfg_attr(feature = "serde", serde(default))]
     pub mac: Option<MacAddr>,
     /// Firewall mark of traffic to it as a gateway; allocated if `None`.
+    #[cfg_attr(feature = "serde", serde(default))]
     pub mark: Option<Mark>,
 }
 
@@ -77,6 +93,8 @@ impl Node {
 
 /// The VXLAN tunnel between the nodes.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct Tunnel {
     /// Name of the device; default `egress.vxlan`.
     pub device: DeviceName,

@@ -248,8 +248,12 @@ fn firewall(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
     for set in observed.sets.difference(&desired.sets) {
         steps.add(Phase::EmptyVerdicts, Op::DeleteSet(*set));
     }
+    // A chain that goes at the start makes room for the one that takes its place.
+    sort(steps, Phase::Skeleton, |op| match op {
+        Op::DeleteChain(_) => 0,
+        op => rank(op),
+    });
     for phase in [
-        Phase::Skeleton,
         Phase::FillVerdicts,
         Phase::FillPolicies,
         Phase::FillClasses,
@@ -266,7 +270,6 @@ fn rank(op: &Op) -> u8 {
         Op::DeleteTable => 0,
         Op::AddTable => 1,
         Op::AddSet(_) => 2,
-        // Of chains, those that go and come back in another place.
         Op::AddChain(..) => 3,
         Op::SetRules(..) => 4,
         // A range that is cut in two must be gone before its parts come.
@@ -294,8 +297,7 @@ fn chains(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
             }
             None => {
                 if found.is_some() {
-                    // Ahead of the rank's order: it makes room for the one that takes its place.
-                    steps.0.entry(Phase::Skeleton).or_default().insert(0, Op::DeleteChain(*chain));
+                    steps.add(Phase::Skeleton, Op::DeleteChain(*chain));
                 }
                 steps.add(Phase::Skeleton, Op::AddChain(*chain, *base));
                 steps.add(Phase::Skeleton, Op::SetRules(*chain, rules.clone()));

@@ -59,6 +59,7 @@ impl KernelError {
     }
 
     /// The system call under this request failed.
+    #[cfg(all(feature = "kernel", target_os = "linux"))]
     pub(crate) fn io(request: impl fmt::Display, error: &std::io::Error) -> Self {
         match error.raw_os_error() {
             Some(errno) => Self::refused(request, errno),

@@ -80,6 +80,12 @@ impl KernelDatapath {
         self.routing.device_of(address)
     }
 
+    /// The MTU of a device in bytes; `None` if there is no device of that name.
+    pub fn mtu_of(&mut self, device: &DeviceName) -> Result<Option<u32>, KernelError> {
+        let found = self.routing.device_named(&format_args!("ip link show {device}"), device)?;
+        Ok(found.map(|device| device.mtu))
+    }
+
     /// Makes a step: one transaction, or every request in turn.
     fn step(&mut self, step: &Step) -> (usize, Vec<(Op, KernelError)>) {
         if step.ops.first().is_some_and(Op::is_nft) {

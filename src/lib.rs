@@ -87,6 +87,7 @@ mod diff;
 mod error;
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 mod kernel;
+#[cfg(all(feature = "kernel", target_os = "linux"))]
 mod lookup;
 mod mark;
 mod op;
@@ -94,6 +95,8 @@ mod plan;
 mod policy;
 mod range;
 mod reconciler;
+#[cfg(feature = "serde")]
+mod serde_impls;
 mod sim;
 pub mod state;
 mod types;
@@ -102,16 +105,22 @@ pub use alloc::{
     AllocError, Dice, MarkAllocator, MarkPool, TableAllocator, TablePool, TableRange,
     TableRangeError, TablesInUse,
 };
+#[cfg(feature = "mock")]
+pub use alloc::{MockMarkAllocator, MockTableAllocator};
 pub use changes::{Changes, Phase, Step};
 pub use cluster::{Cluster, Node, Tunnel};
 pub use connection::Connection;
 pub use datapath::Datapath;
+#[cfg(feature = "mock")]
+pub use datapath::MockDatapath;
 pub use error::{ApplyError, KernelError};
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 pub use kernel::{KernelDatapath, KernelTables, News, Part, Process, Watch};
 pub use mark::{LayoutError, MarkLayout};
 pub use op::Op;
 pub use plan::{Closed, Finding, Plan, PlanError, PolicyError, plan};
+#[cfg(feature = "mock")]
+pub use policy::MockPolicy;
 pub use policy::{Destinations, EgressIp, EgressPolicy, Policy};
 pub use range::IpRange;
 pub use reconciler::{Error, Reconciler, Report};

@@ -1,5 +1,7 @@
 //! Where in the 32 bits of a packet's mark our values live.
 
+#[cfg(feature = "serde")]
+use crate::serde_impls::LayoutForm;
 use crate::state::MarkBits;
 use crate::types::Mark;
 
@@ -17,6 +19,8 @@ use crate::types::Mark;
 /// assert_eq!(layout.capacity(), 65_536);
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(try_from = "LayoutForm", into = "LayoutForm"))]
 pub struct MarkLayout {
     prefix: u32,
     prefix_mask: u32,

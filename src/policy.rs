@@ -130,16 +130,22 @@ impl EgressIp {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct EgressPolicy {
     /// Stable identity.
     pub id: PolicyId,
     /// Rank among policies that take the same packet: lower wins, then the smaller id.
+    #[cfg_attr(feature = "serde", serde(default))]
     pub priority: u32,
     /// Pod prefixes whose traffic the policy takes.
+    #[cfg_attr(feature = "serde", serde(deserialize_with = "crate::serde_impls::nets"))]
     pub sources: Vec<IpNet>,
     /// Where that traffic must be headed.
+    #[cfg_attr(feature = "serde", serde(default))]
     pub destinations: Destinations,
     /// Node that sends the traffic out of the cluster; with `None` the traffic is dropped.
+    #[cfg_attr(feature = "serde", serde(default))]
     pub gateway: Option<NodeName>,
     /// Source address the traffic wears outside.
     pub egress_ip: EgressIp,

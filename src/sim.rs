@@ -42,6 +42,8 @@ use crate::types::DeviceName;
 #[derive(Clone, Debug, Default)]
 pub struct Sim {
     state: State,
+    /// How many operations to make before one is refused, and with which error number.
+    refuse: Option<(usize, Errno)>,
 }
 
 impl Sim {
@@ -52,7 +54,7 @@ impl Sim {
 
     /// A kernel that holds this.
     pub const fn with_state(state: State) -> Self {
-        Self { state }
+        Self { state, refuse: None }
     }
 
     /// What it holds.
@@ -65,13 +67,43 @@ impl Sim {
         &mut self.state
     }
 
+    /// Refuses one operation with an error number (positive), however good it is: the one that
+    /// comes after this many others from now on.
+    ///
+    /// ```
+    /// use egress_datapath::{Changes, Datapath, Sim, State};
+    /// # let wanted = State { firewall: Some(Default::default()), ..State::default() };
+    /// let mut kernel = Sim::new();
+    /// kernel.refuse(0, 12);
+    /// let changes = Changes::between(kernel.state(), &wanted);
+    /// assert!(kernel.apply(&changes).is_err(), "out of memory");
+    /// assert!(kernel.apply(&changes).is_ok(), "once is enough");
+    /// ```
+    pub const fn refuse(&mut self, after: usize, errno: i32) {
+        self.refuse = Some((after, errno));
+    }
+
+    /// Makes an operation, or refuses it.
+    fn op(&mut self, op: &Op) -> Result<(), Errno> {
+        match &mut self.refuse {
+            Some((0, errno)) => {
+                let errno = *errno;
+                self.refuse = None;
+                return Err(errno);
+            }
+            Some((after, _)) => *after -= 1,
+            None => {}
+        }
+        make(&mut self.state, op)
+    }
+
     /// Makes a step; of a transaction all or nothing, of other requests those that are accepted.
     fn step(&mut self, step: &Step) -> (usize, Vec<(Op, KernelError)>) {
         let transaction = step.ops.first().is_some_and(Op::is_nft);
         let before = transaction.then(|| self.state.clone());
         let mut refused = Vec::new();
         for op in &step.ops {
-            if let Err(errno) = make(&mut self.state, op) {
+            if let Err(errno) = self.op(op) {
                 refused.push((op.clone(), KernelError::refused(op, errno)));
             }
         }

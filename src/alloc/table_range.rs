@@ -1,5 +1,7 @@
 //! Which routing tables may be given out.
 
+#[cfg(feature = "serde")]
+use crate::serde_impls::RangeForm;
 use crate::types::TableId;
 
 /// The closed interval [start, start + count] of routing tables: `count` + 1 of them.
@@ -17,6 +19,8 @@ use crate::types::TableId;
 /// # Ok::<(), TableRangeError>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(try_from = "RangeForm", into = "RangeForm"))]
 pub struct TableRange {
     start: u32,
     count: u32,

@@ -124,6 +124,7 @@ impl Datum {
     }
 
     /// Bytes of the value; a verdict has no length of its own.
+    #[cfg(all(feature = "kernel", target_os = "linux"))]
     pub(crate) const fn len(self) -> usize {
         match self {
             Self::Ipv6 => 16,
@@ -398,6 +399,7 @@ impl Comment {
     }
 
     /// A comment as it was found in the kernel, whatever it says.
+    #[cfg(all(feature = "kernel", target_os = "linux"))]
     pub(crate) fn found(text: &str) -> Self {
         Self(text.into())
     }

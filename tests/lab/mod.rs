@@ -25,16 +25,21 @@ use egress_datapath::{Cluster, DeviceName, NameError, Node, NodeName};
 use ipnet::IpNet;
 
 pub(crate) use echo::{Echo, Proto, probe};
+#[allow(unused_imports, reason = "tests and example use different parts")]
 pub(crate) use netns::{Netns, enter_user_namespace};
 pub(crate) use rtnl::{Device, Preference};
 
 /// An address of each family.
 pub(crate) type Pair = [IpAddr; 2];
 
-const fn pair(v4: [u8; 4], v6: [u16; 8]) -> Pair {
-    let [a, b, c, d] = v4;
-    let [s, t, u, v, w, x, y, z] = v6;
-    [IpAddr::V4(Ipv4Addr::new(a, b, c, d)), IpAddr::V6(Ipv6Addr::new(s, t, u, v, w, x, y, z))]
+const fn pair([a, b, c, d]: [u8; 4], v6: [u16; 8]) -> Pair {
+    let v6 = v6_of(v6);
+    [IpAddr::V4(Ipv4Addr::new(a, b, c, d)), IpAddr::V6(v6)]
+}
+
+#[expect(clippy::many_single_char_names, reason = "eight groups")]
+const fn v6_of([a, b, c, d, e, f, g, h]: [u16; 8]) -> Ipv6Addr {
+    Ipv6Addr::new(a, b, c, d, e, f, g, h)
 }
 
 const fn outside(last: u8) -> Pair {

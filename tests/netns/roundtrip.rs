@@ -153,8 +153,8 @@ fn ip_sees_the_same_rules() -> Result {
                     // FR_ACT_UNREACHABLE, as a number by `-N`.
                     RuleAction::Unreachable => ("null".to_owned(), "7"),
                 };
-                let (mark, mask) = (rule.mark.get(), rule.mask);
-                format!("{} {mark:#x} {mask:#x} {table} {action}", rule.priority)
+                let mark = rule.mark.get();
+                format!("{} {mark:#x} {:#x} {table} {action}", rule.priority, rule.mask)
             });
             assert_eq!(ours.collect::<BTreeSet<_>>(), theirs, "{}", host.name);
         }

@@ -1,0 +1,242 @@
+//! The file that says what is wanted, and how it becomes a cluster and policies.
+
+use std::fmt::Display;
+use std::fs;
+use std::net::IpAddr;
+use std::str::FromStr;
+
+use egress_datapath::{
+    Cluster, Destinations, DeviceName, EgressIp, EgressPolicy, MacAddr, Mark, MarkLayout, Node,
+    NodeName, PlanError, PolicyError, PolicyId, TableRange, Tunnel,
+};
+use ipnet::IpNet;
+use serde::Deserialize;
+use serde::de::{Deserializer, Error};
+
+/// What is wanted of this node.
+pub(crate) struct Config {
+    pub(crate) cluster: Cluster,
+    pub(crate) policies: Vec<EgressPolicy>,
+    pub(crate) tables: TableRange,
+}
+
+impl Config {
+    /// Reads the file; an error is one sentence that names the field and its value.
+    pub(crate) fn read(node: &str, file: &str) -> Result<Self, String> {
+        let node = NodeName::new(node).map_err(|error| format!("--node {node:?}: {error}"))?;
+        let text =
+            fs::read_to_string(file).map_err(|error| format!("--cluster {file}: {error}"))?;
+        let mut json = serde_json::Deserializer::from_str(&text);
+        let form: File = serde_path_to_error::deserialize(&mut json).map_err(|error| {
+            let path = match error.path().to_string() {
+                // A text that is no JSON breaks off somewhere, not in a field.
+                _ if error.inner().is_syntax() || error.inner().is_eof() => String::new(),
+                path if path == "." => String::new(),
+                path => format!("{path}: "),
+            };
+            place(file, &path, error.inner())
+        })?;
+        json.end().map_err(|error| place(file, "", &error))?;
+        Ok(form.into_config(node))
+    }
+
+    /// The field that an error of planning is about.
+    pub(crate) fn field_of(&self, error: &PlanError) -> String {
+        let field = match error {
+            PlanError::UnknownNode { .. } => "--node",
+            PlanError::Vni { .. } => "tunnel.vni",
+            PlanError::Port => "tunnel.port",
+            PlanError::Mtu { .. } => "tunnel.underlay_device",
+            PlanError::RulePriority { .. } => "rule_priority",
+            PlanError::NothingExcluded | PlanError::Excluded { .. } => "excluded",
+            PlanError::Mark(_) => "marks",
+            PlanError::Table(_) => "tables",
+            PlanError::DuplicatePolicy { .. } => "policies",
+            PlanError::Policy { policy, source } => {
+                let field = match source {
+                    PolicyError::NoSources => ".sources",
+                    PolicyError::NoDestinations => ".destinations",
+                    PolicyError::UnknownGateway { .. } => ".gateway",
+                    PolicyError::EgressIpNotUnicast { .. }
+                    | PolicyError::EgressIpExcluded { .. }
+                    | PolicyError::EgressIpOfNode { .. } => ".egress_ip",
+                    _ => "",
+                };
+                let at = self.policies.iter().position(|other| other.id == *policy);
+                return format!("policies[{}]{field}", at.unwrap_or_default());
+            }
+            _ => "nodes",
+        };
+        field.into()
+    }
+
+    /// The address of this node that the tunnel uses, and the field it stands in.
+    pub(crate) fn underlay(&self) -> Option<(IpAddr, String)> {
+        let nodes = self.cluster.nodes.iter().enumerate();
+        let (at, here) = nodes.into_iter().find(|(_, node)| node.name == self.cluster.node)?;
+        let addresses = here.underlay.iter().enumerate();
+        let (place, address) = addresses.min_by_key(|(_, address)| address.is_ipv6())?;
+        Some((*address, format!("nodes[{at}].underlay[{place}]")))
+    }
+}
+
+/// The sentence with its place in the file in front, as compilers write it.
+fn place(file: &str, path: &str, error: &serde_json::Error) -> String {
+    let (line, column) = (error.line(), error.column());
+    let text = error.to_string();
+    let suffix = format!(" at line {line} column {column}");
+    let sentence = text.strip_suffix(&suffix).unwrap_or(&text);
+    format!("{file}:{line}:{column}: {path}{sentence}")
+}
+
+#[derive(Deserialize)]
+#[serde(rename = "the file", deny_unknown_fields)]
+struct File {
+    excluded: Vec<Text<Prefix>>,
+    #[serde(default)]
+    tunnel: TunnelForm,
+    #[serde(default)]
+    marks: MarkLayout,
+    #[serde(default)]
+    tables: TableRange,
+    rule_priority: Option<u32>,
+    nodes: Vec<NodeForm>,
+    policies: Vec<PolicyForm>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename = "a tunnel", deny_unknown_fields)]
+struct TunnelForm {
+    device: Option<Text<DeviceName>>,
+    vni: Option<u32>,
+    port: Option<u16>,
+    underlay_device: Option<Text<DeviceName>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename = "a node", deny_unknown_fields)]
+struct NodeForm {
+    name: Text<NodeName>,
+    underlay: Vec<Text<IpAddr>>,
+    tunnel: Vec<Text<Prefix>>,
+    mac: Option<MacAddr>,
+    mark: Option<Mark>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename = "a policy", deny_unknown_fields)]
+struct PolicyForm {
+    id: Text<PolicyId>,
+    #[serde(default)]
+    priority: u32,
+    sources: Vec<Text<Hosts>>,
+    #[serde(default)]
+    destinations: Option<Vec<Text<Hosts>>>,
+    gateway: Option<Text<NodeName>>,
+    egress_ip: EgressIp,
+}
+
+impl File {
+    fn into_config(self, node: NodeName) -> Config {
+        let fallback = Tunnel::default();
+        let cluster = Cluster {
+            node,
+            nodes: self.nodes.into_iter().map(NodeForm::into_node).collect(),
+            excluded: self.excluded.into_iter().map(|net| net.0.0).collect(),
+            tunnel: Tunnel {
+                device: self.tunnel.device.map_or(fallback.device, |device| device.0),
+                vni: self.tunnel.vni.unwrap_or(fallback.vni),
+                port: self.tunnel.port.unwrap_or(fallback.port),
+                underlay_device: self.tunnel.underlay_device.map(|device| device.0),
+                underlay_mtu: fallback.underlay_mtu,
+            },
+            marks: self.marks,
+            rule_priority: self.rule_priority.unwrap_or(Cluster::RULE_PRIORITY),
+        };
+        Config {
+            cluster,
+            policies: self.policies.into_iter().map(PolicyForm::into_policy).collect(),
+            tables: self.tables,
+        }
+    }
+}
+
+impl NodeForm {
+    fn into_node(self) -> Node {
+        Node {
+            name: self.name.0,
+            underlay: self.underlay.into_iter().map(|address| address.0).collect(),
+            tunnel: self.tunnel.into_iter().map(|net| net.0.0).collect(),
+            mac: self.mac,
+            mark: self.mark,
+        }
+    }
+}
+
+impl PolicyForm {
+    fn into_policy(self) -> EgressPolicy {
+        let nets = |nets: Vec<Text<Hosts>>| nets.into_iter().map(|net| net.0.0).collect();
+        let destinations = self.destinations.filter(|listed| !listed.is_empty());
+        EgressPolicy {
+            id: self.id.0,
+            priority: self.priority,
+            sources: nets(self.sources),
+            destinations: destinations
+                .map_or(Destinations::External, |listed| Destinations::Nets(nets(listed))),
+            gateway: self.gateway.map(|gateway| gateway.0),
+            egress_ip: self.egress_ip,
+        }
+    }
+}
+
+/// A value written as text; an error quotes the text.
+struct Text<T>(T);
+
+impl<'de, T: FromStr<Err: Display>> Deserialize<'de> for Text<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let parsed = text.parse().map(Self);
+        parsed.map_err(|error| D::Error::custom(format_args!("{text:?}: {error}")))
+    }
+}
+
+/// A prefix with its length.
+struct Prefix(IpNet);
+
+impl FromStr for Prefix {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (address, length) =
+            text.split_once('/').ok_or("a prefix needs a length, such as 10.244.0.0/16")?;
+        let address: IpAddr = address.parse().map_err(|_| NO_ADDRESS)?;
+        // `u8` takes both.
+        let plain = length == "0" || !length.starts_with(['0', '+']);
+        let net = length
+            .parse()
+            .ok()
+            .filter(|_| plain)
+            .and_then(|length| IpNet::new(address, length).ok());
+        let most = if address.is_ipv4() { 32 } else { 128 };
+        let error = || format!("{length:?} is not a prefix length of 0 to {most}");
+        net.map(Self).ok_or_else(error)
+    }
+}
+
+/// A prefix, or an address that stands for itself.
+struct Hosts(IpNet);
+
+impl FromStr for Hosts {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text.contains('/') {
+            return text.parse().map(|Prefix(net)| Self(net));
+        }
+        let address: IpAddr = text.parse().map_err(|_| NO_ADDRESS)?;
+        Ok(Self(address.into()))
+    }
+}
+
+/// Leading zeros are octal to some readers.
+const NO_ADDRESS: &str = "not an IP address, which has no leading zeros";

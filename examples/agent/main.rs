@@ -1,0 +1,182 @@
+//! A node agent: makes the network namespace it is started in hold what a file asks for.
+
+mod config;
+mod show;
+
+use std::fmt::Display;
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use config::Config;
+use egress_datapath::{
+    AllocError, Datapath, Error, KernelDatapath, MarkLayout, MarkPool, PlanError, Reconciler,
+    Report, TablePool, TableRange, plan,
+};
+
+const USAGE: &str = "\
+usage: agent apply --node NAME --cluster FILE.json   make the kernel hold what FILE asks for
+       agent plan --node NAME --cluster FILE.json    say what apply would change
+       agent show [--json]                           say what the kernel holds
+       agent remove                                  remove everything of ours";
+
+/// Why the agent stopped.
+enum Failure {
+    /// What it was given cannot be meant; the kernel is untouched.
+    Input(String),
+    /// The kernel refused.
+    Kernel(String),
+}
+
+impl Failure {
+    fn kernel(error: impl Display) -> Self {
+        Self::Kernel(error.to_string())
+    }
+}
+
+/// The agent writes nothing but its output.
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self::Kernel(format!("cannot write the output: {error}"))
+    }
+}
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args_os()
+        .skip(1)
+        .map(|argument| argument.to_string_lossy().into_owned())
+        .collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let (code, message) = match run(&arguments) {
+        Ok(()) => return ExitCode::SUCCESS,
+        Err(Failure::Kernel(message)) => (1, message),
+        Err(Failure::Input(message)) => (2, message),
+    };
+    // Nobody is left to tell if this fails.
+    let _unwritten = writeln!(io::stderr(), "agent: {message}");
+    ExitCode::from(code)
+}
+
+fn run(arguments: &[&str]) -> Result<(), Failure> {
+    match *arguments {
+        ["apply", ref options @ ..] => reconcile(options, Mode::Apply),
+        ["plan", ref options @ ..] => reconcile(options, Mode::Plan),
+        ["show"] => Ok(show::people(&observe()?)?),
+        ["show", "--json"] => Ok(show::json(&observe()?)?),
+        ["remove"] => remove(),
+        ["--help" | "-h"] => Ok(writeln!(io::stdout(), "{USAGE}")?),
+        [] => Err(Failure::Input(format!("no command given\n{USAGE}"))),
+        [command @ ("show" | "remove"), ref rest @ ..] => {
+            Err(Failure::Input(format!("{command} does not take {:?}\n{USAGE}", rest.join(" "))))
+        }
+        [command, ..] => Err(Failure::Input(format!("{command:?} is no command\n{USAGE}"))),
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    Apply,
+    Plan,
+}
+
+fn reconcile(options: &[&str], mode: Mode) -> Result<(), Failure> {
+    let (node, file) = options_of(options)?;
+    let mut config = Config::read(node, file).map_err(Failure::Input)?;
+    // Once without the kernel, so that bad input is told from a kernel that refuses.
+    plan(
+        &config.cluster,
+        &config.policies,
+        &mut MarkPool::new(config.cluster.marks),
+        &mut TablePool::new(config.tables),
+    )
+    .map_err(|error| failure(file, &config, error.into()))?;
+    let opened = Reconciler::open(config.cluster.marks, config.tables);
+    let mut egress = opened.map_err(|error| failure(file, &config, error))?;
+    find_underlay(file, &mut config, egress.datapath())?;
+    let (report, what) = match mode {
+        Mode::Apply => (egress.reconcile(&config.cluster, &config.policies), "changes"),
+        Mode::Plan => (egress.preview(&config.cluster, &config.policies), "changes planned"),
+    };
+    summary(&report.map_err(|error| failure(file, &config, error))?, what)
+}
+
+/// The values of `--node` and `--cluster`, in either order.
+fn options_of<'a>(options: &[&'a str]) -> Result<(&'a str, &'a str), Failure> {
+    let (mut node, mut file) = (None, None);
+    let mut options = options.iter().copied();
+    while let Some(option) = options.next() {
+        let slot = match option {
+            "--node" => &mut node,
+            "--cluster" => &mut file,
+            other => return Err(Failure::Input(format!("{other:?} is no option\n{USAGE}"))),
+        };
+        let value = options.next().ok_or_else(|| format!("{option} needs a value\n{USAGE}"));
+        if slot.replace(value.map_err(Failure::Input)?).is_some() {
+            return Err(Failure::Input(format!("{option} is given twice\n{USAGE}")));
+        }
+    }
+    let missing = |option| Failure::Input(format!("{option} is missing\n{USAGE}"));
+    Ok((node.ok_or_else(|| missing("--node"))?, file.ok_or_else(|| missing("--cluster"))?))
+}
+
+/// Fills in the MTU of the device below the tunnel, and where none is named the device that has
+/// this node's underlay address.
+fn find_underlay(
+    file: &str,
+    config: &mut Config,
+    kernel: &mut KernelDatapath,
+) -> Result<(), Failure> {
+    let Some((address, field)) = config.underlay() else {
+        return Ok(());
+    };
+    let tunnel = &mut config.cluster.tunnel;
+    if let Some(device) = &tunnel.underlay_device {
+        let mtu = kernel.mtu_of(device).map_err(Failure::kernel)?;
+        tunnel.underlay_mtu = mtu.ok_or_else(|| {
+            Failure::Input(format!(
+                "{file}: tunnel.underlay_device: \"{device}\" is no device here"
+            ))
+        })?;
+        return Ok(());
+    }
+    let found = kernel.device_of(address).map_err(Failure::kernel)?;
+    let (device, mtu) = found.ok_or_else(|| {
+        Failure::Input(format!("{file}: {field}: no device here has the address {address}"))
+    })?;
+    tunnel.underlay_device = Some(device);
+    tunnel.underlay_mtu = mtu;
+    Ok(())
+}
+
+fn failure(file: &str, config: &Config, error: Error) -> Failure {
+    match error {
+        Error::Plan(
+            error @ (PlanError::Table(AllocError::Kernel(_))
+            | PlanError::Mark(AllocError::Kernel(_))),
+        ) => Failure::kernel(error),
+        Error::Plan(error) => {
+            Failure::Input(format!("{file}: {}: {error}", config.field_of(&error)))
+        }
+        error => Failure::kernel(error),
+    }
+}
+
+fn observe() -> Result<egress_datapath::State, Failure> {
+    let mut kernel = KernelDatapath::open().map_err(Failure::kernel)?;
+    kernel.observe().map_err(Failure::kernel)
+}
+
+fn remove() -> Result<(), Failure> {
+    // Which marks and tables could be given out does not matter to what is taken away.
+    let opened = Reconciler::open(MarkLayout::default(), TableRange::default());
+    let report = opened.and_then(|mut egress| egress.remove());
+    summary(&report.map_err(Failure::kernel)?, "changes")
+}
+
+fn summary(Report { changes, findings }: &Report, what: &str) -> Result<(), Failure> {
+    let mut out = io::stdout().lock();
+    write!(out, "{changes}")?;
+    for finding in findings {
+        writeln!(out, "note: {finding}")?;
+    }
+    Ok(writeln!(out, "{} {what}", changes.len())?)
+}

@@ -1,0 +1,228 @@
+//! What the kernel holds, for people and for programs.
+//!
+//! The field names of the JSON document are stable: fields may be added, none changes.
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+
+use egress_datapath::state::{ChainId, Data, Firewall, Key, RuleAction, Tag, Value, Verdict};
+use egress_datapath::{Family, State};
+use serde::Serialize;
+
+/// The document.
+#[derive(Serialize)]
+struct Document {
+    /// The tunnel device; null if there is none.
+    link: Option<Link>,
+    /// Nodes that this one sends to, by name.
+    gateways: Vec<Gateway>,
+    /// By id.
+    policies: Vec<Policy>,
+    sources: PerFamily<Sources>,
+}
+
+#[derive(Serialize)]
+struct Link {
+    name: String,
+    vni: u32,
+    port: u16,
+    /// Source address of the outer packets.
+    local: String,
+    /// Device that carries the outer packets; null if none is named.
+    underlay_device: Option<String>,
+    mac: String,
+    mtu: u32,
+    up: bool,
+    /// Addresses inside the tunnel, with prefix length.
+    addresses: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct Gateway {
+    node: String,
+    /// As `0x26000100`.
+    mark: String,
+    /// Routing table; null if no rule leads to one.
+    table: Option<u32>,
+}
+
+#[derive(Serialize)]
+struct Policy {
+    id: String,
+    /// What becomes of its traffic; a family without sources is null.
+    #[serde(flatten)]
+    families: PerFamily<Option<Steered>>,
+}
+
+#[derive(Clone, Serialize)]
+struct Steered {
+    /// `gateway`, `here` or `closed`.
+    way_out: &'static str,
+    /// The node it is sent to; null unless `way_out` is `gateway`.
+    gateway: Option<String>,
+    /// The address it wears, or `node`; null unless `way_out` is `here`.
+    egress_ip: Option<String>,
+}
+
+/// Elements that say which policies a source has.
+#[derive(Default, Serialize)]
+struct Sources {
+    addresses: usize,
+    ranges: usize,
+}
+
+#[derive(Default, Serialize)]
+struct PerFamily<T> {
+    ipv4: T,
+    ipv6: T,
+}
+
+impl<T> PerFamily<T> {
+    fn of(&mut self, family: Family) -> &mut T {
+        match family {
+            Family::V4 => &mut self.ipv4,
+            Family::V6 => &mut self.ipv6,
+        }
+    }
+}
+
+/// Writes one JSON document.
+pub(crate) fn json(state: &State) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    serde_json::to_writer_pretty(&mut out, &document(state))?;
+    writeln!(out)
+}
+
+/// Writes lines for people.
+pub(crate) fn people(state: &State) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    let document = document(state);
+    match &document.link {
+        None => writeln!(out, "link: none")?,
+        Some(link) => {
+            write!(out, "link: {} ", link.name)?;
+            write!(out, "{} ", if link.up { "up" } else { "down" })?;
+            write!(out, "vni {} port {} local {} ", link.vni, link.port, link.local)?;
+            if let Some(underlay) = &link.underlay_device {
+                write!(out, "dev {underlay} ")?;
+            }
+            writeln!(out, "mac {} mtu {} {}", link.mac, link.mtu, link.addresses.join(" "))?;
+        }
+    }
+    for Gateway { node, mark, table } in &document.gateways {
+        let table = table.map_or("none".into(), |table| table.to_string());
+        writeln!(out, "gateway: {node} mark {mark} table {table}")?;
+    }
+    for Policy { id, families } in &document.policies {
+        for (family, steered) in [("IPv4", &families.ipv4), ("IPv6", &families.ipv6)] {
+            let Some(steered) = steered else { continue };
+            write!(out, "policy: {id} {family} {}", steered.way_out)?;
+            if let Some(gateway) = &steered.gateway {
+                write!(out, " {gateway}")?;
+            }
+            if let Some(egress_ip) = &steered.egress_ip {
+                write!(out, " as {egress_ip}")?;
+            }
+            writeln!(out)?;
+        }
+    }
+    for (family, Sources { addresses, ranges }) in
+        [("IPv4", document.sources.ipv4), ("IPv6", document.sources.ipv6)]
+    {
+        writeln!(out, "sources: {family} {addresses} addresses, {ranges} ranges")?;
+    }
+    Ok(())
+}
+
+fn document(state: &State) -> Document {
+    let link = state.link.as_ref().map(|link| Link {
+        name: link.name.to_string(),
+        vni: link.vni,
+        port: link.port,
+        local: link.local.to_string(),
+        underlay_device: link.underlay.as_ref().map(ToString::to_string),
+        mac: link.mac.to_string(),
+        mtu: link.mtu,
+        up: link.up,
+        addresses: state.addresses.iter().map(ToString::to_string).collect(),
+    });
+    let mut document = Document {
+        link,
+        gateways: Vec::new(),
+        policies: Vec::new(),
+        sources: PerFamily::default(),
+    };
+    if let Some(firewall) = &state.firewall {
+        for key in firewall.elements.keys() {
+            match key {
+                Key::Source(address) => {
+                    document.sources.of(Family::of(*address)).addresses += 1;
+                }
+                Key::SourceNet(range) => document.sources.of(range.family()).ranges += 1,
+                _ => {}
+            }
+        }
+        document.gateways = gateways(state, firewall);
+        document.policies = policies(firewall);
+    }
+    document
+}
+
+fn comment(value: &Value) -> String {
+    let comment = value.comment.as_ref();
+    comment.map_or_else(|| "?".into(), |comment| comment.as_str().into())
+}
+
+fn gateways(state: &State, firewall: &Firewall) -> Vec<Gateway> {
+    let mut gateways: Vec<_> = firewall
+        .elements
+        .values()
+        .filter_map(|value| match value.data {
+            Data::Verdict(Verdict::Goto(ChainId::To(mark))) => {
+                let mut rules = state.rules.iter().filter(|rule| rule.mark == mark);
+                let table = rules.find_map(|rule| match rule.action {
+                    RuleAction::Lookup(table) => Some(table.get()),
+                    RuleAction::Unreachable => None,
+                });
+                Some(Gateway { node: comment(value), mark: mark.to_string(), table })
+            }
+            _ => None,
+        })
+        .collect();
+    gateways.sort_by(|one, other| one.node.cmp(&other.node));
+    gateways
+}
+
+fn policies(firewall: &Firewall) -> Vec<Policy> {
+    let mut policies: BTreeMap<String, PerFamily<Option<Steered>>> = BTreeMap::new();
+    for (key, value) in &firewall.elements {
+        if let (Key::Steer(family, policy), Data::Tag(way_out)) = (key, value.data) {
+            let families = policies.entry(comment(value)).or_default();
+            *families.of(*family) = Some(steered(firewall, *family, *policy, way_out));
+        }
+    }
+    let policy = |(id, families)| Policy { id, families };
+    policies.into_iter().map(policy).collect()
+}
+
+fn steered(firewall: &Firewall, family: Family, policy: Tag, way_out: Tag) -> Steered {
+    let mut steered = Steered { way_out: "closed", gateway: None, egress_ip: None };
+    let elements = &firewall.elements;
+    match elements.get(&Key::Verdict(way_out)) {
+        Some(Value { data: Data::Verdict(Verdict::Goto(ChainId::Here)), .. }) => {
+            steered.way_out = "here";
+            let worn = elements.get(&Key::Snat(family, policy)).map(|value| value.data);
+            steered.egress_ip = match worn {
+                Some(Data::Address(address)) => Some(address.to_string()),
+                _ if elements.contains_key(&Key::Masquerade(family, policy)) => Some("node".into()),
+                _ => None,
+            };
+        }
+        Some(value @ Value { data: Data::Verdict(Verdict::Goto(_)), .. }) => {
+            steered.way_out = "gateway";
+            steered.gateway = Some(comment(value));
+        }
+        _ => {}
+    }
+    steered
+}

@@ -1,0 +1,236 @@
+//! From any state to any other, in one go, and in two if something is refused on the way.
+
+use egress_datapath::state::{Base, ChainId, ChainType, Hook, Key, NftRule, Set, Stmt, Stray};
+use egress_datapath::{Changes, Datapath, Destinations, Family, MacAddr, Reconciler, Sim, State};
+use proptest::prelude::*;
+use proptest::sample::Index;
+
+use crate::random::{clusters, policies};
+use crate::{planned, pools};
+
+const ENOMEM: i32 = 12;
+
+fn states() -> impl Strategy<Value = State> {
+    (clusters(), policies())
+        .prop_map(|(cluster, policies)| planned(&cluster, policies).unwrap().state)
+}
+
+/// What somebody else may have done to our objects, and a kernel allows.
+#[derive(Clone, Debug)]
+enum Drift {
+    LinkDown,
+    LinkGone,
+    Mac,
+    RuleGone(Index),
+    RouteGone(Index),
+    NeighbourGone(Index),
+    AddressGone,
+    ElementGone(Index),
+    Stray,
+    Misshapen,
+    OtherBase,
+    OtherRules(Index),
+    TableGone,
+}
+
+fn drifts() -> impl Strategy<Value = Drift> {
+    use Drift::*;
+    prop_oneof![
+        Just(LinkDown),
+        Just(LinkGone),
+        Just(Mac),
+        any::<Index>().prop_map(RuleGone),
+        any::<Index>().prop_map(RouteGone),
+        any::<Index>().prop_map(NeighbourGone),
+        Just(AddressGone),
+        any::<Index>().prop_map(ElementGone),
+        Just(Stray),
+        Just(Misshapen),
+        Just(OtherBase),
+        any::<Index>().prop_map(OtherRules),
+        Just(TableGone),
+    ]
+}
+
+fn pick<T: Clone>(index: Index, all: impl Iterator<Item = T>) -> Option<T> {
+    let all: Vec<T> = all.collect();
+    (!all.is_empty()).then(|| index.get(&all).clone())
+}
+
+fn drift(state: &mut State, drift: &Drift) {
+    use egress_datapath::state::Route;
+    let with_device = |state: &mut State| {
+        state.neighbours.clear();
+        state.routes.retain(|_, route| !matches!(route, Route::Via(_)));
+    };
+    match drift {
+        Drift::LinkDown => {
+            if let Some(link) = &mut state.link {
+                link.up = false;
+            }
+            with_device(state);
+        }
+        Drift::LinkGone => {
+            state.link = None;
+            state.addresses.clear();
+            state.fdb.clear();
+            with_device(state);
+        }
+        Drift::Mac => {
+            if let Some(link) = &mut state.link {
+                link.mac = MacAddr::new([2, 9, 9, 9, 9, 9]);
+                state.neighbours.clear();
+            }
+        }
+        Drift::RuleGone(index) => {
+            if let Some(rule) = pick(*index, state.rules.iter().copied()) {
+                state.rules.remove(&rule);
+            }
+        }
+        Drift::RouteGone(index) => {
+            if let Some(key) = pick(*index, state.routes.keys().copied()) {
+                state.routes.remove(&key);
+            }
+        }
+        Drift::NeighbourGone(index) => {
+            if let Some(key) = pick(*index, state.neighbours.keys().copied()) {
+                state.neighbours.remove(&key);
+            }
+        }
+        Drift::AddressGone => state.addresses.clear(),
+        Drift::TableGone => state.firewall = None,
+        _ => {}
+    }
+    let Some(firewall) = &mut state.firewall else { return };
+    match drift {
+        Drift::ElementGone(index) => {
+            if let Some(key) = pick(*index, firewall.elements.keys().copied()) {
+                firewall.elements.remove(&key);
+            }
+        }
+        Drift::Stray => {
+            firewall.strays.insert(Stray::Chain("debug".into()));
+            firewall.strays.insert(Stray::Set("blocked".into()));
+        }
+        Drift::Misshapen => {
+            let set = Set::Eip(Family::V4);
+            firewall.sets.remove(&set);
+            firewall.elements.retain(|key: &Key, _| key.set() != set);
+            firewall.strays.insert(Stray::Set(set.name()));
+        }
+        Drift::OtherBase => {
+            if let Some((base, _)) = firewall.chains.get_mut(&ChainId::Forward) {
+                let (kind, hook) = (ChainType::Filter, Hook::Forward);
+                *base = Some(Base { kind, hook, priority: 7 });
+            }
+        }
+        Drift::OtherRules(index) => {
+            if let Some(chain) = pick(*index, firewall.chains.keys().copied()) {
+                if let Some((_, rules)) = firewall.chains.get_mut(&chain) {
+                    rules.insert(0, NftRule(vec![Stmt::Unknown(7)]));
+                }
+            }
+        }
+        _ => {}
+    }
+}
+
+fn drifted() -> impl Strategy<Value = State> {
+    (states(), prop::collection::vec(drifts(), 0..4)).prop_map(|(mut state, all)| {
+        for one in &all {
+            drift(&mut state, one);
+        }
+        state
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..<_>::default() })]
+
+    #[test]
+    fn any_state_becomes_any_other(
+        from in prop_oneof![1 => Just(State::default()), 6 => drifted()],
+        to in prop_oneof![1 => Just(State::default()), 6 => states()],
+    ) {
+        let mut kernel = Sim::with_state(from.clone());
+        let changes = Changes::between(&from, &to);
+        if let Err(error) = kernel.apply(&changes) {
+            prop_assert!(false, "{error}\nof\n{changes}");
+        }
+        prop_assert_eq!(kernel.state(), &to);
+        prop_assert!(Changes::between(kernel.state(), &to).is_empty());
+    }
+
+    #[test]
+    fn whatever_is_refused_once_is_made_up_for(
+        from in prop_oneof![1 => Just(State::default()), 2 => drifted()],
+        to in prop_oneof![1 => Just(State::default()), 6 => states()],
+    ) {
+        let changes = Changes::between(&from, &to);
+        for refused in 0..changes.len() {
+            let mut kernel = Sim::with_state(from.clone());
+            kernel.refuse(refused, ENOMEM);
+            let error = kernel.apply(&changes).unwrap_err();
+            prop_assert!(error.refused.iter().any(|(_, why)| why.errno() == Some(ENOMEM)));
+            let total = error.applied + error.refused.len() + error.skipped;
+            prop_assert_eq!(total, changes.len());
+            let rest = Changes::between(kernel.state(), &to);
+            if let Err(error) = kernel.apply(&rest) {
+                let op = changes.ops().nth(refused).unwrap();
+                prop_assert!(false, "{error}\nafter {op} was refused, of\n{rest}");
+            }
+            prop_assert_eq!(kernel.state(), &to);
+        }
+    }
+
+    #[test]
+    fn a_new_reconciler_takes_over_what_the_last_one_left(
+        cluster in clusters(), before in policies(), after in policies(), stop in any::<Index>(),
+    ) {
+        let first = |sim| {
+            let (marks, tables) = pools(&cluster);
+            Reconciler::with_allocators(sim, marks, tables)
+        };
+        let mut egress = first(Sim::new());
+        egress.reconcile(&cluster, &before).unwrap();
+        let planned = egress.preview(&cluster, &after).unwrap().changes;
+        if !planned.is_empty() {
+            egress.datapath().refuse(stop.index(planned.len()), ENOMEM);
+            prop_assert!(egress.reconcile(&cluster, &after).is_err());
+        }
+        let mut kernel = egress.datapath().clone();
+        // Another table than before, unless it is recovered.
+        let (marks, tables) = pools(&cluster);
+        let tables = tables.with_dice(|_| 50);
+        let mut successor = Reconciler::with_allocators(&mut kernel, marks, tables);
+        successor.reconcile(&cluster, &after).unwrap();
+        prop_assert!(successor.reconcile(&cluster, &after).unwrap().changes.is_empty());
+        successor.remove().unwrap();
+        prop_assert!(kernel.state().is_empty());
+    }
+
+    #[test]
+    fn order_does_not_matter(
+        cluster in clusters(),
+        (ordered, shuffled) in policies().prop_flat_map(|policies| {
+            let shuffled = Just(policies.clone()).prop_shuffle();
+            (Just(policies), shuffled)
+        }),
+        turn in any::<Index>(),
+    ) {
+        let mut other = cluster.clone();
+        other.nodes.reverse();
+        other.excluded.reverse();
+        let mut shuffled = shuffled;
+        for policy in &mut shuffled {
+            let by = turn.index(policy.sources.len());
+            policy.sources.rotate_left(by);
+            if let Destinations::Nets(nets) = &mut policy.destinations {
+                nets.reverse();
+                nets.push(nets[0]);
+            }
+        }
+        let one = planned(&cluster, ordered).unwrap();
+        prop_assert_eq!(one, planned(&other, shuffled).unwrap());
+    }
+}

@@ -1,0 +1,110 @@
+//! The operations as an operator would type them, in order, word for word.
+//!
+//! `UPDATE_GOLDEN=1` writes the files anew.
+
+use std::fmt::Write;
+use std::path::Path;
+
+use egress_datapath::{Changes, Destinations, EgressIp, EgressPolicy, Plan, State};
+
+use crate::{cluster, cluster_v4, dual, nets, planned, policy, v4};
+
+#[track_caller]
+fn check(file: &str, plan: &Plan, from: &State) {
+    let changes = Changes::between(from, &plan.state);
+    let mut text = String::new();
+    for step in changes.steps() {
+        writeln!(text, "# {:?}", step.phase).unwrap();
+        for op in &step.ops {
+            writeln!(text, "{op}").unwrap();
+        }
+    }
+    for finding in &plan.findings {
+        writeln!(text, "note: {finding}").unwrap();
+    }
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/pure/golden").join(file);
+    if std::env::var_os("UPDATE_GOLDEN").is_some() {
+        std::fs::write(&path, &text).unwrap();
+    }
+    let expected = std::fs::read_to_string(&path).unwrap_or_default();
+    for (number, (is, should)) in (1..).zip(text.lines().zip(expected.lines())) {
+        assert_eq!(is, should, "{file}:{number}");
+    }
+    assert_eq!(text.lines().count(), expected.lines().count(), "{file}");
+}
+
+fn checkout() -> EgressPolicy {
+    EgressPolicy {
+        destinations: Destinations::Nets(nets(&["203.0.113.0/24"])),
+        ..policy("shop/checkout", &["10.244.1.10/32"], Some("b"), v4("198.51.100.200"))
+    }
+}
+
+fn both() -> Vec<EgressPolicy> {
+    let everything = policy(
+        "shop/all",
+        &["10.244.1.0/24", "fd44:1::/64"],
+        Some("b"),
+        dual("198.51.100.201", "2001:db8:51::201"),
+    );
+    let partners = EgressPolicy {
+        priority: 1,
+        destinations: Destinations::Nets(nets(&["203.0.113.0/24", "2001:db8:9::/48"])),
+        ..policy("shop/partners", &["10.244.2.7/32", "fd44:1::7/128"], Some("c"), EgressIp::Node)
+    };
+    vec![everything, partners]
+}
+
+#[test]
+fn a_client_of_one_policy() {
+    let plan = planned(&cluster_v4("a"), [checkout()]).unwrap();
+    check("client.txt", &plan, &State::default());
+}
+
+#[test]
+fn a_gateway_of_one_policy() {
+    let plan = planned(&cluster_v4("b"), [checkout()]).unwrap();
+    check("gateway.txt", &plan, &State::default());
+}
+
+#[test]
+fn dual_stack() {
+    let plan = planned(&cluster("a"), both()).unwrap();
+    check("dual_stack.txt", &plan, &State::default());
+}
+
+#[test]
+fn dual_stack_on_the_gateway() {
+    let plan = planned(&cluster("b"), both()).unwrap();
+    check("dual_stack_gateway.txt", &plan, &State::default());
+}
+
+#[test]
+fn closed_policies_drop() {
+    let sources = ["10.244.1.10/32", "fd44:1::10/128"];
+    let closed = policy("shop/closed", &sources, None, EgressIp::Node);
+    let half = policy("shop/half", &["fd44:1::11/128"], Some("b"), v4("198.51.100.200"));
+    let plan = planned(&cluster("a"), [closed, half]).unwrap();
+    check("closed.txt", &plan, &State::default());
+}
+
+#[test]
+fn a_move_to_another_gateway_is_small() {
+    let cluster = cluster("a");
+    let before = planned(&cluster, both()).unwrap();
+    let mut policies = both();
+    policies[0].gateway = policies[1].gateway.clone();
+    let (mut marks, mut tables) = crate::pools(&cluster);
+    // The marks of before, as a running agent would have them.
+    egress_datapath::plan(&cluster, both(), &mut marks, &mut tables).unwrap();
+    let after = egress_datapath::plan(&cluster, policies, &mut marks, &mut tables).unwrap();
+    check("move.txt", &after, &before.state);
+}
+
+#[test]
+fn removal_takes_the_guards_away_last() {
+    let before = planned(&cluster("a"), both()).unwrap();
+    let nothing =
+        Plan { state: State::default(), gateways: before.gateways.clone(), findings: Vec::new() };
+    check("removal.txt", &nothing, &before.state);
+}
