@@ -2,12 +2,12 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::socket::{Epoll, Socket};
+use super::socket::Epoll;
 use super::wire::Messages;
 use crate::error::{KernelError, errno};
 
+mod ears;
 mod expected;
 mod filter;
 mod news;
@@ -15,20 +15,13 @@ mod recognise;
 #[cfg(test)]
 mod tests;
 
+use ears::Ears;
+pub(super) use ears::{Shared, lock};
 pub(super) use expected::Expected;
 pub use news::{News, Part, Process};
 
-/// Groups of the routing subsystem (`enum rtnetlink_groups`): links, neighbours with forwarding
-/// entries, IPv4 addresses, routes, rules, the same of IPv6, and settings of IPv4.
-const ROUTING: [u32; 9] = [1, 3, 5, 7, 8, 9, 11, 19, 24];
-
-/// `NFNLGRP_NFTABLES`.
-const NETFILTER: [u32; 1] = [7];
-
 /// Bytes of news that wait to be read; what does not fit is lost, and that is said.
 const UNREAD: usize = 1 << 20;
-
-const BUSY: &str = "drop the other watch of this datapath first";
 
 /// Readable when somebody else may have touched what is ours.
 ///
@@ -94,48 +87,6 @@ pub struct Watch {
     unsigned: bool,
 }
 
-/// What a datapath and its watch have in common.
-#[derive(Clone, Debug)]
-pub(super) struct Shared {
-    idle: Arc<Mutex<Option<Ears>>>,
-    expected: Arc<Mutex<Expected>>,
-}
-
-/// Sockets that hear what the kernel tells; opened with the datapath, because a socket belongs to
-/// the network namespace that its thread was in then.
-#[derive(Debug)]
-pub(super) struct Ears {
-    routing: Socket,
-    netfilter: Socket,
-}
-
-impl Shared {
-    /// Opens the sockets, which hear nothing yet.
-    pub(super) fn open(expected: Arc<Mutex<Expected>>, netfilter: Socket) -> io::Result<Self> {
-        let routing = Socket::open(filter::ROUTE)?;
-        let ears = Ears { routing, netfilter };
-        Ok(Self { idle: Arc::new(Mutex::new(Some(ears))), expected })
-    }
-
-    /// Begins to watch; what is asked for from these ports is no news.
-    pub(super) fn watch(&self, routing: u32, netfilter: u32) -> Result<Watch, KernelError> {
-        let what = "watch the kernel's state";
-        let failed = |error: io::Error| KernelError::io(what, &error);
-        let poll = Epoll::new().map_err(failed)?;
-        let ears = lock(&self.idle).take();
-        let ears =
-            ears.ok_or_else(|| KernelError::refused(what, errno::EBUSY).with_remedy(BUSY))?;
-        let mut watch = Watch { poll, ears: Some(ears), shared: self.clone(), unsigned: false };
-        watch.begin(routing, netfilter).map_err(failed)?;
-        Ok(watch)
-    }
-}
-
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Every change under the locks here is a single one.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Watch {
     fn begin(&mut self, routing: u32, netfilter: u32) -> io::Result<()> {
         let Some(ears) = &mut self.ears else { return Ok(()) };
@@ -144,7 +95,7 @@ impl Watch {
         ears.netfilter.filter(&filter::netfilter(netfilter))?;
         for (socket, groups) in ears.each() {
             // Left from an earlier watch.
-            while !is_silent(socket.receive().map(drop)) {}
+            while may_have_more(&socket.receive().map(drop)) {}
             socket.reserve_unread(UNREAD);
             self.poll.add(socket.as_fd())?;
             groups.iter().try_for_each(|group| socket.join(*group))?;
@@ -202,13 +153,14 @@ impl Watch {
     }
 }
 
-fn is_silent(received: io::Result<()>) -> bool {
-    received.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
-}
-
-impl Ears {
-    fn each(&mut self) -> [(&mut Socket, &'static [u32]); 2] {
-        [(&mut self.routing, &ROUTING), (&mut self.netfilter, &NETFILTER)]
+/// Whether to read on: something was there, or was lost, or is too large.
+fn may_have_more(received: &io::Result<()>) -> bool {
+    match received {
+        Ok(()) => true,
+        Err(error) => {
+            matches!(error.raw_os_error(), Some(errno::ENOBUFS | errno::EINTR))
+                || error.kind() == io::ErrorKind::InvalidData
+        }
     }
 }
 
@@ -234,7 +186,7 @@ impl Drop for Watch {
                     let _not_joined = socket.leave(*group);
                 }
             }
-            *lock(&self.shared.idle) = Some(ears);
+            self.shared.put_back(ears);
         }
     }
 }

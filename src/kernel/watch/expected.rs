@@ -84,6 +84,7 @@ impl Expected {
             Op::DeleteNeighbour(_, ip) => {
                 self.neighbours.remove(ip);
             }
+            Op::AddLink(_) | Op::SetLink(_) => self.device.clear(),
             Op::DeleteLink(_) => self.leaving = 0,
             _ => {}
         }
