@@ -115,7 +115,7 @@ pub use datapath::Datapath;
 pub use datapath::MockDatapath;
 pub use error::{ApplyError, KernelError};
 #[cfg(all(feature = "kernel", target_os = "linux"))]
-pub use kernel::{KernelDatapath, KernelTables, News, Part, Process, Watch};
+pub use kernel::{KernelDatapath, KernelTables, News, Ownership, Part, Process, Watch};
 pub use mark::{LayoutError, MarkLayout};
 pub use op::Op;
 pub use plan::{Closed, Finding, Plan, PlanError, PolicyError, plan};

@@ -16,11 +16,15 @@ mod observe;
 mod range;
 mod set;
 mod stmt;
+mod table;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
+#[cfg(test)]
 pub(super) use commit::commit;
+pub(super) use commit::{Refused, commit_as};
 pub(super) use observe::observe;
+pub(super) use table::{adopt, flags_and_owner, takes_flags};
 
 /// `NETLINK_NETFILTER`.
 const NETFILTER: isize = 12;
