@@ -20,6 +20,7 @@ mod rtnl_wire_tests;
 mod rule;
 mod socket;
 mod tables;
+mod watch;
 mod wire;
 
 use std::collections::BTreeSet;
@@ -39,6 +40,7 @@ pub use ownership::Ownership;
 use route_socket::RouteSocket;
 use socket::Socket;
 pub use tables::KernelTables;
+pub use watch::{News, Part, Process, Watch};
 
 /// The kernel of the network namespace that the opening thread was in.
 ///
@@ -53,6 +55,7 @@ pub struct KernelDatapath {
     routing: RouteSocket,
     netfilter: Socket,
     hold: Hold,
+    watching: watch::Shared,
 }
 
 impl KernelDatapath {
@@ -75,7 +78,20 @@ impl KernelDatapath {
     pub fn open_as(ownership: Ownership) -> Result<Self, KernelError> {
         let (routing, mut netfilter) = (RouteSocket::open()?, nft::open()?);
         let hold = Hold::take(ownership, &mut netfilter)?;
-        Ok(Self { routing, netfilter, hold })
+        // Last, for the port of a process's first socket is its pid, and names an owner to others.
+        let watching = watch::Shared::open(routing.share_expected(), nft::open()?)
+            .map_err(|error| KernelError::io("open a routing socket", &error))?;
+        Ok(Self { routing, netfilter, hold, watching })
+    }
+
+    /// Begins to listen for changes that others make to what is ours, in the network namespace of
+    /// this datapath, whatever the calling thread's is.
+    ///
+    /// # Errors
+    ///
+    /// A missing privilege, or `EBUSY` while another watch of this datapath lives.
+    pub fn watch(&self) -> Result<Watch, KernelError> {
+        self.watching.watch(self.routing.port(), self.netfilter.port())
     }
 
     /// The device that has an address, and its MTU in bytes; `None` if none has it.

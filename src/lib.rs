@@ -22,6 +22,8 @@
 //! - [`Datapath`] holds a state: the kernel ([`KernelDatapath`]) or a stand-in ([`Sim`]).
 //! - [`Reconciler`] does all of this in one call.
 //! - [`preflight`] looks beforehand at what on the host may be in the way.
+//! - [`Watch`] is readable when somebody else touched what is ours, and [`Reconciler::repair`] puts
+//!   it right.
 //!
 //! # Example
 //!
@@ -116,7 +118,7 @@ pub use datapath::Datapath;
 pub use datapath::MockDatapath;
 pub use error::{ApplyError, KernelError};
 #[cfg(all(feature = "kernel", target_os = "linux"))]
-pub use kernel::{KernelDatapath, KernelTables, Ownership};
+pub use kernel::{KernelDatapath, KernelTables, News, Ownership, Part, Process, Watch};
 pub use mark::{LayoutError, MarkLayout};
 pub use op::Op;
 pub use plan::{Closed, Finding, Plan, PlanError, PolicyError, plan};
