@@ -6,6 +6,10 @@ mod facts;
 mod fdb;
 mod link;
 mod link_change;
+#[cfg(test)]
+mod mutate;
+#[cfg(test)]
+mod mutated;
 mod neighbour;
 mod nft;
 mod ownership;
