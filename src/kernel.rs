@@ -7,6 +7,7 @@ mod fdb;
 mod link;
 mod link_change;
 #[cfg(test)]
+#[allow(dead_code, reason = "no includer needs all of it")]
 mod mutate;
 #[cfg(test)]
 mod mutated;

@@ -3,7 +3,7 @@
 //! `EGRESS_MUTATE` says how many each parser gets, and `EGRESS_MUTATE_SEED` the seed of the first;
 //! the second has the next seed. A failure prints the seed that makes its input the first.
 
-use std::fmt::Debug;
+use std::fmt::{self, Debug};
 use std::io::{Write, stderr};
 use std::panic::{self, AssertUnwindSafe};
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ const INPUTS: u64 = 20_000;
 /// Bytes of the longest input, as much as the kernel says at once.
 const LONGEST: usize = 32 * 1024;
 
-/// Bytes that a parser may hold whatever it is given.
+/// Bytes of memory that are not worth counting.
 const LITTLE: usize = 512;
 
 /// Numbers and choices that look random and follow from a seed.
@@ -61,10 +61,11 @@ impl Random {
         self.edge().to_le_bytes()[0]
     }
 
-    /// One of the corpus, damaged in one to six places.
+    /// One of the corpus, damaged in one place or a few.
     pub(crate) fn damaged(&mut self, corpus: &[Vec<u8>]) -> Vec<u8> {
         let mut bytes = self.entry(corpus).to_vec();
-        for _ in 0..=self.below(6) {
+        let most = self.below(6) + 1;
+        for _ in 0..=self.below(most) {
             self.damage(&mut bytes, corpus);
         }
         bytes.truncate(LONGEST);
@@ -86,8 +87,10 @@ impl Random {
         bytes
     }
 
+    /// One of the corpus, mostly of its first half.
     fn entry<'a>(&mut self, corpus: &'a [Vec<u8>]) -> &'a [u8] {
-        &corpus[self.below(corpus.len())]
+        let from = if self.one_in(8) { corpus.len() } else { corpus.len().div_ceil(2) };
+        &corpus[self.below(from)]
     }
 
     /// A part of the bytes, mostly between multiples of four, as netlink has them.
@@ -171,29 +174,42 @@ pub(crate) fn bytes(
     damage: fn(&mut Random, &[Vec<u8>]) -> Vec<u8>,
     mut parse: impl FnMut(&[u8]) -> Option<usize>,
 ) {
-    assert!(corpus.iter().any(|whole| parse(whole).is_some()), "{parser} accepts nothing whole");
+    let (mut corpus, rest): (Vec<_>, Vec<_>) =
+        corpus.iter().cloned().partition(|whole| parse(whole).is_some());
+    assert!(!corpus.is_empty(), "{parser} accepts nothing whole");
+    // What it accepts comes first and is half of all.
+    corpus = corpus.iter().cycle().take(corpus.len().max(rest.len())).cloned().collect();
+    corpus.extend(rest);
     let mut most = 0;
     let counted = inputs(
         parser,
-        |random| damage(random, corpus),
-        |input: &Vec<u8>| {
+        |random| Printable(damage(random, &corpus)),
+        |Printable(input)| {
             let size = parse(input)?;
             let room = input.len() * multiple + LITTLE;
             assert!(size <= room, "{size} bytes of memory for an input of {} bytes", input.len());
-            most = most.max(size.saturating_sub(LITTLE) * 10 / input.len().max(1));
+            most = most.max(size * 10 / input.len().max(LITTLE));
             Some(())
         },
     );
-    say(&format!("{counted}, at most {}.{} bytes of memory for one", most / 10, most % 10));
+    say(&format!("{counted}, {}.{} bytes of memory for each at most", most / 10, most % 10));
+}
+
+/// Bytes that print as a literal of the language.
+struct Printable(Vec<u8>);
+
+impl Debug for Printable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "b\"{}\"", self.0.escape_ascii())
+    }
 }
 
 /// Gives a function inputs made for it; it says whether it accepted them.
 pub(crate) fn anything<I: Debug>(
     what: &str,
     make: impl FnMut(&mut Random) -> I,
-    accepts: impl FnMut(&I) -> bool,
+    mut accepts: impl FnMut(&I) -> bool,
 ) {
-    let mut accepts = accepts;
     say(&inputs(what, make, |input| accepts(input).then_some(())));
 }
 

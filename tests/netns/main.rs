@@ -7,5 +7,8 @@ mod closed;
 mod decoys;
 mod fleet;
 mod flows;
+mod ownership;
 mod packets;
+mod process;
+mod restart;
 mod roundtrip;
