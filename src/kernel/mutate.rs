@@ -223,7 +223,7 @@ fn inputs<I: Debug>(
     let (mut accepted, mut slowest, begin) = (0_u64, (Duration::ZERO, 0), Instant::now());
     for seed in (0..count).map(|number| first.wrapping_add(number)) {
         let input = make(&mut Random::new(seed));
-        let began = Instant::now();
+        let given = Instant::now();
         match panic::catch_unwind(AssertUnwindSafe(|| accepts(&input))) {
             Ok(answer) => accepted += u64::from(answer.is_some()),
             Err(panic) => {
@@ -233,7 +233,7 @@ fn inputs<I: Debug>(
                 panic::resume_unwind(panic);
             }
         }
-        slowest = slowest.max((began.elapsed(), seed));
+        slowest = slowest.max((given.elapsed(), seed));
     }
     let (elapsed, (longest, seed)) = (begin.elapsed(), slowest);
     format!(

@@ -77,7 +77,7 @@ fn restarts(layout_name: &str, marks: Marks) -> Result {
         let cluster = cluster(host.name, &marks_name, layout)?;
         assert!(!open(host, layout)?.reconcile(&cluster, &policies)?.changes.is_empty());
     }
-    // A client, and a gateway that is a client of no other.
+    // A client, and a gateway that is a client of the other one.
     for host in [&lab.node_a, &lab.node_b] {
         let cluster = cluster(host.name, &marks_name, layout)?;
         let before = observed(host)?;

@@ -2,6 +2,7 @@
 //! and what is planned can be made from whatever was planned before.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::{Duration, Instant};
 
 use egress_datapath::{
     Changes, Cluster, Datapath, Destinations, DeviceName, EgressIp, EgressPolicy, MacAddr, Mark,
@@ -229,4 +230,56 @@ fn become_(kernel: &mut Sim, wanted: &State) {
     }
     assert_eq!(kernel.state(), wanted);
     assert!(Changes::between(kernel.state(), wanted).is_empty());
+}
+
+/// So many prefixes of this length, one after another.
+fn row(count: u32, first: u32, length: u8) -> Vec<IpNet> {
+    let step = 1_u32 << (32 - length);
+    let address = |number: u32| Ipv4Addr::from_bits(first + number * step);
+    (0..count).map(|number| IpNet::new(address(number).into(), length).unwrap()).collect()
+}
+
+fn shared(count: u32, sources: &[IpNet], destinations: &Destinations) -> Vec<EgressPolicy> {
+    let one = |number: u32| EgressPolicy {
+        priority: number,
+        gateway: Some(crate::name("b")),
+        destinations: destinations.clone(),
+        ..EgressPolicy::new(
+            PolicyId::new(format!("p{number}")).unwrap(),
+            sources.to_vec(),
+            v4("192.0.2.1"),
+        )
+    };
+    (0..count).map(one).collect()
+}
+
+#[test]
+fn huge_lists_are_planned_in_a_time_that_grows_with_them() {
+    let external = Destinations::External;
+    let listed = Destinations::Nets(row(2000, 0xc000_0000, 32));
+    let hosts = row(300, 0x0af4_0100, 32);
+    let everyone = [crate::net("0.0.0.0/0")];
+    let mut around = shared(300, &everyone, &external);
+    around.extend(shared(301, &row(1000, 0x0af4_0000, 30), &external).pop());
+    let twice = [row(20_000, 0x0af4_0000, 32), row(20_000, 0x0af4_0000, 32)].concat();
+    for (what, policies) in [
+        ("300 policies of the same 300 sources", shared(300, &hosts, &external)),
+        (
+            "100 policies of the same 300 sources and 2000 destinations",
+            shared(100, &hosts, &listed),
+        ),
+        ("20000 sources, each twice", shared(1, &twice, &external)),
+        ("300 policies of everything around 1000 prefixes", around),
+    ] {
+        let begin = Instant::now();
+        let plan = crate::planned(&cluster("a"), &policies).unwrap();
+        let elements = plan.state.firewall.as_ref().unwrap().elements.len();
+        println!(
+            "{what}: {elements} elements, {} findings, {:?}",
+            plan.findings.len(),
+            begin.elapsed()
+        );
+        assert!(begin.elapsed() < Duration::from_secs(10), "{what}");
+        become_(&mut Sim::new(), &plan.state);
+    }
 }

@@ -120,7 +120,7 @@ fn mutated_routes() {
         RouteNetlinkMessage::NewRoute(found) => {
             let _table = route::table(&found);
             let oif = [None, Some(2), Some(4)];
-            let parsed = oif.into_iter().filter_map(|oif| route::parse(&found, oif)).last();
+            let parsed = oif.into_iter().filter_map(|oif| route::parse(&found, oif)).next_back();
             // What was read can be written.
             parsed.map(|(key, parsed)| route::message(&key, parsed, 4)).is_some()
         }
@@ -133,7 +133,12 @@ fn mutated_rules() {
     dumps("rules", RULES, |message| match message {
         RouteNetlinkMessage::NewRule(found) => {
             let parsed = Family::BOTH.into_iter().filter_map(|family| rule::parse(&found, family));
-            parsed.map(|parsed| rule::message(&parsed)).count() > 0
+            parsed
+                .filter(|parsed| {
+                    rule::parse(&rule::message(parsed), parsed.family) == Some(*parsed)
+                })
+                .count()
+                > 0
         }
         _ => false,
     });

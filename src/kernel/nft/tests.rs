@@ -3,6 +3,7 @@
 
 mod mutated;
 pub(crate) mod netns;
+mod others;
 mod round_trip;
 mod sample;
 mod transaction;
