@@ -166,12 +166,16 @@ impl Lab {
 
     /// The cluster as one of its nodes sees it.
     pub(crate) fn cluster(&self, of: &Host) -> Result<Cluster, NameError> {
-        cluster(of.name)
+        cluster_of(self.nodes().map(|host| host.name), of.name)
     }
 }
 
 /// The cluster as the node of this name sees it, also in a process that has no lab.
 pub(crate) fn cluster(of: &str) -> Result<Cluster, NameError> {
+    cluster_of(NODES, of)
+}
+
+fn cluster_of(names: [&str; 3], of: &str) -> Result<Cluster, NameError> {
     let node = |(name, number): (&str, u8)| {
         let tunnel = tunnel(number).into_iter().zip([16, 112]);
         Ok(Node::new(
@@ -180,7 +184,7 @@ pub(crate) fn cluster(of: &str) -> Result<Cluster, NameError> {
             tunnel.map(|(ip, length)| net(ip, length)).collect(),
         ))
     };
-    let nodes = NODES.into_iter().zip(1..).map(node).collect::<Result<_, _>>()?;
+    let nodes = names.into_iter().zip(1..).map(node).collect::<Result<_, _>>()?;
     let pods = pair([10, 244, 0, 0], [0xfd44, 0, 0], 0);
     let excluded = vec![net(pods[0], 16), net(pods[1], 16)];
     let mut cluster = Cluster::new(NodeName::new(of)?, nodes, excluded);
