@@ -15,6 +15,7 @@ mod hostile;
 mod mutate;
 mod random;
 mod semantics;
+mod tables;
 mod validation;
 
 use egress_datapath::{
