@@ -88,6 +88,7 @@ impl KernelError {
     }
 
     /// Adds who has what was asked for.
+    #[cfg(all(feature = "kernel", target_os = "linux"))]
     #[must_use]
     pub(crate) fn with_holder(mut self, process: u32) -> Self {
         self.0.holder = Some(process);
