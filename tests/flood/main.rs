@@ -1,0 +1,155 @@
+//! Packets while the datapath changes: none may leave with a wrong source, and none may get lost
+//! where nothing that it needs is taken away.
+//!
+//! `EGRESS_FLOOD=full` makes it at least 100 000 packets and 5 000 transactions of each kind of
+//! change, and takes a quarter of an hour; another word runs only the kinds that begin with it,
+//! and `full,move` does both.
+
+#[path = "../lab/mod.rs"]
+mod lab;
+
+mod changes;
+#[path = "../netns/fleet.rs"]
+#[allow(dead_code, reason = "shared with other tests")]
+mod fleet;
+mod stream;
+
+use std::env;
+use std::io::{self, Write};
+use std::time::{Duration, Instant};
+
+use egress_datapath::{Phase, Report};
+
+use changes::{Change, Loss};
+use fleet::{Fleet, Result, have, nft, tool};
+use lab::{Lab, POD_A, POD_B};
+use stream::Tally;
+
+/// How much of each kind.
+struct Size {
+    packets: u32,
+    commits: u64,
+    at_most: Duration,
+}
+
+const SMALL: Size = Size { packets: 4_000, commits: 0, at_most: Duration::from_secs(4) };
+const FULL: Size = Size { packets: 100_000, commits: 5_000, at_most: Duration::from_secs(300) };
+const PER_SECOND: u32 = 4_000;
+
+#[test]
+fn no_packet_gets_out_wrong_while_things_change() -> Result {
+    let Some(lab) = fleet::lab()? else { return Ok(()) };
+    for host in lab.nodes() {
+        // Every reconciliation lists all connections: those of the flood are soon forgotten.
+        host.netns.sysctl(&[("netfilter/nf_conntrack_udp_timeout", "1")])?;
+    }
+    let wish = env::var("EGRESS_FLOOD").unwrap_or_default();
+    let size = if wish.starts_with("full") { FULL } else { SMALL };
+    let only = wish.trim_start_matches("full").trim_start_matches(',');
+    let mut wrong = Vec::new();
+    for change in changes::ALL.iter().filter(|change| change.name.starts_with(only)) {
+        let found = flood(&lab, change, &size);
+        wrong.extend(found.map_err(|error| format!("{}: {error}", change.name))?);
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    Ok(())
+}
+
+/// Floods during one kind of change, prints a line, and returns what is wrong.
+fn flood(lab: &Lab, change: &Change, size: &Size) -> Result<Vec<String>> {
+    if !change.foreign.is_empty() {
+        if !have("nft")? {
+            return Ok(Vec::new());
+        }
+        for host in lab.nodes() {
+            nft(&host.netns, &[], change.foreign)?;
+        }
+    }
+    let mut fleet = Fleet::open(lab)?;
+    (change.round)(lab, &mut fleet, 0)?;
+    let pods = [(&lab.pod_a, POD_A), (&lab.pod_b, POD_B)];
+    let least = Duration::from_secs(1) * size.packets / PER_SECOND * 11 / 10;
+    let begin = Instant::now();
+    let rounds = || -> std::result::Result<_, String> {
+        let (mut rounds, mut commits) = (0, 0);
+        while begin.elapsed() < size.at_most
+            && (begin.elapsed() < least || commits < size.commits && !change.idle)
+        {
+            rounds += 1;
+            let reports =
+                (change.round)(lab, &mut fleet, rounds).map_err(|error| error.to_string())?;
+            commits += reports.iter().map(transactions).sum::<u64>();
+        }
+        Ok((rounds, commits))
+    };
+    let (done, tally) = stream::during(lab, &pods, u64::from(PER_SECOND), rounds)?;
+    let took = begin.elapsed();
+    if env::var_os("EGRESS_FLOOD_LOSSES").is_some() {
+        for host in lab.nodes() {
+            for line in tool(&host.netns, "nft list table inet egress_datapath")?.lines() {
+                if line.contains("counter packets") && !line.contains("packets 0")
+                    || line.contains("chain")
+                {
+                    writeln!(io::stderr(), "{} {line}", host.name)?;
+                }
+            }
+        }
+    }
+    let (rounds, commits) = done?;
+    fleet.remove()?;
+    for host in lab.nodes() {
+        if !change.foreign.is_empty() {
+            tool(&host.netns, "nft delete table inet foreign")?;
+        }
+    }
+    Ok(judge(change, &tally, rounds, commits, took)?)
+}
+
+fn judge(
+    change: &Change,
+    tally: &Tally,
+    rounds: u64,
+    commits: u64,
+    took: Duration,
+) -> io::Result<Vec<String>> {
+    let leaked: Vec<_> =
+        change.wears.iter().enumerate().flat_map(|(pod, wears)| tally.others(pod, wears)).collect();
+    let leaks = leaked.iter().map(|(_, count)| count).sum::<u64>();
+    let (name, sent, lost) = (change.name, tally.sent, tally.lost.len());
+    writeln!(
+        io::stderr(),
+        "flood {name:<32} {sent:>7} packets {rounds:>6} rounds {commits:>6} commits \
+         {leaks:>3} leaked {lost:>5} lost {:>5.1} s",
+        took.as_secs_f64(),
+    )?;
+    let mut wrong = Vec::new();
+    if leaks > 0 {
+        wrong.push(format!("{name}: leaked {leaked:?}"));
+    }
+    if lost > 0 && change.loss == Loss::None {
+        wrong.push(format!("{name}: lost {:?}", &tally.lost));
+    }
+    if sent == 0 || commits == 0 && !change.idle {
+        wrong.push(format!("{name}: nothing happened"));
+    }
+    Ok(wrong)
+}
+
+/// The nf_tables transactions among the changes.
+fn transactions(report: &Report) -> u64 {
+    let mut count = 0;
+    for step in report.changes.steps() {
+        match step.phase {
+            Phase::Tunnel
+            | Phase::Routes
+            | Phase::Rules
+            | Phase::DeleteTunnel
+            | Phase::DeleteRules
+            | Phase::DeleteRoutes
+            | Phase::DeletePeers
+            | Phase::EndConnections => {}
+            _ => count += 1,
+        }
+    }
+    count
+}
