@@ -11,6 +11,7 @@
 #[path = "../tests/lab/mod.rs"]
 mod lab;
 
+use std::collections::BTreeSet;
 use std::error::Error;
 use std::net::IpAddr;
 use std::process::ExitCode;
@@ -45,7 +46,7 @@ fn main() -> ExitCode {
 /// The number of things that went wrong.
 fn run() -> Result<usize, Box<dyn Error>> {
     // Nothing below touches the network of the machine.
-    lab::enter_user_namespace()?;
+    lab::netns::enter_user_namespace()?;
     let start = Instant::now();
     let lab = Lab::new()?;
     println!("three nodes, four pods, a router, a server: built in {:.0?}", start.elapsed());
@@ -55,6 +56,7 @@ fn run() -> Result<usize, Box<dyn Error>> {
     table.step("no policy");
     table.expect("pod-a", &lab.pod_a, SERVER, POD_A);
     table.expect("pod-b", &lab.pod_b, SERVER, POD_B);
+    lab.outside.take_seen();
 
     let mut policy = EgressPolicy {
         gateway: Some(NodeName::new("node-b")?),
@@ -66,6 +68,9 @@ fn run() -> Result<usize, Box<dyn Error>> {
     table.expect("pod-a", &lab.pod_a, POD_B, POD_A);
     table.expect("pod-b, on the gateway", &lab.pod_b, SERVER, EIP_B);
     table.expect("another pod", &lab.stranger, SERVER, STRANGER);
+    let seen: BTreeSet<_> = lab.outside.take_seen().into_iter().map(|(from, _)| from).collect();
+    let known = [EIP_B, STRANGER].concat().into_iter().collect();
+    table.verify("no packet reached the server with another source", seen == known);
     table.expect("server, to the pod", &lab.server, POD_A, SERVER);
 
     policy.destinations = Destinations::Nets(hosts(&[OTHER_SERVER]));

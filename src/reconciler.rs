@@ -22,6 +22,8 @@ pub struct Reconciler<D, M = MarkPool, T = TablePool> {
     datapath: D,
     marks: M,
     tables: T,
+    /// What the last call that could plan wanted.
+    wanted: Option<State>,
 }
 
 /// What a call did.
@@ -75,7 +77,7 @@ impl<D: Datapath> Reconciler<D> {
 impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     /// A reconciler with allocators of one's own; the marks must be of the cluster's layout.
     pub const fn with_allocators(datapath: D, marks: M, tables: T) -> Self {
-        Self { datapath, marks, tables }
+        Self { datapath, marks, tables, wanted: None }
     }
 
     /// Makes the kernel hold what the policies want, and nothing else of ours.
@@ -89,10 +91,35 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         cluster: &Cluster,
         policies: impl IntoIterator<Item = P>,
     ) -> Result<Report, Error> {
-        let (plan, observed, changes) = self.compare(cluster, policies)?;
-        let changes = self.make(changes, &observed, &plan.state)?;
+        let (mut plan, observed, changes) = self.compare(cluster, policies)?;
+        let made = self.make(changes, &observed, &plan.state);
+        self.wanted = Some(std::mem::take(&mut plan.state));
+        let changes = made?;
         self.release(cluster, &plan);
         Ok(Report { changes, findings: plan.findings })
+    }
+
+    /// Makes the kernel hold again what the last [`reconcile`](Self::reconcile) wanted, whatever
+    /// others have done to it since; the report has no findings.
+    ///
+    /// It is the cheap half of a reconciliation: nothing is planned, and where nothing has changed
+    /// nothing is written. It also goes on with what a failed [`Error::Apply`] left undone. Before
+    /// the first reconciliation, and after [`remove`](Self::remove), nothing is wanted, and nothing
+    /// is done.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Observe`] and [`Error::Apply`], as of [`reconcile`](Self::reconcile).
+    pub fn repair(&mut self) -> Result<Report, Error> {
+        let changes = match self.wanted.take() {
+            Some(wanted) => {
+                let made = self.restore(&wanted);
+                self.wanted = Some(wanted);
+                made?
+            }
+            None => Changes::default(),
+        };
+        Ok(Report { changes, findings: Vec::new() })
     }
 
     /// What [`reconcile`](Self::reconcile) would change and report, without changing it.
@@ -107,6 +134,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
 
     /// Removes everything of ours.
     pub fn remove(&mut self) -> Result<Report, Error> {
+        self.wanted = None;
         let observed = self.datapath.observe().map_err(Error::Observe)?;
         let nothing = State::default();
         let changes = Changes::between(&observed, &nothing);
@@ -129,6 +157,12 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         let plan = plan(cluster, policies, &mut self.marks, &mut self.tables)?;
         let changes = Changes::between(&observed, &plan.state);
         Ok((plan, observed, changes))
+    }
+
+    fn restore(&mut self, wanted: &State) -> Result<Changes, Error> {
+        let observed = self.datapath.observe().map_err(Error::Observe)?;
+        let changes = Changes::between(&observed, wanted);
+        self.make(changes, &observed, wanted)
     }
 
     /// Makes the changes, and ends the connections that they leave behind with a translation
@@ -234,4 +268,45 @@ fn tables_of<'a>(
         }
         _ => None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{EgressIp, EgressPolicy, PolicyId, Sim};
+
+    #[test]
+    fn a_repair_restores_what_was_wanted_last_with_the_smallest_write() {
+        let name = |text: &str| NodeName::new(text).unwrap();
+        let node = |text: &str, number: u8| {
+            let tunnel = IpAddr::from([172, 31, 0, number]).into();
+            Node::new(name(text), vec![[192, 0, 2, number].into()], vec![tunnel])
+        };
+        let nodes = vec![node("a", 1), node("b", 2)];
+        let cluster = Cluster::new(name("a"), nodes, vec!["10.0.0.0/8".parse().unwrap()]);
+        let source = vec!["10.0.0.1/32".parse().unwrap()];
+        let eip = EgressIp::V4([198, 51, 100, 1].into());
+        let policy = EgressPolicy {
+            gateway: Some(name("b")),
+            ..EgressPolicy::new(PolicyId::new("p").unwrap(), source, eip)
+        };
+        let mut egress = Reconciler::new(Sim::new());
+        assert!(egress.repair().unwrap().changes.is_empty(), "nothing is wanted yet");
+        let _report = egress.reconcile(&cluster, [&policy]).unwrap();
+        assert!(egress.repair().unwrap().changes.is_empty());
+
+        let whole = egress.datapath().observe().unwrap();
+        let mut less = whole.clone();
+        let rule = less.rules.pop_last().unwrap();
+        egress.datapath().apply(&Changes::between(&whole, &less)).unwrap();
+        let _looked = egress.preview(&cluster, [&policy; 0]).unwrap();
+        let report = egress.repair().unwrap();
+        assert_eq!(report.changes.ops().collect::<Vec<_>>(), [&crate::Op::AddRule(rule)]);
+        assert_eq!(egress.datapath().observe().unwrap(), whole);
+        assert!(egress.repair().unwrap().changes.is_empty());
+
+        let _report = egress.remove().unwrap();
+        assert!(egress.repair().unwrap().changes.is_empty(), "nothing is wanted any more");
+        assert!(egress.datapath().observe().unwrap().is_empty());
+    }
 }

@@ -14,7 +14,8 @@ use rustix::net::{AddressFamily, Protocol, RecvFlags, SocketFlags, SocketType, e
 
 use super::netns::Netns;
 
-const PORT: u16 = 7000;
+/// The port that is served, by UDP and TCP.
+pub(crate) const PORT: u16 = 7000;
 /// How long a probe waits for an answer, all its tries together.
 const PATIENCE: Duration = Duration::from_millis(900);
 const TRIES: u32 = 3;
@@ -126,9 +127,12 @@ impl Sockets {
             if fds.first().is_some_and(|stop| !stop.revents().is_empty()) {
                 return Ok(());
             }
+            let questions = self.questions();
             // Before anybody is answered: an answer says that the packets before it are known.
             self.note(&mut seen.lock().unwrap_or_else(PoisonError::into_inner));
-            self.answer();
+            for question in questions {
+                question.answer();
+            }
         }
     }
 
@@ -141,18 +145,34 @@ impl Sockets {
         }
     }
 
-    fn answer(&self) {
+    fn questions(&self) -> Vec<Question<'_>> {
+        let mut questions = Vec::new();
         for udp in &self.udp {
-            let mut question = [0; 64];
-            while let Ok((_, from)) = udp.recv_from(&mut question) {
-                let _ = udp.send_to(from.ip().to_string().as_bytes(), from);
+            while let Ok((_, from)) = udp.recv_from(&mut [0; 64]) {
+                questions.push(Question::Datagram(udp, from));
             }
         }
         for tcp in &self.tcp {
-            while let Ok((mut stream, from)) = tcp.accept() {
-                let _ = stream.write_all(from.ip().to_string().as_bytes());
+            while let Ok((stream, from)) = tcp.accept() {
+                questions.push(Question::Connection(stream, from));
             }
         }
+        questions
+    }
+}
+
+enum Question<'a> {
+    Datagram(&'a UdpSocket, SocketAddr),
+    Connection(TcpStream, SocketAddr),
+}
+
+impl Question<'_> {
+    /// Tells the asker; whether he hears it is his affair.
+    fn answer(self) {
+        let _sent = match self {
+            Self::Datagram(udp, from) => udp.send_to(from.ip().to_string().as_bytes(), from),
+            Self::Connection(mut stream, from) => stream.write(from.ip().to_string().as_bytes()),
+        };
     }
 }
 

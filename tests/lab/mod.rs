@@ -13,8 +13,8 @@
 
 #![allow(dead_code, reason = "no includer needs all of it")]
 
-mod echo;
-mod netns;
+pub(crate) mod echo;
+pub(crate) mod netns;
 mod rtnl;
 
 use std::io;
@@ -25,40 +25,36 @@ use egress_datapath::{Cluster, DeviceName, NameError, Node, NodeName};
 use ipnet::IpNet;
 
 pub(crate) use echo::{Echo, Proto, probe};
-#[allow(unused_imports, reason = "tests and example use different parts")]
-pub(crate) use netns::{Netns, enter_user_namespace};
+pub(crate) use netns::Netns;
 pub(crate) use rtnl::{Device, Preference};
 
 /// An address of each family.
 pub(crate) type Pair = [IpAddr; 2];
 
-const fn pair([a, b, c, d]: [u8; 4], v6: [u16; 8]) -> Pair {
-    let v6 = v6_of(v6);
-    [IpAddr::V4(Ipv4Addr::new(a, b, c, d)), IpAddr::V6(v6)]
-}
-
-#[expect(clippy::many_single_char_names, reason = "eight groups")]
-const fn v6_of([a, b, c, d, e, f, g, h]: [u16; 8]) -> Ipv6Addr {
-    Ipv6Addr::new(a, b, c, d, e, f, g, h)
+const fn pair(v4: [u8; 4], prefix: [u16; 3], host: u16) -> Pair {
+    [
+        IpAddr::V4(Ipv4Addr::new(v4[0], v4[1], v4[2], v4[3])),
+        IpAddr::V6(Ipv6Addr::new(prefix[0], prefix[1], prefix[2], 0, 0, 0, 0, host)),
+    ]
 }
 
 const fn outside(last: u8) -> Pair {
     // Written alike in both families: .20 and ::20.
     let digits = (last / 100) as u16 * 0x100 + (last / 10 % 10) as u16 * 0x10 + (last % 10) as u16;
-    pair([198, 51, 100, last], [0x2001, 0xdb8, 0x51, 0, 0, 0, 0, digits])
+    pair([198, 51, 100, last], [0x2001, 0xdb8, 0x51], digits)
 }
 
 const fn inside(node: u8, last: u8) -> Pair {
     let (cidr, digits) = (node as u16, (last / 10) as u16 * 0x10 + (last % 10) as u16);
-    pair([10, 244, node, last], [0xfd44, cidr, 0, 0, 0, 0, 0, digits])
+    pair([10, 244, node, last], [0xfd44, cidr, 0], digits)
 }
 
 const fn underlay(node: u8) -> Pair {
-    pair([10, 10, 0, 10 + node], [0xfd10, 0, 0, 0, 0, 0, 0, 0x10 + node as u16])
+    pair([10, 10, 0, 10 + node], [0xfd10, 0, 0], 0x10 + node as u16)
 }
 
 const fn tunnel(node: u8) -> Pair {
-    pair([172, 31, 0, 10 + node], [0xfd11, 0, 0, 0, 0, 0, 0, 0x10 + node as u16])
+    pair([172, 31, 0, 10 + node], [0xfd11, 0, 0], 0x10 + node as u16)
 }
 
 /// The server's first address.
@@ -81,6 +77,8 @@ pub(crate) const POD_B: Pair = inside(2, 10);
 pub(crate) const POD_C: Pair = inside(3, 10);
 /// The node that is no gateway, on the underlay.
 pub(crate) const NODE_A: Pair = underlay(1);
+/// A gateway, on the underlay.
+pub(crate) const NODE_B: Pair = underlay(2);
 
 const UPLINK: u32 = 10;
 const OUTSIDE: u32 = 11;
@@ -121,7 +119,8 @@ pub(crate) struct Lab {
     pub(crate) node_b: Host,
     /// Another one.
     pub(crate) node_c: Host,
-    router: Netns,
+    /// The network of the router, which is no node.
+    pub(crate) router: Netns,
 }
 
 impl Lab {
@@ -172,7 +171,7 @@ impl Lab {
             ))
         };
         let nodes = self.nodes().iter().map(node).collect::<Result<_, _>>()?;
-        let pods = pair([10, 244, 0, 0], [0xfd44, 0, 0, 0, 0, 0, 0, 0]);
+        let pods = pair([10, 244, 0, 0], [0xfd44, 0, 0], 0);
         let excluded = vec![net(pods[0], 16), net(pods[1], 16)];
         let mut cluster = Cluster::new(NodeName::new(of.name)?, nodes, excluded);
         cluster.tunnel.underlay_device = Some(DeviceName::new("eth0")?);
@@ -207,13 +206,21 @@ impl Host {
         let uplink = Device { name: "eth1", index: OUTSIDE };
         plug(router, u32::from(self.number), OUTSIDE, &self.netns, uplink)?;
         self.netns.link(|link| {
-            for (ip, length) in outside(10 + self.number).into_iter().zip(PREFIX) {
-                link.address(OUTSIDE, net(ip, length), Preference::Usual)?;
-            }
-            for (ip, length) in eip.into_iter().zip(FULL) {
-                link.address(OUTSIDE, net(ip, length), Preference::Deprecated)?;
-            }
-            Ok(())
+            let mut addresses = outside(10 + self.number).into_iter().zip(PREFIX);
+            addresses.try_for_each(|(ip, length)| {
+                link.address(OUTSIDE, net(ip, length), Preference::Usual)
+            })
+        })?;
+        self.own(eip)
+    }
+
+    /// Makes a gateway answer for another egress IP.
+    pub(crate) fn own(&self, eip: Pair) -> io::Result<()> {
+        self.netns.link(|link| {
+            let mut addresses = eip.into_iter().zip(FULL);
+            addresses.try_for_each(|(ip, length)| {
+                link.address(OUTSIDE, net(ip, length), Preference::Deprecated)
+            })
         })
     }
 
@@ -320,7 +327,7 @@ fn forwarding() -> io::Result<Netns> {
 }
 
 const fn underlay_router() -> Pair {
-    pair([10, 10, 0, 1], [0xfd10, 0, 0, 0, 0, 0, 0, 1])
+    pair([10, 10, 0, 1], [0xfd10, 0, 0], 1)
 }
 
 /// The prefix of length 0 of an address' family.

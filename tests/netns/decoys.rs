@@ -1,14 +1,16 @@
 //! Objects that look like ours and are not.
 
-use crate::fleet::{Result, assert_same, dual, have, lab, lost, nft, open, policy, snapshot, tool};
-use crate::lab::{EIP_B, EIP_C, Netns, POD_A, POD_B};
+use crate::fleet::{
+    Result, assert_same, dual, have, lab, lost, nft, open, policy, settled, snapshot, tool,
+};
+use crate::lab::{EIP_B, EIP_C, POD_A, POD_B};
 
 /// Objects of other programs, each like one of ours but for one attribute.
 ///
 /// Ours are: rules of protocol 69 at priority 101 and 102; routes of protocol 69 in tables from
 /// 3000; `egress.vxlan` with an alias; the table `inet egress_datapath`.
 const DECOYS: &[&str] = &[
-    // A rule with another protocol, mark, priority; and one after our closing one.
+    // Rules with another protocol, or none.
     "ip -4 rule add pref 101 fwmark 0x26000000/0xff000000 lookup 3000",
     "ip -6 rule add pref 101 fwmark 0x26000000/0xff000000 lookup 3000 protocol static",
     "ip -4 rule add pref 102 fwmark 0x26000000/0xff000000 unreachable protocol 70",
@@ -100,18 +102,4 @@ fn a_device_of_that_name_that_is_not_ours_is_reported_and_left_alone() -> Result
     node.remove()?;
     assert_eq!(tool(netns, "ip -d link")?, before);
     Ok(())
-}
-
-/// A snapshot of a namespace whose new devices have finished coming up.
-fn settled(netns: &Netns) -> Result<String> {
-    let mut last = snapshot(netns)?;
-    for _ in 0..50 {
-        std::thread::sleep(std::time::Duration::from_millis(20));
-        let now = snapshot(netns)?;
-        if now == last {
-            break;
-        }
-        last = now;
-    }
-    Ok(last)
 }

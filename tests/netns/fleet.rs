@@ -5,6 +5,7 @@ use std::error::Error;
 use std::io::{self, Write};
 use std::net::IpAddr;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 use std::{env, thread};
 
 use egress_datapath::{
@@ -21,7 +22,10 @@ pub(crate) fn lab() -> Result<Option<Lab>> {
     match Lab::new() {
         Ok(lab) => Ok(Some(lab)),
         Err(error) if env::var_os("EGRESS_REQUIRE_NETNS").is_none_or(|value| value != "1") => {
-            writeln!(io::stderr(), "SKIPPED, no network namespaces: {error}")?;
+            writeln!(
+                io::stderr(),
+                "SKIPPED, no network namespaces for this user, try unshare -rn: {error}"
+            )?;
             Ok(None)
         }
         Err(error) => Err(format!("no network namespaces: {error}").into()),
@@ -230,6 +234,20 @@ pub(crate) fn snapshot(netns: &Netns) -> Result<String> {
     .into_iter()
     .map(|line| Ok(format!("# {line}\n{}", tool(netns, line)?)))
     .collect()
+}
+
+/// The same of a namespace whose devices have finished coming up, which nobody announces.
+pub(crate) fn settled(netns: &Netns) -> Result<String> {
+    let mut last = snapshot(netns)?;
+    for _ in 0..50 {
+        thread::sleep(Duration::from_millis(20));
+        let now = snapshot(netns)?;
+        if now == last {
+            break;
+        }
+        last = now;
+    }
+    Ok(last)
 }
 
 /// The lines of a text that another one does not have, or not as often.

@@ -3,7 +3,9 @@
 #[path = "../lab/mod.rs"]
 mod lab;
 
+mod closed;
 mod decoys;
 mod fleet;
+mod flows;
 mod packets;
 mod roundtrip;

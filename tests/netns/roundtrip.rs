@@ -9,7 +9,9 @@ use egress_datapath::{
 use ipnet::IpNet;
 use serde_json::Value;
 
-use crate::fleet::{Result, assert_same, dual, have, lab, nft, open, policy, snapshot, tool};
+use crate::fleet::{
+    Result, assert_same, dual, have, lab, nft, open, policy, settled, snapshot, tool,
+};
 use crate::lab::{EIP_B, EIP_C, Lab, Netns, OTHER_SERVER, POD_A, POD_B, POD_C, STRANGER, hosts};
 
 #[test]
@@ -56,7 +58,7 @@ fn removal_leaves_the_node_as_it_was() -> Result {
         return Ok(());
     }
     for host in lab.nodes() {
-        let before = snapshot(&host.netns)?;
+        let before = settled(&host.netns)?;
         let cluster = lab.cluster(host)?;
         let mut node = open(host, cluster.marks)?;
         node.reconcile(&cluster, policies()?)?;
@@ -153,8 +155,8 @@ fn ip_sees_the_same_rules() -> Result {
                     // FR_ACT_UNREACHABLE, as a number by `-N`.
                     RuleAction::Unreachable => ("null".to_owned(), "7"),
                 };
-                let mark = rule.mark.get();
-                format!("{} {mark:#x} {:#x} {table} {action}", rule.priority, rule.mask)
+                let mark = format!("{:#x} {:#x}", rule.mark.get(), rule.mask);
+                format!("{} {mark} {table} {action}", rule.priority)
             });
             assert_eq!(ours.collect::<BTreeSet<_>>(), theirs, "{}", host.name);
         }
