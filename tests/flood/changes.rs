@@ -7,10 +7,11 @@ use egress_datapath::{
 };
 use ipnet::IpNet;
 
-use crate::fleet::{Fleet, Result, dual, policy};
+use crate::fleet::{Result, dual, policy};
 use crate::lab::{
     EIP_B, EIP_C, Lab, NODE_A, NODE_B_OUTSIDE, OTHER_SERVER, POD_A, POD_B, Pair, SERVER, hosts, net,
 };
+use crate::nodes::Nodes;
 
 /// Whether packets may get lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,7 +35,7 @@ pub(crate) struct Change {
     /// Rules of other software on every node, in a table `foreign`.
     pub(crate) foreign: &'static str,
     /// Makes the change for the so-manieth time; round 0 is what it starts from.
-    pub(crate) round: fn(&Lab, &mut Fleet, u64) -> Result<Vec<Report>>,
+    pub(crate) round: fn(&Lab, &mut Nodes, u64) -> Result<Vec<Report>>,
 }
 
 const USUAL: Change = Change {
@@ -51,17 +52,19 @@ const MASQUERADE: &str = "table inet foreign { chain post {
     type nat hook postrouting priority 100
     ip saddr 10.244.0.0/16 ip daddr != 10.244.0.0/16 masquerade
     ip6 saddr fd44::/16 ip6 daddr != fd44::/16 masquerade
-} }";
-const PLAIN: [&[Pair]; 2] = [&[EIP_B, NODE_A], &[EIP_B, NODE_B_OUTSIDE]];
-/// Other software sets bits that are not ours yet, before us and after us.
-const FOREIGN_BITS: &str = "table inet foreign {
-    chain early {
-        type filter hook prerouting priority -300
-        meta mark set meta mark | 0x4000
     }
-    chain late {
-        type filter hook prerouting priority -90
-        meta mark set meta mark | 0x8000
+}";
+const PLAIN: [&[Pair]; 2] = [&[EIP_B, NODE_A], &[EIP_B, NODE_B_OUTSIDE]];
+/// Other software sets a bit that is not ours yet.
+const EARLY_BIT: &str = "table inet foreign { chain early {
+    type filter hook prerouting priority -300
+    meta mark set meta mark | 0x4000
+    }
+}";
+/// The same after us, so that no mark that needs the bit is what we made it.
+const LATE_BIT: &str = "table inet foreign { chain late {
+    type filter hook prerouting priority -90
+    meta mark set meta mark | 0x4000
     }
 }";
 
@@ -82,8 +85,15 @@ pub(crate) const ALL: &[Change] = &[
     Change { name: "move, other egress IP", wears: EITHER, round: moved_otherwise, ..USUAL },
     Change { name: "egress IP", wears: EITHER, round: egress_ip, ..USUAL },
     Change { name: "gateways", round: gateways, ..USUAL },
-    Change { name: "nodes", round: nodes, ..USUAL },
-    Change { name: "marks among foreign bits", foreign: FOREIGN_BITS, round: marks, ..USUAL },
+    Change { name: "nodes", round: known, ..USUAL },
+    Change { name: "marks among foreign bits", foreign: EARLY_BIT, round: marks, ..USUAL },
+    Change {
+        name: "marks that others write to",
+        foreign: LATE_BIT,
+        loss: Loss::Some,
+        round: marks,
+        ..USUAL
+    },
     Change { name: "closed and open", loss: Loss::Some, round: closed, ..USUAL },
     Change { name: "policy", wears: PLAIN, foreign: MASQUERADE, round: comes, ..USUAL },
     Change {
@@ -97,13 +107,13 @@ pub(crate) const ALL: &[Change] = &[
 ];
 
 fn make(
-    fleet: &mut Fleet,
+    nodes: &mut Nodes,
     round: u64,
     order: &[&str],
     all: &[EgressPolicy],
 ) -> Result<Vec<Report>> {
     let order = if round == 0 { EVERYBODY } else { order };
-    order.iter().map(|name| fleet.apply_to(name, all)).collect()
+    order.iter().map(|name| nodes.apply_to(name, all)).collect()
 }
 
 /// The policy of the flooding pods.
@@ -144,35 +154,35 @@ fn lists(round: u64) -> Destinations {
     })
 }
 
-fn same(_: &Lab, fleet: &mut Fleet, round: u64) -> Result<Vec<Report>> {
-    make(fleet, round, GATEWAY_FIRST, &[p()?])
+fn same(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+    make(nodes, round, GATEWAY_FIRST, &[p()?])
 }
 
-fn restart(lab: &Lab, fleet: &mut Fleet, round: u64) -> Result<Vec<Report>> {
-    fleet.restart(lab)?;
-    make(fleet, round, GATEWAY_FIRST, &[p()?])
+fn restart(lab: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+    nodes.restart(lab)?;
+    make(nodes, round, GATEWAY_FIRST, &[p()?])
 }
 
-fn members(_: &Lab, fleet: &mut Fleet, round: u64) -> Result<Vec<Report>> {
+fn members(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
     let mut p = p()?;
     p.sources.extend(hosts(&pods(round * 3, 5)));
     let other = policy("other", &pods(round * 5 + 100, 7), Some("node-c"), dual(EIP_C))?;
-    make(fleet, round, GATEWAY_FIRST, &[p, other])
+    make(nodes, round, GATEWAY_FIRST, &[p, other])
 }
 
-fn destinations(_: &Lab, fleet: &mut Fleet, round: u64) -> Result<Vec<Report>> {
+fn destinations(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
     let p = EgressPolicy { destinations: lists(round), ..p()? };
-    make(fleet, round, GATEWAY_FIRST, &[p])
+    make(nodes, round, GATEWAY_FIRST, &[p])
 }
 
-fn destinations_of_another(_: &Lab, fleet: &mut Fleet, round: u64) -> Result<Vec<Report>> {
+fn destinations_of_another(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
     let other = policy("other", &pods(0, 3), Some("node-c"), dual(EIP_C))?;
     let other = EgressPolicy { destinations: lists(round), ..other };
-    make(fleet, round, GATEWAY_FIRST, &[p()?, other])
+    make(nodes, round, GATEWAY_FIRST, &[p()?, other])
 }
 
 /// Other policies, some of them for the flooding pods too but for other destinations.
-fn policies(_: &Lab, fleet: &mut Fleet, round: u64) -> Result<Vec<Report>> {
+fn policies(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
     let mut all = vec![p()?];
     for number in 0..round % 5 {
         let mut other = policy(
@@ -189,11 +199,11 @@ fn policies(_: &Lab, fleet: &mut Fleet, round: u64) -> Result<Vec<Report>> {
         }
         all.push(other);
     }
-    make(fleet, round, GATEWAY_FIRST, &all)
+    make(nodes, round, GATEWAY_FIRST, &all)
 }
 
 /// Policies that take the flood over and give it back, with the same egress IP.
-fn before(_: &Lab, fleet: &mut Fleet, round: u64) -> Result<Vec<Report>> {
+fn before(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
     let mut all = vec![EgressPolicy { priority: 9, ..p()? }];
     for number in 0..round % 3 {
         let sources = [POD_A, POD_B];
@@ -201,11 +211,11 @@ fn before(_: &Lab, fleet: &mut Fleet, round: u64) -> Result<Vec<Report>> {
         let destinations = lists(round + number);
         all.push(EgressPolicy { priority: u32::try_from(number)?, destinations, ..other });
     }
-    make(fleet, round, GATEWAY_FIRST, &all)
+    make(nodes, round, GATEWAY_FIRST, &all)
 }
 
 /// Prefixes around the flooding pods that other policies cut in two.
-fn ranges(_: &Lab, fleet: &mut Fleet, round: u64) -> Result<Vec<Report>> {
+fn ranges(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
     let mut p = p()?;
     p.sources = [around(POD_A, [24, 64]), around(POD_B, [24, 64])].concat();
     let mut all = vec![p];
@@ -217,10 +227,10 @@ fn ranges(_: &Lab, fleet: &mut Fleet, round: u64) -> Result<Vec<Report>> {
         other.sources.extend(around(POD_B, [length, 96 + length]));
         all.push(other);
     }
-    make(fleet, round, GATEWAY_FIRST, &all)
+    make(nodes, round, GATEWAY_FIRST, &all)
 }
 
-fn address_or_prefix(_: &Lab, fleet: &mut Fleet, round: u64) -> Result<Vec<Report>> {
+fn address_or_prefix(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
     let mut p = p()?;
     let (narrow, wide) = (hosts(&[POD_A, POD_B]), [[24, 64]; 2]);
     let wide = [POD_A, POD_B].into_iter().zip(wide).flat_map(|(pod, by)| around(pod, by));
@@ -229,7 +239,7 @@ fn address_or_prefix(_: &Lab, fleet: &mut Fleet, round: u64) -> Result<Vec<Repor
         1 => wide.collect(),
         _ => wide.chain(narrow.clone()).collect(),
     };
-    make(fleet, round, GATEWAY_FIRST, &[p])
+    make(nodes, round, GATEWAY_FIRST, &[p])
 }
 
 /// The new gateway, who sends to it, and the old one.
@@ -241,22 +251,22 @@ const fn order(round: u64) -> (&'static str, &'static [&'static str]) {
     }
 }
 
-fn moved(_: &Lab, fleet: &mut Fleet, round: u64) -> Result<Vec<Report>> {
+fn moved(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
     let (gateway, order) = order(round);
     let p = EgressPolicy { gateway: Some(NodeName::new(gateway)?), ..p()? };
-    make(fleet, round, order, &[p])
+    make(nodes, round, order, &[p])
 }
 
-fn moved_otherwise(_: &Lab, fleet: &mut Fleet, round: u64) -> Result<Vec<Report>> {
+fn moved_otherwise(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
     let (gateway, order) = order(round);
     let egress_ip = dual(if round % 2 == 0 { EIP_B } else { EIP_C });
     let p = EgressPolicy { gateway: Some(NodeName::new(gateway)?), egress_ip, ..p()? };
-    make(fleet, round, order, &[p])
+    make(nodes, round, order, &[p])
 }
 
-fn egress_ip(_: &Lab, fleet: &mut Fleet, round: u64) -> Result<Vec<Report>> {
+fn egress_ip(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
     let egress_ip = dual(if round % 2 == 0 { EIP_B } else { EIP_C });
-    make(fleet, round, GATEWAY_FIRST, &[EgressPolicy { egress_ip, ..p()? }])
+    make(nodes, round, GATEWAY_FIRST, &[EgressPolicy { egress_ip, ..p()? }])
 }
 
 /// A node that is not there, by its number.
@@ -270,9 +280,9 @@ fn node(number: u64) -> Result<Node> {
 }
 
 /// Makes the first of the nodes that are not there known everywhere.
-fn know(fleet: &mut Fleet, count: u64, mark: impl Fn(u64) -> Option<Mark>) -> Result {
+fn know(nodes: &mut Nodes, count: u64, mark: impl Fn(u64) -> Option<Mark>) -> Result {
     for name in EVERYBODY {
-        let (cluster, _) = fleet.node(name)?;
+        let (cluster, _) = nodes.node(name)?;
         cluster.nodes.truncate(EVERYBODY.len());
         for number in 0..count {
             cluster.nodes.push(Node { mark: mark(number), ..node(number)? });
@@ -304,44 +314,44 @@ const fn to_and_fro(round: u64, most: u64) -> u64 {
     if place < most { place } else { 2 * most - place }
 }
 
-fn gateways(_: &Lab, fleet: &mut Fleet, round: u64) -> Result<Vec<Report>> {
-    know(fleet, 40, |_| None)?;
-    make(fleet, round, GATEWAY_FIRST, &by_nodes(to_and_fro(round, 40))?)
+fn gateways(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+    know(nodes, 40, |_| None)?;
+    make(nodes, round, GATEWAY_FIRST, &by_nodes(to_and_fro(round, 40))?)
 }
 
-fn nodes(_: &Lab, fleet: &mut Fleet, round: u64) -> Result<Vec<Report>> {
-    know(fleet, to_and_fro(round, 40), |_| None)?;
-    make(fleet, round, GATEWAY_FIRST, &[p()?])
+fn known(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+    know(nodes, to_and_fro(round, 40), |_| None)?;
+    make(nodes, round, GATEWAY_FIRST, &[p()?])
 }
 
 /// Gateways whose marks need the bits that other software sets, and so have them tested.
-fn marks(_: &Lab, fleet: &mut Fleet, round: u64) -> Result<Vec<Report>> {
-    let needs = [0x2600_4100, 0x2600_8100, 0x2600_c200];
+fn marks(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+    let needs = [0x2600_4100, 0x2600_0900, 0x2600_c200];
     let mark = |number| usize::try_from(number).ok().and_then(|at| needs.get(at));
-    know(fleet, 3, |number| mark(number).map(|mark| Mark::new(*mark)))?;
-    make(fleet, round, GATEWAY_FIRST, &by_nodes(to_and_fro(round, 3))?)
+    know(nodes, 3, |number| mark(number).map(|mark| Mark::new(*mark)))?;
+    make(nodes, round, GATEWAY_FIRST, &by_nodes(to_and_fro(round, 3))?)
 }
 
-fn closed(_: &Lab, fleet: &mut Fleet, round: u64) -> Result<Vec<Report>> {
+fn closed(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
     let mut p = p()?;
     if round % 2 == 1 {
         p.gateway = None;
     }
-    make(fleet, round, GATEWAY_FIRST, &[p])
+    make(nodes, round, GATEWAY_FIRST, &[p])
 }
 
-fn comes(_: &Lab, fleet: &mut Fleet, round: u64) -> Result<Vec<Report>> {
+fn comes(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
     if round % 2 == 0 {
-        make(fleet, round, GATEWAY_FIRST, &[p()?])
+        make(nodes, round, GATEWAY_FIRST, &[p()?])
     } else {
-        make(fleet, round, &["node-a", "node-b"], &[])
+        make(nodes, round, &["node-a", "node-b"], &[])
     }
 }
 
-fn everything(_: &Lab, fleet: &mut Fleet, round: u64) -> Result<Vec<Report>> {
+fn everything(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
     if round % 2 == 0 {
-        return make(fleet, round, GATEWAY_FIRST, &[p()?]);
+        return make(nodes, round, GATEWAY_FIRST, &[p()?]);
     }
-    let remove = |name: &&str| Ok(fleet.node(name)?.1.remove()?);
+    let remove = |name: &&str| Ok(nodes.node(name)?.1.remove()?);
     ["node-a", "node-b"].iter().map(remove).collect()
 }

@@ -12,6 +12,7 @@ mod changes;
 #[path = "../netns/fleet.rs"]
 #[allow(dead_code, reason = "shared with other tests")]
 mod fleet;
+mod nodes;
 mod stream;
 
 use std::env;
@@ -21,8 +22,9 @@ use std::time::{Duration, Instant};
 use egress_datapath::{Phase, Report};
 
 use changes::{Change, Loss};
-use fleet::{Fleet, Result, have, nft, tool};
+use fleet::{Result, have, nft, tool};
 use lab::{Lab, POD_A, POD_B};
+use nodes::Nodes;
 use stream::Tally;
 
 /// How much of each kind.
@@ -40,8 +42,8 @@ const PER_SECOND: u32 = 4_000;
 fn no_packet_gets_out_wrong_while_things_change() -> Result {
     let Some(lab) = fleet::lab()? else { return Ok(()) };
     for host in lab.nodes() {
-        // Every reconciliation lists all connections: those of the flood are soon forgotten.
-        host.netns.sysctl(&[("netfilter/nf_conntrack_udp_timeout", "1")])?;
+        // Every reconciliation lists all connections, and those of the flood never come again.
+        host.netns.sysctl(&[("netfilter/nf_conntrack_udp_timeout", "0")])?;
     }
     let wish = env::var("EGRESS_FLOOD").unwrap_or_default();
     let size = if wish.starts_with("full") { FULL } else { SMALL };
@@ -65,8 +67,8 @@ fn flood(lab: &Lab, change: &Change, size: &Size) -> Result<Vec<String>> {
             nft(&host.netns, &[], change.foreign)?;
         }
     }
-    let mut fleet = Fleet::open(lab)?;
-    (change.round)(lab, &mut fleet, 0)?;
+    let mut nodes = Nodes::open(lab)?;
+    (change.round)(lab, &mut nodes, 0)?;
     let pods = [(&lab.pod_a, POD_A), (&lab.pod_b, POD_B)];
     let least = Duration::from_secs(1) * size.packets / PER_SECOND * 11 / 10;
     let begin = Instant::now();
@@ -77,7 +79,7 @@ fn flood(lab: &Lab, change: &Change, size: &Size) -> Result<Vec<String>> {
         {
             rounds += 1;
             let reports =
-                (change.round)(lab, &mut fleet, rounds).map_err(|error| error.to_string())?;
+                (change.round)(lab, &mut nodes, rounds).map_err(|error| error.to_string())?;
             commits += reports.iter().map(transactions).sum::<u64>();
         }
         Ok((rounds, commits))
@@ -96,7 +98,7 @@ fn flood(lab: &Lab, change: &Change, size: &Size) -> Result<Vec<String>> {
         }
     }
     let (rounds, commits) = done?;
-    fleet.remove()?;
+    nodes.remove()?;
     for host in lab.nodes() {
         if !change.foreign.is_empty() {
             tool(&host.netns, "nft delete table inet foreign")?;

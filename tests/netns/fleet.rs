@@ -110,25 +110,11 @@ impl Fleet {
     }
 
     /// Makes one node right.
-    pub(crate) fn apply_to(&mut self, name: &str, policies: &[EgressPolicy]) -> Result<Report> {
-        let (cluster, reconciler) = self.node(name)?;
-        Ok(reconciler.reconcile(cluster, policies)?)
-    }
-
-    /// A node's cluster and its reconciler.
-    pub(crate) fn node(
-        &mut self,
-        name: &str,
-    ) -> Result<(&mut Cluster, &mut Reconciler<KernelDatapath>)> {
-        let named = self.nodes.iter_mut().find(|(cluster, _)| cluster.node.as_str() == name);
-        let (cluster, reconciler) = named.ok_or("no such node")?;
-        Ok((cluster, reconciler))
-    }
-
-    /// Gives every node a new reconciler, which remembers nothing.
-    pub(crate) fn restart(&mut self, lab: &Lab) -> Result {
-        for (host, (cluster, reconciler)) in lab.nodes().into_iter().zip(&mut self.nodes) {
-            *reconciler = open(host, cluster.marks)?;
+    pub(crate) fn apply_to(&mut self, name: &str, policies: &[EgressPolicy]) -> Result {
+        for (cluster, reconciler) in &mut self.nodes {
+            if cluster.node.as_str() == name {
+                reconciler.reconcile(cluster, policies)?;
+            }
         }
         Ok(())
     }
