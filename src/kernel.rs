@@ -26,7 +26,7 @@ mod wire;
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use crate::changes::{Changes, Step};
+use crate::changes::{Changes, Made, Step};
 use crate::connection::Connection;
 use crate::datapath::Datapath;
 use crate::error::{ApplyError, KernelError};
@@ -119,7 +119,7 @@ impl KernelDatapath {
     }
 
     /// Makes a step: one transaction, or every request in turn.
-    fn step(&mut self, step: &Step) -> (usize, Vec<(Op, KernelError)>) {
+    fn step(&mut self, step: &Step) -> Made {
         if step.ops.first().is_some_and(Op::is_nft) {
             return match nft::commit_as(&mut self.netfilter, &step.ops, self.hold.table_flags) {
                 Ok(()) => (step.ops.len(), Vec::new()),
@@ -170,15 +170,6 @@ impl Datapath for KernelDatapath {
     }
 
     fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {
-        let mut applied = 0;
-        for step in changes.steps() {
-            let (made, refused) = self.step(step);
-            applied += made;
-            if !refused.is_empty() {
-                let skipped = changes.len() - applied - refused.len();
-                return Err(ApplyError { applied, refused, skipped });
-            }
-        }
-        Ok(())
+        changes.make(|step| self.step(step))
     }
 }

@@ -7,6 +7,7 @@ use crate::changes::Changes;
 use crate::cluster::{Cluster, Node};
 use crate::datapath::Datapath;
 use crate::error::{ApplyError, KernelError};
+use crate::op::Op;
 use crate::plan::{Finding, Plan, PlanError, plan};
 use crate::policy::Policy;
 use crate::state::{ChainId, Comment, Data, Route, Rule, RuleAction, State, Verdict};
@@ -24,6 +25,8 @@ pub struct Reconciler<D, M = MarkPool, T = TablePool> {
     tables: T,
     /// What the last call that could plan wanted.
     wanted: Option<State>,
+    /// Whether the last call was carried through, connections included.
+    settled: bool,
 }
 
 /// What a call did.
@@ -54,13 +57,27 @@ pub enum Error {
 impl Reconciler<crate::KernelDatapath> {
     /// A reconciler of the kernel of the calling thread's network namespace.
     ///
+    /// Others may change the nf_tables table, too; [`open_as`](Self::open_as) can keep them out.
     /// Tables are given out from the range, those left out that any rule or route here uses.
     ///
     /// # Errors
     ///
     /// What is missing: a privilege, or a part of the kernel.
     pub fn open(marks: crate::MarkLayout, tables: crate::TableRange) -> Result<Self, Error> {
-        let datapath = crate::KernelDatapath::open().map_err(Error::Observe)?;
+        Self::open_as(crate::Ownership::Shared, marks, tables)
+    }
+
+    /// The same, alone in charge or one of several.
+    ///
+    /// # Errors
+    ///
+    /// What is missing, or who is in charge already.
+    pub fn open_as(
+        ownership: crate::Ownership,
+        marks: crate::MarkLayout,
+        tables: crate::TableRange,
+    ) -> Result<Self, Error> {
+        let datapath = crate::KernelDatapath::open_as(ownership).map_err(Error::Observe)?;
         let in_use = crate::KernelTables::open().map_err(Error::Observe)?;
         let tables = TablePool::with_probe(tables, in_use);
         Ok(Self::with_allocators(datapath, MarkPool::new(marks), tables))
@@ -77,7 +94,7 @@ impl<D: Datapath> Reconciler<D> {
 impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     /// A reconciler with allocators of one's own; the marks must be of the cluster's layout.
     pub const fn with_allocators(datapath: D, marks: M, tables: T) -> Self {
-        Self { datapath, marks, tables, wanted: None }
+        Self { datapath, marks, tables, wanted: None, settled: false }
     }
 
     /// Makes the kernel hold what the policies want, and nothing else of ours.
@@ -168,9 +185,14 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     /// Makes the changes, and ends the connections that they leave behind with a translation
     /// that is not wanted; the table's guards hold those back until then.
     ///
-    /// They are looked for even if nothing changes: who ran before may have been stopped between
-    /// the two.
+    /// The first call looks for them even if nothing changes: who ran before may have been stopped
+    /// between the two.
     fn make(&mut self, changes: Changes, before: &State, wanted: &State) -> Result<Changes, Error> {
+        if self.settled && !changes.ops().any(Op::is_nft) {
+            self.datapath.apply(&changes)?;
+            return Ok(changes);
+        }
+        self.settled = false;
         let (mut made, last) = changes.before_table_goes();
         self.datapath.apply(&made)?;
         let stale = self.datapath.stale_connections(wanted, before).map_err(Error::Observe)?;
@@ -178,6 +200,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         rest.extend(last);
         self.datapath.apply(&rest)?;
         made.extend(rest);
+        self.settled = true;
         Ok(made)
     }
 
@@ -301,7 +324,7 @@ mod tests {
         egress.datapath().apply(&Changes::between(&whole, &less)).unwrap();
         let _looked = egress.preview(&cluster, [&policy; 0]).unwrap();
         let report = egress.repair().unwrap();
-        assert_eq!(report.changes.ops().collect::<Vec<_>>(), [&crate::Op::AddRule(rule)]);
+        assert_eq!(report.changes.ops().collect::<Vec<_>>(), [&Op::AddRule(rule)]);
         assert_eq!(egress.datapath().observe().unwrap(), whole);
         assert!(egress.repair().unwrap().changes.is_empty());
 
