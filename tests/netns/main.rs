@@ -4,6 +4,7 @@
 mod lab;
 
 mod closed;
+mod connections;
 mod decoys;
 mod fleet;
 mod flows;
