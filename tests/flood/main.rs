@@ -15,8 +15,10 @@ mod fleet;
 mod nodes;
 mod stream;
 
+use std::collections::BTreeMap;
 use std::env;
 use std::io::{self, Write};
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use egress_datapath::{Phase, Report};
@@ -25,7 +27,7 @@ use changes::{Change, Loss};
 use fleet::{Result, have, nft, tool};
 use lab::{Lab, POD_A, POD_B};
 use nodes::Nodes;
-use stream::Tally;
+use stream::{Pod, Progress, Tally};
 
 /// How much of each kind.
 struct Size {
@@ -69,34 +71,28 @@ fn flood(lab: &Lab, change: &Change, size: &Size) -> Result<Vec<String>> {
     }
     let mut nodes = Nodes::open(lab)?;
     (change.round)(lab, &mut nodes, 0)?;
-    let pods = [(&lab.pod_a, POD_A), (&lab.pod_b, POD_B)];
+    let [by_client, by_gateway] = change.wears;
+    let pods = [
+        Pod { netns: &lab.pod_a, address: POD_A, wears: by_client },
+        Pod { netns: &lab.pod_b, address: POD_B, wears: by_gateway },
+    ];
     let least = Duration::from_secs(1) * size.packets / PER_SECOND * 11 / 10;
     let begin = Instant::now();
-    let rounds = || -> std::result::Result<_, String> {
-        let (mut rounds, mut commits) = (0, 0);
+    let rounds = |progress: &Progress| -> std::result::Result<_, String> {
+        let (mut rounds, mut commits) = (Vec::new(), 0);
         while begin.elapsed() < size.at_most
             && (begin.elapsed() < least || commits < size.commits && !change.idle)
         {
-            rounds += 1;
-            let reports =
-                (change.round)(lab, &mut nodes, rounds).map_err(|error| error.to_string())?;
+            rounds.push(progress.sent());
+            let number = u64::try_from(rounds.len()).unwrap_or_default();
+            let made = (change.round)(lab, &mut nodes, number);
+            let reports = made.map_err(|error| format!("round {number}: {error}"))?;
             commits += reports.iter().map(transactions).sum::<u64>();
         }
         Ok((rounds, commits))
     };
     let (done, tally) = stream::during(lab, &pods, u64::from(PER_SECOND), rounds)?;
     let took = begin.elapsed();
-    if env::var_os("EGRESS_FLOOD_LOSSES").is_some() {
-        for host in lab.nodes() {
-            for line in tool(&host.netns, "nft list table inet egress_datapath")?.lines() {
-                if line.contains("counter packets") && !line.contains("packets 0")
-                    || line.contains("chain")
-                {
-                    writeln!(io::stderr(), "{} {line}", host.name)?;
-                }
-            }
-        }
-    }
     let (rounds, commits) = done?;
     nodes.remove()?;
     for host in lab.nodes() {
@@ -104,24 +100,28 @@ fn flood(lab: &Lab, change: &Change, size: &Size) -> Result<Vec<String>> {
             tool(&host.netns, "nft delete table inet foreign")?;
         }
     }
-    Ok(judge(change, &tally, rounds, commits, took)?)
+    Ok(judge(change, &tally, &rounds, commits, took)?)
 }
 
 fn judge(
     change: &Change,
     tally: &Tally,
-    rounds: u64,
+    rounds: &[u64],
     commits: u64,
     took: Duration,
 ) -> io::Result<Vec<String>> {
-    let leaked: Vec<_> =
-        change.wears.iter().enumerate().flat_map(|(pod, wears)| tally.others(pod, wears)).collect();
-    let leaks = leaked.iter().map(|(_, count)| count).sum::<u64>();
-    let (name, sent, lost) = (change.name, tally.sent, tally.lost.len());
+    let mut leaked: BTreeMap<IpAddr, u64> = BTreeMap::new();
+    for (source, _) in &tally.leaked {
+        *leaked.entry(*source).or_default() += 1;
+    }
+    let leaks = tally.leaked.len();
+    let (name, sent, lost) =
+        (change.name, tally.sent, tally.lost.len() - tally.overflowed.min(tally.lost.len()));
     writeln!(
         io::stderr(),
-        "flood {name:<32} {sent:>7} packets {rounds:>6} rounds {commits:>6} commits \
+        "flood {name:<32} {sent:>7} packets {:>6} rounds {commits:>6} commits \
          {leaks:>3} leaked {lost:>5} lost {:>5.1} s",
+        rounds.len(),
         took.as_secs_f64(),
     )?;
     let mut wrong = Vec::new();
@@ -129,7 +129,10 @@ fn judge(
         wrong.push(format!("{name}: leaked {leaked:?}"));
     }
     if lost > 0 && change.loss == Loss::None {
-        wrong.push(format!("{name}: lost {:?}", &tally.lost));
+        let round = |number: &u64| rounds.partition_point(|begin| begin <= number);
+        let lost: Vec<_> = tally.lost.iter().map(|number| (number, round(number))).collect();
+        wrong
+            .push(format!("{name}: lost packets and the rounds in which they were sent: {lost:?}"));
     }
     if sent == 0 || commits == 0 && !change.idle {
         wrong.push(format!("{name}: nothing happened"));

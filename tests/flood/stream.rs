@@ -1,16 +1,16 @@
 //! UDP packets as fast as they arrive, each the first of a flow of its own, and where they came
 //! from.
 
-use std::collections::BTreeMap;
-use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering::Relaxed};
 use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
+use std::{fs, io};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::sockopt::set_socket_recv_buffer_size_force;
 use rustix::net::{
     AddressFamily, SendFlags, SocketFlags, SocketType, ipproto, sendto, socket_with,
 };
@@ -24,37 +24,48 @@ const FLOWS: (u16, u64) = (2000, 60_000);
 /// Packets that may be under way; any receiver's buffer holds them.
 const WINDOW: u64 = 128;
 /// How long a packet may be under way before it makes room for another.
-const SLOWEST: Duration = Duration::from_millis(20);
+const SLOWEST: Duration = Duration::from_millis(50);
+/// Bytes of a receiver's buffer, should packets that were late come all at once.
+const BUFFER: usize = 8 << 20;
 /// The part of a payload that numbers packets; what is above it numbers runs.
 const NUMBER: u64 = (1 << 48) - 1;
 static RUNS: AtomicU16 = AtomicU16::new(1);
 /// Nothing for so long after the end, and nothing comes any more.
 const SILENCE: Duration = Duration::from_millis(60);
 
+/// A pod that sends, and the sources that are right for its packets.
+pub(crate) struct Pod<'a> {
+    pub(crate) netns: &'a Netns,
+    pub(crate) address: Pair,
+    pub(crate) wears: &'a [Pair],
+}
+
 /// What became of all packets.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Tally {
-    /// Packets that the pods have sent.
+    /// How many the pods have sent.
     pub(crate) sent: u64,
-    /// Packets that the server has not seen.
+    /// The numbers of those that the server has not seen.
     pub(crate) lost: Vec<u64>,
-    /// Packets by sender and by the source that they arrived with.
-    pub(crate) sources: BTreeMap<(usize, IpAddr), u64>,
+    /// How many of those were lost by the server's own sockets.
+    pub(crate) overflowed: usize,
+    /// Those that arrived with a wrong source: which and when.
+    pub(crate) leaked: Vec<(IpAddr, Instant)>,
 }
 
-impl Tally {
-    /// Packets of a sender that arrived with another source than these.
-    pub(crate) fn others(&self, sender: usize, allowed: &[Pair]) -> BTreeMap<IpAddr, u64> {
-        let strange = |source: &IpAddr| !allowed.iter().flatten().any(|ip| ip == source);
-        let of = self.sources.iter().filter(|((of, source), _)| *of == sender && strange(source));
-        of.map(|((_, source), count)| (*source, *count)).collect()
-    }
-}
-
-#[derive(Default)]
-struct Progress {
+/// How far it has come.
+#[derive(Debug, Default)]
+pub(crate) struct Progress {
     stop: AtomicBool,
+    sent: AtomicU64,
     received: AtomicU64,
+}
+
+impl Progress {
+    /// How many packets have been sent.
+    pub(crate) fn sent(&self) -> u64 {
+        self.sent.load(Relaxed)
+    }
 }
 
 /// Has the pods send to the server for as long as the work takes; says what both came to.
@@ -62,39 +73,55 @@ struct Progress {
 /// The pods take turns, and so do the families; packet `n` is sent by pod `n / 2 % pods.len()`.
 pub(crate) fn during<T>(
     lab: &Lab,
-    pods: &[(&Netns, Pair)],
+    pods: &[Pod<'_>],
     per_second: u64,
-    work: impl FnOnce() -> T,
+    work: impl FnOnce(&Progress) -> T,
 ) -> io::Result<(T, Tally)> {
     let mut ways = Vec::new();
-    for (pod, addresses) in pods {
-        for (from, to) in addresses.iter().zip(SERVER) {
-            ways.push(Way { socket: pod.run(|| raw(to))??, from: *from, to });
+    for pod in pods {
+        for (from, to) in pod.address.into_iter().zip(SERVER) {
+            ways.push(Way { socket: pod.netns.run(|| raw(to))??, from, to });
         }
     }
     let bind = |address: IpAddr| {
         let server = UdpSocket::bind((address, PORT))?;
         server.set_nonblocking(true)?;
+        // Not everybody may; what then does not fit is counted.
+        let _refused = set_socket_recv_buffer_size_force(&server, BUFFER);
         Ok(server)
     };
+    let before = lab.server.run(overflows)?;
     let servers = lab.server.run(|| SERVER.map(bind))?;
     let servers: Vec<_> = servers.into_iter().collect::<io::Result<_>>()?;
     let progress = Progress::default();
     let run = RUNS.fetch_add(1, Relaxed);
     let (done, sent, arrived) = thread::scope(|scope| {
-        let receiver = scope.spawn(|| receive(&servers, run, &progress, pods.len()));
+        let receiver = scope.spawn(|| receive(&servers, run, &progress, pods));
         let sender = scope.spawn(|| send(&ways, run, &progress, per_second));
-        let done = panic::catch_unwind(AssertUnwindSafe(work));
+        let done = panic::catch_unwind(AssertUnwindSafe(|| work(&progress)));
         progress.stop.store(true, Relaxed);
         let sent = sender.join().unwrap_or_else(|panicked| panic::resume_unwind(panicked));
         let arrived = receiver.join().unwrap_or_else(|panicked| panic::resume_unwind(panicked));
         let done = done.unwrap_or_else(|panicked| panic::resume_unwind(panicked));
         io::Result::Ok((done, sent?, arrived?))
     })?;
-    let Arrived { numbers, sources } = arrived;
+    let overflowed = lab.server.run(overflows)?.saturating_sub(before);
+    let Arrived { numbers, leaked } = arrived;
     let seen = |number: &u64| usize::try_from(*number).ok().and_then(|at| numbers.get(at)).copied();
     let lost = (0..sent).filter(|number| seen(number) != Some(true)).collect();
-    Ok((done, Tally { sent, lost, sources }))
+    Ok((done, Tally { sent, lost, overflowed, leaked }))
+}
+
+/// Datagrams that found a socket of the calling thread's network full.
+fn overflows() -> usize {
+    let v4 = fs::read_to_string("/proc/thread-self/net/snmp").unwrap_or_default();
+    let v6 = fs::read_to_string("/proc/thread-self/net/snmp6").unwrap_or_default();
+    let mut udp = v4.lines().filter_map(|line| line.strip_prefix("Udp: "));
+    let (names, values) = (udp.next().unwrap_or_default(), udp.next().unwrap_or_default());
+    let mut columns = names.split_whitespace().zip(values.split_whitespace());
+    let v4 = columns.find(|(name, _)| *name == "RcvbufErrors").map(|(_, value)| value);
+    let v6 = v6.lines().find_map(|line| line.strip_prefix("Udp6RcvbufErrors"));
+    [v4, v6].into_iter().flatten().filter_map(|value| value.trim().parse::<usize>().ok()).sum()
 }
 
 /// A raw socket of a sender, whose flows cost no socket each.
@@ -138,6 +165,7 @@ fn send(ways: &[Way], run: u16, progress: &Progress, per_second: u64) -> io::Res
         let packet = udp(way, port, u64::from(run) << 48 | number);
         sendto(&way.socket, &packet, SendFlags::empty(), &SocketAddr::new(way.to, 0))?;
         number += 1;
+        progress.sent.store(number, Relaxed);
     }
 }
 
@@ -172,14 +200,14 @@ fn udp(way: &Way, port: u16, number: u64) -> [u8; 16] {
 #[derive(Default)]
 struct Arrived {
     numbers: Vec<bool>,
-    sources: BTreeMap<(usize, IpAddr), u64>,
+    leaked: Vec<(IpAddr, Instant)>,
 }
 
 fn receive(
     servers: &[UdpSocket],
     run: u16,
     progress: &Progress,
-    pods: usize,
+    pods: &[Pod<'_>],
 ) -> io::Result<Arrived> {
     let mut arrived = Arrived::default();
     let mut last = Instant::now();
@@ -203,7 +231,10 @@ fn receive(
                 if let Some(seen) = arrived.numbers.get_mut(at) {
                     *seen = true;
                 }
-                *arrived.sources.entry((at / 2 % pods.max(1), from.ip())).or_default() += 1;
+                let wears = pods.get(at / 2 % pods.len().max(1)).map_or(&[][..], |pod| pod.wears);
+                if !wears.iter().flatten().any(|right| *right == from.ip()) {
+                    arrived.leaked.push((from.ip(), Instant::now()));
+                }
                 progress.received.fetch_add(1, Relaxed);
                 last = Instant::now();
             }

@@ -8,5 +8,6 @@ mod connections;
 mod decoys;
 mod fleet;
 mod flows;
+mod lookalikes;
 mod packets;
 mod roundtrip;
