@@ -10,6 +10,7 @@ mod edits;
 #[path = "../netns/fleet.rs"]
 #[allow(dead_code, reason = "shared with other tests")]
 mod fleet;
+mod hand;
 mod keeper;
 #[path = "../netns/lookalikes.rs"]
 #[allow(dead_code, reason = "shared with other tests")]
@@ -22,20 +23,19 @@ use std::env;
 use std::io::{self, Write};
 use std::process;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::thread::{self, sleep};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use egress_datapath::{Datapath, KernelDatapath, Ownership, State};
+use egress_datapath::Ownership;
 
-use edits::{Edit, Leaves};
+use edits::Leaves;
 use fleet::{Result, assert_same, check, dual, expect, have, policy, tool};
+use hand::Victim;
 use keeper::Keeper;
-use lab::{EIP_B, Host, Lab, Netns, POD_A, POD_B, SERVER};
+use lab::{EIP_B, Lab, Netns, POD_A, POD_B, SERVER};
 use stream::Pod;
 
 const PER_SECOND: u64 = 2_000;
-/// How long a repair may take before it counts as none.
-const PATIENCE: Duration = Duration::from_secs(3);
 /// What a packet may take from the pod to the server.
 const UNDER_WAY: Duration = Duration::from_millis(30);
 
@@ -66,26 +66,13 @@ fn no_packet_gets_out_wrong_while_a_foreign_hand_is_at_work() -> Result {
     Ok(())
 }
 
-/// An edit, and when what it did had been undone.
-struct Done {
-    edit: Edit,
-    begin: Instant,
-    /// When the foreign command had ended.
-    made: Instant,
-    whole: Instant,
-    /// Whether that was waited for.
-    waited: bool,
-}
-
 /// Chaos on the client and on the gateway; returns how long repairs took, in order.
 fn chaos(lab: &Lab, ownership: Ownership, seed: u64, time: Duration) -> Result<Vec<Duration>> {
     let policies = [policy("p", &[POD_A, POD_B], Some("node-b"), dual(EIP_B))?];
-    let hosts = [&lab.node_a, &lab.node_b];
-    let mut keepers = Vec::new();
-    let mut wholes = Vec::new();
-    for host in hosts {
+    let (mut keepers, mut victims) = (Vec::new(), Vec::new());
+    for (host, plants) in [(&lab.node_a, true), (&lab.node_b, false)] {
         let mut keeper = Keeper::new(host, ownership, &lab.cluster(host)?, &policies)?;
-        wholes.push(keeper.whole()?);
+        victims.push(Victim::new(host, keeper.whole()?, plants)?);
         keepers.push(keeper);
     }
     let stop = AtomicBool::new(false);
@@ -96,7 +83,7 @@ fn chaos(lab: &Lab, ownership: Ownership, seed: u64, time: Duration) -> Result<V
         let keeping: Vec<_> =
             keepers.iter_mut().map(|keeper| scope.spawn(|| keeper.keep(&stop))).collect();
         let hand = |_: &_| {
-            let done = hand(&hosts, &wholes, seed, time).map_err(|error| error.to_string());
+            let done = hand::work(&mut victims, seed, time).map_err(|error| error.to_string());
             stop.store(true, Relaxed);
             done
         };
@@ -147,55 +134,6 @@ fn chaos(lab: &Lab, ownership: Ownership, seed: u64, time: Duration) -> Result<V
     Ok(latencies)
 }
 
-/// One edit after another, each until it has been undone.
-fn hand(hosts: &[&Host; 2], wholes: &[State], seed: u64, time: Duration) -> Result<Vec<Done>> {
-    let mut dice = Dice(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
-    let mut observers = Vec::new();
-    for host in hosts {
-        observers.push(host.netns.run(KernelDatapath::open)??);
-    }
-    let edits = [edits::all(&wholes[0], true), edits::all(&wholes[1], false)];
-    let mut all = Vec::new();
-    let end = Instant::now() + time;
-    while Instant::now() < end {
-        let node = dice.below(2);
-        let edit = &edits[node][dice.below(edits[node].len())];
-        let begin = Instant::now();
-        edit.make(&hosts[node].netns)?;
-        let made = Instant::now();
-        // Sometimes the next one comes before the last one has been undone.
-        let patient = dice.below(4) > 0;
-        while patient && observers[node].observe().ok().as_ref() != Some(&wholes[node]) {
-            if made.elapsed() > PATIENCE {
-                let now = observers[node].observe()?;
-                let missing = egress_datapath::Changes::between(&now, &wholes[node]);
-                return Err(format!("{:?} was not undone:\n{missing}", edit.lines).into());
-            }
-        }
-        all.push((edit.clone(), node, begin, made, patient.then(Instant::now)));
-        sleep(Duration::from_millis(5) + Duration::from_micros(dice.below(45_000) as u64));
-    }
-    for (observer, whole) in observers.iter_mut().zip(wholes) {
-        let last = Instant::now();
-        while observer.observe().ok().as_ref() != Some(whole) {
-            if last.elapsed() > PATIENCE {
-                return Err("what is wanted did not come back".into());
-            }
-        }
-    }
-    let now = Instant::now();
-    let mut done = Vec::new();
-    for (at, (edit, node, begin, made, whole)) in all.iter().enumerate() {
-        let waited = whole.is_some();
-        // What was not waited for had been undone by when the next was on the same node.
-        let later = all.iter().skip(at).filter(|(_, of, ..)| of == node);
-        let whole = whole.or_else(|| later.filter_map(|(.., whole)| *whole).next());
-        let (begin, made, whole) = (*begin, *made, whole.unwrap_or(now));
-        done.push(Done { edit: edit.clone(), begin, made, whole, waited });
-    }
-    Ok(done)
-}
-
 /// What others have on a node, but for the neighbours that packets bring about.
 fn foreign(netns: &Netns) -> Result<String> {
     let lines = [
@@ -216,17 +154,4 @@ fn foreign(netns: &Netns) -> Result<String> {
 fn percentile(sorted: &[Duration], percent: usize) -> Duration {
     let at = sorted.len().saturating_sub(1) * percent / 100;
     sorted.get(at).copied().unwrap_or_default()
-}
-
-/// Xorshift: the same numbers for the same seed everywhere.
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, end: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        let end = u64::try_from(end).unwrap_or(1).max(1);
-        usize::try_from(self.0 % end).unwrap_or_default()
-    }
 }

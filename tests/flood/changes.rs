@@ -276,7 +276,7 @@ fn node(number: u64) -> Result<Node> {
     let underlay = [IpAddr::from([10, 10, 0, last]), IpAddr::from([0xfd10, 0, 0, 0, 0, 0, 0, low])];
     let tunnel = [IpAddr::from([172, 31, 0, last]), IpAddr::from([0xfd11, 0, 0, 0, 0, 0, 0, low])];
     let tunnel = tunnel.into_iter().zip([16, 112]).map(|(ip, length)| net(ip, length));
-    Ok(Node::new(NodeName::new(&format!("node-{number}"))?, underlay.to_vec(), tunnel.collect()))
+    Ok(Node::new(NodeName::new(format!("node-{number}"))?, underlay.to_vec(), tunnel.collect()))
 }
 
 /// Makes the first of the nodes that are not there known everywhere.
@@ -299,7 +299,7 @@ fn by_nodes(count: u64) -> Result<Vec<EgressPolicy>> {
         all.push(EgressPolicy {
             gateway: Some(node(number)?.name),
             ..EgressPolicy::new(
-                PolicyId::new(&format!("by-{number}"))?,
+                PolicyId::new(format!("by-{number}"))?,
                 hosts(&pods),
                 EgressIp::Node,
             )

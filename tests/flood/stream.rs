@@ -183,7 +183,9 @@ fn udp(way: &Way, port: u16, number: u64) -> [u8; 16] {
         // Over IPv4 a checksum of zero says that there is none.
         let (from, to) = (from.octets(), to.octets());
         let words = [from, to, packet].concat();
-        let words = words.chunks_exact(2).map(|two| u32::from(two[0]) << 8 | u32::from(two[1]));
+        let words = words
+            .chunks_exact(2)
+            .map(|two| two.iter().fold(0, |sum, byte| sum << 8 | u32::from(*byte)));
         let mut sum = words.sum::<u32>() + 16 + 17;
         while sum >> 16 != 0 {
             sum = (sum & 0xffff) + (sum >> 16);

@@ -44,24 +44,24 @@ impl Pipe {
 
     /// A word from the client, and one back.
     fn client_first(&self) -> io::Result<()> {
-        say(&self.client, b"ping")?;
-        hear(&self.server, b"ping")?;
-        say(&self.server, b"pong")?;
-        hear(&self.client, b"pong")
+        say(&self.client, *b"ping")?;
+        hear(&self.server, *b"ping")?;
+        say(&self.server, *b"pong")?;
+        hear(&self.client, *b"pong")
     }
 
     /// A word from the server while the client is silent, and one from the client a moment later.
     fn server_first(&self) -> io::Result<()> {
-        say(&self.server, b"pong")?;
+        say(&self.server, *b"pong")?;
         thread::sleep(Duration::from_millis(20));
-        say(&self.client, b"ping")?;
-        hear(&self.client, b"pong")?;
-        hear(&self.server, b"ping")
+        say(&self.client, *b"ping")?;
+        hear(&self.client, *b"pong")?;
+        hear(&self.server, *b"ping")
     }
 
     /// Whether the client learns that the connection is no more.
     fn is_reset(&self) -> bool {
-        let spoken = say(&self.client, b"ping").and_then(|()| hear(&self.client, b"none"));
+        let spoken = say(&self.client, *b"ping").and_then(|()| hear(&self.client, *b"none"));
         spoken.is_err_and(|error| {
             let kind = error.kind();
             kind == io::ErrorKind::ConnectionReset || kind == io::ErrorKind::BrokenPipe
@@ -69,14 +69,14 @@ impl Pipe {
     }
 }
 
-fn say(mut to: &TcpStream, word: &[u8; 4]) -> io::Result<()> {
-    to.write_all(word)
+fn say(mut to: &TcpStream, word: [u8; 4]) -> io::Result<()> {
+    to.write_all(&word)
 }
 
-fn hear(mut from: &TcpStream, word: &[u8; 4]) -> io::Result<()> {
+fn hear(mut from: &TcpStream, word: [u8; 4]) -> io::Result<()> {
     let mut heard = [0; 4];
     from.read_exact(&mut heard)?;
-    if heard == *word { Ok(()) } else { Err(io::Error::other(format!("heard {heard:?}"))) }
+    if heard == word { Ok(()) } else { Err(io::Error::other(format!("heard {heard:?}"))) }
 }
 
 fn listen(netns: &Netns, on: Pair) -> Result<[TcpListener; 2]> {
