@@ -18,8 +18,20 @@ use crate::nodes::Nodes;
 pub(crate) enum Loss {
     /// Not one.
     None,
+    /// Those under way when their policy goes, which it does in odd rounds: the first lookup
+    /// found it and the second did not, so they are dropped.
+    OddRounds,
     /// What they need is taken away for a while.
-    Some,
+    Any,
+}
+
+/// Where the packets go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum To {
+    /// Outside.
+    Server,
+    /// Inside, where no policy has a say.
+    PodC,
 }
 
 /// A kind of change.
@@ -28,6 +40,8 @@ pub(crate) struct Change {
     pub(crate) name: &'static str,
     /// The sources that are right for the pod on the client and for the one on the gateway.
     pub(crate) wears: [&'static [Pair]; 2],
+    /// Where the packets go.
+    pub(crate) to: To,
     /// Whether packets may get lost.
     pub(crate) loss: Loss,
     /// Whether nothing is to be written.
@@ -41,6 +55,7 @@ pub(crate) struct Change {
 const USUAL: Change = Change {
     name: "",
     wears: [&[EIP_B]; 2],
+    to: To::Server,
     loss: Loss::None,
     idle: false,
     foreign: "",
@@ -90,17 +105,31 @@ pub(crate) const ALL: &[Change] = &[
     Change {
         name: "marks that others write to",
         foreign: LATE_BIT,
-        loss: Loss::Some,
+        loss: Loss::Any,
         round: marks,
         ..USUAL
     },
-    Change { name: "closed and open", loss: Loss::Some, round: closed, ..USUAL },
-    Change { name: "policy", wears: PLAIN, foreign: MASQUERADE, round: comes, ..USUAL },
+    Change { name: "closed and open", loss: Loss::Any, round: closed, ..USUAL },
+    Change {
+        name: "excluded prefixes",
+        wears: [&[POD_A], &[POD_B]],
+        to: To::PodC,
+        round: excluded,
+        ..USUAL
+    },
+    Change {
+        name: "policy",
+        wears: PLAIN,
+        foreign: MASQUERADE,
+        loss: Loss::OddRounds,
+        round: comes,
+        ..USUAL
+    },
     Change {
         name: "everything",
         wears: PLAIN,
         foreign: MASQUERADE,
-        loss: Loss::Some,
+        loss: Loss::Any,
         round: everything,
         ..USUAL
     },
@@ -330,6 +359,22 @@ fn marks(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
     let mark = |number| usize::try_from(number).ok().and_then(|at| needs.get(at));
     know(nodes, 3, |number| mark(number).map(|mark| Mark::new(*mark)))?;
     make(nodes, round, GATEWAY_FIRST, &by_nodes(to_and_fro(round, 3))?)
+}
+
+/// Prefixes that the packets' destination is always in, cut one way or another.
+fn excluded(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+    let texts: &[&str] = match round % 5 {
+        0 => &["10.244.0.0/16", "fd44::/16"],
+        1 => &["10.240.0.0/12", "fd40::/12"],
+        2 => &["10.244.0.0/17", "10.244.128.0/17", "fd44::/17", "fd44:8000::/17"],
+        3 => &["10.244.0.0/16", "10.96.0.0/12", "fd44::/16", "fd96::/16"],
+        _ => &["10.0.0.0/8", "fd00::/8"],
+    };
+    for name in EVERYBODY {
+        let excluded = texts.iter().map(|text| text.parse()).collect::<std::result::Result<_, _>>();
+        nodes.node(name)?.0.excluded = excluded?;
+    }
+    make(nodes, round, GATEWAY_FIRST, &[p()?])
 }
 
 fn closed(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {

@@ -15,7 +15,7 @@ use rustix::net::{
     AddressFamily, SendFlags, SocketFlags, SocketType, ipproto, sendto, socket_with,
 };
 
-use crate::lab::{Lab, Netns, Pair, SERVER};
+use crate::lab::{Netns, Pair};
 
 const PORT: u16 = 7001;
 /// First port of the flows and how many there are: a port comes again when its last flow has
@@ -68,18 +68,18 @@ impl Progress {
     }
 }
 
-/// Has the pods send to the server for as long as the work takes; says what both came to.
+/// Has the pods send to a server for as long as the work takes; says what both came to.
 ///
 /// The pods take turns, and so do the families; packet `n` is sent by pod `n / 2 % pods.len()`.
 pub(crate) fn during<T>(
-    lab: &Lab,
+    (server, addresses): (&Netns, Pair),
     pods: &[Pod<'_>],
     per_second: u64,
     work: impl FnOnce(&Progress) -> T,
 ) -> io::Result<(T, Tally)> {
     let mut ways = Vec::new();
     for pod in pods {
-        for (from, to) in pod.address.into_iter().zip(SERVER) {
+        for (from, to) in pod.address.into_iter().zip(addresses) {
             ways.push(Way { socket: pod.netns.run(|| raw(to))??, from, to });
         }
     }
@@ -90,8 +90,8 @@ pub(crate) fn during<T>(
         let _refused = set_socket_recv_buffer_size_force(&server, BUFFER);
         Ok(server)
     };
-    let before = lab.server.run(overflows)?;
-    let servers = lab.server.run(|| SERVER.map(bind))?;
+    let before = server.run(overflows)?;
+    let servers = server.run(|| addresses.map(bind))?;
     let servers: Vec<_> = servers.into_iter().collect::<io::Result<_>>()?;
     let progress = Progress::default();
     let run = RUNS.fetch_add(1, Relaxed);
@@ -105,7 +105,7 @@ pub(crate) fn during<T>(
         let done = done.unwrap_or_else(|panicked| panic::resume_unwind(panicked));
         io::Result::Ok((done, sent?, arrived?))
     })?;
-    let overflowed = lab.server.run(overflows)?.saturating_sub(before);
+    let overflowed = server.run(overflows)?.saturating_sub(before);
     let Arrived { numbers, leaked } = arrived;
     let seen = |number: &u64| usize::try_from(*number).ok().and_then(|at| numbers.get(at)).copied();
     let lost = (0..sent).filter(|number| seen(number) != Some(true)).collect();
