@@ -53,7 +53,14 @@ impl Config {
             PlanError::Table(_) => "tables",
             PlanError::DuplicatePolicy { .. } => "policies",
             PlanError::Policy { policy, source } => {
+                let at = self.policies.iter().position(|other| other.id == *policy);
+                let at = at.unwrap_or_default();
+                let sources = self.policies.get(at).map(|policy| policy.sources.as_slice());
                 let field = match source {
+                    PolicyError::HostBits { net, .. } | PolicyError::Mapped { net } => {
+                        let is_source = sources.is_some_and(|sources| sources.contains(net));
+                        if is_source { ".sources" } else { ".destinations" }
+                    }
                     PolicyError::NoSources => ".sources",
                     PolicyError::NoDestinations => ".destinations",
                     PolicyError::UnknownGateway { .. } => ".gateway",
@@ -62,8 +69,7 @@ impl Config {
                     | PolicyError::EgressIpOfNode { .. } => ".egress_ip",
                     _ => "",
                 };
-                let at = self.policies.iter().position(|other| other.id == *policy);
-                return format!("policies[{}]{field}", at.unwrap_or_default());
+                return format!("policies[{at}]{field}");
             }
             _ => "nodes",
         };

@@ -11,6 +11,7 @@ mod convergence;
 mod golden;
 mod random;
 mod semantics;
+mod tables;
 mod validation;
 
 use egress_datapath::{
