@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use egress_datapath::{
-    Destinations, EgressIp, EgressPolicy, Mark, Node, NodeName, PolicyId, Report,
+    Destinations, EgressIp, EgressPolicy, Mark, MarkLayout, Node, NodeName, PolicyId, Report,
 };
 use ipnet::IpNet;
 
@@ -18,9 +18,9 @@ use crate::nodes::Nodes;
 pub(crate) enum Loss {
     /// Not one.
     None,
-    /// Those under way when their policy goes, which it does in odd rounds: the first lookup
-    /// found it and the second did not, so they are dropped.
-    OddRounds,
+    /// One now and then, that was between two hooks when its policy left this node: the first
+    /// lookup found it and the second did not.
+    Few,
     /// What they need is taken away for a while.
     Any,
 }
@@ -40,6 +40,8 @@ pub(crate) struct Change {
     pub(crate) name: &'static str,
     /// The sources that are right for the pod on the client and for the one on the gateway.
     pub(crate) wears: [&'static [Pair]; 2],
+    /// The bits of the marks.
+    pub(crate) marks: MarkLayout,
     /// Where the packets go.
     pub(crate) to: To,
     /// Whether packets may get lost.
@@ -55,6 +57,7 @@ pub(crate) struct Change {
 const USUAL: Change = Change {
     name: "",
     wears: [&[EIP_B]; 2],
+    marks: MarkLayout::SEED,
     to: To::Server,
     loss: Loss::None,
     idle: false,
@@ -96,8 +99,22 @@ pub(crate) const ALL: &[Change] = &[
     Change { name: "policies before it", round: before, ..USUAL },
     Change { name: "ranges of sources", round: ranges, ..USUAL },
     Change { name: "source as address or prefix", round: address_or_prefix, ..USUAL },
-    Change { name: "move, same egress IP", round: moved, ..USUAL },
-    Change { name: "move, other egress IP", wears: EITHER, round: moved_otherwise, ..USUAL },
+    Change { name: "move, same egress IP", loss: Loss::Few, round: moved, ..USUAL },
+    Change {
+        name: "move, other egress IP",
+        loss: Loss::Few,
+        wears: EITHER,
+        round: moved_otherwise,
+        ..USUAL
+    },
+    Change {
+        name: "move, marks without prefix",
+        wears: EITHER,
+        marks: MarkLayout::COMPACT,
+        loss: Loss::Few,
+        round: moved_otherwise,
+        ..USUAL
+    },
     Change { name: "egress IP", wears: EITHER, round: egress_ip, ..USUAL },
     Change { name: "gateways", round: gateways, ..USUAL },
     Change { name: "nodes", round: known, ..USUAL },
@@ -121,7 +138,7 @@ pub(crate) const ALL: &[Change] = &[
         name: "policy",
         wears: PLAIN,
         foreign: MASQUERADE,
-        loss: Loss::OddRounds,
+        loss: Loss::Few,
         round: comes,
         ..USUAL
     },

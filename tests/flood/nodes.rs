@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use egress_datapath::{
     ApplyError, Changes, Cluster, Connection, Datapath, EgressPolicy, KernelDatapath, KernelError,
-    KernelTables, MarkPool, Reconciler, Report, State, TablePool, TableRange,
+    KernelTables, MarkLayout, MarkPool, Reconciler, Report, State, TablePool, TableRange,
 };
 
 use crate::fleet::Result;
@@ -49,15 +49,18 @@ type Node = (Cluster, Reconciler<Hasty>);
 pub(crate) struct Nodes(Vec<Node>);
 
 impl Nodes {
-    pub(crate) fn open(lab: &Lab) -> Result<Self> {
-        let open = |host: &&Host| Ok((lab.cluster(host)?, hasty(host)?));
+    pub(crate) fn open(lab: &Lab, marks: MarkLayout) -> Result<Self> {
+        let open = |host: &&Host| {
+            let cluster = Cluster { marks, ..lab.cluster(host)? };
+            Ok((cluster, hasty(host, marks)?))
+        };
         Ok(Self(lab.nodes().iter().map(open).collect::<Result<_>>()?))
     }
 
     /// Gives every node a new reconciler, which remembers nothing.
     pub(crate) fn restart(&mut self, lab: &Lab) -> Result {
-        for (host, (_, reconciler)) in lab.nodes().into_iter().zip(&mut self.0) {
-            *reconciler = hasty(host)?;
+        for (host, (cluster, reconciler)) in lab.nodes().into_iter().zip(&mut self.0) {
+            *reconciler = hasty(host, cluster.marks)?;
         }
         Ok(())
     }
@@ -81,10 +84,10 @@ impl Nodes {
     }
 }
 
-fn hasty(host: &Host) -> Result<Reconciler<Hasty>> {
+fn hasty(host: &Host, marks: MarkLayout) -> Result<Reconciler<Hasty>> {
     let opened = host.netns.run(|| Ok((KernelDatapath::open()?, KernelTables::open()?)))?;
     let (kernel, in_use) = opened.map_err(|error: KernelError| error)?;
     let tables = TablePool::with_probe(TableRange::default(), in_use);
     let hasty = Hasty { kernel, asked: 0 };
-    Ok(Reconciler::with_allocators(hasty, MarkPool::default(), tables))
+    Ok(Reconciler::with_allocators(hasty, MarkPool::new(marks), tables))
 }
