@@ -115,7 +115,7 @@ fn a_guard_knows_a_mark_for_longer_than_any_rule_leads_it() {
     let mut cluster = cluster_v4("a");
     cluster.marks = MarkLayout::COMPACT;
     let with = planned(&cluster, [checkout()]).unwrap();
-    let without = planned(&cluster, [checkout(); 0]).unwrap();
+    let without = planned(&cluster, Vec::<EgressPolicy>::new()).unwrap();
     let changes = Changes::between(&with.state, &without.state);
     let place = |wanted: fn(&Op) -> bool| changes.ops().position(wanted);
     let rule = place(|op| matches!(op, Op::DeleteRule(_))).unwrap();
