@@ -6,6 +6,11 @@ mod facts;
 mod fdb;
 mod link;
 mod link_change;
+#[cfg(test)]
+#[allow(dead_code, reason = "no includer needs all of it")]
+mod mutate;
+#[cfg(test)]
+mod mutated;
 mod neighbour;
 mod nft;
 mod ownership;

@@ -9,5 +9,8 @@ mod decoys;
 mod fleet;
 mod flows;
 mod lookalikes;
+mod ownership;
 mod packets;
+mod process;
+mod restart;
 mod roundtrip;
