@@ -2,6 +2,8 @@
 
 mod address;
 mod conntrack;
+#[cfg(feature = "testing")]
+pub(crate) mod faults;
 mod fdb;
 mod link;
 mod link_change;
