@@ -34,8 +34,8 @@ pub enum Fault {
     /// The kernel does what it is asked, and the first datagram of its answer is lost for want of
     /// memory (`ENOBUFS`).
     LoseReply,
-    /// The kernel acknowledges a write, and has done nothing. A transaction loses its end on the
-    /// way; for everything else the acknowledgement is made up.
+    /// A transaction loses its end on the way: the kernel accepts all operations and acknowledges
+    /// them, and commits nothing.
     AckWithoutCommit,
     /// Somebody changes the objects while they are listed: one is missing, and the answer says so
     /// in the way that the kernel has for them.
@@ -172,7 +172,7 @@ impl Faults {
 
 const fn fits(fault: &Fault, call: Call) -> bool {
     match fault {
-        Fault::AckWithoutCommit => call.writes,
+        Fault::AckWithoutCommit => call.writes && matches!(call.part, Part::Firewall),
         Fault::TornDump => !call.writes,
         _ => true,
     }

@@ -5,7 +5,11 @@ mod lab;
 
 mod closed;
 mod decoys;
+#[cfg(feature = "testing")]
+mod faults;
 mod fleet;
 mod flows;
+#[cfg(feature = "testing")]
+mod foreign;
 mod packets;
 mod roundtrip;

@@ -96,11 +96,6 @@ pub(super) fn refused(datagram: &[u8], errno: i32, port: u32) -> Vec<u8> {
     answers(&messages(datagram), errno, port)
 }
 
-/// The kernel's acknowledgement of all that a datagram asks for.
-pub(super) fn acknowledged(datagram: &[u8], port: u32) -> Vec<u8> {
-    answers(&messages(datagram), 0, port)
-}
-
 fn answers(to: &[Found], errno: i32, port: u32) -> Vec<u8> {
     let mut writer = Writer::default();
     for message in to {
@@ -140,8 +135,7 @@ pub(super) fn torn(datagram: &mut Vec<u8>) {
         }
     }
     for message in messages(datagram).iter().filter(|message| message.kind != NLMSG_ERROR) {
-        if let (false, Some(flags)) =
-            (said, datagram.get_mut(message.start + 6..message.start + 8))
+        if let (false, Some(flags)) = (said, datagram.get_mut(message.start + 6..message.start + 8))
         {
             let set = flags.first().zip(flags.get(1)).map(|(a, b)| u16::from_ne_bytes([*a, *b]));
             let interrupted = set.unwrap_or_default() | flag::DUMP_INTR;
@@ -195,7 +189,6 @@ mod tests {
         assert_eq!(answered(&aborted(&transaction, 1, 7)), [(2, 1)]);
         assert_eq!(answered(&aborted(&transaction, 85, 7)), [(1, 85)]);
         assert_eq!(answered(&refused(&datagram(&[0x102, 0x102]), 2, 7)), [(1, 2), (2, 2)]);
-        assert_eq!(answered(&acknowledged(&datagram(&[32]), 7)), [(1, 0)]);
         assert_eq!(without_end(&transaction), datagram(&[BEGIN, 0xa00, 0xa03]));
     }
 

@@ -2,9 +2,7 @@
 
 use std::io;
 
-use super::datagram::{
-    aborted, acknowledged, netfilter_call, refused, routing_call, torn, without_end,
-};
+use super::datagram::{aborted, netfilter_call, refused, routing_call, torn, without_end};
 use super::{Call, Fault, Faults, Part};
 use crate::error::errno;
 
@@ -54,11 +52,7 @@ impl Tap {
                 self.made_up = Some(refused(datagram, errno, port));
                 return Ok(());
             }
-            Fault::AckWithoutCommit if transaction => return send(without_end(datagram)),
-            Fault::AckWithoutCommit => {
-                self.made_up = Some(acknowledged(datagram, port));
-                return Ok(());
-            }
+            Fault::AckWithoutCommit => return send(without_end(datagram)),
             Fault::LoseReply => self.damage = Some(Damage::Lost),
             Fault::TornDump => self.damage = Some(Damage::Torn),
             Fault::CutReply => self.damage = Some(Damage::Cut),
