@@ -4,6 +4,7 @@
 use egress_datapath::{
     Cluster, Destinations, EgressIp, Error, KernelError, Mark, MockDatapath, MockMarkAllocator,
     MockPolicy, MockTableAllocator, Node, NodeName, PolicyId, Reconciler, Sim, TableId,
+    Unavailable,
 };
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -81,6 +82,7 @@ fn policy() -> Result<MockPolicy> {
     // What a mock hands out by reference must outlive it.
     let gateway: &'static NodeName = Box::leak(Box::new(NodeName::new("b")?));
     policy.expect_gateway().returning(move || Some(gateway));
+    policy.expect_unavailable().return_const(Unavailable::Drop);
     policy.expect_egress_ip().return_const(EgressIp::V4("198.51.100.200".parse()?));
     Ok(policy)
 }

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use crate::connection::Connection;
+use crate::error::{ApplyError, KernelError};
 use crate::op::Op;
 
 /// A part of a change; the order of the variants is the order of the steps.
@@ -67,6 +68,9 @@ pub struct Step {
     pub ops: Vec<Op>,
 }
 
+/// What became of a step: how many operations were made, and which were refused.
+pub(crate) type Made = (usize, Vec<(Op, KernelError)>);
+
 /// Operations that turn one state into another, in an order that is safe at every point.
 ///
 /// `Display` writes a line per command, as an operator would type them.
@@ -86,6 +90,20 @@ impl Changes {
         let ops: Vec<_> = connections.into_iter().map(Op::EndConnection).collect();
         let step = Step { phase: Phase::EndConnections, ops };
         Self { steps: if step.ops.is_empty() { Vec::new() } else { vec![step] } }
+    }
+
+    /// Makes step after step, until one is refused something.
+    pub(crate) fn make(&self, mut step: impl FnMut(&Step) -> Made) -> Result<(), ApplyError> {
+        let mut applied = 0;
+        for part in &self.steps {
+            let (made, refused) = step(part);
+            applied += made;
+            if !refused.is_empty() {
+                let skipped = self.len() - applied - refused.len();
+                return Err(ApplyError { applied, refused, skipped });
+            }
+        }
+        Ok(())
     }
 
     /// Parts the changes before the table's guards go.

@@ -42,38 +42,26 @@ pub trait Datapath: Send {
     fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError>;
 }
 
-impl<D: Datapath + ?Sized> Datapath for &mut D {
-    fn observe(&mut self) -> Result<State, KernelError> {
-        (**self).observe()
-    }
+macro_rules! delegate {
+    ($($pointer:ty),*) => {$(
+        impl<D: Datapath + ?Sized> Datapath for $pointer {
+            fn observe(&mut self) -> Result<State, KernelError> {
+                (**self).observe()
+            }
 
-    fn stale_connections(
-        &mut self,
-        wanted: &State,
-        before: &State,
-    ) -> Result<BTreeSet<Connection>, KernelError> {
-        (**self).stale_connections(wanted, before)
-    }
+            fn stale_connections(
+                &mut self,
+                wanted: &State,
+                before: &State,
+            ) -> Result<BTreeSet<Connection>, KernelError> {
+                (**self).stale_connections(wanted, before)
+            }
 
-    fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {
-        (**self).apply(changes)
-    }
+            fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {
+                (**self).apply(changes)
+            }
+        }
+    )*};
 }
 
-impl<D: Datapath + ?Sized> Datapath for Box<D> {
-    fn observe(&mut self) -> Result<State, KernelError> {
-        (**self).observe()
-    }
-
-    fn stale_connections(
-        &mut self,
-        wanted: &State,
-        before: &State,
-    ) -> Result<BTreeSet<Connection>, KernelError> {
-        (**self).stale_connections(wanted, before)
-    }
-
-    fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {
-        (**self).apply(changes)
-    }
-}
+delegate!(&mut D, Box<D>);

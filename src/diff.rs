@@ -130,6 +130,8 @@ fn rtnetlink(observed: &State, desired: &State, steps: &mut Steps) {
     // The rule that refuses is asked after those that send: made first, taken away last.
     sort(steps, Phase::Rules, |op| std::cmp::Reverse(rule_priority(op)));
     sort(steps, Phase::DeleteRules, rule_priority);
+    // The last address of a family takes the neighbours of its network along.
+    sort(steps, Phase::DeletePeers, |op| matches!(op, Op::DeleteAddress(..)));
 }
 
 fn rule_priority(op: &Op) -> u32 {

@@ -17,6 +17,7 @@ struct Inner {
     cause: Cause,
     words: Option<String>,
     remedy: Option<&'static str>,
+    holder: Option<u32>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,7 +70,7 @@ impl KernelError {
 
     fn with(request: impl fmt::Display, cause: Cause) -> Self {
         let request = request.to_string();
-        Self(Box::new(Inner { request, cause, words: None, remedy: None }))
+        Self(Box::new(Inner { request, cause, words: None, remedy: None, holder: None }))
     }
 
     /// Adds the kernel's own words, from an extended acknowledgement.
@@ -84,6 +85,22 @@ impl KernelError {
     pub fn with_remedy(mut self, remedy: &'static str) -> Self {
         self.0.remedy = Some(remedy);
         self
+    }
+
+    /// Adds who has what was asked for.
+    #[must_use]
+    pub(crate) fn with_holder(mut self, process: u32) -> Self {
+        self.0.holder = Some(process);
+        self.0.remedy = Some("stop that process, or leave this network namespace to it");
+        self
+    }
+
+    /// The process that has what was asked for: the lock, or the nf_tables table.
+    ///
+    /// Of a table it is the port of its owner's netlink socket, which is the number of the process
+    /// unless that has more than one.
+    pub fn holder(&self) -> Option<u32> {
+        self.0.holder
     }
 
     /// The request, as an operator would type it.
@@ -151,6 +168,9 @@ impl fmt::Display for KernelError {
         }
         if let Some(words) = &self.0.words {
             write!(f, " ({words})")?;
+        }
+        if let Some(holder) = self.0.holder {
+            write!(f, ", held by process {holder}")?;
         }
         if let Some(remedy) = self.remedy() {
             write!(f, "; {remedy}")?;

@@ -2,6 +2,7 @@
 
 mod address;
 mod conntrack;
+mod facts;
 #[cfg(feature = "testing")]
 pub(crate) mod faults;
 mod fdb;
@@ -9,6 +10,7 @@ mod link;
 mod link_change;
 mod neighbour;
 mod nft;
+mod ownership;
 mod route;
 mod route_answer;
 mod route_socket;
@@ -20,12 +22,13 @@ mod rtnl_wire_tests;
 mod rule;
 mod socket;
 mod tables;
+mod watch;
 mod wire;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use crate::changes::{Changes, Step};
+use crate::changes::{Changes, Made, Step};
 use crate::connection::Connection;
 use crate::datapath::Datapath;
 use crate::error::{ApplyError, KernelError};
@@ -33,9 +36,13 @@ use crate::op::Op;
 use crate::state::State;
 use crate::types::DeviceName;
 
+pub(crate) use facts::facts;
+use ownership::Hold;
+pub use ownership::Ownership;
 use route_socket::RouteSocket;
 use socket::Socket;
 pub use tables::KernelTables;
+pub use watch::{News, Part, Process, Watch};
 
 /// The kernel of the network namespace that the opening thread was in.
 ///
@@ -49,16 +56,44 @@ pub use tables::KernelTables;
 pub struct KernelDatapath {
     routing: RouteSocket,
     netfilter: Socket,
+    hold: Hold,
+    watching: watch::Shared,
 }
 
 impl KernelDatapath {
-    /// Opens sockets in the network namespace of the calling thread.
+    /// Opens sockets in the network namespace of the calling thread, shared with others.
     ///
     /// # Errors
     ///
     /// The part of the kernel that is missing.
     pub fn open() -> Result<Self, KernelError> {
-        Ok(Self { routing: RouteSocket::open()?, netfilter: nft::open()? })
+        Self::open_as(Ownership::Shared)
+    }
+
+    /// Opens sockets in the network namespace of the calling thread.
+    ///
+    /// # Errors
+    ///
+    /// The part of the kernel that is missing; of an exclusive one also that another has the
+    /// namespace or the table ([`KernelError::holder`] says which process), or that the table
+    /// was made by a shared one.
+    pub fn open_as(ownership: Ownership) -> Result<Self, KernelError> {
+        let (routing, mut netfilter) = (RouteSocket::open()?, nft::open()?);
+        let hold = Hold::take(ownership, &mut netfilter)?;
+        // Last, for the port of a process's first socket is its pid, and names an owner to others.
+        let watching = watch::Shared::open(routing.share_expected(), nft::open()?)
+            .map_err(|error| KernelError::io("open a routing socket", &error))?;
+        Ok(Self { routing, netfilter, hold, watching })
+    }
+
+    /// Begins to listen for changes that others make to what is ours, in the network namespace of
+    /// this datapath, whatever the calling thread's is.
+    ///
+    /// # Errors
+    ///
+    /// A missing privilege, or `EBUSY` while another watch of this datapath lives.
+    pub fn watch(&self) -> Result<Watch, KernelError> {
+        self.watching.watch(self.routing.port(), self.netfilter.port())
     }
 
     /// The device that has an address, and its MTU in bytes; `None` if none has it.
@@ -72,13 +107,26 @@ impl KernelDatapath {
         Ok(found.map(|device| device.mtu))
     }
 
+    /// Says of a denial that it is the table's owner who may.
+    fn name_the_owner(&mut self, refused: nft::Refused) -> nft::Refused {
+        if !refused.iter().any(|(_, error)| error.is_denied()) {
+            return refused;
+        }
+        let Ok(Some((_, Some(owner)))) = nft::flags_and_owner(&mut self.netfilter) else {
+            return refused;
+        };
+        // The port is a process's number if it has but one such socket; a name tells better.
+        let owner = ownership::holder().unwrap_or(owner);
+        refused.into_iter().map(|(index, error)| (index, error.with_holder(owner))).collect()
+    }
+
     /// Makes a step: one transaction, or every request in turn.
-    fn step(&mut self, step: &Step) -> (usize, Vec<(Op, KernelError)>) {
+    fn step(&mut self, step: &Step) -> Made {
         if step.ops.first().is_some_and(Op::is_nft) {
-            return match nft::commit(&mut self.netfilter, &step.ops) {
+            return match nft::commit_as(&mut self.netfilter, &step.ops, self.hold.table_flags) {
                 Ok(()) => (step.ops.len(), Vec::new()),
                 Err(refused) => {
-                    let refused = refused.into_iter();
+                    let refused = self.name_the_owner(refused).into_iter();
                     let op = |index: usize| step.ops.get(index).or(step.ops.first()).cloned();
                     (0, refused.filter_map(|(index, error)| Some((op(index)?, error))).collect())
                 }
@@ -124,15 +172,6 @@ impl Datapath for KernelDatapath {
     }
 
     fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {
-        let mut applied = 0;
-        for step in changes.steps() {
-            let (made, refused) = self.step(step);
-            applied += made;
-            if !refused.is_empty() {
-                let skipped = changes.len() - applied - refused.len();
-                return Err(ApplyError { applied, refused, skipped });
-            }
-        }
-        Ok(())
+        changes.make(|step| self.step(step))
     }
 }

@@ -21,6 +21,9 @@
 //!   print as the commands an operator would type.
 //! - [`Datapath`] holds a state: the kernel ([`KernelDatapath`]) or a stand-in ([`Sim`]).
 //! - [`Reconciler`] does all of this in one call.
+//! - [`preflight`] looks beforehand at what on the host may be in the way.
+//! - [`Watch`] is readable when somebody else touched what is ours, and [`Reconciler::repair`] puts
+//!   it right.
 //!
 //! # Example
 //!
@@ -67,7 +70,7 @@
 //!
 //! # Features
 //!
-//! - `kernel` (default): [`KernelDatapath`], on Linux.
+//! - `kernel` (default): [`KernelDatapath`] and [`preflight`], on Linux.
 //! - `serde`: `Serialize` and `Deserialize` for the value types.
 //! - `mock`: mocks of the four traits; exempt from semantic versioning.
 //! - `testing`: faults between the datapath and the kernel; exempt from semantic versioning.
@@ -92,6 +95,8 @@ mod mark;
 mod op;
 mod plan;
 mod policy;
+#[cfg(all(feature = "kernel", target_os = "linux"))]
+pub mod preflight;
 mod range;
 mod reconciler;
 #[cfg(feature = "serde")]
@@ -116,13 +121,13 @@ pub use datapath::Datapath;
 pub use datapath::MockDatapath;
 pub use error::{ApplyError, KernelError};
 #[cfg(all(feature = "kernel", target_os = "linux"))]
-pub use kernel::{KernelDatapath, KernelTables};
+pub use kernel::{KernelDatapath, KernelTables, News, Ownership, Part, Process, Watch};
 pub use mark::{LayoutError, MarkLayout};
 pub use op::Op;
 pub use plan::{Closed, Finding, Plan, PlanError, PolicyError, plan};
 #[cfg(feature = "mock")]
 pub use policy::MockPolicy;
-pub use policy::{Destinations, EgressIp, EgressPolicy, Policy};
+pub use policy::{Destinations, EgressIp, EgressPolicy, Policy, Unavailable};
 pub use range::IpRange;
 pub use reconciler::{Error, Reconciler, Report};
 pub use sim::Sim;

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 
 use crate::alloc::{AllocError, MarkAllocator, TableAllocator};
 use crate::cluster::{Cluster, Node};
-use crate::policy::Policy;
+use crate::policy::{Policy, Unavailable};
 use crate::state::State;
 use crate::types::{Family, MacAddr, Mark, NodeName, PolicyId, TableId};
 
@@ -17,6 +17,8 @@ mod classes;
 mod firewall;
 mod routing;
 
+#[cfg(all(feature = "kernel", target_os = "linux"))]
+pub(crate) use chains::priority::BEFORE_SNAT;
 use check::{Checked, World};
 
 /// What this node's kernel should hold, and what the caller should know about it.
@@ -44,6 +46,16 @@ pub enum Finding {
         /// The family.
         family: Family,
     },
+    /// The policy's traffic of a family leaves as if there were no policy, as it asks for.
+    #[error("policy {policy} leaves its {family} traffic alone: {why}")]
+    Bypassed {
+        /// The policy.
+        policy: PolicyId,
+        /// The family.
+        family: Family,
+        /// The reason.
+        why: Closed,
+    },
     /// The policy's traffic of a family is dropped.
     #[error("policy {policy} drops its {family} traffic: {why}")]
     Closed {
@@ -56,7 +68,7 @@ pub enum Finding {
     },
 }
 
-/// Why a policy's traffic is dropped rather than sent out.
+/// Why a policy's traffic cannot be sent out as it asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Closed {
@@ -397,7 +409,11 @@ fn gateways<'a>(
                     used.insert(&node.name, node);
                 }
                 (Role::Closed(why), _) => {
-                    findings.push(Finding::Closed { policy: policy.id.clone(), family, why });
+                    let id = policy.id.clone();
+                    findings.push(match policy.unavailable {
+                        Unavailable::Drop => Finding::Closed { policy: id, family, why },
+                        Unavailable::Bypass => Finding::Bypassed { policy: id, family, why },
+                    });
                 }
                 _ => {}
             }

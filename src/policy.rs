@@ -32,6 +32,27 @@ pub trait Policy: Send + Sync {
 
     /// Source address the traffic wears outside.
     fn egress_ip(&self) -> EgressIp;
+
+    /// What becomes of the traffic where the policy cannot be carried out.
+    fn unavailable(&self) -> Unavailable {
+        Unavailable::Drop
+    }
+}
+
+/// What becomes of a policy's traffic of a family that has no gateway, no egress IP, or no way
+/// through the tunnel.
+///
+/// It is about what the policy says. Traffic that is steered and finds its gateway, tunnel or route
+/// gone is dropped in any case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "lowercase"))]
+pub enum Unavailable {
+    /// It is dropped.
+    #[default]
+    Drop,
+    /// It leaves as if there were no policy, with whatever address that gives.
+    Bypass,
 }
 
 macro_rules! delegate {
@@ -59,6 +80,10 @@ macro_rules! delegate {
 
             fn egress_ip(&self) -> EgressIp {
                 (**self).egress_ip()
+            }
+
+            fn unavailable(&self) -> Unavailable {
+                (**self).unavailable()
             }
         }
     )*};
@@ -149,6 +174,9 @@ pub struct EgressPolicy {
     pub gateway: Option<NodeName>,
     /// Source address the traffic wears outside.
     pub egress_ip: EgressIp,
+    /// What becomes of the traffic where the policy cannot be carried out.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub unavailable: Unavailable,
 }
 
 impl EgressPolicy {
@@ -161,6 +189,7 @@ impl EgressPolicy {
             destinations: Destinations::External,
             gateway: None,
             egress_ip,
+            unavailable: Unavailable::Drop,
         }
     }
 }
@@ -188,5 +217,9 @@ impl Policy for EgressPolicy {
 
     fn egress_ip(&self) -> EgressIp {
         self.egress_ip
+    }
+
+    fn unavailable(&self) -> Unavailable {
+        self.unavailable
     }
 }

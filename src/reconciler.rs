@@ -7,6 +7,7 @@ use crate::changes::Changes;
 use crate::cluster::{Cluster, Node};
 use crate::datapath::Datapath;
 use crate::error::{ApplyError, KernelError};
+use crate::op::Op;
 use crate::plan::{Finding, Plan, PlanError, plan};
 use crate::policy::Policy;
 use crate::state::{ChainId, Comment, Data, Route, Rule, RuleAction, State, Verdict};
@@ -22,6 +23,10 @@ pub struct Reconciler<D, M = MarkPool, T = TablePool> {
     datapath: D,
     marks: M,
     tables: T,
+    /// What the last call that could plan wanted.
+    wanted: Option<State>,
+    /// Whether the last call was carried through, connections included.
+    settled: bool,
 }
 
 /// What a call did.
@@ -52,13 +57,27 @@ pub enum Error {
 impl Reconciler<crate::KernelDatapath> {
     /// A reconciler of the kernel of the calling thread's network namespace.
     ///
+    /// Others may change the nf_tables table, too; [`open_as`](Self::open_as) can keep them out.
     /// Tables are given out from the range, those left out that any rule or route here uses.
     ///
     /// # Errors
     ///
     /// What is missing: a privilege, or a part of the kernel.
     pub fn open(marks: crate::MarkLayout, tables: crate::TableRange) -> Result<Self, Error> {
-        let datapath = crate::KernelDatapath::open().map_err(Error::Observe)?;
+        Self::open_as(crate::Ownership::Shared, marks, tables)
+    }
+
+    /// The same, alone in charge or one of several.
+    ///
+    /// # Errors
+    ///
+    /// What is missing, or who is in charge already.
+    pub fn open_as(
+        ownership: crate::Ownership,
+        marks: crate::MarkLayout,
+        tables: crate::TableRange,
+    ) -> Result<Self, Error> {
+        let datapath = crate::KernelDatapath::open_as(ownership).map_err(Error::Observe)?;
         let in_use = crate::KernelTables::open().map_err(Error::Observe)?;
         let tables = TablePool::with_probe(tables, in_use);
         Ok(Self::with_allocators(datapath, MarkPool::new(marks), tables))
@@ -75,7 +94,7 @@ impl<D: Datapath> Reconciler<D> {
 impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     /// A reconciler with allocators of one's own; the marks must be of the cluster's layout.
     pub const fn with_allocators(datapath: D, marks: M, tables: T) -> Self {
-        Self { datapath, marks, tables }
+        Self { datapath, marks, tables, wanted: None, settled: false }
     }
 
     /// Makes the kernel hold what the policies want, and nothing else of ours.
@@ -89,10 +108,35 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         cluster: &Cluster,
         policies: impl IntoIterator<Item = P>,
     ) -> Result<Report, Error> {
-        let (plan, observed, changes) = self.compare(cluster, policies)?;
-        let changes = self.make(changes, &observed, &plan.state)?;
+        let (mut plan, observed, changes) = self.compare(cluster, policies)?;
+        let made = self.make(changes, &observed, &plan.state);
+        self.wanted = Some(std::mem::take(&mut plan.state));
+        let changes = made?;
         self.release(cluster, &plan);
         Ok(Report { changes, findings: plan.findings })
+    }
+
+    /// Makes the kernel hold again what the last [`reconcile`](Self::reconcile) wanted, whatever
+    /// others have done to it since; the report has no findings.
+    ///
+    /// It is the cheap half of a reconciliation: nothing is planned, and where nothing has changed
+    /// nothing is written. It also goes on with what a failed [`Error::Apply`] left undone. Before
+    /// the first reconciliation, and after [`remove`](Self::remove), nothing is wanted, and nothing
+    /// is done.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Observe`] and [`Error::Apply`], as of [`reconcile`](Self::reconcile).
+    pub fn repair(&mut self) -> Result<Report, Error> {
+        let changes = match self.wanted.take() {
+            Some(wanted) => {
+                let made = self.restore(&wanted);
+                self.wanted = Some(wanted);
+                made?
+            }
+            None => Changes::default(),
+        };
+        Ok(Report { changes, findings: Vec::new() })
     }
 
     /// What [`reconcile`](Self::reconcile) would change and report, without changing it.
@@ -107,6 +151,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
 
     /// Removes everything of ours.
     pub fn remove(&mut self) -> Result<Report, Error> {
+        self.wanted = None;
         let observed = self.datapath.observe().map_err(Error::Observe)?;
         let nothing = State::default();
         let changes = Changes::between(&observed, &nothing);
@@ -131,12 +176,23 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         Ok((plan, observed, changes))
     }
 
+    fn restore(&mut self, wanted: &State) -> Result<Changes, Error> {
+        let observed = self.datapath.observe().map_err(Error::Observe)?;
+        let changes = Changes::between(&observed, wanted);
+        self.make(changes, &observed, wanted)
+    }
+
     /// Makes the changes, and ends the connections that they leave behind with a translation
     /// that is not wanted; the table's guards hold those back until then.
     ///
-    /// They are looked for even if nothing changes: who ran before may have been stopped between
-    /// the two.
+    /// The first call looks for them even if nothing changes: who ran before may have been stopped
+    /// between the two.
     fn make(&mut self, changes: Changes, before: &State, wanted: &State) -> Result<Changes, Error> {
+        if self.settled && !changes.ops().any(Op::is_nft) {
+            self.datapath.apply(&changes)?;
+            return Ok(changes);
+        }
+        self.settled = false;
         let (mut made, last) = changes.before_table_goes();
         self.datapath.apply(&made)?;
         let stale = self.datapath.stale_connections(wanted, before).map_err(Error::Observe)?;
@@ -144,6 +200,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         rest.extend(last);
         self.datapath.apply(&rest)?;
         made.extend(rest);
+        self.settled = true;
         Ok(made)
     }
 
@@ -234,4 +291,45 @@ fn tables_of<'a>(
         }
         _ => None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{EgressIp, EgressPolicy, PolicyId, Sim};
+
+    #[test]
+    fn a_repair_restores_what_was_wanted_last_with_the_smallest_write() {
+        let name = |text: &str| NodeName::new(text).unwrap();
+        let node = |text: &str, number: u8| {
+            let tunnel = IpAddr::from([172, 31, 0, number]).into();
+            Node::new(name(text), vec![[192, 0, 2, number].into()], vec![tunnel])
+        };
+        let nodes = vec![node("a", 1), node("b", 2)];
+        let cluster = Cluster::new(name("a"), nodes, vec!["10.0.0.0/8".parse().unwrap()]);
+        let source = vec!["10.0.0.1/32".parse().unwrap()];
+        let eip = EgressIp::V4([198, 51, 100, 1].into());
+        let policy = EgressPolicy {
+            gateway: Some(name("b")),
+            ..EgressPolicy::new(PolicyId::new("p").unwrap(), source, eip)
+        };
+        let mut egress = Reconciler::new(Sim::new());
+        assert!(egress.repair().unwrap().changes.is_empty(), "nothing is wanted yet");
+        let _report = egress.reconcile(&cluster, [&policy]).unwrap();
+        assert!(egress.repair().unwrap().changes.is_empty());
+
+        let whole = egress.datapath().observe().unwrap();
+        let mut less = whole.clone();
+        let rule = less.rules.pop_last().unwrap();
+        egress.datapath().apply(&Changes::between(&whole, &less)).unwrap();
+        let _looked = egress.preview(&cluster, [&policy; 0]).unwrap();
+        let report = egress.repair().unwrap();
+        assert_eq!(report.changes.ops().collect::<Vec<_>>(), [&Op::AddRule(rule)]);
+        assert_eq!(egress.datapath().observe().unwrap(), whole);
+        assert!(egress.repair().unwrap().changes.is_empty());
+
+        let _report = egress.remove().unwrap();
+        assert!(egress.repair().unwrap().changes.is_empty(), "nothing is wanted any more");
+        assert!(egress.datapath().observe().unwrap().is_empty());
+    }
 }

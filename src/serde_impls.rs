@@ -353,7 +353,7 @@ mod tests {
             &policy,
             &json!({
                 "id": "default/p1", "priority": 0, "sources": ["10.244.1.10/32"],
-                "destinations": ["198.51.100.0/24"], "gateway": "b", "egress_ip": "node",
+                "destinations": ["198.51.100.0/24"], "gateway": "b", "egress_ip": "node", "unavailable": "drop",
             }),
         );
         let short = json!({"id": "p", "sources": ["10.244.1.10/32"], "egress_ip": "node"});

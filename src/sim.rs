@@ -2,7 +2,7 @@
 
 use std::collections::btree_map::Entry;
 
-use crate::changes::{Changes, Step};
+use crate::changes::{Changes, Made, Step};
 use crate::datapath::Datapath;
 use crate::error::{ApplyError, KernelError, errno};
 use crate::op::Op;
@@ -98,7 +98,7 @@ impl Sim {
     }
 
     /// Makes a step; of a transaction all or nothing, of other requests those that are accepted.
-    fn step(&mut self, step: &Step) -> (usize, Vec<(Op, KernelError)>) {
+    fn step(&mut self, step: &Step) -> Made {
         let transaction = step.ops.first().is_some_and(Op::is_nft);
         let before = transaction.then(|| self.state.clone());
         let mut refused = Vec::new();
@@ -123,16 +123,7 @@ impl Datapath for Sim {
     }
 
     fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {
-        let mut applied = 0;
-        for step in changes.steps() {
-            let (made, refused) = self.step(step);
-            applied += made;
-            if !refused.is_empty() {
-                let skipped = changes.len() - applied - refused.len();
-                return Err(ApplyError { applied, refused, skipped });
-            }
-        }
-        Ok(())
+        changes.make(|step| self.step(step))
     }
 }
 

@@ -4,7 +4,7 @@
 use egress_datapath::{
     AllocError, Cluster, Destinations, EgressIp, Error, KernelError, Mark, MarkPool, MockDatapath,
     MockMarkAllocator, MockPolicy, MockTableAllocator, Node, NodeName, PlanError, Policy, PolicyId,
-    Reconciler, Sim, State, TableId, TablePool,
+    Reconciler, Sim, State, TableId, TablePool, Unavailable,
 };
 
 fn name(text: &str) -> NodeName {
@@ -31,6 +31,7 @@ fn policy() -> MockPolicy {
     // What a mock hands out by reference must outlive it.
     let gateway: &'static NodeName = Box::leak(Box::new(name("b")));
     policy.expect_gateway().returning(move || Some(gateway));
+    policy.expect_unavailable().return_const(Unavailable::Drop);
     policy.expect_egress_ip().return_const(EgressIp::Node);
     policy
 }

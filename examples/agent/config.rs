@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use egress_datapath::{
     Cluster, Destinations, DeviceName, EgressIp, EgressPolicy, MacAddr, Mark, MarkLayout, Node,
-    NodeName, PlanError, PolicyError, PolicyId, TableRange, Tunnel,
+    NodeName, PlanError, PolicyError, PolicyId, TableRange, Tunnel, Unavailable,
 };
 use ipnet::IpNet;
 use serde::Deserialize;
@@ -134,6 +134,8 @@ struct PolicyForm {
     destinations: Option<Vec<Text<Hosts>>>,
     gateway: Option<Text<NodeName>>,
     egress_ip: EgressIp,
+    #[serde(default)]
+    unavailable: Unavailable,
 }
 
 impl File {
@@ -185,6 +187,7 @@ impl PolicyForm {
                 .map_or(Destinations::External, |listed| Destinations::Nets(nets(listed))),
             gateway: self.gateway.map(|gateway| gateway.0),
             egress_ip: self.egress_ip,
+            unavailable: self.unavailable,
         }
     }
 }

@@ -8,6 +8,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use config::Config;
+use egress_datapath::preflight::{Preflight, Severity};
 use egress_datapath::{
     AllocError, Datapath, Error, KernelDatapath, MarkLayout, MarkPool, PlanError, Reconciler,
     Report, TablePool, TableRange, plan,
@@ -16,6 +17,7 @@ use egress_datapath::{
 const USAGE: &str = "\
 usage: agent apply --node NAME --cluster FILE.json   make the kernel hold what FILE asks for
        agent plan --node NAME --cluster FILE.json    say what apply would change
+       agent doctor --node NAME --cluster FILE.json  say what on this host is in the way
        agent show [--json]                           say what the kernel holds
        agent remove                                  remove everything of ours";
 
@@ -60,6 +62,7 @@ fn run(arguments: &[&str]) -> Result<(), Failure> {
     match *arguments {
         ["apply", ref options @ ..] => reconcile(options, Mode::Apply),
         ["plan", ref options @ ..] => reconcile(options, Mode::Plan),
+        ["doctor", ref options @ ..] => doctor(options),
         ["show"] => Ok(show::people(&observe()?)?),
         ["show", "--json"] => Ok(show::json(&observe()?)?),
         ["remove"] => remove(),
@@ -78,17 +81,37 @@ enum Mode {
     Plan,
 }
 
-fn reconcile(options: &[&str], mode: Mode) -> Result<(), Failure> {
+/// Reads the file, and plans once without the kernel, so that bad input is told from a kernel
+/// that refuses.
+fn read<'a>(options: &[&'a str]) -> Result<(&'a str, Config), Failure> {
     let (node, file) = options_of(options)?;
-    let mut config = Config::read(node, file).map_err(Failure::Input)?;
-    // Once without the kernel, so that bad input is told from a kernel that refuses.
-    plan(
-        &config.cluster,
-        &config.policies,
-        &mut MarkPool::new(config.cluster.marks),
-        &mut TablePool::new(config.tables),
-    )
-    .map_err(|error| failure(file, &config, error.into()))?;
+    let config = Config::read(node, file).map_err(Failure::Input)?;
+    let Config { cluster, policies, tables } = &config;
+    plan(cluster, policies, &mut MarkPool::new(cluster.marks), &mut TablePool::new(*tables))
+        .map_err(|error| failure(file, &config, error.into()))?;
+    Ok((file, config))
+}
+
+fn doctor(options: &[&str]) -> Result<(), Failure> {
+    let (_, config) = read(options)?;
+    let preflight = Preflight::new(&config.cluster, &config.policies).with_tables(config.tables);
+    let problems = preflight.run().map_err(Failure::kernel)?;
+    let mut out = io::stdout().lock();
+    for problem in &problems {
+        writeln!(out, "{}: {problem}; {}", problem.severity(), problem.remedy())?;
+    }
+    writeln!(out, "{} problem(s)", problems.len())?;
+    let broken = problems.iter().filter(|problem| problem.severity() == Severity::Broken).count();
+    match broken {
+        0 => Ok(()),
+        _ => Err(Failure::Kernel(format!(
+            "{broken} problem(s) would keep the datapath from working"
+        ))),
+    }
+}
+
+fn reconcile(options: &[&str], mode: Mode) -> Result<(), Failure> {
+    let (file, mut config) = read(options)?;
     let opened = Reconciler::open(config.cluster.marks, config.tables);
     let mut egress = opened.map_err(|error| failure(file, &config, error))?;
     find_underlay(file, &mut config, egress.datapath())?;

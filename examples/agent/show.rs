@@ -56,7 +56,7 @@ struct Policy {
 
 #[derive(Clone, Serialize)]
 struct Steered {
-    /// `gateway`, `here` or `closed`.
+    /// `gateway`, `here`, `closed` or `bypass`.
     way_out: &'static str,
     /// The node it is sent to; null unless `way_out` is `gateway`.
     gateway: Option<String>,
@@ -217,6 +217,9 @@ fn steered(firewall: &Firewall, family: Family, policy: Tag, way_out: Tag) -> St
                 _ if elements.contains_key(&Key::Masquerade(family, policy)) => Some("node".into()),
                 _ => None,
             };
+        }
+        Some(Value { data: Data::Verdict(Verdict::Goto(ChainId::Bypass)), .. }) => {
+            steered.way_out = "bypass";
         }
         Some(value @ Value { data: Data::Verdict(Verdict::Goto(_)), .. }) => {
             steered.way_out = "gateway";

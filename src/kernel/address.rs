@@ -41,7 +41,7 @@ pub(super) fn message(index: u32, net: IpNet) -> AddressMessage {
 }
 
 /// Index of the device and the address with its prefix length.
-fn parse(message: &AddressMessage) -> Option<(u32, IpNet)> {
+pub(super) fn parse(message: &AddressMessage) -> Option<(u32, IpNet)> {
     let local = message.attributes.iter().find_map(|attribute| {
         if let AddressAttribute::Local(address) = attribute { Some(*address) } else { None }
     });

@@ -31,7 +31,7 @@ pub(super) fn message(index: u32, mac: MacAddr, node: IpAddr) -> NeighbourMessag
     message
 }
 
-fn parse(message: &NeighbourMessage) -> Option<(MacAddr, IpAddr)> {
+pub(super) fn parse(message: &NeighbourMessage) -> Option<(MacAddr, IpAddr)> {
     if u16::from(message.header.state) & KEPT == 0 {
         return None;
     }

@@ -109,7 +109,7 @@ fn rp_filter(families: &[AfSpecUnspec]) -> u32 {
         .unwrap_or_default()
 }
 
-fn without_statistics() -> LinkAttribute {
+pub(super) fn without_statistics() -> LinkAttribute {
     LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats])
 }
 
@@ -130,6 +130,7 @@ impl RouteSocket {
         let Some(device) = devices.into_iter().min_by_key(|device| device.index) else {
             return Ok(None);
         };
+        self.expected().found(device.index);
         let tunnel = device.tunnel.unwrap_or_default();
         let name = DeviceName::new(&device.name)
             .map_err(|_| KernelError::answer(what, "our device has an impossible name"))?;
@@ -169,9 +170,12 @@ impl RouteSocket {
         what: &dyn Display,
         name: &DeviceName,
     ) -> Result<Device, KernelError> {
-        self.device_named(what, name)?
+        let device = self
+            .device_named(what, name)?
             .filter(Device::is_ours)
-            .ok_or_else(|| KernelError::refused(what, errno::ENODEV).with_remedy(NOT_OURS))
+            .ok_or_else(|| KernelError::refused(what, errno::ENODEV).with_remedy(NOT_OURS))?;
+        self.expected().found(device.index);
+        Ok(device)
     }
 
     /// The device with this index, of whoever.

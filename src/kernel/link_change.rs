@@ -10,7 +10,7 @@ use netlink_packet_route::link::{
     LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
 
-use super::link::Device;
+use super::link::{Device, Tunnel};
 use super::route_socket::RouteSocket;
 use super::rtnl::EAFNOSUPPORT;
 use crate::error::{KernelError, errno};
@@ -119,12 +119,34 @@ impl RouteSocket {
         let device = self
             .device_named(what, &link.name)?
             .ok_or_else(|| KernelError::refused(what, errno::ENODEV))?;
+        self.expect_new(link, device.index, underlay);
         let finished = self.finish_link(what, link, device.index);
         if finished.is_err() {
             // The first refusal says more than what becomes of this.
             let _ = self.delete_device(what, device.index);
         }
         finished
+    }
+
+    /// Has a watch expect what [`finish_link`](Self::finish_link) does, from the beginning.
+    fn expect_new(&mut self, link: &Vxlan, index: u32, underlay: u32) {
+        let tunnel = Tunnel { vni: link.vni, port: link.port, local: Some(link.local), underlay };
+        let mut device = Device {
+            index,
+            name: link.name.as_str().to_owned(),
+            mac: Some(link.mac),
+            mtu: link.mtu,
+            tunnel: Some(tunnel),
+            ..Device::default()
+        };
+        let mut expected = self.expected();
+        expected.found(index);
+        expected.will_be(&device);
+        device.alias = Some(LINK_ALIAS.to_owned());
+        device.rp_filter = link.rp_filter;
+        expected.will_be(&device);
+        device.up = link.up;
+        expected.will_be(&device);
     }
 
     fn finish_link(
@@ -149,7 +171,8 @@ impl RouteSocket {
     pub(super) fn set_link(&mut self, what: &dyn Display, link: &Vxlan) -> Result<(), KernelError> {
         let device = self.our_device(what, &link.name)?;
         let index = device.index;
-        let tunnel = device.tunnel.unwrap_or_default();
+        let mut tunnel = device.tunnel.unwrap_or_default();
+        let mut next = device.clone();
         if (tunnel.vni, tunnel.port) != (link.vni, link.port) {
             return Err(KernelError::refused(what, errno::EOPNOTSUPP).with_remedy(UNCHANGEABLE));
         }
@@ -166,6 +189,9 @@ impl RouteSocket {
             data.push(InfoVxlan::Link(underlay));
         }
         if !data.is_empty() {
+            (tunnel.local, tunnel.underlay) = (Some(link.local), underlay);
+            next.tunnel = Some(tunnel);
+            self.expected().will_be(&next);
             let message = RouteNetlinkMessage::NewLink(change(index, vec![info(data)]));
             self.request(what, message, 0).map_err(|error| {
                 if error.errno() == Some(errno::EOPNOTSUPP) {
@@ -177,18 +203,26 @@ impl RouteSocket {
         }
         let mut attributes = Vec::new();
         if device.mac != Some(link.mac) {
+            next.mac = Some(link.mac);
+            self.expected().will_be(&next);
             attributes.push(LinkAttribute::Address(link.mac.octets().to_vec()));
         }
         if device.mtu != link.mtu {
+            next.mtu = link.mtu;
+            self.expected().will_be(&next);
             attributes.push(LinkAttribute::Mtu(link.mtu));
         }
         if device.rp_filter != link.rp_filter {
+            next.rp_filter = link.rp_filter;
+            self.expected().will_be(&next);
             attributes.push(ipv4(link.rp_filter));
         }
         if !attributes.is_empty() {
             self.set_device(what, change(index, attributes))?;
         }
         if device.up != link.up {
+            next.up = link.up;
+            self.expected().will_be(&next);
             if link.up {
                 self.stop_link_local(what, index)?;
             }
@@ -208,6 +242,7 @@ impl RouteSocket {
     }
 
     fn delete_device(&mut self, what: &dyn Display, index: u32) -> Result<(), KernelError> {
+        self.expected().will_go(index);
         let message = RouteNetlinkMessage::DelLink(change(index, Vec::new()));
         self.request(what, message, 0)
     }

@@ -12,15 +12,23 @@ mod chain;
 mod commit;
 mod element;
 mod expr;
+mod foreign;
 mod observe;
+mod probe;
 mod range;
 mod set;
 mod stmt;
+mod table;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
+#[cfg(test)]
 pub(super) use commit::commit;
+pub(super) use commit::{Refused, commit_as};
+pub(super) use foreign::foreign;
 pub(super) use observe::observe;
+pub(super) use probe::{is_absent, missing};
+pub(super) use table::{adopt, flags_and_owner, takes_flags};
 
 /// `NETLINK_NETFILTER`.
 const NETFILTER: isize = 12;

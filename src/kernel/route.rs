@@ -119,7 +119,7 @@ fn ip(address: &RouteAddress) -> Option<IpAddr> {
 }
 
 /// The table that a route is in.
-fn table(message: &RouteMessage) -> u32 {
+pub(super) fn table(message: &RouteMessage) -> u32 {
     message
         .attributes
         .iter()
@@ -200,7 +200,7 @@ impl RouteSocket {
         Ok(found)
     }
 
-    fn dump_routes<T>(
+    pub(super) fn dump_routes<T>(
         &mut self,
         what: &dyn Display,
         mut request: RouteMessage,

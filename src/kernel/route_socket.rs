@@ -2,12 +2,14 @@
 
 use std::fmt::Display;
 use std::io::{self, ErrorKind};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage};
 use netlink_packet_route::RouteNetlinkMessage;
 
 use super::route_answer::{End, Exchange};
 use super::socket::Socket;
+use super::watch::{Expected, lock};
 use crate::error::{KernelError, errno};
 
 const NETLINK_ROUTE: isize = 0;
@@ -19,6 +21,7 @@ const TRIES: usize = 5;
 #[derive(Debug)]
 pub(crate) struct RouteSocket {
     socket: Socket,
+    expected: Arc<Mutex<Expected>>,
 }
 
 impl RouteSocket {
@@ -28,7 +31,22 @@ impl RouteSocket {
         let socket = Socket::open(NETLINK_ROUTE).map_err(|error| KernelError::io(what, &error))?;
         // Without it the kernel ignores the filters of a dump and sends everything.
         socket.set_strict().map_err(|error| KernelError::io(what, &error))?;
-        Ok(Self { socket })
+        Ok(Self { socket, expected: Arc::default() })
+    }
+
+    /// What a watch should take for our doing.
+    pub(crate) fn expected(&self) -> MutexGuard<'_, Expected> {
+        lock(&self.expected)
+    }
+
+    /// The same, to be shared with a watch.
+    pub(crate) fn share_expected(&self) -> Arc<Mutex<Expected>> {
+        Arc::clone(&self.expected)
+    }
+
+    /// The port that what this socket changes is attributed to.
+    pub(crate) fn port(&self) -> u32 {
+        self.socket.port()
     }
 
     #[cfg(feature = "testing")]

@@ -30,6 +30,16 @@ pub(super) fn unless_absent<T>(
 impl RouteSocket {
     /// Makes one change, of those that are not part of an nf_tables transaction.
     pub(crate) fn make(&mut self, op: &Op) -> Result<(), KernelError> {
+        // Before it is made, for a watch may hear of it before the answer is read.
+        self.expected().will_make(op);
+        let made = self.request_op(op);
+        if made.is_err() {
+            self.expected().refused(op);
+        }
+        made
+    }
+
+    fn request_op(&mut self, op: &Op) -> Result<(), KernelError> {
         match op {
             Op::AddLink(link) => self.add_link(op, link),
             Op::SetLink(link) => self.set_link(op, link),

@@ -17,7 +17,7 @@ mod reads;
 mod round_trip;
 
 /// Runs the test in a fresh network namespace, which ends with its thread.
-fn in_namespace(test: impl FnOnce() + Send + 'static) {
+pub(super) fn in_namespace(test: impl FnOnce() + Send + 'static) {
     let name = thread::current().name().unwrap_or_default().to_owned();
     let done = thread::spawn(move || {
         if let Err(error) = unshare() {
@@ -51,7 +51,7 @@ fn unshare() -> Result<(), rustix::io::Errno> {
 }
 
 #[track_caller]
-fn sh(script: &str) -> String {
+pub(super) fn sh(script: &str) -> String {
     let output = Command::new("sh").args(["-ec", script]).output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
@@ -59,7 +59,7 @@ fn sh(script: &str) -> String {
 }
 
 #[track_caller]
-fn json(command: &str) -> Vec<Value> {
+pub(super) fn json(command: &str) -> Vec<Value> {
     serde_json::from_str(&sh(command)).unwrap()
 }
 
@@ -69,11 +69,11 @@ fn snapshot() -> String {
         ip rule; ip -6 rule; bridge fdb; ip neigh")
 }
 
-fn name(text: &str) -> DeviceName {
+pub(super) fn name(text: &str) -> DeviceName {
     text.parse().unwrap()
 }
 
-fn vxlan() -> Vxlan {
+pub(super) fn vxlan() -> Vxlan {
     Vxlan {
         name: name("e0"),
         vni: 7,
@@ -100,7 +100,7 @@ fn lookup(table: u32) -> RuleAction {
 }
 
 /// A state with everything in it, of both families.
-fn full() -> State {
+pub(super) fn full() -> State {
     let peer = "66:00:00:00:00:02".parse().unwrap();
     let peer6 = "66:00:00:00:00:06".parse().unwrap();
     let via = |text: &str| Route::Via(text.parse().unwrap());
@@ -133,7 +133,7 @@ fn full() -> State {
     }
 }
 
-fn additions(state: &State) -> Vec<Op> {
+pub(super) fn additions(state: &State) -> Vec<Op> {
     let device = || name("e0");
     let mut ops = vec![Op::AddLink(state.link.clone().unwrap())];
     ops.extend(state.addresses.iter().map(|net| Op::AddAddress(device(), *net)));

@@ -73,7 +73,7 @@ pub(super) fn parse(message: &RuleMessage, family: Family) -> Option<Rule> {
 }
 
 /// The table that a rule names; the byte in the header is a stand-in where it does not fit.
-fn table(message: &RuleMessage) -> u32 {
+pub(super) fn table(message: &RuleMessage) -> u32 {
     message
         .attributes
         .iter()
@@ -122,7 +122,7 @@ impl RouteSocket {
         Ok(found)
     }
 
-    fn dump_rules<T>(
+    pub(super) fn dump_rules<T>(
         &mut self,
         family: Family,
         pick: impl Fn(&RuleMessage) -> Option<T>,

@@ -1,11 +1,15 @@
-//! One netlink socket; the only file that touches netlink-sys.
+//! One netlink socket; the only file that touches netlink-sys, with all unsafe code below it.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use netlink_sys::{Socket as RawSocket, SocketAddr};
 
-mod buffer;
+mod epoll;
+mod option;
+
+pub(crate) use epoll::Epoll;
+pub(crate) use option::Instruction;
 
 /// Bytes that a dump may deliver at once; the kernel fills what the reader offers, up to 32 KiB
 /// a message buffer (`net/netlink/af_netlink.c`, `netlink_recvmsg`).
@@ -70,7 +74,27 @@ impl Socket {
 
     /// Makes room for a datagram of this many bytes, as far as the kernel grants it.
     pub(crate) fn reserve(&self, bytes: usize) {
-        buffer::set_send_buffer(self.inner.as_fd(), bytes);
+        option::set_send_buffer(self.inner.as_fd(), bytes);
+    }
+
+    /// Makes room for this many unread bytes, as far as the kernel grants it.
+    pub(crate) fn reserve_unread(&self, bytes: usize) {
+        option::set_receive_buffer(self.inner.as_fd(), bytes);
+    }
+
+    /// Makes the kernel drop the messages for which the program returns 0.
+    pub(crate) fn filter(&self, program: &[Instruction]) -> io::Result<()> {
+        option::attach_filter(self.inner.as_fd(), program)
+    }
+
+    /// Begins to receive what the kernel tells a group.
+    pub(crate) fn join(&self, group: u32) -> io::Result<()> {
+        self.inner.add_membership(group)
+    }
+
+    /// Receives what the kernel tells a group no longer.
+    pub(crate) fn leave(&self, group: u32) -> io::Result<()> {
+        self.inner.drop_membership(group)
     }
 
     /// Sends one datagram of one or more messages.

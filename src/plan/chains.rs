@@ -33,13 +33,13 @@ pub(super) struct Skeleton<'a> {
 type Chains = BTreeMap<ChainId, (Option<Base>, Vec<NftRule>)>;
 
 /// Priorities of the base chains (`include/uapi/linux/netfilter_ipv4.h`).
-mod priority {
+pub(super) mod priority {
     /// Right after destination NAT (-100), so that a service's real destination decides.
     pub(super) const AFTER_DNAT: i32 = -99;
     /// `mangle`: ahead of the filters of other people.
     pub(super) const MANGLE: i32 = -150;
     /// Right ahead of source NAT (100): at 100 the chain created last would run first.
-    pub(super) const BEFORE_SNAT: i32 = 99;
+    pub(crate) const BEFORE_SNAT: i32 = 99;
     /// Right after source NAT.
     pub(super) const AFTER_SNAT: i32 = 101;
 }

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 
 use super::{PlanError, PolicyError};
 use crate::cluster::{Cluster, Node};
-use crate::policy::{Destinations, EgressIp, Policy};
+use crate::policy::{Destinations, EgressIp, Policy, Unavailable};
 use crate::types::{Family, MacAddr, Mark, NodeName, PolicyId};
 
 /// Destinations that are never steered: link-local (cloud metadata, node-local DNS) and multicast.
@@ -206,6 +206,7 @@ pub(super) struct Checked<'a> {
     pub(super) destinations: Option<Vec<IpNet>>,
     pub(super) gateway: Option<&'a Node>,
     pub(super) egress_ip: EgressIp,
+    pub(super) unavailable: Unavailable,
 }
 
 impl<'a> Checked<'a> {
@@ -242,6 +243,7 @@ impl<'a> Checked<'a> {
             destinations,
             gateway,
             egress_ip: policy.egress_ip(),
+            unavailable: policy.unavailable(),
         })
     }
 

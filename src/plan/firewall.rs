@@ -6,6 +6,7 @@ use super::chains::Skeleton;
 use super::check::{Checked, World};
 use super::classes::{Classes, Rank, destinations, policy, policy_tags};
 use super::{Finding, Gateway, Role, role};
+use crate::policy::Unavailable;
 use crate::range::IpRange;
 use crate::state::{ChainId, Comment, Data, Firewall, Key, Set, Tag, Value, Verdict};
 use crate::types::{Family, NodeName};
@@ -79,6 +80,7 @@ fn fixed(
         elements.insert(Key::Verdict(tag), Value { data, comment });
     };
     way_out(Tag::CLOSED, Verdict::Drop, Some(Comment::of_name("closed")));
+    way_out(Tag::BYPASS, Verdict::Goto(ChainId::Bypass), Some(Comment::of_name("bypass")));
     way_out(Tag::HERE, Verdict::Goto(ChainId::Here), Some(Comment::of_name("this-node")));
     for gateway in gateways.values() {
         let comment = Some(Comment::of_name(gateway.node.name.as_str()));
@@ -100,6 +102,7 @@ fn ways_out(
     let way_out = match (role(policy, family, world), gateway) {
         (Role::Gateway, _) => Tag::HERE,
         (Role::Client, Some(gateway)) => Tag::gateway(gateway.value),
+        _ if policy.unavailable == Unavailable::Bypass => Tag::BYPASS,
         _ => Tag::CLOSED,
     };
     let value = Value { data: Data::Tag(way_out), comment: comment.clone() };

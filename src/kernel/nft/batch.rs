@@ -9,7 +9,7 @@ use crate::op::Op;
 use crate::state::{Key, NFT_TABLE, Set, Stray, Value};
 
 /// `NFNL_SUBSYS_NFTABLES`, as the resource that a transaction is for.
-const NF_TABLES: u16 = 10;
+pub(super) const NF_TABLES: u16 = 10;
 
 /// `NFPROTO_INET`, the family of our table.
 pub(super) const INET: u8 = 1;
@@ -67,11 +67,16 @@ struct Builder<'a> {
     last: Option<(Open, u32)>,
     elements: Option<Elements>,
     sets: u32,
+    table_flags: u32,
 }
 
 /// Makes a transaction of those operations that are nf_tables operations; `None` if there are
 /// none or something does not fit into its length field.
-pub(super) fn build(ops: &[Op], next_sequence: &mut dyn FnMut() -> u32) -> Option<Batch> {
+pub(super) fn build(
+    ops: &[Op],
+    table_flags: u32,
+    next_sequence: &mut dyn FnMut() -> u32,
+) -> Option<Batch> {
     let mut builder = Builder {
         writer: Writer::default(),
         origins: BTreeMap::new(),
@@ -79,6 +84,7 @@ pub(super) fn build(ops: &[Op], next_sequence: &mut dyn FnMut() -> u32) -> Optio
         next_sequence,
         elements: None,
         sets: 0,
+        table_flags,
     };
     let begin = builder.sequence();
     let message = builder.writer.message(kind::BEGIN, flag::REQUEST, begin);
@@ -176,10 +182,13 @@ impl Builder<'_> {
             }
         };
         match op {
-            Op::AddTable => self.message(index, kind::NEWTABLE, NEW, |writer| {
-                writer.string(1, NFT_TABLE);
-                writer.be32(2, 0);
-            }),
+            Op::AddTable => {
+                let flags = self.table_flags;
+                self.message(index, kind::NEWTABLE, NEW, |writer| {
+                    writer.string(1, NFT_TABLE);
+                    writer.be32(2, flags);
+                });
+            }
             Op::DeleteTable => self.message(index, kind::DELTABLE, 0, |writer| {
                 writer.string(1, NFT_TABLE);
             }),
@@ -243,7 +252,7 @@ mod tests {
     fn elements_share_messages_and_each_is_found_by_its_offset() {
         let mut ops: Vec<_> = (0..1000).map(peer).collect();
         ops.insert(7, Op::DeleteSet(Set::Gateway));
-        let mut batch = build(&ops, &mut sequences()).unwrap();
+        let mut batch = build(&ops, 0, &mut sequences()).unwrap();
         let datagram = batch.datagram(0x0102_0304).to_vec();
         let (mut kinds, mut origins) = (Vec::new(), Vec::new());
         for message in Messages::new(&datagram).map(Result::unwrap) {
@@ -272,7 +281,7 @@ mod tests {
     #[test]
     fn only_the_last_operation_and_the_end_are_acknowledged() {
         let ops = [Op::AddTable, Op::AddSet(Set::Gateway), peer(1), peer(2)];
-        let mut batch = build(&ops, &mut sequences()).unwrap();
+        let mut batch = build(&ops, 0, &mut sequences()).unwrap();
         let datagram = batch.datagram(0).to_vec();
         let acknowledged: Vec<_> = Messages::new(&datagram)
             .map(Result::unwrap)

@@ -99,7 +99,8 @@ pub(super) fn read(attributes: Attributes<'_>) -> Result<Option<Found>, Malforme
     Ok((table == NFT_TABLE).then_some(Found { name, called }))
 }
 
-fn read_hook(attributes: Attributes<'_>) -> Result<(u32, i32), Malformed> {
+/// The number of a base chain's hook, and its priority.
+pub(super) fn read_hook(attributes: Attributes<'_>) -> Result<(u32, i32), Malformed> {
     let (mut number, mut priority) = (u32::MAX, 0);
     for attribute in attributes {
         let attribute = attribute?;

@@ -24,19 +24,29 @@ const TOO_LARGE: &str = "raise net.core.wmem_max, or run with CAP_NET_ADMIN in t
                          namespace: a transaction must fit the socket's send buffer";
 
 /// What was refused, by index among the operations.
-type Refused = Vec<(usize, KernelError)>;
+pub(in super::super) type Refused = Vec<(usize, KernelError)>;
 
 /// Makes all nf_tables operations in one transaction: all of them are made, or none.
 ///
 /// The errors say which operations the kernel refused. One that concerns the transaction as a
 /// whole is reported for the first of them; if it is `ENOBUFS` it is not known what was done.
+#[cfg(test)]
 pub(in super::super) fn commit(socket: &mut Socket, ops: &[Op]) -> Result<(), Refused> {
+    commit_as(socket, ops, 0)
+}
+
+/// The same; a table that is made gets these flags.
+pub(in super::super) fn commit_as(
+    socket: &mut Socket,
+    ops: &[Op],
+    table_flags: u32,
+) -> Result<(), Refused> {
     let Some(first) = position(ops) else {
         return Ok(());
     };
     let count = ops.iter().filter(|op| op.is_nft()).count();
     let whole = Whole { first, count };
-    let Some(mut batch) = build(ops, &mut || socket.next_sequence()) else {
+    let Some(mut batch) = build(ops, table_flags, &mut || socket.next_sequence()) else {
         return Err(
             whole.of(KernelError::answer(whole.text(), "an operation is too large for a message"))
         );
@@ -177,7 +187,7 @@ mod tests {
         in_netns(|socket| {
             let ops = [Op::AddTable];
             let whole = Whole { first: 0, count: 1 };
-            let mut batch = build(&ops, &mut || socket.next_sequence()).unwrap();
+            let mut batch = build(&ops, 0, &mut || socket.next_sequence()).unwrap();
             let current = generation(socket).unwrap();
             let outcome = attempt(socket, &ops, whole, &mut batch, current + 1);
             assert!(matches!(outcome, Ok(Outcome::Outdated)));

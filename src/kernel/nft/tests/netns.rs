@@ -11,7 +11,7 @@ use crate::kernel::socket::Socket;
 ///
 /// Without the privilege it says so on standard error and passes, unless
 /// `EGRESS_REQUIRE_NETNS=1`.
-pub(in super::super) fn in_netns(test: impl FnOnce(&mut Socket) + Send + 'static) {
+pub(crate) fn in_netns(test: impl FnOnce(&mut Socket) + Send + 'static) {
     let run = move || {
         // Only the namespace changes, and only that of this thread, which ends with the test.
         #[allow(deprecated, reason = "its successor is unsafe for flags that are not used here")]
@@ -34,12 +34,12 @@ pub(in super::super) fn in_netns(test: impl FnOnce(&mut Socket) + Send + 'static
 }
 
 /// Whether there is an `nft` to ask.
-pub(super) fn has_nft() -> bool {
+pub(crate) fn has_nft() -> bool {
     Command::new("nft").arg("--version").output().is_ok()
 }
 
 /// What `nft` prints; it runs in the namespace of the calling thread.
-pub(super) fn nft(arguments: &[&str], input: &str) -> Result<String, String> {
+pub(crate) fn nft(arguments: &[&str], input: &str) -> Result<String, String> {
     let mut child = Command::new("nft")
         .args(arguments)
         .stdin(Stdio::piped())

@@ -1,0 +1,45 @@
+//! Settings of the kernel; the only file that reads files.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+
+use crate::preflight::facts::Settings;
+
+const FIXED: [&str; 10] = [
+    "ipv4/ip_forward",
+    "ipv4/fwmark_reflect",
+    "ipv6/fwmark_reflect",
+    "ipv6/conf/all/forwarding",
+    "ipv4/conf/all/rp_filter",
+    "ipv4/conf/all/src_valid_mark",
+    "ipv4/conf/all/arp_ignore",
+    "netfilter/nf_conntrack_count",
+    "netfilter/nf_conntrack_max",
+    "netfilter/nf_conntrack_tcp_loose",
+];
+
+/// Reads what there is of the settings that matter, and of those of these devices.
+///
+/// The kernel shows the settings of the network namespace of the thread that looks.
+pub(super) fn settings(devices: &BTreeSet<&str>) -> Settings {
+    let of_devices = devices.iter().flat_map(|device| {
+        ["src_valid_mark", "arp_ignore"].map(|name| format!("ipv4/conf/{device}/{name}"))
+    });
+    let mut found = BTreeMap::new();
+    for name in FIXED.into_iter().map(String::from).chain(of_devices) {
+        let text = fs::read_to_string(format!("/proc/sys/net/{name}"));
+        if let Some(value) = text.ok().and_then(|text| text.trim().parse().ok()) {
+            found.insert(name, value);
+        }
+    }
+    Settings(found)
+}
+
+/// Tables of legacy iptables, as far as we may know them.
+pub(super) fn legacy_tables() -> Vec<String> {
+    // `/proc/net` is that of the process, which may be in another namespace than this thread.
+    let read = |file| fs::read_to_string(format!("/proc/thread-self/net/{file}"));
+    let texts = ["ip_tables_names", "ip6_tables_names"].map(read);
+    let names = texts.iter().flatten().flat_map(|text| text.lines());
+    names.map(String::from).collect::<BTreeSet<_>>().into_iter().collect()
+}

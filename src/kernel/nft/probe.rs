@@ -1,0 +1,185 @@
+//! Which parts of nf_tables the kernel lacks.
+
+use std::io;
+
+use super::expr::{Expr, ct, reg};
+use super::{batch, generation, kind};
+use crate::error::{KernelError, errno};
+use crate::kernel::socket::Socket;
+use crate::kernel::wire::{Ack, Messages, NLMSG_ERROR, Writer, flag};
+use crate::preflight::KernelPart;
+
+/// Name of a table that never comes to be.
+const SCRATCH: &str = "egress_datapath_probe";
+
+const TEXT: &str = "try out what nf_tables has";
+
+/// The parts that are missing; the kernel loads those that it can.
+///
+/// The transaction has no end, so that the kernel looks at every message and then forgets all.
+pub(in super::super) fn missing(socket: &mut Socket) -> Result<Vec<KernelPart>, KernelError> {
+    match generation(socket) {
+        Err(error) if is_absent(&error) => Ok(vec![KernelPart::NfTables]),
+        Err(error) => Err(error),
+        Ok(_) => try_out(socket, &parts()),
+    }
+}
+
+/// Whether the error says that there is no nf_tables at all.
+pub(in super::super) fn is_absent(error: &KernelError) -> bool {
+    let absent = [errno::EINVAL, errno::EOPNOTSUPP, errno::EPROTONOSUPPORT];
+    error.errno().is_some_and(|errno| absent.contains(&errno))
+}
+
+/// What stands for a part in the transaction.
+enum Trial {
+    Table,
+    NatChain,
+    Rule(Expr),
+}
+
+fn parts() -> Vec<(KernelPart, Trial)> {
+    let rule = |part, expr| (part, Trial::Rule(expr));
+    vec![
+        (KernelPart::InetFamily, Trial::Table),
+        (KernelPart::NatChain, Trial::NatChain),
+        rule(KernelPart::Ct, Expr::Ct { key: ct::STATE, dreg: reg::R1 }),
+        rule(KernelPart::Masquerade, Expr::Masquerade),
+        rule(KernelPart::Nat, Expr::Snat { family: 2, sreg: reg::R1 }),
+        rule(KernelPart::Counter, Expr::Counter),
+    ]
+}
+
+fn try_out(
+    socket: &mut Socket,
+    parts: &[(KernelPart, Trial)],
+) -> Result<Vec<KernelPart>, KernelError> {
+    let mut writer = Writer::default();
+    let message = writer.message(kind::BEGIN, flag::REQUEST, socket.next_sequence());
+    writer.nfgen(0, batch::NF_TABLES);
+    writer.end(message);
+    let mut sequences = Vec::new();
+    for (part, trial) in parts {
+        let sequence = socket.next_sequence();
+        sequences.push((sequence, *part));
+        write(&mut writer, sequence, trial, &mut || socket.next_sequence());
+    }
+    let datagram = writer.finish();
+    let datagram = datagram.ok_or_else(|| KernelError::answer(TEXT, "a name is too long"))?;
+    super::drain(socket);
+    socket.send(&datagram).map_err(|error| KernelError::io(TEXT, &error))?;
+    let mut missing = Vec::new();
+    loop {
+        let datagram = match socket.receive() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+            other => other.map_err(|error| KernelError::io(TEXT, &error))?,
+        };
+        for message in Messages::new(datagram) {
+            let malformed = |_| KernelError::answer(TEXT, "the answer is malformed");
+            let message = message.map_err(malformed)?;
+            if message.kind != NLMSG_ERROR {
+                continue;
+            }
+            let ack = Ack::read(&message).map_err(malformed)?;
+            let part = sequences.iter().find(|(sequence, _)| *sequence == message.sequence);
+            match (ack.errno, part) {
+                // The second follows from another refusal.
+                (0, _) | (errno::ENOENT, None) => {}
+                // There in part is not there: it is tried in the way that it will be used.
+                (
+                    errno::ENOENT | errno::EOPNOTSUPP | errno::EPROTONOSUPPORT | errno::EINVAL,
+                    Some((_, part)),
+                ) => missing.push(*part),
+                (code, _) => {
+                    return Err(KernelError::refused(TEXT, code).with_words(ack.words));
+                }
+            }
+        }
+    }
+    // Without the family nothing can be told of the rest.
+    if missing.contains(&KernelPart::InetFamily) {
+        missing = vec![KernelPart::InetFamily];
+    }
+    Ok(missing)
+}
+
+fn write(writer: &mut Writer, sequence: u32, trial: &Trial, next: &mut dyn FnMut() -> u32) {
+    let begin = |writer: &mut Writer, kind, flags, sequence| {
+        let message = writer.message(kind, flag::REQUEST | flags, sequence);
+        writer.nfgen(batch::INET, 0);
+        writer.string(1, SCRATCH);
+        message
+    };
+    let new = flag::CREATE | flag::EXCL;
+    match trial {
+        Trial::Table => {
+            let message = begin(writer, kind::NEWTABLE, new, sequence);
+            writer.end(message);
+            // For the rules: any expression may stand in a chain that nobody calls.
+            let message = begin(writer, kind::NEWCHAIN, new, next());
+            writer.string(3, "rules");
+            writer.end(message);
+        }
+        Trial::NatChain => {
+            let message = begin(writer, kind::NEWCHAIN, new, sequence);
+            writer.string(3, "nat");
+            writer.string(7, "nat");
+            writer.nest(4, |writer| {
+                writer.be32(1, 4);
+                writer.be32(2, 99);
+            });
+            writer.end(message);
+        }
+        Trial::Rule(expr) => {
+            let message = begin(writer, kind::NEWRULE, flag::CREATE | flag::APPEND, sequence);
+            writer.string(2, "rules");
+            writer.nest(4, |writer| {
+                if let Expr::Snat { sreg, .. } = expr {
+                    // The kernel wants to see the register filled.
+                    Expr::Load { dreg: *sreg, data: vec![0; 4] }.write(writer);
+                }
+                expr.write(writer);
+            });
+            writer.end(message);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::nft::tests::netns::{has_nft, in_netns, nft};
+
+    #[test]
+    fn a_kernel_that_has_everything_lacks_nothing_and_keeps_nothing() {
+        in_netns(|socket| {
+            let before = generation(socket).unwrap();
+            assert_eq!(missing(socket), Ok(Vec::new()));
+            assert_eq!(generation(socket), Ok(before));
+            if has_nft() {
+                assert_eq!(nft(&["list", "ruleset"], ""), Ok(String::new()));
+            }
+        });
+    }
+
+    #[test]
+    fn an_unknown_expression_is_a_missing_part() {
+        in_netns(|socket| {
+            let mut parts = parts();
+            // Not an expression of any kernel.
+            parts.insert(3, (KernelPart::Ct, Trial::Rule(Expr::Other(0))));
+            parts.push((KernelPart::Nat, Trial::Rule(Expr::Other(0))));
+            assert_eq!(try_out(socket, &parts), Ok(vec![KernelPart::Ct, KernelPart::Nat]));
+        });
+    }
+
+    #[test]
+    fn without_the_table_nothing_else_is_judged() {
+        in_netns(|socket| {
+            let parts: Vec<_> = parts().into_iter().skip(1).collect();
+            let rest = try_out(socket, &parts).unwrap();
+            assert!(rest.contains(&KernelPart::Ct) && !rest.contains(&KernelPart::InetFamily));
+        });
+    }
+}

@@ -1,0 +1,100 @@
+//! Whose the table is.
+
+use super::{Request, ask, batch, drain, kind};
+use crate::error::{KernelError, errno};
+use crate::kernel::socket::Socket;
+use crate::kernel::wire::{Ack, Attributes, Messages, NLMSG_ERROR, Writer, flag};
+use crate::state::NFT_TABLE;
+
+const NAME: u16 = 1;
+const FLAGS: u16 = 2;
+const OWNER: u16 = 7;
+
+/// A name that is never made.
+const PROBE: &str = "egress_datapath_probe";
+
+/// The flags of our table, and the port of its owner's socket; `None` if there is no table.
+pub(in super::super) fn flags_and_owner(
+    socket: &mut Socket,
+) -> Result<Option<(u32, Option<u32>)>, KernelError> {
+    let request = Request {
+        text: &format!("nft list table inet {NFT_TABLE}"),
+        kind: kind::GETTABLE,
+        flags: 0,
+        answer: kind::NEWTABLE,
+    };
+    let (mut flags, mut owner) = (0, None);
+    let take = |_, body: &[u8]| {
+        for attribute in Attributes::new(body) {
+            let attribute = attribute?;
+            match attribute.kind {
+                FLAGS => flags = attribute.be32()?,
+                OWNER => owner = Some(attribute.be32()?),
+                _ => {}
+            }
+        }
+        Ok(())
+    };
+    match ask(socket, &request, |writer| writer.string(NAME, NFT_TABLE), take) {
+        Ok(_) => Ok(Some((flags, owner))),
+        Err(error) if error.errno() == Some(errno::ENOENT) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether the kernel makes tables with these flags.
+pub(in super::super) fn takes_flags(socket: &mut Socket, flags: u32) -> Result<bool, KernelError> {
+    // A transaction without an end is checked and acknowledged, but never made.
+    let text = "nft -c add table with an owner";
+    match table(socket, text, PROBE, flags, false) {
+        Ok(()) => Ok(true),
+        Err(error) if matches!(error.errno(), Some(errno::EOPNOTSUPP | errno::EINVAL)) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Becomes the owner of our table, which lost its last one.
+pub(in super::super) fn adopt(socket: &mut Socket, flags: u32) -> Result<(), KernelError> {
+    table(socket, "take over the nf_tables table", NFT_TABLE, flags, true)
+}
+
+fn table(
+    socket: &mut Socket,
+    text: &str,
+    name: &str,
+    flags: u32,
+    end: bool,
+) -> Result<(), KernelError> {
+    drain(socket);
+    let mut writer = Writer::default();
+    edge(&mut writer, kind::BEGIN, socket.next_sequence());
+    let message = writer.message(kind::NEWTABLE, flag::REQUEST | flag::ACK, socket.next_sequence());
+    writer.nfgen(batch::INET, 0);
+    writer.string(NAME, name);
+    writer.be32(FLAGS, flags);
+    writer.end(message);
+    if end {
+        edge(&mut writer, kind::END, socket.next_sequence());
+    }
+    let datagram = writer.finish().ok_or_else(|| KernelError::answer(text, "it does not fit"))?;
+    socket.send(&datagram).map_err(|error| KernelError::io(text, &error))?;
+    let mut answer = None;
+    while let Ok(datagram) = socket.receive() {
+        let errors = Messages::new(datagram).flatten().filter(|m| m.kind == NLMSG_ERROR);
+        for ack in errors.filter_map(|message| Ack::read(&message).ok()) {
+            answer = answer.filter(|first: &Ack| first.errno != 0).or(Some(ack));
+        }
+    }
+    match answer {
+        Some(ack) if ack.errno == 0 => Ok(()),
+        Some(ack) => Err(KernelError::refused(text, ack.errno).with_words(ack.words)),
+        None => Err(KernelError::answer(text, "the kernel did not answer")),
+    }
+}
+
+/// The beginning or the end of a transaction.
+fn edge(writer: &mut Writer, kind: u16, sequence: u32) {
+    let message = writer.message(kind, flag::REQUEST, sequence);
+    writer.nfgen(0, batch::NF_TABLES);
+    writer.end(message);
+}

@@ -1,0 +1,179 @@
+//! Alone in charge, or one of several.
+
+use std::fs;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener};
+
+use super::nft;
+use super::socket::Socket;
+use crate::error::{KernelError, errno};
+
+/// Whether other programs may change our nf_tables table.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Ownership {
+    /// Whoever has the privilege may, also `nft flush ruleset`. For processes that live shortly,
+    /// as CNI plugins do, and come one after another.
+    #[default]
+    Shared,
+    /// Nobody but this datapath, for as long as it lives; a second one is refused.
+    ///
+    /// The kernel enforces it from 6.9 on (`NFT_TABLE_F_OWNER` with `NFT_TABLE_F_PERSIST`): the
+    /// table stays when its owner dies, and the next one takes it over. Older kernels have only
+    /// the lock, which keeps other datapaths out but not other programs.
+    Exclusive,
+}
+
+/// What keeps others out.
+#[derive(Debug)]
+pub(super) struct Hold {
+    /// Flags that the table is made with.
+    pub(super) table_flags: u32,
+    /// Names in the abstract socket namespace, which is part of the network namespace. The
+    /// kernel frees them with the process, however it ends.
+    _names: Option<[UnixListener; 2]>,
+}
+
+/// `NFT_TABLE_F_OWNER | NFT_TABLE_F_PERSIST` (`include/uapi/linux/netfilter/nf_tables.h`); an
+/// owner without the second would take the table along when it dies, and the guards with it.
+const OWNED: u32 = 2 | 4;
+
+const LOCK: &str = "egress-datapath";
+const HOLDER: &str = "egress-datapath/held-by/";
+
+const PLAIN_TABLE: &str = "remove what a shared datapath made, then make it exclusive: the kernel \
+                           gives a table that has no owner none later";
+
+impl Hold {
+    /// Takes hold of this network namespace, and of the table if there is one.
+    pub(super) fn take(ownership: Ownership, socket: &mut Socket) -> Result<Self, KernelError> {
+        if ownership == Ownership::Shared {
+            return Ok(Self { table_flags: 0, _names: None });
+        }
+        let names = Some(lock()?);
+        if !nft::takes_flags(socket, OWNED)? {
+            return Ok(Self { table_flags: 0, _names: names });
+        }
+        match nft::flags_and_owner(socket)? {
+            None => {}
+            Some((flags, _)) if flags & OWNED == 0 => {
+                let error = KernelError::refused("own the nf_tables table", errno::EOPNOTSUPP);
+                return Err(error.with_remedy(PLAIN_TABLE));
+            }
+            Some((_, Some(owner))) => {
+                let error = KernelError::refused("own the nf_tables table", errno::EPERM);
+                return Err(error.with_holder(owner));
+            }
+            Some((_, None)) => nft::adopt(socket, OWNED)?,
+        }
+        Ok(Self { table_flags: OWNED, _names: names })
+    }
+}
+
+/// Takes the lock, and leaves a name that says who has it.
+fn lock() -> Result<[UnixListener; 2], KernelError> {
+    let bind = |name: &str| {
+        let address = SocketAddr::from_abstract_name(name)?;
+        UnixListener::bind_addr(&address)
+    };
+    let text = "lock the datapath of this network namespace";
+    let lock = bind(LOCK).map_err(|error| {
+        let error = KernelError::io(text, &error);
+        match holder() {
+            Some(holder) => error.with_holder(holder),
+            None => error,
+        }
+    })?;
+    let name = format!("{HOLDER}{}", std::process::id());
+    let holder = bind(&name).map_err(|error| KernelError::io(text, &error))?;
+    Ok([lock, holder])
+}
+
+/// The process that has the lock of the calling thread's network namespace.
+pub(super) fn holder() -> Option<u32> {
+    let list = fs::read_to_string("/proc/thread-self/net/unix").ok()?;
+    // The kernel writes the NUL that begins an abstract name as `@`.
+    list.lines().find_map(|line| line.split_once(HOLDER)?.1.trim().parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::KernelDatapath;
+    use super::super::nft::tests::netns::{has_nft, in_netns, nft};
+    use super::*;
+    use crate::changes::Changes;
+    use crate::datapath::Datapath;
+    use crate::state::{Firewall, State};
+
+    fn exclusive() -> Result<KernelDatapath, KernelError> {
+        KernelDatapath::open_as(Ownership::Exclusive)
+    }
+
+    fn with_table() -> State {
+        State { firewall: Some(Firewall::default()), ..State::default() }
+    }
+
+    fn create(datapath: &mut KernelDatapath) {
+        datapath.apply(&Changes::between(&State::default(), &with_table())).unwrap();
+    }
+
+    #[test]
+    fn a_second_one_is_refused_and_told_who_has_it() {
+        in_netns(|_| {
+            let first = exclusive().unwrap();
+            let error = exclusive().unwrap_err();
+            assert_eq!(error.holder(), Some(std::process::id()));
+            assert!(error.to_string().contains("process"), "{error}");
+            KernelDatapath::open().unwrap();
+            drop(first);
+            exclusive().unwrap();
+        });
+    }
+
+    #[test]
+    fn the_table_outlives_its_owner_and_the_next_one_takes_it_over() {
+        in_netns(|_| {
+            for _ in 0..3 {
+                let mut datapath = exclusive().unwrap();
+                if datapath.observe().unwrap().firewall.is_none() {
+                    create(&mut datapath);
+                }
+                let mut other = KernelDatapath::open().unwrap();
+                let away = Changes::between(&with_table(), &State::default());
+                let error = other.apply(&away).unwrap_err();
+                let (_, error) = error.refused.first().unwrap();
+                assert!(error.is_denied() && error.holder().is_some(), "{error}");
+                drop(datapath);
+                let left = KernelDatapath::open().unwrap().observe().unwrap();
+                assert_eq!(left, with_table());
+            }
+            let mut datapath = exclusive().unwrap();
+            datapath.apply(&Changes::between(&with_table(), &State::default())).unwrap();
+            assert!(datapath.observe().unwrap().is_empty());
+        });
+    }
+
+    #[test]
+    fn nobody_else_can_flush_it() {
+        in_netns(|_| {
+            if !has_nft() {
+                return;
+            }
+            let mut datapath = exclusive().unwrap();
+            create(&mut datapath);
+            nft(&["flush", "ruleset"], "").unwrap();
+            let delete = ["delete", "table", "inet", "egress_datapath"];
+            assert!(nft(&delete, "").unwrap_err().contains("Operation not permitted"));
+            assert_eq!(datapath.observe().unwrap(), with_table());
+        });
+    }
+
+    #[test]
+    fn a_table_that_was_shared_cannot_be_owned() {
+        in_netns(|_| {
+            create(&mut KernelDatapath::open().unwrap());
+            let error = exclusive().unwrap_err();
+            assert_eq!(error.remedy(), Some(PLAIN_TABLE));
+        });
+    }
+}

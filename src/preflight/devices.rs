@@ -1,0 +1,58 @@
+//! The tunnel, its port and what carries it.
+
+use super::facts::{Device, Facts};
+use super::{Preflight, Problem};
+use crate::types::Family;
+
+impl Preflight<'_> {
+    pub(super) fn judge_devices(&self, facts: &Facts, problems: &mut Vec<Problem>) {
+        let tunnel = &self.cluster.tunnel;
+        for device in facts.devices.iter().filter(|device| !device.ours) {
+            if device.name == tunnel.device.as_str() {
+                problems.push(Problem::NameTaken { device: device.name.clone() });
+            }
+            problems.extend(self.shares_port(device));
+        }
+        let Some(address) = self.underlay() else { return };
+        match facts.addresses.iter().find(|found| found.ip == address) {
+            None => problems.push(Problem::NoUnderlay { address }),
+            Some(found) => {
+                let named = tunnel.underlay_device.as_ref().map(ToString::to_string);
+                self.judge_underlay(facts, &named.unwrap_or(found.device.clone()), problems);
+            }
+        }
+        let wanted = tunnel.underlay_mtu.saturating_sub(match Family::of(address) {
+            // Outer Ethernet, IP, UDP and VXLAN headers (RFC 7348, section 5).
+            Family::V4 => 50,
+            Family::V6 => 70,
+        });
+        for device in facts.devices.iter().filter(|device| device.ours && device.mtu != wanted) {
+            let (device, found) = (device.name.clone(), device.mtu);
+            problems.push(Problem::TunnelMtu { device, found, wanted });
+        }
+    }
+
+    fn shares_port(&self, device: &Device) -> Option<Problem> {
+        let vxlan = device.vxlan?;
+        let (vni, port) = (vxlan.vni, self.cluster.tunnel.port);
+        if vxlan.port != port {
+            return None;
+        }
+        let device = device.name.clone();
+        Some(if vxlan.external {
+            Problem::PortTaken { device, port }
+        } else if vni == self.cluster.tunnel.vni {
+            Problem::VxlanTaken { device, vni, port }
+        } else {
+            Problem::PortShared { device, vni, port }
+        })
+    }
+
+    fn judge_underlay(&self, facts: &Facts, name: &str, problems: &mut Vec<Problem>) {
+        let said = self.cluster.tunnel.underlay_mtu;
+        let device = facts.devices.iter().find(|device| device.name == name);
+        if let Some(found) = device.map(|device| device.mtu).filter(|found| *found != said) {
+            problems.push(Problem::UnderlayMtu { device: name.to_owned(), found, said });
+        }
+    }
+}

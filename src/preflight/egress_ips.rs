@@ -1,0 +1,53 @@
+//! Who has the egress IPs.
+
+use std::net::IpAddr;
+
+use super::facts::{Address, Facts};
+use super::{Preflight, Problem, Wearer};
+
+impl Preflight<'_> {
+    pub(super) fn judge_egress_ips(&self, facts: &Facts, problems: &mut Vec<Problem>) {
+        for (ip, wearer) in &self.egress_ips {
+            match (facts.addresses.iter().find(|found| found.ip == *ip), wearer.here) {
+                (Some(found), true) => problems.extend(self.judge_own(facts, found)),
+                (Some(found), false) => problems.push(elsewhere(found, wearer)),
+                (None, true) => problems
+                    .push(Problem::EgressIpAbsent { address: *ip, policy: wearer.policy.clone() }),
+                (None, false) => {}
+            }
+        }
+    }
+
+    /// An egress IP that is where it belongs.
+    fn judge_own(&self, facts: &Facts, found: &Address) -> Vec<Problem> {
+        let (address, device) = (found.ip, found.device.clone());
+        let mut problems = Vec::new();
+        if device == "lo" {
+            problems.extend(
+                self.silent_uplink(facts, address)
+                    .map(|device| Problem::EgressIpSilent { address, device }),
+            );
+        }
+        if address.is_ipv6() && !found.deprecated {
+            problems.push(Problem::EgressIpPreferred { address, device });
+        }
+        problems
+    }
+
+    /// The device of the underlay, if it does not answer for an address of the loopback device.
+    fn silent_uplink(&self, facts: &Facts, address: IpAddr) -> Option<String> {
+        let underlay = self.underlay()?;
+        let uplink = facts.addresses.iter().find(|found| found.ip == underlay)?;
+        // Neighbour discovery never does; ARP does, unless arp_ignore is 1 or more.
+        let silent = address.is_ipv6() || facts.settings.larger("arp_ignore", &uplink.device) > 0;
+        silent.then(|| uplink.device.clone())
+    }
+}
+
+fn elsewhere(found: &Address, wearer: &Wearer) -> Problem {
+    Problem::EgressIpElsewhere {
+        address: found.ip,
+        policy: wearer.policy.clone(),
+        device: found.device.clone(),
+    }
+}

@@ -1,0 +1,111 @@
+//! What to do about a problem.
+
+use super::{DropHook, KernelPart, Problem};
+use crate::types::Family;
+
+impl Problem {
+    /// What to do about it, as an imperative or a command.
+    pub fn remedy(&self) -> String {
+        match self {
+            Self::StrictTunnel { device } => loose(device),
+            Self::StrictOverlay { devices } => {
+                devices.iter().map(|device| loose(device)).collect::<Vec<_>>().join("; ")
+            }
+            Self::DropPolicy { hook: DropHook::Forward, table, chain, .. } => format!(
+                "accept forwarded packets of the policies' pods, both ways, in chain {chain} of \
+                 {table}: nobody's accept overrides another's drop"
+            ),
+            Self::DropPolicy { table, chain, port, .. } => format!(
+                "accept UDP port {port} between the nodes in chain {chain} of {table}, if no rule \
+                 does"
+            ),
+            Self::VxlanTaken { device, .. } | Self::PortTaken { device, .. } => {
+                format!("remove device {device}, or give the cluster another VNI or UDP port")
+            }
+            Self::NameTaken { device } => {
+                format!("remove device {device}, or give the tunnel device another name")
+            }
+            Self::NatFirst { ours, .. } => format!(
+                "move that chain to 100 or later; what it translates wears its address, although \
+                 ours runs at {ours}"
+            ),
+            Self::NoUnderlay { address } => {
+                format!("add {address} to a device, or correct the address of this node")
+            }
+            Self::EgressIpAbsent { address, .. } => format!(
+                "add {address} to the uplink, or see to it that the network routes it to this node"
+            ),
+            Self::EgressIpSilent { address, .. } => {
+                format!("move {address} to the uplink, or route it to this node")
+            }
+            Self::EgressIpElsewhere { address, device, .. } => {
+                format!("ip addr del {address} dev {device}, unless the gateway is just moving")
+            }
+            Self::EgressIpPreferred { address, device } => {
+                format!("ip -6 addr change {address}/128 dev {device} preferred_lft 0")
+            }
+            Self::ConntrackFull { max, .. } => {
+                format!("sysctl -w net.netfilter.nf_conntrack_max={}", max.saturating_mul(2))
+            }
+            other => other.fixed_remedy().to_owned(),
+        }
+    }
+
+    /// What to do about those problems whose facts make no difference.
+    const fn fixed_remedy(&self) -> &'static str {
+        match self {
+            Self::Denied => {
+                "run with CAP_NET_ADMIN in the user namespace that owns the network namespace"
+            }
+            Self::Missing { part: KernelPart::Ipv6 } => {
+                "boot without ipv6.disable=1, or leave IPv6 out of the policies"
+            }
+            Self::Missing { .. } => "load the module, or use a kernel that was built with it",
+            Self::NotForwarding { family: Family::V4 } => "sysctl -w net.ipv4.ip_forward=1",
+            Self::NotForwarding { family: Family::V6 } => {
+                "sysctl -w net.ipv6.conf.all.forwarding=1"
+            }
+            Self::StrictByDefault => {
+                "set rp_filter to 2 on devices where replies come in that the host would not \
+                 route back the same way; the tunnel device gets it by itself"
+            }
+            Self::MarkInReversePath { .. } | Self::MarkReflected { .. } => {
+                "nothing: packets to the excluded prefixes are routed as ever; check that these \
+                 contain the pods and the nodes"
+            }
+            Self::MarkTestedByRule { .. } | Self::MarkUsedByFirewall { .. } => {
+                "choose a mark layout without these bits, or move the other program's bits"
+            }
+            Self::RuleTakesFirst { .. } => {
+                "give the cluster a lower rule priority, still behind the rule for local \
+                 addresses, or move the other rule"
+            }
+            Self::PriorityShared { .. } => {
+                "give the cluster another rule priority: it and the next must be free"
+            }
+            Self::LocalRuleLate { .. } => {
+                "move the rule for the local table ahead, or give the cluster a higher priority"
+            }
+            Self::TablesTaken { free: 0, .. } => "choose another range of routing tables",
+            Self::TablesTaken { .. } => "nothing, if enough are free for the gateways in use",
+            Self::PortShared { .. } => "nothing: VXLAN devices share a port",
+            Self::LegacyIptables { both: true, .. } => {
+                "let one variant of iptables do everything on this host, and list the rules of \
+                 the other with iptables-legacy-save"
+            }
+            Self::LegacyIptables { .. } => "look at iptables-legacy-save for drops and marks",
+            Self::UnderlayMtu { .. } => {
+                "set the cluster's underlay MTU to the smallest among the nodes, or the device's \
+                 to what the cluster says"
+            }
+            Self::TunnelMtu { .. } => "reconcile, which sets it",
+            Self::ConntrackStrict => "sysctl -w net.netfilter.nf_conntrack_tcp_loose=1",
+            _ => "",
+        }
+    }
+}
+
+fn loose(device: &str) -> String {
+    // With slashes, because a dot in a name would be taken for a step of the path.
+    format!("sysctl -w net/ipv4/conf/{device}/rp_filter=2")
+}

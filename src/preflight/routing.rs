@@ -1,0 +1,95 @@
+//! Routing rules and tables of others.
+
+use super::facts::{Action, Facts, Rule};
+use super::{Preflight, Problem};
+use crate::types::Family;
+
+/// The kernel's table of local addresses.
+const LOCAL: u32 = 255;
+
+impl Preflight<'_> {
+    pub(super) fn judge_routing(&self, facts: &Facts, problems: &mut Vec<Problem>) {
+        for family in &self.families {
+            let rules = || facts.rules.iter().filter(|rule| rule.family == *family);
+            self.judge_local(*family, &rules().collect::<Vec<_>>(), problems);
+            for rule in rules() {
+                self.judge_rule(rule, facts, problems);
+            }
+        }
+        let range = self.tables;
+        let taken = range.iter().filter(|table| facts.tables.contains(&table.get())).count();
+        let taken = u32::try_from(taken).unwrap_or(u32::MAX);
+        if taken > 0 {
+            problems.push(Problem::TablesTaken {
+                start: range.start(),
+                end: range.end(),
+                taken,
+                free: range.len().saturating_sub(taken),
+            });
+        }
+    }
+
+    fn judge_local(&self, family: Family, rules: &[&Rule], problems: &mut Vec<Problem>) {
+        let priority = self.cluster.rule_priority;
+        let first = |rule: &&Rule| {
+            let local = matches!(rule.action, Action::Lookup { table: LOCAL, .. });
+            local && rule.takes_all() && rule.priority < priority
+        };
+        // No rule at all is a kernel without the family.
+        if !rules.is_empty() && !rules.iter().any(first) {
+            problems.push(Problem::LocalRuleLate { family, priority });
+        }
+    }
+
+    fn judge_rule(&self, rule: &Rule, facts: &Facts, problems: &mut Vec<Problem>) {
+        let priority = self.cluster.rule_priority;
+        if rule.priority < priority && self.takes(rule, facts) {
+            problems.push(Problem::RuleTakesFirst { rule: rule.to_string(), priority });
+            return;
+        }
+        // The closing rule needs a prefix to look for.
+        let closing = u32::from(self.cluster.marks.prefix_mask() != 0);
+        let last = priority.saturating_add(closing);
+        if (priority..=last).contains(&rule.priority) {
+            problems.push(Problem::PriorityShared { rule: rule.to_string() });
+        }
+        let (bits, ours) = (rule.mark.map_or(0, |(_, mask)| mask), self.mark_bits());
+        if bits & ours != 0 {
+            let (rule, shared) = (rule.to_string(), bits & ours);
+            problems.push(Problem::MarkTestedByRule { rule, bits, shared });
+        }
+    }
+
+    /// Whether a rule decides about a packet that has a mark of ours.
+    fn takes(&self, rule: &Rule, facts: &Facts) -> bool {
+        let ends = match rule.action {
+            Action::Lookup { table: LOCAL, .. } | Action::Other => false,
+            Action::Lookup { table, without_default } => {
+                !without_default && facts.catch_all.contains(&(rule.family, table))
+            }
+            Action::Refuse => true,
+        };
+        ends && !rule.selects && (rule.inverted || self.matches(rule))
+    }
+
+    fn matches(&self, rule: &Rule) -> bool {
+        let marks = &self.cluster.marks;
+        let free = self.mark_bits() & marks.value_mask();
+        // All values of the free bits can occur; the others are the prefix, or nobody's and 0.
+        let mark =
+            rule.mark.is_none_or(|(value, mask)| (value ^ marks.prefix()) & mask & !free == 0);
+        let source = rule.source.is_none_or(|net| {
+            let mut sources = self.sources.iter();
+            self.sources.is_empty()
+                || sources.any(|source| source.contains(&net) || net.contains(source))
+        });
+        mark && source
+    }
+}
+
+impl Rule {
+    /// Whether it asks nothing of a packet.
+    fn takes_all(&self) -> bool {
+        self.mark.is_none() && self.source.is_none() && !self.selects && !self.inverted
+    }
+}

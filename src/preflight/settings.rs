@@ -1,0 +1,85 @@
+//! Privilege, parts of the kernel, and its settings.
+
+use super::facts::Facts;
+use super::{KernelPart, Preflight, Problem};
+use crate::types::Family;
+
+/// `rp_filter` where packets must come in by the device that the host would answer by.
+const STRICT: u64 = 1;
+
+impl Preflight<'_> {
+    pub(super) fn judge_settings(&self, facts: &Facts, problems: &mut Vec<Problem>) {
+        if facts.denied {
+            problems.push(Problem::Denied);
+        }
+        problems.extend(facts.missing.iter().map(|part| Problem::Missing { part: *part }));
+        self.judge_forwarding(facts, problems);
+        self.judge_reverse_path(facts, problems);
+        for (family, name) in [(Family::V4, "ipv4"), (Family::V6, "ipv6")] {
+            if facts.settings.get(&format!("{name}/fwmark_reflect")) == Some(1) {
+                problems.push(Problem::MarkReflected { family });
+            }
+        }
+        judge_conntrack(facts, problems);
+    }
+
+    fn judge_forwarding(&self, facts: &Facts, problems: &mut Vec<Problem>) {
+        for family in &self.families {
+            let name = match family {
+                Family::V4 => "ipv4/ip_forward",
+                Family::V6 => "ipv6/conf/all/forwarding",
+            };
+            match (facts.settings.get(name), family) {
+                (Some(0), _) => problems.push(Problem::NotForwarding { family: *family }),
+                (None, Family::V6) => {
+                    problems.push(Problem::Missing { part: KernelPart::Ipv6 });
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn judge_reverse_path(&self, facts: &Facts, problems: &mut Vec<Problem>) {
+        let settings = &facts.settings;
+        let all = settings.get("ipv4/conf/all/rp_filter").unwrap_or(0);
+        let tunnel = self.cluster.tunnel.device.as_str();
+        if self.families.contains(&Family::V4) {
+            let strict = |own: u32| all.max(u64::from(own)) == STRICT;
+            let (ours, others): (Vec<_>, Vec<_>) = facts
+                .devices
+                .iter()
+                .filter(|device| strict(device.rp_filter))
+                .partition(|d| d.ours);
+            problems
+                .extend(ours.into_iter().map(|d| Problem::StrictTunnel { device: d.name.clone() }));
+            let devices: Vec<_> = others
+                .into_iter()
+                .filter(|device| device.decapsulates)
+                .map(|device| device.name.clone())
+                .collect();
+            if !devices.is_empty() {
+                problems.push(Problem::StrictOverlay { devices });
+            } else if all == STRICT {
+                problems.push(Problem::StrictByDefault);
+            }
+        }
+        let marked = ["all", tunnel]
+            .into_iter()
+            .find(|device| settings.get(&format!("ipv4/conf/{device}/src_valid_mark")) == Some(1));
+        problems
+            .extend(marked.map(|device| Problem::MarkInReversePath { device: device.to_owned() }));
+    }
+}
+
+fn judge_conntrack(facts: &Facts, problems: &mut Vec<Problem>) {
+    let setting = |name: &str| facts.settings.get(&format!("netfilter/nf_conntrack_{name}"));
+    if let (Some(count), Some(max)) = (setting("count"), setting("max")) {
+        // A limit of 0 is none.
+        if max > 0 && count.saturating_mul(5) > max.saturating_mul(4) {
+            problems.push(Problem::ConntrackFull { count, max });
+        }
+    }
+    if setting("tcp_loose") == Some(0) {
+        problems.push(Problem::ConntrackStrict);
+    }
+}

@@ -1,0 +1,67 @@
+use super::*;
+
+fn vxlan(name: &str, vni: u32, port: u16, external: bool) -> Device {
+    let vxlan = Some(Vxlan { vni, port, external });
+    Device { name: name.to_owned(), mtu: 1450, vxlan, ..Device::default() }
+}
+
+fn with(device: Device) -> Vec<Problem> {
+    let mut facts = facts();
+    facts.devices.push(device);
+    judge(&facts)
+}
+
+#[test]
+fn other_vxlan_devices() {
+    let device = || "other".to_owned();
+    let taken = Problem::VxlanTaken { device: device(), vni: 100, port: 7789 };
+    assert_eq!(with(vxlan("other", 100, 7789, false)), [taken]);
+    let shared = Problem::PortShared { device: device(), vni: 101, port: 7789 };
+    assert_eq!(with(vxlan("other", 101, 7789, false)), std::slice::from_ref(&shared));
+    assert_eq!(shared.severity(), Severity::Note);
+    let external = Problem::PortTaken { device: device(), port: 7789 };
+    assert_eq!(with(vxlan("other", 0, 7789, true)), [external]);
+    assert_eq!(with(vxlan("other", 100, 4789, false)), []);
+    assert_eq!(with(Device { ours: true, ..vxlan("other", 100, 7789, false) }), []);
+}
+
+#[test]
+fn the_name_is_taken() {
+    let taken = Problem::NameTaken { device: "egress.vxlan".to_owned() };
+    assert_eq!(with(vxlan("egress.vxlan", 5, 4789, false)), [taken]);
+}
+
+#[test]
+fn the_underlay_address_is_nowhere() {
+    let mut facts = facts();
+    facts.addresses.clear();
+    let problems = judge(&facts);
+    assert_eq!(problems, [Problem::NoUnderlay { address: [192, 0, 2, 1].into() }]);
+}
+
+#[test]
+fn sizes() {
+    let mut facts = facts();
+    facts.devices[0].mtu = 1400;
+    let problem = |found| Problem::UnderlayMtu { device: "eth0".to_owned(), found, said: 1500 };
+    assert_eq!(judge(&facts), [problem(1400)]);
+    assert_eq!(problem(1400).severity(), Severity::Broken);
+    facts.devices[0].mtu = 9000;
+    assert_eq!(judge(&facts), [problem(9000)]);
+    assert_eq!(problem(9000).severity(), Severity::Note);
+
+    let ours = Device { ours: true, mtu: 1400, ..vxlan("egress.vxlan", 100, 7789, false) };
+    let device = "egress.vxlan".to_owned();
+    assert_eq!(with(ours), [Problem::TunnelMtu { device, found: 1400, wanted: 1450 }]);
+}
+
+#[test]
+fn the_underlay_device_that_the_cluster_names_is_the_one() {
+    let tunnel = Tunnel { underlay_device: Some("bond0".parse().unwrap()), ..Tunnel::default() };
+    let cluster = Cluster { tunnel, ..cluster() };
+    let mut facts = facts();
+    facts.devices.push(Device { name: "bond0".to_owned(), mtu: 1280, ..Device::default() });
+    let problems = judge_for(&cluster, &policy("node-b", EIP), &facts);
+    let device = "bond0".to_owned();
+    assert_eq!(problems, [Problem::UnderlayMtu { device, found: 1280, said: 1500 }]);
+}

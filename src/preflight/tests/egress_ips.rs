@@ -1,0 +1,66 @@
+use super::*;
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+#[test]
+fn an_address_that_the_gateway_does_not_have() {
+    let problems = judge_for(&cluster(), &policy("node-a", EIP), &facts());
+    let policy = "shop/checkout".parse().unwrap();
+    assert_eq!(problems, [Problem::EgressIpAbsent { address: ip("198.51.100.7"), policy }]);
+}
+
+#[test]
+fn an_address_on_the_loopback_device_for_which_nobody_answers() {
+    let mut facts = facts();
+    facts.addresses.push(address("198.51.100.7", "lo"));
+    let here = policy("node-a", EIP);
+    assert_eq!(judge_for(&cluster(), &here, &facts), []);
+    let device = "eth0".to_owned();
+    let silent = [Problem::EgressIpSilent { address: ip("198.51.100.7"), device }];
+    for device in ["all", "eth0"] {
+        let mut facts = facts.clone();
+        set(&mut facts, &format!("ipv4/conf/{device}/arp_ignore"), 1);
+        assert_eq!(judge_for(&cluster(), &here, &facts), silent);
+    }
+}
+
+#[test]
+fn an_address_on_another_node() {
+    let mut facts = facts();
+    facts.addresses.push(address("198.51.100.7", "eth0"));
+    assert_eq!(judge_for(&cluster(), &policy("node-a", EIP), &facts), []);
+    let problems = judge(&facts);
+    let (device, policy) = ("eth0".to_owned(), "shop/checkout".parse().unwrap());
+    let address = ip("198.51.100.7");
+    assert_eq!(problems, [Problem::EgressIpElsewhere { address, policy, device }]);
+    assert!(problems[0].remedy().starts_with("ip addr del 198.51.100.7 dev eth0"));
+}
+
+#[test]
+fn a_shared_address_belongs_here_if_one_of_its_gateways_is_here() {
+    let mut facts = facts();
+    facts.addresses.push(address("198.51.100.7", "eth0"));
+    let other = EgressPolicy { id: "shop/a".parse().unwrap(), ..policy("node-a", EIP) };
+    for policies in [[policy("node-b", EIP), other.clone()], [other, policy("node-b", EIP)]] {
+        assert_eq!(Preflight::new(&cluster(), &policies).judge(&facts), []);
+    }
+}
+
+#[test]
+fn an_ipv6_address_that_the_host_would_use_itself() {
+    let mut facts = facts();
+    set(&mut facts, "ipv6/conf/all/forwarding", 1);
+    facts.addresses.push(address("2001:db8::7", "eth0"));
+    let here = policy("node-a", EgressIp::V6("2001:db8::7".parse().unwrap()));
+    let address = ip("2001:db8::7");
+    let preferred =
+        |device: &str| Problem::EgressIpPreferred { address, device: device.to_owned() };
+    assert_eq!(judge_for(&cluster(), &here, &facts), [preferred("eth0")]);
+    facts.addresses[1].deprecated = true;
+    assert_eq!(judge_for(&cluster(), &here, &facts), []);
+    facts.addresses[1].device = "lo".to_owned();
+    let device = "eth0".to_owned();
+    assert_eq!(judge_for(&cluster(), &here, &facts), [Problem::EgressIpSilent { address, device }]);
+}

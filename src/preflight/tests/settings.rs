@@ -1,0 +1,86 @@
+use super::*;
+
+#[test]
+fn a_missing_privilege_and_missing_parts() {
+    let mut facts = facts();
+    facts.denied = true;
+    facts.missing = vec![KernelPart::Vxlan];
+    let problems = judge(&facts);
+    assert_eq!(problems, [Problem::Denied, Problem::Missing { part: KernelPart::Vxlan }]);
+    assert_eq!(problems[1].to_string(), "the kernel has no VXLAN (CONFIG_VXLAN)");
+    assert!(problems[0].remedy().contains("CAP_NET_ADMIN"));
+}
+
+#[test]
+fn forwarding_of_each_family_in_use() {
+    let mut facts = facts();
+    set(&mut facts, "ipv4/ip_forward", 0);
+    let problems = judge(&facts);
+    assert_eq!(problems, [Problem::NotForwarding { family: Family::V4 }]);
+    assert_eq!(problems[0].remedy(), "sysctl -w net.ipv4.ip_forward=1");
+
+    let dual = policy("node-b", EgressIp::Node);
+    set(&mut facts, "ipv4/ip_forward", 1);
+    let problems = judge_for(&cluster(), &dual, &facts);
+    assert_eq!(problems, [Problem::Missing { part: KernelPart::Ipv6 }]);
+    set(&mut facts, "ipv6/conf/all/forwarding", 0);
+    let problems = judge_for(&cluster(), &dual, &facts);
+    assert_eq!(problems, [Problem::NotForwarding { family: Family::V6 }]);
+    assert_eq!(problems[0].remedy(), "sysctl -w net.ipv6.conf.all.forwarding=1");
+}
+
+#[test]
+fn the_larger_of_two_filters_is_what_counts() {
+    let device = |rp_filter, ours, decapsulates| Device {
+        name: if ours { "egress.vxlan" } else { "cni0" }.to_owned(),
+        mtu: 1450,
+        rp_filter,
+        ours,
+        decapsulates,
+        ..Device::default()
+    };
+    let problems = |all, device| {
+        let mut facts = facts();
+        set(&mut facts, "ipv4/conf/all/rp_filter", all);
+        facts.devices.push(device);
+        judge(&facts)
+    };
+    let strict = Problem::StrictTunnel { device: "egress.vxlan".to_owned() };
+    assert_eq!(problems(1, device(0, true, true)), [strict.clone(), Problem::StrictByDefault]);
+    assert_eq!(problems(0, device(1, true, true)), [strict]);
+    assert_eq!(problems(1, device(2, true, true)), [Problem::StrictByDefault]);
+    assert_eq!(problems(2, device(1, true, true)), []);
+    let overlay = Problem::StrictOverlay { devices: vec!["cni0".to_owned()] };
+    assert_eq!(problems(1, device(0, false, true)), std::slice::from_ref(&overlay));
+    assert_eq!(problems(0, device(1, false, true)), [overlay]);
+    assert_eq!(problems(0, device(1, false, false)), []);
+}
+
+#[test]
+fn marks_that_the_kernel_uses_by_itself() {
+    let mut facts = facts();
+    set(&mut facts, "ipv4/conf/all/src_valid_mark", 1);
+    set(&mut facts, "ipv4/fwmark_reflect", 1);
+    set(&mut facts, "ipv6/fwmark_reflect", 0);
+    let problems = judge(&facts);
+    let wanted = [
+        Problem::MarkInReversePath { device: "all".to_owned() },
+        Problem::MarkReflected { family: Family::V4 },
+    ];
+    assert_eq!(problems, wanted);
+    assert!(problems.iter().all(|problem| problem.severity() == Severity::Note));
+}
+
+#[test]
+fn connections() {
+    let mut facts = facts();
+    set(&mut facts, "netfilter/nf_conntrack_max", 100);
+    set(&mut facts, "netfilter/nf_conntrack_count", 80);
+    assert_eq!(judge(&facts), []);
+    set(&mut facts, "netfilter/nf_conntrack_count", 81);
+    let full = Problem::ConntrackFull { count: 81, max: 100 };
+    assert_eq!(judge(&facts), std::slice::from_ref(&full));
+    assert_eq!(full.remedy(), "sysctl -w net.netfilter.nf_conntrack_max=200");
+    set(&mut facts, "netfilter/nf_conntrack_tcp_loose", 0);
+    assert_eq!(judge(&facts), [full, Problem::ConntrackStrict]);
+}
