@@ -15,4 +15,4 @@
 //! # Ok::<(), egress_datapath::KernelError>(())
 //! ```
 
-pub use crate::kernel::faults::{Call, Fault, Faults, Part};
+pub use crate::kernel::faults::{Call, Fault, Faults, Subsystem};

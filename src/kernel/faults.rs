@@ -68,7 +68,7 @@ impl fmt::Debug for Fault {
 
 /// The part of the kernel that a call goes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Part {
+pub enum Subsystem {
     /// Links, addresses, neighbours, routes and rules.
     Routing,
     /// The table of `nf_tables`.
@@ -81,7 +81,7 @@ pub enum Part {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Call {
     /// To whom.
-    pub part: Part,
+    pub subsystem: Subsystem,
     /// Whether it changes something.
     pub writes: bool,
 }
@@ -172,7 +172,7 @@ impl Faults {
 
 const fn fits(fault: &Fault, call: Call) -> bool {
     match fault {
-        Fault::AckWithoutCommit => call.writes && matches!(call.part, Part::Firewall),
+        Fault::AckWithoutCommit => call.writes && matches!(call.subsystem, Subsystem::Firewall),
         Fault::TornDump => !call.writes,
         _ => true,
     }
@@ -184,7 +184,7 @@ mod tests {
 
     #[test]
     fn a_fault_happens_once_and_only_where_it_fits() {
-        let read = Call { part: Part::Firewall, writes: false };
+        let read = Call { subsystem: Subsystem::Firewall, writes: false };
         let write = Call { writes: true, ..read };
         let faults = Faults::new()
             .at_write(1, Fault::LoseReply)

@@ -15,6 +15,7 @@
 
 pub(crate) mod echo;
 pub(crate) mod netns;
+mod numbered;
 mod rtnl;
 
 use std::io;
@@ -24,8 +25,11 @@ use std::os::fd::AsFd;
 use egress_datapath::{Cluster, DeviceName, NameError, Node, NodeName};
 use ipnet::IpNet;
 
+#[allow(unused_imports, reason = "no includer needs all of it")]
 pub(crate) use echo::{Echo, Proto, probe};
 pub(crate) use netns::Netns;
+#[allow(unused_imports, reason = "no includer needs all of it")]
+pub(crate) use numbered::numbered;
 pub(crate) use rtnl::{Device, Preference};
 
 /// An address of each family.
@@ -161,22 +165,31 @@ impl Lab {
     }
 
     /// The cluster as one of its nodes sees it.
+    #[expect(clippy::unused_self, reason = "there is no cluster without a lab")]
     pub(crate) fn cluster(&self, of: &Host) -> Result<Cluster, NameError> {
-        let node = |host: &&Host| {
-            let tunnel = tunnel(host.number).into_iter().zip([16, 112]);
-            Ok(Node::new(
-                NodeName::new(host.name)?,
-                underlay(host.number).to_vec(),
-                tunnel.map(|(ip, length)| net(ip, length)).collect(),
-            ))
-        };
-        let nodes = self.nodes().iter().map(node).collect::<Result<_, _>>()?;
-        let pods = pair([10, 244, 0, 0], [0xfd44, 0, 0], 0);
-        let excluded = vec![net(pods[0], 16), net(pods[1], 16)];
-        let mut cluster = Cluster::new(NodeName::new(of.name)?, nodes, excluded);
-        cluster.tunnel.underlay_device = Some(DeviceName::new("eth0")?);
-        Ok(cluster)
+        cluster(of.name)
     }
+}
+
+/// The names of the nodes, each with the number in all its addresses.
+const NODES: [(&str, u8); 3] = [("node-a", 1), ("node-b", 2), ("node-c", 3)];
+
+/// The cluster as the node of this name sees it.
+pub(crate) fn cluster(of: &str) -> Result<Cluster, NameError> {
+    let node = |(name, number): (&str, u8)| {
+        let tunnel = tunnel(number).into_iter().zip([16, 112]);
+        Ok(Node::new(
+            NodeName::new(name)?,
+            underlay(number).to_vec(),
+            tunnel.map(|(ip, length)| net(ip, length)).collect(),
+        ))
+    };
+    let nodes = NODES.into_iter().map(node).collect::<Result<_, _>>()?;
+    let pods = pair([10, 244, 0, 0], [0xfd44, 0, 0], 0);
+    let excluded = vec![net(pods[0], 16), net(pods[1], 16)];
+    let mut cluster = Cluster::new(NodeName::new(of)?, nodes, excluded);
+    cluster.tunnel.underlay_device = Some(DeviceName::new("eth0")?);
+    Ok(cluster)
 }
 
 impl Host {

@@ -8,17 +8,16 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
-use egress_datapath::state::{RouteKey, Rule, RuleAction};
-use egress_datapath::testing::{Call, Fault, Faults, Part};
+use egress_datapath::testing::{Call, Fault, Faults, Subsystem};
 use egress_datapath::{
     Changes, Cluster, Datapath, Destinations, EgressPolicy, Error, KernelDatapath, KernelTables,
-    Mark, MarkPool, Reconciler, Report, State, TableId, TablePool, TableRange,
+    Mark, MarkPool, Reconciler, Report, State, TablePool, TableRange,
 };
 
 use crate::fleet::{Result, dual, lab, policy};
 use crate::foreign::Foreign;
 use crate::lab::{
-    EIP_B, EIP_C, Host, Lab, Netns, OTHER_SERVER, POD_A, POD_B, SERVER, STRANGER, hosts,
+    EIP_B, EIP_C, Host, Lab, Netns, OTHER_SERVER, POD_A, POD_B, SERVER, STRANGER, hosts, numbered,
 };
 
 /// Error numbers of `asm-generic/errno*.h`, from `EPERM` to `ENOBUFS`.
@@ -121,8 +120,10 @@ impl Kind {
             Self::Foreign(What::TakeAll),
         ];
         kinds.extend((!call.writes).then_some(Self::TornDump));
-        kinds
-            .extend((call.writes && call.part == Part::Firewall).then_some(Self::AckWithoutCommit));
+        kinds.extend(
+            (call.writes && call.subsystem == Subsystem::Firewall)
+                .then_some(Self::AckWithoutCommit),
+        );
         kinds.extend(ERRNOS.map(Self::Errno));
         kinds.extend(ERRNOS.map(Self::Refuse));
         kinds
@@ -288,33 +289,6 @@ impl Bench<'_> {
             }
         }
     }
-}
-
-/// The same state with its tables numbered in the order of their rules: which table a gateway has
-/// is no matter, and one that was left without a rule cannot be known again.
-fn numbered(mut state: State) -> State {
-    let mut numbers: BTreeMap<TableId, u32> = BTreeMap::new();
-    for rule in &state.rules {
-        if let RuleAction::Lookup(table) = rule.action {
-            let next = u32::try_from(numbers.len()).unwrap_or(0) + 1;
-            numbers.entry(table).or_insert(next);
-        }
-    }
-    let number = |table| numbers.get(&table).and_then(|number| TableId::new(*number));
-    let renamed = |table| number(table).unwrap_or(table);
-    let routes = std::mem::take(&mut state.routes).into_iter();
-    state.routes =
-        routes.map(|(key, route)| (RouteKey { table: renamed(key.table), ..key }, route)).collect();
-    let rules = std::mem::take(&mut state.rules).into_iter();
-    state.rules = rules
-        .map(|rule| match rule.action {
-            RuleAction::Lookup(table) => {
-                Rule { action: RuleAction::Lookup(renamed(table)), ..rule }
-            }
-            RuleAction::Unreachable => rule,
-        })
-        .collect();
-    state
 }
 
 fn enumerate(host: &Host, pod: &Netns, lab: &Lab) -> Result {

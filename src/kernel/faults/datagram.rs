@@ -1,6 +1,6 @@
 //! Datagrams to and from the kernel, as far as faults must know them.
 
-use super::{Call, Part};
+use super::{Call, Subsystem};
 use crate::error::errno;
 use crate::kernel::wire::{HEADER, NLMSG_DONE, NLMSG_ERROR, Writer, flag};
 
@@ -62,17 +62,17 @@ fn messages(datagram: &[u8]) -> Vec<Found> {
 pub(super) fn routing_call(datagram: &[u8]) -> Call {
     let first = messages(datagram).first().map_or(0, |message| message.kind);
     // Every kind of object has four types: new, delete, get, set.
-    Call { part: Part::Routing, writes: first % 4 != 2 }
+    Call { subsystem: Subsystem::Routing, writes: first % 4 != 2 }
 }
 
 /// What a datagram of a netfilter socket is about.
 pub(super) fn netfilter_call(datagram: &[u8]) -> Call {
     let first = messages(datagram).first().map_or(0, |message| message.kind);
     match first >> 8 {
-        CONNECTIONS => Call { part: Part::Connections, writes: first != GET_CONNECTIONS },
+        CONNECTIONS => Call { subsystem: Subsystem::Connections, writes: first != GET_CONNECTIONS },
         _ => {
             let asks = first == GET_GENERATION || first != BEGIN && first % 0x100 % 3 == 1;
-            Call { part: Part::Firewall, writes: !asks }
+            Call { subsystem: Subsystem::Firewall, writes: !asks }
         }
     }
 }
@@ -162,8 +162,8 @@ mod tests {
 
     #[test]
     fn reads_and_writes_are_told_apart() {
-        use Part::{Connections, Firewall, Routing};
-        for (kinds, part, writes) in [
+        use Subsystem::{Connections, Firewall, Routing};
+        for (kinds, subsystem, writes) in [
             (&[0x10][..], Firewall, true),
             (&[0xa01, 0xa04, 0xa07, 0xa0a, 0xa0d, 0xa10], Firewall, false),
             (&[0x101], Connections, false),
@@ -173,8 +173,8 @@ mod tests {
             (&[18, 22, 26, 30, 34], Routing, false),
         ] {
             for kind in kinds {
-                let call = if part == Routing { routing_call } else { netfilter_call };
-                assert_eq!(call(&datagram(&[*kind])), Call { part, writes }, "{kind:#x}");
+                let call = if subsystem == Routing { routing_call } else { netfilter_call };
+                assert_eq!(call(&datagram(&[*kind])), Call { subsystem, writes }, "{kind:#x}");
             }
         }
     }

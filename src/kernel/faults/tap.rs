@@ -3,7 +3,7 @@
 use std::io;
 
 use super::datagram::{aborted, netfilter_call, refused, routing_call, torn, without_end};
-use super::{Call, Fault, Faults, Part};
+use super::{Call, Fault, Faults, Subsystem};
 use crate::error::errno;
 
 /// The faults of one socket.
@@ -41,7 +41,7 @@ impl Tap {
     ) -> io::Result<()> {
         (self.made_up, self.damage) = (None, None);
         let call = (self.call)(datagram);
-        let transaction = call.writes && call.part == Part::Firewall;
+        let transaction = call.writes && call.subsystem == Subsystem::Firewall;
         let Some(fault) = self.faults.next(call) else {
             return send(datagram);
         };
