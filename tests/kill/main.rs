@@ -7,7 +7,8 @@
 //! ```
 //!
 //! With `all` every scenario runs also on nodes that masquerade what pods send, as most CNI
-//! plugins have them do; otherwise the scenarios take turns.
+//! plugins have them do; otherwise the scenarios take turns. A word after `--` is looked for in
+//! their names.
 
 #[path = "../lab/mod.rs"]
 mod lab;
@@ -38,7 +39,7 @@ fn main() -> ExitCode {
     let result = match arguments.split_first() {
         Some((first, rest)) if first == "child" => child::main(rest),
         Some((first, _)) if first == "--list" => Ok(()),
-        _ => parent(),
+        _ => parent(&arguments),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -49,7 +50,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn parent() -> Result {
+fn parent(filters: &[String]) -> Result {
     let required = env::var_os("EGRESS_REQUIRE_NETNS").is_some_and(|value| value == "1");
     if let Err(error) = lab::netns::enter_user_namespace().and_then(|()| Lab::new()) {
         if required {
@@ -67,7 +68,7 @@ fn parent() -> Result {
     }
     let start = Instant::now();
     let scenarios = scenarios()?;
-    let queue = Mutex::new(plan(&scenarios, have_nft).into_iter());
+    let queue = Mutex::new(plan(&scenarios, have_nft, filters).into_iter());
     let total = Mutex::new((Counts::default(), Vec::new()));
     let worker = || {
         loop {
@@ -93,10 +94,19 @@ fn parent() -> Result {
 }
 
 /// What runs, and where.
-fn plan(scenarios: &[Scenario], have_nft: bool) -> Vec<(usize, &Scenario, Cni)> {
+fn plan<'a>(
+    scenarios: &'a [Scenario],
+    have_nft: bool,
+    filters: &[String],
+) -> Vec<(usize, &'a Scenario, Cni)> {
     let all = env::var_os("EGRESS_KILL").is_some_and(|value| value == "all");
     let mut plan = Vec::new();
     for (number, scenario) in scenarios.iter().enumerate() {
+        // As libtest does: any of the words, options apart.
+        let mut words = filters.iter().filter(|word| !word.starts_with('-')).peekable();
+        if words.peek().is_some() && !words.any(|word| scenario.name.contains(word.as_str())) {
+            continue;
+        }
         for (turn, cni) in [Cni::Routes, Cni::Masquerades].into_iter().enumerate() {
             let possible = cni == Cni::Routes || have_nft;
             if possible && (all || !have_nft || number % 2 == turn) {

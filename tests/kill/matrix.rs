@@ -220,7 +220,7 @@ impl<'a> Matrix<'a> {
         let must = |flow: &Flow| {
             let arrives = |talk: &Talk| {
                 let opens = over && !flow.established && talk.after != Source::Nothing;
-                opens || scenario.must_arrive(talk)
+                opens || scenario.must_arrive(talk, flow.established)
             };
             scenario.talks.get(flow.talk).is_some_and(arrives)
         };
