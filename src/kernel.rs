@@ -3,9 +3,16 @@
 mod address;
 mod conntrack;
 mod facts;
+#[cfg(feature = "testing")]
+pub(crate) mod faults;
 mod fdb;
 mod link;
 mod link_change;
+#[cfg(test)]
+#[allow(dead_code, reason = "no includer needs all of it")]
+mod mutate;
+#[cfg(test)]
+mod mutated;
 mod neighbour;
 mod nft;
 mod ownership;

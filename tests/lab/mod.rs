@@ -15,6 +15,7 @@
 
 pub(crate) mod echo;
 pub(crate) mod netns;
+mod numbered;
 mod rtnl;
 
 use std::io;
@@ -24,8 +25,11 @@ use std::os::fd::AsFd;
 use egress_datapath::{Cluster, DeviceName, NameError, Node, NodeName};
 use ipnet::IpNet;
 
+#[allow(unused_imports, reason = "no includer needs all of it")]
 pub(crate) use echo::{Echo, Proto, probe};
 pub(crate) use netns::Netns;
+#[allow(unused_imports, reason = "no includer needs all of it")]
+pub(crate) use numbered::numbered;
 pub(crate) use rtnl::{Device, Preference};
 
 /// An address of each family.
@@ -80,6 +84,9 @@ pub(crate) const NODE_A: Pair = underlay(1);
 /// A gateway, on the underlay.
 pub(crate) const NODE_B: Pair = underlay(2);
 
+/// Names of the nodes, whose numbers begin with 1.
+const NODES: [&str; 3] = ["node-a", "node-b", "node-c"];
+
 const UPLINK: u32 = 10;
 const OUTSIDE: u32 = 11;
 const FIRST_POD: u32 = 20;
@@ -128,9 +135,10 @@ impl Lab {
     pub(crate) fn new() -> io::Result<Self> {
         let router = router()?;
         let server = server(&router)?;
-        let node_a = Host::new("node-a", 1, &router)?;
-        let node_b = Host::new("node-b", 2, &router)?;
-        let node_c = Host::new("node-c", 3, &router)?;
+        let [a, b, c] = NODES;
+        let node_a = Host::new(a, 1, &router)?;
+        let node_b = Host::new(b, 2, &router)?;
+        let node_c = Host::new(c, 3, &router)?;
         for (host, eip) in [(&node_b, EIP_B), (&node_c, EIP_C)] {
             host.attach_outside(&router, eip)?;
         }
@@ -161,22 +169,28 @@ impl Lab {
     }
 
     /// The cluster as one of its nodes sees it.
+    #[expect(clippy::unused_self, reason = "there is no cluster without a lab")]
     pub(crate) fn cluster(&self, of: &Host) -> Result<Cluster, NameError> {
-        let node = |host: &&Host| {
-            let tunnel = tunnel(host.number).into_iter().zip([16, 112]);
-            Ok(Node::new(
-                NodeName::new(host.name)?,
-                underlay(host.number).to_vec(),
-                tunnel.map(|(ip, length)| net(ip, length)).collect(),
-            ))
-        };
-        let nodes = self.nodes().iter().map(node).collect::<Result<_, _>>()?;
-        let pods = pair([10, 244, 0, 0], [0xfd44, 0, 0], 0);
-        let excluded = vec![net(pods[0], 16), net(pods[1], 16)];
-        let mut cluster = Cluster::new(NodeName::new(of.name)?, nodes, excluded);
-        cluster.tunnel.underlay_device = Some(DeviceName::new("eth0")?);
-        Ok(cluster)
+        cluster(of.name)
     }
+}
+
+/// The cluster as the node of this name sees it.
+pub(crate) fn cluster(of: &str) -> Result<Cluster, NameError> {
+    let node = |(name, number): (&str, u8)| {
+        let tunnel = tunnel(number).into_iter().zip([16, 112]);
+        Ok(Node::new(
+            NodeName::new(name)?,
+            underlay(number).to_vec(),
+            tunnel.map(|(ip, length)| net(ip, length)).collect(),
+        ))
+    };
+    let nodes = NODES.into_iter().zip(1..).map(node).collect::<Result<_, _>>()?;
+    let pods = pair([10, 244, 0, 0], [0xfd44, 0, 0], 0);
+    let excluded = vec![net(pods[0], 16), net(pods[1], 16)];
+    let mut cluster = Cluster::new(NodeName::new(of)?, nodes, excluded);
+    cluster.tunnel.underlay_device = Some(DeviceName::new("eth0")?);
+    Ok(cluster)
 }
 
 impl Host {

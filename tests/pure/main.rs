@@ -9,6 +9,10 @@
 
 mod convergence;
 mod golden;
+mod hostile;
+#[path = "../../src/kernel/mutate.rs"]
+#[allow(dead_code, reason = "no includer needs all of it")]
+mod mutate;
 mod random;
 mod semantics;
 mod tables;
