@@ -3,6 +3,8 @@
 mod address;
 mod conntrack;
 mod facts;
+#[cfg(feature = "testing")]
+pub(crate) mod faults;
 mod fdb;
 mod link;
 mod link_change;

@@ -73,6 +73,7 @@
 //! - `kernel` (default): [`KernelDatapath`] and [`preflight`], on Linux.
 //! - `serde`: `Serialize` and `Deserialize` for the value types.
 //! - `mock`: mocks of the four traits; exempt from semantic versioning.
+//! - `testing`: faults between the datapath and the kernel; exempt from semantic versioning.
 //!
 //! # Permissions
 //!
@@ -102,6 +103,8 @@ mod reconciler;
 mod serde_impls;
 mod sim;
 pub mod state;
+#[cfg(all(feature = "testing", target_os = "linux"))]
+pub mod testing;
 mod types;
 
 pub use alloc::{

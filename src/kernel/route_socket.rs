@@ -49,6 +49,11 @@ impl RouteSocket {
         self.socket.port()
     }
 
+    #[cfg(feature = "testing")]
+    pub(super) fn socket(&mut self) -> &mut Socket {
+        &mut self.socket
+    }
+
     /// Makes a change; `flags` are those beside "request" and "acknowledge".
     pub(crate) fn request(
         &mut self,

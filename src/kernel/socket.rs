@@ -26,6 +26,8 @@ pub(crate) struct Socket {
     buffer: Vec<u8>,
     sequence: u32,
     port: u32,
+    #[cfg(feature = "testing")]
+    tap: Option<super::faults::Tap>,
 }
 
 impl Socket {
@@ -43,7 +45,15 @@ impl Socket {
             buffer: Vec::with_capacity(READ),
             sequence: 0,
             port: address.port_number(),
+            #[cfg(feature = "testing")]
+            tap: None,
         })
+    }
+
+    /// Lets a plan of faults have a say in what is sent and received.
+    #[cfg(feature = "testing")]
+    pub(super) fn set_tap(&mut self, tap: super::faults::Tap) {
+        self.tap = Some(tap);
     }
 
     /// Makes the kernel refuse dump requests that it does not understand in full, and filter.
@@ -88,17 +98,32 @@ impl Socket {
     }
 
     /// Sends one datagram of one or more messages.
-    pub(crate) fn send(&self, datagram: &[u8]) -> io::Result<()> {
-        let sent = self.inner.send(datagram, 0)?;
-        if sent == datagram.len() {
-            Ok(())
-        } else {
-            Err(io::Error::new(io::ErrorKind::WriteZero, "the datagram was sent in part"))
+    pub(crate) fn send(&mut self, datagram: &[u8]) -> io::Result<()> {
+        let send = |datagram: &[u8]| send(&self.inner, datagram);
+        #[cfg(feature = "testing")]
+        if let Some(tap) = &mut self.tap {
+            return tap.send(datagram, self.port, send);
         }
+        send(datagram)
     }
 
     /// Receives one datagram from the kernel; an error of kind `WouldBlock` says there is none.
     pub(crate) fn receive(&mut self) -> io::Result<&[u8]> {
+        #[cfg(feature = "testing")]
+        if let Some(made_up) = self.tap.as_mut().and_then(super::faults::Tap::made_up) {
+            self.buffer.clear();
+            self.buffer.extend(made_up);
+            return Ok(&self.buffer);
+        }
+        self.fill()?;
+        #[cfg(feature = "testing")]
+        if let Some(tap) = &mut self.tap {
+            tap.damage(&mut self.buffer)?;
+        }
+        Ok(&self.buffer)
+    }
+
+    fn fill(&mut self) -> io::Result<()> {
         loop {
             self.buffer.clear();
             // MSG_TRUNC makes the length that of the datagram, even if the buffer was too small.
@@ -108,9 +133,18 @@ impl Socket {
             }
             // Any process may send to us; only port 0 is the kernel.
             if from.port_number() == 0 {
-                return Ok(&self.buffer);
+                return Ok(());
             }
         }
+    }
+}
+
+fn send(socket: &RawSocket, datagram: &[u8]) -> io::Result<()> {
+    let sent = socket.send(datagram, 0)?;
+    if sent == datagram.len() {
+        Ok(())
+    } else {
+        Err(io::Error::new(io::ErrorKind::WriteZero, "the datagram was sent in part"))
     }
 }
 

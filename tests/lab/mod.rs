@@ -15,6 +15,7 @@
 
 pub(crate) mod echo;
 pub(crate) mod netns;
+mod numbered;
 mod rtnl;
 
 use std::io;
@@ -24,8 +25,11 @@ use std::os::fd::AsFd;
 use egress_datapath::{Cluster, DeviceName, NameError, Node, NodeName};
 use ipnet::IpNet;
 
+#[allow(unused_imports, reason = "no includer needs all of it")]
 pub(crate) use echo::{Echo, Proto, probe};
 pub(crate) use netns::Netns;
+#[allow(unused_imports, reason = "no includer needs all of it")]
+pub(crate) use numbered::numbered;
 pub(crate) use rtnl::{Device, Preference};
 
 /// An address of each family.
@@ -165,17 +169,14 @@ impl Lab {
     }
 
     /// The cluster as one of its nodes sees it.
+    #[expect(clippy::unused_self, reason = "there is no cluster without a lab")]
     pub(crate) fn cluster(&self, of: &Host) -> Result<Cluster, NameError> {
-        cluster_of(self.nodes().map(|host| host.name), of.name)
+        cluster(of.name)
     }
 }
 
-/// The cluster as the node of this name sees it, also in a process that has no lab.
+/// The cluster as the node of this name sees it.
 pub(crate) fn cluster(of: &str) -> Result<Cluster, NameError> {
-    cluster_of(NODES, of)
-}
-
-fn cluster_of(names: [&str; 3], of: &str) -> Result<Cluster, NameError> {
     let node = |(name, number): (&str, u8)| {
         let tunnel = tunnel(number).into_iter().zip([16, 112]);
         Ok(Node::new(
@@ -184,7 +185,7 @@ fn cluster_of(names: [&str; 3], of: &str) -> Result<Cluster, NameError> {
             tunnel.map(|(ip, length)| net(ip, length)).collect(),
         ))
     };
-    let nodes = names.into_iter().zip(1..).map(node).collect::<Result<_, _>>()?;
+    let nodes = NODES.into_iter().zip(1..).map(node).collect::<Result<_, _>>()?;
     let pods = pair([10, 244, 0, 0], [0xfd44, 0, 0], 0);
     let excluded = vec![net(pods[0], 16), net(pods[1], 16)];
     let mut cluster = Cluster::new(NodeName::new(of)?, nodes, excluded);

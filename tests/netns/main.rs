@@ -4,9 +4,15 @@
 mod lab;
 
 mod closed;
+mod connections;
 mod decoys;
+#[cfg(feature = "testing")]
+mod faults;
 mod fleet;
 mod flows;
+#[cfg(feature = "testing")]
+mod foreign;
+mod lookalikes;
 mod ownership;
 mod packets;
 mod process;

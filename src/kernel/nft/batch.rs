@@ -25,7 +25,7 @@ pub(super) struct Batch {
     generation_at: usize,
     /// Sequence number of its first message, which stands for all of it.
     pub(super) begin: u32,
-    /// Sequence numbers of the messages that are acknowledged when it was committed.
+    /// Sequence numbers of the messages that are acknowledged: the last operation, the end.
     pub(super) acknowledged: [u32; 2],
     /// By sequence number: where in the message which operation begins.
     origins: BTreeMap<u32, Vec<(usize, usize)>>,

@@ -52,21 +52,26 @@ pub(in super::super) fn commit_as(
         );
     };
     reserve(socket, batch.datagram(0).len());
-    for _ in 0..ATTEMPTS {
-        let generation = generation(socket).map_err(|error| whole.of(error))?;
-        match attempt(socket, ops, whole, &mut batch, generation)? {
+    for number in 0..=ATTEMPTS {
+        let before = generation(socket).map_err(|error| whole.of(error))?;
+        let demanded = if number < ATTEMPTS { before } else { 0 };
+        match attempt(socket, ops, whole, &mut batch, demanded)? {
             Outcome::Made => return Ok(()),
             Outcome::Outdated => {}
+            Outcome::Accepted => {
+                let after = generation(socket).map_err(|error| whole.of(error))?;
+                return if after == before { Err(whole.unknown()) } else { Ok(()) };
+            }
         }
     }
-    match attempt(socket, ops, whole, &mut batch, 0)? {
-        Outcome::Made => Ok(()),
-        Outcome::Outdated => Err(whole.of(KernelError::refused(whole.text(), errno::ERESTART))),
-    }
+    Err(whole.of(KernelError::refused(whole.text(), errno::ERESTART)))
 }
 
 enum Outcome {
     Made,
+    /// Every operation was accepted, and the end was not acknowledged. Kernels before 6.10 never
+    /// do that; whether they have committed is told by the generation alone.
+    Accepted,
     /// The generation was another one; nothing was done.
     Outdated,
 }
@@ -85,6 +90,10 @@ impl Whole {
 
     fn of(self, error: KernelError) -> Refused {
         vec![(self.first, error)]
+    }
+
+    fn unknown(self) -> Refused {
+        self.of(KernelError::answer(self.text(), UNKNOWN))
     }
 
     fn io(self, error: &io::Error, remedy: Option<(i32, &'static str)>) -> Refused {
@@ -115,7 +124,7 @@ fn attempt(
     let sent = socket.send(batch.datagram(generation));
     sent.map_err(|error| whole.io(&error, Some((errno::EMSGSIZE, TOO_LARGE))))?;
 
-    let (mut made, mut refused) = (false, Refused::new());
+    let (mut acknowledged, mut refused) = ([false; 2], Refused::new());
     loop {
         let datagram = match socket.receive() {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -123,14 +132,16 @@ fn attempt(
             other => other.map_err(|error| whole.io(&error, Some((errno::ENOBUFS, UNKNOWN))))?,
         };
         for message in Messages::new(datagram) {
-            let malformed = |_| whole.of(KernelError::answer(whole.text(), UNKNOWN));
+            let malformed = |_| whole.unknown();
             let message = message.map_err(malformed)?;
             if message.kind != NLMSG_ERROR {
                 continue;
             }
             let ack = Ack::read(&message).map_err(malformed)?;
             if ack.errno == 0 {
-                made |= batch.acknowledged.contains(&message.sequence);
+                for (done, sequence) in acknowledged.iter_mut().zip(batch.acknowledged) {
+                    *done |= sequence == message.sequence;
+                }
             } else if message.sequence == batch.begin && ack.errno == errno::ERESTART {
                 return Ok(Outcome::Outdated);
             } else {
@@ -143,7 +154,11 @@ fn attempt(
         refused.dedup_by_key(|(index, _)| *index);
         return Err(refused);
     }
-    if made { Ok(Outcome::Made) } else { Err(whole.of(KernelError::answer(whole.text(), UNKNOWN))) }
+    match acknowledged {
+        [_, true] => Ok(Outcome::Made),
+        [true, false] => Ok(Outcome::Accepted),
+        [false, false] => Err(whole.unknown()),
+    }
 }
 
 fn refusal(

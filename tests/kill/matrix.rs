@@ -1,0 +1,365 @@
+//! One scenario, and a death before and after every write of it.
+
+use std::fmt;
+use std::net::IpAddr;
+
+use egress_datapath::testing::Faults;
+use egress_datapath::{Changes, Datapath, KernelDatapath, State};
+
+use crate::child::{Done, Moment, make, open, run};
+use crate::lab::{
+    Host, Lab, NODE_A, NODE_B_OUTSIDE, Netns, POD_A, POD_B, POD_C, Pair, STRANGER, numbered,
+};
+use crate::scenarios::{Pod, Scenario, Source, Talk, Wanted};
+use crate::wire::{Flow, Wire, by_port};
+use crate::{Result, nft};
+
+/// Whether the nodes translate what pods send outside, as most CNI plugins have them do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Cni {
+    Routes,
+    Masquerades,
+}
+
+const MASQUERADE: &str = "table inet cni {
+    chain postrouting {
+        type nat hook postrouting priority 100;
+        ip saddr 10.244.0.0/16 ip daddr != 10.244.0.0/16 masquerade
+        ip6 saddr fd44::/16 ip6 daddr != fd44::/16 masquerade
+    }
+}";
+
+/// What was counted.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Counts {
+    pub(crate) writes: usize,
+    pub(crate) points: usize,
+    pub(crate) sent: usize,
+    pub(crate) arrived: usize,
+    pub(crate) leaked: usize,
+    pub(crate) lost: usize,
+}
+
+impl Counts {
+    pub(crate) const fn add(&mut self, other: Self) {
+        self.writes += other.writes;
+        self.points += other.points;
+        self.sent += other.sent;
+        self.arrived += other.arrived;
+        self.leaked += other.leaked;
+        self.lost += other.lost;
+    }
+}
+
+impl fmt::Display for Counts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { writes, points, sent, arrived, leaked, lost } = self;
+        write!(f, "{writes} writes, {points} points, {sent} packets, {arrived} arrived, ")?;
+        write!(f, "{leaked} leaked, {lost} lost")
+    }
+}
+
+/// How far a pod's own node has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Progress {
+    NotYet,
+    /// Its process was killed; whether connections had been ended by then.
+    Killed {
+        ended: bool,
+    },
+    Done,
+}
+
+/// How far the nodes have come.
+#[derive(Clone, Copy, Debug)]
+struct At {
+    /// Index in the order of nodes.
+    step: usize,
+    progress: Progress,
+}
+
+pub(crate) struct Matrix<'a> {
+    scenario: &'a Scenario,
+    number: usize,
+    cni: Cni,
+    lab: Lab,
+    wire: Wire,
+    before: Vec<State>,
+    after: Vec<State>,
+    pub(crate) counts: Counts,
+    /// What went wrong, in words.
+    pub(crate) wrong: Vec<String>,
+}
+
+impl<'a> Matrix<'a> {
+    pub(crate) fn new(lab: Lab, scenario: &'a Scenario, number: usize, cni: Cni) -> Result<Self> {
+        let wire = Wire::open(&lab)?;
+        let mut matrix = Self {
+            scenario,
+            number,
+            cni,
+            lab,
+            wire,
+            before: Vec::new(),
+            after: Vec::new(),
+            counts: Counts::default(),
+            wrong: Vec::new(),
+        };
+        if cni == Cni::Masquerades {
+            for host in matrix.lab.nodes() {
+                nft(&host.netns, MASQUERADE)?;
+            }
+        }
+        matrix.before = matrix.rehearse(&scenario.before)?;
+        matrix.after = matrix.rehearse(&scenario.after)?;
+        Ok(matrix)
+    }
+
+    fn rehearse(&self, wanted: &[Wanted]) -> Result<Vec<State>> {
+        let hosts = self.lab.nodes();
+        hosts.into_iter().zip(wanted).map(|(host, wanted)| self.bring(host, wanted)).collect()
+    }
+
+    /// Brings a node to hold what it should, and says what that is.
+    fn bring(&self, host: &Host, wanted: &Wanted) -> Result<State> {
+        let cluster = self.lab.cluster(host)?;
+        let opened =
+            host.netns.run(|| open(&cluster, &Faults::new()).map_err(|e| e.to_string()))?;
+        let mut node = opened?;
+        make(&mut node, &cluster, wanted)?;
+        Ok(node.datapath().observe()?)
+    }
+
+    pub(crate) fn run(&mut self) -> Result {
+        for step in 0..self.scenario.order.len() {
+            let Some(done) = self.point(step, None, None)? else {
+                return Err("a process that nobody killed was killed".into());
+            };
+            self.counts.writes += done.writes;
+            for write in 0..done.writes {
+                for moment in [Moment::Before(write), Moment::After(write)] {
+                    self.point(step, Some(moment), done.end)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Begins anew, comes to a node and lets its process die, or not; what it did if not.
+    fn point(
+        &mut self,
+        step: usize,
+        moment: Option<Moment>,
+        end: Option<usize>,
+    ) -> Result<Option<Done>> {
+        self.reset()?;
+        let [established, first, second] = self.flows()?;
+        self.wire.establish(established.iter())?;
+        let order = self.scenario.order.clone();
+        let node = *order.get(step).ok_or("no such step")?;
+        for earlier in order.get(..step).unwrap_or_default() {
+            let host = self.host(*earlier)?;
+            self.bring(host, self.scenario.after.get(*earlier).ok_or("no such node")?)?;
+        }
+        self.counts.points += 1;
+        let mut done = run(self.host(node)?, self.number, node, moment)?;
+        let killed = done.is_none();
+        if killed {
+            let ended = match (moment, end) {
+                (Some(Moment::Before(write)), Some(end)) => write > end,
+                (Some(Moment::After(write)), Some(end)) => write >= end,
+                _ => false,
+            };
+            let at = At { step, progress: Progress::Killed { ended } };
+            self.probe(&both(&established, &first), at, moment)?;
+            done = run(self.host(node)?, self.number, node, None)?;
+        }
+        match done {
+            Some(Done { changes: [_, 0], .. }) => {}
+            other => self.say(step, moment, &format!("it has not converged: {other:?}")),
+        }
+        let at = At { step, progress: Progress::Done };
+        self.probe(&both(&established, &second), at, moment)?;
+        self.compare(step, node, moment)?;
+        self.wire.forget();
+        Ok(if killed { None } else { done })
+    }
+
+    /// All nodes as they were before, whatever they are.
+    fn reset(&self) -> Result {
+        for (host, before) in self.lab.nodes().into_iter().zip(&self.before) {
+            let mut datapath = host.netns.run(KernelDatapath::open)??;
+            let found = datapath.observe()?;
+            datapath.apply(&Changes::between(&found, before))?;
+        }
+        Ok(())
+    }
+
+    /// Flows that are there before the change, and two times new ones.
+    fn flows(&mut self) -> Result<[Vec<Flow>; 3]> {
+        let (mut established, mut new) = (Vec::new(), [Vec::new(), Vec::new()]);
+        for (number, talk) in self.scenario.talks.iter().enumerate() {
+            let pod = pod(&self.lab, talk.pod);
+            let speaks = talk.before != Source::Nothing;
+            let kinds = if speaks { &[true, false, false][..] } else { &[false, false] };
+            let mut flows = self.wire.flows(pod, number, talk.to, kinds)?.into_iter();
+            if speaks {
+                established.extend(flows.by_ref().take(4));
+            }
+            let [first, second] = &mut new;
+            first.extend(flows.by_ref().take(4));
+            second.extend(flows);
+        }
+        let [first, second] = new;
+        Ok([established, first, second])
+    }
+
+    /// Sends, and looks at every source that the server saw.
+    fn probe(&mut self, flows: &[&Flow], at: At, moment: Option<Moment>) -> Result {
+        let (scenario, over) = (self.scenario, self.is_over(at));
+        let must = |flow: &Flow| {
+            let arrives = |talk: &Talk| {
+                let opens = over && !flow.established && talk.after != Source::Nothing;
+                opens || scenario.must_arrive(talk, flow.established)
+            };
+            scenario.talks.get(flow.talk).is_some_and(arrives)
+        };
+        let seen = self.wire.probe(flows, must)?;
+        let ports = by_port(&seen);
+        let (mut leaks, mut lost) = (Vec::new(), Vec::new());
+        for flow in flows {
+            let Some(talk) = scenario.talks.get(flow.talk) else { continue };
+            let allowed = self.allowed(*talk, flow, at);
+            let came = ports.get(&flow.port).map_or(&[][..], Vec::as_slice);
+            self.counts.arrived += usize::from(!came.is_empty());
+            leaks.extend(came.iter().filter(|source| !allowed.contains(source)).map(|source| {
+                let established = if flow.established { "established" } else { "new" };
+                format!("leak: {established} {} flow of {talk:?} came as {source}", flow.proto)
+            }));
+            if came.is_empty() && must(flow) {
+                lost.push(format!(
+                    "lost: {} {talk:?} to {}, established {}",
+                    flow.proto, flow.to, flow.established
+                ));
+            }
+        }
+        self.counts.sent += flows.len();
+        self.counts.leaked += leaks.len();
+        self.counts.lost += lost.len();
+        for sentence in leaks.into_iter().chain(lost) {
+            self.say(at.step, moment, &format!("{:?}: {sentence}", at.progress));
+        }
+        Ok(())
+    }
+
+    /// Whether everything is done.
+    fn is_over(&self, at: At) -> bool {
+        at.progress == Progress::Done && at.step + 1 == self.scenario.order.len()
+    }
+
+    /// The sources that a flow may show.
+    fn allowed(&self, talk: Talk, flow: &Flow, at: At) -> Vec<IpAddr> {
+        let node = node(talk.pod);
+        let turn = self.scenario.order.iter().position(|other| *other == node);
+        let progress = match turn {
+            Some(turn) if turn < at.step => Progress::Done,
+            Some(turn) if turn == at.step => at.progress,
+            Some(_) => Progress::NotYet,
+            // It changes nothing, and only sees what others do.
+            None => Progress::NotYet,
+        };
+        let over = self.is_over(at) && !flow.established;
+        let before = match (talk.before, progress) {
+            _ if over && talk.before != talk.after => None,
+            (Source::Plain, Progress::Done) => None,
+            (source, _) => Some(source),
+        };
+        let after = match (talk.after, progress) {
+            (Source::Plain, Progress::NotYet) => None,
+            // The guards hold an open connection back until it is ended.
+            (Source::Plain, Progress::Killed { ended: false }) if flow.established => None,
+            (source, _) => Some(source),
+        };
+        let same = (talk.before == talk.after).then_some(talk.before);
+        let sources = before.into_iter().chain(after).chain(same);
+        let family = usize::from(flow.to.is_ipv6());
+        let address = |pair: Pair| pair.get(family).copied();
+        sources
+            .filter_map(|source| match source {
+                Source::Eip(pair) => address(pair),
+                Source::Plain => address(self.plain(talk.pod)),
+                Source::Nothing => None,
+            })
+            .collect()
+    }
+
+    /// As whom a pod speaks without a policy.
+    fn plain(&self, pod: Pod) -> Pair {
+        const NODE_C_OUTSIDE: Pair = {
+            let [b4, b6] = NODE_B_OUTSIDE;
+            match (b4, b6) {
+                (IpAddr::V4(v4), IpAddr::V6(v6)) => {
+                    let [a, b, c, _] = v4.octets();
+                    let [p, q, r, s, t, u, v, _] = v6.segments();
+                    [
+                        IpAddr::V4(std::net::Ipv4Addr::new(a, b, c, 13)),
+                        IpAddr::V6(std::net::Ipv6Addr::new(p, q, r, s, t, u, v, 0x13)),
+                    ]
+                }
+                other => [other.0, other.1],
+            }
+        };
+        match (self.cni, pod) {
+            (Cni::Routes, Pod::A) => POD_A,
+            (Cni::Routes, Pod::Stranger) => STRANGER,
+            (Cni::Routes, Pod::B) => POD_B,
+            (Cni::Routes, Pod::C) => POD_C,
+            (Cni::Masquerades, Pod::A | Pod::Stranger) => NODE_A,
+            (Cni::Masquerades, Pod::B) => NODE_B_OUTSIDE,
+            (Cni::Masquerades, Pod::C) => NODE_C_OUTSIDE,
+        }
+    }
+
+    /// Whether the node holds what it should and nothing else of ours.
+    fn compare(&mut self, step: usize, node: usize, moment: Option<Moment>) -> Result {
+        let mut datapath = self.host(node)?.netns.run(KernelDatapath::open)??;
+        let found = numbered(datapath.observe()?);
+        let wanted = numbered(self.after.get(node).cloned().unwrap_or_default());
+        if found != wanted {
+            let left = Changes::between(&found, &wanted);
+            self.say(step, moment, &format!("there is something left to do:\n{left}"));
+        }
+        Ok(())
+    }
+
+    fn say(&mut self, step: usize, moment: Option<Moment>, what: &str) {
+        let node = self.scenario.order.get(step);
+        let name = self.scenario.name;
+        self.wrong.push(format!("{name}, node {node:?}, killed {moment:?}: {what}"));
+    }
+
+    fn host(&self, node: usize) -> Result<&Host> {
+        Ok(self.lab.nodes().get(node).copied().ok_or("no such node")?)
+    }
+}
+
+fn both<'a>(established: &'a [Flow], new: &'a [Flow]) -> Vec<&'a Flow> {
+    established.iter().chain(new).collect()
+}
+
+fn pod(lab: &Lab, pod: Pod) -> &Netns {
+    match pod {
+        Pod::A => &lab.pod_a,
+        Pod::Stranger => &lab.stranger,
+        Pod::B => &lab.pod_b,
+        Pod::C => &lab.pod_c,
+    }
+}
+
+const fn node(pod: Pod) -> usize {
+    match pod {
+        Pod::A | Pod::Stranger => 0,
+        Pod::B => 1,
+        Pod::C => 2,
+    }
+}

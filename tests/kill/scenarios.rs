@@ -1,0 +1,267 @@
+//! What changes, and which sources the server may see meanwhile.
+
+use egress_datapath::{Destinations, EgressIp, EgressPolicy, NodeName, PolicyId};
+
+use crate::lab::{EIP_B, EIP_C, OTHER_SERVER, POD_A, POD_B, Pair, SERVER, STRANGER, hosts};
+use crate::{NODES, Result};
+
+/// What a node should hold.
+#[derive(Clone)]
+pub(crate) enum Wanted {
+    Policies(Vec<EgressPolicy>),
+    Nothing,
+}
+
+/// Which pod.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Pod {
+    A,
+    Stranger,
+    B,
+    C,
+}
+
+/// As whom a pod speaks to the server.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Source {
+    /// As an egress IP.
+    Eip(Pair),
+    /// As without any policy.
+    Plain,
+    /// Not at all.
+    Nothing,
+}
+
+/// A conversation between a pod and a server.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Talk {
+    pub(crate) pod: Pod,
+    pub(crate) to: Pair,
+    pub(crate) before: Source,
+    pub(crate) after: Source,
+}
+
+/// A change of one or more nodes, one after another.
+pub(crate) struct Scenario {
+    pub(crate) name: &'static str,
+    /// What each of the nodes holds at first, and at last.
+    pub(crate) before: [Wanted; 3],
+    pub(crate) after: [Wanted; 3],
+    /// Which nodes change, in turn.
+    pub(crate) order: Vec<usize>,
+    pub(crate) talks: Vec<Talk>,
+    pauses: Pauses,
+}
+
+/// What may not get through for a while although nothing changes for it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Pauses {
+    Nothing,
+    /// Open connections of the pod on the gateway that was: they were translated there, and must
+    /// end before the new one takes them.
+    OldGateway,
+    /// All of the policy: the order of the nodes leaves it no way.
+    Policy,
+}
+
+impl Scenario {
+    /// Whether nothing changes for a pod's flow, so that it must go on without a pause.
+    pub(crate) fn must_arrive(&self, talk: &Talk, established: bool) -> bool {
+        let pauses = match self.pauses {
+            Pauses::Nothing => false,
+            Pauses::OldGateway => established && talk.pod == Pod::B,
+            Pauses::Policy => matches!(talk.pod, Pod::A | Pod::B),
+        };
+        talk.before == talk.after && !pauses
+    }
+}
+
+const A: usize = 0;
+const B: usize = 1;
+const C: usize = 2;
+
+fn policy(id: &str, sources: &[Pair], gateway: usize, eip: Pair) -> Result<EgressPolicy> {
+    let [std::net::IpAddr::V4(v4), std::net::IpAddr::V6(v6)] = eip else {
+        return Err("an egress IP is a pair".into());
+    };
+    let eip = EgressIp::Dual(v4, v6);
+    let gateway = NODES.get(gateway).copied().ok_or("no such node")?;
+    Ok(EgressPolicy {
+        gateway: Some(NodeName::new(gateway)?),
+        ..EgressPolicy::new(PolicyId::new(id)?, hosts(sources), eip)
+    })
+}
+
+fn everywhere(policies: &[EgressPolicy]) -> [Wanted; 3] {
+    [(); 3].map(|()| Wanted::Policies(policies.to_vec()))
+}
+
+fn but(mut wanted: [Wanted; 3], node: usize) -> [Wanted; 3] {
+    if let Some(wanted) = wanted.get_mut(node) {
+        *wanted = Wanted::Nothing;
+    }
+    wanted
+}
+
+fn talk(pod: Pod, before: Source, after: Source) -> Talk {
+    Talk { pod, to: SERVER, before, after }
+}
+
+/// All of them. `p` is the policy that changes; `other`, where there is one, stays, and a pod
+/// without a policy is always there.
+pub(crate) fn scenarios() -> Result<Vec<Scenario>> {
+    use Source::{Eip, Nothing, Plain};
+    let both = [POD_A, POD_B];
+    let (eip_b, eip_c) = (Eip(EIP_B), Eip(EIP_C));
+    let p = policy("p", &both, B, EIP_B)?;
+    let other = policy("other", &[STRANGER], C, EIP_C)?;
+    let listed =
+        EgressPolicy { destinations: Destinations::Nets(hosts(&[OTHER_SERVER])), ..p.clone() };
+    let alone = everywhere(&[other.clone()]);
+    let with = |p: &EgressPolicy| everywhere(&[p.clone(), other.clone()]);
+    let scenario = |name, before, after, order: &[usize], talks: &[Talk]| Scenario {
+        name,
+        before,
+        after,
+        order: order.to_vec(),
+        talks: [talks, &[talk(Pod::C, Plain, Plain)]].concat(),
+        pauses: Pauses::Nothing,
+    };
+    let pods = |before, after, other| {
+        [
+            talk(Pod::A, before, after),
+            talk(Pod::B, before, after),
+            talk(Pod::Stranger, other, other),
+        ]
+    };
+    let other_server = Talk { to: OTHER_SERVER, ..talk(Pod::A, eip_b, eip_b) };
+    let elsewhere = policy("p", &both, C, EIP_B)?;
+    let fresh = policy("p", &both, B, EIP_C)?;
+    let moved = policy("p", &both, C, EIP_C)?;
+    Ok(vec![
+        scenario(
+            "bootstrap client",
+            but(with(&p), A),
+            with(&p),
+            &[A],
+            &[
+                talk(Pod::A, Plain, eip_b),
+                talk(Pod::Stranger, Plain, eip_c),
+                talk(Pod::B, eip_b, eip_b),
+            ],
+        ),
+        scenario(
+            "bootstrap gateway",
+            but(with(&p), B),
+            with(&p),
+            &[B],
+            &[
+                talk(Pod::A, Nothing, eip_b),
+                talk(Pod::B, Plain, eip_b),
+                talk(Pod::Stranger, eip_c, eip_c),
+            ],
+        ),
+        scenario(
+            "add policy, gateway first",
+            alone.clone(),
+            with(&p),
+            &[B, C, A],
+            &pods(Plain, eip_b, eip_c),
+        ),
+        scenario(
+            "add policy, client first",
+            alone.clone(),
+            with(&p),
+            &[A, C, B],
+            &pods(Plain, eip_b, eip_c),
+        ),
+        scenario(
+            "change members",
+            everywhere(&[p.clone()]),
+            everywhere(&[policy("p", &[POD_A, STRANGER], B, EIP_B)?]),
+            &[B, A, C],
+            &[
+                talk(Pod::A, eip_b, eip_b),
+                talk(Pod::B, eip_b, Plain),
+                talk(Pod::Stranger, Plain, eip_b),
+            ],
+        ),
+        scenario(
+            "change destinations",
+            with(&p),
+            with(&listed),
+            &[A, B, C],
+            &[
+                talk(Pod::A, eip_b, Plain),
+                talk(Pod::B, eip_b, Plain),
+                talk(Pod::Stranger, eip_c, eip_c),
+                other_server,
+            ],
+        ),
+        Scenario {
+            pauses: Pauses::OldGateway,
+            ..scenario(
+                "move gateway, same EIP",
+                with(&p),
+                with(&elsewhere),
+                &[C, A, B],
+                &pods(eip_b, eip_b, eip_c),
+            )
+        },
+        Scenario {
+            pauses: Pauses::Policy,
+            ..scenario(
+                "move gateway, same EIP, old one first",
+                with(&p),
+                with(&elsewhere),
+                &[B, A, C],
+                &pods(eip_b, eip_b, eip_c),
+            )
+        },
+        scenario(
+            "move gateway, other EIP",
+            with(&p),
+            with(&moved),
+            &[C, A, B],
+            &pods(eip_b, eip_c, eip_c),
+        ),
+        scenario("change EIP", with(&p), with(&fresh), &[B, A, C], &pods(eip_b, eip_c, eip_c)),
+        scenario(
+            "remove policy, client first",
+            with(&p),
+            alone.clone(),
+            &[A, B, C],
+            &pods(eip_b, Plain, eip_c),
+        ),
+        scenario(
+            "remove policy, gateway first",
+            with(&p),
+            alone,
+            &[B, C, A],
+            &pods(eip_b, Plain, eip_c),
+        ),
+        scenario("restart", with(&p), with(&p), &[A, B, C], &pods(eip_b, eip_b, eip_c)),
+        scenario(
+            "uninstall client",
+            with(&p),
+            but(with(&p), A),
+            &[A],
+            &[
+                talk(Pod::A, eip_b, Plain),
+                talk(Pod::Stranger, eip_c, Plain),
+                talk(Pod::B, eip_b, eip_b),
+            ],
+        ),
+        scenario(
+            "uninstall gateway",
+            with(&p),
+            but(with(&p), B),
+            &[B],
+            &[
+                talk(Pod::A, eip_b, Nothing),
+                talk(Pod::B, eip_b, Plain),
+                talk(Pod::Stranger, eip_c, eip_c),
+            ],
+        ),
+    ])
+}

@@ -1,0 +1,37 @@
+//! States that are the same but for the numbers of their tables.
+
+use std::collections::BTreeMap;
+
+use egress_datapath::state::{RouteKey, Rule, RuleAction};
+use egress_datapath::{State, TableId};
+
+/// The state with its tables numbered in the order of their rules.
+///
+/// Which table a gateway has is no matter, and one that was left without a rule and without a way
+/// to its gateway cannot be known again.
+pub(crate) fn numbered(mut state: State) -> State {
+    let mut numbers: BTreeMap<TableId, u32> = BTreeMap::new();
+    for rule in &state.rules {
+        if let RuleAction::Lookup(table) = rule.action {
+            let next = u32::try_from(numbers.len()).unwrap_or(0) + 1;
+            numbers.entry(table).or_insert(next);
+        }
+    }
+    let renamed = |table| {
+        let number = numbers.get(&table).and_then(|number| TableId::new(*number));
+        number.unwrap_or(table)
+    };
+    let routes = std::mem::take(&mut state.routes).into_iter();
+    state.routes =
+        routes.map(|(key, route)| (RouteKey { table: renamed(key.table), ..key }, route)).collect();
+    let rules = std::mem::take(&mut state.rules).into_iter();
+    state.rules = rules
+        .map(|rule| match rule.action {
+            RuleAction::Lookup(table) => {
+                Rule { action: RuleAction::Lookup(renamed(table)), ..rule }
+            }
+            RuleAction::Unreachable => rule,
+        })
+        .collect();
+    state
+}
