@@ -51,6 +51,8 @@ pub enum Phase {
     DeleteRules,
     /// Routes that left, the ones that send before the ones that refuse.
     DeleteRoutes,
+    /// Marks that the guards hold back, now that no packet is under way that a rule had to catch.
+    EmptyGuards,
     /// Neighbours, forwarding entries and addresses that left.
     DeletePeers,
     /// Connections that the table would now treat otherwise.

@@ -345,6 +345,10 @@ const fn filled_in(key: &Key) -> Phase {
 }
 
 const fn emptied_in(key: &Key) -> Phase {
+    // A packet that was marked before its rule went must still be known when it comes by.
+    if let Key::Gateway(_) = key {
+        return Phase::EmptyGuards;
+    }
     match filled_in(key) {
         Phase::FillPolicies => Phase::EmptyPolicies,
         Phase::FillClasses => Phase::EmptyClasses,

@@ -8,6 +8,11 @@ pub(crate) mod faults;
 mod fdb;
 mod link;
 mod link_change;
+#[cfg(test)]
+#[allow(dead_code, reason = "no includer needs all of it")]
+mod mutate;
+#[cfg(test)]
+mod mutated;
 mod neighbour;
 mod nft;
 mod ownership;

@@ -286,7 +286,7 @@ fn values_that_contradict_each_other_or_the_kernel() {
             "/policies/0/sources/0",
             json!("10.244.1.10/24"),
             format!(
-                "policies[0]: {policy} 10.244.1.10/24 has host bits set; \
+                "policies[0].sources: {policy} 10.244.1.10/24 has host bits set; \
                  10.244.1.0/24 may be meant"
             ),
         ),

@@ -26,7 +26,12 @@ impl Config {
         let node = NodeName::new(node).map_err(|error| format!("--node {node:?}: {error}"))?;
         let text =
             fs::read_to_string(file).map_err(|error| format!("--cluster {file}: {error}"))?;
-        let mut json = serde_json::Deserializer::from_str(&text);
+        Self::parse(node, file, &text)
+    }
+
+    /// Reads the text of a file of this name.
+    pub(crate) fn parse(node: NodeName, file: &str, text: &str) -> Result<Self, String> {
+        let mut json = serde_json::Deserializer::from_str(text);
         let form: File = serde_path_to_error::deserialize(&mut json).map_err(|error| {
             let path = match error.path().to_string() {
                 // A text that is no JSON breaks off somewhere, not in a field.
@@ -53,7 +58,14 @@ impl Config {
             PlanError::Table(_) => "tables",
             PlanError::DuplicatePolicy { .. } => "policies",
             PlanError::Policy { policy, source } => {
+                let at = self.policies.iter().position(|other| other.id == *policy);
+                let at = at.unwrap_or_default();
+                let sources = self.policies.get(at).map(|policy| policy.sources.as_slice());
                 let field = match source {
+                    PolicyError::HostBits { net, .. } | PolicyError::Mapped { net } => {
+                        let is_source = sources.is_some_and(|sources| sources.contains(net));
+                        if is_source { ".sources" } else { ".destinations" }
+                    }
                     PolicyError::NoSources => ".sources",
                     PolicyError::NoDestinations => ".destinations",
                     PolicyError::UnknownGateway { .. } => ".gateway",
@@ -62,8 +74,7 @@ impl Config {
                     | PolicyError::EgressIpOfNode { .. } => ".egress_ip",
                     _ => "",
                 };
-                let at = self.policies.iter().position(|other| other.id == *policy);
-                return format!("policies[{}]{field}", at.unwrap_or_default());
+                return format!("policies[{at}]{field}");
             }
             _ => "nodes",
         };
@@ -86,7 +97,20 @@ fn place(file: &str, path: &str, error: &serde_json::Error) -> String {
     let text = error.to_string();
     let suffix = format!(" at line {line} column {column}");
     let sentence = text.strip_suffix(&suffix).unwrap_or(&text);
-    format!("{file}:{line}:{column}: {path}{sentence}")
+    printable(&format!("{file}:{line}:{column}: {path}{sentence}"))
+}
+
+/// The text without control characters: a key of the file is told as it is written there.
+fn printable(text: &str) -> String {
+    let mut line = String::with_capacity(text.len());
+    for character in text.chars() {
+        if character.is_control() {
+            line.extend(character.escape_default());
+        } else {
+            line.push(character);
+        }
+    }
+    line
 }
 
 #[derive(Deserialize)]

@@ -247,10 +247,13 @@ fn protocol(writer: &mut Writer, connection: &Connection) {
 }
 
 #[cfg(test)]
+mod mutated;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
-    fn sample(source: &str, destination: &str, protocol: u8) -> Connection {
+    pub(super) fn sample(source: &str, destination: &str, protocol: u8) -> Connection {
         Connection {
             protocol,
             source: source.parse().unwrap(),

@@ -9,6 +9,8 @@ use crate::preflight::KernelPart;
 use crate::preflight::facts::{Facts, Firewall};
 
 mod devices;
+#[cfg(test)]
+mod mutated;
 mod routing;
 mod settings;
 #[cfg(test)]

@@ -63,7 +63,7 @@ pub(super) fn lladdr(attributes: &[NeighbourAttribute]) -> Option<MacAddr> {
     })
 }
 
-fn parse(message: &NeighbourMessage) -> Option<(IpAddr, MacAddr)> {
+pub(super) fn parse(message: &NeighbourMessage) -> Option<(IpAddr, MacAddr)> {
     if message.header.state != NeighbourState::Permanent {
         return None;
     }

@@ -31,7 +31,7 @@ pub(super) use probe::{is_absent, missing};
 pub(super) use table::{adopt, flags_and_owner, takes_flags};
 
 /// `NETLINK_NETFILTER`.
-const NETFILTER: isize = 12;
+pub(super) const NETFILTER: isize = 12;
 
 /// Message types (`enum nf_tables_msg_types` in subsystem 10), and those around a transaction.
 mod kind {
@@ -131,26 +131,41 @@ pub(super) fn ask_any(
             }
             other => other.map_err(failed)?,
         };
-        for message in Messages::new(datagram) {
-            let message = message.map_err(malformed)?;
-            if message.sequence != sequence {
-                continue;
-            }
-            answered.interrupted |= message.flags & flag::DUMP_INTR != 0 && is_listed(&message);
-            if message.kind == NLMSG_ERROR || message.kind == NLMSG_DONE {
-                let ack = Ack::read(&message).map_err(malformed)?;
-                if ack.errno == 0 {
-                    return Ok(answered);
-                }
-                let refused = KernelError::refused(request.text, ack.errno);
-                return Err(refused.with_words(ack.words));
-            }
-            if message.kind == request.answer {
-                let (resource, body) = message.nfgen().map_err(malformed)?;
-                take(resource, body).map_err(malformed)?;
-            }
+        if read(datagram, request, sequence, &mut answered, &mut take)? {
+            return Ok(answered);
         }
     }
+}
+
+/// Reads a datagram of the answer; whether it holds the end.
+fn read(
+    datagram: &[u8],
+    request: &Request<'_>,
+    sequence: u32,
+    answered: &mut Answered,
+    take: &mut impl FnMut(u16, &[u8]) -> Result<(), Malformed>,
+) -> Result<bool, KernelError> {
+    let malformed = |malformed: Malformed| KernelError::answer(request.text, malformed.0);
+    for message in Messages::new(datagram) {
+        let message = message.map_err(malformed)?;
+        if message.sequence != sequence {
+            continue;
+        }
+        answered.interrupted |= message.flags & flag::DUMP_INTR != 0 && is_listed(&message);
+        if message.kind == NLMSG_ERROR || message.kind == NLMSG_DONE {
+            let ack = Ack::read(&message).map_err(malformed)?;
+            if ack.errno == 0 {
+                return Ok(true);
+            }
+            let refused = KernelError::refused(request.text, ack.errno);
+            return Err(refused.with_words(ack.words));
+        }
+        if message.kind == request.answer {
+            let (resource, body) = message.nfgen().map_err(malformed)?;
+            take(resource, body).map_err(malformed)?;
+        }
+    }
+    Ok(false)
 }
 
 /// Whether the flags of a message are those of a dump; in an acknowledgement they mean other

@@ -91,15 +91,22 @@ fn lock() -> Result<[UnixListener; 2], KernelError> {
 
 /// The process that has the lock of the calling thread's network namespace.
 pub(super) fn holder() -> Option<u32> {
-    let list = fs::read_to_string("/proc/thread-self/net/unix").ok()?;
+    holder_in(&fs::read("/proc/thread-self/net/unix").ok()?)
+}
+
+/// The process that has the lock, in the kernel's list of sockets.
+///
+/// Anybody may put any bytes into that list as the name of a socket: it is a hint.
+fn holder_in(list: &[u8]) -> Option<u32> {
     // The kernel writes the NUL that begins an abstract name as `@`.
-    list.lines().find_map(|line| line.split_once(HOLDER)?.1.trim().parse().ok())
+    let name = |line: &str| line.split_once(" @")?.1.strip_prefix(HOLDER)?.parse().ok();
+    String::from_utf8_lossy(list).lines().find_map(name)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::KernelDatapath;
     use super::super::nft::tests::netns::{has_nft, in_netns, nft};
+    use super::super::{KernelDatapath, mutate};
     use super::*;
     use crate::changes::Changes;
     use crate::datapath::Datapath;
@@ -165,6 +172,36 @@ mod tests {
             let delete = ["delete", "table", "inet", "egress_datapath"];
             assert!(nft(&delete, "").unwrap_err().contains("Operation not permitted"));
             assert_eq!(datapath.observe().unwrap(), with_table());
+        });
+    }
+
+    const UNIX: &str = "Num       RefCount Protocol Flags    Type St Inode Path\n\
+        000000002a0955dc: 00000003 00000000 00000000 0001 03  1057\n\
+        000000009f106f6f: 00000002 00000000 00010000 0001 01 77 @egress-datapath\n\
+        000000009f106f70: 00000002 00000000 00010000 0001 01 78 @egress-datapath/held-by/4711\n";
+
+    #[test]
+    fn names_that_others_give_their_sockets_hide_nobody() {
+        let list = |name: &[u8]| {
+            let line = b"0000000090c9924f: 00000002 00000000 00000000 0001 01 79 ";
+            [&line[..], name, b"\n", UNIX.as_bytes()].concat()
+        };
+        for name in [
+            &b"@\xff\nab c"[..],
+            b"@egress-datapath/held-by/",
+            b"@egress-datapath/held-by/-7",
+            b"/run/egress-datapath/held-by/7",
+        ] {
+            assert_eq!(holder_in(&list(name)), Some(4711), "{}", name.escape_ascii());
+        }
+        assert_eq!(holder_in(b""), None);
+    }
+
+    #[test]
+    fn mutated_lists_of_sockets() {
+        let corpus = [UNIX.as_bytes().to_vec(), fs::read("/proc/self/net/unix").unwrap()];
+        mutate::bytes("lists of sockets", 1, &corpus, mutate::Random::damaged, |list| {
+            holder_in(list).map(|_| size_of::<u32>())
         });
     }
 

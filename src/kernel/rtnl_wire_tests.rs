@@ -37,6 +37,24 @@ fn read(hex: &str) -> (RouteNetlinkMessage, u16) {
     }
 }
 
+/// All captured messages.
+pub(super) fn golden() -> Vec<Vec<u8>> {
+    [
+        ROUTE_VIA,
+        ROUTE_THROW,
+        ROUTE_UNREACHABLE,
+        ROUTE_DELETE,
+        RULE,
+        RULE_UNREACHABLE,
+        FDB,
+        NEIGHBOUR,
+        ADDRESS,
+        LINK,
+    ]
+    .map(bytes)
+    .to_vec()
+}
+
 /// The message as the kernel would read it.
 fn sent(message: RouteNetlinkMessage) -> RouteNetlinkMessage {
     let mut message = NetlinkMessage::from(message);

@@ -114,8 +114,11 @@ impl Skeleton<'_> {
         Stmt::SetMark { keep: !self.mask, value: mark }
     }
 
+    /// By the bits that tell it from gateways' marks whichever there are: what others set among
+    /// the rest, and what a new gateway has tested from now on, must not let a packet pass.
     fn is_not_tunnel(&self) -> Stmt {
-        Stmt::MarkIsNot { mask: self.mask, value: self.tunnel.get() }
+        let mask = self.connection.mask & self.mask;
+        Stmt::MarkIsNot { mask, value: self.tunnel.get() & mask }
     }
 
     fn out_of_tunnel(&self) -> Stmt {

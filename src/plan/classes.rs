@@ -71,11 +71,16 @@ fn hashed(hash: u64) -> Option<Tag> {
     Tag::new(folded).filter(|tag| tag.get() >> 16 >= 16)
 }
 
+/// Combinations that were cut, and what is left of them: many sources have the same one, and each
+/// costs the square of its length.
+type Cuts = HashMap<Vec<Rank>, Vec<Rank>>;
+
 impl Classes {
     pub(super) fn new(policies: &[Checked<'_>], family: Family) -> Self {
         let (hosts, nets) = sources(policies, family);
         let segments = segments(&nets, family);
         let mut classes = Self::default();
+        let mut cuts = Cuts::new();
         let mut groups: Vec<(IpAddr, Vec<Rank>)> = Vec::with_capacity(hosts.len());
         for (host, rank) in hosts {
             match groups.last_mut() {
@@ -86,7 +91,7 @@ impl Classes {
         let mut interned: HashMap<Vec<Rank>, Option<Tag>> = HashMap::new();
         let mut ranges = Vec::with_capacity(segments.len());
         for (range, ranks) in segments {
-            let ranks = classes.cut(ranks, policies, family);
+            let ranks = classes.cut(ranks, policies, family, &mut cuts);
             interned.insert(ranks.clone(), None);
             ranges.push((range, ranks));
         }
@@ -97,7 +102,7 @@ impl Classes {
             all.extend(around.iter().flat_map(|(_, ranks)| ranks));
             all.sort_unstable();
             all.dedup();
-            *ranks = classes.cut(all, policies, family);
+            *ranks = classes.cut(all, policies, family, &mut cuts);
             if !interned.contains_key(ranks) {
                 interned.insert(ranks.clone(), None);
             }
@@ -126,9 +131,18 @@ impl Classes {
     }
 
     /// Drops what comes after a policy that takes everything, and notes overlaps.
-    fn cut(&mut self, mut ranks: Vec<Rank>, policies: &[Checked<'_>], family: Family) -> Vec<Rank> {
+    fn cut(
+        &mut self,
+        mut ranks: Vec<Rank>,
+        policies: &[Checked<'_>],
+        family: Family,
+        cuts: &mut Cuts,
+    ) -> Vec<Rank> {
         if ranks.len() < 2 {
             return ranks;
+        }
+        if let Some(known) = cuts.get(&ranks) {
+            return known.clone();
         }
         let takes_all = |rank: &Rank| policy(policies, *rank).is_some_and(|p| p.takes_all(family));
         let end = ranks.iter().position(takes_all);
@@ -140,9 +154,11 @@ impl Classes {
                 }
             }
         }
+        let whole = ranks.clone();
         if let Some(end) = end {
             ranks.truncate(end + 1);
         }
+        cuts.insert(whole, ranks.clone());
         ranks
     }
 

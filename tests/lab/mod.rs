@@ -86,6 +86,9 @@ pub(crate) const NODE_A: Pair = underlay(1);
 /// A gateway, on the underlay.
 pub(crate) const NODE_B: Pair = underlay(2);
 
+/// Names of the nodes, whose numbers begin with 1.
+const NODES: [&str; 3] = ["node-a", "node-b", "node-c"];
+
 const UPLINK: u32 = 10;
 const OUTSIDE: u32 = 11;
 const FIRST_POD: u32 = 20;
@@ -134,9 +137,10 @@ impl Lab {
     pub(crate) fn new() -> io::Result<Self> {
         let router = router()?;
         let server = server(&router)?;
-        let node_a = Host::new("node-a", 1, &router)?;
-        let node_b = Host::new("node-b", 2, &router)?;
-        let node_c = Host::new("node-c", 3, &router)?;
+        let [a, b, c] = NODES;
+        let node_a = Host::new(a, 1, &router)?;
+        let node_b = Host::new(b, 2, &router)?;
+        let node_c = Host::new(c, 3, &router)?;
         for (host, eip) in [(&node_b, EIP_B), (&node_c, EIP_C)] {
             host.attach_outside(&router, eip)?;
         }
@@ -173,9 +177,6 @@ impl Lab {
     }
 }
 
-/// The names of the nodes, each with the number in all its addresses.
-const NODES: [(&str, u8); 3] = [("node-a", 1), ("node-b", 2), ("node-c", 3)];
-
 /// The cluster as the node of this name sees it.
 pub(crate) fn cluster(of: &str) -> Result<Cluster, NameError> {
     let node = |(name, number): (&str, u8)| {
@@ -186,7 +187,7 @@ pub(crate) fn cluster(of: &str) -> Result<Cluster, NameError> {
             tunnel.map(|(ip, length)| net(ip, length)).collect(),
         ))
     };
-    let nodes = NODES.into_iter().map(node).collect::<Result<_, _>>()?;
+    let nodes = NODES.into_iter().zip(1..).map(node).collect::<Result<_, _>>()?;
     let pods = pair([10, 244, 0, 0], [0xfd44, 0, 0], 0);
     let excluded = vec![net(pods[0], 16), net(pods[1], 16)];
     let mut cluster = Cluster::new(NodeName::new(of)?, nodes, excluded);

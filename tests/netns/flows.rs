@@ -106,7 +106,7 @@ fn open_connections_of_others_are_left_alone() -> Result {
 }
 
 /// Hides the pods behind their nodes, as a CNI plugin does.
-fn masquerade(lab: &Lab) -> Result {
+pub(crate) fn masquerade(lab: &Lab) -> Result {
     for host in lab.nodes() {
         let rules = "table inet cni {
             chain postrouting {

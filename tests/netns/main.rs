@@ -4,6 +4,7 @@
 mod lab;
 
 mod closed;
+mod connections;
 mod decoys;
 #[cfg(feature = "testing")]
 mod faults;
@@ -11,5 +12,9 @@ mod fleet;
 mod flows;
 #[cfg(feature = "testing")]
 mod foreign;
+mod lookalikes;
+mod ownership;
 mod packets;
+mod process;
+mod restart;
 mod roundtrip;

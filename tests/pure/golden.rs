@@ -5,7 +5,8 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use egress_datapath::{Changes, Destinations, EgressIp, EgressPolicy, Plan, State};
+use egress_datapath::state::Key;
+use egress_datapath::{Changes, Destinations, EgressIp, EgressPolicy, MarkLayout, Op, Plan, State};
 
 use crate::{cluster, cluster_v4, dual, nets, planned, policy, v4};
 
@@ -107,4 +108,17 @@ fn removal_takes_the_guards_away_last() {
     let nothing =
         Plan { state: State::default(), gateways: before.gateways.clone(), findings: Vec::new() };
     check("removal.txt", &nothing, &before.state);
+}
+
+#[test]
+fn a_guard_knows_a_mark_for_longer_than_any_rule_leads_it() {
+    let mut cluster = cluster_v4("a");
+    cluster.marks = MarkLayout::COMPACT;
+    let with = planned(&cluster, [checkout()]).unwrap();
+    let without = planned(&cluster, Vec::<EgressPolicy>::new()).unwrap();
+    let changes = Changes::between(&with.state, &without.state);
+    let place = |wanted: fn(&Op) -> bool| changes.ops().position(wanted);
+    let rule = place(|op| matches!(op, Op::DeleteRule(_))).unwrap();
+    let mark = place(|op| matches!(op, Op::DeleteElement(Key::Gateway(_), _))).unwrap();
+    assert!(rule < mark, "{changes}");
 }

@@ -9,8 +9,13 @@
 
 mod convergence;
 mod golden;
+mod hostile;
+#[path = "../../src/kernel/mutate.rs"]
+#[allow(dead_code, reason = "no includer needs all of it")]
+mod mutate;
 mod random;
 mod semantics;
+mod tables;
 mod validation;
 
 use egress_datapath::{

@@ -19,7 +19,7 @@ use crate::types::Family;
 const IMPOSSIBLE_VNI: u32 = 1 << 24;
 
 /// A device, and its index.
-type Indexed = (u32, Device);
+pub(super) type Indexed = (u32, Device);
 
 impl RouteSocket {
     pub(super) fn all_devices(&mut self) -> Result<Vec<Indexed>, KernelError> {
@@ -77,14 +77,14 @@ impl RouteSocket {
     }
 }
 
-fn is_deprecated(message: &AddressMessage) -> bool {
+pub(super) fn is_deprecated(message: &AddressMessage) -> bool {
     message.attributes.iter().any(|attribute| match attribute {
         AddressAttribute::Flags(flags) => flags.contains(AddressFlags::Deprecated),
         _ => false,
     })
 }
 
-fn device(message: LinkMessage) -> Indexed {
+pub(super) fn device(message: LinkMessage) -> Indexed {
     let infos: Vec<&LinkInfo> = message
         .attributes
         .iter()

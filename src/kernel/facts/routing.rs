@@ -58,12 +58,12 @@ impl RouteSocket {
     }
 }
 
-fn is_catch_all(message: &RouteMessage) -> bool {
+pub(super) fn is_catch_all(message: &RouteMessage) -> bool {
     message.header.destination_prefix_length == 0 && message.header.kind != RouteType::Throw
 }
 
 /// Somebody else's rule.
-fn foreign(message: &RuleMessage, family: Family) -> Option<Rule> {
+pub(super) fn foreign(message: &RuleMessage, family: Family) -> Option<Rule> {
     let header = &message.header;
     let mut found = Rule {
         family,

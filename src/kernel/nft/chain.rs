@@ -76,27 +76,32 @@ impl Found {
 
 /// Reads a listed chain; `None` if it is in another table.
 pub(super) fn read(attributes: Attributes<'_>) -> Result<Option<Found>, Malformed> {
-    let (mut table, mut name, mut kind, mut policy) = ("", None, "", ACCEPT);
+    let (mut ours, mut name, mut kind, mut policy) = (false, None, None, ACCEPT);
     let mut hook = None;
     for attribute in attributes {
         let attribute = attribute?;
         match attribute.kind {
-            1 => table = attribute.text()?,
-            3 => name = Some(attribute.text()?),
+            1 => ours = attribute.is(NFT_TABLE),
+            3 => name = Some(attribute),
             4 => hook = Some(read_hook(attribute.nested())?),
             5 => policy = attribute.be32()?,
-            7 => kind = attribute.text()?,
+            7 => kind = Some(attribute),
             _ => {}
         }
     }
+    // The kernel lists the chains of all tables, and takes any bytes for a name.
+    if !ours {
+        return Ok(None);
+    }
+    let kind = kind.map_or(Ok(""), |kind| kind.text())?;
     let called = match hook {
         None => Called::ByRules,
         Some((number, priority)) => {
             base(kind, number, priority, policy).map_or(Called::Otherwise, Called::ByHook)
         }
     };
-    let name = name.ok_or(Malformed("a chain has no name"))?.to_owned();
-    Ok((table == NFT_TABLE).then_some(Found { name, called }))
+    let name = name.ok_or(Malformed("a chain has no name"))?.text()?.to_owned();
+    Ok(Some(Found { name, called }))
 }
 
 /// The number of a base chain's hook, and its priority.
@@ -139,22 +144,25 @@ pub(super) struct FoundRule {
 
 /// Reads a listed rule; `None` if it is in another table.
 pub(super) fn read_rule(attributes: Attributes<'_>) -> Result<Option<FoundRule>, Malformed> {
-    let (mut table, mut chain, mut handle) = ("", None, 0);
+    let (mut ours, mut chain, mut handle) = (false, None, 0);
     let mut exprs = Vec::new();
     for attribute in attributes {
         let attribute = attribute?;
         match attribute.kind {
-            1 => table = attribute.text()?,
-            2 => chain = Some(attribute.text()?),
+            1 => ours = attribute.is(NFT_TABLE),
+            2 => chain = Some(attribute),
             3 => handle = attribute.be64()?,
             4 => {
                 for element in attribute.nested() {
-                    exprs.push(Expr::read(&element?)?);
+                    exprs.push(Expr::read(&element?));
                 }
             }
             _ => {}
         }
     }
-    let chain = chain.ok_or(Malformed("a rule has no chain"))?.to_owned();
-    Ok((table == NFT_TABLE).then(|| FoundRule { chain, handle, rule: stmt::recognise(&exprs) }))
+    if !ours {
+        return Ok(None);
+    }
+    let chain = chain.ok_or(Malformed("a rule has no chain"))?.text()?.to_owned();
+    Ok(Some(FoundRule { chain, handle, rule: stmt::recognise(&exprs) }))
 }

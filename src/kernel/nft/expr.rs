@@ -178,7 +178,15 @@ impl Expr {
     }
 
     /// Reads an element of a rule's list.
-    pub(super) fn read(element: &Attribute<'_>) -> Result<Self, Malformed> {
+    ///
+    /// What has another form than ours is not malformed but somebody else's: the direction in
+    /// `ct original packets` is a single byte.
+    pub(super) fn read(element: &Attribute<'_>) -> Self {
+        let read = Self::read_ours(element).ok().flatten();
+        read.unwrap_or_else(|| Self::Other(fnv1a(element.bytes())))
+    }
+
+    fn read_ours(element: &Attribute<'_>) -> Result<Option<Self>, Malformed> {
         let (mut name, mut data) = ("", Attributes::new(&[]));
         for attribute in element.nested() {
             let attribute = attribute?;
@@ -188,8 +196,7 @@ impl Expr {
                 _ => {}
             }
         }
-        let other = || Self::Other(fnv1a(element.bytes()));
-        Ok(read::data(name, data)?.unwrap_or_else(other))
+        read::data(name, data)
     }
 
     /// A number that tells the expression apart from others.

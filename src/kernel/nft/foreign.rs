@@ -99,29 +99,35 @@ fn rules(
         flags: flag::DUMP,
         answer: kind::NEWRULE,
     };
-    let take = |_, body: &[u8]| {
-        let (mut table, mut chain, mut uses) =
-            (String::new(), String::new(), marks::Uses::default());
-        for attribute in Attributes::new(body) {
-            let attribute = attribute?;
-            match attribute.kind {
-                1 => table = text(&attribute),
-                2 => chain = text(&attribute),
-                4 => uses = marks::read(attribute.nested())?,
-                _ => {}
-            }
-        }
-        if is_ours(family, &table) {
-            return Ok(());
-        }
-        let table = format!("{family} {table}");
-        for ((kind, writes), bits) in uses.0 {
-            let (table, chain) = (table.clone(), chain.clone());
-            count(found, MarkUse { table, chain, kind, bits, writes, rules: 1 });
-        }
-        Ok(())
-    };
+    let take = |_, body: &[u8]| read_rule(Attributes::new(body), family, found);
     ask_any(socket, &request, |writer| writer.nfgen(number, 0), take)
+}
+
+/// Adds the uses of marks in a rule of others.
+fn read_rule(
+    attributes: Attributes<'_>,
+    family: &str,
+    found: &mut Vec<MarkUse>,
+) -> Result<(), Malformed> {
+    let (mut table, mut chain, mut uses) = (String::new(), String::new(), marks::Uses::default());
+    for attribute in attributes {
+        let attribute = attribute?;
+        match attribute.kind {
+            1 => table = text(&attribute),
+            2 => chain = text(&attribute),
+            4 => uses = marks::read(attribute.nested())?,
+            _ => {}
+        }
+    }
+    if is_ours(family, &table) {
+        return Ok(());
+    }
+    let table = format!("{family} {table}");
+    for ((kind, writes), bits) in uses.0 {
+        let (table, chain) = (table.clone(), chain.clone());
+        count(found, MarkUse { table, chain, kind, bits, writes, rules: 1 });
+    }
+    Ok(())
 }
 
 /// Adds a use to those of its table that are alike.
@@ -146,6 +152,9 @@ fn text(attribute: &Attribute<'_>) -> String {
     let bytes = bytes.strip_suffix(&[0]).unwrap_or(bytes);
     String::from_utf8_lossy(bytes).escape_debug().collect()
 }
+
+#[cfg(test)]
+mod mutated;
 
 #[cfg(test)]
 mod tests {

@@ -92,20 +92,7 @@ impl Reader<'_> {
             flags: flag::DUMP,
             answer: kind::NEWCHAIN,
         };
-        let take = |attributes: Attributes<'_>| {
-            let Some(found) = chain::read(attributes)? else {
-                return Ok(());
-            };
-            match found.ours() {
-                Some((id, base)) => {
-                    firewall.chains.insert(id, (base, Vec::new()));
-                }
-                None => {
-                    firewall.strays.insert(Stray::Chain(found.name));
-                }
-            }
-            Ok(())
-        };
+        let take = |attributes: Attributes<'_>| add_chain(attributes, firewall);
         self.ask(&request, |writer| writer.string(1, NFT_TABLE), take)
     }
 
@@ -117,18 +104,7 @@ impl Reader<'_> {
             answer: kind::NEWRULE,
         };
         let mut seen = BTreeSet::new();
-        let take = |attributes: Attributes<'_>| {
-            let Some(found) = chain::read_rule(attributes)? else {
-                return Ok(());
-            };
-            let chain = ChainId::from_name(&found.chain);
-            if let Some((_, rules)) = chain.and_then(|chain| firewall.chains.get_mut(&chain)) {
-                if seen.insert(found.handle) {
-                    rules.push(found.rule);
-                }
-            }
-            Ok(())
-        };
+        let take = |attributes: Attributes<'_>| add_rule(attributes, &mut seen, firewall);
         self.ask(&request, |writer| writer.string(1, NFT_TABLE), take)
     }
 
@@ -140,24 +116,7 @@ impl Reader<'_> {
             flags: flag::DUMP,
             answer: kind::NEWSET,
         };
-        let take = |attributes: Attributes<'_>| {
-            let Some(found) = set::read(attributes)? else {
-                return Ok(());
-            };
-            match found.ours() {
-                Some(set) => {
-                    firewall.sets.insert(set);
-                    let count = found.count.and_then(|count| usize::try_from(count).ok());
-                    counts.insert(set, count.unwrap_or(0));
-                }
-                // A rule that we do not know brought it and takes it away.
-                None if found.is_anonymous() => {}
-                None => {
-                    firewall.strays.insert(Stray::Set(found.name));
-                }
-            }
-            Ok(())
-        };
+        let take = |attributes: Attributes<'_>| add_set(attributes, &mut counts, firewall);
         self.ask(&request, |writer| writer.string(1, NFT_TABLE), take)?;
         Ok(counts)
     }
@@ -205,21 +164,7 @@ impl Reader<'_> {
             answer: kind::NEWSETELEM,
         };
         let mut elements = Some(Vec::new());
-        let take = |attributes: Attributes<'_>| {
-            for attribute in attributes {
-                let attribute = attribute?;
-                if attribute.kind != 3 {
-                    continue;
-                }
-                for found in attribute.nested() {
-                    let found = found?;
-                    if found.kind == expr::ELEMENT {
-                        collect(&mut elements, element::read(&found, set)?);
-                    }
-                }
-            }
-            Ok(())
-        };
+        let take = |attributes: Attributes<'_>| add_elements(attributes, set, &mut elements);
         let write = |writer: &mut Writer| {
             writer.string(1, NFT_TABLE);
             writer.string(2, &set.name());
@@ -234,6 +179,85 @@ impl Reader<'_> {
         }
         Ok(elements.map_or(List::NotOurs, |elements| decode(set, elements)))
     }
+}
+
+/// Adds a listed chain.
+fn add_chain(attributes: Attributes<'_>, firewall: &mut Firewall) -> Result<(), Malformed> {
+    let Some(found) = chain::read(attributes)? else {
+        return Ok(());
+    };
+    match found.ours() {
+        Some((id, base)) => {
+            firewall.chains.insert(id, (base, Vec::new()));
+        }
+        None => {
+            firewall.strays.insert(Stray::Chain(found.name));
+        }
+    }
+    Ok(())
+}
+
+/// Adds a listed rule to its chain, unless one with its handle was seen.
+fn add_rule(
+    attributes: Attributes<'_>,
+    seen: &mut BTreeSet<u64>,
+    firewall: &mut Firewall,
+) -> Result<(), Malformed> {
+    let Some(found) = chain::read_rule(attributes)? else {
+        return Ok(());
+    };
+    let chain = ChainId::from_name(&found.chain);
+    if let Some((_, rules)) = chain.and_then(|chain| firewall.chains.get_mut(&chain)) {
+        if seen.insert(found.handle) {
+            rules.push(found.rule);
+        }
+    }
+    Ok(())
+}
+
+/// Adds a listed set, and how many elements it has.
+fn add_set(
+    attributes: Attributes<'_>,
+    counts: &mut BTreeMap<Set, usize>,
+    firewall: &mut Firewall,
+) -> Result<(), Malformed> {
+    let Some(found) = set::read(attributes)? else {
+        return Ok(());
+    };
+    match found.ours() {
+        Some(set) => {
+            firewall.sets.insert(set);
+            let count = found.count.and_then(|count| usize::try_from(count).ok());
+            counts.insert(set, count.unwrap_or(0));
+        }
+        // A rule that we do not know brought it and takes it away.
+        None if found.is_anonymous() => {}
+        None => {
+            firewall.strays.insert(Stray::Set(found.name));
+        }
+    }
+    Ok(())
+}
+
+/// Adds the elements in one message of a listing.
+fn add_elements(
+    attributes: Attributes<'_>,
+    set: Set,
+    list: &mut Option<Vec<element::Found>>,
+) -> Result<(), Malformed> {
+    for attribute in attributes {
+        let attribute = attribute?;
+        if attribute.kind != 3 {
+            continue;
+        }
+        for found in attribute.nested() {
+            let found = found?;
+            if found.kind == expr::ELEMENT {
+                collect(list, element::read(&found, set)?);
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Adds an element to the list, or gives the list up if it is one that we never write.
@@ -277,3 +301,6 @@ fn decode(set: Set, mut found: Vec<element::Found>) -> List {
         None => List::NotOurs,
     }
 }
+
+#[cfg(test)]
+mod mutated;

@@ -122,12 +122,12 @@ impl Found {
 
 /// Reads a listed set; `None` if it is in another table.
 pub(super) fn read(attributes: Attributes<'_>) -> Result<Option<Found>, Malformed> {
-    let (mut table, mut name, mut count, mut shape) = ("", None, None, Shape::default());
+    let (mut ours, mut name, mut count, mut shape) = (false, None, None, Shape::default());
     for attribute in attributes {
         let attribute = attribute?;
         match attribute.kind {
-            1 => table = attribute.text()?,
-            2 => name = Some(attribute.text()?),
+            1 => ours = attribute.is(NFT_TABLE),
+            2 => name = Some(attribute),
             3 => shape.flags = attribute.be32()?,
             4 => shape.key_type = attribute.be32()?,
             5 => shape.key_len = attribute.be32()?,
@@ -137,12 +137,15 @@ pub(super) fn read(attributes: Attributes<'_>) -> Result<Option<Found>, Malforme
             _ => {}
         }
     }
+    if !ours {
+        return Ok(None);
+    }
     if shape.data_type == VERDICT {
         // The kernel says how much memory it takes, which is not ours to know.
         shape.data_len = 0;
     }
-    let name = name.ok_or(Malformed("a set has no name"))?.to_owned();
-    Ok((table == NFT_TABLE).then_some(Found { name, count, shape }))
+    let name = name.ok_or(Malformed("a set has no name"))?.text()?.to_owned();
+    Ok(Some(Found { name, count, shape }))
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use super::{Request, ask, batch, drain, kind};
 use crate::error::{KernelError, errno};
 use crate::kernel::socket::Socket;
-use crate::kernel::wire::{Ack, Attributes, Messages, NLMSG_ERROR, Writer, flag};
+use crate::kernel::wire::{Ack, Attributes, Malformed, Messages, NLMSG_ERROR, Writer, flag};
 use crate::state::NFT_TABLE;
 
 const NAME: u16 = 1;
@@ -23,23 +23,30 @@ pub(in super::super) fn flags_and_owner(
         flags: 0,
         answer: kind::NEWTABLE,
     };
-    let (mut flags, mut owner) = (0, None);
+    let mut found = (0, None);
     let take = |_, body: &[u8]| {
-        for attribute in Attributes::new(body) {
-            let attribute = attribute?;
-            match attribute.kind {
-                FLAGS => flags = attribute.be32()?,
-                OWNER => owner = Some(attribute.be32()?),
-                _ => {}
-            }
-        }
+        found = read(Attributes::new(body))?;
         Ok(())
     };
     match ask(socket, &request, |writer| writer.string(NAME, NFT_TABLE), take) {
-        Ok(_) => Ok(Some((flags, owner))),
+        Ok(_) => Ok(Some(found)),
         Err(error) if error.errno() == Some(errno::ENOENT) => Ok(None),
         Err(error) => Err(error),
     }
+}
+
+/// The flags of a listed table, and the port of its owner's socket.
+pub(super) fn read(attributes: Attributes<'_>) -> Result<(u32, Option<u32>), Malformed> {
+    let (mut flags, mut owner) = (0, None);
+    for attribute in attributes {
+        let attribute = attribute?;
+        match attribute.kind {
+            FLAGS => flags = attribute.be32()?,
+            OWNER => owner = Some(attribute.be32()?),
+            _ => {}
+        }
+    }
+    Ok((flags, owner))
 }
 
 /// Whether the kernel makes tables with these flags.

@@ -14,6 +14,7 @@ use crate::{
 };
 
 mod edits;
+mod mutated;
 mod noise;
 mod own;
 

@@ -150,6 +150,11 @@ impl<'a> Attribute<'a> {
         let bytes = self.bytes.strip_suffix(&[0]).unwrap_or(self.bytes);
         std::str::from_utf8(bytes).map_err(|_| Malformed("a name is not UTF-8"))
     }
+
+    /// Whether it is this text.
+    pub(crate) fn is(&self, text: &str) -> bool {
+        trim(self.bytes) == text.as_bytes()
+    }
 }
 
 /// The kernel's verdict on one request.

@@ -50,11 +50,7 @@ pub(super) fn read(list: Attributes<'_>) -> Result<Uses, Malformed> {
         if element.kind != ELEMENT || extension(&element, &mut uses) {
             continue;
         }
-        match Expr::read(&element) {
-            Ok(expr) => follow(&expr, &mut registers, &mut uses),
-            // Of a later kernel; nothing is known of what it leaves in the registers.
-            Err(_) => registers.clear(),
-        }
+        follow(&Expr::read(&element), &mut registers, &mut uses);
     }
     Ok(uses)
 }
@@ -101,6 +97,7 @@ fn follow(expr: &Expr, registers: &mut BTreeMap<u32, Held>, uses: &mut Uses) {
         | Expr::Payload { dreg, .. }
         | Expr::Ct { dreg, .. }
         | Expr::Load { dreg, .. } => drop(registers.remove(dreg)),
+        // Nothing is known of what it leaves in the registers.
         Expr::Other(_) => registers.clear(),
         _ => {}
     }

@@ -22,7 +22,7 @@ fn golden() -> Vec<(&'static str, Vec<u8>)> {
 }
 
 fn read(bytes: &[u8]) -> Result<Vec<Expr>, Malformed> {
-    Attributes::new(bytes).map(|element| Expr::read(&element?)).collect()
+    Attributes::new(bytes).map(|element| Ok(Expr::read(&element?))).collect()
 }
 
 fn written(exprs: &[Expr]) -> Vec<u8> {

@@ -1,0 +1,155 @@
+//! Answers of the routing subsystem, damaged.
+
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::address::AddressAttribute;
+use netlink_packet_route::link::LinkAttribute;
+use netlink_packet_route::neighbour::NeighbourAttribute;
+use netlink_packet_route::route::RouteAttribute;
+use netlink_packet_route::rule::RuleAttribute;
+
+use super::{answers, golden_acks};
+use crate::kernel::link::Device;
+use crate::kernel::route_answer::Exchange;
+use crate::kernel::rtnl_wire_tests::golden;
+use crate::kernel::wire::flag;
+use crate::kernel::{address, fdb, mutate, neighbour, route, rule};
+use crate::types::Family;
+
+const NETLINK_ROUTE: isize = 0;
+const SEQUENCE: u32 = 1;
+const PORT: u32 = 2;
+
+/// The kernel's answers to dumps of a type, by family, and what others write of the same kinds.
+fn corpus(kind: u16, body: usize, families: &[u8]) -> Vec<Vec<u8>> {
+    let request = |family: &u8| {
+        let mut body = vec![0; body];
+        body[0] = *family;
+        (kind, flag::DUMP, body)
+    };
+    let mut found = answers(NETLINK_ROUTE, families.iter().map(request).collect());
+    found.extend(golden());
+    found.extend(golden_acks());
+    for message in &mut found {
+        message[8..12].copy_from_slice(&SEQUENCE.to_ne_bytes());
+        message[12..16].copy_from_slice(&PORT.to_ne_bytes());
+    }
+    found
+}
+
+/// Gives damaged answers to a dump to `take`, by way of what reads all of them.
+pub(in crate::kernel) fn dumps(
+    what: &str,
+    (kind, body, families): (u16, usize, &[u8]),
+    mut take: impl FnMut(RouteNetlinkMessage) -> bool,
+) {
+    mutate::messages(what, 64, &corpus(kind, body, families), |input| {
+        let (mut size, mut count) = (0, 0);
+        let mut each = |message| {
+            size += held(&message);
+            count += usize::from(take(message));
+        };
+        let _end = Exchange::new(&what, SEQUENCE, PORT, &mut each).read(input);
+        (count > 0).then_some(size)
+    });
+}
+
+/// Bytes of memory that the attributes of a message take, but for what they point to.
+fn held(message: &RouteNetlinkMessage) -> usize {
+    match message {
+        RouteNetlinkMessage::NewLink(m) | RouteNetlinkMessage::DelLink(m) => {
+            m.attributes.len() * size_of::<LinkAttribute>()
+        }
+        RouteNetlinkMessage::NewAddress(m) | RouteNetlinkMessage::DelAddress(m) => {
+            m.attributes.len() * size_of::<AddressAttribute>()
+        }
+        RouteNetlinkMessage::NewNeighbour(m) | RouteNetlinkMessage::DelNeighbour(m) => {
+            m.attributes.len() * size_of::<NeighbourAttribute>()
+        }
+        RouteNetlinkMessage::NewRoute(m) | RouteNetlinkMessage::DelRoute(m) => {
+            m.attributes.len() * size_of::<RouteAttribute>()
+        }
+        RouteNetlinkMessage::NewRule(m) | RouteNetlinkMessage::DelRule(m) => {
+            m.attributes.len() * size_of::<RuleAttribute>()
+        }
+        _ => 0,
+    }
+}
+
+pub(in crate::kernel) const LINKS: (u16, usize, &[u8]) = (18, 16, &[0]);
+pub(in crate::kernel) const ADDRESSES: (u16, usize, &[u8]) = (22, 8, &[2, 10]);
+pub(in crate::kernel) const ROUTES: (u16, usize, &[u8]) = (26, 12, &[2, 10]);
+pub(in crate::kernel) const RULES: (u16, usize, &[u8]) = (34, 12, &[2, 10]);
+const NEIGHBOURS: (u16, usize, &[u8]) = (30, 12, &[2, 10]);
+const FDB: (u16, usize, &[u8]) = (30, 12, &[7]);
+
+#[test]
+fn mutated_links() {
+    dumps("links", LINKS, |message| match message {
+        RouteNetlinkMessage::NewLink(link) => Device::parse(link).name.len() < 1 << 16,
+        _ => false,
+    });
+}
+
+#[test]
+fn mutated_addresses() {
+    dumps("addresses", ADDRESSES, |message| match message {
+        RouteNetlinkMessage::NewAddress(found) => address::parse(&found).is_some(),
+        _ => false,
+    });
+}
+
+#[test]
+fn mutated_neighbours() {
+    dumps("neighbours", NEIGHBOURS, |message| match message {
+        RouteNetlinkMessage::NewNeighbour(found) => neighbour::parse(&found).is_some(),
+        _ => false,
+    });
+}
+
+#[test]
+fn mutated_forwarding_entries() {
+    dumps("forwarding entries", FDB, |message| match message {
+        RouteNetlinkMessage::NewNeighbour(found) => fdb::parse(&found).is_some(),
+        _ => false,
+    });
+}
+
+#[test]
+fn mutated_routes() {
+    dumps("routes", ROUTES, |message| match message {
+        RouteNetlinkMessage::NewRoute(found) => {
+            let _table = route::table(&found);
+            let oif = [None, Some(2), Some(4)];
+            let parsed = oif.into_iter().filter_map(|oif| route::parse(&found, oif)).next_back();
+            // What was read can be written.
+            parsed.map(|(key, parsed)| route::message(&key, parsed, 4)).is_some()
+        }
+        _ => false,
+    });
+}
+
+#[test]
+fn mutated_rules() {
+    dumps("rules", RULES, |message| match message {
+        RouteNetlinkMessage::NewRule(found) => {
+            let parsed = Family::BOTH.into_iter().filter_map(|family| rule::parse(&found, family));
+            parsed
+                .filter(|parsed| {
+                    rule::parse(&rule::message(parsed), parsed.family) == Some(*parsed)
+                })
+                .count()
+                > 0
+        }
+        _ => false,
+    });
+}
+
+#[test]
+fn mutated_route_answers() {
+    dumps("routing acknowledgements", LINKS, |_| true);
+    mutate::messages("routing refusals", 4, &corpus(LINKS.0, LINKS.1, &[0]), |input| {
+        let mut each = |_| {};
+        let end = Exchange::new(&"ip link", SEQUENCE, PORT, &mut each).read(input)?;
+        Some(end.err().and_then(|error| error.words().map(str::len)).unwrap_or(0))
+    });
+}

@@ -1,0 +1,419 @@
+//! The kinds of changes; in each the flooding pods stay selected by policy `p`.
+
+use std::net::IpAddr;
+
+use egress_datapath::{
+    Destinations, EgressIp, EgressPolicy, Mark, MarkLayout, Node, NodeName, PolicyId, Report,
+};
+use ipnet::IpNet;
+
+use crate::fleet::{Result, dual, policy};
+use crate::lab::{
+    EIP_B, EIP_C, Lab, NODE_A, NODE_B_OUTSIDE, OTHER_SERVER, POD_A, POD_B, Pair, SERVER, hosts, net,
+};
+use crate::nodes::Nodes;
+
+/// Whether packets may get lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Loss {
+    /// Not one.
+    None,
+    /// One now and then, that was between two hooks when its policy left this node: the first
+    /// lookup found it and the second did not.
+    Few,
+    /// What they need is taken away for a while.
+    Any,
+}
+
+/// Where the packets go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum To {
+    /// Outside.
+    Server,
+    /// Inside, where no policy has a say.
+    PodC,
+}
+
+/// A kind of change.
+pub(crate) struct Change {
+    /// What changes.
+    pub(crate) name: &'static str,
+    /// The sources that are right for the pod on the client and for the one on the gateway.
+    pub(crate) wears: [&'static [Pair]; 2],
+    /// The bits of the marks.
+    pub(crate) marks: MarkLayout,
+    /// Where the packets go.
+    pub(crate) to: To,
+    /// Whether packets may get lost.
+    pub(crate) loss: Loss,
+    /// Whether nothing is to be written.
+    pub(crate) idle: bool,
+    /// Rules of other software on every node, in a table `foreign`.
+    pub(crate) foreign: &'static str,
+    /// Makes the change for the so-manieth time; round 0 is what it starts from.
+    pub(crate) round: fn(&Lab, &mut Nodes, u64) -> Result<Vec<Report>>,
+}
+
+const USUAL: Change = Change {
+    name: "",
+    wears: [&[EIP_B]; 2],
+    marks: MarkLayout::SEED,
+    to: To::Server,
+    loss: Loss::None,
+    idle: false,
+    foreign: "",
+    round: |_, _, _| Ok(Vec::new()),
+};
+const EITHER: [&[Pair]; 2] = [&[EIP_B, EIP_C]; 2];
+/// As a CNI plugin does it: a pod without policy has the node's address, and its own is a leak.
+const MASQUERADE: &str = "table inet foreign { chain post {
+    type nat hook postrouting priority 100
+    ip saddr 10.244.0.0/16 ip daddr != 10.244.0.0/16 masquerade
+    ip6 saddr fd44::/16 ip6 daddr != fd44::/16 masquerade
+    }
+}";
+const PLAIN: [&[Pair]; 2] = [&[EIP_B, NODE_A], &[EIP_B, NODE_B_OUTSIDE]];
+/// Other software sets a bit that is not ours yet.
+const EARLY_BIT: &str = "table inet foreign { chain early {
+    type filter hook prerouting priority -300
+    meta mark set meta mark | 0x4000
+    }
+}";
+/// The same after us, so that no mark that needs the bit is what we made it.
+const LATE_BIT: &str = "table inet foreign { chain late {
+    type filter hook prerouting priority -90
+    meta mark set meta mark | 0x4000
+    }
+}";
+
+const EVERYBODY: &[&str] = &["node-c", "node-b", "node-a"];
+const GATEWAY_FIRST: &[&str] = &["node-b", "node-a"];
+
+pub(crate) const ALL: &[Change] = &[
+    Change { name: "same again", idle: true, round: same, ..USUAL },
+    Change { name: "restart", idle: true, round: restart, ..USUAL },
+    Change { name: "members", round: members, ..USUAL },
+    Change { name: "destinations", round: destinations, ..USUAL },
+    Change { name: "destinations of another policy", round: destinations_of_another, ..USUAL },
+    Change { name: "other policies", round: policies, ..USUAL },
+    Change { name: "policies before it", round: before, ..USUAL },
+    Change { name: "ranges of sources", round: ranges, ..USUAL },
+    Change { name: "source as address or prefix", round: address_or_prefix, ..USUAL },
+    Change { name: "move, same egress IP", loss: Loss::Few, round: moved, ..USUAL },
+    Change {
+        name: "move, other egress IP",
+        loss: Loss::Few,
+        wears: EITHER,
+        round: moved_otherwise,
+        ..USUAL
+    },
+    Change {
+        name: "move, marks without prefix",
+        wears: EITHER,
+        marks: MarkLayout::COMPACT,
+        loss: Loss::Few,
+        round: moved_otherwise,
+        ..USUAL
+    },
+    Change { name: "egress IP", wears: EITHER, round: egress_ip, ..USUAL },
+    Change { name: "gateways", round: gateways, ..USUAL },
+    Change { name: "nodes", round: known, ..USUAL },
+    Change { name: "marks among foreign bits", foreign: EARLY_BIT, round: marks, ..USUAL },
+    Change {
+        name: "marks that others write to",
+        foreign: LATE_BIT,
+        loss: Loss::Any,
+        round: marks,
+        ..USUAL
+    },
+    Change { name: "closed and open", loss: Loss::Any, round: closed, ..USUAL },
+    Change {
+        name: "excluded prefixes",
+        wears: [&[POD_A], &[POD_B]],
+        to: To::PodC,
+        round: excluded,
+        ..USUAL
+    },
+    Change {
+        name: "policy",
+        wears: PLAIN,
+        foreign: MASQUERADE,
+        loss: Loss::Few,
+        round: comes,
+        ..USUAL
+    },
+    Change {
+        name: "everything",
+        wears: PLAIN,
+        foreign: MASQUERADE,
+        loss: Loss::Any,
+        round: everything,
+        ..USUAL
+    },
+];
+
+fn make(
+    nodes: &mut Nodes,
+    round: u64,
+    order: &[&str],
+    all: &[EgressPolicy],
+) -> Result<Vec<Report>> {
+    let order = if round == 0 { EVERYBODY } else { order };
+    order.iter().map(|name| nodes.apply_to(name, all)).collect()
+}
+
+/// The policy of the flooding pods.
+fn p() -> Result<EgressPolicy> {
+    policy("p", &[POD_A, POD_B], Some("node-b"), dual(EIP_B))
+}
+
+/// Pods that are not there.
+fn pods(first: u64, count: u64) -> Vec<Pair> {
+    let pod = |number: u64| {
+        let last = 20 + u8::try_from(number % 200).unwrap_or_default();
+        [
+            IpAddr::from([10, 244, 1, last]),
+            IpAddr::from([0xfd44, 1, 0, 0, 0, 0, 1, u16::from(last)]),
+        ]
+    };
+    (first..first + count).map(pod).collect()
+}
+
+/// Prefixes around two addresses.
+fn around(pair: Pair, lengths: [u8; 2]) -> Vec<IpNet> {
+    pair.into_iter().zip(lengths).map(|(ip, length)| net(ip, length).trunc()).collect()
+}
+
+/// Lists that the server is in, and that look for it at different lengths.
+fn lists(round: u64) -> Destinations {
+    let server = hosts(&[SERVER]);
+    let wide = around(SERVER, [24, 64]);
+    let half = around(SERVER, [25, 65]);
+    let other = around(OTHER_SERVER, [30, 126]);
+    Destinations::Nets(match round % 6 {
+        0 => return Destinations::External,
+        1 => server,
+        2 => wide,
+        3 => [half, other].concat(),
+        4 => around(SERVER, [0, 0]),
+        _ => [server, wide].concat(),
+    })
+}
+
+fn same(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+    make(nodes, round, GATEWAY_FIRST, &[p()?])
+}
+
+fn restart(lab: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+    nodes.restart(lab)?;
+    make(nodes, round, GATEWAY_FIRST, &[p()?])
+}
+
+fn members(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+    let mut p = p()?;
+    p.sources.extend(hosts(&pods(round * 3, 5)));
+    let other = policy("other", &pods(round * 5 + 100, 7), Some("node-c"), dual(EIP_C))?;
+    make(nodes, round, GATEWAY_FIRST, &[p, other])
+}
+
+fn destinations(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+    let p = EgressPolicy { destinations: lists(round), ..p()? };
+    make(nodes, round, GATEWAY_FIRST, &[p])
+}
+
+fn destinations_of_another(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+    let other = policy("other", &pods(0, 3), Some("node-c"), dual(EIP_C))?;
+    let other = EgressPolicy { destinations: lists(round), ..other };
+    make(nodes, round, GATEWAY_FIRST, &[p()?, other])
+}
+
+/// Other policies, some of them for the flooding pods too but for other destinations.
+fn policies(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+    let mut all = vec![p()?];
+    for number in 0..round % 5 {
+        let mut other = policy(
+            &format!("other-{}", round / 5 + number),
+            &pods(round + 10 * number, 3),
+            Some(if number % 2 == 0 { "node-b" } else { "node-c" }),
+            dual(if number % 2 == 0 { EIP_B } else { EIP_C }),
+        )?;
+        if number < 3 {
+            other.priority = u32::try_from(number)?;
+            other.sources.extend(hosts(&[POD_A, POD_B]));
+            other.destinations =
+                Destinations::Nets(around(OTHER_SERVER, [30 + u8::try_from(number)?, 126]));
+        }
+        all.push(other);
+    }
+    make(nodes, round, GATEWAY_FIRST, &all)
+}
+
+/// Policies that take the flood over and give it back, with the same egress IP.
+fn before(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+    let mut all = vec![EgressPolicy { priority: 9, ..p()? }];
+    for number in 0..round % 3 {
+        let sources = [POD_A, POD_B];
+        let other = policy(&format!("first-{number}"), &sources, Some("node-b"), dual(EIP_B))?;
+        let destinations = lists(round + number);
+        all.push(EgressPolicy { priority: u32::try_from(number)?, destinations, ..other });
+    }
+    make(nodes, round, GATEWAY_FIRST, &all)
+}
+
+/// Prefixes around the flooding pods that other policies cut in two.
+fn ranges(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+    let mut p = p()?;
+    p.sources = [around(POD_A, [24, 64]), around(POD_B, [24, 64])].concat();
+    let mut all = vec![p];
+    if round % 4 > 0 {
+        let mut other = policy("other", &[POD_A], Some("node-c"), dual(EIP_C))?;
+        other.destinations = Destinations::Nets(hosts(&[OTHER_SERVER]));
+        let length = 25 + u8::try_from(round % 4)?;
+        other.sources = around(POD_A, [length, 96 + length]);
+        other.sources.extend(around(POD_B, [length, 96 + length]));
+        all.push(other);
+    }
+    make(nodes, round, GATEWAY_FIRST, &all)
+}
+
+fn address_or_prefix(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+    let mut p = p()?;
+    let (narrow, wide) = (hosts(&[POD_A, POD_B]), [[24, 64]; 2]);
+    let wide = [POD_A, POD_B].into_iter().zip(wide).flat_map(|(pod, by)| around(pod, by));
+    p.sources = match round % 3 {
+        0 => narrow,
+        1 => wide.collect(),
+        _ => wide.chain(narrow.clone()).collect(),
+    };
+    make(nodes, round, GATEWAY_FIRST, &[p])
+}
+
+/// The new gateway, who sends to it, and the old one.
+const fn order(round: u64) -> (&'static str, &'static [&'static str]) {
+    if round % 2 == 0 {
+        ("node-b", &["node-b", "node-a", "node-c"])
+    } else {
+        ("node-c", &["node-c", "node-a", "node-b"])
+    }
+}
+
+fn moved(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+    let (gateway, order) = order(round);
+    let p = EgressPolicy { gateway: Some(NodeName::new(gateway)?), ..p()? };
+    make(nodes, round, order, &[p])
+}
+
+fn moved_otherwise(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+    let (gateway, order) = order(round);
+    let egress_ip = dual(if round % 2 == 0 { EIP_B } else { EIP_C });
+    let p = EgressPolicy { gateway: Some(NodeName::new(gateway)?), egress_ip, ..p()? };
+    make(nodes, round, order, &[p])
+}
+
+fn egress_ip(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+    let egress_ip = dual(if round % 2 == 0 { EIP_B } else { EIP_C });
+    make(nodes, round, GATEWAY_FIRST, &[EgressPolicy { egress_ip, ..p()? }])
+}
+
+/// A node that is not there, by its number.
+fn node(number: u64) -> Result<Node> {
+    let last = 100 + u8::try_from(number)?;
+    let low = u16::from(last);
+    let underlay = [IpAddr::from([10, 10, 0, last]), IpAddr::from([0xfd10, 0, 0, 0, 0, 0, 0, low])];
+    let tunnel = [IpAddr::from([172, 31, 0, last]), IpAddr::from([0xfd11, 0, 0, 0, 0, 0, 0, low])];
+    let tunnel = tunnel.into_iter().zip([16, 112]).map(|(ip, length)| net(ip, length));
+    Ok(Node::new(NodeName::new(format!("node-{number}"))?, underlay.to_vec(), tunnel.collect()))
+}
+
+/// Makes the first of the nodes that are not there known everywhere.
+fn know(nodes: &mut Nodes, count: u64, mark: impl Fn(u64) -> Option<Mark>) -> Result {
+    for name in EVERYBODY {
+        let (cluster, _) = nodes.node(name)?;
+        cluster.nodes.truncate(EVERYBODY.len());
+        for number in 0..count {
+            cluster.nodes.push(Node { mark: mark(number), ..node(number)? });
+        }
+    }
+    Ok(())
+}
+
+/// A policy of other pods for each of the nodes that are not there.
+fn by_nodes(count: u64) -> Result<Vec<EgressPolicy>> {
+    let mut all = vec![p()?];
+    for number in 0..count {
+        let pods = pods(number, 1);
+        all.push(EgressPolicy {
+            gateway: Some(node(number)?.name),
+            ..EgressPolicy::new(
+                PolicyId::new(format!("by-{number}"))?,
+                hosts(&pods),
+                EgressIp::Node,
+            )
+        });
+    }
+    Ok(all)
+}
+
+/// Zero to so many and back to zero.
+const fn to_and_fro(round: u64, most: u64) -> u64 {
+    let place = round % (2 * most);
+    if place < most { place } else { 2 * most - place }
+}
+
+fn gateways(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+    know(nodes, 40, |_| None)?;
+    make(nodes, round, GATEWAY_FIRST, &by_nodes(to_and_fro(round, 40))?)
+}
+
+fn known(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+    know(nodes, to_and_fro(round, 40), |_| None)?;
+    make(nodes, round, GATEWAY_FIRST, &[p()?])
+}
+
+/// Gateways whose marks need the bits that other software sets, and so have them tested.
+fn marks(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+    let needs = [0x2600_4100, 0x2600_0900, 0x2600_c200];
+    let mark = |number| usize::try_from(number).ok().and_then(|at| needs.get(at));
+    know(nodes, 3, |number| mark(number).map(|mark| Mark::new(*mark)))?;
+    make(nodes, round, GATEWAY_FIRST, &by_nodes(to_and_fro(round, 3))?)
+}
+
+/// Prefixes that the packets' destination is always in, cut one way or another.
+fn excluded(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+    let texts: &[&str] = match round % 5 {
+        0 => &["10.244.0.0/16", "fd44::/16"],
+        1 => &["10.240.0.0/12", "fd40::/12"],
+        2 => &["10.244.0.0/17", "10.244.128.0/17", "fd44::/17", "fd44:8000::/17"],
+        3 => &["10.244.0.0/16", "10.96.0.0/12", "fd44::/16", "fd96::/16"],
+        _ => &["10.0.0.0/8", "fd00::/8"],
+    };
+    for name in EVERYBODY {
+        let excluded = texts.iter().map(|text| text.parse()).collect::<std::result::Result<_, _>>();
+        nodes.node(name)?.0.excluded = excluded?;
+    }
+    make(nodes, round, GATEWAY_FIRST, &[p()?])
+}
+
+fn closed(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+    let mut p = p()?;
+    if round % 2 == 1 {
+        p.gateway = None;
+    }
+    make(nodes, round, GATEWAY_FIRST, &[p])
+}
+
+fn comes(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+    if round % 2 == 0 {
+        make(nodes, round, GATEWAY_FIRST, &[p()?])
+    } else {
+        make(nodes, round, &["node-a", "node-b"], &[])
+    }
+}
+
+fn everything(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+    if round % 2 == 0 {
+        return make(nodes, round, GATEWAY_FIRST, &[p()?]);
+    }
+    let remove = |name: &&str| Ok(nodes.node(name)?.1.remove()?);
+    ["node-a", "node-b"].iter().map(remove).collect()
+}

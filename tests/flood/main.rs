@@ -1,0 +1,167 @@
+//! Packets while the datapath changes: none may leave with a wrong source, and none may get lost
+//! where nothing that it needs is taken away.
+//!
+//! `EGRESS_FLOOD=full` makes it at least 100 000 packets and 5 000 transactions of each kind of
+//! change, and takes a quarter of an hour; another word runs only the kinds that begin with it,
+//! and `full,move` does both.
+
+#[path = "../lab/mod.rs"]
+mod lab;
+
+mod changes;
+#[path = "../netns/fleet.rs"]
+#[allow(dead_code, reason = "shared with other tests")]
+mod fleet;
+mod nodes;
+mod stream;
+
+use std::collections::BTreeMap;
+use std::env;
+use std::io::{self, Write};
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use egress_datapath::{Phase, Report};
+
+use changes::{Change, Loss, To};
+use fleet::{Result, have, nft, tool};
+use lab::{Lab, POD_A, POD_B, POD_C, SERVER};
+use nodes::Nodes;
+use stream::{Pod, Progress, Tally};
+
+/// How much of each kind.
+struct Size {
+    packets: u32,
+    commits: u64,
+    at_most: Duration,
+}
+
+const SMALL: Size = Size { packets: 4_000, commits: 0, at_most: Duration::from_secs(4) };
+const FULL: Size = Size { packets: 100_000, commits: 5_000, at_most: Duration::from_secs(300) };
+const PER_SECOND: u32 = 4_000;
+
+#[test]
+fn no_packet_gets_out_wrong_while_things_change() -> Result {
+    let Some(lab) = fleet::lab()? else { return Ok(()) };
+    for host in lab.nodes() {
+        // Every reconciliation lists all connections, and those of the flood never come again.
+        host.netns.sysctl(&[("netfilter/nf_conntrack_udp_timeout", "0")])?;
+    }
+    let wish = env::var("EGRESS_FLOOD").unwrap_or_default();
+    let size = if wish.starts_with("full") { FULL } else { SMALL };
+    let only = wish.trim_start_matches("full").trim_start_matches(',');
+    let mut wrong = Vec::new();
+    for change in changes::ALL.iter().filter(|change| change.name.starts_with(only)) {
+        let found = flood(&lab, change, &size);
+        wrong.extend(found.map_err(|error| format!("{}: {error}", change.name))?);
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    Ok(())
+}
+
+/// Floods during one kind of change, prints a line, and returns what is wrong.
+fn flood(lab: &Lab, change: &Change, size: &Size) -> Result<Vec<String>> {
+    if !change.foreign.is_empty() {
+        if !have("nft")? {
+            return Ok(Vec::new());
+        }
+        for host in lab.nodes() {
+            nft(&host.netns, &[], change.foreign)?;
+        }
+    }
+    let mut nodes = Nodes::open(lab, change.marks)?;
+    (change.round)(lab, &mut nodes, 0)?;
+    let [by_client, by_gateway] = change.wears;
+    let pods = [
+        Pod { netns: &lab.pod_a, address: POD_A, wears: by_client },
+        Pod { netns: &lab.pod_b, address: POD_B, wears: by_gateway },
+    ];
+    let to = match change.to {
+        To::Server => (&lab.server, SERVER),
+        To::PodC => (&lab.pod_c, POD_C),
+    };
+    let least = Duration::from_secs(1) * size.packets / PER_SECOND * 11 / 10;
+    let begin = Instant::now();
+    let rounds = |progress: &Progress| -> std::result::Result<_, String> {
+        let (mut rounds, mut commits) = (Vec::new(), 0);
+        while begin.elapsed() < size.at_most
+            && (begin.elapsed() < least || commits < size.commits && !change.idle)
+        {
+            rounds.push(progress.sent());
+            let number = u64::try_from(rounds.len()).unwrap_or_default();
+            let made = (change.round)(lab, &mut nodes, number);
+            let reports = made.map_err(|error| format!("round {number}: {error}"))?;
+            commits += reports.iter().map(transactions).sum::<u64>();
+        }
+        Ok((rounds, commits))
+    };
+    let (done, tally) = stream::during(to, &pods, u64::from(PER_SECOND), rounds)?;
+    let took = begin.elapsed();
+    let (rounds, commits) = done?;
+    nodes.remove()?;
+    for host in lab.nodes() {
+        if !change.foreign.is_empty() {
+            tool(&host.netns, "nft delete table inet foreign")?;
+        }
+    }
+    Ok(judge(change, &tally, &rounds, commits, took)?)
+}
+
+fn judge(
+    change: &Change,
+    tally: &Tally,
+    rounds: &[u64],
+    commits: u64,
+    took: Duration,
+) -> io::Result<Vec<String>> {
+    let mut leaked: BTreeMap<IpAddr, u64> = BTreeMap::new();
+    for (source, _) in &tally.leaked {
+        *leaked.entry(*source).or_default() += 1;
+    }
+    let leaks = tally.leaked.len();
+    let (name, sent, lost) = (change.name, tally.sent, tally.lost.len());
+    writeln!(
+        io::stderr(),
+        "flood {name:<32} {sent:>7} packets {:>6} rounds {commits:>6} commits \
+         {leaks:>3} leaked {lost:>5} lost {:>5.1} s",
+        rounds.len(),
+        took.as_secs_f64(),
+    )?;
+    let mut wrong = Vec::new();
+    if leaks > 0 {
+        wrong.push(format!("{name}: leaked {leaked:?}"));
+    }
+    let round = |number: u64| rounds.partition_point(|begin| *begin <= number);
+    let excused = match change.loss {
+        Loss::None => 0,
+        Loss::Few => 1 + tally.sent / 5_000,
+        Loss::Any => u64::MAX,
+    };
+    if u64::try_from(lost.saturating_sub(tally.overflowed)).is_ok_and(|lost| lost > excused) {
+        let lost: Vec<_> = tally.lost.iter().map(|number| (number, round(*number))).collect();
+        wrong.push(format!("{name}: lost packets, each with the round it was sent in: {lost:?}"));
+    }
+    if sent == 0 || commits == 0 && !change.idle {
+        wrong.push(format!("{name}: nothing happened"));
+    }
+    Ok(wrong)
+}
+
+/// The nf_tables transactions among the changes.
+fn transactions(report: &Report) -> u64 {
+    let mut count = 0;
+    for step in report.changes.steps() {
+        match step.phase {
+            Phase::Tunnel
+            | Phase::Routes
+            | Phase::Rules
+            | Phase::DeleteTunnel
+            | Phase::DeleteRules
+            | Phase::DeleteRoutes
+            | Phase::DeletePeers
+            | Phase::EndConnections => {}
+            _ => count += 1,
+        }
+    }
+    count
+}

@@ -1,0 +1,93 @@
+//! A reconciler on each node, as fast as commits can be.
+
+use std::collections::BTreeSet;
+
+use egress_datapath::{
+    ApplyError, Changes, Cluster, Connection, Datapath, EgressPolicy, KernelDatapath, KernelError,
+    KernelTables, MarkLayout, MarkPool, Reconciler, Report, State, TablePool, TableRange,
+};
+
+use crate::fleet::Result;
+use crate::lab::{Host, Lab};
+
+/// The kernel, whose connections are listed now and then only.
+///
+/// The flood's are never stale, being of one packet; but to list them the kernel looks into every
+/// bucket that connections of any namespace may be in, which takes longer than all else.
+#[derive(Debug)]
+pub(crate) struct Hasty {
+    kernel: KernelDatapath,
+    asked: u32,
+}
+
+impl Datapath for Hasty {
+    fn observe(&mut self) -> std::result::Result<State, KernelError> {
+        self.kernel.observe()
+    }
+
+    fn stale_connections(
+        &mut self,
+        wanted: &State,
+        before: &State,
+    ) -> std::result::Result<BTreeSet<Connection>, KernelError> {
+        self.asked += 1;
+        if self.asked % 16 == 0 {
+            self.kernel.stale_connections(wanted, before)
+        } else {
+            Ok(BTreeSet::new())
+        }
+    }
+
+    fn apply(&mut self, changes: &Changes) -> std::result::Result<(), ApplyError> {
+        self.kernel.apply(changes)
+    }
+}
+
+type Node = (Cluster, Reconciler<Hasty>);
+
+/// The nodes of a lab.
+pub(crate) struct Nodes(Vec<Node>);
+
+impl Nodes {
+    pub(crate) fn open(lab: &Lab, marks: MarkLayout) -> Result<Self> {
+        let open = |host: &&Host| {
+            let cluster = Cluster { marks, ..lab.cluster(host)? };
+            Ok((cluster, hasty(host, marks)?))
+        };
+        Ok(Self(lab.nodes().iter().map(open).collect::<Result<_>>()?))
+    }
+
+    /// Gives every node a new reconciler, which remembers nothing.
+    pub(crate) fn restart(&mut self, lab: &Lab) -> Result {
+        for (host, (cluster, reconciler)) in lab.nodes().into_iter().zip(&mut self.0) {
+            *reconciler = hasty(host, cluster.marks)?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn apply_to(&mut self, name: &str, policies: &[EgressPolicy]) -> Result<Report> {
+        let (cluster, reconciler) = self.node(name)?;
+        Ok(reconciler.reconcile(cluster, policies)?)
+    }
+
+    /// A node's cluster and its reconciler.
+    pub(crate) fn node(&mut self, name: &str) -> Result<&mut Node> {
+        let named = self.0.iter_mut().find(|(cluster, _)| cluster.node.as_str() == name);
+        Ok(named.ok_or("no such node")?)
+    }
+
+    pub(crate) fn remove(&mut self) -> Result {
+        for (_, reconciler) in &mut self.0 {
+            reconciler.remove()?;
+        }
+        Ok(())
+    }
+}
+
+fn hasty(host: &Host, marks: MarkLayout) -> Result<Reconciler<Hasty>> {
+    let opened = host.netns.run(|| Ok((KernelDatapath::open()?, KernelTables::open()?)))?;
+    let (kernel, in_use) = opened.map_err(|error: KernelError| error)?;
+    let tables = TablePool::with_probe(TableRange::default(), in_use);
+    let hasty = Hasty { kernel, asked: 0 };
+    Ok(Reconciler::with_allocators(hasty, MarkPool::new(marks), tables))
+}

@@ -1,0 +1,305 @@
+//! Open connections over moves, again and again, and those that no policy is about.
+
+use std::collections::BTreeSet;
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use egress_datapath::EgressPolicy;
+
+use crate::fleet::{Fleet, Result, dual, have, lab, nft, policy, sources, tool};
+use crate::flows::masquerade;
+use crate::lab::{EIP_B, EIP_C, Host, Lab, NODE_A, Netns, POD_A, POD_C, Pair, SERVER, STRANGER};
+
+const PORT: u16 = 7002;
+/// Long enough for a segment that was lost to be sent again.
+const PATIENCE: Duration = Duration::from_secs(3);
+const MOVES: usize = 20;
+const SERVICE: [&str; 2] = ["10.96.0.10", "fd96::10"];
+
+/// Both ends of a connection.
+struct Pipe {
+    name: String,
+    client: TcpStream,
+    server: TcpStream,
+}
+
+impl Pipe {
+    fn open(from: &Netns, to: SocketAddr, listener: &TcpListener) -> Result<Self> {
+        let client = from.run(|| TcpStream::connect_timeout(&to, PATIENCE))??;
+        let (server, _) = listener.accept()?;
+        for stream in [&client, &server] {
+            stream.set_read_timeout(Some(PATIENCE))?;
+            stream.set_nodelay(true)?;
+        }
+        Ok(Self { name: format!("from {} to {to}", server.peer_addr()?), client, server })
+    }
+
+    /// As whom the server knows the client.
+    fn source(&self) -> Result<IpAddr> {
+        Ok(self.server.peer_addr()?.ip())
+    }
+
+    /// A word from the client, and one back.
+    fn client_first(&self) -> io::Result<()> {
+        say(&self.client, *b"ping")?;
+        hear(&self.server, *b"ping")?;
+        say(&self.server, *b"pong")?;
+        hear(&self.client, *b"pong")
+    }
+
+    /// A word from the server while the client is silent, and one from the client a moment later.
+    fn server_first(&self) -> io::Result<()> {
+        say(&self.server, *b"pong")?;
+        thread::sleep(Duration::from_millis(20));
+        say(&self.client, *b"ping")?;
+        hear(&self.client, *b"pong")?;
+        hear(&self.server, *b"ping")
+    }
+
+    /// Whether the client learns that the connection is no more.
+    fn is_reset(&self) -> bool {
+        let spoken = say(&self.client, *b"ping").and_then(|()| hear(&self.client, *b"none"));
+        spoken.is_err_and(|error| {
+            let kind = error.kind();
+            kind == io::ErrorKind::ConnectionReset || kind == io::ErrorKind::BrokenPipe
+        })
+    }
+}
+
+fn say(mut to: &TcpStream, word: [u8; 4]) -> io::Result<()> {
+    to.write_all(&word)
+}
+
+fn hear(mut from: &TcpStream, word: [u8; 4]) -> io::Result<()> {
+    let mut heard = [0; 4];
+    from.read_exact(&mut heard)?;
+    if heard == word { Ok(()) } else { Err(io::Error::other(format!("heard {heard:?}"))) }
+}
+
+fn listen(netns: &Netns, on: Pair) -> Result<[TcpListener; 2]> {
+    let [v4, v6] = netns.run(|| on.map(|address| TcpListener::bind((address, PORT))))?;
+    Ok([v4?, v6?])
+}
+
+/// A connection of each family, from a pod to the server.
+fn outward(from: &Netns, listeners: &[TcpListener; 2]) -> Result<Vec<Pipe>> {
+    let opened = SERVER.into_iter().zip(listeners);
+    opened.map(|(to, listener)| Pipe::open(from, (to, PORT).into(), listener)).collect()
+}
+
+fn by(gateway: &str, egress_ip: Pair) -> Result<Vec<EgressPolicy>> {
+    Ok(vec![policy("p", &[POD_A], Some(gateway), dual(egress_ip))?])
+}
+
+/// What is an operator's to do: the egress IP moves, and the neighbours are told.
+fn hand_over(lab: &Lab, from: &Host, to: &Host, eip: Pair) -> Result {
+    for (ip, length) in eip.into_iter().zip([32, 128]) {
+        tool(&from.netns, &format!("ip addr del {ip}/{length} dev eth1"))?;
+    }
+    to.own(eip)?;
+    for netns in [&lab.server, &lab.router] {
+        tool(netns, "ip -4 neigh flush all")?;
+        tool(netns, "ip -6 neigh flush all")?;
+    }
+    Ok(())
+}
+
+#[test]
+fn connections_survive_every_move_that_keeps_the_egress_ip() -> Result {
+    let Some(lab) = lab()? else { return Ok(()) };
+    if !have("ip")? || !have("nft")? {
+        return Ok(());
+    }
+    masquerade(&lab)?;
+    let listeners = listen(&lab.server, SERVER)?;
+    let mut fleet = Fleet::open(&lab)?;
+    fleet.apply(&by("node-b", EIP_B)?)?;
+    let talkers = outward(&lab.pod_a, &listeners)?;
+    let listening = outward(&lab.pod_a, &listeners)?;
+    let (mut from, mut to) = (&lab.node_b, &lab.node_c);
+    let mut longest = Duration::ZERO;
+    for number in 1..=MOVES {
+        let policies = by(to.name, EIP_B)?;
+        fleet.apply_to(to.name, &policies)?;
+        hand_over(&lab, from, to, EIP_B)?;
+        fleet.apply_to("node-a", &policies)?;
+        fleet.apply_to(from.name, &policies)?;
+        for (pipes, speak) in
+            [(&talkers, Pipe::client_first as fn(&Pipe) -> _), (&listening, Pipe::server_first)]
+        {
+            for pipe in pipes {
+                let begin = Instant::now();
+                let spoken: io::Result<()> = speak(pipe);
+                spoken.map_err(|error| format!("move {number}, {}: {error}", pipe.name))?;
+                longest = longest.max(begin.elapsed());
+            }
+        }
+        (from, to) = (to, from);
+    }
+    let count = talkers.len() + listening.len();
+    writeln!(
+        io::stderr(),
+        "{count} connections survived {MOVES} of {MOVES} moves, longest stall {longest:?}"
+    )?;
+    assert_eq!(sources(&lab), EIP_B.into_iter().collect::<BTreeSet<_>>());
+    Ok(())
+}
+
+#[test]
+fn a_connection_that_cannot_go_on_is_reset_and_does_not_hang() -> Result {
+    let Some(lab) = lab()? else { return Ok(()) };
+    if !have("ip")? || !have("nft")? {
+        return Ok(());
+    }
+    masquerade(&lab)?;
+    let listeners = listen(&lab.server, SERVER)?;
+    let other: Pair = ["198.51.100.210".parse()?, "2001:db8:51::210".parse()?];
+    lab.node_b.own(other)?;
+    let mut fleet = Fleet::open(&lab)?;
+    let mut wears = NODE_A;
+    for (what, next, policies) in [
+        ("a policy is added", EIP_B, by("node-b", EIP_B)?),
+        ("the egress IP changes", other, by("node-b", other)?),
+        ("the gateway and the egress IP change", EIP_C, by("node-c", EIP_C)?),
+        ("the policy is removed", NODE_A, Vec::new()),
+    ] {
+        let pipes = outward(&lab.pod_a, &listeners)?;
+        for (pipe, wears) in pipes.iter().zip(wears) {
+            assert_eq!(pipe.source()?, wears, "before {what}");
+            pipe.client_first()?;
+        }
+        fleet.apply(&policies)?;
+        for pipe in &pipes {
+            assert!(pipe.is_reset(), "{what}: {}", pipe.name);
+        }
+        for (pipe, next) in outward(&lab.pod_a, &listeners)?.iter().zip(next) {
+            assert_eq!(pipe.source()?, next, "after {what}");
+        }
+        wears = next;
+    }
+    let right = [NODE_A, EIP_B, other, EIP_C].concat().into_iter().collect::<BTreeSet<_>>();
+    let seen = sources(&lab);
+    assert!(seen.is_subset(&right), "{seen:?}");
+    Ok(())
+}
+
+#[test]
+fn flows_that_never_pause_never_show_the_pod_while_policies_come_and_go() -> Result {
+    let Some(lab) = lab()? else { return Ok(()) };
+    if !have("nft")? {
+        return Ok(());
+    }
+    masquerade(&lab)?;
+    let listeners = listen(&lab.server, SERVER)?;
+    let mut fleet = Fleet::open(&lab)?;
+    let done = AtomicBool::new(false);
+    let flows = |to: IpAddr| -> io::Result<Vec<UdpSocket>> {
+        let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+        let open = || -> io::Result<_> {
+            let flow = UdpSocket::bind(any)?;
+            flow.connect((to, crate::lab::echo::PORT))?;
+            Ok(flow)
+        };
+        (0..4).map(|_| open()).collect()
+    };
+    let [v4, v6] = lab.pod_a.run(|| SERVER.map(flows))?;
+    let flows: Vec<_> = v4?.into_iter().chain(v6?).collect();
+    let sent = thread::scope(|scope| -> Result<u64> {
+        let sender = scope.spawn(|| {
+            let mut sent = 0;
+            while !done.load(Relaxed) {
+                // Where a policy closes, the node may say that there is no way; that is right.
+                sent += flows.iter().map(|flow| u64::from(flow.send(b"?").is_ok())).sum::<u64>();
+                thread::sleep(Duration::from_micros(300));
+            }
+            sent
+        });
+        let mut rounds = || -> Result {
+            for round in 0..MOVES {
+                let pipes = outward(&lab.pod_a, &listeners)?;
+                match round % 4 {
+                    0 => drop(fleet.apply(&by("node-b", EIP_B)?)?),
+                    1 => drop(fleet.apply(&[])?),
+                    2 => drop(fleet.apply(&by("node-c", EIP_C)?)?),
+                    _ => fleet.remove()?,
+                }
+                for pipe in &pipes {
+                    assert!(pipe.is_reset(), "round {round}: {}", pipe.name);
+                }
+            }
+            Ok(())
+        };
+        let rounds = rounds();
+        done.store(true, Relaxed);
+        let sent = sender.join().map_err(|_| "the sender panicked")?;
+        rounds.map(|()| sent)
+    })?;
+    let right = [NODE_A, EIP_B, EIP_C].concat().into_iter().collect::<BTreeSet<_>>();
+    let seen = sources(&lab);
+    assert_eq!(seen, right, "of {sent} datagrams");
+    Ok(())
+}
+
+#[test]
+fn connections_inside_and_of_others_are_untouched_by_it_all() -> Result {
+    let Some(lab) = lab()? else { return Ok(()) };
+    if !have("nft")? {
+        return Ok(());
+    }
+    masquerade(&lab)?;
+    let [v4, v6] = SERVICE;
+    let [to_v4, to_v6] = POD_C;
+    let service = format!(
+        "table inet service {{
+            chain prerouting {{
+                type nat hook prerouting priority dstnat;
+                ip daddr {v4} dnat ip to {to_v4}
+                ip6 daddr {v6} dnat ip6 to {to_v6}
+            }}
+        }}"
+    );
+    nft(&lab.node_a.netns, &[], &service)?;
+    let at_server = listen(&lab.server, SERVER)?;
+    let at_pod_a = listen(&lab.pod_a, POD_A)?;
+    let at_pod_c = listen(&lab.pod_c, POD_C)?;
+    let mut fleet = Fleet::open(&lab)?;
+    let mut pipes = Vec::new();
+    let mut open = |from: &Netns, to: Pair, at: &[TcpListener; 2], wears: Pair| -> Result {
+        for ((to, listener), wears) in to.into_iter().zip(at).zip(wears) {
+            let pipe = Pipe::open(from, (to, PORT).into(), listener)?;
+            assert_eq!(pipe.source()?, wears, "{}", pipe.name);
+            pipes.push(pipe);
+        }
+        Ok(())
+    };
+    let service: Pair = [v4.parse()?, v6.parse()?];
+    open(&lab.pod_a, POD_C, &at_pod_c, POD_A)?;
+    open(&lab.pod_a, service, &at_pod_c, POD_A)?;
+    open(&lab.pod_c, POD_A, &at_pod_a, POD_C)?;
+    open(&lab.stranger, POD_A, &at_pod_a, STRANGER)?;
+    open(&lab.server, POD_A, &at_pod_a, SERVER)?;
+    open(&lab.stranger, SERVER, &at_server, NODE_A)?;
+    open(&lab.stranger, service, &at_pod_c, STRANGER)?;
+    for (what, policies) in [
+        ("a policy was added", Some(by("node-b", EIP_B)?)),
+        ("its egress IP was changed", Some(by("node-b", EIP_C)?)),
+        ("it was moved", Some(by("node-c", EIP_C)?)),
+        ("it was closed", Some(vec![policy("p", &[POD_A], None, dual(EIP_B))?])),
+        ("it was opened", Some(by("node-b", EIP_B)?)),
+        ("it was removed", Some(Vec::new())),
+        ("everything was removed", None),
+    ] {
+        match policies {
+            Some(policies) => drop(fleet.apply(&policies)?),
+            None => fleet.remove()?,
+        }
+        for pipe in &pipes {
+            let spoken = pipe.client_first().and_then(|()| pipe.server_first());
+            spoken.map_err(|error| format!("after {what}, {}: {error}", pipe.name))?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,43 @@
+//! How the tables of a range are shared out.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use egress_datapath::{Finding, MarkPool, Node, Reconciler, Sim, TablePool, TableRange};
+
+use crate::{cluster_v4, name, policy, v4};
+
+#[test]
+fn every_table_of_the_range_can_be_a_gateways() {
+    let mut cluster = cluster_v4("a");
+    let address = |text: &str| text.parse::<IpAddr>().unwrap();
+    let d =
+        Node::new(name("d"), vec![address("10.10.0.14")], vec!["172.31.0.14/16".parse().unwrap()]);
+    cluster.nodes.push(d);
+    let to = |gateway: &str, source: &str| {
+        policy(gateway, &[source], Some(gateway), v4("198.51.100.200"))
+    };
+    let all = [to("b", "10.244.1.1/32"), to("c", "10.244.1.2/32"), to("d", "10.244.1.3/32")];
+    let range = TableRange::new(3000, 1).unwrap();
+    let mut egress = Reconciler::with_allocators(
+        Sim::new(),
+        MarkPool::default(),
+        TablePool::new(range).with_dice(|_: u32| 0),
+    );
+    let first = egress.reconcile(&cluster, &all[..1]).unwrap();
+    assert_eq!(first.findings, []);
+    let second = egress.reconcile(&cluster, &all[..2]).unwrap();
+    assert_eq!(second.findings, [Finding::NoClosingTable { capacity: 2 }]);
+    let tables: BTreeSet<_> =
+        egress.datapath().state().routes.keys().map(|key| key.table.get()).collect();
+    assert_eq!(tables, [3000, 3001].into());
+    assert_eq!(egress.datapath().state().rules.len(), 2);
+    assert!(egress.reconcile(&cluster, &all[..2]).unwrap().changes.is_empty());
+    let third = egress.reconcile(&cluster, &all).unwrap_err();
+    assert_eq!(third.to_string(), "routing tables: none of 2 ids is free for node d");
+    // One leaves and another comes, then one only: nothing is short of tables for a while.
+    let moved = egress.reconcile(&cluster, [&all[0], &all[2]]).unwrap();
+    assert_eq!(moved.findings, [Finding::NoClosingTable { capacity: 2 }]);
+    assert_eq!(egress.reconcile(&cluster, &all[..1]).unwrap().findings, []);
+    assert!(egress.reconcile(&cluster, &all[..1]).unwrap().changes.is_empty());
+}
