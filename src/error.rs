@@ -90,6 +90,7 @@ impl KernelError {
     /// Adds who has what was asked for.
     #[cfg(all(feature = "kernel", target_os = "linux"))]
     #[must_use]
+    #[cfg(all(feature = "kernel", target_os = "linux"))]
     pub(crate) fn with_holder(mut self, process: u32) -> Self {
         self.0.holder = Some(process);
         self.0.remedy = Some("stop that process, or leave this network namespace to it");

@@ -14,6 +14,12 @@ use crate::error::{KernelError, errno};
 use crate::state::{LINK_ALIAS, Vxlan};
 use crate::types::{DeviceName, MacAddr};
 
+/// Group of a device of ours that has no alias yet.
+///
+/// The kernel takes a group when it creates a device, and an alias only later: one whose maker
+/// died in between is known by it.
+pub(super) const HALF_MADE: u32 = 0x6567_7278;
+
 const NOT_OURS: &str = "no tunnel device of ours has this name; read the state again";
 
 /// A network device, as far as it matters here.
@@ -22,6 +28,7 @@ pub(super) struct Device {
     pub(super) index: u32,
     pub(super) name: String,
     pub(super) alias: Option<String>,
+    pub(super) group: u32,
     pub(super) mac: Option<MacAddr>,
     pub(super) mtu: u32,
     pub(super) rp_filter: u32,
@@ -51,6 +58,7 @@ impl Device {
             match attribute {
                 LinkAttribute::IfName(name) => device.name = name,
                 LinkAttribute::IfAlias(alias) => device.alias = Some(alias),
+                LinkAttribute::Group(group) => device.group = group,
                 LinkAttribute::Address(bytes) => device.mac = mac(&bytes),
                 LinkAttribute::Mtu(mtu) => device.mtu = mtu,
                 LinkAttribute::LinkInfo(infos) => device.tunnel = tunnel(&infos),
@@ -62,7 +70,13 @@ impl Device {
     }
 
     pub(super) fn is_ours(&self) -> bool {
-        self.tunnel.is_some() && self.alias.as_deref() == Some(LINK_ALIAS)
+        let named = self.alias.as_deref() == Some(LINK_ALIAS);
+        self.tunnel.is_some() && (named || self.is_half_made())
+    }
+
+    /// Whether its maker died before it could say whose it is.
+    pub(super) fn is_half_made(&self) -> bool {
+        self.alias.is_none() && self.group == HALF_MADE && !self.up
     }
 }
 

@@ -10,7 +10,7 @@ use netlink_packet_route::link::{
     LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
 
-use super::link::{Device, Tunnel};
+use super::link::{Device, HALF_MADE, Tunnel};
 use super::route_socket::RouteSocket;
 use super::rtnl::EAFNOSUPPORT;
 use crate::error::{KernelError, errno};
@@ -30,7 +30,7 @@ const NO_UNDERLAY: &str = "create the underlay device first or name another one"
 const UNCHANGEABLE: &str =
     "VNI, port, address family and lack of an underlay stay: delete the device and add it again";
 
-/// The request that creates the device, down; the kernel leaves out the alias.
+/// The request that creates the device, down and without its alias, which the kernel would ignore.
 pub(super) fn create(link: &Vxlan, underlay: u32) -> LinkMessage {
     let mut data = vec![InfoVxlan::Id(link.vni), local(link.local)];
     if underlay != 0 {
@@ -42,7 +42,7 @@ pub(super) fn create(link: &Vxlan, underlay: u32) -> LinkMessage {
         LinkAttribute::IfName(link.name.as_str().to_owned()),
         LinkAttribute::Address(link.mac.octets().to_vec()),
         LinkAttribute::Mtu(link.mtu),
-        LinkAttribute::IfAlias(LINK_ALIAS.to_owned()),
+        LinkAttribute::Group(HALF_MADE),
         info(data),
     ];
     message
@@ -77,6 +77,11 @@ fn ipv4(rp_filter: u32) -> LinkAttribute {
     LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet(vec![conf])])
 }
 
+/// Says whose the device is, and that it is made.
+fn named_ours() -> [LinkAttribute; 2] {
+    [LinkAttribute::IfAlias(LINK_ALIAS.to_owned()), LinkAttribute::Group(0)]
+}
+
 fn no_link_local() -> LinkAttribute {
     let mode = AfSpecInet6::AddrGenMode(In6AddrGenMode::None);
     LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![mode])])
@@ -102,16 +107,11 @@ impl RouteSocket {
     /// Creates the device and finishes it, or leaves none behind.
     pub(super) fn add_link(&mut self, what: &dyn Display, link: &Vxlan) -> Result<(), KernelError> {
         let underlay = self.underlay(what, link)?;
-        let create = || RouteNetlinkMessage::NewLink(create(link, underlay));
-        let flags = NLM_F_CREATE | NLM_F_EXCL;
-        match self.request(what, create(), flags) {
+        let create = RouteNetlinkMessage::NewLink(create(link, underlay));
+        match self.request(what, create, NLM_F_CREATE | NLM_F_EXCL) {
             Err(error) if error.is_exists() => match self.device_named(what, &link.name)? {
                 None => return Err(error.with_remedy(VNI_TAKEN)),
                 Some(device) if device.is_ours() => return Err(error),
-                Some(device) if is_half_made(&device, link) => {
-                    self.delete_device(what, device.index)?;
-                    self.request(what, create(), flags)?;
-                }
                 Some(_) => return Err(error.with_remedy(NAME_TAKEN)),
             },
             done => done?,
@@ -136,13 +136,14 @@ impl RouteSocket {
             name: link.name.as_str().to_owned(),
             mac: Some(link.mac),
             mtu: link.mtu,
+            group: HALF_MADE,
             tunnel: Some(tunnel),
             ..Device::default()
         };
         let mut expected = self.expected();
         expected.found(index);
         expected.will_be(&device);
-        device.alias = Some(LINK_ALIAS.to_owned());
+        (device.alias, device.group) = (Some(LINK_ALIAS.to_owned()), 0);
         device.rp_filter = link.rp_filter;
         expected.will_be(&device);
         device.up = link.up;
@@ -155,8 +156,8 @@ impl RouteSocket {
         link: &Vxlan,
         index: u32,
     ) -> Result<(), KernelError> {
-        let alias = LinkAttribute::IfAlias(LINK_ALIAS.to_owned());
-        self.set_device(what, change(index, vec![alias, ipv4(link.rp_filter)]))?;
+        let [alias, group] = named_ours();
+        self.set_device(what, change(index, vec![alias, group, ipv4(link.rp_filter)]))?;
         self.stop_link_local(what, index)?;
         if link.up {
             self.set_device(what, raise(index, true))?;
@@ -212,7 +213,11 @@ impl RouteSocket {
             self.expected().will_be(&next);
             attributes.push(LinkAttribute::Mtu(link.mtu));
         }
-        if device.rp_filter != link.rp_filter {
+        if device.is_half_made() {
+            (next.alias, next.group) = (Some(LINK_ALIAS.to_owned()), 0);
+            attributes.extend(named_ours());
+        }
+        if device.rp_filter != link.rp_filter || device.is_half_made() {
             next.rp_filter = link.rp_filter;
             self.expected().will_be(&next);
             attributes.push(ipv4(link.rp_filter));
@@ -268,12 +273,4 @@ impl RouteSocket {
             None => Err(KernelError::refused(what, errno::ENODEV).with_remedy(NO_UNDERLAY)),
         }
     }
-}
-
-/// Whether this is what we leave behind when we die between creating the device and naming it
-/// ours, which the kernel does not do in one request.
-fn is_half_made(device: &Device, link: &Vxlan) -> bool {
-    let created =
-        device.tunnel.is_some_and(|tunnel| (tunnel.vni, tunnel.port) == (link.vni, link.port));
-    created && device.alias.is_none() && device.mac == Some(link.mac) && !device.up
 }

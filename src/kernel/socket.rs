@@ -52,7 +52,7 @@ impl Socket {
 
     /// Lets a plan of faults have a say in what is sent and received.
     #[cfg(feature = "testing")]
-    pub(super) fn set_tap(&mut self, tap: super::faults::Tap) {
+    pub(crate) fn set_tap(&mut self, tap: super::faults::Tap) {
         self.tap = Some(tap);
     }
 

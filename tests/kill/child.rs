@@ -14,6 +14,9 @@ use crate::lab::{Host, cluster};
 use crate::scenarios::{Wanted, scenarios};
 use crate::{NODES, Result};
 
+/// The signal that a process is killed with.
+const KILL: i32 = 9;
+
 /// A moment at which a process dies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Moment {
@@ -102,7 +105,6 @@ pub(crate) fn run(
             .stderr(Stdio::piped())
             .output()
     })??;
-    const KILL: i32 = 9;
     if output.status.signal() == Some(KILL) {
         return Ok(None);
     }

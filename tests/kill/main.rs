@@ -13,6 +13,7 @@
 #[path = "../lab/mod.rs"]
 mod lab;
 
+mod allowed;
 mod child;
 mod matrix;
 mod scenarios;
@@ -26,8 +27,9 @@ use std::sync::PoisonError;
 use std::time::Instant;
 use std::{env, thread};
 
+use allowed::Cni;
 use lab::{Lab, Netns};
-use matrix::{Cni, Counts, Matrix};
+use matrix::{Counts, Matrix};
 use scenarios::{Scenario, scenarios};
 
 type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;

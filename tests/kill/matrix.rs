@@ -1,25 +1,16 @@
 //! One scenario, and a death before and after every write of it.
 
 use std::fmt;
-use std::net::IpAddr;
 
 use egress_datapath::testing::Faults;
 use egress_datapath::{Changes, Datapath, KernelDatapath, State};
 
+use crate::allowed::{At, Cni, Progress, allowed};
 use crate::child::{Done, Moment, make, open, run};
-use crate::lab::{
-    Host, Lab, NODE_A, NODE_B_OUTSIDE, Netns, POD_A, POD_B, POD_C, Pair, STRANGER, numbered,
-};
+use crate::lab::{Host, Lab, Netns, numbered};
 use crate::scenarios::{Pod, Scenario, Source, Talk, Wanted};
 use crate::wire::{Flow, Wire, by_port};
 use crate::{Result, nft};
-
-/// Whether the nodes translate what pods send outside, as most CNI plugins have them do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Cni {
-    Routes,
-    Masquerades,
-}
 
 const MASQUERADE: &str = "table inet cni {
     chain postrouting {
@@ -57,25 +48,6 @@ impl fmt::Display for Counts {
         write!(f, "{writes} writes, {points} points, {sent} packets, {arrived} arrived, ")?;
         write!(f, "{leaked} leaked, {lost} lost")
     }
-}
-
-/// How far a pod's own node has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Progress {
-    NotYet,
-    /// Its process was killed; whether connections had been ended by then.
-    Killed {
-        ended: bool,
-    },
-    Done,
-}
-
-/// How far the nodes have come.
-#[derive(Clone, Copy, Debug)]
-struct At {
-    /// Index in the order of nodes.
-    step: usize,
-    progress: Progress,
 }
 
 pub(crate) struct Matrix<'a> {
@@ -216,7 +188,7 @@ impl<'a> Matrix<'a> {
 
     /// Sends, and looks at every source that the server saw.
     fn probe(&mut self, flows: &[&Flow], at: At, moment: Option<Moment>) -> Result {
-        let (scenario, over) = (self.scenario, self.is_over(at));
+        let (scenario, over) = (self.scenario, at.is_over(self.scenario));
         let must = |flow: &Flow| {
             let arrives = |talk: &Talk| {
                 let opens = over && !flow.established && talk.after != Source::Nothing;
@@ -229,7 +201,7 @@ impl<'a> Matrix<'a> {
         let (mut leaks, mut lost) = (Vec::new(), Vec::new());
         for flow in flows {
             let Some(talk) = scenario.talks.get(flow.talk) else { continue };
-            let allowed = self.allowed(*talk, flow, at);
+            let allowed = allowed(scenario, self.cni, flow, at);
             let came = ports.get(&flow.port).map_or(&[][..], Vec::as_slice);
             self.counts.arrived += usize::from(!came.is_empty());
             leaks.extend(came.iter().filter(|source| !allowed.contains(source)).map(|source| {
@@ -250,74 +222,6 @@ impl<'a> Matrix<'a> {
             self.say(at.step, moment, &format!("{:?}: {sentence}", at.progress));
         }
         Ok(())
-    }
-
-    /// Whether everything is done.
-    fn is_over(&self, at: At) -> bool {
-        at.progress == Progress::Done && at.step + 1 == self.scenario.order.len()
-    }
-
-    /// The sources that a flow may show.
-    fn allowed(&self, talk: Talk, flow: &Flow, at: At) -> Vec<IpAddr> {
-        let node = node(talk.pod);
-        let turn = self.scenario.order.iter().position(|other| *other == node);
-        let progress = match turn {
-            Some(turn) if turn < at.step => Progress::Done,
-            Some(turn) if turn == at.step => at.progress,
-            Some(_) => Progress::NotYet,
-            // It changes nothing, and only sees what others do.
-            None => Progress::NotYet,
-        };
-        let over = self.is_over(at) && !flow.established;
-        let before = match (talk.before, progress) {
-            _ if over && talk.before != talk.after => None,
-            (Source::Plain, Progress::Done) => None,
-            (source, _) => Some(source),
-        };
-        let after = match (talk.after, progress) {
-            (Source::Plain, Progress::NotYet) => None,
-            // The guards hold an open connection back until it is ended.
-            (Source::Plain, Progress::Killed { ended: false }) if flow.established => None,
-            (source, _) => Some(source),
-        };
-        let same = (talk.before == talk.after).then_some(talk.before);
-        let sources = before.into_iter().chain(after).chain(same);
-        let family = usize::from(flow.to.is_ipv6());
-        let address = |pair: Pair| pair.get(family).copied();
-        sources
-            .filter_map(|source| match source {
-                Source::Eip(pair) => address(pair),
-                Source::Plain => address(self.plain(talk.pod)),
-                Source::Nothing => None,
-            })
-            .collect()
-    }
-
-    /// As whom a pod speaks without a policy.
-    fn plain(&self, pod: Pod) -> Pair {
-        const NODE_C_OUTSIDE: Pair = {
-            let [b4, b6] = NODE_B_OUTSIDE;
-            match (b4, b6) {
-                (IpAddr::V4(v4), IpAddr::V6(v6)) => {
-                    let [a, b, c, _] = v4.octets();
-                    let [p, q, r, s, t, u, v, _] = v6.segments();
-                    [
-                        IpAddr::V4(std::net::Ipv4Addr::new(a, b, c, 13)),
-                        IpAddr::V6(std::net::Ipv6Addr::new(p, q, r, s, t, u, v, 0x13)),
-                    ]
-                }
-                other => [other.0, other.1],
-            }
-        };
-        match (self.cni, pod) {
-            (Cni::Routes, Pod::A) => POD_A,
-            (Cni::Routes, Pod::Stranger) => STRANGER,
-            (Cni::Routes, Pod::B) => POD_B,
-            (Cni::Routes, Pod::C) => POD_C,
-            (Cni::Masquerades, Pod::A | Pod::Stranger) => NODE_A,
-            (Cni::Masquerades, Pod::B) => NODE_B_OUTSIDE,
-            (Cni::Masquerades, Pod::C) => NODE_C_OUTSIDE,
-        }
     }
 
     /// Whether the node holds what it should and nothing else of ours.
@@ -353,13 +257,5 @@ fn pod(lab: &Lab, pod: Pod) -> &Netns {
         Pod::Stranger => &lab.stranger,
         Pod::B => &lab.pod_b,
         Pod::C => &lab.pod_c,
-    }
-}
-
-const fn node(pod: Pod) -> usize {
-    match pod {
-        Pod::A | Pod::Stranger => 0,
-        Pod::B => 1,
-        Pod::C => 2,
     }
 }

@@ -1,5 +1,7 @@
 //! What changes, and which sources the server may see meanwhile.
 
+use std::slice::from_ref;
+
 use egress_datapath::{Destinations, EgressIp, EgressPolicy, NodeName, PolicyId};
 
 use crate::lab::{EIP_B, EIP_C, OTHER_SERVER, POD_A, POD_B, Pair, SERVER, STRANGER, hosts};
@@ -19,6 +21,17 @@ pub(crate) enum Pod {
     Stranger,
     B,
     C,
+}
+
+impl Pod {
+    /// The node it is on.
+    pub(crate) const fn node(self) -> usize {
+        match self {
+            Self::A | Self::Stranger => A,
+            Self::B => B,
+            Self::C => C,
+        }
+    }
 }
 
 /// As whom a pod speaks to the server.
@@ -109,6 +122,7 @@ fn talk(pod: Pod, before: Source, after: Source) -> Talk {
 
 /// All of them. `p` is the policy that changes; `other`, where there is one, stays, and a pod
 /// without a policy is always there.
+#[expect(clippy::too_many_lines, reason = "a list")]
 pub(crate) fn scenarios() -> Result<Vec<Scenario>> {
     use Source::{Eip, Nothing, Plain};
     let both = [POD_A, POD_B];
@@ -117,7 +131,7 @@ pub(crate) fn scenarios() -> Result<Vec<Scenario>> {
     let other = policy("other", &[STRANGER], C, EIP_C)?;
     let listed =
         EgressPolicy { destinations: Destinations::Nets(hosts(&[OTHER_SERVER])), ..p.clone() };
-    let alone = everywhere(&[other.clone()]);
+    let alone = everywhere(from_ref(&other));
     let with = |p: &EgressPolicy| everywhere(&[p.clone(), other.clone()]);
     let scenario = |name, before, after, order: &[usize], talks: &[Talk]| Scenario {
         name,
@@ -177,7 +191,7 @@ pub(crate) fn scenarios() -> Result<Vec<Scenario>> {
         ),
         scenario(
             "change members",
-            everywhere(&[p.clone()]),
+            everywhere(from_ref(&p)),
             everywhere(&[policy("p", &[POD_A, STRANGER], B, EIP_B)?]),
             &[B, A, C],
             &[

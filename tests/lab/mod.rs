@@ -71,6 +71,8 @@ pub(crate) const EIP_B: Pair = outside(200);
 pub(crate) const EIP_C: Pair = outside(201);
 /// What node-b is called outside.
 pub(crate) const NODE_B_OUTSIDE: Pair = outside(12);
+/// What node-c is called outside.
+pub(crate) const NODE_C_OUTSIDE: Pair = outside(13);
 /// A pod on node-a.
 pub(crate) const POD_A: Pair = inside(1, 10);
 /// Another pod on node-a.

@@ -280,14 +280,10 @@ impl Bench<'_> {
             tries += 1;
             last = self.make(&mut node, &scenario.after);
         }
-        match last {
-            Err(error) => Err(error.into()),
-            Ok(_) => {
-                let found = numbered(node.datapath().observe()?);
-                let wrong = Changes::between(&found, &rehearsed.after);
-                Err(format!("it ends where this is still to do:\n{wrong}").into())
-            }
-        }
+        last?;
+        let found = numbered(node.datapath().observe()?);
+        let wrong = Changes::between(&found, &rehearsed.after);
+        Err(format!("it ends where this is still to do:\n{wrong}").into())
     }
 }
 
@@ -365,4 +361,27 @@ impl Dice {
         self.0 ^= self.0 << 17;
         usize::try_from(self.0 >> 33).unwrap_or(0) % sides.max(1)
     }
+}
+
+#[test]
+fn what_a_dead_process_left_half_made_goes_with_everything_else() -> Result {
+    let Some(lab) = lab()? else { return Ok(()) };
+    let host = &lab.node_a;
+    let bench = Bench { host, cluster: lab.cluster(host)?, pod: Vec::new() };
+    let wanted = Wanted::Policies(vec![policy("p", &[POD_A], B, dual(EIP_B))?]);
+    let device = bench.cluster.tunnel.device.clone();
+    let mut left = 0;
+    for write in 0..8 {
+        // A second refusal keeps it from tidying up after itself.
+        let [first, second] = [Fault::Errno(105), Fault::Errno(105)];
+        let faults = Faults::new().at_write(write, first).at_write(write + 1, second);
+        let made = bench.make(&mut bench.open(&faults)?, &wanted);
+        assert!(made.is_err(), "write {write}");
+        let mut node = bench.open(&Faults::new())?;
+        left += usize::from(node.datapath().mtu_of(&device)?.is_some());
+        node.remove()?;
+        assert_eq!(node.datapath().mtu_of(&device)?, None, "write {write}");
+    }
+    assert!(left > 0);
+    Ok(())
 }

@@ -68,13 +68,11 @@ pub(super) fn routing_call(datagram: &[u8]) -> Call {
 /// What a datagram of a netfilter socket is about.
 pub(super) fn netfilter_call(datagram: &[u8]) -> Call {
     let first = messages(datagram).first().map_or(0, |message| message.kind);
-    match first >> 8 {
-        CONNECTIONS => Call { subsystem: Subsystem::Connections, writes: first != GET_CONNECTIONS },
-        _ => {
-            let asks = first == GET_GENERATION || first != BEGIN && first % 0x100 % 3 == 1;
-            Call { subsystem: Subsystem::Firewall, writes: !asks }
-        }
+    if first >> 8 == CONNECTIONS {
+        return Call { subsystem: Subsystem::Connections, writes: first != GET_CONNECTIONS };
     }
+    let asks = first == GET_GENERATION || first != BEGIN && first % 0x100 % 3 == 1;
+    Call { subsystem: Subsystem::Firewall, writes: !asks }
 }
 
 /// A transaction without its end.
@@ -86,8 +84,8 @@ pub(super) fn without_end(transaction: &[u8]) -> &[u8] {
 /// The kernel's refusal of a transaction.
 pub(super) fn aborted(transaction: &[u8], errno: i32, port: u32) -> Vec<u8> {
     // That the generation is another one is said of the whole, everything else of a part.
-    let part = usize::from(errno != errno::ERESTART);
-    let answered = messages(transaction).get(part).copied();
+    let which = usize::from(errno != errno::ERESTART);
+    let answered = messages(transaction).get(which).copied();
     answers(answered.as_slice(), errno, port)
 }
 

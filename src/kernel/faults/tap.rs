@@ -24,11 +24,11 @@ enum Damage {
 }
 
 impl Tap {
-    pub(super) const fn of_routing(faults: Faults) -> Self {
+    pub(in super::super) const fn of_routing(faults: Faults) -> Self {
         Self { faults, call: routing_call, made_up: None, damage: None }
     }
 
-    pub(super) const fn of_netfilter(faults: Faults) -> Self {
+    pub(in super::super) const fn of_netfilter(faults: Faults) -> Self {
         Self { faults, call: netfilter_call, made_up: None, damage: None }
     }
 

@@ -199,6 +199,21 @@ mod tests {
         });
     }
 
+    #[cfg(feature = "testing")]
+    #[test]
+    fn a_transaction_that_lost_its_end_is_not_taken_for_made() {
+        use crate::kernel::faults::{Fault, Faults, Tap};
+        in_netns(|socket| {
+            let faults = Faults::new().at_write(0, Fault::AckWithoutCommit);
+            socket.set_tap(Tap::of_netfilter(faults.clone()));
+            let refused = commit(socket, &[Op::AddTable]).unwrap_err();
+            assert_eq!((refused.len(), refused[0].1.errno()), (1, None), "{refused:?}");
+            assert_eq!((observe(socket), faults.pending()), (Ok(None), 0));
+            commit(socket, &[Op::AddTable]).unwrap();
+            assert_eq!(observe(socket), Ok(Some(Firewall::default())));
+        });
+    }
+
     #[test]
     fn a_transaction_without_privilege_is_refused_as_a_whole() {
         in_netns(|socket| {

@@ -48,15 +48,21 @@ fn a_vni_that_is_taken_is_said() {
 }
 
 #[test]
-fn a_half_made_device_is_replaced_and_a_refused_one_is_removed() {
+fn a_half_made_device_is_finished_or_deleted_and_a_refused_one_is_removed() {
     in_namespace(|| {
         let mut socket = RouteSocket::open().unwrap();
-        sh("ip link add e0 address 66:f7:06:23:81:6b type vxlan id 7 local 192.0.2.1 dstport 4790");
-        make(&mut socket, &Op::AddLink(vxlan()));
+        let before = snapshot();
+        let half_made = "ip link add e0 group 1701278328 type vxlan id 7 local 192.0.2.1 \
+                         dev u0 dstport 4790 nolearning";
+        sh(half_made);
+        make(&mut socket, &Op::SetLink(vxlan()));
         assert_eq!(observe(&mut socket).link, Some(vxlan()));
         make(&mut socket, &Op::DeleteLink(name("e0")));
+        sh(half_made);
+        assert!(observe(&mut socket).link.is_some());
+        make(&mut socket, &Op::DeleteLink(name("e0")));
+        assert_eq!(snapshot(), before);
 
-        let before = snapshot();
         let link = Vxlan { underlay: Some(name("missing")), ..vxlan() };
         let error = socket.make(&Op::AddLink(link)).unwrap_err();
         assert!(error.is_not_found(), "{error}");
