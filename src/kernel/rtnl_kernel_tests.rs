@@ -36,7 +36,14 @@ pub(super) fn in_namespace(test: impl FnOnce() + Send + 'static) {
             ip addr add 192.0.2.1/24 dev u0 && ip addr add 2001:db8::1/64 dev u0 nodad
             ip link set u0 up && ip link set u1 up
             ip link add foreign type vxlan id 99 local 192.0.2.1 dev u0 dstport 4790
-            ip link set foreign alias other addrgenmode none up");
+            ip link set foreign alias other addrgenmode none && ip link set foreign up");
+        // The kernel tells of the carrier later, much later on a busy machine.
+        for _ in 0..100 {
+            if !sh("ip link show").contains("DOWN") {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
         test();
     })
     .join();
