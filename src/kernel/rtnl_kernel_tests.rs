@@ -4,6 +4,7 @@
 use std::io::{Write, stderr};
 use std::process::Command;
 use std::thread;
+use std::time::Duration;
 
 use serde_json::Value;
 
@@ -42,7 +43,7 @@ pub(super) fn in_namespace(test: impl FnOnce() + Send + 'static) {
             if !sh("ip link show").contains("DOWN") {
                 break;
             }
-            std::thread::sleep(std::time::Duration::from_millis(20));
+            thread::sleep(Duration::from_millis(20));
         }
         test();
     })

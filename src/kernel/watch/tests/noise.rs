@@ -43,7 +43,7 @@ fn foreign_routes_do_not_even_wake() {
             if !host.is_readable(300) {
                 break;
             }
-            host.drain();
+            let _settling = host.drain();
         }
         sh("for i in 1 2 3; do ip route add 9.9.9.$i via 192.0.2.9 dev u0 proto bgp; done
             ip -6 route add 9::/64 via 2001:db8::9 dev u0 proto bgp
