@@ -176,7 +176,19 @@ impl Skeleton<'_> {
             Some((value, mask)) => Stmt::MarkIs { mask, value },
             None => Stmt::MarkIn { mask: self.mask, set: Set::Gateway },
         };
+        // Masqueraded by this node, a pod's frame would come from a known one.
+        let injected = |family| {
+            vec![
+                Stmt::UdpPort(self.port),
+                Stmt::DestinationIn(Set::Peer(family)),
+                Stmt::SourceNotIn(Set::Peer(family)),
+                Stmt::Counter,
+                Stmt::Drop,
+            ]
+        };
         vec![
+            injected(Family::V4),
+            injected(Family::V6),
             // The outer packet inherits the mark; routed by it, it would enter the tunnel again.
             vec![self.to_tunnel(), self.set_mark(0), Stmt::Return],
             // Of a connection that was ours, and on no way of ours any more: its policy has gone.
