@@ -7,6 +7,17 @@ use crate::connection::Connection;
 use crate::error::{ApplyError, KernelError};
 use crate::state::State;
 
+/// What may differ from what was last known of a datapath.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Drift {
+    /// Nothing: that is certain.
+    None,
+    /// Everything but the nf_tables table, which certainly is as it was.
+    Rest,
+    /// Everything.
+    Unknown,
+}
+
 /// The kernel, or a stand-in for it: can be read, and can be changed.
 #[cfg_attr(feature = "mock", mockall::automock)]
 pub trait Datapath: Send {
@@ -16,6 +27,26 @@ pub trait Datapath: Send {
     ///
     /// The request that the kernel refused, with its words.
     fn observe(&mut self) -> Result<State, KernelError>;
+
+    /// What may differ from what it held when it was last [observed](Self::observe), with all that
+    /// was [applied](Self::apply) since.
+    ///
+    /// It must be proven that something is as it was: a datapath that cannot tell, as one cannot
+    /// after a refusal, says [`Drift::Unknown`] and is read again. That is the default.
+    fn drift(&mut self) -> Drift {
+        Drift::Unknown
+    }
+
+    /// Reads back everything of ours but the nf_tables table.
+    ///
+    /// Asked for where [`drift`](Self::drift) says [`Drift::Rest`].
+    ///
+    /// # Errors
+    ///
+    /// As for [`observe`](Self::observe).
+    fn observe_rest(&mut self) -> Result<State, KernelError> {
+        Ok(State { firewall: None, ..self.observe()? })
+    }
 
     /// Connections of ours, or of selected sources, that are not translated as `wanted` says.
     ///
@@ -47,6 +78,14 @@ macro_rules! delegate {
         impl<D: Datapath + ?Sized> Datapath for $pointer {
             fn observe(&mut self) -> Result<State, KernelError> {
                 (**self).observe()
+            }
+
+            fn drift(&mut self) -> Drift {
+                (**self).drift()
+            }
+
+            fn observe_rest(&mut self) -> Result<State, KernelError> {
+                (**self).observe_rest()
             }
 
             fn stale_connections(

@@ -116,7 +116,7 @@ pub use alloc::{MockMarkAllocator, MockTableAllocator};
 pub use changes::{Changes, Phase, Step};
 pub use cluster::{Cluster, Node, Tunnel};
 pub use connection::Connection;
-pub use datapath::Datapath;
+pub use datapath::{Datapath, Drift};
 #[cfg(feature = "mock")]
 pub use datapath::MockDatapath;
 pub use error::{ApplyError, KernelError};

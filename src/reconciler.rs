@@ -261,7 +261,7 @@ fn marks_of<'a>(
     cluster: &'a Cluster,
     observed: &'a State,
 ) -> impl Iterator<Item = (&'a NodeName, Mark)> {
-    let elements = observed.firewall.iter().flat_map(|firewall| &firewall.elements);
+    let elements = observed.firewall.iter().flat_map(|firewall| firewall.elements.rest());
     elements.filter_map(|(_, value)| match (value.data, &value.comment) {
         (Data::Verdict(Verdict::Goto(ChainId::To(mark))), Some(comment)) => {
             let named = |node: &&Node| Comment::of_name(node.name.as_str()) == *comment;

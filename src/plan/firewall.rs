@@ -56,7 +56,7 @@ pub(super) fn firewall(
         lengths: lengths.collect(),
         gateways: marks,
     };
-    Firewall { chains: skeleton.chains(), sets: skeleton.sets(), elements, strays: BTreeSet::new() }
+    Firewall { chains: skeleton.chains(), sets: skeleton.sets(), elements: elements.into_iter().collect(), strays: BTreeSet::new() }
 }
 
 /// What does not depend on policies one by one.
