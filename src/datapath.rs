@@ -1,6 +1,7 @@
 //! The boundary between what is wanted and who holds it.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 
 use crate::changes::Changes;
 use crate::connection::Connection;
@@ -62,6 +63,19 @@ pub trait Datapath: Send {
         Ok(BTreeSet::new())
     }
 
+    /// Connections that are forwarded, of one source or of all; `None` if it cannot list them.
+    ///
+    /// Asked for after an [update](crate::Reconciler::update), if they may not be translated as
+    /// wanted any more; a datapath that says `None`, as is the default, is asked for its
+    /// [stale connections](Self::stale_connections).
+    #[expect(unused_variables, reason = "the name is for those who have some")]
+    fn connections(
+        &mut self,
+        source: Option<IpAddr>,
+    ) -> Result<Option<Vec<Connection>>, KernelError> {
+        Ok(None)
+    }
+
     /// Makes the changes, step by step.
     ///
     /// A step in which an operation is refused is finished, and is the last: the steps are in
@@ -94,6 +108,13 @@ macro_rules! delegate {
                 before: &State,
             ) -> Result<BTreeSet<Connection>, KernelError> {
                 (**self).stale_connections(wanted, before)
+            }
+
+            fn connections(
+                &mut self,
+                source: Option<IpAddr>,
+            ) -> Result<Option<Vec<Connection>>, KernelError> {
+                (**self).connections(source)
             }
 
             fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {

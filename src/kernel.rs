@@ -207,6 +207,18 @@ impl Datapath for KernelDatapath {
         Ok(forwarded.filter(|connection| connection.is_stale(wanted, before)).collect())
     }
 
+    fn connections(
+        &mut self,
+        source: Option<IpAddr>,
+    ) -> Result<Option<Vec<Connection>>, KernelError> {
+        let mut found = conntrack::connections_of(&mut self.netfilter, source)?;
+        if !found.is_empty() {
+            let local = self.routing.local_addresses()?;
+            found.retain(|connection| !local.contains(&connection.peer));
+        }
+        Ok(Some(found))
+    }
+
     fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {
         let made = changes.make(|step| self.step(step));
         if made.is_err() {

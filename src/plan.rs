@@ -31,8 +31,10 @@ pub use error::{PlanError, PolicyError};
 pub use finding::{Closed, Finding};
 pub(crate) use index::Index;
 use kept::Kept;
-pub(crate) use update::Planned;
+#[cfg(test)]
+pub(crate) use numbers::tests::with_few as with_few_tags;
 pub use update::Update;
+pub(crate) use update::{Part, Planned};
 
 /// What this node's kernel should hold, and what the caller should know about it.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -9,7 +9,7 @@ use super::kept::Kept;
 use super::{Gateways, Role, roles};
 use crate::policy::Unavailable;
 use crate::range::IpRange;
-use crate::state::{ChainId, Comment, Data, Firewall, Key, Set, Tag, Value, Verdict};
+use crate::state::{ChainId, Comment, Data, Firewall, Key, Tag, Value, Verdict};
 use crate::types::Family;
 
 /// The nf_tables table of this node with everything but what depends on policies one by one.

@@ -8,7 +8,8 @@ use super::classes::Classes;
 use super::firewall::{skeleton, spoken, ways_out};
 use super::kept::{Handle, Kept, Policies};
 use super::{
-    Finding, Gateways, PlanError, Role, closing_table, numbered, reserve_given, roles, routing,
+    Finding, Gateways, PlanError, Role, Update, closing_table, numbered, reserve_given, roles,
+    routing,
 };
 use crate::alloc::{MarkAllocator, TableAllocator};
 use crate::cluster::Cluster;
@@ -105,6 +106,50 @@ impl Index {
         (state, fixed)
     }
 
+    /// How a snapshot differs from what is wanted; nothing if in most of it.
+    ///
+    /// # Errors
+    ///
+    /// A policy that is there twice.
+    pub(crate) fn differences<'p, P: Policy>(
+        &self,
+        policies: &'p [P],
+    ) -> Result<Option<Vec<Update<&'p P>>>, PlanError> {
+        let mut seen = vec![false; self.policies.end()];
+        let (mut updates, mut new) = (Vec::new(), BTreeSet::new());
+        let (mut known, mut differing) = (0, 0);
+        for policy in policies {
+            let handle = self.policies.find(policy.id());
+            let slot = handle.and_then(|handle| seen.get_mut(usize::try_from(handle).ok()?));
+            let again = match slot {
+                Some(seen) => std::mem::replace(seen, true),
+                None => !new.insert(policy.id()),
+            };
+            if again {
+                return Err(PlanError::DuplicatePolicy { policy: policy.id().clone() });
+            }
+            known += usize::from(handle.is_some());
+            let kept = handle.and_then(|handle| self.policies.get(handle));
+            if !kept.is_some_and(|kept| kept.is(policy, &self.world)) {
+                differing += policy.sources().len();
+                updates.push(Update::Upsert(policy));
+            }
+        }
+        if known < self.policies.len() {
+            let gone = (0..).zip(&seen).filter(|(_, seen)| !**seen);
+            let gone = gone.filter_map(|(handle, _)| self.policies.get(handle));
+            updates.extend(gone.map(|kept| Update::Remove(kept.id.clone())));
+        }
+        // One by one they cost more than all at once.
+        let all = self.policies.iter().map(|(_, kept)| kept.sources.len()).sum::<usize>();
+        Ok((differing <= MANY || differing <= all / 4).then_some(updates))
+    }
+
+    /// The cluster that it was made for.
+    pub(crate) const fn cluster(&self) -> &Cluster {
+        &self.world.cluster
+    }
+
     /// Whether it was made for this cluster.
     pub(crate) fn is_of(&self, cluster: &Cluster) -> bool {
         self.world.cluster == *cluster
@@ -160,6 +205,9 @@ impl Index {
         Some(Finding::Overlap { winner: id(winner)?, loser: id(loser)?, family })
     }
 }
+
+/// Sources that are not worth planning everything for.
+const MANY: usize = 1_000;
 
 /// The value of an element that has none.
 pub(super) const NOTHING: Value = Value::plain(Data::None);

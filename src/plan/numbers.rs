@@ -71,7 +71,7 @@ fn hashed(hash: u64) -> Option<Tag> {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(in crate::plan) mod tests {
     use std::cell::Cell;
 
     use super::*;
@@ -81,7 +81,7 @@ pub(super) mod tests {
     }
 
     /// Does something where so few tags are first choices that most are disputed.
-    pub(in crate::plan) fn with_few<T>(work: impl FnOnce() -> T) -> T {
+    pub(crate) fn with_few<T>(work: impl FnOnce() -> T) -> T {
         NARROW.set(true);
         let done = work();
         NARROW.set(false);
