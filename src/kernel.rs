@@ -48,8 +48,8 @@ use ownership::Hold;
 pub use ownership::Ownership;
 use route_socket::RouteSocket;
 use socket::Socket;
-use trust::Trust;
 pub use tables::KernelTables;
+use trust::Trust;
 pub use watch::{News, Part, Process, Watch};
 
 /// The kernel of the network namespace that the opening thread was in.

@@ -115,9 +115,9 @@ pub use alloc::{MockMarkAllocator, MockTableAllocator};
 pub use changes::{Changes, Phase, Step};
 pub use cluster::{Cluster, Node, Tunnel};
 pub use connection::Connection;
-pub use datapath::{Datapath, Drift};
 #[cfg(feature = "mock")]
 pub use datapath::MockDatapath;
+pub use datapath::{Datapath, Drift};
 pub use error::{ApplyError, KernelError};
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 pub use kernel::{KernelDatapath, KernelTables, News, Ownership, Part, Process, Watch};

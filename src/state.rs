@@ -26,9 +26,9 @@ mod elements;
 mod firewall;
 mod ruleset;
 
+pub use elements::{Elements, Iter as ElementsIter};
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 pub(crate) use firewall::Datum;
-pub use elements::{Elements, Iter as ElementsIter};
 pub use firewall::{Comment, Data, Firewall, Key, Set, Stray, Tag, Value, Verdict};
 pub use ruleset::{Base, ChainId, ChainType, Direction, Hook, MarkBits, NftRule, Stmt};
 

@@ -17,19 +17,20 @@ mod world;
 use std::time::{Duration, Instant};
 
 use egress_datapath::testing::Faults;
-use egress_datapath::{Datapath, EgressPolicy, KernelDatapath, Reconciler};
+use egress_datapath::{Datapath, EgressPolicy, KernelDatapath, Reconciler, Update};
 
 use world::{cluster, policies};
 
 #[global_allocator]
 static MEMORY: memory::Counting = memory::Counting;
 
-const SIZES: [(u32, u32); 5] = [(10, 100), (1_000, 10), (1_000, 100), (10_000, 10), (10_000, 100)];
+const SIZES: [(u32, u32); 6] =
+    [(1, 1), (10, 100), (1_000, 10), (1_000, 100), (10_000, 10), (10_000, 100)];
 
 fn main() {
     let quick = std::env::args().any(|argument| argument == "--quick");
     world::enter_namespace();
-    let sizes = if quick { &SIZES[..3] } else { &SIZES[..] };
+    let sizes = if quick { &SIZES[..4] } else { &SIZES[..] };
     println!("policies x sources; medians; floor: the same messages, only sent\n");
     for (count, sources) in sizes {
         size(*count, *sources, quick);
@@ -101,7 +102,7 @@ fn size(count: u32, sources: u32, quick: bool) {
     );
     let (took, _) = timed(|| egress.datapath().observe().unwrap());
     line("observe", took, None);
-    steady(&mut egress, &cluster, &mut policies, if large { 5 } else { 21 });
+    steady(&mut egress, &cluster, &mut policies, if large { 11 } else { 51 });
     egress.remove().unwrap();
     println!();
 }
@@ -123,6 +124,41 @@ fn steady(
     each("reconcile with the same snapshot", &mut |egress, _| {
         assert!(egress.reconcile(cluster, &*policies).unwrap().changes.is_empty());
     });
+    let id = policies[0].id.clone();
+    let sources = vec!["172.20.0.1/32".parse().unwrap()];
+    let (mut settles, mut moves) = (Vec::new(), Vec::new());
+    each("update, one pod in or out", &mut |egress, round| {
+        let (policy, sources) = (id.clone(), sources.clone());
+        let update: Update = match round % 2 {
+            0 => Update::AddSources { policy, sources },
+            _ => Update::RemoveSources { policy, sources },
+        };
+        assert_eq!(egress.update([update]).unwrap().changes.len(), 1);
+    });
+    each("update, a policy moved", &mut |egress, round| {
+        let gateway = Some(world::name(u32::try_from(round % 2).unwrap() + 2));
+        let update: Update = Update::Move { policy: id.clone(), gateway };
+        assert!(!egress.update([update]).unwrap().changes.is_empty());
+    });
+    // Those that were left for later.
+    for round in 0..rounds {
+        let (policy, sources) = (id.clone(), sources.clone());
+        let update: Update = match round % 2 {
+            0 => Update::AddSources { policy, sources },
+            _ => Update::RemoveSources { policy, sources },
+        };
+        egress.update([update]).unwrap();
+        settles.push(timed(|| egress.settle().unwrap()).0);
+        let gateway = Some(world::name(u32::try_from(round % 2).unwrap() + 2));
+        egress.update([Update::<EgressPolicy>::Move { policy: id.clone(), gateway }]).unwrap();
+        moves.push(timed(|| egress.settle().unwrap()).0);
+    }
+    line("settle after one pod", median(settles), None);
+    line("settle after a move", median(moves), None);
+    let mut each = |what: &str, work: &mut dyn FnMut(&mut Reconciler<KernelDatapath>, usize)| {
+        let all = (0..rounds).map(|round| timed(|| work(egress, round)).0).collect();
+        line(what, median(all), None);
+    };
     each("reconcile, one pod in or out", &mut |egress, round| {
         let sources = &mut policies[0].sources;
         if round % 2 == 0 {
@@ -133,7 +169,9 @@ fn steady(
         assert!(!egress.reconcile(cluster, &*policies).unwrap().changes.is_empty());
     });
     each("reconcile, a policy moved", &mut |egress, round| {
-        policies[0].gateway = Some(world::name(u32::try_from(round % 2).unwrap() + 2));
+        policies[0].gateway = Some(world::name(u32::try_from(round % 2).unwrap() + 4));
         assert!(!egress.reconcile(cluster, &*policies).unwrap().changes.is_empty());
     });
+    let (took, _) = timed(|| assert!(egress.audit().unwrap().changes.is_empty()));
+    line("audit, everything read and compared", took, None);
 }

@@ -107,3 +107,6 @@ impl Trust {
         self.routing &= !news.changed.iter().any(|part| *part != Part::Firewall);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -13,7 +13,7 @@ mod filter;
 mod news;
 mod recognise;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use ears::Ears;
 pub(super) use ears::{Shared, lock};
@@ -159,7 +159,7 @@ impl Watch {
 
     /// The sockets with a receive buffer of this many bytes, to have them overflow.
     #[cfg(test)]
-    fn shrink(&mut self, bytes: usize) {
+    pub(super) fn shrink(&mut self, bytes: usize) {
         for (socket, _) in self.ears.as_mut().unwrap().each() {
             socket.reserve_unread(bytes);
         }

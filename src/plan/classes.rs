@@ -118,9 +118,12 @@ impl<A: Address> Classes<A> {
         for (handle, kept) in policies.iter() {
             let own = kept.sources.cover.iter().filter(|net| Family::of_net(net) == A::FAMILY);
             nets.extend(own.map(|net| (*net, handle)));
-            let covered = |address: &A| !kept.sources.cover.is_empty() && kept.sources.covers(address.ip());
+            let covered =
+                |address: &A| !kept.sources.cover.is_empty() && kept.sources.covers(address.ip());
             let single = A::of(&kept.sources).iter().copied();
-            hosts.extend(single.filter(|address| !covered(address)).map(|address| (address, handle)));
+            hosts.extend(
+                single.filter(|address| !covered(address)).map(|address| (address, handle)),
+            );
         }
         for (range, mut members) in segments(&nets, A::FAMILY) {
             members.sort_unstable_by(|one, other| policies.order(*one, *other));
@@ -295,7 +298,9 @@ impl<A: Address> Classes<A> {
             return;
         }
         let old = self.hosts.get(&address).copied();
-        let mut members = old.or(self.around(address)).map_or_else(Vec::new, |place| self.members(place).to_vec());
+        let mut members = old
+            .or(self.around(address))
+            .map_or_else(Vec::new, |place| self.members(place).to_vec());
         let Err(place) = members.binary_search_by(|other| policies.order(*other, handle)) else {
             return;
         };
@@ -359,7 +364,9 @@ impl<A: Address> Classes<A> {
         }
         let Some(found) = self.combination(place) else { return place };
         let (members, class) = (Arc::clone(&found.members), Arc::clone(&found.class));
-        delta.overlapping.extend(pairs(&members, policies, A::FAMILY).map(|pair| (A::FAMILY, pair)));
+        delta
+            .overlapping
+            .extend(pairs(&members, policies, A::FAMILY).map(|pair| (A::FAMILY, pair)));
         let Some(entry) = self.classes.get_mut(&class) else { return place };
         if entry.users == 1 {
             match self.numbers.take_alone(ids(&class, policies)) {
@@ -469,8 +476,9 @@ fn class_elements<A: Address>(
     let family = A::FAMILY;
     let tag_of = |handle| policies.get(handle).map(|kept| kept.tag);
     let found = destinations(members, policies, family).into_iter();
-    let listed = found
-        .filter_map(move |(net, handle)| Some((Key::Destination(net, class), plain(tag_of(handle)?))));
+    let listed = found.filter_map(move |(net, handle)| {
+        Some((Key::Destination(net, class), plain(tag_of(handle)?)))
+    });
     let last = members.last().and_then(|handle| policies.get(*handle));
     let any = last.filter(|kept| kept.takes_all(family));
     listed.chain(any.map(|kept| (Key::Any(family, class), plain(kept.tag))))

@@ -52,7 +52,11 @@ pub(super) fn adjoins(lower: &IpRange, upper: &IpRange) -> bool {
 }
 
 /// Whether two policies of one source want a destination in common.
-pub(super) fn overlap(policies: &Policies, (first, second): (Handle, Handle), family: Family) -> bool {
+pub(super) fn overlap(
+    policies: &Policies,
+    (first, second): (Handle, Handle),
+    family: Family,
+) -> bool {
     let (Some(first), Some(second)) = (policies.get(first), policies.get(second)) else {
         return false;
     };

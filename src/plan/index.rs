@@ -63,8 +63,7 @@ impl Index {
         let v4 = Classes::new(&policies, &mut elements);
         let v6 = Classes::new(&policies, &mut elements);
         let spoken = speaks;
-        let index =
-            Self { world, policies, v4, v6, used, spoken, gateways, closing, no_table };
+        let index = Self { world, policies, v4, v6, used, spoken, gateways, closing, no_table };
         let state = index.state(elements);
         Ok((index, state))
     }

@@ -85,13 +85,7 @@ fn table(world: &World, gateway: &Node, table: TableId, via: IpAddr, state: &mut
 }
 
 /// The routes of a table that leave what stays inside to the main table, and refuse the rest.
-fn inside(
-    world: &World,
-    table: TableId,
-    family: Family,
-    outer: Option<IpAddr>,
-    state: &mut State,
-) {
+fn inside(world: &World, table: TableId, family: Family, outer: Option<IpAddr>, state: &mut State) {
     let metric = RouteKey::default_metric(family);
     let inside = world.inside.iter().copied().chain(outer.map(IpNet::from));
     for dst in inside.filter(|net| Family::of_net(net) == family) {

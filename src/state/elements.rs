@@ -114,7 +114,12 @@ impl Elements {
     /// The elements in the order of their keys.
     pub fn iter(&self) -> Iter<'_> {
         Iter {
-            small: self.v4.iter().map(v4 as Small4).chain(self.v6.iter().map(v6 as Small6)).peekable(),
+            small: self
+                .v4
+                .iter()
+                .map(v4 as Small4)
+                .chain(self.v6.iter().map(v6 as Small6))
+                .peekable(),
             rest: self.rest.iter().peekable(),
             left: self.len(),
         }

@@ -87,7 +87,10 @@ impl Datapath for Known {
 type Egress = Reconciler<Known>;
 
 /// What a plan with the same allocators says.
-fn planned(egress: &Egress, policies: &BTreeMap<PolicyId, EgressPolicy>) -> Result<crate::Plan, PlanError> {
+fn planned(
+    egress: &Egress,
+    policies: &BTreeMap<PolicyId, EgressPolicy>,
+) -> Result<crate::Plan, PlanError> {
     let mut tables = TablePool::new(egress.tables.range()).with_dice(|_| 0);
     for (node, table) in egress.tables.iter() {
         tables.reserve(node, table).unwrap();
@@ -105,7 +108,8 @@ enum Act {
 }
 
 fn sources() -> impl Strategy<Value = IpNet> {
-    let hosts = ["10.0.0.1/32", "10.0.0.2/32", "10.0.0.3/32", "10.0.1.1/32", "fd00::1/128", "fd00::2/128"];
+    let hosts =
+        ["10.0.0.1/32", "10.0.0.2/32", "10.0.0.3/32", "10.0.1.1/32", "fd00::1/128", "fd00::2/128"];
     let nets = ["10.0.0.0/24", "10.0.0.0/30", "10.0.0.2/31", "fd00::/64"];
     prop_oneof![
         12 => select(hosts.to_vec()).prop_map(net),
@@ -114,16 +118,19 @@ fn sources() -> impl Strategy<Value = IpNet> {
 }
 
 fn policies() -> impl Strategy<Value = EgressPolicy> {
-    let listed = ["0.0.0.0/0", "192.0.2.0/24", "192.0.2.0/25", "198.51.100.7/32", "2001:db8::/32", "::/0"];
+    let listed =
+        ["0.0.0.0/0", "192.0.2.0/24", "192.0.2.0/25", "198.51.100.7/32", "2001:db8::/32", "::/0"];
     let listed = prop::collection::vec(select(listed.to_vec()).prop_map(net), 1..3);
-    let destinations = prop_oneof![Just(Destinations::External), listed.prop_map(Destinations::Nets)];
+    let destinations =
+        prop_oneof![Just(Destinations::External), listed.prop_map(Destinations::Nets)];
     let eips = select(vec![
         EgressIp::V4([203, 0, 113, 1].into()),
         EgressIp::V4([203, 0, 113, 2].into()),
         EgressIp::Dual([203, 0, 113, 1].into(), "2001:db8:1::1".parse().unwrap()),
         EgressIp::Node,
     ]);
-    let parts = (0..6_u8, 0..3_u32, prop::collection::vec(sources(), 1..4), destinations, gateways(), eips);
+    let parts =
+        (0..6_u8, 0..3_u32, prop::collection::vec(sources(), 1..4), destinations, gateways(), eips);
     parts.prop_map(|(number, priority, sources, destinations, gateway, eip)| EgressPolicy {
         priority,
         destinations,
@@ -133,8 +140,17 @@ fn policies() -> impl Strategy<Value = EgressPolicy> {
 }
 
 fn gateways() -> impl Strategy<Value = Option<NodeName>> {
-    select(vec![None, Some("a"), Some("a"), Some("b"), Some("b"), Some("c"), Some("d"), Some("nobody")])
-        .prop_map(|gateway| gateway.map(name))
+    select(vec![
+        None,
+        Some("a"),
+        Some("a"),
+        Some("b"),
+        Some("b"),
+        Some("c"),
+        Some("d"),
+        Some("nobody"),
+    ])
+    .prop_map(|gateway| gateway.map(name))
 }
 
 fn updates() -> impl Strategy<Value = Update> {
@@ -292,7 +308,11 @@ proptest! {
 fn one_policy() -> EgressPolicy {
     EgressPolicy {
         gateway: Some(name("b")),
-        ..EgressPolicy::new(id("p"), vec![net("10.0.0.1/32")], EgressIp::V4([203, 0, 113, 1].into()))
+        ..EgressPolicy::new(
+            id("p"),
+            vec![net("10.0.0.1/32")],
+            EgressIp::V4([203, 0, 113, 1].into()),
+        )
     }
 }
 
@@ -376,11 +396,8 @@ fn who_wears_an_egress_ip_that_is_not_wanted_any_more_is_ended() {
     egress.reconcile(&cluster(), [&policy]).unwrap();
     let firewall = egress.wanted.as_ref().and_then(|wanted| wanted.firewall.as_ref()).unwrap();
     let mark = firewall.connection_mark().unwrap().value;
-    let wears = |address: [u8; 4]| Connection {
-        mark,
-        wears: address.into(),
-        ..connection("10.0.0.1")
-    };
+    let wears =
+        |address: [u8; 4]| Connection { mark, wears: address.into(), ..connection("10.0.0.1") };
     let (eip, own) = (wears([203, 0, 113, 1]), wears([10, 10, 0, 11]));
     egress.datapath.connections = vec![eip, own];
     let masquerade = EgressPolicy { egress_ip: EgressIp::Node, ..policy };
