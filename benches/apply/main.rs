@@ -30,9 +30,13 @@ const SIZES: [(u32, u32); 6] =
 fn main() {
     let quick = std::env::args().any(|argument| argument == "--quick");
     world::enter_namespace();
-    let sizes = if quick { &SIZES[..4] } else { &SIZES[..] };
+    let named: Vec<_> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
+    let sizes = SIZES.iter().enumerate().filter(|(place, (count, sources))| {
+        let size = format!("{count}x{sources}");
+        if named.is_empty() { !quick || *place < 4 } else { named.contains(&size) }
+    });
     println!("policies x sources; medians; floor: the same messages, only sent\n");
-    for (count, sources) in sizes {
+    for (_, (count, sources)) in sizes {
         size(*count, *sources, quick);
     }
 }

@@ -45,7 +45,8 @@ pub(super) fn connections(socket: &mut Socket) -> Result<Vec<Connection>, Kernel
 
 /// The same, of one source or of all.
 ///
-/// Kernels from 5.8 on pick out a source themselves; others list all, too.
+/// Kernels from 5.8 on pick out an IPv4 source themselves; of all others more is listed, and left
+/// out here.
 pub(super) fn connections_of(
     socket: &mut Socket,
     source: Option<IpAddr>,
@@ -70,17 +71,16 @@ pub(super) fn connections_of(
 
 /// Writes what a listing is to be of.
 fn pick(writer: &mut Writer, source: Option<IpAddr>) {
-    let Some(source) = source else { return writer.nfgen(0, 0) };
-    let (family, kind) = match Family::of(source) {
-        Family::V4 => (2, 1),
-        Family::V6 => (10, 3),
+    let source = match source {
+        None => return writer.nfgen(0, 0),
+        // The kernel leaves out the IPv6 address that it is asked for, and gives all others
+        // (`ctnetlink_filter_match_tuple`, seen on 6.18).
+        Some(IpAddr::V6(_)) => return writer.nfgen(10, 0),
+        Some(IpAddr::V4(v4)) => v4,
     };
-    writer.nfgen(family, 0);
+    writer.nfgen(2, 0);
     writer.nest(TUPLE_ORIG, |writer| {
-        writer.nest(1, |writer| match source {
-            IpAddr::V4(v4) => writer.attribute(kind, &v4.octets()),
-            IpAddr::V6(v6) => writer.attribute(kind, &v6.octets()),
-        });
+        writer.nest(1, |writer| writer.attribute(1, &source.octets()));
     });
     writer.nest(FILTER, |writer| {
         // In the machine's order, as the kernel reads them.
@@ -285,6 +285,8 @@ fn protocol(writer: &mut Writer, connection: &Connection) {
     writer.attribute(icmp + 2, &[code]);
 }
 
+#[cfg(test)]
+mod listing;
 #[cfg(test)]
 mod mutated;
 
