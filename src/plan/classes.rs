@@ -87,7 +87,7 @@ pub(super) struct Classes<A> {
     combinations: Vec<Option<Combination>>,
     free: Vec<Place>,
     places: HashMap<Members, Place>,
-    classes: HashMap<Members, Class>,
+    numbered: HashMap<Members, Class>,
     numbers: Numbers,
     /// Pairs of policies that take the same packets of some source, with how many combinations
     /// they are in: who gets the packets, who does not.
@@ -104,7 +104,7 @@ impl<A: Address> Classes<A> {
             combinations: Vec::new(),
             free: Vec::new(),
             places: HashMap::new(),
-            classes: HashMap::new(),
+            numbered: HashMap::new(),
             numbers: Numbers::default(),
             overlaps: HashMap::new(),
             lengths: BTreeMap::new(),
@@ -137,18 +137,15 @@ impl<A: Address> Classes<A> {
             let Some((address, first)) = group.first() else { continue };
             let around = new.around(*address);
             let known = usize::try_from(*first).ok().and_then(|first| alone.get_mut(first));
-            let place = match (group.len(), around, known) {
-                (1, None, Some(known)) => {
-                    let place = *known.get_or_insert_with(|| new.combine(vec![*first], policies));
-                    new.used(place);
-                    place
-                }
-                _ => {
-                    let mut members: Vec<_> = group.iter().map(|(_, handle)| *handle).collect();
-                    members.extend(around.iter().flat_map(|place| new.members(*place).iter()));
-                    members.sort_unstable_by(|one, other| policies.order(*one, *other));
-                    new.combine(members, policies)
-                }
+            let place = if let (1, None, Some(known)) = (group.len(), around, known) {
+                let place = *known.get_or_insert_with(|| new.combine(vec![*first], policies));
+                new.used(place);
+                place
+            } else {
+                let mut members: Vec<_> = group.iter().map(|(_, handle)| *handle).collect();
+                members.extend(around.iter().flat_map(|place| new.members(*place).iter()));
+                members.sort_unstable_by(|one, other| policies.order(*one, *other));
+                new.combine(members, policies)
             };
             grouped.push((*address, place));
         }
@@ -169,7 +166,7 @@ impl<A: Address> Classes<A> {
     /// Numbers all classes, in an order that depends on nothing but the ids of their policies.
     fn number(&mut self, policies: &Policies) {
         let mut lists: Vec<_> = self
-            .classes
+            .numbered
             .iter_mut()
             .map(|(members, class)| (ids(members, policies).collect::<Vec<_>>(), class))
             .collect();
@@ -178,7 +175,7 @@ impl<A: Address> Classes<A> {
             class.tag = self.numbers.take(ids);
         }
         for combination in self.combinations.iter_mut().flatten() {
-            if let Some(class) = self.classes.get(&combination.class) {
+            if let Some(class) = self.numbered.get(&combination.class) {
                 combination.tag = class.tag;
             }
         }
@@ -186,7 +183,7 @@ impl<A: Address> Classes<A> {
 
     /// Writes the elements of all classes and ranges down.
     fn describe(&mut self, policies: &Policies, elements: &mut BTreeMap<Key, Value>) {
-        for (members, class) in &self.classes {
+        for (members, class) in &self.numbered {
             for (key, value) in class_elements::<A>(members, class.tag, policies) {
                 if let Key::Destination(net, _) = key {
                     *self.lengths.entry(net.prefix_len()).or_default() += 1;
@@ -268,7 +265,7 @@ impl<A: Address> Classes<A> {
         }
         let class = cut(&members, policies, A::FAMILY);
         let new = Class { tag: Tag::CLOSED, users: 0 };
-        let found = self.classes.entry(Arc::clone(&class)).or_insert(new);
+        let found = self.numbered.entry(Arc::clone(&class)).or_insert(new);
         found.users += 1;
         let combination =
             Combination { members: Arc::clone(&members), class, tag: found.tag, users: 1 };
@@ -367,7 +364,7 @@ impl<A: Address> Classes<A> {
         delta
             .overlapping
             .extend(pairs(&members, policies, A::FAMILY).map(|pair| (A::FAMILY, pair)));
-        let Some(entry) = self.classes.get_mut(&class) else { return place };
+        let Some(entry) = self.numbered.get_mut(&class) else { return place };
         if entry.users == 1 {
             match self.numbers.take_alone(ids(&class, policies)) {
                 Some(tag) => entry.tag = tag,
@@ -408,13 +405,13 @@ impl<A: Address> Classes<A> {
                 }
             }
         }
-        let Some(entry) = self.classes.get_mut(&class) else { return };
+        let Some(entry) = self.numbered.get_mut(&class) else { return };
         entry.users -= 1;
         if entry.users > 0 {
             return;
         }
         let tag = entry.tag;
-        self.classes.remove(&class);
+        self.numbered.remove(&class);
         delta.disputed |= !self.numbers.give_back(tag);
         for (key, _) in class_elements::<A>(&class, tag, policies) {
             if let Key::Destination(net, _) = key {

@@ -285,17 +285,14 @@ impl Policies {
 
     pub(super) fn insert(&mut self, kept: Kept) -> Handle {
         let id = kept.id.clone();
-        let handle = match self.free.pop() {
-            Some(handle) => {
-                if let Some(free) = slot(handle).and_then(|at| self.slots.get_mut(at)) {
-                    *free = Some(kept);
-                }
-                handle
+        let handle = if let Some(handle) = self.free.pop() {
+            if let Some(free) = slot(handle).and_then(|at| self.slots.get_mut(at)) {
+                *free = Some(kept);
             }
-            None => {
-                self.slots.push(Some(kept));
-                Handle::try_from(self.slots.len() - 1).unwrap_or(Handle::MAX)
-            }
+            handle
+        } else {
+            self.slots.push(Some(kept));
+            Handle::try_from(self.slots.len() - 1).unwrap_or(Handle::MAX)
         };
         self.by_id.insert(id, handle);
         handle

@@ -231,15 +231,12 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     }
 
     fn end(&mut self, unsettled: &Unsettled, wanted: &State) -> Result<Changes, Error> {
-        let stale = match self.candidates(unsettled)? {
-            Some(candidates) => {
-                candidates.into_iter().filter(|one| unsettled.is_stale(one, wanted)).collect()
-            }
-            None => {
-                let before = unsettled.before(wanted);
-                let found = self.datapath.stale_connections(wanted, &before);
-                found.map_err(Error::Observe)?
-            }
+        let stale = if let Some(candidates) = self.candidates(unsettled)? {
+            candidates.into_iter().filter(|one| unsettled.is_stale(one, wanted)).collect()
+        } else {
+            let before = unsettled.before(wanted);
+            let found = self.datapath.stale_connections(wanted, &before);
+            found.map_err(Error::Observe)?
         };
         let changes = Changes::end(&stale, wanted.firewall.as_ref());
         if !changes.is_empty() {

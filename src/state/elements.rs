@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, btree_map};
 use std::fmt;
-use std::iter::Peekable;
+use std::iter::{Chain, Map, Peekable};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::Bound;
 
@@ -113,16 +113,9 @@ impl Elements {
 
     /// The elements in the order of their keys.
     pub fn iter(&self) -> Iter<'_> {
-        Iter {
-            small: self
-                .v4
-                .iter()
-                .map(v4 as Small4)
-                .chain(self.v6.iter().map(v6 as Small6))
-                .peekable(),
-            rest: self.rest.iter().peekable(),
-            left: self.len(),
-        }
+        let v4: Small<'_, u32> = self.v4.iter().map(v4);
+        let v6: Small<'_, u128> = self.v6.iter().map(v6);
+        Iter { small: v4.chain(v6).peekable(), rest: self.rest.iter().peekable(), left: self.len() }
     }
 
     /// The keys in order.
@@ -158,8 +151,8 @@ impl Elements {
     }
 }
 
-type Small4 = fn((&u32, &Tag)) -> (Key, Value);
-type Small6 = fn((&u128, &Tag)) -> (Key, Value);
+/// Single sources of one family as elements.
+type Small<'a, A> = Map<btree_map::Iter<'a, A, Tag>, fn((&'a A, &'a Tag)) -> (Key, Value)>;
 
 fn v4((address, tag): (&u32, &Tag)) -> (Key, Value) {
     (Key::Source(IpAddr::V4(Ipv4Addr::from_bits(*address))), large(*tag))
@@ -172,12 +165,7 @@ fn v6((address, tag): (&u128, &Tag)) -> (Key, Value) {
 /// Elements in the order of their keys; made by [`Elements::iter`].
 #[derive(Clone)]
 pub struct Iter<'a> {
-    small: Peekable<
-        std::iter::Chain<
-            std::iter::Map<btree_map::Iter<'a, u32, Tag>, Small4>,
-            std::iter::Map<btree_map::Iter<'a, u128, Tag>, Small6>,
-        >,
-    >,
+    small: Peekable<Chain<Small<'a, u32>, Small<'a, u128>>>,
     rest: Peekable<btree_map::Iter<'a, Key, Value>>,
     left: usize,
 }
@@ -279,12 +267,11 @@ mod tests {
             let (mut ours, mut plain) = (Elements::default(), BTreeMap::new());
             for (key, value) in steps {
                 prop_assert_eq!(ours.contains_key(&key), plain.contains_key(&key));
-                match value {
-                    Some(value) => {
-                        let before = plain.insert(key, value.clone());
-                        prop_assert_eq!(ours.insert(key, value), before);
-                    }
-                    None => prop_assert_eq!(ours.remove(&key), plain.remove(&key)),
+                if let Some(value) = value {
+                    let before = plain.insert(key, value.clone());
+                    prop_assert_eq!(ours.insert(key, value), before);
+                } else {
+                    prop_assert_eq!(ours.remove(&key), plain.remove(&key));
                 }
                 prop_assert_eq!(ours.get(&key), plain.get(&key).cloned());
                 prop_assert_eq!(ours.len(), plain.len());

@@ -45,9 +45,9 @@ impl Tap {
         let transaction = call.writes && call.subsystem == Subsystem::Firewall;
         let Some(fault) = self.faults.next(call) else {
             let begin = Instant::now();
-            let sent = send(datagram);
+            let done = send(datagram);
             self.faults.sent(call, begin.elapsed());
-            return sent;
+            return done;
         };
         match fault {
             Fault::Errno(errno) => return Err(io::Error::from_raw_os_error(errno)),

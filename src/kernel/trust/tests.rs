@@ -51,10 +51,8 @@ fn every_edit_is_noticed_and_undone_whole() {
             known(kernel);
             sh(&format!("{variables}{script}"));
             let drift = kernel.drift();
-            let expected = match parts.contains(&Part::Firewall) {
-                true => Drift::Unknown,
-                false => Drift::Rest,
-            };
+            let expected =
+                if parts.contains(&Part::Firewall) { Drift::Unknown } else { Drift::Rest };
             assert_eq!(drift, expected, "{script}");
             assert_eq!(kernel.drift(), drift, "it stays so until it is read: {script}");
             host.egress.repair().unwrap();

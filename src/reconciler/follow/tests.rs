@@ -206,9 +206,8 @@ fn after(
     for update in updates {
         apply(&mut after, update)?;
         // Only whether gateways can be numbered depends on all of them together.
-        match planned(egress, &after) {
-            Err(PlanError::Policy { .. } | PlanError::UnknownPolicy { .. }) => return None,
-            _ => {}
+        if let Err(PlanError::Policy { .. }) = planned(egress, &after) {
+            return None;
         }
     }
     planned(egress, &after).is_ok().then_some(after)
@@ -234,8 +233,14 @@ fn run(acts: Vec<Act>, tables: u32) {
         match act {
             Act::Update(updates) => {
                 let after = after(&egress, &policies, &updates);
+                let before = egress.datapath.sim.state().clone();
                 let made = egress.update(updates.clone());
                 assert_eq!(made.is_ok(), after.is_some(), "{made:?} of {updates:?}");
+                if let Ok(report) = made {
+                    // In the same order as if everything had been compared.
+                    let whole = Changes::between(&before, egress.datapath.sim.state());
+                    assert_eq!(report.changes.to_string(), whole.to_string());
+                }
                 policies = after.unwrap_or(policies);
             }
             Act::Snapshot(updates) => {
@@ -272,7 +277,7 @@ fn run(acts: Vec<Act>, tables: u32) {
                     ..EgressPolicy::new(id("p9"), vec![net("10.9.9.9/32")], EgressIp::Node)
                 };
                 let update = Update::Upsert(policy.clone());
-                let Some(after) = after(&egress, &policies, &[update.clone()]) else {
+                let Some(after) = after(&egress, &policies, std::slice::from_ref(&update)) else {
                     egress.datapath.sim.refuse(usize::MAX, 12);
                     continue;
                 };
