@@ -17,7 +17,7 @@ mod world;
 use std::time::{Duration, Instant};
 
 use egress_datapath::testing::Faults;
-use egress_datapath::{Datapath, EgressPolicy, KernelDatapath, Reconciler, Update};
+use egress_datapath::{EgressPolicy, KernelDatapath, Reconciler, Update};
 
 use world::{cluster, policies};
 
@@ -174,6 +174,6 @@ fn steady(
         policies[0].gateway = Some(world::name(u32::try_from(round % 2).unwrap() + 4));
         assert!(!egress.reconcile(cluster, &*policies).unwrap().changes.is_empty());
     });
-    let (took, _) = timed(|| assert!(egress.audit().unwrap().changes.is_empty()));
+    let (took, ()) = timed(|| assert!(egress.audit().unwrap().changes.is_empty()));
     line("audit, everything read and compared", took, None);
 }
