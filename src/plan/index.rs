@@ -117,8 +117,10 @@ impl Index {
         let mut seen = vec![false; self.policies.end()];
         let (mut updates, mut new) = (Vec::new(), BTreeSet::new());
         let (mut known, mut differing) = (0, 0);
-        for policy in policies {
-            let handle = self.policies.find(policy.id());
+        for (place, policy) in (0..).zip(policies) {
+            // A list that has not changed mostly comes in the order of the first time.
+            let same = self.policies.get(place).is_some_and(|kept| kept.id == *policy.id());
+            let handle = if same { Some(place) } else { self.policies.find(policy.id()) };
             let slot = handle.and_then(|handle| seen.get_mut(usize::try_from(handle).ok()?));
             let again = match slot {
                 Some(seen) => std::mem::replace(seen, true),

@@ -1,7 +1,7 @@
 //! Policies without contradictions, kept for as long as they are wanted.
 
 use std::cmp::Ordering;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
@@ -251,7 +251,7 @@ pub(super) fn place(
 pub(super) struct Policies {
     slots: Vec<Option<Kept>>,
     free: Vec<Handle>,
-    by_id: BTreeMap<PolicyId, Handle>,
+    by_id: HashMap<PolicyId, Handle>,
     pub(super) numbers: Numbers,
 }
 
@@ -275,7 +275,9 @@ impl Policies {
     /// Gives all their numbers, which depend on the ids alone.
     pub(super) fn number(&mut self) {
         self.numbers = Numbers::default();
-        for (id, handle) in &self.by_id {
+        let mut sorted: Vec<_> = self.by_id.iter().collect();
+        sorted.sort_unstable();
+        for (id, handle) in sorted {
             let tag = self.numbers.take([id]);
             if let Some(kept) = slot(*handle).and_then(|at| self.slots.get_mut(at)?.as_mut()) {
                 kept.tag = tag;
