@@ -42,12 +42,12 @@ struct Extent {
 }
 
 const FULL: Extent = Extent {
-    rounds: 21,
+    rounds: 151,
     ours: &[1, 10, 100, 1_000, 10_000],
     seed: &[1, 10, 100, 1_000],
     gateway: [10, 10_000],
 };
-const QUICK: Extent = Extent { rounds: 3, ours: &[1, 100], seed: &[1, 10], gateway: [10, 100] };
+const QUICK: Extent = Extent { rounds: 21, ours: &[1, 100], seed: &[1, 10], gateway: [10, 100] };
 
 fn main() -> Result {
     let quick = std::env::args().any(|argument| argument == "--quick");

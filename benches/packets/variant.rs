@@ -14,7 +14,7 @@ const BATCH: usize = 64;
 /// Flows that take turns.
 const FLOWS: u32 = 1024;
 /// The end of a round's share of a variant: packets or time, and what there is at least.
-const ENOUGH: (u64, Duration) = (8192, Duration::from_millis(50));
+const ENOUGH: (u64, Duration) = (1024, Duration::from_millis(20));
 const LEAST: u64 = 2 * BATCH as u64;
 /// Packets of the kernel's own that a receiver may see in a round.
 const STRAY: u64 = 8;
