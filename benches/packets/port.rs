@@ -47,7 +47,8 @@ impl Port {
 type Received = (usize, usize, Option<SocketAddrAny>);
 
 fn receive(socket: &OwnedFd, into: &mut [u8]) -> Result<Option<Received>> {
-    let wait = Timespec { tv_sec: 1, tv_nsec: 0 };
+    // A device that is new takes a while, and the neighbour asks once in a second.
+    let wait = Timespec { tv_sec: 4, tv_nsec: 0 };
     if poll(&mut [PollFd::new(socket, PollFlags::IN)], Some(&wait))? == 0 {
         return Ok(None);
     }
