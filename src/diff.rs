@@ -311,8 +311,8 @@ fn chains(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
     }
 }
 
-/// The rules wanted, and those found that look up a destination: for as long as sources still
-/// have the old classes, both are needed.
+/// The rules wanted, and those found that look up a source or a destination: for as long as
+/// sources still have the old classes, both are needed.
 fn transitional(found: &[NftRule], wanted: &[NftRule]) -> Vec<NftRule> {
     let length = |rule: &NftRule| match rule.0.first() {
         Some(Stmt::TagByDestination(_, length)) => Some(*length),
@@ -321,12 +321,18 @@ fn transitional(found: &[NftRule], wanted: &[NftRule]) -> Vec<NftRule> {
     };
     let mut rules = wanted.to_vec();
     for rule in found.iter().filter(|rule| !wanted.contains(rule)) {
-        if !matches!(rule.0.first(), Some(Stmt::TagByDestination(..))) {
-            continue;
-        }
-        if let Some(at) =
-            rules.iter().position(|other| length(other).is_some_and(|l| Some(l) <= length(rule)))
-        {
+        let at = match rule.0.first() {
+            Some(Stmt::TagByDestination(..)) => rules
+                .iter()
+                .position(|other| length(other).is_some_and(|l| Some(l) <= length(rule))),
+            Some(Stmt::TagBySource(Set::SourceNet(family))) => {
+                let hosts = Stmt::TagBySource(Set::Source(*family));
+                let before = rules.iter().position(|other| other.0.first() == Some(&hosts));
+                before.map(|at| at + 1)
+            }
+            _ => None,
+        };
+        if let Some(at) = at {
             rules.insert(at, rule.clone());
         }
     }

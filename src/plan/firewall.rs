@@ -46,6 +46,10 @@ pub(super) fn firewall(
         Set::Destination(family, length) => Some((family, length)),
         _ => None,
     });
+    let ranges = elements.keys().filter_map(|key| match key {
+        Key::SourceNet(range) => Some(range.family()),
+        _ => None,
+    });
     let skeleton = Skeleton {
         device: &world.cluster.tunnel.device,
         port: world.cluster.tunnel.port,
@@ -54,6 +58,7 @@ pub(super) fn firewall(
         connection: layout.connection(),
         prefix: prefix.then_some((layout.prefix(), layout.prefix_mask())),
         lengths: lengths.collect(),
+        ranges: ranges.collect(),
         gateways: marks,
     };
     Firewall { chains: skeleton.chains(), sets: skeleton.sets(), elements, strays: BTreeSet::new() }

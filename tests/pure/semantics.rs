@@ -161,6 +161,8 @@ impl Walk<'_> {
         let holds = match statement {
             // It is no answer to a connection that was ended.
             Stmt::InputDevice(_) | Stmt::OutputDevice(_) | Stmt::PacketIn(_) => false,
+            // Nor has the connection gone any way of ours before.
+            Stmt::CtMarkIs(_) => false,
             Stmt::CtDirection(direction) => *direction == Direction::Original,
             Stmt::CtState(bits) => bits & Stmt::NEW != 0,
             Stmt::MarkIsNot { mask, value } => self.mark & mask != *value,
