@@ -127,7 +127,8 @@ fn rtnetlink(observed: &State, desired: &State, steps: &mut Steps) {
     for rule in observed.rules.difference(&desired.rules) {
         steps.add(Phase::DeleteRules, Op::DeleteRule(*rule));
     }
-    // The rule that refuses is asked after those that send: made first, taken away last.
+    // The rule that refuses is asked after those that send: made first, taken away last. The rule
+    // that goes there is asked before them: made last, when it has where to go.
     sort(steps, Phase::Rules, |op| std::cmp::Reverse(rule_priority(op)));
     sort(steps, Phase::DeleteRules, rule_priority);
     // The last address of a family takes the neighbours of its network along.

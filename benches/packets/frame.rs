@@ -42,16 +42,16 @@ pub(crate) fn vxlan(to: [u8; 6], nodes: Flow, inner: &[u8]) -> Vec<u8> {
 }
 
 fn around(to: [u8; 6], flow: Flow, payload: &[u8]) -> Vec<u8> {
-    let length = |headers: usize| {
-        u16::try_from(headers + payload.len()).unwrap_or_default().to_be_bytes()
-    };
+    let length =
+        |headers: usize| u16::try_from(headers + payload.len()).unwrap_or_default().to_be_bytes();
     let mut ip = vec![0x45, 0];
     ip.extend(length(28));
     // Not to be fragmented; 64 hops; UDP; the checksum is filled in below.
     ip.extend([0, 0, 0x40, 0, 64, 17, 0, 0]);
     ip.extend(flow.source.octets());
     ip.extend(flow.destination.octets());
-    let sum: u32 = ip.chunks_exact(2).map(|two| two.iter().fold(0, |n, b| n << 8 | u32::from(*b))).sum();
+    let sum: u32 =
+        ip.chunks_exact(2).map(|two| two.iter().fold(0, |n, b| n << 8 | u32::from(*b))).sum();
     let folded = (sum & 0xffff) + (sum >> 16);
     let checksum = !u16::try_from((folded & 0xffff) + (folded >> 16)).unwrap_or_default();
     ip.splice(10..12, checksum.to_be_bytes());
@@ -74,7 +74,8 @@ pub(crate) fn flow(frame: &[u8]) -> Option<Flow> {
     if (kind, *version, *protocol) != (&[8, 0], 0x45, 17) {
         return None;
     }
-    let address = |at: usize| Some(Ipv4Addr::from(<[u8; 4]>::try_from(frame.get(at..at + 4)?).ok()?));
+    let address =
+        |at: usize| Some(Ipv4Addr::from(<[u8; 4]>::try_from(frame.get(at..at + 4)?).ok()?));
     let port = |at: usize| Some(u16::from_be_bytes(frame.get(at..at + 2)?.try_into().ok()?));
     Some(Flow {
         source: address(26)?,

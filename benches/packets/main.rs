@@ -76,11 +76,7 @@ fn main() -> Result {
 }
 
 fn variants(extent: &Extent) -> Result<Vec<Variant>> {
-    let mut variants = vec![
-        Variant::plain()?,
-        Variant::conntrack()?,
-        Variant::bound()?,
-    ];
+    let mut variants = vec![Variant::plain()?, Variant::conntrack()?, Variant::bound()?];
     for policies in extent.ours {
         variants.extend(Variant::ours(*policies, 1)?);
     }

@@ -3,7 +3,8 @@
 use std::net::{IpAddr, Ipv4Addr};
 
 use egress_datapath::{
-    Cluster, Destinations, EgressIp, EgressPolicy, MarkLayout, Node, NodeName, PolicyId, Reconciler, TableRange,
+    Cluster, Destinations, EgressIp, EgressPolicy, MarkLayout, Node, NodeName, PolicyId,
+    Reconciler, TableRange,
 };
 use ipnet::{IpNet, Ipv4Net};
 
@@ -64,8 +65,7 @@ pub(crate) fn program(path: &Path, policies: u32, gateways: u32) -> Result {
     let policy = |number: u32| -> Result<EgressPolicy> {
         let sources = (0..SOURCES).map(|n| IpNet::from(Ipv4Net::from(pod(number * SOURCES + n))));
         let id = PolicyId::new(format!("bench/policy-{number}"))?;
-        let mut policy =
-            EgressPolicy::new(id, sources.collect(), EgressIp::V4(egress_ip(number)));
+        let mut policy = EgressPolicy::new(id, sources.collect(), EgressIp::V4(egress_ip(number)));
         policy.gateway = Some(match gateways {
             0 => cluster.node.clone(),
             _ => name_of_gateway(number % gateways)?,

@@ -84,7 +84,8 @@ impl Path {
 
     /// How many packets have come out at the other end.
     pub(crate) fn received(&self) -> Result<u64> {
-        let devices = self.receiver.run(|| std::fs::read_to_string("/proc/thread-self/net/dev"))??;
+        let devices =
+            self.receiver.run(|| std::fs::read_to_string("/proc/thread-self/net/dev"))??;
         let line = devices.lines().find_map(|line| line.trim_start().strip_prefix("eth0:"));
         let packets = line.and_then(|line| line.split_whitespace().nth(1));
         Ok(packets.ok_or("the receiver has no device")?.parse()?)

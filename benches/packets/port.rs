@@ -27,7 +27,14 @@ impl Port {
     /// There is no way to write a device's address down that is safe in Rust; that of a frame
     /// which came in by it is one.
     pub(crate) fn open(netns: &Netns, neighbour: &Netns, address: Ipv4Addr) -> Result<Self> {
-        let open = |kind| socket_with(AddressFamily::PACKET, SocketType::RAW, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, kind);
+        let open = |kind| {
+            socket_with(
+                AddressFamily::PACKET,
+                SocketType::RAW,
+                SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+                kind,
+            )
+        };
         let heard = netns.run(|| open(Some(eth::ARP)))??;
         neighbour.run(|| UdpSocket::bind("0.0.0.0:0")?.send_to(&[], (address, 9)))??;
         let mut frame = [0; 64];

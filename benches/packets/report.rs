@@ -28,17 +28,67 @@ const fn seed(policies: u32, selected: bool) -> Kind {
 }
 
 const TARGETS: [Target; 11] = [
-    Target { what: "10 000 policies to 1, steered", of: ours(10_000, true), to: ours(1, true), most: 1.1 },
-    Target { what: "10 000 policies to 1, unselected", of: ours(10_000, false), to: ours(1, false), most: 1.1 },
+    Target {
+        what: "10 000 policies to 1, steered",
+        of: ours(10_000, true),
+        to: ours(1, true),
+        most: 1.1,
+    },
+    Target {
+        what: "10 000 policies to 1, unselected",
+        of: ours(10_000, false),
+        to: ours(1, false),
+        most: 1.1,
+    },
     Target { what: "steered to the static route", of: ours(1, true), to: Kind::Bound, most: 1.3 },
-    Target { what: "10 000 policies steered to the static route", of: ours(10_000, true), to: Kind::Bound, most: 1.3 },
-    Target { what: "unselected to conntrack alone", of: ours(1, false), to: Kind::Conntrack, most: 1.35 },
-    Target { what: "10 000 policies unselected to conntrack alone", of: ours(10_000, false), to: Kind::Conntrack, most: 1.35 },
-    Target { what: "10 000 policies to the origin's 1", of: ours(10_000, true), to: seed(1, true), most: 1.0 },
-    Target { what: "10 000 policies to the origin's 1 000", of: ours(10_000, true), to: seed(1_000, true), most: 1.0 / 45.0 },
-    Target { what: "100 gateways to 1, steered", of: among(100, true), to: among(1, true), most: 1.1 },
-    Target { what: "100 gateways to 1, unselected", of: among(100, false), to: among(1, false), most: 1.1 },
-    Target { what: "gateway, 10 000 policies to 10", of: Kind::Gateway { policies: 10_000 }, to: Kind::Gateway { policies: 10 }, most: 1.1 },
+    Target {
+        what: "10 000 policies steered to the static route",
+        of: ours(10_000, true),
+        to: Kind::Bound,
+        most: 1.3,
+    },
+    Target {
+        what: "unselected to conntrack alone",
+        of: ours(1, false),
+        to: Kind::Conntrack,
+        most: 1.35,
+    },
+    Target {
+        what: "10 000 policies unselected to conntrack alone",
+        of: ours(10_000, false),
+        to: Kind::Conntrack,
+        most: 1.35,
+    },
+    Target {
+        what: "10 000 policies to the origin's 1",
+        of: ours(10_000, true),
+        to: seed(1, true),
+        most: 1.0,
+    },
+    Target {
+        what: "10 000 policies to the origin's 1 000",
+        of: ours(10_000, true),
+        to: seed(1_000, true),
+        most: 1.0 / 45.0,
+    },
+    Target {
+        what: "100 gateways to 1, steered",
+        of: among(100, true),
+        to: among(1, true),
+        most: 1.1,
+    },
+    Target {
+        what: "100 gateways to 1, unselected",
+        of: among(100, false),
+        to: among(1, false),
+        most: 1.1,
+    },
+    Target {
+        what: "gateway, 10 000 policies to 10",
+        of: Kind::Gateway { policies: 10_000 },
+        to: Kind::Gateway { policies: 10 },
+        most: 1.1,
+    },
 ];
 
 impl Report {

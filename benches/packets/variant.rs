@@ -141,11 +141,8 @@ impl Variant {
     pub(crate) fn gateway(policies: u32) -> Result<Self> {
         let path = Path::new()?;
         ours::program(&path, policies, 0)?;
-        let nodes = Flow {
-            source: ours::gateway(0),
-            destination: crate::path::NODE,
-            ports: (50_000, 0),
-        };
+        let nodes =
+            Flow { source: ours::gateway(0), destination: crate::path::NODE, ports: (50_000, 0) };
         let device = ours::cluster(1)?.nodes.first().map(|node| node.mac().octets());
         let flows = flows(policies);
         let frame = |flow: &Flow| {
@@ -154,7 +151,8 @@ impl Variant {
         };
         let frames = flows.iter().map(frame).collect();
         let worn = |flow: Flow| {
-            let policy = (flow.destination.to_bits() - ours::destination(0).network().to_bits()) >> 8;
+            let policy =
+                (flow.destination.to_bits() - ours::destination(0).network().to_bits()) >> 8;
             Flow { source: ours::egress_ip(policy), ..flow }
         };
         let expected = flows.into_iter().map(worn).collect();
@@ -183,7 +181,12 @@ impl Variant {
             for flow in flows {
                 let arrived = seen.iter().any(|frame| self.is(frame, *flow));
                 if !arrived {
-                    return Err(format!("{}: {flow:?} did not arrive: {:?}", self.kind, seen.iter().map(|f| frame::flow(f)).collect::<Vec<_>>()).into());
+                    return Err(format!(
+                        "{}: {flow:?} did not arrive: {:?}",
+                        self.kind,
+                        seen.iter().map(|f| frame::flow(f)).collect::<Vec<_>>()
+                    )
+                    .into());
                 }
             }
         }
