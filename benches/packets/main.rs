@@ -70,13 +70,14 @@ fn main() -> Result {
     print!("{report}");
     if !quick {
         let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/packets.svg");
-        std::fs::write(file, plot::svg(&report))?;
+        std::fs::write(file, plot::svg(&report)?)?;
     }
     Ok(())
 }
 
 fn variants(extent: &Extent) -> Result<Vec<Variant>> {
-    let mut variants = vec![Variant::plain()?, Variant::conntrack()?, Variant::bound()?];
+    let mut variants =
+        vec![Variant::sending()?, Variant::plain()?, Variant::conntrack()?, Variant::bound()?];
     for policies in extent.ours {
         variants.extend(Variant::ours(*policies, 1)?);
     }

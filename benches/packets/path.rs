@@ -14,6 +14,8 @@ use std::os::fd::AsFd;
 use std::process::{Command, Stdio};
 
 use ipnet::{IpNet, Ipv4Net};
+use netlink_sys::protocols::NETLINK_NETFILTER;
+use netlink_sys::{Socket, SocketAddr};
 
 use crate::Result;
 use crate::netns::Netns;
@@ -94,6 +96,24 @@ impl Path {
     /// Sees what comes out at the other end, for as long as it is there.
     pub(crate) fn tap(&self) -> Result<Tap> {
         Tap::open(&self.receiver)
+    }
+
+    /// Forgets all connections, so that those of one round are not in the way of the next.
+    pub(crate) fn forget(&self) -> Result {
+        const LENGTH: u32 = 20;
+        // `IPCTNL_MSG_CT_DELETE` of conntrack's subsystem, with no filter: all of them.
+        const DELETE: u16 = 1 << 8 | 2;
+        const REQUEST_AND_ACK: u16 = 1 | 4;
+        let mut request = LENGTH.to_ne_bytes().to_vec();
+        request.extend(DELETE.to_ne_bytes());
+        request.extend(REQUEST_AND_ACK.to_ne_bytes());
+        request.extend([0; 12]);
+        self.router.run(|| {
+            let socket = Socket::new(NETLINK_NETFILTER)?;
+            socket.send_to(&request, &SocketAddr::new(0, 0), 0)?;
+            socket.recv_from_full().map(drop)
+        })??;
+        Ok(())
     }
 
     /// Feeds a program in the router's namespace; words are split at blanks.
