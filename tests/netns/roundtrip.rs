@@ -145,6 +145,7 @@ fn ip_sees_the_same_rules() -> Result {
             let theirs: BTreeSet<_> = theirs
                 .filter(|rule| text(&rule["protocol"]) == PROTOCOL.to_string())
                 .map(|rule| {
+                    assert!(rule.get("unresolved").is_none(), "{rule} leads nowhere");
                     let keys = ["priority", "fwmark", "fwmask", "table", "action", "goto"];
                     let not = if rule.get("not").is_some() { "not " } else { "" };
                     not.to_owned() + &keys.map(|key| text(&rule[key])).join(" ")
