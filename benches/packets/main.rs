@@ -1,6 +1,7 @@
 //! What a packet costs a node: nanoseconds from one end of a forwarding path to the other.
 //!
-//! `cargo bench --bench packets`, as root or with `unshare -rn`; `-- --quick` is the short form.
+//! `cargo bench --bench packets`, as root and with nft, iptables, ipset and iproute2 installed;
+//! `-- --quick` is the short form.
 //! Every variant has three network namespaces of its own, and all are there at once: a sender, a
 //! router and a receiver. A veth device hands a packet on within the system call that sends it, so
 //! that the time of the call is that of the whole path. All variants take turns for some rounds;
