@@ -10,7 +10,7 @@ use crate::path::Path;
 use crate::{Result, ours, seed};
 
 /// Packets that are timed together.
-const BATCH: usize = 64;
+const BATCH: u16 = 64;
 /// Flows that take turns.
 const FLOWS: u32 = 1024;
 /// The end of a round's share of a variant: packets or time, and what there is at least.
@@ -184,7 +184,9 @@ impl Variant {
 
     /// Sends a packet of every flow and looks at what comes out; then every flow gets an answer.
     pub(crate) fn verify(&self) -> Result {
-        for (frames, flows) in self.frames.chunks(BATCH).zip(self.expected.chunks(BATCH)) {
+        for (frames, flows) in
+            self.frames.chunks(BATCH.into()).zip(self.expected.chunks(BATCH.into()))
+        {
             let tap = self.path.tap()?;
             for frame in frames {
                 self.path.there.send(frame)?;
@@ -222,8 +224,9 @@ impl Variant {
         let (mut sent, mut batches) = (0, Vec::new());
         while sent < LEAST || sent < ENOUGH.0 && begin.elapsed() < ENOUGH.1 {
             let at = self.next;
-            self.next = (at + BATCH) % self.frames.len();
-            let frames = self.frames.get_mut(at..at + BATCH).ok_or("too few flows")?;
+            let end = at + usize::from(BATCH);
+            self.next = end % self.frames.len();
+            let frames = self.frames.get_mut(at..end).ok_or("too few flows")?;
             if let Some((at, number)) = &mut self.fresh {
                 for frame in &mut *frames {
                     *number += 1;
@@ -235,7 +238,7 @@ impl Variant {
                 self.path.there.send(frame)?;
             }
             batches.push(start.elapsed());
-            sent += BATCH as u64;
+            sent += u64::from(BATCH);
         }
         let arrived = self.path.received()? - before;
         if self.fresh.is_some() {
@@ -247,7 +250,7 @@ impl Variant {
         }
         batches.sort_unstable();
         let median = batches.get(batches.len() / 2).ok_or("nothing was sent")?;
-        self.best = self.best.min(median.as_secs_f64() * 1e9 / BATCH as f64);
+        self.best = self.best.min(median.as_secs_f64() * 1e9 / f64::from(BATCH));
         Ok(())
     }
 }
