@@ -16,23 +16,23 @@ const ABOVE: f64 = 20.0;
 const POLICIES: (i32, i32) = (0, 4);
 const NANOSECONDS: (i32, i32) = (3, 6);
 
-/// A line of the plot: its name, its colour, and what is on it.
-type Line = (&'static str, &'static str, fn(Kind) -> Option<u32>);
+/// A line of the plot: its name, where that is besides its end, its colour, and what is on it.
+type Line = (&'static str, f64, &'static str, fn(Kind) -> Option<u32>);
 
 const LINES: [Line; 4] = [
-    ("origin, steered", "#c0392b", |kind| match kind {
+    ("origin, steered", -4.0, "#c0392b", |kind| match kind {
         Kind::Seed { policies, selected: true } => Some(policies),
         _ => None,
     }),
-    ("origin, unselected", "#e59866", |kind| match kind {
+    ("origin, unselected", 12.0, "#e59866", |kind| match kind {
         Kind::Seed { policies, selected: false } => Some(policies),
         _ => None,
     }),
-    ("steered", "#1f618d", |kind| match kind {
+    ("steered", 4.0, "#1f618d", |kind| match kind {
         Kind::Ours { policies, gateways: 1, selected: true } => Some(policies),
         _ => None,
     }),
-    ("unselected", "#5dade2", |kind| match kind {
+    ("unselected", 4.0, "#5dade2", |kind| match kind {
         Kind::Ours { policies, gateways: 1, selected: false } => Some(policies),
         _ => None,
     }),
@@ -50,15 +50,15 @@ pub(crate) fn svg(report: &Report) -> Result<String, std::fmt::Error> {
     axes(&mut svg)?;
     if let Some(nanoseconds) = report.of(Kind::Plain) {
         let y = y(nanoseconds);
-        line(&mut svg, "no rules", "#7f8c8d", &[(x(1.0), y), (x(10_000.0), y)])?;
+        line(&mut svg, ("no rules", 4.0), "#7f8c8d", &[(x(1.0), y), (x(10_000.0), y)])?;
     }
-    for (name, colour, policies) in LINES {
+    for (name, lower, colour, policies) in LINES {
         let on_it = report
             .all()
             .iter()
             .filter_map(|(kind, nanoseconds)| Some((x(policies(*kind)?.into()), y(*nanoseconds))));
         let points: Vec<_> = on_it.collect();
-        line(&mut svg, name, colour, &points)?;
+        line(&mut svg, (name, lower), colour, &points)?;
         for (x, y) in points {
             writeln!(svg, "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3.5\" fill=\"{colour}\"/>")?;
         }
@@ -105,9 +105,14 @@ fn axes(svg: &mut String) -> std::fmt::Result {
 }
 
 /// A line through the points, with its name at its end.
-fn line(svg: &mut String, name: &str, colour: &str, points: &[(f64, f64)]) -> std::fmt::Result {
+fn line(
+    svg: &mut String,
+    (name, lower): (&str, f64),
+    colour: &str,
+    points: &[(f64, f64)],
+) -> std::fmt::Result {
     let Some((x, y)) = points.last() else { return Ok(()) };
-    let (beside, middle) = (x + 10.0, y + 4.0);
+    let (beside, middle) = (x + 10.0, y + lower);
     svg.push_str("<polyline fill=\"none\" stroke-width=\"2\" points=\"");
     for (x, y) in points {
         write!(svg, "{x:.1},{y:.1} ")?;

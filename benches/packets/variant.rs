@@ -9,13 +9,15 @@ use crate::frame::{self, Flow};
 use crate::path::Path;
 use crate::{Result, ours, seed};
 
-/// Packets that are timed together.
-const BATCH: u16 = 64;
+/// Packets that are timed together: few, so that most of the batches are not interrupted.
+const BATCH: u16 = 16;
+/// Packets that are looked at together: their receiver has room for them.
+const GLANCE: usize = 64;
 /// Flows that take turns.
 const FLOWS: u32 = 1024;
 /// The end of a round's share of a variant: packets or time, and what there is at least.
 const ENOUGH: (u64, Duration) = (1024, Duration::from_millis(20));
-const LEAST: u64 = 2 * BATCH as u64;
+const LEAST: u64 = 3 * BATCH as u64;
 /// Packets of the kernel's own that a receiver may see in a round.
 const STRAY: u64 = 8;
 
@@ -184,9 +186,7 @@ impl Variant {
 
     /// Sends a packet of every flow and looks at what comes out; then every flow gets an answer.
     pub(crate) fn verify(&self) -> Result {
-        for (frames, flows) in
-            self.frames.chunks(BATCH.into()).zip(self.expected.chunks(BATCH.into()))
-        {
+        for (frames, flows) in self.frames.chunks(GLANCE).zip(self.expected.chunks(GLANCE)) {
             let tap = self.path.tap()?;
             for frame in frames {
                 self.path.there.send(frame)?;
