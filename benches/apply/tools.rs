@@ -37,14 +37,14 @@ pub(crate) fn nft_file(changes: &Changes) -> String {
 }
 
 /// Feeds a tool, and says how long it took.
-fn feed(tool: &str, arguments: &[&str], text: &str) -> Duration {
+fn feed(program: &str, arguments: &[&str], text: &str) -> Duration {
     let (took, exit) = timed(|| {
-        let mut command = Command::new(tool);
+        let mut command = Command::new(program);
         let mut child = command.args(arguments).stdin(Stdio::piped()).spawn().unwrap();
         child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
         child.wait().unwrap()
     });
-    assert!(exit.success(), "{tool} failed");
+    assert!(exit.success(), "{program} failed");
     took
 }
 
