@@ -3,9 +3,7 @@
 use std::fmt;
 use std::net::IpAddr;
 
-#[cfg(all(feature = "kernel", target_os = "linux"))]
 use crate::lookup::WayOut;
-#[cfg(all(feature = "kernel", target_os = "linux"))]
 use crate::state::{Firewall, MarkBits};
 
 /// A connection that the kernel tracks, by the packet that opened it.
@@ -33,7 +31,6 @@ pub struct Connection {
     pub id: u32,
 }
 
-#[cfg(all(feature = "kernel", target_os = "linux"))]
 impl Connection {
     /// Whether its translation is not what the wanted table would give it now.
     ///

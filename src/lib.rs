@@ -87,12 +87,13 @@ mod connection;
 mod datapath;
 mod diff;
 mod error;
+mod explain;
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 mod kernel;
-#[cfg(all(feature = "kernel", target_os = "linux"))]
 mod lookup;
 mod mark;
 mod op;
+mod packet;
 mod plan;
 mod policy;
 #[cfg(all(feature = "kernel", target_os = "linux"))]
@@ -105,7 +106,9 @@ mod sim;
 pub mod state;
 #[cfg(all(feature = "testing", target_os = "linux"))]
 pub mod testing;
+mod trace;
 mod types;
+mod walk;
 
 pub use alloc::{
     AllocError, Dice, MarkAllocator, MarkPool, TableAllocator, TablePool, TableRange,
@@ -120,21 +123,25 @@ pub use datapath::Datapath;
 #[cfg(feature = "mock")]
 pub use datapath::MockDatapath;
 pub use error::{ApplyError, KernelError};
+pub use explain::{explain, explain_received};
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 pub use kernel::{KernelDatapath, KernelTables, News, Ownership, Part, Process, Watch};
 pub use mark::{LayoutError, MarkLayout};
 pub use op::Op;
+pub use packet::{Frame, Packet};
 pub use plan::{Closed, Finding, Plan, PlanError, PolicyError, plan};
 #[cfg(feature = "mock")]
 pub use policy::MockPolicy;
 pub use policy::{Destinations, EgressIp, EgressPolicy, Policy, Unavailable};
 pub use range::IpRange;
 pub use reconciler::{Error, Reconciler, Report};
-pub use sim::Sim;
+pub use sim::{Journey, Outcome, Sim, SimCluster, SimNode};
 pub use state::State;
+pub use trace::{Decision, Fate, Reason, Trace};
 pub use types::{
     DeviceName, Family, MacAddr, Mark, NameError, NodeName, ParseMacError, PolicyId, TableId,
 };
+pub use walk::Surroundings;
 
 /// The README's example, compiled.
 #[cfg(all(doctest, feature = "kernel", target_os = "linux"))]

@@ -1,0 +1,212 @@
+//! Operations, with the kernel's manners.
+
+use std::collections::btree_map::Entry;
+
+use crate::error::errno;
+use crate::op::Op;
+use crate::state::{ChainId, Data, Firewall, NftRule, Route, Set, State, Stmt, Verdict};
+use crate::types::DeviceName;
+
+/// An error number, positive.
+pub(super) type Errno = i32;
+
+/// Makes an operation, or refuses it.
+pub(super) fn make(state: &mut State, op: &Op) -> Result<(), Errno> {
+    match op {
+        Op::AddTable if state.firewall.is_some() => Err(errno::EEXIST),
+        Op::AddTable => {
+            state.firewall = Some(Firewall::default());
+            Ok(())
+        }
+        Op::DeleteTable => state.firewall.take().map(drop).ok_or(errno::ENOENT),
+        op if op.is_nft() => nft(state.firewall.as_mut().ok_or(errno::ENOENT)?, op),
+        op => rtnetlink(state, op),
+    }
+}
+
+fn rtnetlink(state: &mut State, op: &Op) -> Result<(), Errno> {
+    let has = |device: &DeviceName| {
+        state.link.as_ref().filter(|link| link.name == *device).ok_or(errno::ENODEV)
+    };
+    match op {
+        Op::AddLink(link) => {
+            if state.link.is_some() {
+                return Err(errno::EEXIST);
+            }
+            state.link = Some(link.clone());
+        }
+        Op::SetLink(link) => {
+            let old = has(&link.name)?.clone();
+            if (old.vni, old.port) != (link.vni, link.port) {
+                return Err(errno::EOPNOTSUPP);
+            }
+            if old.mac != link.mac {
+                state.neighbours.clear();
+            }
+            if old.up && !link.up {
+                gone_with_device(state);
+            }
+            state.link = Some(link.clone());
+        }
+        Op::DeleteLink(device) => {
+            has(device)?;
+            state.link = None;
+            state.addresses.clear();
+            state.fdb.clear();
+            gone_with_device(state);
+        }
+        Op::AddAddress(device, net) => {
+            has(device)?;
+            if !state.addresses.insert(*net) {
+                return Err(errno::EEXIST);
+            }
+        }
+        Op::DeleteAddress(device, net) => {
+            has(device)?;
+            if !state.addresses.remove(net) {
+                return Err(errno::EADDRNOTAVAIL);
+            }
+        }
+        Op::PutFdb(device, mac, node) => {
+            has(device)?;
+            state.fdb.insert(*mac, *node);
+        }
+        Op::DeleteFdb(device, mac, node) => {
+            has(device)?;
+            match state.fdb.entry(*mac) {
+                Entry::Occupied(entry) if entry.get() == node => entry.remove(),
+                _ => return Err(errno::ENOENT),
+            };
+        }
+        Op::PutNeighbour(device, address, mac) => {
+            has(device)?;
+            state.neighbours.insert(*address, *mac);
+        }
+        Op::DeleteNeighbour(device, address) => {
+            has(device)?;
+            state.neighbours.remove(address).ok_or(errno::ENOENT)?;
+        }
+        Op::PutRoute(device, key, route) => {
+            if matches!(route, Route::Via(_)) && !has(device)?.up {
+                return Err(errno::ENETDOWN);
+            }
+            state.routes.insert(*key, *route);
+        }
+        Op::DeleteRoute(_, key, route) => match state.routes.entry(*key) {
+            Entry::Occupied(entry) if entry.get() == route => drop(entry.remove()),
+            _ => return Err(errno::ESRCH),
+        },
+        Op::AddRule(rule) => {
+            if !state.rules.insert(*rule) {
+                return Err(errno::EEXIST);
+            }
+        }
+        Op::DeleteRule(rule) => {
+            if !state.rules.remove(rule) {
+                return Err(errno::ENOENT);
+            }
+        }
+        _ => return Err(errno::EINVAL),
+    }
+    Ok(())
+}
+
+/// Routes and neighbours do not outlive the device, nor do they come back when it is up again.
+fn gone_with_device(state: &mut State) {
+    state.neighbours.clear();
+    state.routes.retain(|_, route| !matches!(route, Route::Via(_)));
+}
+
+fn nft(firewall: &mut Firewall, op: &Op) -> Result<(), Errno> {
+    match op {
+        Op::AddSet(set) => firewall.sets.insert(*set).then_some(()).ok_or(errno::EEXIST),
+        Op::DeleteSet(set) => {
+            if firewall.chains.values().any(|(_, rules)| rules.iter().any(|rule| names(rule, *set)))
+            {
+                return Err(errno::EBUSY);
+            }
+            if !firewall.sets.remove(set) {
+                return Err(errno::ENOENT);
+            }
+            firewall.elements.retain(|key, _| key.set() != *set);
+            Ok(())
+        }
+        Op::AddChain(chain, base) => match firewall.chains.entry(*chain) {
+            Entry::Occupied(_) => Err(errno::EEXIST),
+            Entry::Vacant(entry) => {
+                entry.insert((*base, Vec::new()));
+                Ok(())
+            }
+        },
+        Op::DeleteChain(chain) => {
+            if goes_to(firewall, *chain) {
+                return Err(errno::EBUSY);
+            }
+            firewall.chains.remove(chain).map(drop).ok_or(errno::ENOENT)
+        }
+        Op::SetRules(chain, rules) => {
+            if !rules.iter().all(|rule| refers_well(firewall, rule)) {
+                return Err(errno::ENOENT);
+            }
+            let (_, old) = firewall.chains.get_mut(chain).ok_or(errno::ENOENT)?;
+            old.clone_from(rules);
+            Ok(())
+        }
+        Op::AddElement(key, value) => {
+            if !firewall.sets.contains(&key.set()) {
+                return Err(errno::ENOENT);
+            }
+            if let Data::Verdict(Verdict::Goto(chain)) = value.data {
+                if !firewall.chains.contains_key(&chain) {
+                    return Err(errno::ENOENT);
+                }
+            }
+            if firewall.elements.contains_key(key) || firewall.overlapping(key).is_some() {
+                return Err(errno::EEXIST);
+            }
+            firewall.elements.insert(*key, value.clone());
+            Ok(())
+        }
+        Op::DeleteElement(key, _) => firewall.elements.remove(key).map(drop).ok_or(errno::ENOENT),
+        Op::DeleteStray(stray) => firewall.strays.remove(stray).then_some(()).ok_or(errno::ENOENT),
+        _ => Err(errno::EINVAL),
+    }
+}
+
+fn goes_to(firewall: &Firewall, chain: ChainId) -> bool {
+    let by_rule = firewall
+        .chains
+        .values()
+        .any(|(_, rules)| rules.iter().any(|rule| rule.0.contains(&Stmt::Goto(chain))));
+    let goto = Data::Verdict(Verdict::Goto(chain));
+    by_rule || firewall.elements.values().any(|value| value.data == goto)
+}
+
+/// The set that a statement looks into.
+fn set_of(statement: &Stmt) -> Option<Set> {
+    match statement {
+        Stmt::MarkIn { set, .. }
+        | Stmt::SourceIn(set)
+        | Stmt::SourceNotIn(set)
+        | Stmt::DestinationIn(set)
+        | Stmt::DestinationNotIn(set)
+        | Stmt::TagBySource(set)
+        | Stmt::TagByTag(set)
+        | Stmt::TagIn(set)
+        | Stmt::VerdictByTag(set) => Some(*set),
+        Stmt::TagByDestination(family, length) => Some(Set::Destination(*family, *length)),
+        Stmt::SnatByTag(family) => Some(Set::Snat(*family)),
+        _ => None,
+    }
+}
+
+fn names(rule: &NftRule, set: Set) -> bool {
+    rule.0.iter().any(|statement| set_of(statement) == Some(set))
+}
+
+fn refers_well(firewall: &Firewall, rule: &NftRule) -> bool {
+    rule.0.iter().all(|statement| match statement {
+        Stmt::Goto(chain) => firewall.chains.contains_key(chain),
+        other => set_of(other).is_none_or(|set| firewall.sets.contains(&set)),
+    })
+}
