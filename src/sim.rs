@@ -8,7 +8,7 @@ use crate::datapath::Datapath;
 use crate::error::{ApplyError, KernelError};
 use crate::op::Op;
 use crate::packet::{Frame, Packet};
-use crate::state::State;
+use crate::state::{Set, State};
 use crate::trace::{Fate, Trace};
 use crate::walk::conntrack::Conntrack;
 use crate::walk::{Surroundings, Walk};
@@ -172,8 +172,16 @@ impl Sim {
         let transaction = step.ops.first().is_some_and(Op::is_nft);
         let before = transaction.then(|| self.state.clone());
         let mut refused = Vec::new();
+        let mut ended = None;
         for op in &step.ops {
+            // Elements of one set are one message, which ends with the first that is refused.
+            let message = elements(op);
+            if message.is_some() && message == ended {
+                continue;
+            }
+            ended = None;
             if let Err(errno) = self.op(op) {
+                ended = message;
                 refused.push((op.clone(), KernelError::refused(op, errno)));
             }
         }
@@ -184,6 +192,15 @@ impl Sim {
             }
             _ => (step.ops.len() - refused.len(), refused),
         }
+    }
+}
+
+/// The set that elements are added to, or deleted from.
+fn elements(op: &Op) -> Option<(Set, bool)> {
+    match op {
+        Op::AddElement(key, _) => Some((key.set(), true)),
+        Op::DeleteElement(key, _) => Some((key.set(), false)),
+        _ => None,
     }
 }
 

@@ -1,6 +1,7 @@
 //! Operations, with the kernel's manners.
 
 use std::collections::btree_map::Entry;
+use std::net::IpAddr;
 
 use crate::error::errno;
 use crate::op::Op;
@@ -44,7 +45,9 @@ fn rtnetlink(state: &mut State, op: &Op) -> Result<(), Errno> {
                 state.neighbours.clear();
             }
             if old.up && !link.up {
-                gone_with_device(state);
+                gone_with_device(state, |_| true);
+                // IPv6 addresses go with it (`addrconf_ifdown`), IPv4 addresses stay.
+                state.addresses.retain(|net| net.addr().is_ipv4());
             }
             state.link = Some(link.clone());
         }
@@ -53,7 +56,7 @@ fn rtnetlink(state: &mut State, op: &Op) -> Result<(), Errno> {
             state.link = None;
             state.addresses.clear();
             state.fdb.clear();
-            gone_with_device(state);
+            gone_with_device(state, |_| true);
         }
         Op::AddAddress(device, net) => {
             has(device)?;
@@ -65,6 +68,11 @@ fn rtnetlink(state: &mut State, op: &Op) -> Result<(), Errno> {
             has(device)?;
             if !state.addresses.remove(net) {
                 return Err(errno::EADDRNOTAVAIL);
+            }
+            let is_v4 = |net: &ipnet::IpNet| net.addr().is_ipv4();
+            if is_v4(net) && !state.addresses.iter().any(is_v4) {
+                // The device's IPv4 ends with its last address (`fib_inetaddr_event`).
+                gone_with_device(state, |address| address.is_ipv4());
             }
         }
         Op::PutFdb(device, mac, node) => {
@@ -112,9 +120,9 @@ fn rtnetlink(state: &mut State, op: &Op) -> Result<(), Errno> {
 }
 
 /// Routes and neighbours do not outlive the device, nor do they come back when it is up again.
-fn gone_with_device(state: &mut State) {
-    state.neighbours.clear();
-    state.routes.retain(|_, route| !matches!(route, Route::Via(_)));
+fn gone_with_device(state: &mut State, of: impl Fn(IpAddr) -> bool) {
+    state.neighbours.retain(|address, _| !of(*address));
+    state.routes.retain(|_, route| !matches!(route, Route::Via(via) if of(*via)));
 }
 
 fn nft(firewall: &mut Firewall, op: &Op) -> Result<(), Errno> {
