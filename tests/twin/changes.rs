@@ -72,7 +72,7 @@ fn fresh(random: &mut Random) -> State {
 }
 
 /// The state with something missing that it has, or there that it does not have.
-fn drifted(random: &mut Random, now: &State) -> State {
+pub(crate) fn drifted(random: &mut Random, now: &State) -> State {
     let mut state = now.clone();
     for _ in 0..=random.below(4) {
         drift(random, &mut state);

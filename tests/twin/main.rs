@@ -16,12 +16,15 @@ mod lab;
 
 mod changes;
 mod contract;
+mod packets;
 mod random;
+mod wire;
 mod world;
 
 use std::env;
 use std::error::Error;
 use std::io::{self, Write};
+use std::process::Command;
 
 use egress_datapath::{ApplyError, Datapath, KernelDatapath, Sim, State};
 
@@ -104,22 +107,32 @@ impl Twins {
     /// What both hold, if it is the same.
     fn observe(&mut self) -> Result<State> {
         let (sim, kernel) = (self.sim.observe()?, self.kernel.observe()?);
-        if sim != kernel {
-            let text = |state: &State| format!("{state:#?}");
-            let (sim, kernel) = (text(&sim), text(&kernel));
-            let only = |one: &str, other: &str| -> String {
-                let known: std::collections::HashSet<_> = other.lines().collect();
-                one.lines().filter(|line| !known.contains(line)).collect::<Vec<_>>().join("\n")
-            };
-            return Err(format!(
-                "only the simulator has:\n{}\nonly the kernel has:\n{}",
-                only(&sim, &kernel),
-                only(&kernel, &sim)
-            )
-            .into());
-        }
+        difference(&sim, &kernel)?;
         Ok(kernel)
     }
+}
+
+/// What only one of the two has.
+fn difference(sim: &State, kernel: &State) -> Result {
+    if sim == kernel {
+        return Ok(());
+    }
+    let [sim, kernel] = [sim, kernel].map(|state| format!("{state:#?}"));
+    let only = |one: &str, other: &str| -> String {
+        let known: std::collections::HashSet<_> = other.lines().collect();
+        one.lines().filter(|line| !known.contains(line)).collect::<Vec<_>>().join("\n")
+    };
+    let (one, other) = (only(&sim, &kernel), only(&kernel, &sim));
+    Err(format!("only the simulator has:\n{one}\nonly the kernel has:\n{other}").into())
+}
+
+/// Feeds rules to `nft` in a namespace.
+fn nft(netns: &Netns, rules: &str) -> io::Result<()> {
+    let output = netns.run(|| Command::new("nft").arg(rules).output())??;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(io::Error::other(String::from_utf8_lossy(&output.stderr).into_owned()))
 }
 
 fn outcome(result: std::result::Result<(), ApplyError>) -> Option<Outcome> {
