@@ -88,12 +88,24 @@ impl Walk<'_> {
             return (Fate::Dropped, packet);
         }
         self.say(device, Decision::Received);
-        // The way back to a pod of another node is not the tunnel; IPv6 has no such filter.
-        if link.rp_filter == 1 && packet.source.is_ipv4() {
-            self.say(format!("{} rp_filter 1", link.name), Decision::Dropped);
+        if let Some(filter) = self.filtered(link, packet.source) {
+            self.say(filter, Decision::Dropped);
             return (Fate::Dropped, packet);
         }
         self.pass(packet, Arrival::Tunnel)
+    }
+
+    /// Whether the device's filter of sources drops it (`__fib_validate_source`): the way back to a
+    /// pod of another node is not the tunnel, and without an address not even the loose one lets
+    /// anything in. IPv6 has no such filter.
+    fn filtered(&self, link: &Vxlan, source: IpAddr) -> Option<String> {
+        let bare = || !self.state.addresses.iter().any(|net| net.addr().is_ipv4());
+        match link.rp_filter {
+            _ if source.is_ipv6() => None,
+            0 => None,
+            1 => Some(format!("{} rp_filter 1", link.name)),
+            filter => bare().then(|| format!("{} rp_filter {filter} without address", link.name)),
+        }
     }
 
     fn pass(&mut self, packet: Packet, arrival: Arrival) -> (Fate, Packet) {

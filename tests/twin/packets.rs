@@ -136,7 +136,7 @@ impl Fleet {
     }
 
     /// Somebody else changes a node, in both worlds.
-    fn edit(&mut self, at: usize, edit: impl FnOnce(&State) -> State) -> Result {
+    fn edit(&mut self, at: usize, edit: impl FnOnce(&State) -> State) -> Result<String> {
         let now = self.kernels[at].datapath().observe()?;
         let changes = Changes::between(&now, &edit(&now));
         let kernel = self.kernels[at].datapath().apply(&changes);
@@ -145,7 +145,8 @@ impl Fleet {
         if kernel != sim {
             return Err(format!("{changes}kernel: {kernel:#?}\nsim: {sim:#?}").into());
         }
-        self.compare(at).map_err(|error| format!("{error}\nafter {changes}").into())
+        self.compare(at).map_err(|error| format!("{error}\nafter {changes}"))?;
+        Ok(changes.to_string())
     }
 
     fn compare(&mut self, at: usize) -> Result {
@@ -387,14 +388,16 @@ fn node(number: u8, cluster: &Cluster) -> SimNode {
 
 #[test]
 fn packets_fare_alike() -> Result {
-    for layout in [MarkLayout::SEED, MarkLayout::COMPACT] {
-        let Some(fleet) = given(Fleet::new(layout))? else { return Ok(()) };
-        run(fleet, layout)?;
-    }
-    Ok(())
+    run(MarkLayout::SEED)
 }
 
-fn run(mut fleet: Fleet, layout: MarkLayout) -> Result {
+#[test]
+fn packets_fare_alike_with_marks_without_prefix() -> Result {
+    run(MarkLayout::COMPACT)
+}
+
+fn run(layout: MarkLayout) -> Result {
+    let Some(mut fleet) = given(Fleet::new(layout))? else { return Ok(()) };
     let (seed, begun) = (seed()?, Instant::now());
     let mut random = Random::new(seed);
     let mut policies = Vec::new();
@@ -423,7 +426,7 @@ fn run(mut fleet: Fleet, layout: MarkLayout) -> Result {
         layout.mask(),
         begun.elapsed().as_secs_f32()
     ));
-    assert!(translated > packets / 10 && through < packets * 9 / 10, "the packets say little");
+    assert!(translated > packets / 10 && through < packets * 19 / 20, "the packets say little");
     Ok(())
 }
 
@@ -436,8 +439,8 @@ fn step(
     let at = random.below(3);
     match random.below(8) {
         0 | 1 => {
-            fleet.edit(at, |now| edited(random, now))?;
-            return Ok(format!("node {at} edited"));
+            let changes = fleet.edit(at, |now| edited(random, now))?;
+            return Ok(format!("node {at} edited: {changes}"));
         }
         2 => {
             fleet.restart(at)?;
