@@ -148,6 +148,11 @@ fn nft(firewall: &mut Firewall, op: &Op) -> Result<(), Errno> {
         },
         Op::DeleteChain(chain) => {
             if goes_to(firewall, *chain) {
+                // Its rules are gone by then, and with them what they refer to is free; all of it
+                // is undone with the transaction (`nf_tables_delchain`).
+                if let Some((_, rules)) = firewall.chains.get_mut(chain) {
+                    rules.clear();
+                }
                 return Err(errno::EBUSY);
             }
             firewall.chains.remove(chain).map(drop).ok_or(errno::ENOENT)
