@@ -66,6 +66,9 @@ pub enum Op {
     DeleteElement(Key, Value),
     /// Deletes something in our table that we never make.
     DeleteStray(Stray),
+    /// Keeps answers to a connection that is about to end from opening it the other way round,
+    /// for [`Connection::ANSWERS_HELD`].
+    HoldAnswers(Connection),
     /// Makes the kernel forget a connection, so that its next packet is decided about anew.
     EndConnection(Connection),
 }
@@ -100,6 +103,7 @@ impl Op {
                 | Self::AddElement(..)
                 | Self::DeleteElement(..)
                 | Self::DeleteStray(_)
+                | Self::HoldAnswers(_)
         )
     }
 }
@@ -204,6 +208,15 @@ fn nft_command(f: &mut fmt::Formatter<'_>, op: &Op) -> fmt::Result {
         Op::DeleteStray(Stray::Set(name)) => {
             write!(f, "nft delete set inet {T} {}", name.escape_default())
         }
+        Op::HoldAnswers(connection) => {
+            let Connection { peer, wears, protocol, peer_port, wears_port, .. } = connection;
+            let set = connection.answers();
+            write!(f, "nft add element inet {T} {set} {{ {peer} . {wears} . {protocol}")?;
+            if let Set::Answer(_) = set {
+                write!(f, " . {peer_port} . {wears_port}")?;
+            }
+            write!(f, " timeout {}s }}", Connection::ANSWERS_HELD.as_secs())
+        }
         _ => Ok(()),
     }
 }
@@ -218,7 +231,11 @@ fn add_set(f: &mut fmt::Formatter<'_>, set: Set) -> fmt::Result {
     if let Some(data) = set.data() {
         write!(f, " : {}", data.name())?;
     }
-    f.write_str(if set.is_interval() { "; flags interval; }" } else { "; }" })
+    f.write_str(match (set.is_interval(), set.is_fleeting()) {
+        (true, _) => "; flags interval; }",
+        (_, true) => "; flags timeout; }",
+        _ => "; }",
+    })
 }
 
 fn route_command(

@@ -1,6 +1,7 @@
 //! A kernel in memory: refuses what the kernel refuses.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use crate::changes::{Changes, Made, Step};
 use crate::connection::Connection;
@@ -107,6 +108,11 @@ impl Sim {
         self.conntrack.clear();
     }
 
+    /// Lets time pass, which ends what has a timeout: answers that are held back.
+    pub fn pass(&mut self, time: Duration) {
+        self.conntrack.held.pass(time);
+    }
+
     /// What became of a packet here, and the packet as it goes on.
     fn walk(
         &mut self,
@@ -160,17 +166,35 @@ impl Sim {
             Some((after, _)) => *after -= 1,
             None => {}
         }
-        if let Some(connection) = op.ended() {
-            self.conntrack.end(connection);
-            return Ok(());
+        match op {
+            Op::EndConnection(connection) => {
+                self.conntrack.end(connection);
+                Ok(())
+            }
+            Op::HoldAnswers(connection) if self.has(connection.answers()) => {
+                self.conntrack.held.hold(connection);
+                Ok(())
+            }
+            op => {
+                let made = make(&mut self.state, op);
+                if let Op::DeleteTable | Op::DeleteSet(_) = op {
+                    let firewall = self.state.firewall.as_ref();
+                    let sets = |set| firewall.is_some_and(|table| table.sets.contains(&set));
+                    self.conntrack.held.keep(sets);
+                }
+                made
+            }
         }
-        make(&mut self.state, op)
+    }
+
+    fn has(&self, set: Set) -> bool {
+        self.state.firewall.as_ref().is_some_and(|firewall| firewall.sets.contains(&set))
     }
 
     /// Makes a step; of a transaction all or nothing, of other requests those that are accepted.
     fn step(&mut self, step: &Step) -> Made {
         let transaction = step.ops.first().is_some_and(Op::is_nft);
-        let before = transaction.then(|| self.state.clone());
+        let before = transaction.then(|| (self.state.clone(), self.conntrack.held.clone()));
         let mut refused = Vec::new();
         let mut ended = None;
         for op in &step.ops {
@@ -187,7 +211,7 @@ impl Sim {
         }
         match before {
             Some(before) if !refused.is_empty() => {
-                self.state = before;
+                (self.state, self.conntrack.held) = before;
                 (0, refused)
             }
             _ => (step.ops.len() - refused.len(), refused),
@@ -200,6 +224,7 @@ fn elements(op: &Op) -> Option<(Set, bool)> {
     match op {
         Op::AddElement(key, _) => Some((key.set(), true)),
         Op::DeleteElement(key, _) => Some((key.set(), false)),
+        Op::HoldAnswers(connection) => Some((connection.answers(), true)),
         _ => None,
     }
 }

@@ -15,6 +15,7 @@ use crate::types::{DeviceName, Family};
 mod chains;
 pub(crate) mod conntrack;
 mod elements;
+mod held;
 mod routing;
 mod skb;
 

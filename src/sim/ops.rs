@@ -182,6 +182,8 @@ fn nft(firewall: &mut Firewall, op: &Op) -> Result<(), Errno> {
         }
         Op::DeleteElement(key, _) => firewall.elements.remove(key).map(drop).ok_or(errno::ENOENT),
         Op::DeleteStray(stray) => firewall.strays.remove(stray).then_some(()).ok_or(errno::ENOENT),
+        // Its set is not there.
+        Op::HoldAnswers(_) => Err(errno::ENOENT),
         _ => Err(errno::EINVAL),
     }
 }
@@ -203,13 +205,34 @@ fn set_of(statement: &Stmt) -> Option<Set> {
         | Stmt::SourceNotIn(set)
         | Stmt::DestinationIn(set)
         | Stmt::DestinationNotIn(set)
+        | Stmt::PacketIn(set)
         | Stmt::TagBySource(set)
         | Stmt::TagByTag(set)
         | Stmt::TagIn(set)
         | Stmt::VerdictByTag(set) => Some(*set),
         Stmt::TagByDestination(family, length) => Some(Set::Destination(*family, *length)),
         Stmt::SnatByTag(family) => Some(Set::Snat(*family)),
-        _ => None,
+        Stmt::InputDevice(_)
+        | Stmt::OutputDevice(_)
+        | Stmt::MarkIs { .. }
+        | Stmt::MarkIsNot { .. }
+        | Stmt::CtDirection(_)
+        | Stmt::CtState(_)
+        | Stmt::NotTranslated
+        | Stmt::CtMarkIs(_)
+        | Stmt::CtMarkIsNot(_)
+        | Stmt::SetCtMark(_)
+        | Stmt::UdpPort(_)
+        | Stmt::Icmp6Type(_)
+        | Stmt::SetMark { .. }
+        | Stmt::ClearTag
+        | Stmt::SnatToSource(_)
+        | Stmt::Masquerade
+        | Stmt::Counter
+        | Stmt::Drop
+        | Stmt::Return
+        | Stmt::Goto(_)
+        | Stmt::Unknown(_) => None,
     }
 }
 

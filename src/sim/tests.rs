@@ -211,3 +211,18 @@ fn strangers_have_no_say_in_the_tunnel() {
     let other = Frame { vni: 7, ..from("10.10.0.11") };
     assert_eq!(sim(&mut sims, "b").receive(&other).fate, Fate::Dropped);
 }
+
+#[test]
+fn an_answer_that_comes_late_does_not_turn_a_connection_around() {
+    let mut sims = sims();
+    let Outcome::Left { packet, .. } = sims.send(asked()).outcome else { panic!() };
+    apply(&mut sims, &[policy("b")]);
+    let late = sims.send(packet.reply());
+    assert_eq!(late.outcome, Outcome::Dropped { node: Some(name("a")) }, "{}", late.trace);
+    assert_eq!(left(&sims.send(asked())), Some(("b", ip(EIP))));
+    // A new one is not that late, if all has ended in between.
+    sim(&mut sims, "a").forget_connections();
+    sim(&mut sims, "a").pass(Connection::ANSWERS_HELD);
+    let new = sims.send(packet.reply());
+    assert!(matches!(new.outcome, Outcome::Arrived { .. }), "{}", new.trace);
+}

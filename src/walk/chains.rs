@@ -127,6 +127,7 @@ impl Walk<'_> {
             Stmt::SourceNotIn(set) => has_address(firewall, *set, source) == Some(false),
             Stmt::DestinationIn(set) => has_address(firewall, *set, destination) == Some(true),
             Stmt::DestinationNotIn(set) => has_address(firewall, *set, destination) == Some(false),
+            Stmt::PacketIn(set) => self.conntrack.held.holds(*set, &skb.packet),
             Stmt::CtDirection(direction) => {
                 skb.tracking.facts().is_some_and(|facts| facts.direction == *direction)
             }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
+use super::held::Held;
 use super::skb::Facts;
 use crate::connection::Connection;
 use crate::packet::Packet;
@@ -15,6 +16,8 @@ pub(crate) struct Conntrack {
     /// Which entry a packet belongs to, and in which direction.
     tuples: BTreeMap<Packet, (u32, Direction)>,
     last: u32,
+    /// What the sets with timeouts hold.
+    pub(crate) held: Held,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -92,7 +95,9 @@ impl Conntrack {
             destination: original.destination,
             destination_port: original.destination_port,
             peer: reply.source,
+            peer_port: reply.source_port,
             wears: reply.destination,
+            wears_port: reply.destination_port,
             mark: *mark,
             zone: 0,
             id: *id,

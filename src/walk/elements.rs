@@ -38,6 +38,8 @@ pub(super) fn by_address(firewall: &Firewall, set: Set, address: IpAddr) -> Opti
         Set::Excluded(_) => firewall.overlapping(&Key::Excluded(range())).copied(),
         Set::SourceNet(_) => firewall.overlapping(&Key::SourceNet(range())).copied(),
         Set::Gateway
+        | Set::Answer(_)
+        | Set::PortlessAnswer(_)
         | Set::Verdict
         | Set::Steer(_)
         | Set::Snat(_)
@@ -56,6 +58,8 @@ const fn family_of(set: Set) -> Option<Family> {
         | Set::Source(family)
         | Set::SourceNet(family) => Some(family),
         Set::Gateway
+        | Set::Answer(_)
+        | Set::PortlessAnswer(_)
         | Set::Verdict
         | Set::Steer(_)
         | Set::Snat(_)
@@ -78,6 +82,8 @@ pub(super) const fn by_tag(set: Set, priority: u32) -> Option<Key> {
         | Set::Excluded(_)
         | Set::Eip(_)
         | Set::Gateway
+        | Set::Answer(_)
+        | Set::PortlessAnswer(_)
         | Set::Destination(..)
         | Set::Source(_)
         | Set::SourceNet(_) => None,

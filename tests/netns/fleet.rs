@@ -119,11 +119,13 @@ impl Fleet {
         Ok(())
     }
 
-    /// Removes everything of ours from every node.
+    /// Removes everything of ours from every node, the rules when no node needs them any more.
     pub(crate) fn remove(&mut self) -> Result {
-        for (cluster, reconciler) in &mut self.nodes {
-            let report = reconciler.remove();
-            report.map_err(|error| format!("{}: {error}", cluster.node))?;
+        for empty in [Reconciler::drain, Reconciler::remove] {
+            for (cluster, reconciler) in &mut self.nodes {
+                let report = empty(reconciler);
+                report.map_err(|error| format!("{}: {error}", cluster.node))?;
+            }
         }
         Ok(())
     }
