@@ -16,6 +16,7 @@ mod lab;
 
 mod changes;
 mod contract;
+mod mutants;
 mod packets;
 mod random;
 mod wire;

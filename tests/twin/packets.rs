@@ -363,7 +363,7 @@ fn simulated(cluster: &Cluster) -> Simulated {
 }
 
 /// The twin of the lab's node of this number.
-fn node(number: u8, cluster: &Cluster) -> SimNode {
+pub(crate) fn node(number: u8, cluster: &Cluster) -> SimNode {
     let here = cluster.nodes.iter().find(|node| node.name == cluster.node).unwrap();
     let mut around = Surroundings { local: here.underlay.clone(), own: Vec::new() };
     let everything = ["0.0.0.0/0", "::/0"].map(|net| net.parse().unwrap());
