@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use crate::error::errno;
 use crate::op::Op;
-use crate::state::{ChainId, Data, Firewall, NftRule, Route, Set, State, Stmt, Verdict};
+use crate::state::{ChainId, Data, Firewall, NftRule, Route, Set, State, Stmt, Verdict, Vxlan};
 use crate::types::DeviceName;
 
 /// An error number, positive.
@@ -31,6 +31,7 @@ fn rtnetlink(state: &mut State, op: &Op) -> Result<(), Errno> {
     };
     match op {
         Op::AddLink(link) => {
+            possible(link)?;
             if state.link.is_some() {
                 return Err(errno::EEXIST);
             }
@@ -38,6 +39,7 @@ fn rtnetlink(state: &mut State, op: &Op) -> Result<(), Errno> {
         }
         Op::SetLink(link) => {
             let old = has(&link.name)?.clone();
+            possible(link)?;
             if (old.vni, old.port) != (link.vni, link.port) {
                 return Err(errno::EOPNOTSUPP);
             }
@@ -82,9 +84,11 @@ fn rtnetlink(state: &mut State, op: &Op) -> Result<(), Errno> {
         Op::DeleteFdb(device, mac, node) => {
             has(device)?;
             match state.fdb.entry(*mac) {
-                Entry::Occupied(entry) if entry.get() == node => entry.remove(),
-                _ => return Err(errno::ENOENT),
-            };
+                Entry::Occupied(entry) if entry.get() == node => drop(entry.remove()),
+                // An entry to another node stays, and nothing is said (`__vxlan_fdb_delete`).
+                Entry::Occupied(_) => {}
+                Entry::Vacant(_) => return Err(errno::ENOENT),
+            }
         }
         Op::PutNeighbour(device, address, mac) => {
             has(device)?;
@@ -101,7 +105,13 @@ fn rtnetlink(state: &mut State, op: &Op) -> Result<(), Errno> {
             state.routes.insert(*key, *route);
         }
         Op::DeleteRoute(_, key, route) => match state.routes.entry(*key) {
-            Entry::Occupied(entry) if entry.get() == route => drop(entry.remove()),
+            // IPv6 does not look at the type of what it deletes (`ip6_route_del`).
+            Entry::Occupied(entry)
+                if entry.get() == route
+                    || key.dst.addr().is_ipv6() && !matches!(route, Route::Via(_)) =>
+            {
+                drop(entry.remove());
+            }
             _ => return Err(errno::ESRCH),
         },
         Op::AddRule(rule) => {
@@ -117,6 +127,18 @@ fn rtnetlink(state: &mut State, op: &Op) -> Result<(), Errno> {
         _ => return Err(errno::EINVAL),
     }
     Ok(())
+}
+
+/// Whether there can be such a device (`eth_validate_addr`, `vxlan_validate`, RFC 791).
+fn possible(link: &Vxlan) -> Result<(), Errno> {
+    let octets = link.mac.octets();
+    if octets[0] & 1 != 0 || octets == [0; 6] {
+        return Err(errno::EADDRNOTAVAIL);
+    }
+    if link.vni >= 1 << 24 {
+        return Err(errno::ERANGE);
+    }
+    if link.mtu < 68 { Err(errno::EINVAL) } else { Ok(()) }
 }
 
 /// Routes and neighbours do not outlive the device, nor do they come back when it is up again.

@@ -43,7 +43,7 @@ fn policy(id: &str, pod: Pair, gateway: Option<(&str, Pair)>) -> EgressPolicy {
 
 /// Pod a goes by node b, but for one destination by node c; pod b leaves from its own node; pod c
 /// must not leave.
-fn policies() -> Vec<EgressPolicy> {
+pub(crate) fn policies() -> Vec<EgressPolicy> {
     let mut narrow = policy("narrow", POD_A, Some(("node-c", EIP_C)));
     narrow.destinations = Destinations::Nets(hosts(&[OTHER_SERVER]));
     let mut wide = policy("wide", POD_A, Some(("node-b", EIP_B)));
