@@ -56,8 +56,8 @@ use ops::{Errno, make};
 #[derive(Clone, Debug, Default)]
 pub struct Sim {
     state: State,
-    /// How many operations to make before one is refused, and with which error number.
-    refuse: Option<(usize, Errno)>,
+    /// How many operations to make before one fails, and how.
+    fault: Option<(usize, Fault)>,
     conntrack: Conntrack,
     around: Surroundings,
 }
@@ -152,20 +152,43 @@ impl Sim {
     /// assert!(kernel.apply(&changes).is_ok(), "once is enough");
     /// ```
     pub const fn refuse(&mut self, after: usize, errno: i32) {
-        self.refuse = Some((after, errno));
+        self.fault = Some((after, Fault::Refuse(errno)));
+    }
+
+    /// Makes one operation, and says that it was not: the answer is lost. With it in one
+    /// transaction, the others are made, too.
+    ///
+    /// ```
+    /// use egress_datapath::{Changes, Datapath, Sim, State};
+    /// # let wanted = State { firewall: Some(Default::default()), ..State::default() };
+    /// let mut kernel = Sim::new();
+    /// kernel.lose_answer(0);
+    /// let changes = Changes::between(kernel.state(), &wanted);
+    /// assert!(kernel.apply(&changes).is_err());
+    /// assert_eq!(kernel.state(), &wanted, "it was made");
+    /// ```
+    pub const fn lose_answer(&mut self, after: usize) {
+        self.fault = Some((after, Fault::LoseAnswer));
+    }
+
+    /// The fault that an operation meets.
+    const fn met(&mut self) -> Option<Fault> {
+        match &mut self.fault {
+            Some((0, fault)) => {
+                let fault = *fault;
+                self.fault = None;
+                Some(fault)
+            }
+            Some((after, _)) => {
+                *after -= 1;
+                None
+            }
+            None => None,
+        }
     }
 
     /// Makes an operation, or refuses it.
     fn op(&mut self, op: &Op) -> Result<(), Errno> {
-        match &mut self.refuse {
-            Some((0, errno)) => {
-                let errno = *errno;
-                self.refuse = None;
-                return Err(errno);
-            }
-            Some((after, _)) => *after -= 1,
-            None => {}
-        }
         match op {
             Op::EndConnection(connection) => {
                 self.conntrack.end(connection);
@@ -195,7 +218,7 @@ impl Sim {
     fn step(&mut self, step: &Step) -> Made {
         let transaction = step.ops.first().is_some_and(Op::is_nft);
         let before = transaction.then(|| (self.state.clone(), self.conntrack.held.clone()));
-        let mut refused = Vec::new();
+        let (mut refused, mut lost) = (Vec::new(), None);
         let mut ended = None;
         for op in &step.ops {
             // Elements of one set are one message, which ends with the first that is refused.
@@ -204,10 +227,22 @@ impl Sim {
                 continue;
             }
             ended = None;
-            if let Err(errno) = self.op(op) {
+            let made = match self.met() {
+                Some(Fault::Refuse(errno)) => Err(errno),
+                Some(Fault::LoseAnswer) => {
+                    lost = Some((op.clone(), KernelError::answer(op, LOST)));
+                    self.op(op)
+                }
+                None => self.op(op),
+            };
+            if let Err(errno) = made {
                 ended = message;
                 refused.push((op.clone(), KernelError::refused(op, errno)));
             }
+        }
+        if let (true, Some(lost)) = (refused.is_empty(), lost) {
+            let known = if transaction { 0 } else { step.ops.len() - 1 };
+            return (known, vec![lost]);
         }
         match before {
             Some(before) if !refused.is_empty() => {
@@ -218,6 +253,15 @@ impl Sim {
         }
     }
 }
+
+/// What an operation meets.
+#[derive(Clone, Copy, Debug)]
+enum Fault {
+    Refuse(Errno),
+    LoseAnswer,
+}
+
+const LOST: &str = "the kernel's answer was lost: whether the changes were made must be read";
 
 /// The set that elements are added to, or deleted from.
 fn elements(op: &Op) -> Option<(Set, bool)> {

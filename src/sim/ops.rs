@@ -110,7 +110,7 @@ fn rtnetlink(state: &mut State, op: &Op) -> Result<(), Errno> {
                 if entry.get() == route
                     || key.dst.addr().is_ipv6() && !matches!(route, Route::Via(_)) =>
             {
-                drop(entry.remove());
+                entry.remove();
             }
             _ => return Err(errno::ESRCH),
         },

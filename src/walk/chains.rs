@@ -162,18 +162,7 @@ impl Walk<'_> {
             }
             Stmt::TagByTag(set) => self.tag_by_tag(firewall, *set, skb),
             Stmt::TagIn(set) => by_tag(*set, skb.priority).is_some_and(|key| holds(firewall, &key)),
-            Stmt::VerdictByTag(set) => {
-                let key = by_tag(*set, skb.priority);
-                let value = key.and_then(|key| found(firewall, &key));
-                return match value.map(|value| value.data) {
-                    Some(Data::Verdict(Verdict::Drop)) => {
-                        self.say(here(), Decision::Dropped);
-                        Next::End(End::Dropped)
-                    }
-                    Some(Data::Verdict(Verdict::Goto(chain))) => Next::Chain(chain),
-                    _ => Next::Rule,
-                };
-            }
+            Stmt::VerdictByTag(set) => return self.verdict_by_tag(firewall, *set, skb, here),
             Stmt::SnatToSource(of) => {
                 if *of != family {
                     return Next::Rule;
@@ -181,15 +170,7 @@ impl Walk<'_> {
                 self.say(here(), Decision::Bound);
                 return Next::End(End::Nat(Nat::Bound));
             }
-            Stmt::SnatByTag(of) => {
-                let key = by_tag(Set::Snat(*of), skb.priority).filter(|_| *of == family);
-                let Some(key) = key else { return Next::Rule };
-                let Some(Value { data: Data::Address(address), .. }) = found(firewall, &key) else {
-                    return Next::Rule;
-                };
-                self.say(shown(firewall, &key), Decision::Wears(Some(address)));
-                return Next::End(End::Nat(Nat::To(address)));
-            }
+            Stmt::SnatByTag(of) => return self.snat_by_tag(firewall, *of, skb),
             Stmt::Masquerade => {
                 self.say(here(), Decision::Wears(self.around.own(destination)));
                 return Next::End(End::Nat(Nat::Masquerade));
@@ -212,6 +193,34 @@ impl Walk<'_> {
             }
         };
         if holds { Next::Statement } else { Next::Rule }
+    }
+
+    fn verdict_by_tag(
+        &mut self,
+        firewall: &Firewall,
+        set: Set,
+        skb: &Skb,
+        here: impl Fn() -> String,
+    ) -> Next {
+        let value = by_tag(set, skb.priority).and_then(|key| found(firewall, &key));
+        match value.map(|value| value.data) {
+            Some(Data::Verdict(Verdict::Drop)) => {
+                self.say(here(), Decision::Dropped);
+                Next::End(End::Dropped)
+            }
+            Some(Data::Verdict(Verdict::Goto(chain))) => Next::Chain(chain),
+            Some(Data::None | Data::Tag(_) | Data::Address(_)) | None => Next::Rule,
+        }
+    }
+
+    fn snat_by_tag(&mut self, firewall: &Firewall, of: Family, skb: &Skb) -> Next {
+        let key = by_tag(Set::Snat(of), skb.priority);
+        let Some(key) = key.filter(|_| of == Self::family(skb.packet)) else { return Next::Rule };
+        let Some(Value { data: Data::Address(address), .. }) = found(firewall, &key) else {
+            return Next::Rule;
+        };
+        self.say(shown(firewall, &key), Decision::Wears(Some(address)));
+        Next::End(End::Nat(Nat::To(address)))
     }
 
     fn tag_by_source(&mut self, firewall: &Firewall, set: Set, skb: &mut Skb) -> bool {

@@ -3,8 +3,9 @@
 use std::time::Instant;
 
 use egress_datapath::Changes;
-use egress_datapath::state::{ChainId, Data, Key, NftRule, Route, State, Stmt};
+use egress_datapath::state::State;
 
+use crate::drift::drifted;
 use crate::random::Random;
 use crate::world::{cluster, planned, policies};
 use crate::{Result, Twins, given, say, seed, times};
@@ -56,11 +57,11 @@ fn change(random: &mut Random, now: &State) -> (State, State) {
         3 => (now.clone(), drifted(random, now)),
         // Added again, deleted again.
         4 => (State { link: now.link.clone(), ..State::default() }, now.clone()),
-        5 => (now.clone(), {
+        5 => {
             let mut less = drifted(random, now);
             less.link.clone_from(&now.link);
-            less
-        }),
+            (now.clone(), less)
+        }
         _ => (drifted(random, now), drifted(random, now)),
     }
 }
@@ -69,104 +70,4 @@ fn fresh(random: &mut Random) -> State {
     let cluster = cluster(random, "node-a");
     let policies = policies(random, 6);
     planned(&cluster, &policies)
-}
-
-/// The state with something missing that it has, or there that it does not have.
-pub(crate) fn drifted(random: &mut Random, now: &State) -> State {
-    let mut state = now.clone();
-    for _ in 0..=random.below(4) {
-        drift(random, &mut state);
-    }
-    state
-}
-
-fn drift(random: &mut Random, state: &mut State) {
-    match random.below(12) {
-        0 => {
-            if let Some(link) = &mut state.link {
-                link.up = !link.up;
-            }
-        }
-        1 => {
-            if let Some(link) = &mut state.link {
-                link.mtu = random.of(&[1300, 1400]);
-                link.rp_filter = random.of(&[0, 1, 2]);
-            }
-        }
-        2 => drop(
-            pop(random, &mut state.rules.iter().copied().collect::<Vec<_>>())
-                .map(|rule| state.rules.remove(&rule)),
-        ),
-        3 => {
-            let mut all = state.routes.keys().copied().collect();
-            let gone = pop(random, &mut all);
-            gone.map(|key| state.routes.remove(&key));
-        }
-        4 => {
-            let mut all = state.routes.keys().copied().collect();
-            if let Some(key) = pop(random, &mut all) {
-                state.routes.insert(key, random.of(&[Route::Throw, Route::Unreachable]));
-            }
-        }
-        5 => {
-            let mut all = state.neighbours.keys().copied().collect();
-            let gone = pop(random, &mut all);
-            gone.map(|key| state.neighbours.remove(&key));
-        }
-        6 => {
-            let mut all = state.fdb.keys().copied().collect();
-            let gone = pop(random, &mut all);
-            gone.map(|key| state.fdb.remove(&key));
-        }
-        7 => {
-            let mut all: Vec<_> = state.addresses.iter().copied().collect();
-            let gone = pop(random, &mut all);
-            gone.map(|net| state.addresses.remove(&net));
-        }
-        _ => firewall(random, state),
-    }
-}
-
-fn firewall(random: &mut Random, state: &mut State) {
-    let Some(firewall) = &mut state.firewall else { return };
-    match random.below(8) {
-        0 => state.firewall = None,
-        1 => {
-            let mut all: Vec<_> = firewall.sets.iter().copied().collect();
-            if let Some(set) = pop(random, &mut all) {
-                firewall.sets.remove(&set);
-                firewall.elements.retain(|key: &Key, _| key.set() != set);
-            }
-        }
-        2 => {
-            let mut all: Vec<_> = firewall.chains.keys().copied().collect();
-            let gone = pop(random, &mut all);
-            gone.map(|chain| firewall.chains.remove(&chain));
-        }
-        3 => {
-            let mut all: Vec<ChainId> = firewall.chains.keys().copied().collect();
-            let chain = pop(random, &mut all);
-            if let Some((_, rules)) = chain.and_then(|chain| firewall.chains.get_mut(&chain)) {
-                rules.insert(random.below(rules.len() + 1), NftRule(vec![Stmt::Counter]));
-            }
-        }
-        _ => {
-            let mut all: Vec<_> = firewall.elements.keys().copied().collect();
-            for _ in 0..=random.below(3) {
-                let Some(key) = pop(random, &mut all) else { break };
-                let other = firewall.elements.get(&key).cloned();
-                firewall.elements.remove(&key);
-                if let (true, Some(mut value)) = (random.once_in(3), other) {
-                    if let Data::Tag(tag) = &mut value.data {
-                        *tag = egress_datapath::state::Tag::HERE;
-                    }
-                    firewall.elements.insert(key, value);
-                }
-            }
-        }
-    }
-}
-
-fn pop<T>(random: &mut Random, all: &mut Vec<T>) -> Option<T> {
-    if all.is_empty() { None } else { Some(all.swap_remove(random.below(all.len()))) }
 }

@@ -8,7 +8,7 @@ use egress_datapath::state::{
 };
 use egress_datapath::{Changes, Family, IpRange, MacAddr, Mark, NodeName, TableId};
 
-use crate::mutants::policies;
+use crate::checks::policies;
 use crate::{Result, Twins, given, lab, say, world};
 
 const ENOENT: i32 = 2;

@@ -15,7 +15,10 @@
 mod lab;
 
 mod changes;
+mod checks;
 mod contract;
+mod drift;
+mod fleet;
 mod mutants;
 mod packets;
 mod random;

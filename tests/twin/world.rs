@@ -51,7 +51,7 @@ fn net(text: &str) -> IpNet {
 }
 
 fn some(random: &mut Random, from: &[&str], most: usize) -> Vec<IpNet> {
-    (0..=random.below(most)).map(|_| net(&random.of(from))).collect()
+    (0..=random.below(most)).map(|_| net(random.of(from))).collect()
 }
 
 /// So many policies at most.
