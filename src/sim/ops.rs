@@ -211,10 +211,11 @@ fn nft(firewall: &mut Firewall, op: &Op) -> Result<(), Errno> {
 }
 
 fn goes_to(firewall: &Firewall, chain: ChainId) -> bool {
-    let by_rule = firewall
-        .chains
-        .values()
-        .any(|(_, rules)| rules.iter().any(|rule| rule.0.contains(&Stmt::Goto(chain))));
+    let by_rule = firewall.chains.values().any(|(_, rules)| {
+        rules.iter().any(|NftRule(rule)| {
+            rule.contains(&Stmt::Goto(chain)) || rule.contains(&Stmt::Jump(chain))
+        })
+    });
     let goto = Data::Verdict(Verdict::Goto(chain));
     by_rule || firewall.elements.values().any(|value| value.data == goto)
 }
@@ -234,7 +235,8 @@ fn set_of(statement: &Stmt) -> Option<Set> {
         | Stmt::VerdictByTag(set) => Some(*set),
         Stmt::TagByDestination(family, length) => Some(Set::Destination(*family, *length)),
         Stmt::SnatByTag(family) => Some(Set::Snat(*family)),
-        Stmt::InputDevice(_)
+        Stmt::HasInput
+        | Stmt::InputDevice(_)
         | Stmt::OutputDevice(_)
         | Stmt::MarkIs { .. }
         | Stmt::MarkIsNot { .. }
@@ -253,6 +255,7 @@ fn set_of(statement: &Stmt) -> Option<Set> {
         | Stmt::Counter
         | Stmt::Drop
         | Stmt::Return
+        | Stmt::Jump(_)
         | Stmt::Goto(_)
         | Stmt::Unknown(_) => None,
     }
@@ -264,7 +267,7 @@ fn names(rule: &NftRule, set: Set) -> bool {
 
 fn refers_well(firewall: &Firewall, rule: &NftRule) -> bool {
     rule.0.iter().all(|statement| match statement {
-        Stmt::Goto(chain) => firewall.chains.contains_key(chain),
+        Stmt::Goto(chain) | Stmt::Jump(chain) => firewall.chains.contains_key(chain),
         other => set_of(other).is_none_or(|set| firewall.sets.contains(&set)),
     })
 }

@@ -36,9 +36,15 @@ enum Next {
     Statement,
     /// The statement does not hold: the next rule.
     Rule,
-    Chain(ChainId),
+    Goto(ChainId),
+    Jump(ChainId),
+    /// Back behind the jump that led here; out of the base chain if there was none.
+    Return,
     End(End),
 }
+
+/// Jumps within jumps that the kernel takes (`NFT_JUMP_STACK_SIZE`).
+const JUMPS: usize = 16;
 
 /// Where a base chain really runs: the kernel calls all NAT chains of a hook together, at one
 /// place (`NF_IP_PRI_NAT_DST`, `NF_IP_PRI_NAT_SRC`), and there in the order of their priorities.
@@ -64,43 +70,56 @@ impl Walk<'_> {
             if base.kind == ChainType::Nat && !open {
                 continue;
             }
-            match self.chain(firewall, chain, skb) {
-                End::Dropped => return End::Dropped,
-                End::Nat(nat) => {
+            match self.chain(firewall, chain, skb, JUMPS) {
+                Some(End::Dropped) => return End::Dropped,
+                Some(End::Nat(nat)) => {
                     open = false;
                     done = End::Nat(nat);
                     if let (Some(facts), false) = (skb.facts_mut(), nat == Nat::Bound) {
                         facts.translated = true;
                     }
                 }
-                End::Accepted => {}
+                Some(End::Accepted) | None => {}
             }
         }
         done
     }
 
-    fn chain(&mut self, firewall: &Firewall, start: ChainId, skb: &mut Skb) -> End {
+    /// The verdict of a chain, if it gives one.
+    fn chain(
+        &mut self,
+        firewall: &Firewall,
+        start: ChainId,
+        skb: &mut Skb,
+        depth: usize,
+    ) -> Option<End> {
         let mut chain = start;
         // The kernel refuses loops of chains, a state by hand may have one.
-        for _ in 0..=firewall.chains.len() {
-            let Some((_, rules)) = firewall.chains.get(&chain) else { return End::Accepted };
-            let next = rules.iter().find_map(|rule| {
+        'chain: for _ in 0..=firewall.chains.len() {
+            let (_, rules) = firewall.chains.get(&chain)?;
+            'rule: for rule in rules {
                 for statement in &rule.0 {
                     match self.statement(firewall, chain, rule, statement, skb) {
                         Next::Statement => {}
-                        Next::Rule => return None,
-                        end => return Some(end),
+                        Next::Rule => continue 'rule,
+                        Next::Goto(to) => {
+                            chain = to;
+                            continue 'chain;
+                        }
+                        Next::Jump(to) => {
+                            let deeper = depth.checked_sub(1)?;
+                            if let Some(end) = self.chain(firewall, to, skb, deeper) {
+                                return Some(end);
+                            }
+                        }
+                        Next::Return => return None,
+                        Next::End(end) => return Some(end),
                     }
                 }
-                None
-            });
-            match next {
-                Some(Next::Chain(to)) => chain = to,
-                Some(Next::End(end)) => return end,
-                Some(Next::Statement | Next::Rule) | None => return End::Accepted,
             }
+            return None;
         }
-        End::Accepted
+        None
     }
 
     fn statement(
@@ -175,17 +194,19 @@ impl Walk<'_> {
                 self.say(here(), Decision::Wears(self.around.own(destination)));
                 return Next::End(End::Nat(Nat::Masquerade));
             }
-            Stmt::Counter => true,
+            // Packets of the host's own processes, which came in by no device, are not walked.
+            Stmt::HasInput | Stmt::Counter => true,
             Stmt::Drop => {
                 self.say(here(), Decision::Dropped);
                 return Next::End(End::Dropped);
             }
-            Stmt::Return => return Next::End(End::Accepted),
+            Stmt::Return => return Next::Return,
+            Stmt::Jump(to) => return Next::Jump(*to),
             Stmt::Goto(to) => {
                 if *to == ChainId::Bypass {
                     self.say(here(), Decision::LeftAlone);
                 }
-                return Next::Chain(*to);
+                return Next::Goto(*to);
             }
             Stmt::Unknown(_) => {
                 self.say(here(), Decision::Unknown);
@@ -208,7 +229,7 @@ impl Walk<'_> {
                 self.say(here(), Decision::Dropped);
                 Next::End(End::Dropped)
             }
-            Some(Data::Verdict(Verdict::Goto(chain))) => Next::Chain(chain),
+            Some(Data::Verdict(Verdict::Goto(chain))) => Next::Goto(chain),
             Some(Data::None | Data::Tag(_) | Data::Address(_)) | None => Next::Rule,
         }
     }

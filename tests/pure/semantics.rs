@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use egress_datapath::state::ChainId;
 use egress_datapath::{
     Cluster, Decision, Destinations, EgressPolicy, Family, Fate, Frame, Mark, NodeName, Packet,
     Plan, Trace, explain, explain_received,
@@ -152,6 +153,15 @@ proptest! {
             });
             let trace = explain(&plan.state, &packet);
             prop_assert_eq!(became(packet, &trace), wanted, "{} of {:?}", trace, winner);
+
+            // The same packet where it got no mark, or somebody has taken it away: nobody else
+            // decides about it.
+            let mut unmarked = plan.state.clone();
+            let firewall = unmarked.firewall.as_mut().unwrap();
+            firewall.chains.get_mut(&ChainId::Prerouting).unwrap().1.clear();
+            let lost = if let Wanted::Sent(_) = wanted { Wanted::Dropped } else { wanted };
+            let trace = explain(&unmarked, &packet);
+            prop_assert_eq!(became(packet, &trace), lost, "{} of {:?}", trace, winner);
 
             // The same packet where it came out of the tunnel. What is excluded never gets there.
             let Some(policy) = winner else { continue };
