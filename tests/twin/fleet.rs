@@ -7,12 +7,14 @@ use std::{io, mem, thread};
 
 use egress_datapath::state::State;
 use egress_datapath::{
-    Changes, Cluster, Datapath, EgressPolicy, Journey, KernelDatapath, MarkLayout, MarkPool,
-    Outcome, Packet, Reconciler, Sim, SimCluster, SimNode, Surroundings, TablePool, TableRange,
+    Changes, Cluster, Datapath, EgressPolicy, Fate, Journey, KernelDatapath, MarkLayout, MarkPool,
+    Node, Outcome, Packet, Reconciler, Sim, SimCluster, SimNode, Surroundings, TablePool,
+    TableRange, explain, explain_received,
 };
 
 use crate::lab::{
-    EIP_B, EIP_C, Host, Lab, POD_A, POD_B, POD_C, Pair, Preference, SERVER, STRANGER, net,
+    EIP_B, EIP_C, Host, Lab, NODE_B_OUTSIDE, NODE_C_OUTSIDE, POD_A, POD_B, POD_C, Pair, Preference,
+    SERVER, STRANGER, net,
 };
 use crate::random::Random;
 use crate::wire::{Seen, Tap, send};
@@ -155,13 +157,20 @@ impl Fleet {
         let mut batches: [Vec<(u32, Packet)>; 5] = Default::default();
         let mut expected = BTreeMap::new();
         let mut ports = BTreeSet::new();
+        let mut told = BTreeMap::new();
+        let states = self.kernels.iter_mut().map(|kernel| kernel.datapath().observe());
+        let states: Vec<State> = states.collect::<std::result::Result<_, _>>()?;
         for _ in 0..count {
+            let known = self.flows.len();
             let Some((from, packet)) = self.packet(random) else { continue };
             // Those of one connection could overtake each other.
             if !ports.insert(connection(&packet)) {
                 continue;
             }
             self.next += 1;
+            if self.flows.len() > known {
+                told.insert(self.next, self.explained(&states, packet));
+            }
             batches[from].push((self.next, packet));
             expected.insert(self.next, (packet, self.sims.send(packet)));
         }
@@ -182,6 +191,14 @@ impl Fleet {
                 self.left.push(out);
                 sent.translated += usize::from(out.source != packet.source);
             }
+            if let Some(told) = told.remove(&number) {
+                sent.explained += 1;
+                let found = seen.first().map(|seen| seen.packet.source);
+                if !told.fits(found, &self.clusters[0].nodes) {
+                    sent.wrong
+                        .push(format!("{packet} was explained as {told:?}, came as {found:?}"));
+                }
+            }
             if !seen.iter().map(facts).eq(wanted.iter().map(facts)) {
                 let before = self.before(packet);
                 let wrong = format!("{seen:?} instead of {wanted:?}\n{}{before}", journey.trace);
@@ -193,6 +210,26 @@ impl Fleet {
             sent.wrong.push(format!("packet {number} came late: {seen:?}"));
         }
         Ok(sent)
+    }
+
+    /// The source of a new connection's packet by what the kernels hold, if it gets through.
+    fn explained(&self, states: &[State], packet: Packet) -> Explained {
+        let pod = |node: &SimNode| node.pods.iter().any(|net| net.contains(&packet.source));
+        let Some(at) = self.sims.nodes().iter().position(pod) else { return Explained::Dropped };
+        let mut trace = explain(&states[at], &packet);
+        if let Fate::Tunnelled(frame) = trace.fate {
+            let has = |node: &&Node| node.underlay.contains(&frame.to);
+            let peer = self.clusters.iter().position(|cluster| {
+                cluster.nodes.iter().find(has).is_some_and(|node| node.name == cluster.node)
+            });
+            let Some(peer) = peer else { return Explained::Dropped };
+            trace = explain_received(&states[peer], &frame);
+        }
+        match trace.fate {
+            Fate::Routed(Some(source)) => Explained::As(source),
+            Fate::Routed(None) => Explained::AsNode,
+            Fate::Dropped | Fate::Tunnelled(_) | Fate::Delivered => Explained::Dropped,
+        }
     }
 
     /// The real packets: sent, and waited for.
@@ -286,12 +323,37 @@ impl Fleet {
     }
 }
 
+/// What should become of a packet, by the states alone.
+#[derive(Clone, Copy, Debug)]
+enum Explained {
+    Dropped,
+    As(IpAddr),
+    AsNode,
+}
+
+impl Explained {
+    /// Whether it is what was seen, if anything was.
+    fn fits(self, source: Option<IpAddr>, nodes: &[Node]) -> bool {
+        match self {
+            Self::Dropped => source.is_none(),
+            Self::As(told) => source == Some(told),
+            Self::AsNode => source.is_some_and(|source| {
+                let outside = [NODE_B_OUTSIDE, NODE_C_OUTSIDE].concat();
+                outside.contains(&source)
+                    || nodes.iter().any(|node| node.underlay.contains(&source))
+            }),
+        }
+    }
+}
+
 /// What became of a batch.
 #[derive(Default)]
 pub(crate) struct Sent {
     pub(crate) packets: usize,
     pub(crate) through: usize,
     pub(crate) translated: usize,
+    /// Packets of new connections, whose fate the states alone explain.
+    pub(crate) explained: usize,
     pub(crate) wrong: Vec<String>,
 }
 
@@ -364,8 +426,8 @@ pub(crate) fn node(number: u8, cluster: &Cluster) -> SimNode {
     let everything = ["0.0.0.0/0", "::/0"].map(|net| net.parse().unwrap());
     around.own.extend(everything.into_iter().zip(here.underlay.iter().copied()));
     let (outside, eip): (Pair, Pair) = match number {
-        2 => (crate::lab::NODE_B_OUTSIDE, EIP_B),
-        3 => (crate::lab::NODE_C_OUTSIDE, EIP_C),
+        2 => (NODE_B_OUTSIDE, EIP_B),
+        3 => (NODE_C_OUTSIDE, EIP_C),
         _ => (POD_A, POD_A),
     };
     if number > 1 {

@@ -47,11 +47,12 @@ fn run(layout: MarkLayout) -> Result {
         total.packets += sent.packets;
         total.through += sent.through;
         total.translated += sent.translated;
+        total.explained += sent.explained;
     }
-    let Sent { packets, through, translated, .. } = total;
+    let Sent { packets, through, translated, explained, .. } = total;
     say(&format!(
         "seed {seed}, marks of {:#x}: {packets} packets over {steps} changes, {through} got through, \
-         {translated} of them with another source, 0 differences in {:.1} s",
+         {translated} of them with another source, {explained} new connections explained, 0 differences in {:.1} s",
         layout.mask(),
         begun.elapsed().as_secs_f32()
     ));
