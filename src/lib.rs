@@ -21,6 +21,8 @@
 //!   print as the commands an operator would type.
 //! - [`Datapath`] holds a state: the kernel ([`KernelDatapath`]) or a stand-in ([`Sim`]).
 //! - [`Reconciler`] does all of this in one call.
+//! - [`explain()`] says where a packet goes and which objects decided it; [`SimCluster`] carries
+//!   packets between simulated nodes.
 //! - [`preflight`] looks beforehand at what on the host may be in the way.
 //! - [`Watch`] is readable when somebody else touched what is ours, and [`Reconciler::repair`] puts
 //!   it right.
