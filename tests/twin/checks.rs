@@ -1,11 +1,12 @@
 //! What must hold of packets, whatever is lost on their way.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use egress_datapath::state::{Key, Route, State};
+use egress_datapath::state::{Key, Route, Rule, RuleAction, State};
 use egress_datapath::{
     Changes, Datapath, Decision, Destinations, EgressPolicy, Fate, Frame, Journey, NodeName,
-    Outcome, Packet, PolicyId, Sim, SimCluster,
+    Outcome, Packet, PolicyId, Sim, SimCluster, TableId,
 };
 
 use crate::fleet::node;
@@ -82,6 +83,15 @@ impl World {
 
 fn sim<'a>(sims: &'a mut SimCluster, of: &str) -> &'a mut Sim {
     &mut sims.node_mut(&name(of)).unwrap().sim
+}
+
+/// The rules that lead to a gateway.
+pub(crate) fn gateways(state: &State) -> BTreeSet<Rule> {
+    let sends = |table: TableId| {
+        state.routes.iter().any(|(key, route)| key.table == table && matches!(route, Route::Via(_)))
+    };
+    let leads = |rule: &&Rule| matches!(rule.action, RuleAction::Lookup(table) if sends(table));
+    state.rules.iter().filter(leads).copied().collect()
 }
 
 fn packets(from: Pair, to: Pair) -> impl Iterator<Item = Packet> {
@@ -172,8 +182,11 @@ pub(crate) const CHECKS: [(&str, Check); 15] = [
         dropped(&mut world.without(|state| state.rules.clear()), "chain forward")
     }),
     ("without the gateway's rule it is refused by the closing table", |world| {
-        let gateway = |state: &mut State| state.rules.retain(|rule| rule.priority != 101);
-        dropped(&mut world.without(gateway), "unreachable route")
+        let lose = |state: &mut State| {
+            let gone = gateways(state);
+            state.rules.retain(|rule| !gone.contains(rule));
+        };
+        dropped(&mut world.without(lose), "unreachable route")
     }),
     ("without the device it is refused by the gateway's table", |world| {
         let device = |state: &mut State| {

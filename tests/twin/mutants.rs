@@ -1,9 +1,11 @@
 //! Deliberate faults in what is planned, and which check notices each.
 
-use egress_datapath::state::{ChainId, Key, NftRule, Route, Set, State, Stmt, Tag};
+use egress_datapath::state::{
+    ChainId, Direction, Key, NftRule, Route, Rule, Set, State, Stmt, Tag,
+};
 use egress_datapath::{Changes, Family, Mark};
 
-use crate::checks::{CHECKS, Mutate, World, every_point};
+use crate::checks::{CHECKS, Mutate, World, every_point, gateways};
 use crate::{Result, say};
 
 fn rules(state: &mut State, chain: ChainId) -> &mut Vec<NftRule> {
@@ -23,9 +25,17 @@ fn skip(state: &mut State, chain: ChainId, is: impl Fn(&Stmt) -> bool) {
     }
 }
 
-fn pick(state: &mut State, work: impl Fn(&mut Vec<NftRule>)) {
-    for family in Family::BOTH {
-        work(rules(state, ChainId::Pick(family)));
+/// The rules of each chain that has a rule beginning so.
+fn each(
+    state: &mut State,
+    begins: impl Fn(&Stmt) -> bool,
+    work: impl Fn(&mut Vec<NftRule>, usize),
+) {
+    for (_, rules) in state.firewall.as_mut().unwrap().chains.values_mut() {
+        let at = rules.iter().position(|rule| rule.0.first().is_some_and(&begins));
+        if let Some(at) = at {
+            work(rules, at);
+        }
     }
 }
 
@@ -69,22 +79,25 @@ const MUTANTS: [(&str, Mutate); 24] = [
     ("missing guard: the node answers on egress IPs", |state| {
         forget(state, ChainId::Input, |statement| matches!(statement, Stmt::DestinationIn(_)));
     }),
-    ("swapped order: exclusions are asked last", |state| pick(state, |rules| rules.rotate_left(1))),
-    ("swapped order: shorter prefixes are asked first", |state| {
-        pick(state, |rules| {
-            let first = rules.len() - 3;
-            rules.swap(first, first + 1);
+    ("swapped order: exclusions are asked last", |state| {
+        let excludes =
+            |statement: &Stmt| matches!(statement, Stmt::DestinationIn(Set::Excluded(_)));
+        each(state, excludes, |rules, at| {
+            let rule = rules.remove(at);
+            rules.push(rule);
         });
+    }),
+    ("swapped order: shorter prefixes are asked first", |state| {
+        let by_destination = |statement: &Stmt| matches!(statement, Stmt::TagByDestination(..));
+        each(state, by_destination, |rules, at| rules.swap(at, at + 1));
     }),
     ("swapped order: replies are steered", |state| {
-        pick(state, |rules| {
-            rules.retain(|rule| !matches!(rule.0.first(), Some(Stmt::CtDirection(_))));
-        });
+        let replies = |statement: &Stmt| *statement == Stmt::CtDirection(Direction::Reply);
+        each(state, replies, |rules, at| drop(rules.remove(at)));
     }),
     ("invalid packets are steered", |state| {
-        pick(state, |rules| {
-            rules.retain(|rule| !matches!(rule.0.first(), Some(Stmt::CtState(_))));
-        });
+        let invalid = |statement: &Stmt| *statement == Stmt::CtState(Stmt::INVALID);
+        each(state, invalid, |rules, at| drop(rules.remove(at)));
     }),
     ("forgotten family: IPv6 sources are not looked up", |state| {
         forget(state, ChainId::Prerouting, |statement| {
@@ -103,13 +116,21 @@ const MUTANTS: [(&str, Mutate); 24] = [
         base.as_mut().unwrap().priority = 99;
     }),
     ("wrong priority: the closing rule is asked first", |state| {
-        let rules = std::mem::take(&mut state.rules).into_iter();
-        state.rules = rules
-            .map(|mut rule| {
-                rule.priority = 203 - rule.priority;
-                rule
-            })
-            .collect();
+        let gateways = gateways(state);
+        let place = |wanted: bool| {
+            let mut of = state.rules.iter().filter(|rule| wanted == gateways.contains(rule));
+            of.next_back().map(|rule| rule.priority)
+        };
+        let (Some(closing), Some(gateway)) = (place(false), place(true)) else { return };
+        let swapped = |mut rule: Rule| {
+            if rule.priority == closing {
+                rule.priority = gateway;
+            } else if rule.priority == gateway {
+                rule.priority = closing;
+            }
+            rule
+        };
+        state.rules = std::mem::take(&mut state.rules).into_iter().map(swapped).collect();
     }),
     ("no reset of the mark ahead of the tunnel", |state| {
         skip(state, ChainId::Forward, |statement| matches!(statement, Stmt::SetMark { .. }));
