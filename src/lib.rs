@@ -121,9 +121,9 @@ pub use alloc::{MockMarkAllocator, MockTableAllocator};
 pub use changes::{Changes, Phase, Step};
 pub use cluster::{Cluster, Node, Tunnel};
 pub use connection::Connection;
-pub use datapath::Datapath;
 #[cfg(feature = "mock")]
 pub use datapath::MockDatapath;
+pub use datapath::{Datapath, Drift};
 pub use error::{ApplyError, KernelError};
 pub use explain::{explain, explain_received};
 #[cfg(all(feature = "kernel", target_os = "linux"))]
@@ -131,7 +131,7 @@ pub use kernel::{KernelDatapath, KernelTables, News, Ownership, Part, Process, W
 pub use mark::{LayoutError, MarkLayout};
 pub use op::Op;
 pub use packet::{Frame, Packet};
-pub use plan::{Closed, Finding, Plan, PlanError, PolicyError, plan};
+pub use plan::{Closed, Finding, Plan, PlanError, PolicyError, Update, plan};
 #[cfg(feature = "mock")]
 pub use policy::MockPolicy;
 pub use policy::{Destinations, EgressIp, EgressPolicy, Policy, Unavailable};

@@ -1,6 +1,7 @@
 //! A kernel in memory: refuses what the kernel refuses.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::time::Duration;
 
 use crate::changes::{Changes, Made, Step};
@@ -98,9 +99,9 @@ impl Sim {
         self.walk(frame.packet, |walk| walk.receive(frame)).0
     }
 
-    /// The connections that its packets have opened.
-    pub fn connections(&self) -> Vec<Connection> {
-        self.conntrack.connections().collect()
+    /// The connections that it forwards.
+    fn forwarded(&self) -> impl Iterator<Item = Connection> {
+        self.conntrack.connections().filter(|found| !self.around.local.contains(&found.peer))
     }
 
     /// Forgets all connections, as `conntrack -F` does.
@@ -284,9 +285,15 @@ impl Datapath for Sim {
         before: &State,
     ) -> Result<BTreeSet<Connection>, KernelError> {
         let (wanted, before) = (wanted.firewall.as_ref(), before.firewall.as_ref());
-        let forwarded =
-            self.conntrack.connections().filter(|found| !self.around.local.contains(&found.peer));
-        Ok(forwarded.filter(|connection| connection.is_stale(wanted, before)).collect())
+        Ok(self.forwarded().filter(|connection| connection.is_stale(wanted, before)).collect())
+    }
+
+    fn connections(
+        &mut self,
+        source: Option<IpAddr>,
+    ) -> Result<Option<Vec<Connection>>, KernelError> {
+        let of_source = |found: &Connection| source.is_none_or(|source| found.source == source);
+        Ok(Some(self.forwarded().filter(of_source).collect()))
     }
 
     fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {

@@ -10,7 +10,7 @@ use crate::types::Family;
 
 /// What a set or map has for a key.
 pub(super) fn found(firewall: &Firewall, key: &Key) -> Option<Value> {
-    firewall.elements.get(key).cloned()
+    firewall.elements.get(key)
 }
 
 pub(super) fn holds(firewall: &Firewall, key: &Key) -> bool {

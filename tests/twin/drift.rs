@@ -83,8 +83,8 @@ fn firewall(random: &mut Random, state: &mut State) {
         }
         _ => {
             for _ in 0..=random.below(3) {
-                let Some(key) = one(random, firewall.elements.keys()) else { break };
-                let value = firewall.elements.get(&key).cloned();
+                let Some(key) = any(random, firewall.elements.keys()) else { break };
+                let value = firewall.elements.get(&key);
                 firewall.elements.remove(&key);
                 if let (true, Some(mut value)) = (random.once_in(3), value) {
                     if let Data::Tag(tag) = &mut value.data {
@@ -98,6 +98,10 @@ fn firewall(random: &mut Random, state: &mut State) {
 }
 
 fn one<'a, T: Copy + 'a>(random: &mut Random, all: impl Iterator<Item = &'a T>) -> Option<T> {
-    let all: Vec<T> = all.copied().collect();
+    any(random, all.copied())
+}
+
+fn any<T: Clone>(random: &mut Random, all: impl Iterator<Item = T>) -> Option<T> {
+    let all: Vec<T> = all.collect();
     (!all.is_empty()).then(|| random.of(&all))
 }

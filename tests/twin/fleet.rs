@@ -45,6 +45,8 @@ pub(crate) struct Fleet {
     taps: Vec<Tap>,
     clusters: Vec<Cluster>,
     kernels: Vec<Kernel>,
+    /// Somebody else on each node.
+    others: Vec<KernelDatapath>,
     simulated: Vec<Simulated>,
     pub(crate) sims: SimCluster,
     next: u32,
@@ -83,6 +85,7 @@ impl Fleet {
         Ok(Self {
             taps,
             kernels: kernels.collect::<io::Result<_>>()?,
+            others: lab.nodes().into_iter().map(datapath).collect::<io::Result<_>>()?,
             simulated: clusters.iter().map(simulated).collect(),
             sims: SimCluster::new(
                 (1..).zip(&clusters).map(|(number, cluster)| node(number, cluster)),
@@ -133,9 +136,9 @@ impl Fleet {
 
     /// Somebody else changes a node, in both worlds.
     pub(crate) fn edit(&mut self, at: usize, edit: impl FnOnce(&State) -> State) -> Result<String> {
-        let now = self.kernels[at].datapath().observe()?;
+        let now = self.others[at].observe()?;
         let changes = Changes::between(&now, &edit(&now));
-        let kernel = self.kernels[at].datapath().apply(&changes);
+        let kernel = self.others[at].apply(&changes);
         let sim = self.in_sim(at, |egress, _| egress.datapath().apply(&changes));
         let [kernel, sim] = [kernel, sim].map(crate::outcome);
         if kernel != sim {
@@ -146,7 +149,7 @@ impl Fleet {
     }
 
     fn compare(&mut self, at: usize) -> Result {
-        let kernel = self.kernels[at].datapath().observe()?;
+        let kernel = self.others[at].observe()?;
         let sim = self.in_sim(at, |egress, _| egress.datapath().observe())?;
         difference(&sim, &kernel)
     }
@@ -158,7 +161,7 @@ impl Fleet {
         let mut expected = BTreeMap::new();
         let mut ports = BTreeSet::new();
         let mut told = BTreeMap::new();
-        let states = self.kernels.iter_mut().map(|kernel| kernel.datapath().observe());
+        let states = self.others.iter_mut().map(Datapath::observe);
         let states: Vec<State> = states.collect::<std::result::Result<_, _>>()?;
         for _ in 0..count {
             let known = self.flows.len();
@@ -408,8 +411,12 @@ fn outside(lab: &Lab) -> io::Result<()> {
     })
 }
 
+fn datapath(host: &Host) -> io::Result<KernelDatapath> {
+    host.netns.run(KernelDatapath::open)?.map_err(io::Error::other)
+}
+
 fn kernel(host: &Host, cluster: &Cluster) -> io::Result<Kernel> {
-    let datapath = host.netns.run(KernelDatapath::open)?.map_err(io::Error::other)?;
+    let datapath = datapath(host)?;
     let tables = TablePool::new(TableRange::default()).with_dice(|_| 0);
     Ok(Reconciler::with_allocators(datapath, MarkPool::new(cluster.marks), tables))
 }

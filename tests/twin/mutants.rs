@@ -152,7 +152,7 @@ const MUTANTS: [(&str, Mutate); 24] = [
     ("open where it should be closed", |state| {
         let firewall = state.firewall.as_mut().unwrap();
         let bypass = firewall.elements.get(&Key::Verdict(Tag::BYPASS));
-        let bypass = bypass.cloned().unwrap();
+        let bypass = bypass.unwrap();
         firewall.elements.insert(Key::Verdict(Tag::CLOSED), bypass);
     }),
     ("strict filtering of the tunnel's sources", |state| {
