@@ -204,7 +204,9 @@ impl Walk<'_> {
                 return false;
             }
         }
-        !matches!(self.hook(Hook::Postrouting, &mut skb, true), End::Dropped)
+        [Hook::Output, Hook::Postrouting]
+            .into_iter()
+            .all(|hook| self.hook(hook, &mut skb, true) != End::Dropped)
     }
 
     /// Notes what has become of the connection, and translates the packet's source.

@@ -5,7 +5,9 @@ use std::net::IpAddr;
 
 use crate::error::errno;
 use crate::op::Op;
-use crate::state::{ChainId, Data, Firewall, NftRule, Route, Set, State, Stmt, Verdict, Vxlan};
+use crate::state::{
+    ChainId, Data, Firewall, NftRule, Route, RuleAction, Set, State, Stmt, Verdict, Vxlan,
+};
 use crate::types::DeviceName;
 
 /// An error number, positive.
@@ -115,6 +117,9 @@ fn rtnetlink(state: &mut State, op: &Op) -> Result<(), Errno> {
             _ => return Err(errno::ESRCH),
         },
         Op::AddRule(rule) => {
+            if matches!(rule.action, RuleAction::Goto(later) if later <= rule.priority) {
+                return Err(errno::EINVAL);
+            }
             if !state.rules.insert(*rule) {
                 return Err(errno::EEXIST);
             }
@@ -252,6 +257,7 @@ fn set_of(statement: &Stmt) -> Option<Set> {
         | Stmt::ClearTag
         | Stmt::SnatToSource(_)
         | Stmt::Masquerade
+        | Stmt::NoTrack
         | Stmt::Counter
         | Stmt::Drop
         | Stmt::Return

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use super::Walk;
 use super::elements::{by_address, by_destination, by_tag, found, has_address, holds, id, shown};
-use super::skb::Skb;
+use super::skb::{Skb, Tracking};
 use crate::packet::Packet;
 use crate::state::{
     Base, ChainId, ChainType, Data, Firewall, Hook, Key, MarkBits, NftRule, Set, Stmt, Tag, Value,
@@ -67,7 +67,7 @@ impl Walk<'_> {
         bases.sort_by_key(|(_, base)| place(*base));
         let mut done = End::Accepted;
         for (chain, base) in bases {
-            if base.kind == ChainType::Nat && !open {
+            if base.kind == ChainType::Nat && !(open && skb.tracking.facts().is_some()) {
                 continue;
             }
             match self.chain(firewall, chain, skb, JUMPS) {
@@ -193,6 +193,10 @@ impl Walk<'_> {
             Stmt::Masquerade => {
                 self.say(here(), Decision::Wears(self.around.own(destination)));
                 return Next::End(End::Nat(Nat::Masquerade));
+            }
+            Stmt::NoTrack => {
+                skb.tracking = Tracking::Untracked;
+                true
             }
             // Packets of the host's own processes, which came in by no device, are not walked.
             Stmt::HasInput | Stmt::Counter => true,

@@ -24,17 +24,24 @@ impl<'a> Walk<'a> {
     pub(super) fn route(&mut self, destination: IpAddr, mark: u32) -> Routed<'a> {
         let state = self.state;
         let family = Family::of(destination);
-        let matches = |rule: &&_| {
-            let crate::state::Rule { family: of, mark: value, mask, .. } = rule;
-            *of == family && mark & mask == value.get()
-        };
-        let mut rules: Vec<_> = state.rules.iter().filter(matches).collect();
+        let mut rules: Vec<_> = state.rules.iter().filter(|rule| rule.family == family).collect();
         rules.sort_by_key(|rule| rule.priority);
-        for rule in rules {
+        let mut rules = rules.as_slice();
+        while let [rule, rest @ ..] = rules {
+            rules = rest;
+            if (mark & rule.mask == rule.mark.get()) == rule.inverted {
+                continue;
+            }
             let table = match rule.action {
                 RuleAction::Unreachable => {
                     self.say(format!("rule {rule}"), Decision::Dropped);
                     return Routed::Refused;
+                }
+                RuleAction::Goto(priority) => {
+                    if let Some(at) = rest.iter().position(|rule| rule.priority == priority) {
+                        rules = rest.get(at..).unwrap_or_default();
+                    }
+                    continue;
                 }
                 RuleAction::Lookup(table) => table,
             };

@@ -22,6 +22,8 @@ pub(super) struct Skb {
 pub(super) enum Tracking {
     /// Nothing.
     Invalid,
+    /// Nothing, because a rule says so.
+    Untracked,
     /// It belongs to a connection.
     Seen(Facts),
 }
@@ -44,7 +46,7 @@ impl Skb {
 
     pub(super) const fn facts_mut(&mut self) -> Option<&mut Facts> {
         match &mut self.tracking {
-            Tracking::Invalid => None,
+            Tracking::Invalid | Tracking::Untracked => None,
             Tracking::Seen(facts) => Some(facts),
         }
     }
@@ -61,6 +63,7 @@ impl Tracking {
     pub(super) const fn state(self) -> u32 {
         match self {
             Self::Invalid => Stmt::INVALID,
+            Self::Untracked => Stmt::UNTRACKED,
             Self::Seen(Facts { established: false, .. }) => Stmt::NEW,
             // `ct state established` is the second bit.
             Self::Seen(_) => 2,
@@ -69,7 +72,7 @@ impl Tracking {
 
     pub(super) const fn facts(&self) -> Option<&Facts> {
         match self {
-            Self::Invalid => None,
+            Self::Invalid | Self::Untracked => None,
             Self::Seen(facts) => Some(facts),
         }
     }
