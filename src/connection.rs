@@ -5,8 +5,8 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use crate::lookup::WayOut;
-use crate::state::Set;
-use crate::state::{Firewall, MarkBits};
+use crate::packet::Packet;
+use crate::state::{Firewall, MarkBits, Set};
 use crate::types::Family;
 
 /// A connection that the kernel tracks, by the packet that opened it.
@@ -71,6 +71,17 @@ impl Connection {
 }
 
 impl Connection {
+    /// The answer to its first packet.
+    pub(crate) const fn answer(&self) -> Packet {
+        Packet {
+            protocol: self.protocol,
+            source: self.peer,
+            source_port: self.peer_port,
+            destination: self.wears,
+            destination_port: self.wears_port,
+        }
+    }
+
     /// Whether its translation is not what the wanted table would give it now.
     ///
     /// The kernel decides about a connection's translation once, at its first packet. One that

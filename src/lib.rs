@@ -21,6 +21,8 @@
 //!   print as the commands an operator would type.
 //! - [`Datapath`] holds a state: the kernel ([`KernelDatapath`]) or a stand-in ([`Sim`]).
 //! - [`Reconciler`] does all of this in one call.
+//! - [`explain()`] says where a packet goes and which objects decided it; [`SimCluster`] carries
+//!   packets between simulated nodes.
 //! - [`preflight`] looks beforehand at what on the host may be in the way.
 //! - [`Watch`] is readable when somebody else touched what is ours, and [`Reconciler::repair`] puts
 //!   it right.
@@ -87,11 +89,13 @@ mod connection;
 mod datapath;
 mod diff;
 mod error;
+mod explain;
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 mod kernel;
 mod lookup;
 mod mark;
 mod op;
+mod packet;
 mod plan;
 mod policy;
 #[cfg(all(feature = "kernel", target_os = "linux"))]
@@ -104,7 +108,9 @@ mod sim;
 pub mod state;
 #[cfg(all(feature = "testing", target_os = "linux"))]
 pub mod testing;
+mod trace;
 mod types;
+mod walk;
 
 pub use alloc::{
     AllocError, Dice, MarkAllocator, MarkPool, TableAllocator, TablePool, TableRange,
@@ -119,21 +125,25 @@ pub use connection::Connection;
 pub use datapath::MockDatapath;
 pub use datapath::{Datapath, Drift};
 pub use error::{ApplyError, KernelError};
+pub use explain::{explain, explain_received};
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 pub use kernel::{KernelDatapath, KernelTables, News, Ownership, Part, Process, Watch};
 pub use mark::{LayoutError, MarkLayout};
 pub use op::Op;
+pub use packet::{Frame, Packet};
 pub use plan::{Closed, Finding, Plan, PlanError, PolicyError, Update, plan};
 #[cfg(feature = "mock")]
 pub use policy::MockPolicy;
 pub use policy::{Destinations, EgressIp, EgressPolicy, Policy, Unavailable};
 pub use range::IpRange;
 pub use reconciler::{Error, Reconciler, Report};
-pub use sim::Sim;
+pub use sim::{Journey, Outcome, Sim, SimCluster, SimNode};
 pub use state::State;
+pub use trace::{Decision, Fate, Reason, Trace};
 pub use types::{
     DeviceName, Family, MacAddr, Mark, NameError, NodeName, ParseMacError, PolicyId, TableId,
 };
+pub use walk::Surroundings;
 
 /// The README's example, compiled.
 #[cfg(all(doctest, feature = "kernel", target_os = "linux"))]

@@ -82,7 +82,6 @@ const fn ip(family: Family) -> &'static str {
 
 impl Op {
     /// The connection that it ends.
-    #[cfg_attr(not(feature = "kernel"), allow(dead_code, reason = "only a kernel tracks any"))]
     pub(crate) const fn ended(&self) -> Option<&Connection> {
         match self {
             Self::EndConnection(connection) => Some(connection),

@@ -1,20 +1,33 @@
 //! A kernel in memory: refuses what the kernel refuses.
 
-use std::collections::btree_map::Entry;
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::time::Duration;
 
 use crate::changes::{Changes, Made, Step};
+use crate::connection::Connection;
 use crate::datapath::Datapath;
-use crate::error::{ApplyError, KernelError, errno};
+use crate::error::{ApplyError, KernelError};
 use crate::op::Op;
-use crate::state::{
-    ChainId, Data, Firewall, NftRule, Route, RuleAction, Set, State, Stmt, Verdict,
-};
-use crate::types::DeviceName;
+use crate::packet::{Frame, Packet};
+use crate::state::{Set, State};
+use crate::trace::{Fate, Trace};
+use crate::walk::conntrack::Conntrack;
+use crate::walk::{Surroundings, Walk};
+
+mod cluster;
+mod ops;
+
+pub use cluster::{Journey, Outcome, SimCluster, SimNode};
+use ops::{Errno, make};
 
 /// A [`Datapath`] in memory that refuses what the kernel refuses.
 ///
 /// What is added must not exist, what is deleted must, what is referred to cannot go, and an
 /// nf_tables transaction is all or nothing. A device takes along what was on it.
+///
+/// It also carries packets: [`send`](Self::send) walks one through the rules that it holds, and
+/// keeps track of connections.
 ///
 /// ```
 /// use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, NodeName, PolicyId};
@@ -44,8 +57,10 @@ use crate::types::DeviceName;
 #[derive(Clone, Debug, Default)]
 pub struct Sim {
     state: State,
-    /// How many operations to make before one is refused, and with which error number.
-    refuse: Option<(usize, Errno)>,
+    /// How many operations to make before one fails, and how.
+    fault: Option<(usize, Fault)>,
+    conntrack: Conntrack,
+    around: Surroundings,
 }
 
 impl Sim {
@@ -55,8 +70,64 @@ impl Sim {
     }
 
     /// A kernel that holds this.
-    pub const fn with_state(state: State) -> Self {
-        Self { state, refuse: None }
+    pub fn with_state(state: State) -> Self {
+        Self { state, ..Self::default() }
+    }
+
+    /// The same with these addresses of the host around it.
+    #[must_use]
+    pub fn surrounded_by(self, around: Surroundings) -> Self {
+        Self { around, ..self }
+    }
+
+    /// Sends a packet that comes from a pod of this node, or from the network.
+    ///
+    /// Its connection is remembered, so that a later packet of it goes the same way and
+    /// [`Packet::reply`] finds back.
+    pub fn send(&mut self, packet: Packet) -> Trace {
+        self.walk(packet, |walk| walk.arrive(packet)).0
+    }
+
+    /// Sends a packet that belongs to no connection and cannot open one, as a TCP segment out of
+    /// its window.
+    pub fn send_invalid(&mut self, packet: Packet) -> Trace {
+        self.walk(packet, |walk| walk.arrive_invalid(packet)).0
+    }
+
+    /// Sends a frame of another node.
+    pub fn receive(&mut self, frame: &Frame) -> Trace {
+        self.walk(frame.packet, |walk| walk.receive(frame)).0
+    }
+
+    /// The connections that it forwards.
+    fn forwarded(&self) -> impl Iterator<Item = Connection> {
+        self.conntrack.connections().filter(|found| !self.around.local.contains(&found.peer))
+    }
+
+    /// Forgets all connections, as `conntrack -F` does.
+    pub fn forget_connections(&mut self) {
+        self.conntrack.clear();
+    }
+
+    /// Lets time pass, which ends what has a timeout: answers that are held back.
+    pub fn pass(&mut self, time: Duration) {
+        self.conntrack.held.pass(time);
+    }
+
+    /// What became of a packet here, and the packet as it goes on.
+    fn walk(
+        &mut self,
+        packet: Packet,
+        go: impl FnOnce(&mut Walk<'_>) -> (Fate, Packet),
+    ) -> (Trace, Packet) {
+        let mut walk = Walk {
+            state: &self.state,
+            conntrack: &mut self.conntrack,
+            around: &self.around,
+            reasons: Vec::new(),
+        };
+        let (fate, after) = go(&mut walk);
+        (Trace { packet, reasons: walk.reasons, fate }, after)
     }
 
     /// What it holds.
@@ -82,40 +153,124 @@ impl Sim {
     /// assert!(kernel.apply(&changes).is_ok(), "once is enough");
     /// ```
     pub const fn refuse(&mut self, after: usize, errno: i32) {
-        self.refuse = Some((after, errno));
+        self.fault = Some((after, Fault::Refuse(errno)));
+    }
+
+    /// Makes one operation, and says that it was not: the answer is lost. With it in one
+    /// transaction, the others are made, too.
+    ///
+    /// ```
+    /// use egress_datapath::{Changes, Datapath, Sim, State};
+    /// # let wanted = State { firewall: Some(Default::default()), ..State::default() };
+    /// let mut kernel = Sim::new();
+    /// kernel.lose_answer(0);
+    /// let changes = Changes::between(kernel.state(), &wanted);
+    /// assert!(kernel.apply(&changes).is_err());
+    /// assert_eq!(kernel.state(), &wanted, "it was made");
+    /// ```
+    pub const fn lose_answer(&mut self, after: usize) {
+        self.fault = Some((after, Fault::LoseAnswer));
+    }
+
+    /// The fault that an operation meets.
+    const fn met(&mut self) -> Option<Fault> {
+        match &mut self.fault {
+            Some((0, fault)) => {
+                let fault = *fault;
+                self.fault = None;
+                Some(fault)
+            }
+            Some((after, _)) => {
+                *after -= 1;
+                None
+            }
+            None => None,
+        }
     }
 
     /// Makes an operation, or refuses it.
     fn op(&mut self, op: &Op) -> Result<(), Errno> {
-        match &mut self.refuse {
-            Some((0, errno)) => {
-                let errno = *errno;
-                self.refuse = None;
-                return Err(errno);
+        match op {
+            Op::EndConnection(connection) => {
+                self.conntrack.end(connection);
+                Ok(())
             }
-            Some((after, _)) => *after -= 1,
-            None => {}
+            Op::HoldAnswers(connection) if self.has(connection.answers()) => {
+                self.conntrack.held.hold(connection);
+                Ok(())
+            }
+            op => {
+                let made = make(&mut self.state, op);
+                if let Op::DeleteTable | Op::DeleteSet(_) = op {
+                    let firewall = self.state.firewall.as_ref();
+                    let sets = |set| firewall.is_some_and(|table| table.sets.contains(&set));
+                    self.conntrack.held.keep(sets);
+                }
+                made
+            }
         }
-        make(&mut self.state, op)
+    }
+
+    fn has(&self, set: Set) -> bool {
+        self.state.firewall.as_ref().is_some_and(|firewall| firewall.sets.contains(&set))
     }
 
     /// Makes a step; of a transaction all or nothing, of other requests those that are accepted.
     fn step(&mut self, step: &Step) -> Made {
         let transaction = step.ops.first().is_some_and(Op::is_nft);
-        let before = transaction.then(|| self.state.clone());
-        let mut refused = Vec::new();
+        let before = transaction.then(|| (self.state.clone(), self.conntrack.held.clone()));
+        let (mut refused, mut lost) = (Vec::new(), None);
+        let mut ended = None;
         for op in &step.ops {
-            if let Err(errno) = self.op(op) {
+            // Elements of one set are one message, which ends with the first that is refused.
+            let message = elements(op);
+            if message.is_some() && message == ended {
+                continue;
+            }
+            ended = None;
+            let made = match self.met() {
+                Some(Fault::Refuse(errno)) => Err(errno),
+                Some(Fault::LoseAnswer) => {
+                    lost = Some((op.clone(), KernelError::answer(op, LOST)));
+                    self.op(op)
+                }
+                None => self.op(op),
+            };
+            if let Err(errno) = made {
+                ended = message;
                 refused.push((op.clone(), KernelError::refused(op, errno)));
             }
         }
+        if let (true, Some(lost)) = (refused.is_empty(), lost) {
+            let known = if transaction { 0 } else { step.ops.len() - 1 };
+            return (known, vec![lost]);
+        }
         match before {
             Some(before) if !refused.is_empty() => {
-                self.state = before;
+                (self.state, self.conntrack.held) = before;
                 (0, refused)
             }
             _ => (step.ops.len() - refused.len(), refused),
         }
+    }
+}
+
+/// What an operation meets.
+#[derive(Clone, Copy, Debug)]
+enum Fault {
+    Refuse(Errno),
+    LoseAnswer,
+}
+
+const LOST: &str = "the kernel's answer was lost: whether the changes were made must be read";
+
+/// The set that elements are added to, or deleted from.
+fn elements(op: &Op) -> Option<(Set, bool)> {
+    match op {
+        Op::AddElement(key, _) => Some((key.set(), true)),
+        Op::DeleteElement(key, _) => Some((key.set(), false)),
+        Op::HoldAnswers(connection) => Some((connection.answers(), true)),
+        _ => None,
     }
 }
 
@@ -124,213 +279,27 @@ impl Datapath for Sim {
         Ok(self.state.clone())
     }
 
+    fn stale_connections(
+        &mut self,
+        wanted: &State,
+        before: &State,
+    ) -> Result<BTreeSet<Connection>, KernelError> {
+        let (wanted, before) = (wanted.firewall.as_ref(), before.firewall.as_ref());
+        Ok(self.forwarded().filter(|connection| connection.is_stale(wanted, before)).collect())
+    }
+
+    fn connections(
+        &mut self,
+        source: Option<IpAddr>,
+    ) -> Result<Option<Vec<Connection>>, KernelError> {
+        let of_source = |found: &Connection| source.is_none_or(|source| found.source == source);
+        Ok(Some(self.forwarded().filter(of_source).collect()))
+    }
+
     fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {
         changes.make(|step| self.step(step))
     }
 }
 
-type Errno = i32;
-
-fn make(state: &mut State, op: &Op) -> Result<(), Errno> {
-    match op {
-        Op::AddTable if state.firewall.is_some() => Err(errno::EEXIST),
-        Op::AddTable => {
-            state.firewall = Some(Firewall::default());
-            Ok(())
-        }
-        Op::DeleteTable => state.firewall.take().map(drop).ok_or(errno::ENOENT),
-        op if op.is_nft() => nft(state.firewall.as_mut().ok_or(errno::ENOENT)?, op),
-        op => rtnetlink(state, op),
-    }
-}
-
-fn rtnetlink(state: &mut State, op: &Op) -> Result<(), Errno> {
-    let has = |device: &DeviceName| {
-        state.link.as_ref().filter(|link| link.name == *device).ok_or(errno::ENODEV)
-    };
-    match op {
-        Op::AddLink(link) => {
-            if state.link.is_some() {
-                return Err(errno::EEXIST);
-            }
-            state.link = Some(link.clone());
-        }
-        Op::SetLink(link) => {
-            let old = has(&link.name)?.clone();
-            if (old.vni, old.port) != (link.vni, link.port) {
-                return Err(errno::EOPNOTSUPP);
-            }
-            if old.mac != link.mac {
-                state.neighbours.clear();
-            }
-            if old.up && !link.up {
-                gone_with_device(state);
-            }
-            state.link = Some(link.clone());
-        }
-        Op::DeleteLink(device) => {
-            has(device)?;
-            state.link = None;
-            state.addresses.clear();
-            state.fdb.clear();
-            gone_with_device(state);
-        }
-        Op::AddAddress(device, net) => {
-            has(device)?;
-            if !state.addresses.insert(*net) {
-                return Err(errno::EEXIST);
-            }
-        }
-        Op::DeleteAddress(device, net) => {
-            has(device)?;
-            if !state.addresses.remove(net) {
-                return Err(errno::EADDRNOTAVAIL);
-            }
-        }
-        Op::PutFdb(device, mac, node) => {
-            has(device)?;
-            state.fdb.insert(*mac, *node);
-        }
-        Op::DeleteFdb(device, mac, node) => {
-            has(device)?;
-            match state.fdb.entry(*mac) {
-                Entry::Occupied(entry) if entry.get() == node => entry.remove(),
-                _ => return Err(errno::ENOENT),
-            };
-        }
-        Op::PutNeighbour(device, address, mac) => {
-            has(device)?;
-            state.neighbours.insert(*address, *mac);
-        }
-        Op::DeleteNeighbour(device, address) => {
-            has(device)?;
-            state.neighbours.remove(address).ok_or(errno::ENOENT)?;
-        }
-        Op::PutRoute(device, key, route) => {
-            if matches!(route, Route::Via(_)) && !has(device)?.up {
-                return Err(errno::ENETDOWN);
-            }
-            state.routes.insert(*key, *route);
-        }
-        Op::DeleteRoute(_, key, route) => match state.routes.entry(*key) {
-            Entry::Occupied(entry) if entry.get() == route => drop(entry.remove()),
-            _ => return Err(errno::ESRCH),
-        },
-        Op::AddRule(rule) => {
-            if matches!(rule.action, RuleAction::Goto(later) if later <= rule.priority) {
-                return Err(errno::EINVAL);
-            }
-            if !state.rules.insert(*rule) {
-                return Err(errno::EEXIST);
-            }
-        }
-        Op::DeleteRule(rule) => {
-            if !state.rules.remove(rule) {
-                return Err(errno::ENOENT);
-            }
-        }
-        _ => return Err(errno::EINVAL),
-    }
-    Ok(())
-}
-
-/// Routes and neighbours do not outlive the device, nor do they come back when it is up again.
-fn gone_with_device(state: &mut State) {
-    state.neighbours.clear();
-    state.routes.retain(|_, route| !matches!(route, Route::Via(_)));
-}
-
-fn nft(firewall: &mut Firewall, op: &Op) -> Result<(), Errno> {
-    match op {
-        Op::AddSet(set) => firewall.sets.insert(*set).then_some(()).ok_or(errno::EEXIST),
-        Op::DeleteSet(set) => {
-            if firewall.chains.values().any(|(_, rules)| rules.iter().any(|rule| names(rule, *set)))
-            {
-                return Err(errno::EBUSY);
-            }
-            if !firewall.sets.remove(set) {
-                return Err(errno::ENOENT);
-            }
-            firewall.elements.retain(|key, _| key.set() != *set);
-            Ok(())
-        }
-        Op::AddChain(chain, base) => match firewall.chains.entry(*chain) {
-            Entry::Occupied(_) => Err(errno::EEXIST),
-            Entry::Vacant(entry) => {
-                entry.insert((*base, Vec::new()));
-                Ok(())
-            }
-        },
-        Op::DeleteChain(chain) => {
-            if goes_to(firewall, *chain) {
-                return Err(errno::EBUSY);
-            }
-            firewall.chains.remove(chain).map(drop).ok_or(errno::ENOENT)
-        }
-        Op::SetRules(chain, rules) => {
-            if !rules.iter().all(|rule| refers_well(firewall, rule)) {
-                return Err(errno::ENOENT);
-            }
-            let (_, old) = firewall.chains.get_mut(chain).ok_or(errno::ENOENT)?;
-            old.clone_from(rules);
-            Ok(())
-        }
-        Op::AddElement(key, value) => {
-            if !firewall.sets.contains(&key.set()) {
-                return Err(errno::ENOENT);
-            }
-            if let Data::Verdict(Verdict::Goto(chain)) = value.data {
-                if !firewall.chains.contains_key(&chain) {
-                    return Err(errno::ENOENT);
-                }
-            }
-            if firewall.elements.contains_key(key) || firewall.overlapping(key).is_some() {
-                return Err(errno::EEXIST);
-            }
-            firewall.elements.insert(*key, value.clone());
-            Ok(())
-        }
-        Op::DeleteElement(key, _) => firewall.elements.remove(key).map(drop).ok_or(errno::ENOENT),
-        Op::DeleteStray(stray) => firewall.strays.remove(stray).then_some(()).ok_or(errno::ENOENT),
-        _ => Err(errno::EINVAL),
-    }
-}
-
-fn goes_to(firewall: &Firewall, chain: ChainId) -> bool {
-    let by_rule = firewall.chains.values().any(|(_, rules)| {
-        rules.iter().any(|NftRule(rule)| {
-            rule.contains(&Stmt::Goto(chain)) || rule.contains(&Stmt::Jump(chain))
-        })
-    });
-    let goto = Data::Verdict(Verdict::Goto(chain));
-    by_rule || firewall.elements.values().any(|value| value.data == goto)
-}
-
-/// The set that a statement looks into.
-fn set_of(statement: &Stmt) -> Option<Set> {
-    match statement {
-        Stmt::MarkIn { set, .. }
-        | Stmt::SourceIn(set)
-        | Stmt::SourceNotIn(set)
-        | Stmt::DestinationIn(set)
-        | Stmt::DestinationNotIn(set)
-        | Stmt::TagBySource(set)
-        | Stmt::TagByTag(set)
-        | Stmt::TagIn(set)
-        | Stmt::VerdictByTag(set) => Some(*set),
-        Stmt::TagByDestination(family, length) => Some(Set::Destination(*family, *length)),
-        Stmt::SnatByTag(family) => Some(Set::Snat(*family)),
-        _ => None,
-    }
-}
-
-fn names(rule: &NftRule, set: Set) -> bool {
-    rule.0.iter().any(|statement| set_of(statement) == Some(set))
-}
-
-fn refers_well(firewall: &Firewall, rule: &NftRule) -> bool {
-    rule.0.iter().all(|statement| match statement {
-        Stmt::Goto(chain) | Stmt::Jump(chain) => firewall.chains.contains_key(chain),
-        other => set_of(other).is_none_or(|set| firewall.sets.contains(&set)),
-    })
-}
+#[cfg(test)]
+mod tests;

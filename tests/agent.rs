@@ -360,6 +360,7 @@ fn command_lines_that_cannot_be_meant() {
         (&["apply", "--force"], "\"--force\" is no option"),
         (&["show", "--yaml"], "show does not take \"--yaml\""),
         (&["remove", "all", "of it"], "remove does not take \"all of it\""),
+        (&["explain", "--node", "a", "--cluster", "x", "--from", "10.0.0.1"], "--to is missing"),
     ] {
         let (code, out, message) = run(arguments);
         assert_eq!((code, out.as_str()), (Some(2), ""), "{arguments:?}");
@@ -461,6 +462,7 @@ fn a_whole_life() {
         let people = done(&["show"]);
         assert!(people.contains("\npolicy: default/p1 IPv4 gateway b\n"), "{people}");
 
+        explained(file.path());
         let here = File::new(&changed("/policies/0/gateway", json!("a")));
         done(&["apply", "--node", "a", "--cluster", here.path()]);
         let people = done(&["show"]);
@@ -475,4 +477,71 @@ fn a_whole_life() {
         assert_eq!(done(&["remove"]), "0 changes\n");
         assert!(done(&["show"]).starts_with("link: none\n"));
     });
+}
+
+/// Says of one pod's packets where they go, while the kernel holds what the file asks for.
+fn explained(file: &str) {
+    let explain = |from: &str, to: &str, rest: &[&str]| {
+        let options = ["explain", "--node", "a", "--cluster", file, "--from", from, "--to", to];
+        done(&[&options, rest].concat())
+    };
+    let text = explain("10.244.1.10", "198.51.100.7:443/tcp", &["--json"]);
+    let json: Value = serde_json::from_str(&text).unwrap();
+    let here = &json["here"];
+    assert_eq!(here["policy"], "default/p1", "{text}");
+    assert_eq!((&here["gateway"], &json["node"]), (&json!("b"), &json!("a")), "{text}");
+    assert_eq!(here["fate"], json!({"end": "tunnelled", "to": "10.10.0.12", "source": null}));
+    assert_eq!(here["overlapped"], json!([]), "{text}");
+    assert!(here["class"].is_string() && here["mark"].is_string() && here["table"].is_u64());
+    let objects: Vec<_> =
+        here["reasons"].as_array().unwrap().iter().map(|r| r["object"].as_str().unwrap()).collect();
+    for object in [
+        "element source4 { 10.244.1.10 }",
+        "element dest4_24 { 198.51.100.0 . ",
+        "rule pref 101 fwmark ",
+        "route 0.0.0.0/0 table ",
+        "neighbour 172.31.0.12 dev egress.vxlan",
+        "fdb 66:",
+    ] {
+        assert!(objects.iter().any(|known| known.starts_with(object)), "{object} in {text}");
+    }
+    let gateway = &json["gateway"];
+    assert_eq!((&gateway["node"], &json["notes"]), (&json!("b"), &json!([])), "{text}");
+    assert_eq!(gateway["trace"]["egress_ip"], "203.0.113.200", "{text}");
+    assert_eq!(gateway["trace"]["fate"]["source"], "203.0.113.200", "{text}");
+
+    let text = explain("10.244.1.10", "198.51.100.7", &[]);
+    let begin =
+        "on a: ICMP type 8 10.244.1.10 to 198.51.100.7\n  element source4 { 10.244.1.10 }: ";
+    assert!(text.starts_with(begin), "{text}");
+    assert!(text.contains("\non b, as the file has it: ICMP type 8 "), "{text}");
+    assert!(text.contains(" { b49e:c3f0 } \"default/p1\": wears 203.0.113.200\n"), "{text}");
+    let end = "\ngoes by the host's own routes as 203.0.113.200\n";
+    assert!(text.ends_with(end), "{text}");
+    // IPv6 has no tunnel, another destination no policy, another pod no class.
+    let text = explain("fd44:1::10", "[2001:db8::1]:53/udp", &[]);
+    assert!(!text.contains("policy") && text.ends_with("own routes as fd44:1::10\n"), "{text}");
+    let text = explain("10.244.1.10", "198.51.101.7:53/udp", &[]);
+    assert!(!text.contains("policy") && text.ends_with("own routes as 10.244.1.10\n"), "{text}");
+    let text = explain("10.244.1.11", "198.51.100.7:53/udp", &[]);
+    assert_eq!(text.lines().count(), 2, "{text}");
+
+    // What the file says and the kernel does not hold.
+    let moved = File::new(&changed("/policies/0/gateway", json!("a")));
+    let other = ["explain", "--node", "a", "--cluster", moved.path(), "--from", "10.244.1.10"];
+    let text = done(&[&other[..], &["--to", "198.51.100.7:53/udp"]].concat());
+    let note = "note: the file wants: policy default/p1, goes by the host's own routes as \
+                203.0.113.200; run agent apply\n";
+    assert!(text.contains(note), "{text}");
+
+    for (to, sentence) in [
+        ("fd44::1", "--from 10.244.1.10 and --to fd44::1 are of different families"),
+        ("198.51.100.7:x", "--to \"198.51.100.7:x\": write an address, or one with port and"),
+        ("198.51.100.7:7/sctp", "--to \"198.51.100.7:7/sctp\": write an address, or one with"),
+    ] {
+        let options = ["--node", "a", "--cluster", file, "--from", "10.244.1.10", "--to", to];
+        let (code, _, message) = run(&[&["explain"][..], &options].concat());
+        assert_eq!(code, Some(2));
+        assert!(message.starts_with(&format!("agent: {sentence}")), "{message}");
+    }
 }

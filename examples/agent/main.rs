@@ -1,6 +1,7 @@
 //! A node agent: makes the network namespace it is started in hold what a file asks for.
 
 mod config;
+mod explain;
 mod show;
 
 use std::fmt::Display;
@@ -21,6 +22,8 @@ usage: agent apply --node NAME --cluster FILE.json   make the kernel hold what F
        agent plan --node NAME --cluster FILE.json    say what apply would change
        agent doctor --node NAME --cluster FILE.json  say what on this host is in the way
        agent show [--json]                           say what the kernel holds
+       agent explain --node NAME --cluster FILE.json --from ADDRESS --to ADDRESS[:PORT/udp] [--json]
+                                                     say where a pod's packet goes, and why
        agent remove [--now]                          remove everything of ours, but first wait
                                                      for late answers to connections that end";
 
@@ -66,6 +69,7 @@ fn run(arguments: &[&str]) -> Result<(), Failure> {
         ["apply", ref options @ ..] => reconcile(options, Mode::Apply),
         ["plan", ref options @ ..] => reconcile(options, Mode::Plan),
         ["doctor", ref options @ ..] => doctor(options),
+        ["explain", ref options @ ..] => explain::run(options),
         ["show"] => Ok(show::people(&observe()?)?),
         ["show", "--json"] => Ok(show::json(&observe()?)?),
         ["remove"] => remove(Connection::ANSWERS_HELD),
@@ -128,21 +132,31 @@ fn reconcile(options: &[&str], mode: Mode) -> Result<(), Failure> {
 
 /// The values of `--node` and `--cluster`, in either order.
 fn options_of<'a>(options: &[&'a str]) -> Result<(&'a str, &'a str), Failure> {
-    let (mut node, mut file) = (None, None);
+    let [node, file] = values(options, ["--node", "--cluster"])?;
+    Ok((node, file))
+}
+
+/// The values of these options, each given once, in any order.
+fn values<'a, const N: usize>(
+    options: &[&'a str],
+    names: [&str; N],
+) -> Result<[&'a str; N], Failure> {
+    let mut found = [None; N];
     let mut options = options.iter().copied();
     while let Some(option) = options.next() {
-        let slot = match option {
-            "--node" => &mut node,
-            "--cluster" => &mut file,
-            other => return Err(Failure::Input(format!("{other:?} is no option\n{USAGE}"))),
-        };
+        let place = names.iter().position(|name| *name == option);
+        let slot = place.and_then(|place| found.get_mut(place));
+        let slot = slot.ok_or_else(|| format!("{option:?} is no option\n{USAGE}"));
         let value = options.next().ok_or_else(|| format!("{option} needs a value\n{USAGE}"));
-        if slot.replace(value.map_err(Failure::Input)?).is_some() {
+        if slot.map_err(Failure::Input)?.replace(value.map_err(Failure::Input)?).is_some() {
             return Err(Failure::Input(format!("{option} is given twice\n{USAGE}")));
         }
     }
-    let missing = |option| Failure::Input(format!("{option} is missing\n{USAGE}"));
-    Ok((node.ok_or_else(|| missing("--node"))?, file.ok_or_else(|| missing("--cluster"))?))
+    let mut given = [""; N];
+    for ((slot, value), name) in given.iter_mut().zip(found).zip(names) {
+        *slot = value.ok_or_else(|| Failure::Input(format!("{name} is missing\n{USAGE}")))?;
+    }
+    Ok(given)
 }
 
 /// Fills in the MTU of the device below the tunnel, and where none is named the device that has

@@ -65,6 +65,8 @@ const fn tunnel(node: u8) -> Pair {
 pub(crate) const SERVER: Pair = outside(10);
 /// The server's second address.
 pub(crate) const OTHER_SERVER: Pair = outside(20);
+/// An egress IP that nobody answers for.
+pub(crate) const EIP_A: Pair = outside(202);
 /// An egress IP that node-b answers for.
 pub(crate) const EIP_B: Pair = outside(200);
 /// An egress IP that node-c answers for.

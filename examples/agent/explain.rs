@@ -1,0 +1,139 @@
+//! Where a pod's packet goes, and why: what the kernel here does with it, and what the gateway
+//! does as the file has it.
+//!
+//! The field names of the JSON document are stable: fields may be added, none changes.
+
+use std::io::{self, Write};
+use std::net::{IpAddr, SocketAddr};
+
+use egress_datapath::{
+    Fate, Finding, Frame, MarkPool, Node, NodeName, Packet, Plan, TablePool, Trace, explain,
+    explain_received, plan,
+};
+use serde::Serialize;
+
+use super::config::Config;
+use super::{Failure, failure, observe, read, values};
+
+/// Port that the packet comes from; no rule of ours looks at it.
+const SOURCE_PORT: u16 = 40_000;
+
+/// The document.
+#[derive(Serialize)]
+struct Document {
+    node: NodeName,
+    /// What the kernel here does.
+    here: Trace,
+    /// What the gateway does, as the file has it; null if the packet is not sent to one.
+    gateway: Option<Gateway>,
+    /// Where the kernel differs from the file, and what policies overlap.
+    notes: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct Gateway {
+    node: NodeName,
+    trace: Trace,
+}
+
+/// Explains the packet that the options describe.
+pub(crate) fn run(options: &[&str]) -> Result<(), Failure> {
+    let json = options.contains(&"--json");
+    let others: Vec<&str> = options.iter().copied().filter(|option| *option != "--json").collect();
+    let names = ["--node", "--cluster", "--from", "--to"];
+    let [node, file, from, to] = values(&others, names)?;
+    let packet = packet(from, to).map_err(Failure::Input)?;
+    let (file, config) = read(&["--node", node, "--cluster", file])?;
+    let document = document(file, config, &packet)?;
+    let mut out = io::stdout().lock();
+    if json {
+        serde_json::to_writer_pretty(&mut out, &document).map_err(io::Error::from)?;
+        return Ok(writeln!(out)?);
+    }
+    write!(out, "on {}: {}", document.node, document.here)?;
+    if let Some(Gateway { node, trace }) = &document.gateway {
+        write!(out, "on {node}, as the file has it: {trace}")?;
+    }
+    for note in &document.notes {
+        writeln!(out, "note: {note}")?;
+    }
+    Ok(())
+}
+
+fn document(file: &str, mut config: Config, packet: &Packet) -> Result<Document, Failure> {
+    let node = config.cluster.node.clone();
+    let here = explain(&observe()?, packet);
+    let planned = planned(file, &config)?;
+    let mut notes = Vec::new();
+    let wanted = explain(&planned.state, packet);
+    let told = |trace: &Trace| {
+        let policy = trace.policy().map_or("no policy".into(), |id| format!("policy {id}"));
+        format!("{policy}, {}", trace.fate)
+    };
+    if told(&here) != told(&wanted) {
+        notes.push(format!("the file wants: {}; run agent apply", told(&wanted)));
+    }
+    notes.extend(overlaps(&planned, here.policy()));
+    let gateway = match here.fate {
+        Fate::Tunnelled(frame) => gateway(file, &mut config, &frame, &mut notes)?,
+        _ => None,
+    };
+    Ok(Document { node, here, gateway, notes })
+}
+
+/// What the node of a frame does with it, if the file knows the node.
+fn gateway(
+    file: &str,
+    config: &mut Config,
+    frame: &Frame,
+    notes: &mut Vec<String>,
+) -> Result<Option<Gateway>, Failure> {
+    let has = |node: &&Node| node.underlay.contains(&frame.to);
+    let Some(node) = config.cluster.nodes.iter().find(has) else {
+        notes.push(format!("no node of the file has the address {}", frame.to));
+        return Ok(None);
+    };
+    config.cluster.node = node.name.clone();
+    let trace = explain_received(&planned(file, config)?.state, frame);
+    Ok(Some(Gateway { node: config.cluster.node.clone(), trace }))
+}
+
+fn planned(file: &str, config: &Config) -> Result<Plan, Failure> {
+    let Config { cluster, policies, tables } = config;
+    plan(cluster, policies, &mut MarkPool::new(cluster.marks), &mut TablePool::new(*tables))
+        .map_err(|error| failure(file, config, error.into()))
+}
+
+/// What the plan says of policies that overlap this one.
+fn overlaps(plan: &Plan, policy: Option<&str>) -> Vec<String> {
+    let is_about = |finding: &&Finding| match finding {
+        Finding::Overlap { winner, loser, .. } => {
+            [winner, loser].into_iter().any(|id| Some(id.as_str()) == policy)
+        }
+        _ => false,
+    };
+    plan.findings.iter().filter(is_about).map(ToString::to_string).collect()
+}
+
+/// The packet from one address to another; without a port it is an echo request.
+fn packet(from: &str, to: &str) -> Result<Packet, String> {
+    let source: IpAddr = from.parse().map_err(|_| format!("--from {from:?}: not an IP address"))?;
+    let packet = if let Ok(destination) = to.parse() {
+        Packet::echo(source, destination, 1)
+    } else {
+        let what = "write an address, or one with port and protocol: 192.0.2.1:443/tcp, \
+                    [2001:db8::1]:53/udp";
+        let error = || format!("--to {to:?}: {what}");
+        let (end, protocol) = to.rsplit_once('/').unwrap_or((to, "tcp"));
+        let end: SocketAddr = end.parse().map_err(|_| error())?;
+        match protocol {
+            "tcp" => Packet::tcp(source, SOURCE_PORT, end.ip(), end.port()),
+            "udp" => Packet::udp(source, SOURCE_PORT, end.ip(), end.port()),
+            _ => return Err(error()),
+        }
+    };
+    if packet.source.is_ipv4() != packet.destination.is_ipv4() {
+        return Err(format!("--from {from} and --to {to} are of different families"));
+    }
+    Ok(packet)
+}

@@ -1,0 +1,202 @@
+//! Several simulated nodes, and the way of a packet from one to the other.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::Sim;
+use crate::packet::{Frame, Packet};
+use crate::trace::{Decision, Fate, Reason, Trace};
+use crate::types::NodeName;
+
+/// Nodes and the packets between them, in memory.
+///
+/// What the datapath does not decide is as simple as can be: whoever has an address gets what is
+/// sent to it, and what nobody has is outside.
+///
+/// ```
+/// use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, NodeName, Packet, PolicyId};
+/// use egress_datapath::{Outcome, Reconciler, Sim, SimCluster, SimNode, Surroundings};
+///
+/// let (a, b) = (NodeName::new("a")?, NodeName::new("b")?);
+/// let nodes = vec![
+///     Node::new(a.clone(), vec!["10.10.0.11".parse()?], vec!["172.31.0.11/16".parse()?]),
+///     Node::new(b.clone(), vec!["10.10.0.12".parse()?], vec!["172.31.0.12/16".parse()?]),
+/// ];
+/// let policy = EgressPolicy {
+///     gateway: Some(b.clone()),
+///     ..EgressPolicy::new(
+///         PolicyId::new("shop/checkout")?,
+///         vec!["10.244.1.10/32".parse()?],
+///         EgressIp::V4("198.51.100.200".parse()?),
+///     )
+/// };
+/// let mut sims = SimCluster::new(nodes.iter().map(|node| SimNode {
+///     name: node.name.clone(),
+///     sim: Sim::new().surrounded_by(Surroundings {
+///         local: node.underlay.clone(),
+///         ..Surroundings::default()
+///     }),
+///     pods: Vec::new(),
+/// }));
+/// sims.node_mut(&a).unwrap().pods.push("10.244.1.0/24".parse()?);
+/// for name in [&b, &a] {
+///     let cluster = Cluster::new(name.clone(), nodes.clone(), vec!["10.244.0.0/16".parse()?]);
+///     Reconciler::new(&mut sims.node_mut(name).unwrap().sim).reconcile(&cluster, [&policy])?;
+/// }
+/// let asked = Packet::udp("10.244.1.10".parse()?, 40_000, "192.0.2.1".parse()?, 53);
+/// let journey = sims.send(asked);
+/// let Outcome::Left { node, packet } = journey.outcome else { panic!("{}", journey.trace) };
+/// assert_eq!(node, b);
+/// assert_eq!(packet.source, "198.51.100.200".parse::<std::net::IpAddr>()?);
+///
+/// let answered = sims.send_to(&b, packet.reply());
+/// assert_eq!(answered.outcome, Outcome::Arrived { node: a, packet: asked.reply() });
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct SimCluster {
+    nodes: Vec<SimNode>,
+}
+
+/// A node and its pods.
+#[derive(Clone, Debug)]
+pub struct SimNode {
+    /// Its name.
+    pub name: NodeName,
+    /// Its kernel; the node's addresses on the underlay must be among those around it.
+    pub sim: Sim,
+    /// Where its pods' addresses are.
+    pub pods: Vec<IpNet>,
+}
+
+/// A packet's way through a cluster.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Journey {
+    /// What each node decided; the fate is that on the last.
+    pub trace: Trace,
+    /// How it ended.
+    pub outcome: Outcome,
+}
+
+/// How a packet's way through a cluster ends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It left the cluster.
+    Left {
+        /// From this node.
+        node: NodeName,
+        /// As this; its source is what it wears.
+        packet: Packet,
+    },
+    /// It came to a pod or to a node.
+    Arrived {
+        /// On this node.
+        node: NodeName,
+        /// As this.
+        packet: Packet,
+    },
+    /// It was dropped; the trace says by what.
+    Dropped {
+        /// On this node, or sent by this node to nobody; `None` if it never came to one.
+        node: Option<NodeName>,
+    },
+}
+
+/// Nodes that a packet passes at most: as many as its time to live.
+const HOPS: usize = 64;
+
+enum Next {
+    Packet(Packet),
+    Frame(Frame),
+}
+
+impl SimCluster {
+    /// The nodes, which are asked in this order who has an address.
+    pub fn new(nodes: impl IntoIterator<Item = SimNode>) -> Self {
+        Self { nodes: nodes.into_iter().collect() }
+    }
+
+    /// The nodes.
+    pub fn nodes(&self) -> &[SimNode] {
+        &self.nodes
+    }
+
+    /// A node by its name.
+    pub fn node_mut(&mut self, name: &NodeName) -> Option<&mut SimNode> {
+        self.nodes.iter_mut().find(|node| node.name == *name)
+    }
+
+    /// Sends a packet: from the pod that has its source, or else from outside to who has its
+    /// destination.
+    ///
+    /// From outside to an address that no node has, it goes to the first node.
+    pub fn send(&mut self, packet: Packet) -> Journey {
+        let pod = self.nodes.iter().position(|node| node.has_pod(packet.source));
+        let at = pod.or_else(|| self.holder(packet.destination)).unwrap_or_default();
+        self.journey(at, packet)
+    }
+
+    /// Sends a packet from outside to a node, whoever has its destination.
+    pub fn send_to(&mut self, node: &NodeName, packet: Packet) -> Journey {
+        let at = self.nodes.iter().position(|other| other.name == *node);
+        self.journey(at.unwrap_or(usize::MAX), packet)
+    }
+
+    fn holder(&self, address: IpAddr) -> Option<usize> {
+        self.nodes.iter().position(|node| node.has(address))
+    }
+
+    fn journey(&mut self, start: usize, packet: Packet) -> Journey {
+        let mut trace = Trace { packet, reasons: Vec::new(), fate: Fate::Dropped };
+        let (mut at, mut next) = (start, Next::Packet(packet));
+        for _ in 0..HOPS {
+            let Some(node) = self.nodes.get_mut(at) else { break };
+            let (here, packet) = match next {
+                Next::Packet(packet) => node.sim.walk(packet, |walk| walk.arrive(packet)),
+                Next::Frame(frame) => node.sim.walk(frame.packet, |walk| walk.receive(&frame)),
+            };
+            let name = node.name.clone();
+            let named = |reason| Reason { node: Some(name.clone()), ..reason };
+            trace.reasons.extend(here.reasons.into_iter().map(named));
+            trace.fate = here.fate;
+            let end = |outcome| Journey { trace: trace.clone(), outcome };
+            match here.fate {
+                Fate::Dropped => return end(Outcome::Dropped { node: Some(name) }),
+                Fate::Delivered => return end(Outcome::Arrived { node: name, packet }),
+                Fate::Tunnelled(frame) => match self.holder(frame.to) {
+                    Some(peer) => (at, next) = (peer, Next::Frame(frame)),
+                    None => return lost(trace, Some(name), format!("nobody has {}", frame.to)),
+                },
+                Fate::Routed(_) => match self.holder(packet.destination) {
+                    None => return end(Outcome::Left { node: name, packet }),
+                    Some(same) if same == at => {
+                        return end(Outcome::Arrived { node: name, packet });
+                    }
+                    Some(other) => (at, next) = (other, Next::Packet(packet)),
+                },
+            }
+        }
+        match self.nodes.get(at) {
+            Some(node) => lost(trace, Some(node.name.clone()), "time to live".into()),
+            None => lost(trace, None, "no such node".into()),
+        }
+    }
+}
+
+fn lost(mut trace: Trace, node: Option<NodeName>, object: String) -> Journey {
+    let decision = Decision::Dropped;
+    trace.reasons.push(Reason { node: node.clone(), object, decision });
+    trace.fate = Fate::Dropped;
+    Journey { trace, outcome: Outcome::Dropped { node } }
+}
+
+impl SimNode {
+    fn has_pod(&self, address: IpAddr) -> bool {
+        self.pods.iter().any(|net| net.contains(&address))
+    }
+
+    fn has(&self, address: IpAddr) -> bool {
+        self.has_pod(address) || self.sim.around.local.contains(&address)
+    }
+}

@@ -1,0 +1,279 @@
+//! Operations, with the kernel's manners.
+
+use std::collections::btree_map::Entry;
+use std::net::IpAddr;
+
+use crate::error::errno;
+use crate::op::Op;
+use crate::state::{
+    ChainId, Data, Firewall, NftRule, Route, RuleAction, Set, State, Stmt, Verdict, Vxlan,
+};
+use crate::types::DeviceName;
+
+/// An error number, positive.
+pub(super) type Errno = i32;
+
+/// Makes an operation, or refuses it.
+pub(super) fn make(state: &mut State, op: &Op) -> Result<(), Errno> {
+    match op {
+        Op::AddTable if state.firewall.is_some() => Err(errno::EEXIST),
+        Op::AddTable => {
+            state.firewall = Some(Firewall::default());
+            Ok(())
+        }
+        Op::DeleteTable => state.firewall.take().map(drop).ok_or(errno::ENOENT),
+        op if op.is_nft() => nft(state.firewall.as_mut().ok_or(errno::ENOENT)?, op),
+        op => rtnetlink(state, op),
+    }
+}
+
+fn rtnetlink(state: &mut State, op: &Op) -> Result<(), Errno> {
+    let has = |device: &DeviceName| {
+        state.link.as_ref().filter(|link| link.name == *device).ok_or(errno::ENODEV)
+    };
+    match op {
+        Op::AddLink(link) => {
+            possible(link)?;
+            if state.link.is_some() {
+                return Err(errno::EEXIST);
+            }
+            state.link = Some(link.clone());
+        }
+        Op::SetLink(link) => {
+            let old = has(&link.name)?.clone();
+            possible(link)?;
+            if (old.vni, old.port) != (link.vni, link.port) {
+                return Err(errno::EOPNOTSUPP);
+            }
+            if old.mac != link.mac {
+                state.neighbours.clear();
+            }
+            if old.up && !link.up {
+                gone_with_device(state, |_| true);
+                // IPv6 addresses go with it (`addrconf_ifdown`), IPv4 addresses stay.
+                state.addresses.retain(|net| net.addr().is_ipv4());
+            }
+            state.link = Some(link.clone());
+        }
+        Op::DeleteLink(device) => {
+            has(device)?;
+            state.link = None;
+            state.addresses.clear();
+            state.fdb.clear();
+            gone_with_device(state, |_| true);
+        }
+        Op::AddAddress(device, net) => {
+            has(device)?;
+            if !state.addresses.insert(*net) {
+                return Err(errno::EEXIST);
+            }
+        }
+        Op::DeleteAddress(device, net) => {
+            has(device)?;
+            if !state.addresses.remove(net) {
+                return Err(errno::EADDRNOTAVAIL);
+            }
+            let is_v4 = |net: &ipnet::IpNet| net.addr().is_ipv4();
+            if is_v4(net) && !state.addresses.iter().any(is_v4) {
+                // The device's IPv4 ends with its last address (`fib_inetaddr_event`).
+                gone_with_device(state, |address| address.is_ipv4());
+            }
+        }
+        Op::PutFdb(device, mac, node) => {
+            has(device)?;
+            state.fdb.insert(*mac, *node);
+        }
+        Op::DeleteFdb(device, mac, node) => {
+            has(device)?;
+            match state.fdb.entry(*mac) {
+                Entry::Occupied(entry) if entry.get() == node => drop(entry.remove()),
+                // An entry to another node stays, and nothing is said (`__vxlan_fdb_delete`).
+                Entry::Occupied(_) => {}
+                Entry::Vacant(_) => return Err(errno::ENOENT),
+            }
+        }
+        Op::PutNeighbour(device, address, mac) => {
+            has(device)?;
+            state.neighbours.insert(*address, *mac);
+        }
+        Op::DeleteNeighbour(device, address) => {
+            has(device)?;
+            state.neighbours.remove(address).ok_or(errno::ENOENT)?;
+        }
+        Op::PutRoute(device, key, route) => {
+            if matches!(route, Route::Via(_)) && !has(device)?.up {
+                return Err(errno::ENETDOWN);
+            }
+            state.routes.insert(*key, *route);
+        }
+        Op::DeleteRoute(_, key, route) => match state.routes.entry(*key) {
+            // IPv6 does not look at the type of what it deletes (`ip6_route_del`).
+            Entry::Occupied(entry)
+                if entry.get() == route
+                    || key.dst.addr().is_ipv6() && !matches!(route, Route::Via(_)) =>
+            {
+                entry.remove();
+            }
+            _ => return Err(errno::ESRCH),
+        },
+        Op::AddRule(rule) => {
+            if matches!(rule.action, RuleAction::Goto(later) if later <= rule.priority) {
+                return Err(errno::EINVAL);
+            }
+            if !state.rules.insert(*rule) {
+                return Err(errno::EEXIST);
+            }
+        }
+        Op::DeleteRule(rule) => {
+            if !state.rules.remove(rule) {
+                return Err(errno::ENOENT);
+            }
+        }
+        _ => return Err(errno::EINVAL),
+    }
+    Ok(())
+}
+
+/// Whether there can be such a device (`eth_validate_addr`, `vxlan_validate`, RFC 791).
+fn possible(link: &Vxlan) -> Result<(), Errno> {
+    let octets = link.mac.octets();
+    if octets[0] & 1 != 0 || octets == [0; 6] {
+        return Err(errno::EADDRNOTAVAIL);
+    }
+    if link.vni >= 1 << 24 {
+        return Err(errno::ERANGE);
+    }
+    if link.mtu < 68 { Err(errno::EINVAL) } else { Ok(()) }
+}
+
+/// Routes and neighbours do not outlive the device, nor do they come back when it is up again.
+fn gone_with_device(state: &mut State, of: impl Fn(IpAddr) -> bool) {
+    state.neighbours.retain(|address, _| !of(*address));
+    state.routes.retain(|_, route| !matches!(route, Route::Via(via) if of(*via)));
+}
+
+fn nft(firewall: &mut Firewall, op: &Op) -> Result<(), Errno> {
+    match op {
+        Op::AddSet(set) => firewall.sets.insert(*set).then_some(()).ok_or(errno::EEXIST),
+        Op::DeleteSet(set) => {
+            if firewall.chains.values().any(|(_, rules)| rules.iter().any(|rule| names(rule, *set)))
+            {
+                return Err(errno::EBUSY);
+            }
+            if !firewall.sets.remove(set) {
+                return Err(errno::ENOENT);
+            }
+            firewall.elements.retain(|key, _| key.set() != *set);
+            Ok(())
+        }
+        Op::AddChain(chain, base) => match firewall.chains.entry(*chain) {
+            Entry::Occupied(_) => Err(errno::EEXIST),
+            Entry::Vacant(entry) => {
+                entry.insert((*base, Vec::new()));
+                Ok(())
+            }
+        },
+        Op::DeleteChain(chain) => {
+            if goes_to(firewall, *chain) {
+                // Its rules are gone by then, and with them what they refer to is free; all of it
+                // is undone with the transaction (`nf_tables_delchain`).
+                if let Some((_, rules)) = firewall.chains.get_mut(chain) {
+                    rules.clear();
+                }
+                return Err(errno::EBUSY);
+            }
+            firewall.chains.remove(chain).map(drop).ok_or(errno::ENOENT)
+        }
+        Op::SetRules(chain, rules) => {
+            if !rules.iter().all(|rule| refers_well(firewall, rule)) {
+                return Err(errno::ENOENT);
+            }
+            let (_, old) = firewall.chains.get_mut(chain).ok_or(errno::ENOENT)?;
+            old.clone_from(rules);
+            Ok(())
+        }
+        Op::AddElement(key, value) => {
+            if !firewall.sets.contains(&key.set()) {
+                return Err(errno::ENOENT);
+            }
+            if let Data::Verdict(Verdict::Goto(chain)) = value.data {
+                if !firewall.chains.contains_key(&chain) {
+                    return Err(errno::ENOENT);
+                }
+            }
+            if firewall.elements.contains_key(key) || firewall.overlapping(key).is_some() {
+                return Err(errno::EEXIST);
+            }
+            firewall.elements.insert(*key, value.clone());
+            Ok(())
+        }
+        Op::DeleteElement(key, _) => firewall.elements.remove(key).map(drop).ok_or(errno::ENOENT),
+        Op::DeleteStray(stray) => firewall.strays.remove(stray).then_some(()).ok_or(errno::ENOENT),
+        // Its set is not there.
+        Op::HoldAnswers(_) => Err(errno::ENOENT),
+        _ => Err(errno::EINVAL),
+    }
+}
+
+fn goes_to(firewall: &Firewall, chain: ChainId) -> bool {
+    let by_rule = firewall.chains.values().any(|(_, rules)| {
+        rules.iter().any(|NftRule(rule)| {
+            rule.contains(&Stmt::Goto(chain)) || rule.contains(&Stmt::Jump(chain))
+        })
+    });
+    let goto = Data::Verdict(Verdict::Goto(chain));
+    by_rule || firewall.elements.values().any(|value| value.data == goto)
+}
+
+/// The set that a statement looks into.
+fn set_of(statement: &Stmt) -> Option<Set> {
+    match statement {
+        Stmt::MarkIn { set, .. }
+        | Stmt::SourceIn(set)
+        | Stmt::SourceNotIn(set)
+        | Stmt::DestinationIn(set)
+        | Stmt::DestinationNotIn(set)
+        | Stmt::PacketIn(set)
+        | Stmt::TagBySource(set)
+        | Stmt::TagByTag(set)
+        | Stmt::TagIn(set)
+        | Stmt::VerdictByTag(set) => Some(*set),
+        Stmt::TagByDestination(family, length) => Some(Set::Destination(*family, *length)),
+        Stmt::SnatByTag(family) => Some(Set::Snat(*family)),
+        Stmt::HasInput
+        | Stmt::InputDevice(_)
+        | Stmt::OutputDevice(_)
+        | Stmt::MarkIs { .. }
+        | Stmt::MarkIsNot { .. }
+        | Stmt::CtDirection(_)
+        | Stmt::CtState(_)
+        | Stmt::NotTranslated
+        | Stmt::CtMarkIs(_)
+        | Stmt::CtMarkIsNot(_)
+        | Stmt::SetCtMark(_)
+        | Stmt::UdpPort(_)
+        | Stmt::Icmp6Type(_)
+        | Stmt::SetMark { .. }
+        | Stmt::ClearTag
+        | Stmt::SnatToSource(_)
+        | Stmt::Masquerade
+        | Stmt::NoTrack
+        | Stmt::Counter
+        | Stmt::Drop
+        | Stmt::Return
+        | Stmt::Jump(_)
+        | Stmt::Goto(_)
+        | Stmt::Unknown(_) => None,
+    }
+}
+
+fn names(rule: &NftRule, set: Set) -> bool {
+    rule.0.iter().any(|statement| set_of(statement) == Some(set))
+}
+
+fn refers_well(firewall: &Firewall, rule: &NftRule) -> bool {
+    rule.0.iter().all(|statement| match statement {
+        Stmt::Goto(chain) | Stmt::Jump(chain) => firewall.chains.contains_key(chain),
+        other => set_of(other).is_none_or(|set| firewall.sets.contains(&set)),
+    })
+}

@@ -1,0 +1,451 @@
+//! The lab's nodes and their twins.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+use std::{io, mem, thread};
+
+use egress_datapath::state::State;
+use egress_datapath::{
+    Changes, Cluster, Datapath, EgressPolicy, Fate, Journey, KernelDatapath, MarkLayout, MarkPool,
+    Node, Outcome, Packet, Reconciler, Sim, SimCluster, SimNode, Surroundings, TablePool,
+    TableRange, explain, explain_received,
+};
+
+use crate::lab::{
+    EIP_B, EIP_C, Host, Lab, NODE_B_OUTSIDE, NODE_C_OUTSIDE, POD_A, POD_B, POD_C, Pair, Preference,
+    SERVER, STRANGER, net,
+};
+use crate::random::Random;
+use crate::wire::{Seen, Tap, send};
+use crate::{Result, difference, world};
+
+const OUTSIDE: [&str; 12] = [
+    "198.51.100.10",
+    "198.51.100.20",
+    "198.51.100.21",
+    "198.51.100.40",
+    "203.0.113.5",
+    "203.0.113.200",
+    "2001:db8:51::10",
+    "2001:db8:51::20",
+    "2001:db8:51::21",
+    "2001:db8:51::40",
+    "2001:db8:113::5",
+    "2001:db8:7::7",
+];
+
+type Kernel = Reconciler<KernelDatapath>;
+type Simulated = Reconciler<Sim>;
+
+/// The lab and its twin.
+pub(crate) struct Fleet {
+    lab: Lab,
+    /// The server's, then those of the pods.
+    taps: Vec<Tap>,
+    clusters: Vec<Cluster>,
+    kernels: Vec<Kernel>,
+    /// Somebody else on each node.
+    others: Vec<KernelDatapath>,
+    simulated: Vec<Simulated>,
+    pub(crate) sims: SimCluster,
+    next: u32,
+    port: u16,
+    /// Packets of connections, as their opener sent them.
+    flows: Vec<Packet>,
+    /// What left, as the server saw it.
+    left: Vec<Packet>,
+    /// Every packet and what became of it, to tell how a difference came about.
+    history: Vec<(Packet, Outcome)>,
+    /// Numbers whose packets should not have come, and have.
+    late: BTreeMap<u32, Vec<Seen>>,
+}
+
+impl Fleet {
+    pub(crate) fn new(layout: MarkLayout) -> io::Result<Self> {
+        let lab = Lab::new()?;
+        outside(&lab)?;
+        let mut clusters = Vec::new();
+        for host in lab.nodes() {
+            let mut cluster = lab.cluster(host).map_err(io::Error::other)?;
+            cluster.marks = layout;
+            clusters.push(cluster);
+            // So that connections are tracked and translated whether our table is there or not,
+            // as on every node of a cluster, and last for the whole test.
+            crate::nft(&host.netns, FOREIGN)?;
+            host.netns.sysctl(&[
+                ("netfilter/nf_conntrack_udp_timeout", "7200"),
+                ("netfilter/nf_conntrack_udp_timeout_stream", "7200"),
+            ])?;
+        }
+        let taps = [&lab.server, &lab.pod_a, &lab.stranger, &lab.pod_b, &lab.pod_c];
+        let taps = taps.into_iter().map(Tap::open).collect::<io::Result<_>>()?;
+        let kernels =
+            lab.nodes().into_iter().zip(&clusters).map(|(host, cluster)| kernel(host, cluster));
+        Ok(Self {
+            taps,
+            kernels: kernels.collect::<io::Result<_>>()?,
+            others: lab.nodes().into_iter().map(datapath).collect::<io::Result<_>>()?,
+            simulated: clusters.iter().map(simulated).collect(),
+            sims: SimCluster::new(
+                (1..).zip(&clusters).map(|(number, cluster)| node(number, cluster)),
+            ),
+            clusters,
+            lab,
+            next: 0,
+            port: 1024,
+            flows: Vec::new(),
+            left: Vec::new(),
+            history: Vec::new(),
+            late: BTreeMap::new(),
+        })
+    }
+
+    /// Forgets what the reconciler of a node knew.
+    pub(crate) fn restart(&mut self, at: usize) -> io::Result<()> {
+        self.kernels[at] = kernel(self.lab.nodes()[at], &self.clusters[at])?;
+        self.simulated[at] = simulated(&self.clusters[at]);
+        Ok(())
+    }
+
+    /// Makes a node right, in both worlds.
+    pub(crate) fn reconcile(&mut self, at: usize, policies: &[EgressPolicy]) -> Result {
+        let cluster = &self.clusters[at];
+        let kernel = self.kernels[at].reconcile(cluster, policies);
+        let sim = self.in_sim(at, |egress, cluster| egress.reconcile(cluster, policies));
+        let told = |report: std::result::Result<egress_datapath::Report, _>| match report {
+            // Connections have other numbers.
+            Ok(report) => Ok((without_connections(&report.changes), report.findings)),
+            Err(error) => Err(error),
+        };
+        let (kernel, sim) = (told(kernel), told(sim));
+        if kernel != sim {
+            return Err(format!("kernel: {kernel:#?}\nsim: {sim:#?}").into());
+        }
+        self.compare(at)
+    }
+
+    fn in_sim<T>(&mut self, at: usize, work: impl FnOnce(&mut Simulated, &Cluster) -> T) -> T {
+        let cluster = self.clusters[at].clone();
+        let node = self.sims.node_mut(&cluster.node).unwrap();
+        mem::swap(&mut node.sim, self.simulated[at].datapath());
+        let done = work(&mut self.simulated[at], &cluster);
+        mem::swap(&mut node.sim, self.simulated[at].datapath());
+        done
+    }
+
+    /// Somebody else changes a node, in both worlds.
+    pub(crate) fn edit(&mut self, at: usize, edit: impl FnOnce(&State) -> State) -> Result<String> {
+        let now = self.others[at].observe()?;
+        let changes = Changes::between(&now, &edit(&now));
+        let kernel = self.others[at].apply(&changes);
+        let sim = self.in_sim(at, |egress, _| egress.datapath().apply(&changes));
+        let [kernel, sim] = [kernel, sim].map(crate::outcome);
+        if kernel != sim {
+            return Err(format!("{changes}kernel: {kernel:#?}\nsim: {sim:#?}").into());
+        }
+        self.compare(at).map_err(|error| format!("{error}\nafter {changes}"))?;
+        Ok(changes.to_string())
+    }
+
+    fn compare(&mut self, at: usize) -> Result {
+        let kernel = self.others[at].observe()?;
+        let sim = self.in_sim(at, |egress, _| egress.datapath().observe())?;
+        difference(&sim, &kernel)
+    }
+
+    /// Sends random packets through both worlds, and returns how many there were, how many of
+    /// them should get through, and what is wrong.
+    pub(crate) fn send(&mut self, random: &mut Random, count: usize) -> Result<Sent> {
+        let mut batches: [Vec<(u32, Packet)>; 5] = Default::default();
+        let mut expected = BTreeMap::new();
+        let mut ports = BTreeSet::new();
+        let mut told = BTreeMap::new();
+        let states = self.others.iter_mut().map(Datapath::observe);
+        let states: Vec<State> = states.collect::<std::result::Result<_, _>>()?;
+        for _ in 0..count {
+            let known = self.flows.len();
+            let Some((from, packet)) = self.packet(random) else { continue };
+            // Those of one connection could overtake each other.
+            if !ports.insert(connection(&packet)) {
+                continue;
+            }
+            self.next += 1;
+            if self.flows.len() > known {
+                told.insert(self.next, self.explained(&states, packet));
+            }
+            batches[from].push((self.next, packet));
+            expected.insert(self.next, (packet, self.sims.send(packet)));
+        }
+        let seen = self.exchange(&batches, &expected)?;
+        let mut sent = Sent { packets: expected.len(), ..Sent::default() };
+        for (number, (packet, journey)) in expected {
+            let wanted = Self::wanted(&journey);
+            let seen = seen.get(&number).map_or(&[][..], Vec::as_slice);
+            sent.through += usize::from(wanted.is_some());
+            // Where a port is taken, which one comes in its place is the kernel's secret.
+            let kept = wanted.is_none_or(|wanted| wanted.packet.source_port == packet.source_port);
+            let port = |seen: &Seen| if kept { seen.packet.source_port } else { 0 };
+            let facts = |seen: &Seen| {
+                let Packet { source, destination, destination_port, .. } = seen.packet;
+                (seen.at, source, port(seen), destination, destination_port)
+            };
+            if let Some(Seen { at: 0, packet: out }) = wanted.filter(|_| kept) {
+                self.left.push(out);
+                sent.translated += usize::from(out.source != packet.source);
+            }
+            if let Some(told) = told.remove(&number) {
+                sent.explained += 1;
+                let found = seen.first().map(|seen| seen.packet.source);
+                if !told.fits(found, &self.clusters[0].nodes) {
+                    sent.wrong
+                        .push(format!("{packet} was explained as {told:?}, came as {found:?}"));
+                }
+            }
+            if !seen.iter().map(facts).eq(wanted.iter().map(facts)) {
+                let before = self.before(packet);
+                let wrong = format!("{seen:?} instead of {wanted:?}\n{}{before}", journey.trace);
+                sent.wrong.push(wrong);
+            }
+            self.history.push((packet, journey.outcome));
+        }
+        for (number, seen) in mem::take(&mut self.late) {
+            sent.wrong.push(format!("packet {number} came late: {seen:?}"));
+        }
+        Ok(sent)
+    }
+
+    /// The source of a new connection's packet by what the kernels hold, if it gets through.
+    fn explained(&self, states: &[State], packet: Packet) -> Explained {
+        let pod = |node: &SimNode| node.pods.iter().any(|net| net.contains(&packet.source));
+        let Some(at) = self.sims.nodes().iter().position(pod) else { return Explained::Dropped };
+        let mut trace = explain(&states[at], &packet);
+        if let Fate::Tunnelled(frame) = trace.fate {
+            let has = |node: &&Node| node.underlay.contains(&frame.to);
+            let peer = self.clusters.iter().position(|cluster| {
+                cluster.nodes.iter().find(has).is_some_and(|node| node.name == cluster.node)
+            });
+            let Some(peer) = peer else { return Explained::Dropped };
+            trace = explain_received(&states[peer], &frame);
+        }
+        match trace.fate {
+            Fate::Routed(Some(source)) => Explained::As(source),
+            Fate::Routed(None) => Explained::AsNode,
+            Fate::Dropped | Fate::Tunnelled(_) | Fate::Delivered => Explained::Dropped,
+        }
+    }
+
+    /// The real packets: sent, and waited for.
+    fn exchange(
+        &mut self,
+        batches: &[Vec<(u32, Packet)>; 5],
+        expected: &BTreeMap<u32, (Packet, Journey)>,
+    ) -> Result<BTreeMap<u32, Vec<Seen>>> {
+        let lab = &self.lab;
+        let hosts = [&lab.server, &lab.pod_a, &lab.stranger, &lab.pod_b, &lab.pod_c];
+        for (netns, batch) in hosts.into_iter().zip(batches) {
+            send(netns, batch)?;
+        }
+        let mut seen = BTreeMap::new();
+        let deadline = Instant::now() + Duration::from_secs(2);
+        loop {
+            for (at, tap) in self.taps.iter().enumerate() {
+                tap.take(at, &mut seen);
+            }
+            let arrives = |(number, (_, journey)): (&u32, &(Packet, Journey))| {
+                Self::wanted(journey).is_none() || seen.contains_key(number)
+            };
+            if expected.iter().all(arrives) || Instant::now() > deadline {
+                break;
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        // What should not come has come by now, or is seen to be late.
+        thread::sleep(Duration::from_millis(2));
+        for (at, tap) in self.taps.iter().enumerate() {
+            tap.take(at, &mut seen);
+        }
+        self.late = seen.split_off(&(self.next + 1));
+        let first = expected.keys().next().copied().unwrap_or(0);
+        let known = seen.split_off(&first);
+        self.late.append(&mut seen);
+        Ok(known)
+    }
+
+    /// What became of earlier packets with the same ports.
+    fn before(&self, packet: Packet) -> String {
+        let of = connection(&packet);
+        let same = self.history.iter().filter(|(other, _)| connection(other) == of);
+        let lines = same.map(|(packet, outcome)| format!("before: {packet}: {outcome:?}"));
+        lines.collect::<Vec<_>>().join("\n")
+    }
+
+    /// What the taps should see of a packet.
+    fn wanted(journey: &Journey) -> Option<Seen> {
+        match &journey.outcome {
+            Outcome::Left { packet, .. } => Some(Seen { at: 0, packet: *packet }),
+            Outcome::Arrived { packet, .. } => {
+                let pods = [POD_A, STRANGER, POD_B, POD_C];
+                let pod = pods.iter().position(|pod| pod.contains(&packet.destination))?;
+                Some(Seen { at: pod + 1, packet: *packet })
+            }
+            Outcome::Dropped { .. } => None,
+        }
+    }
+
+    /// A packet and who sends it: of a new connection, of an old one, or an answer.
+    fn packet(&mut self, random: &mut Random) -> Option<(usize, Packet)> {
+        match random.below(10) {
+            0 | 1 if !self.left.is_empty() => {
+                let last = self.left.len().saturating_sub(200);
+                let answer = random.of(&self.left[last..]).reply();
+                // Nobody sends what is for an address that nobody has.
+                (!world::EIPS[0].contains(&answer.destination)).then_some((0, answer))
+            }
+            2..=4 if !self.flows.is_empty() => {
+                let last = self.flows.len().saturating_sub(200);
+                let packet = random.of(&self.flows[last..]);
+                Some((sender(packet)?, packet))
+            }
+            _ => {
+                let pods = [POD_A, STRANGER, POD_B, POD_C];
+                let pod = random.of(&pods);
+                let source = random.of(&pod);
+                let of_family = |to: &IpAddr| to.is_ipv4() == source.is_ipv4() && *to != source;
+                let outside = OUTSIDE.iter().map(|to| to.parse().unwrap());
+                let inside = pods.concat().into_iter();
+                let all: Vec<IpAddr> = outside.clone().chain(outside).chain(inside).collect();
+                let all: Vec<IpAddr> = all.into_iter().filter(of_family).collect();
+                self.port = if self.port == u16::MAX { 1025 } else { self.port + 1 };
+                let port = random.of(&[53, 443, 7789]);
+                let packet = Packet::udp(source, self.port, random.of(&all), port);
+                self.flows.push(packet);
+                Some((sender(packet)?, packet))
+            }
+        }
+    }
+}
+
+/// What should become of a packet, by the states alone.
+#[derive(Clone, Copy, Debug)]
+enum Explained {
+    Dropped,
+    As(IpAddr),
+    AsNode,
+}
+
+impl Explained {
+    /// Whether it is what was seen, if anything was.
+    fn fits(self, source: Option<IpAddr>, nodes: &[Node]) -> bool {
+        match self {
+            Self::Dropped => source.is_none(),
+            Self::As(told) => source == Some(told),
+            Self::AsNode => source.is_some_and(|source| {
+                let outside = [NODE_B_OUTSIDE, NODE_C_OUTSIDE].concat();
+                outside.contains(&source)
+                    || nodes.iter().any(|node| node.underlay.contains(&source))
+            }),
+        }
+    }
+}
+
+/// What became of a batch.
+#[derive(Default)]
+pub(crate) struct Sent {
+    pub(crate) packets: usize,
+    pub(crate) through: usize,
+    pub(crate) translated: usize,
+    /// Packets of new connections, whose fate the states alone explain.
+    pub(crate) explained: usize,
+    pub(crate) wrong: Vec<String>,
+}
+
+/// The ports of a connection, whoever sends.
+fn connection(packet: &Packet) -> [u16; 2] {
+    let mut ports = [packet.source_port, packet.destination_port];
+    ports.sort_unstable();
+    ports
+}
+
+fn sender(packet: Packet) -> Option<usize> {
+    let pods = [POD_A, STRANGER, POD_B, POD_C];
+    Some(pods.iter().position(|pod| pod.contains(&packet.source))? + 1)
+}
+
+fn without_connections(changes: &Changes) -> Vec<String> {
+    let ops = changes.ops().map(ToString::to_string);
+    ops.filter(|op| !op.starts_with("conntrack ")).collect()
+}
+
+const FOREIGN: &str = "table inet foreign {
+    chain prerouting {
+        type filter hook prerouting priority 0;
+        ct state new counter
+    }
+    chain postrouting {
+        type nat hook postrouting priority 200;
+    }
+}";
+
+/// More addresses outside.
+fn outside(lab: &Lab) -> io::Result<()> {
+    const UPLINK: u32 = 10;
+    const OUTSIDE_BRIDGE: u32 = 11;
+    lab.server.link(|link| {
+        for text in OUTSIDE {
+            let address: IpAddr = text.parse().unwrap();
+            let full = if address.is_ipv4() { 32 } else { 128 };
+            let _known = link.address(UPLINK, net(address, full), Preference::Deprecated);
+        }
+        Ok(())
+    })?;
+    lab.router.link(|link| {
+        for (text, via) in [
+            ("203.0.113.0/24", SERVER[0]),
+            ("2001:db8:113::/48", SERVER[1]),
+            ("2001:db8:7::/48", SERVER[1]),
+        ] {
+            link.route(text.parse().unwrap(), Some(via), OUTSIDE_BRIDGE)?;
+        }
+        Ok(())
+    })
+}
+
+fn datapath(host: &Host) -> io::Result<KernelDatapath> {
+    host.netns.run(KernelDatapath::open)?.map_err(io::Error::other)
+}
+
+fn kernel(host: &Host, cluster: &Cluster) -> io::Result<Kernel> {
+    let datapath = datapath(host)?;
+    let tables = TablePool::new(TableRange::default()).with_dice(|_| 0);
+    Ok(Reconciler::with_allocators(datapath, MarkPool::new(cluster.marks), tables))
+}
+
+fn simulated(cluster: &Cluster) -> Simulated {
+    let tables = TablePool::new(TableRange::default()).with_dice(|_| 0);
+    Reconciler::with_allocators(Sim::new(), MarkPool::new(cluster.marks), tables)
+}
+
+/// The twin of the lab's node of this number.
+pub(crate) fn node(number: u8, cluster: &Cluster) -> SimNode {
+    let here = cluster.nodes.iter().find(|node| node.name == cluster.node).unwrap();
+    let mut around = Surroundings { local: here.underlay.clone(), own: Vec::new() };
+    let everything = ["0.0.0.0/0", "::/0"].map(|net| net.parse().unwrap());
+    around.own.extend(everything.into_iter().zip(here.underlay.iter().copied()));
+    let (outside, eip): (Pair, Pair) = match number {
+        2 => (NODE_B_OUTSIDE, EIP_B),
+        3 => (NODE_C_OUTSIDE, EIP_C),
+        _ => (POD_A, POD_A),
+    };
+    if number > 1 {
+        around.local.extend([outside, eip].concat());
+        let segment = ["198.51.100.0/24", "2001:db8:51::/64"].map(|net| net.parse().unwrap());
+        around.own.extend(segment.into_iter().zip(outside));
+    }
+    let pods = [format!("10.244.{number}.0/24"), format!("fd44:{number}::/64")];
+    SimNode {
+        name: cluster.node.clone(),
+        sim: Sim::new().surrounded_by(around),
+        pods: pods.iter().map(|net| net.parse().unwrap()).collect(),
+    }
+}

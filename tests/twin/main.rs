@@ -1,0 +1,146 @@
+//! The simulator is the kernel's twin: the same changes, the same refusals, the same states, and
+//! the same fate for every packet.
+//!
+//! Everything random comes from a seed that is printed: `EGRESS_TWIN_SEED=7 cargo test --test
+//! twin` runs the same again, `EGRESS_TWIN=full` runs ten times as much.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test says what it expects"
+)]
+
+#[path = "../lab/mod.rs"]
+mod lab;
+
+mod changes;
+mod checks;
+mod contract;
+mod drift;
+mod fleet;
+mod mutants;
+mod packets;
+mod random;
+mod wire;
+mod world;
+
+use std::env;
+use std::error::Error;
+use std::io::{self, Write};
+use std::process::Command;
+
+use egress_datapath::{ApplyError, Datapath, KernelDatapath, Sim, State};
+
+use lab::{Device, Netns};
+
+type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
+
+/// Says something on the terminal, whatever libtest captures.
+fn say(line: &str) {
+    let _unheard = writeln!(io::stderr(), "{line}");
+}
+
+/// The seed of what is random here.
+fn seed() -> Result<u64> {
+    match env::var("EGRESS_TWIN_SEED") {
+        Ok(seed) => Ok(seed.parse()?),
+        Err(_) => Ok(1),
+    }
+}
+
+/// So many times, or ten times that.
+fn times(usual: usize) -> usize {
+    if env::var("EGRESS_TWIN").is_ok_and(|value| value == "full") { usual * 10 } else { usual }
+}
+
+/// What a test needs of the machine, or `None` if it may do without.
+fn given<T>(made: io::Result<T>) -> Result<Option<T>> {
+    match made {
+        Ok(made) => Ok(Some(made)),
+        Err(error) if env::var("EGRESS_REQUIRE_NETNS").is_ok_and(|value| value == "1") => {
+            Err(format!("no network namespaces: {error}").into())
+        }
+        Err(error) => {
+            say(&format!("SKIPPED, no network namespaces for this user, try unshare -rn: {error}"));
+            Ok(None)
+        }
+    }
+}
+
+/// A simulated kernel and a real one that should never differ.
+struct Twins {
+    sim: Sim,
+    kernel: KernelDatapath,
+    /// The kernel's network, and one that its devices lead to.
+    _netns: [Netns; 2],
+}
+
+/// What became of changes: made, refused with an error number, and not tried.
+#[derive(Debug, PartialEq, Eq)]
+struct Outcome {
+    applied: usize,
+    refused: Vec<(String, Option<i32>)>,
+    skipped: usize,
+}
+
+impl Twins {
+    /// In a namespace with devices that can carry a tunnel.
+    fn new() -> io::Result<Self> {
+        let netns = Netns::new()?;
+        let other = Netns::new()?;
+        for (index, name) in [(10, "eth0"), (11, "eth1")] {
+            use std::os::fd::AsFd;
+            let here = Device { name, index };
+            netns.link(|link| link.veth(here, None, here, other.as_fd()))?;
+            other.link(|link| link.up(index))?;
+        }
+        let kernel = netns.run(KernelDatapath::open)?.map_err(io::Error::other)?;
+        Ok(Self { sim: Sim::new(), kernel, _netns: [netns, other] })
+    }
+
+    /// Makes the same changes on both; what became of them, if both say the same.
+    fn apply(&mut self, changes: &egress_datapath::Changes) -> Result<Option<Outcome>> {
+        let [sim, kernel] = [outcome(self.sim.apply(changes)), outcome(self.kernel.apply(changes))];
+        if sim != kernel {
+            return Err(format!("{changes}\nsim: {sim:#?}\nkernel: {kernel:#?}").into());
+        }
+        Ok(kernel)
+    }
+
+    /// What both hold, if it is the same.
+    fn observe(&mut self) -> Result<State> {
+        let (sim, kernel) = (self.sim.observe()?, self.kernel.observe()?);
+        difference(&sim, &kernel)?;
+        Ok(kernel)
+    }
+}
+
+/// What only one of the two has.
+fn difference(sim: &State, kernel: &State) -> Result {
+    if sim == kernel {
+        return Ok(());
+    }
+    let [sim, kernel] = [sim, kernel].map(|state| format!("{state:#?}"));
+    let only = |one: &str, other: &str| -> String {
+        let known: std::collections::HashSet<_> = other.lines().collect();
+        one.lines().filter(|line| !known.contains(line)).collect::<Vec<_>>().join("\n")
+    };
+    let (one, other) = (only(&sim, &kernel), only(&kernel, &sim));
+    Err(format!("only the simulator has:\n{one}\nonly the kernel has:\n{other}").into())
+}
+
+/// Feeds rules to `nft` in a namespace.
+fn nft(netns: &Netns, rules: &str) -> io::Result<()> {
+    let output = netns.run(|| Command::new("nft").arg(rules).output())??;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(io::Error::other(String::from_utf8_lossy(&output.stderr).into_owned()))
+}
+
+fn outcome(result: std::result::Result<(), ApplyError>) -> Option<Outcome> {
+    let ApplyError { applied, refused, skipped } = result.err()?;
+    let refused = refused.into_iter().map(|(op, error)| (op.to_string(), error.errno())).collect();
+    Some(Outcome { applied, refused, skipped })
+}
