@@ -171,8 +171,10 @@ impl Datapath for KernelDatapath {
         let local = self.routing.local_addresses()?;
         let (wanted, before) = (wanted.firewall.as_ref(), before.firewall.as_ref());
         let connections = conntrack::connections(&mut self.netfilter)?.into_iter();
-        // What ends on this node passes no hook that would translate it.
-        let forwarded = connections.filter(|connection| !local.contains(&connection.peer));
+        // What begins or ends on this node passes no hook that would steer it.
+        let forwarded = connections.filter(|connection| {
+            !local.contains(&connection.peer) && !local.contains(&connection.source)
+        });
         Ok(forwarded.filter(|connection| connection.is_stale(wanted, before)).collect())
     }
 
