@@ -26,6 +26,7 @@ mod rtnl_kernel_tests;
 mod rtnl_wire_tests;
 mod rule;
 mod socket;
+mod stray;
 mod tables;
 mod watch;
 mod wire;

@@ -137,6 +137,10 @@ fn make(state: &mut State, op: &Op) -> Result<(), Errno> {
             Ok(())
         }
         Op::DeleteTable => state.firewall.take().map(drop).ok_or(errno::ENOENT),
+        Op::WakeTable => {
+            state.firewall.as_mut().ok_or(errno::ENOENT)?.dormant = false;
+            Ok(())
+        }
         op if op.is_nft() => nft(state.firewall.as_mut().ok_or(errno::ENOENT)?, op),
         op => rtnetlink(state, op),
     }
@@ -223,6 +227,10 @@ fn rtnetlink(state: &mut State, op: &Op) -> Result<(), Errno> {
             if !state.rules.remove(rule) {
                 return Err(errno::ENOENT);
             }
+        }
+        // One that went with its device is gone as asked.
+        Op::DeleteStrayRouting(stray) => {
+            state.strays.remove(stray);
         }
         _ => return Err(errno::EINVAL),
     }

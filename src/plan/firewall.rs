@@ -56,7 +56,8 @@ pub(super) fn firewall(
         lengths: lengths.collect(),
         gateways: marks,
     };
-    Firewall { chains: skeleton.chains(), sets: skeleton.sets(), elements, strays: BTreeSet::new() }
+    let (chains, sets) = (skeleton.chains(), skeleton.sets());
+    Firewall { chains, sets, elements, ..Firewall::default() }
 }
 
 /// What does not depend on policies one by one.

@@ -26,6 +26,8 @@ pub struct Firewall {
     pub elements: BTreeMap<Key, Value>,
     /// Sets and chains found in our table that we never make, by name.
     pub strays: BTreeSet<Stray>,
+    /// Whether somebody has put the table to sleep: the kernel then asks no chain of it.
+    pub dormant: bool,
 }
 
 impl Firewall {
