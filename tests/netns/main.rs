@@ -15,6 +15,7 @@ mod flows;
 mod foreign;
 mod lookalikes;
 mod odd_flows;
+mod overwritten;
 mod ownership;
 mod packets;
 mod process;
