@@ -353,9 +353,12 @@ fn transitional(found: &[NftRule], wanted: &[NftRule]) -> Vec<NftRule> {
 
 const fn filled_in(key: &Key) -> Phase {
     match key {
-        Key::Peer(_) | Key::Excluded(_) | Key::Eip(_) | Key::Gateway(_) | Key::Verdict(_) => {
-            Phase::FillVerdicts
-        }
+        Key::Peer(_)
+        | Key::Underlay(_)
+        | Key::Excluded(_)
+        | Key::Eip(_)
+        | Key::Gateway(_)
+        | Key::Verdict(_) => Phase::FillVerdicts,
         Key::Steer(..) | Key::Snat(..) | Key::Masquerade(..) => Phase::FillPolicies,
         Key::Any(..) | Key::Destination(..) => Phase::FillClasses,
         Key::Source(_) | Key::SourceNet(_) => Phase::FillSources,

@@ -109,7 +109,7 @@ pub(super) fn stray(message: &RouteMessage) -> Option<StrayRouting> {
     let ours = header.protocol == RouteProtocol::from(PROTOCOL);
     // What the kernel made of a route, and forgets by itself.
     let cached = header.flags.contains(RouteFlags::Cloned);
-    let table = TableId::new(table(message)).filter(|_| ours && !cached)?;
+    TableId::new(table(message)).filter(|_| ours && !cached)?;
     let family = family(header.address_family)?;
     let mut message = message.clone();
     message.header.flags = RouteFlags::empty();
@@ -133,12 +133,12 @@ pub(super) fn stray(message: &RouteMessage) -> Option<StrayRouting> {
     });
     let mut bytes = vec![0; message.buffer_len()];
     message.emit(&mut bytes);
-    let text = text(&message, family, table);
+    let text = text(&message, family);
     Some(StrayRouting { kind: StrayKind::Route, family, text, message: bytes })
 }
 
-/// The route as an operator would look for it.
-fn text(message: &RouteMessage, family: Family, table: TableId) -> String {
+/// A route of whoever, as an operator would look for it.
+pub(super) fn text(message: &RouteMessage, family: Family) -> String {
     let length = message.header.destination_prefix_length;
     let (mut dst, mut via, mut metric) = (family.unspecified(), String::new(), String::new());
     for attribute in &message.attributes {
@@ -151,7 +151,8 @@ fn text(message: &RouteMessage, family: Family, table: TableId) -> String {
             _ => {}
         }
     }
-    format!("{dst}/{length}{via} table {table}{metric} proto {PROTOCOL}")
+    let (table, protocol) = (table(message), u8::from(message.header.protocol));
+    format!("{dst}/{length}{via} table {table}{metric} proto {protocol}")
 }
 
 fn family(family: AddressFamily) -> Option<Family> {

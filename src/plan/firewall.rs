@@ -73,6 +73,9 @@ fn fixed(
             elements.insert(Key::Peer(*address), value);
         }
     }
+    for address in &world.here.underlay {
+        elements.insert(Key::Underlay(*address), Value::plain(Data::None));
+    }
     for net in &world.excluded {
         elements.insert(Key::Excluded(IpRange::from(*net)), Value::plain(Data::None));
     }
