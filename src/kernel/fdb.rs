@@ -38,7 +38,12 @@ pub(super) fn message(index: u32, mac: MacAddr, node: IpAddr) -> NeighbourMessag
 ///
 /// The kernel names port, VNI and device only where they are not those of the tunnel.
 pub(super) fn parse(message: &NeighbourMessage) -> Option<(MacAddr, IpAddr)> {
-    if u16::from(message.header.state) & KEPT == 0 {
+    let of_bridge = |attribute: &NeighbourAttribute| {
+        // A bridge that has taken the device keeps entries of its own for it.
+        matches!(attribute, NeighbourAttribute::Controller(_))
+    };
+    let kept = u16::from(message.header.state) & KEPT != 0;
+    if !kept || message.attributes.iter().any(of_bridge) {
         return None;
     }
     let mac = lladdr(&message.attributes)?;
