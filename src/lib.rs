@@ -89,7 +89,6 @@ mod diff;
 mod error;
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 mod kernel;
-#[cfg(all(feature = "kernel", target_os = "linux"))]
 mod lookup;
 mod mark;
 mod op;
@@ -116,15 +115,15 @@ pub use alloc::{MockMarkAllocator, MockTableAllocator};
 pub use changes::{Changes, Phase, Step};
 pub use cluster::{Cluster, Node, Tunnel};
 pub use connection::Connection;
-pub use datapath::Datapath;
 #[cfg(feature = "mock")]
 pub use datapath::MockDatapath;
+pub use datapath::{Datapath, Drift};
 pub use error::{ApplyError, KernelError};
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 pub use kernel::{KernelDatapath, KernelTables, News, Ownership, Part, Process, Watch};
 pub use mark::{LayoutError, MarkLayout};
 pub use op::Op;
-pub use plan::{Closed, Finding, Plan, PlanError, PolicyError, plan};
+pub use plan::{Closed, Finding, Plan, PlanError, PolicyError, Update, plan};
 #[cfg(feature = "mock")]
 pub use policy::MockPolicy;
 pub use policy::{Destinations, EgressIp, EgressPolicy, Policy, Unavailable};

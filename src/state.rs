@@ -22,10 +22,12 @@ use ipnet::IpNet;
 
 use crate::types::{DeviceName, Family, MacAddr, Mark, TableId};
 
+mod elements;
 mod firewall;
 mod ruleset;
 mod stray;
 
+pub use elements::{Elements, Iter as ElementsIter};
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 pub(crate) use firewall::Datum;
 pub use firewall::{Comment, Data, Firewall, Key, Set, Stray, Tag, Value, Verdict};
