@@ -32,7 +32,7 @@ pub enum Phase {
     /// that send.
     Routes,
     /// Rules: those that are not of our making go, then the one that refuses comes, then the ones
-    /// that send.
+    /// that send, and the one that passes them by last.
     Rules,
     /// New sets, ways out, peers, egress IPs, exclusions.
     FillVerdicts,
