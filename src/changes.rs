@@ -21,13 +21,18 @@ use crate::state::Firewall;
 /// - Within a step the order is that of the operations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Phase {
+    /// A table that was put to sleep, in a transaction of its own: the kernel takes no new chains
+    /// in that one.
+    Wake,
     /// Table, sets and guarding chains, with nothing in the maps yet.
     Skeleton,
     /// The tunnel device, its addresses, forwarding entries and neighbours.
     Tunnel,
-    /// Routes, the ones that refuse before the ones that send.
+    /// Routes: those that are not of our making go, then the ones that refuse come, then the ones
+    /// that send.
     Routes,
-    /// Rules, the one that refuses before the ones that send, the one that passes them by last.
+    /// Rules: those that are not of our making go, then the one that refuses comes, then the ones
+    /// that send, and the one that passes them by last.
     Rules,
     /// New sets, ways out, peers, egress IPs, exclusions.
     FillVerdicts,

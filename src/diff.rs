@@ -6,7 +6,9 @@ use std::collections::BTreeMap;
 use crate::changes::{Changes, Phase, Step};
 use crate::cluster::Tunnel;
 use crate::op::Op;
-use crate::state::{ChainId, Firewall, Key, NftRule, Route, Set, State, Stmt, Stray, Value, Vxlan};
+use crate::state::{
+    ChainId, Firewall, Key, NftRule, Route, Set, State, Stmt, Stray, StrayKind, Value, Vxlan,
+};
 
 impl Changes {
     /// The operations that turn what is there into what is wanted.
@@ -192,6 +194,7 @@ fn rtnetlink(observed: &State, desired: &State, steps: &mut Steps) {
         neighbours: observed.neighbours.clone(),
         routes: observed.routes.clone(),
         rules: observed.rules.clone(),
+        strays: observed.strays.clone(),
         // A million elements may be in it, and none is looked at here.
         firewall: None,
     };
@@ -228,6 +231,13 @@ fn rtnetlink(observed: &State, desired: &State, steps: &mut Steps) {
         }
         (Change::Same, _) | (_, None) => {}
     });
+    for stray in observed.strays.difference(&desired.strays) {
+        let phase = match stray.kind {
+            StrayKind::Route => Phase::Routes,
+            StrayKind::Rule => Phase::Rules,
+        };
+        steps.add(phase, Op::DeleteStrayRouting(stray.clone()));
+    }
     routes(&observed, desired, steps);
     for rule in desired.rules.difference(&observed.rules) {
         steps.add(Phase::Rules, Op::AddRule(*rule));
@@ -237,10 +247,15 @@ fn rtnetlink(observed: &State, desired: &State, steps: &mut Steps) {
     }
     // The rule that refuses is asked after those that send: made first, taken away last. The rule
     // that goes there is asked before them: made last, when it has where to go.
-    sort(steps, Phase::Rules, |op| std::cmp::Reverse(rule_priority(op)));
+    sort(steps, Phase::Rules, |op| (!is_stray(op), std::cmp::Reverse(rule_priority(op))));
     sort(steps, Phase::DeleteRules, rule_priority);
     // The last address of a family takes the neighbours of its network along.
     sort(steps, Phase::DeletePeers, |op| matches!(op, Op::DeleteAddress(..)));
+}
+
+/// Whether it makes room: what is not of our making may be where ours belongs.
+const fn is_stray(op: &Op) -> bool {
+    matches!(op, Op::DeleteStrayRouting(_))
 }
 
 fn rule_priority(op: &Op) -> u32 {
@@ -317,7 +332,7 @@ fn routes(observed: &State, desired: &State, steps: &mut Steps) {
     let sends = |op: &Op| {
         matches!(op, Op::PutRoute(_, _, Route::Via(_)) | Op::DeleteRoute(_, _, Route::Via(_)))
     };
-    sort(steps, Phase::Routes, sends);
+    sort(steps, Phase::Routes, |op| (!is_stray(op), sends(op)));
     sort(steps, Phase::DeleteRoutes, |op| !sends(op));
 }
 
@@ -331,6 +346,9 @@ fn firewall(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
         steps.add(Phase::Skeleton, Op::DeleteTable);
         steps.add(Phase::Skeleton, Op::AddTable);
         return firewall(&Firewall::default(), desired, steps);
+    }
+    if observed.dormant && !desired.dormant {
+        steps.add(Phase::Wake, Op::WakeTable);
     }
     for set in desired.sets.difference(&observed.sets) {
         steps.add(Phase::Skeleton, Op::AddSet(*set));
@@ -430,9 +448,12 @@ fn transitional(found: &[NftRule], wanted: &[NftRule]) -> Vec<NftRule> {
 
 const fn filled_in(key: &Key) -> Phase {
     match key {
-        Key::Peer(_) | Key::Excluded(_) | Key::Eip(_) | Key::Gateway(_) | Key::Verdict(_) => {
-            Phase::FillVerdicts
-        }
+        Key::Peer(_)
+        | Key::Underlay(_)
+        | Key::Excluded(_)
+        | Key::Eip(_)
+        | Key::Gateway(_)
+        | Key::Verdict(_) => Phase::FillVerdicts,
         Key::Steer(..) | Key::Snat(..) | Key::Masquerade(..) => Phase::FillPolicies,
         Key::Any(..) | Key::Destination(..) => Phase::FillClasses,
         Key::Source(_) | Key::SourceNet(_) => Phase::FillSources,

@@ -26,6 +26,7 @@ mod rtnl_kernel_tests;
 mod rtnl_wire_tests;
 mod rule;
 mod socket;
+mod stray;
 mod tables;
 mod trust;
 mod watch;
@@ -202,8 +203,7 @@ impl Datapath for KernelDatapath {
         let local = self.routing.local_addresses()?;
         let (wanted, before) = (wanted.firewall.as_ref(), before.firewall.as_ref());
         let connections = conntrack::connections(&mut self.netfilter)?.into_iter();
-        // What ends on this node passes no hook that would translate it.
-        let forwarded = connections.filter(|connection| !local.contains(&connection.peer));
+        let forwarded = connections.filter(|connection| is_forwarded(connection, &local));
         Ok(forwarded.filter(|connection| connection.is_stale(wanted, before)).collect())
     }
 
@@ -214,7 +214,7 @@ impl Datapath for KernelDatapath {
         let mut found = conntrack::connections_of(&mut self.netfilter, source)?;
         if !found.is_empty() {
             let local = self.routing.local_addresses()?;
-            found.retain(|connection| !local.contains(&connection.peer));
+            found.retain(|connection| is_forwarded(connection, &local));
         }
         Ok(Some(found))
     }
@@ -226,4 +226,10 @@ impl Datapath for KernelDatapath {
         }
         made
     }
+}
+
+/// Whether a connection goes through this node: what begins or ends on it passes no hook that
+/// would steer it.
+fn is_forwarded(connection: &Connection, local: &BTreeSet<IpAddr>) -> bool {
+    !local.contains(&connection.peer) && !local.contains(&connection.source)
 }

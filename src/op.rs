@@ -7,8 +7,8 @@ use ipnet::IpNet;
 
 use crate::connection::Connection;
 use crate::state::{
-    Base, ChainId, Key, LINK_ALIAS, NFT_TABLE, NftRule, PROTOCOL, Route, RouteKey, Rule, Set,
-    Stray, Value, Vxlan,
+    Base, ChainId, Key, LINK_ALIAS, LINK_GROUP, NFT_TABLE, NftRule, PROTOCOL, Route, RouteKey,
+    Rule, Set, Stray, StrayKind, StrayRouting, Value, Vxlan,
 };
 use crate::types::{DeviceName, Family, MacAddr};
 
@@ -22,7 +22,7 @@ pub enum Op {
     /// Creates the tunnel device and brings it up.
     AddLink(Vxlan),
     /// Gives the device its changeable attributes: local address, underlay device, Ethernet
-    /// address, MTU, `rp_filter`, up.
+    /// address, MTU, `rp_filter`, up, and what is the same for every device of ours.
     SetLink(Vxlan),
     /// Deletes the device, and with it its addresses, routes and neighbours.
     DeleteLink(DeviceName),
@@ -46,6 +46,10 @@ pub enum Op {
     AddRule(Rule),
     /// Deletes a routing rule, by all its attributes.
     DeleteRule(Rule),
+    /// Deletes a route or a rule that has our protocol number and is not of our making.
+    DeleteStrayRouting(StrayRouting),
+    /// Has the kernel ask the chains of our table again.
+    WakeTable,
     /// Creates our nf_tables table.
     AddTable,
     /// Deletes our nf_tables table with all that is in it.
@@ -93,7 +97,8 @@ impl Op {
     pub(crate) const fn is_nft(&self) -> bool {
         matches!(
             self,
-            Self::AddTable
+            Self::WakeTable
+                | Self::AddTable
                 | Self::DeleteTable
                 | Self::AddSet(_)
                 | Self::DeleteSet(_)
@@ -118,7 +123,7 @@ fn ip_command(f: &mut fmt::Formatter<'_>, op: &Op) -> fmt::Result {
     match op {
         Op::AddLink(link) => {
             write!(f, "ip link add {} address {} mtu {} ", link.name, link.mac, link.mtu)?;
-            write!(f, "type vxlan id {} ", link.vni)?;
+            write!(f, "group {LINK_GROUP} type vxlan id {} ", link.vni)?;
             link_attributes(f, link)?;
             write!(f, " dstport {} nolearning", link.port)?;
             // The kernel ignores an alias in the request that creates a device.
@@ -130,8 +135,10 @@ fn ip_command(f: &mut fmt::Formatter<'_>, op: &Op) -> fmt::Result {
         }
         Op::SetLink(link) => {
             write!(f, "ip link set {} address {} mtu {} ", link.name, link.mac, link.mtu)?;
+            write!(f, "nomaster alias {LINK_ALIAS} group {LINK_GROUP} ")?;
             f.write_str(if link.up { "up type vxlan " } else { "down type vxlan " })?;
             link_attributes(f, link)?;
+            f.write_str(" nolearning ttl auto")?;
             rp_filter(f, link)
         }
         Op::DeleteLink(name) => write!(f, "ip link del {name}"),
@@ -162,6 +169,13 @@ fn ip_command(f: &mut fmt::Formatter<'_>, op: &Op) -> fmt::Result {
         Op::DeleteRoute(device, key, route) => route_command(f, "del", device, key, *route),
         Op::AddRule(rule) => write!(f, "{} rule add {rule}", ip(rule.family)),
         Op::DeleteRule(rule) => write!(f, "{} rule del {rule}", ip(rule.family)),
+        Op::DeleteStrayRouting(stray) => {
+            let noun = match stray.kind {
+                StrayKind::Route => "route",
+                StrayKind::Rule => "rule",
+            };
+            write!(f, "{} {noun} del {stray}", ip(stray.family))
+        }
         Op::EndConnection(connection) => write!(f, "conntrack -D {connection}"),
         _ => Ok(()),
     }
@@ -183,6 +197,7 @@ fn rp_filter(f: &mut fmt::Formatter<'_>, link: &Vxlan) -> fmt::Result {
 fn nft_command(f: &mut fmt::Formatter<'_>, op: &Op) -> fmt::Result {
     const T: &str = NFT_TABLE;
     match op {
+        Op::WakeTable => write!(f, "nft add table inet {T}"),
         Op::AddTable => write!(f, "nft create table inet {T}"),
         Op::DeleteTable => write!(f, "nft delete table inet {T}"),
         Op::AddSet(set) => add_set(f, *set),

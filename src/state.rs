@@ -8,7 +8,7 @@
 //!
 //! | object | ours if |
 //! |---|---|
-//! | VXLAN device | it has our [`LINK_ALIAS`] |
+//! | VXLAN device | it has our [`LINK_ALIAS`] or our [`LINK_GROUP`] |
 //! | address, forwarding entry, neighbour | it is on our device |
 //! | route | its protocol is [`PROTOCOL`] and its table is not one of the kernel's own |
 //! | rule | its protocol is [`PROTOCOL`] |
@@ -25,12 +25,14 @@ use crate::types::{DeviceName, Family, MacAddr, Mark, TableId};
 mod elements;
 mod firewall;
 mod ruleset;
+mod stray;
 
 pub use elements::{Elements, Iter as ElementsIter};
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 pub(crate) use firewall::Datum;
 pub use firewall::{Comment, Data, Firewall, Key, Set, Stray, Tag, Value, Verdict};
 pub use ruleset::{Base, ChainId, ChainType, Direction, Hook, MarkBits, NftRule, Stmt};
+pub use stray::{StrayKind, StrayRouting};
 
 /// Protocol number of our routes and rules, as `ip route` and `ip rule` print it.
 ///
@@ -39,6 +41,12 @@ pub const PROTOCOL: u8 = 69;
 
 /// Alias of our VXLAN device.
 pub const LINK_ALIAS: &str = "egress-datapath";
+
+/// Group of our VXLAN device: the letters `egrx`.
+///
+/// The kernel takes a group when it creates a device, and an alias only later: one whose maker
+/// died in between is known by it, and so is one whose alias others have used for their own ends.
+pub const LINK_GROUP: u32 = 0x6567_7278;
 
 /// Name of our nf_tables table, of family `inet`.
 pub const NFT_TABLE: &str = "egress_datapath";
@@ -62,6 +70,8 @@ pub struct State {
     pub routes: BTreeMap<RouteKey, Route>,
     /// Rules that send marked packets to a gateway's table.
     pub rules: BTreeSet<Rule>,
+    /// Routes and rules found with our protocol number that we never make.
+    pub strays: BTreeSet<StrayRouting>,
     /// The nf_tables table.
     pub firewall: Option<Firewall>,
 }
@@ -94,6 +104,9 @@ pub struct Vxlan {
     pub rp_filter: u32,
     /// Whether it is up.
     pub up: bool,
+    /// Whether the rest of it is as we make it: our alias and our group, in no bridge, without
+    /// learning, and frames with the host's TTL.
+    pub intact: bool,
 }
 
 /// What the kernel tells routes apart by.

@@ -27,6 +27,11 @@ const FILTER: u16 = 25;
 /// By the source address (`CTA_FILTER_FLAG(CTA_IP_SRC)` of `nf_conntrack_netlink.c`).
 const BY_SOURCE: u32 = 1;
 
+// In a tuple.
+const TUPLE_IP: u16 = 1;
+const TUPLE_PROTOCOL: u16 = 2;
+const TUPLE_ZONE: u16 = 3;
+
 const TEXT: &str = "conntrack -L";
 const NO_CONNTRACK: &str = "load nf_conntrack_netlink or use a kernel with CONFIG_NF_CT_NETLINK";
 
@@ -55,7 +60,8 @@ pub(super) fn connections_of(
     for _ in 0..ATTEMPTS {
         let mut list = Vec::new();
         let take = |_, body: &[u8]| {
-            let found = read(Attributes::new(body))?;
+            // Whatever an odd one is, it must not keep all the others from being looked at.
+            let found = read(Attributes::new(body)).ok().flatten();
             let wanted = |found: &Connection| source.is_none_or(|source| found.source == source);
             list.extend(found.filter(wanted));
             Ok(())
@@ -103,22 +109,26 @@ struct Tuple {
     source_port: u16,
     destination: IpAddr,
     destination_port: u16,
+    /// Its conntrack zone, where the two directions have different ones.
+    zone: Option<u16>,
 }
 
 /// Reads a listed connection; `None` if it has no addresses of ours.
 fn read(attributes: Attributes<'_>) -> Result<Option<Connection>, Malformed> {
-    let (mut orig, mut reply, mut mark, mut zone, mut id) = (None, None, 0, 0, 0);
+    let (mut orig, mut reply, mut mark, mut zone, mut id) = (None, None, 0, None, 0);
     for attribute in attributes {
         let attribute = attribute?;
         match attribute.kind {
             TUPLE_ORIG => orig = tuple(attribute.nested())?,
             TUPLE_REPLY => reply = tuple(attribute.nested())?,
             MARK => mark = attribute.be32()?,
-            ZONE => zone = be16(&attribute)?,
+            ZONE => zone = Some(be16(&attribute)?),
             ID => id = attribute.be32()?,
             _ => {}
         }
     }
+    // Of both directions, or of this one alone; the other may have another.
+    let zone = zone.or(orig.as_ref().and_then(|orig| orig.zone)).unwrap_or(0);
     Ok(orig.zip(reply).map(|(orig, reply)| Connection {
         protocol: orig.protocol,
         source: orig.source,
@@ -137,20 +147,28 @@ fn read(attributes: Attributes<'_>) -> Result<Option<Connection>, Malformed> {
 
 fn tuple(attributes: Attributes<'_>) -> Result<Option<Tuple>, Malformed> {
     let (mut source, mut destination) = (None, None);
-    let (mut protocol, mut ports, mut icmp) = (None, [0; 2], [None; 3]);
+    let (mut protocol, mut ports, mut icmp, mut zone) = (None, [0; 2], [None; 3], None);
     for attribute in attributes {
         let attribute = attribute?;
+        match attribute.kind {
+            TUPLE_IP | TUPLE_PROTOCOL => {}
+            TUPLE_ZONE => {
+                zone = Some(be16(&attribute)?);
+                continue;
+            }
+            _ => continue,
+        }
         for inner in attribute.nested() {
             let inner = inner?;
             match (attribute.kind, inner.kind) {
-                (1, 1 | 3) => source = address(&inner)?,
-                (1, 2 | 4) => destination = address(&inner)?,
-                (2, 1) => protocol = inner.bytes().first().copied(),
-                (2, 2) => ports[0] = be16(&inner)?,
-                (2, 3) => ports[1] = be16(&inner)?,
-                (2, 4 | 7) => icmp[0] = Some(be16(&inner)?),
-                (2, 5 | 8) => icmp[1] = inner.bytes().first().copied().map(u16::from),
-                (2, 6 | 9) => icmp[2] = inner.bytes().first().copied().map(u16::from),
+                (TUPLE_IP, 1 | 3) => source = address(&inner)?,
+                (TUPLE_IP, 2 | 4) => destination = address(&inner)?,
+                (TUPLE_PROTOCOL, 1) => protocol = inner.bytes().first().copied(),
+                (TUPLE_PROTOCOL, 2) => ports[0] = be16(&inner)?,
+                (TUPLE_PROTOCOL, 3) => ports[1] = be16(&inner)?,
+                (TUPLE_PROTOCOL, 4 | 7) => icmp[0] = Some(be16(&inner)?),
+                (TUPLE_PROTOCOL, 5 | 8) => icmp[1] = inner.bytes().first().copied().map(u16::from),
+                (TUPLE_PROTOCOL, 6 | 9) => icmp[2] = inner.bytes().first().copied().map(u16::from),
                 _ => {}
             }
         }
@@ -164,6 +182,7 @@ fn tuple(attributes: Attributes<'_>) -> Result<Option<Tuple>, Malformed> {
         source_port: icmp_id.unwrap_or(source_port),
         destination,
         destination_port: type_code.unwrap_or(destination_port),
+        zone,
     }))
 }
 
@@ -248,7 +267,7 @@ fn write(writer: &mut Writer, connection: &Connection, sequence: u32) {
     let message = writer.message(DELETE, flag::REQUEST | flag::ACK, sequence);
     writer.nfgen(family, 0);
     writer.nest(TUPLE_ORIG, |writer| {
-        writer.nest(1, |writer| {
+        writer.nest(TUPLE_IP, |writer| {
             for (kind, address) in [(1, connection.source), (2, connection.destination)] {
                 match address {
                     IpAddr::V4(v4) => writer.attribute(base + kind, &v4.octets()),
@@ -256,7 +275,7 @@ fn write(writer: &mut Writer, connection: &Connection, sequence: u32) {
                 }
             }
         });
-        writer.nest(2, |writer| protocol(writer, connection));
+        writer.nest(TUPLE_PROTOCOL, |writer| protocol(writer, connection));
     });
     // Without the number a new connection with the same addresses could be hit.
     writer.be32(ID, connection.id);
@@ -337,6 +356,29 @@ mod tests {
             let (peer, peer_port) = (source, source_port);
             let (wears, wears_port) = (destination, destination_port);
             assert_eq!(read, Connection { peer, peer_port, wears, wears_port, ..connection });
+        }
+    }
+
+    #[test]
+    fn a_zone_of_one_direction_is_that_of_the_request() {
+        let mut connection = sample("10.244.1.10", "198.51.100.10", 17);
+        connection.zone = 0;
+        let mut writer = Writer::default();
+        write(&mut writer, &connection, 1);
+        let datagram = writer.finish().unwrap();
+        let tuple = Attributes::new(body(&datagram)).next().unwrap().unwrap().bytes().to_vec();
+        for (kind, zone) in [(TUPLE_ORIG, 5), (TUPLE_REPLY, 0)] {
+            let mut writer = Writer::default();
+            for side in [TUPLE_ORIG, TUPLE_REPLY] {
+                writer.nest(side, |writer| {
+                    writer.raw(&tuple);
+                    if side == kind {
+                        writer.attribute(TUPLE_ZONE, &5_u16.to_be_bytes());
+                    }
+                });
+            }
+            let read = read(Attributes::new(&writer.finish().unwrap())).unwrap().unwrap();
+            assert_eq!((read.zone, read.source), (zone, connection.source));
         }
     }
 

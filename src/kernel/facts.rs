@@ -32,7 +32,9 @@ pub(crate) fn facts(devices: &[&str]) -> Result<Facts, KernelError> {
         }
         Err(error) => return Err(error),
     }
-    (facts.tables, facts.catch_all) = socket.foreign_tables(&facts.rules)?;
+    let tables = socket.foreign_tables(&facts.rules)?;
+    (facts.tables, facts.catch_all) = (tables.used, tables.catch_all);
+    facts.intruders = tables.intruders;
     match socket.has_vxlan() {
         Ok(true) => {}
         Ok(false) => facts.missing.push(KernelPart::Vxlan),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
 use netlink_packet_route::neighbour::{
@@ -18,6 +18,9 @@ use crate::types::{DeviceName, MacAddr};
 /// `NUD_NOARP | NUD_PERMANENT` of `linux/neighbour.h`, as `bridge` sends them.
 const KEPT: u16 = 0xc0;
 
+/// Of an entry that does not lead to a node.
+const NOWHERE: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+
 pub(super) fn message(index: u32, mac: MacAddr, node: IpAddr) -> NeighbourMessage {
     let mut message = NeighbourMessage::default();
     message.header.family = AddressFamily::Bridge;
@@ -31,13 +34,34 @@ pub(super) fn message(index: u32, mac: MacAddr, node: IpAddr) -> NeighbourMessag
     message
 }
 
+/// An entry that leads anywhere but to the tunnel port of a node leads to no address.
+///
+/// The kernel names port, VNI and device only where they are not those of the tunnel.
 pub(super) fn parse(message: &NeighbourMessage) -> Option<(MacAddr, IpAddr)> {
-    if u16::from(message.header.state) & KEPT == 0 {
+    let of_bridge = |attribute: &NeighbourAttribute| {
+        // A bridge that has taken the device keeps entries of its own for it.
+        matches!(attribute, NeighbourAttribute::Controller(_))
+    };
+    let kept = u16::from(message.header.state) & KEPT != 0;
+    if !kept || message.attributes.iter().any(of_bridge) {
         return None;
     }
-    // The all-zero address is where everything unknown goes, not a peer.
-    let mac = lladdr(&message.attributes).filter(|mac| mac.octets() != [0; 6])?;
-    Some((mac, destination(&message.attributes)?))
+    let mac = lladdr(&message.attributes)?;
+    let astray = message.attributes.iter().any(|attribute| {
+        matches!(
+            attribute,
+            NeighbourAttribute::Port(_)
+                | NeighbourAttribute::Vni(_)
+                | NeighbourAttribute::IfIndex(_)
+        )
+    });
+    let node = destination(&message.attributes).filter(|_| !astray);
+    Some((mac, node.unwrap_or(NOWHERE)))
+}
+
+/// Whether frames to it go to every destination of the entry: all that no entry knows, and groups.
+fn is_for_many(mac: MacAddr) -> bool {
+    mac.octets() == [0; 6] || !mac.is_unicast()
 }
 
 impl RouteSocket {
@@ -61,7 +85,12 @@ impl RouteSocket {
         node: IpAddr,
     ) -> Result<(), KernelError> {
         let index = self.our_device(what, device)?.index;
-        let message = RouteNetlinkMessage::DelNeighbour(message(index, mac, node));
+        let mut message = message(index, mac, node);
+        if node == NOWHERE || is_for_many(mac) {
+            // Without one all destinations go, of which such an entry may have several.
+            message.attributes.truncate(1);
+        }
+        let message = RouteNetlinkMessage::DelNeighbour(message);
         self.request(what, message, 0)
     }
 

@@ -11,14 +11,8 @@ use netlink_packet_route::link::{
 
 use super::route_socket::RouteSocket;
 use crate::error::{KernelError, errno};
-use crate::state::{LINK_ALIAS, Vxlan};
+use crate::state::{LINK_ALIAS, LINK_GROUP, Vxlan};
 use crate::types::{DeviceName, MacAddr};
-
-/// Group of a device of ours that has no alias yet.
-///
-/// The kernel takes a group when it creates a device, and an alias only later: one whose maker
-/// died in between is known by it.
-pub(super) const HALF_MADE: u32 = 0x6567_7278;
 
 const NOT_OURS: &str = "no tunnel device of ours has this name; read the state again";
 
@@ -29,6 +23,8 @@ pub(super) struct Device {
     pub(super) name: String,
     pub(super) alias: Option<String>,
     pub(super) group: u32,
+    /// Index of the bridge or the like that takes what comes in; 0 for none.
+    pub(super) master: u32,
     pub(super) mac: Option<MacAddr>,
     pub(super) mtu: u32,
     pub(super) rp_filter: u32,
@@ -45,6 +41,10 @@ pub(super) struct Tunnel {
     pub(super) local: Option<IpAddr>,
     /// Interface index of the underlay; 0 for none.
     pub(super) underlay: u32,
+    /// Whether frames that come in say where others go to.
+    pub(super) learning: bool,
+    /// TTL of the outer packets; 0 for that of the host.
+    pub(super) ttl: u8,
 }
 
 impl Device {
@@ -59,6 +59,7 @@ impl Device {
                 LinkAttribute::IfName(name) => device.name = name,
                 LinkAttribute::IfAlias(alias) => device.alias = Some(alias),
                 LinkAttribute::Group(group) => device.group = group,
+                LinkAttribute::Controller(index) => device.master = index,
                 LinkAttribute::Address(bytes) => device.mac = mac(&bytes),
                 LinkAttribute::Mtu(mtu) => device.mtu = mtu,
                 LinkAttribute::LinkInfo(infos) => device.tunnel = tunnel(&infos),
@@ -71,12 +72,14 @@ impl Device {
 
     pub(super) fn is_ours(&self) -> bool {
         let named = self.alias.as_deref() == Some(LINK_ALIAS);
-        self.tunnel.is_some() && (named || self.is_half_made())
+        self.tunnel.is_some() && (named || self.group == LINK_GROUP)
     }
 
-    /// Whether its maker died before it could say whose it is.
-    pub(super) fn is_half_made(&self) -> bool {
-        self.alias.is_none() && self.group == HALF_MADE && !self.up
+    /// Whether what never differs from one device of ours to another is as we make it.
+    pub(super) fn is_intact(&self) -> bool {
+        let plain = self.tunnel.is_some_and(|tunnel| !tunnel.learning && tunnel.ttl == 0);
+        let named = self.alias.as_deref() == Some(LINK_ALIAS) && self.group == LINK_GROUP;
+        plain && named && self.master == 0
     }
 }
 
@@ -101,6 +104,8 @@ fn tunnel(infos: &[LinkInfo]) -> Option<Tunnel> {
                 InfoVxlan::Local(local) => tunnel.local = Some((*local).into()),
                 InfoVxlan::Local6(local) => tunnel.local = Some((*local).into()),
                 InfoVxlan::Link(index) => tunnel.underlay = *index,
+                InfoVxlan::Learning(learning) => tunnel.learning = *learning,
+                InfoVxlan::Ttl(ttl) => tunnel.ttl = *ttl,
                 _ => {}
             }
         }
@@ -128,7 +133,7 @@ pub(super) fn without_statistics() -> LinkAttribute {
 }
 
 impl RouteSocket {
-    /// Our tunnel device: by its alias, whatever its name; the oldest if there are several.
+    /// Our tunnel device, whatever its name; the oldest if there are several.
     pub(super) fn link(&mut self) -> Result<Option<(u32, Vxlan)>, KernelError> {
         let what = "ip -d link show type vxlan";
         let mut message = LinkMessage::default();
@@ -145,7 +150,7 @@ impl RouteSocket {
             return Ok(None);
         };
         self.expected().found(device.index);
-        let tunnel = device.tunnel.unwrap_or_default();
+        let (tunnel, intact) = (device.tunnel.unwrap_or_default(), device.is_intact());
         let name = DeviceName::new(&device.name)
             .map_err(|_| KernelError::answer(what, "our device has an impossible name"))?;
         Ok(Some((
@@ -160,6 +165,7 @@ impl RouteSocket {
                 mtu: device.mtu,
                 rp_filter: device.rp_filter,
                 up: device.up,
+                intact,
             },
         )))
     }

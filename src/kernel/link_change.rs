@@ -10,11 +10,11 @@ use netlink_packet_route::link::{
     LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
 
-use super::link::{Device, HALF_MADE, Tunnel};
+use super::link::{Device, Tunnel};
 use super::route_socket::RouteSocket;
 use super::rtnl::EAFNOSUPPORT;
 use crate::error::{KernelError, errno};
-use crate::state::{LINK_ALIAS, Vxlan};
+use crate::state::{LINK_ALIAS, LINK_GROUP, Vxlan};
 use crate::types::DeviceName;
 
 // Of `linux/if_link.h` and `linux/ip.h`.
@@ -42,7 +42,7 @@ pub(super) fn create(link: &Vxlan, underlay: u32) -> LinkMessage {
         LinkAttribute::IfName(link.name.as_str().to_owned()),
         LinkAttribute::Address(link.mac.octets().to_vec()),
         LinkAttribute::Mtu(link.mtu),
-        LinkAttribute::Group(HALF_MADE),
+        LinkAttribute::Group(LINK_GROUP),
         info(data),
     ];
     message
@@ -77,9 +77,9 @@ fn ipv4(rp_filter: u32) -> LinkAttribute {
     LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet(vec![conf])])
 }
 
-/// Says whose the device is, and that it is made.
+/// Says whose the device is.
 fn named_ours() -> [LinkAttribute; 2] {
-    [LinkAttribute::IfAlias(LINK_ALIAS.to_owned()), LinkAttribute::Group(0)]
+    [LinkAttribute::IfAlias(LINK_ALIAS.to_owned()), LinkAttribute::Group(LINK_GROUP)]
 }
 
 fn no_link_local() -> LinkAttribute {
@@ -130,20 +130,21 @@ impl RouteSocket {
 
     /// Has a watch expect what [`finish_link`](Self::finish_link) does, from the beginning.
     fn expect_new(&mut self, link: &Vxlan, index: u32, underlay: u32) {
-        let tunnel = Tunnel { vni: link.vni, port: link.port, local: Some(link.local), underlay };
+        let (vni, port, local) = (link.vni, link.port, Some(link.local));
+        let tunnel = Tunnel { vni, port, local, underlay, ..Tunnel::default() };
         let mut device = Device {
             index,
             name: link.name.as_str().to_owned(),
             mac: Some(link.mac),
             mtu: link.mtu,
-            group: HALF_MADE,
+            group: LINK_GROUP,
             tunnel: Some(tunnel),
             ..Device::default()
         };
         let mut expected = self.expected();
         expected.found(index);
         expected.will_be(&device);
-        (device.alias, device.group) = (Some(LINK_ALIAS.to_owned()), 0);
+        device.alias = Some(LINK_ALIAS.to_owned());
         device.rp_filter = link.rp_filter;
         expected.will_be(&device);
         device.up = link.up;
@@ -189,8 +190,15 @@ impl RouteSocket {
         if tunnel.underlay != underlay {
             data.push(InfoVxlan::Link(underlay));
         }
+        if tunnel.learning {
+            data.push(InfoVxlan::Learning(false));
+        }
+        if tunnel.ttl != 0 {
+            data.push(InfoVxlan::Ttl(0));
+        }
         if !data.is_empty() {
             (tunnel.local, tunnel.underlay) = (Some(link.local), underlay);
+            (tunnel.learning, tunnel.ttl) = (false, 0);
             next.tunnel = Some(tunnel);
             self.expected().will_be(&next);
             let message = RouteNetlinkMessage::NewLink(change(index, vec![info(data)]));
@@ -213,11 +221,18 @@ impl RouteSocket {
             self.expected().will_be(&next);
             attributes.push(LinkAttribute::Mtu(link.mtu));
         }
-        if device.is_half_made() {
-            (next.alias, next.group) = (Some(LINK_ALIAS.to_owned()), 0);
+        if device.master != 0 {
+            next.master = 0;
+            self.expected().will_be(&next);
+            attributes.push(LinkAttribute::Controller(0));
+        }
+        // One whose maker died lacks more than its name.
+        let unnamed = device.alias.as_deref() != Some(LINK_ALIAS) || device.group != LINK_GROUP;
+        if unnamed {
+            (next.alias, next.group) = (Some(LINK_ALIAS.to_owned()), LINK_GROUP);
             attributes.extend(named_ours());
         }
-        if device.rp_filter != link.rp_filter || device.is_half_made() {
+        if device.rp_filter != link.rp_filter || unnamed {
             next.rp_filter = link.rp_filter;
             self.expected().will_be(&next);
             attributes.push(ipv4(link.rp_filter));

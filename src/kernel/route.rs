@@ -1,11 +1,12 @@
 //! Routes in the gateways' tables.
 
-use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
-use netlink_packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
+use netlink_packet_core::{Emitable, NLM_F_CREATE, NLM_F_REPLACE};
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
@@ -14,7 +15,7 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use super::address::kernel_family;
 use super::route_socket::RouteSocket;
 use crate::error::KernelError;
-use crate::state::{PROTOCOL, Route, RouteKey};
+use crate::state::{PROTOCOL, Route, RouteKey, StrayKind, StrayRouting};
 use crate::types::{DeviceName, Family, TableId};
 
 /// The route; `oif` is the index of the device that one via a gateway leaves by.
@@ -49,7 +50,7 @@ pub(super) fn message(key: &RouteKey, route: Route, oif: u32) -> RouteMessage {
     message
 }
 
-/// A route of ours; `None` for one that we never write, which nobody but its maker touches.
+/// A route of ours; `None` for one that we never write.
 ///
 /// `oif` is the index of our device: a route that leaves by another one is not what we wrote.
 pub(super) fn parse(message: &RouteMessage, oif: Option<u32>) -> Option<(RouteKey, Route)> {
@@ -100,6 +101,58 @@ pub(super) fn parse(message: &RouteMessage, oif: Option<u32>) -> Option<(RouteKe
         _ => return None,
     };
     Some((key, route))
+}
+
+/// A route with our protocol number that we never write; `None` for one in the kernel's own tables.
+pub(super) fn stray(message: &RouteMessage) -> Option<StrayRouting> {
+    let header = &message.header;
+    let ours = header.protocol == RouteProtocol::from(PROTOCOL);
+    // What the kernel made of a route, and forgets by itself.
+    let cached = header.flags.contains(RouteFlags::Cloned);
+    TableId::new(table(message)).filter(|_| ours && !cached)?;
+    let family = family(header.address_family)?;
+    let mut message = message.clone();
+    message.header.flags = RouteFlags::empty();
+    // What tells it from others, without what the kernel counts.
+    message.attributes.retain(|attribute| {
+        matches!(
+            attribute,
+            RouteAttribute::Table(_)
+                | RouteAttribute::Destination(_)
+                | RouteAttribute::Source(_)
+                | RouteAttribute::Priority(_)
+                | RouteAttribute::PrefSource(_)
+                | RouteAttribute::Gateway(_)
+                | RouteAttribute::Via(_)
+                | RouteAttribute::Oif(_)
+                | RouteAttribute::MultiPath(_)
+                | RouteAttribute::NhId(_)
+                | RouteAttribute::EncapType(_)
+                | RouteAttribute::Encap(_)
+        )
+    });
+    let mut bytes = vec![0; message.buffer_len()];
+    message.emit(&mut bytes);
+    let text = text(&message, family);
+    Some(StrayRouting { kind: StrayKind::Route, family, text, message: bytes })
+}
+
+/// A route of whoever, as an operator would look for it.
+pub(super) fn text(message: &RouteMessage, family: Family) -> String {
+    let length = message.header.destination_prefix_length;
+    let (mut dst, mut via, mut metric) = (family.unspecified(), String::new(), String::new());
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Destination(address) => dst = ip(address).unwrap_or(dst),
+            RouteAttribute::Gateway(address) => {
+                via = ip(address).map(|gateway| format!(" via {gateway}")).unwrap_or_default();
+            }
+            RouteAttribute::Priority(number) => metric = format!(" metric {number}"),
+            _ => {}
+        }
+    }
+    let (table, protocol) = (table(message), u8::from(message.header.protocol));
+    format!("{dst}/{length}{via} table {table}{metric} proto {protocol}")
 }
 
 fn family(family: AddressFamily) -> Option<Family> {
@@ -170,23 +223,31 @@ impl RouteSocket {
         }
     }
 
-    /// Routes of ours, by our protocol number, outside the kernel's own tables.
+    /// Routes of ours, by our protocol number, outside the kernel's own tables, and those with the
+    /// number that we never write.
     pub(super) fn routes(
         &mut self,
         oif: Option<u32>,
-    ) -> Result<BTreeMap<RouteKey, Route>, KernelError> {
-        let mut found = BTreeMap::new();
+    ) -> Result<(BTreeMap<RouteKey, Route>, BTreeSet<StrayRouting>), KernelError> {
+        let (mut found, mut strays) = (BTreeMap::new(), BTreeSet::new());
         for family in Family::BOTH {
             let what = format_args!("ip route show table all proto {PROTOCOL}");
             let mut request = RouteMessage::default();
             request.header.protocol = RouteProtocol::from(PROTOCOL);
-            let routes = self.dump_routes(&what, request, family, |message| parse(message, oif))?;
-            for (key, route) in routes {
-                // Of several with one key the kernel uses the first.
-                found.entry(key).or_insert(route);
+            let routes = self.dump_routes(&what, request, family, |message| {
+                let stray = stray(message);
+                let ours = parse(message, oif);
+                (stray.is_some() || ours.is_some()).then_some((ours, stray))
+            })?;
+            for (ours, stray) in routes {
+                match ours.map(|(key, route)| (found.entry(key), route)) {
+                    Some((Entry::Vacant(entry), route)) => drop(entry.insert(route)),
+                    // Of several with one key the kernel uses the first.
+                    Some((Entry::Occupied(_), _)) | None => strays.extend(stray),
+                }
             }
         }
-        Ok(found)
+        Ok((found, strays))
     }
 
     /// Tables that hold a route, of either family and of whoever.

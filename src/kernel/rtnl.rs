@@ -54,7 +54,9 @@ impl RouteSocket {
             Op::DeleteRoute(device, key, route) => self.delete_route(op, device, key, *route),
             Op::AddRule(rule) => self.add_rule(op, rule),
             Op::DeleteRule(rule) => self.delete_rule(op, rule),
-            Op::AddTable
+            Op::DeleteStrayRouting(stray) => self.delete_stray(op, stray),
+            Op::WakeTable
+            | Op::AddTable
             | Op::DeleteTable
             | Op::AddSet(_)
             | Op::DeleteSet(_)
@@ -85,8 +87,10 @@ impl RouteSocket {
             state.fdb.clear();
             state.neighbours.clear();
         }
-        state.routes = self.routes(index)?;
-        state.rules = self.rules()?;
+        (state.routes, state.strays) = self.routes(index)?;
+        let (rules, strays) = self.rules()?;
+        state.rules = rules;
+        state.strays.extend(strays);
         Ok(())
     }
 

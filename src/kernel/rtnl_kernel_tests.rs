@@ -1,6 +1,7 @@
 //! Operations against a real kernel, in network namespaces of their own, with `ip` and `bridge`
 //! as witnesses.
 
+use std::collections::BTreeSet;
 use std::io::{Write, stderr};
 use std::process::Command;
 use std::thread;
@@ -92,6 +93,7 @@ pub(super) fn vxlan() -> Vxlan {
         mtu: 1400,
         rp_filter: 2,
         up: true,
+        intact: true,
     }
 }
 
@@ -151,6 +153,7 @@ pub(super) fn full() -> State {
             past(Family::V6),
         ]
         .into(),
+        strays: BTreeSet::new(),
         firewall: None,
     }
 }

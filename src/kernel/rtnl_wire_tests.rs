@@ -320,6 +320,7 @@ fn the_device_is_written_as_ip_writes_it() {
         mtu: 1400,
         rp_filter: 2,
         up: true,
+        intact: true,
     };
     let message = RouteNetlinkMessage::NewLink(link_change::create(&link, 3));
     same(message, ADD, LINK);

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fmt::Display;
 
-use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_core::{Emitable, NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::route::RouteProtocol;
 use netlink_packet_route::rule::{
@@ -13,7 +13,7 @@ use netlink_packet_route::rule::{
 use super::address::kernel_family;
 use super::route_socket::RouteSocket;
 use crate::error::KernelError;
-use crate::state::{PROTOCOL, Rule, RuleAction};
+use crate::state::{PROTOCOL, Rule, RuleAction, StrayKind, StrayRouting};
 use crate::types::{Family, Mark, TableId};
 
 pub(super) fn message(rule: &Rule) -> RuleMessage {
@@ -45,7 +45,7 @@ pub(super) fn message(rule: &Rule) -> RuleMessage {
     message
 }
 
-/// A rule of ours; `None` for one that we never write, which nobody but its maker touches.
+/// A rule of ours; `None` for one that we never write.
 pub(super) fn parse(message: &RuleMessage, family: Family) -> Option<Rule> {
     let header = &message.header;
     let selects = (header.src_len, header.dst_len, header.tos) != (0, 0, 0);
@@ -83,6 +83,27 @@ pub(super) fn parse(message: &RuleMessage, family: Family) -> Option<Rule> {
     Some(Rule { family, priority, mark: Mark::new(value), mask: mask?, inverted, action })
 }
 
+/// A rule with our protocol number that we never write.
+pub(super) fn stray(message: &RuleMessage, family: Family) -> Option<StrayRouting> {
+    let mut priority = 0;
+    let mut ours = false;
+    for attribute in &message.attributes {
+        match attribute {
+            RuleAttribute::Protocol(number) => ours = u8::from(*number) == PROTOCOL,
+            RuleAttribute::Priority(number) => priority = *number,
+            _ => {}
+        }
+    }
+    let what = match message.header.action {
+        KernelAction::ToTable => format!(" lookup {}", table(message)),
+        _ => String::new(),
+    };
+    let text = format!("pref {priority}{what} protocol {PROTOCOL}");
+    let mut bytes = vec![0; message.buffer_len()];
+    message.emit(&mut bytes);
+    ours.then_some(StrayRouting { kind: StrayKind::Rule, family, text, message: bytes })
+}
+
 /// The table that a rule names; the byte in the header is a stand-in where it does not fit.
 pub(super) fn table(message: &RuleMessage) -> u32 {
     message
@@ -111,13 +132,24 @@ impl RouteSocket {
         self.request(what, RouteNetlinkMessage::DelRule(message(rule)), 0)
     }
 
-    /// Rules of ours, by our protocol number.
-    pub(super) fn rules(&mut self) -> Result<BTreeSet<Rule>, KernelError> {
-        let mut found = BTreeSet::new();
+    /// Rules of ours, by our protocol number, and those with it that we never write.
+    pub(super) fn rules(
+        &mut self,
+    ) -> Result<(BTreeSet<Rule>, BTreeSet<StrayRouting>), KernelError> {
+        let (mut found, mut strays) = (BTreeSet::new(), BTreeSet::new());
         for family in Family::BOTH {
-            found.extend(self.dump_rules(family, |rule| parse(rule, family))?);
+            let rules = self.dump_rules(family, |rule| match parse(rule, family) {
+                Some(rule) => Some(Ok(rule)),
+                None => stray(rule, family).map(Err),
+            })?;
+            for rule in rules {
+                match rule {
+                    Ok(rule) => drop(found.insert(rule)),
+                    Err(stray) => drop(strays.insert(stray)),
+                }
+            }
         }
-        Ok(found)
+        Ok((found, strays))
     }
 
     /// Tables that a rule names, of either family and of whoever.

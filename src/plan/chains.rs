@@ -63,6 +63,7 @@ impl Skeleton<'_> {
         for family in Family::BOTH {
             sets.extend([
                 Set::Peer(family),
+                Set::Underlay(family),
                 Set::Excluded(family),
                 Set::Eip(family),
                 Set::Answer(family),
@@ -327,13 +328,15 @@ impl Skeleton<'_> {
     fn input(&self) -> Vec<Vec<Stmt>> {
         let mut rules = Vec::new();
         for family in Family::BOTH {
-            // VXLAN is not authenticated: anyone could speak with an egress IP.
-            rules.push(vec![
-                Stmt::UdpPort(self.port),
+            // VXLAN is not authenticated: anyone could speak with an egress IP. A pod that its node
+            // masquerades could, too, at an address of this node that no node sends to.
+            for stranger in [
                 Stmt::SourceNotIn(Set::Peer(family)),
-                Stmt::Counter,
-                Stmt::Drop,
-            ]);
+                Stmt::DestinationNotIn(Set::Underlay(family)),
+            ] {
+                let port = Stmt::UdpPort(self.port);
+                rules.push(vec![port, stranger, Stmt::Counter, Stmt::Drop]);
+            }
         }
         // Neighbour solicitations and advertisements (RFC 4861): without an answer to a unicast
         // probe the router forgets who has the address.

@@ -51,6 +51,9 @@ fn fixed(world: &World, gateways: &Gateways) -> BTreeMap<Key, Value> {
             elements.insert(Key::Peer(*address), value);
         }
     }
+    for address in &world.here.underlay {
+        elements.insert(Key::Underlay(*address), Value::plain(Data::None));
+    }
     for net in &world.excluded {
         elements.insert(Key::Excluded(IpRange::from(*net)), Value::plain(Data::None));
     }

@@ -35,6 +35,7 @@ pub(super) fn routing(
         // packet on the gateway, whose way back to the pod is not the tunnel.
         rp_filter: 2,
         up: true,
+        intact: true,
     });
     state.addresses = world.here.tunnel.iter().copied().collect();
     for peer in world.peers() {

@@ -23,6 +23,8 @@ pub(crate) struct Facts {
     pub(crate) tables: BTreeSet<u32>,
     /// Of these, those that have a route for every destination.
     pub(crate) catch_all: BTreeSet<(Family, u32)>,
+    /// Routes of others in tables that hold one of ours.
+    pub(crate) intruders: Vec<Intruder>,
     pub(crate) firewall: Firewall,
     /// Tables of legacy iptables.
     pub(crate) legacy: Vec<String>,
@@ -122,6 +124,14 @@ impl fmt::Display for Rule {
             Action::Other => Ok(()),
         }
     }
+}
+
+/// A route of somebody else in a table of ours.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Intruder {
+    pub(crate) family: Family,
+    /// As `ip route` takes it.
+    pub(crate) text: String,
 }
 
 /// What others have in nf_tables.

@@ -117,6 +117,20 @@ pub enum Problem {
         /// Priority of ours.
         priority: u32,
     },
+    /// A route of somebody else in a table of ours takes packets that we steer.
+    #[error("{command} {route} is not ours, and packets that we steer by this table take it")]
+    RouteInOurTable {
+        /// The command that lists it: `ip route` or `ip -6 route`.
+        command: &'static str,
+        /// The route as that command takes it.
+        route: String,
+    },
+    /// The tunnel device has no IPv6, or will have none.
+    #[error("IPv6 is switched off for {device}: the tunnel can carry none of it")]
+    TunnelWithoutIpv6 {
+        /// The device, or `default` where there is none yet.
+        device: String,
+    },
     /// Routing tables that we may give out are in use.
     #[error("{taken} of the routing tables {start} to {end} are in use by others, {free} are free")]
     TablesTaken {
@@ -283,6 +297,8 @@ impl Problem {
             | Self::NotForwarding { .. }
             | Self::StrictTunnel { .. }
             | Self::RuleTakesFirst { .. }
+            | Self::RouteInOurTable { .. }
+            | Self::TunnelWithoutIpv6 { .. }
             | Self::LocalRuleLate { .. }
             | Self::VxlanTaken { .. }
             | Self::PortTaken { .. }

@@ -19,6 +19,10 @@ impl Problem {
                 "accept UDP port {port} between the nodes in chain {chain} of {table}, if no rule \
                  does"
             ),
+            Self::RouteInOurTable { command, route } => format!("{command} del {route}"),
+            Self::TunnelWithoutIpv6 { device } => {
+                format!("sysctl -w net/ipv6/conf/{device}/disable_ipv6=0")
+            }
             Self::VxlanTaken { device, .. } | Self::PortTaken { device, .. } => {
                 format!("remove device {device}, or give the cluster another VNI or UDP port")
             }

@@ -17,6 +17,13 @@ impl Preflight<'_> {
                 self.judge_rule(rule, facts, problems);
             }
         }
+        problems.extend(facts.intruders.iter().map(|intruder| {
+            let command = match intruder.family {
+                Family::V4 => "ip route",
+                Family::V6 => "ip -6 route",
+            };
+            Problem::RouteInOurTable { command, route: intruder.text.clone() }
+        }));
         let range = self.tables;
         let taken = range.iter().filter(|table| facts.tables.contains(&table.get())).count();
         let taken = u32::try_from(taken).unwrap_or(u32::MAX);

@@ -14,6 +14,7 @@ impl Preflight<'_> {
         }
         problems.extend(facts.missing.iter().map(|part| Problem::Missing { part: *part }));
         self.judge_forwarding(facts, problems);
+        self.judge_tunnel_ipv6(facts, problems);
         self.judge_reverse_path(facts, problems);
         for (family, name) in [(Family::V4, "ipv4"), (Family::V6, "ipv6")] {
             if facts.settings.get(&format!("{name}/fwmark_reflect")) == Some(1) {
@@ -36,6 +37,15 @@ impl Preflight<'_> {
                 }
                 _ => {}
             }
+        }
+    }
+
+    fn judge_tunnel_ipv6(&self, facts: &Facts, problems: &mut Vec<Problem>) {
+        let off = |device: &str| facts.settings.get(&format!("ipv6/conf/{device}/disable_ipv6"));
+        let tunnel = self.cluster.tunnel.device.as_str();
+        let device = if off(tunnel).is_some() { tunnel } else { "default" };
+        if self.families.contains(&Family::V6) && off(device) == Some(1) {
+            problems.push(Problem::TunnelWithoutIpv6 { device: device.to_owned() });
         }
     }
 

@@ -1,6 +1,8 @@
 //! Facts in, problems out; no kernel.
 
-use super::facts::{Action, Address, Chain, Device, Firewall, MarkUse, Rule, Settings, Vxlan};
+use super::facts::{
+    Action, Address, Chain, Device, Firewall, Intruder, MarkUse, Rule, Settings, Vxlan,
+};
 use super::*;
 use crate::cluster::Tunnel;
 use crate::mark::MarkLayout;

@@ -341,6 +341,7 @@ fn without_elements(state: &State) -> State {
         sets: firewall.sets.clone(),
         elements: Elements::default(),
         strays: firewall.strays.clone(),
+        dormant: firewall.dormant,
     });
     State {
         link: state.link.clone(),
@@ -349,6 +350,7 @@ fn without_elements(state: &State) -> State {
         neighbours: state.neighbours.clone(),
         routes: state.routes.clone(),
         rules: state.rules.clone(),
+        strays: state.strays.clone(),
         firewall,
     }
 }

@@ -22,6 +22,10 @@ pub(super) fn make(state: &mut State, op: &Op) -> Result<(), Errno> {
             Ok(())
         }
         Op::DeleteTable => state.firewall.take().map(drop).ok_or(errno::ENOENT),
+        Op::WakeTable => {
+            state.firewall.as_mut().ok_or(errno::ENOENT)?.dormant = false;
+            Ok(())
+        }
         op if op.is_nft() => nft(state.firewall.as_mut().ok_or(errno::ENOENT)?, op),
         op => rtnetlink(state, op),
     }
@@ -116,6 +120,13 @@ fn rtnetlink(state: &mut State, op: &Op) -> Result<(), Errno> {
             }
             _ => return Err(errno::ESRCH),
         },
+        op => return rules(state, op),
+    }
+    Ok(())
+}
+
+fn rules(state: &mut State, op: &Op) -> Result<(), Errno> {
+    match op {
         Op::AddRule(rule) => {
             if matches!(rule.action, RuleAction::Goto(later) if later <= rule.priority) {
                 return Err(errno::EINVAL);
@@ -128,6 +139,10 @@ fn rtnetlink(state: &mut State, op: &Op) -> Result<(), Errno> {
             if !state.rules.remove(rule) {
                 return Err(errno::ENOENT);
             }
+        }
+        // One that went with its device is gone as asked.
+        Op::DeleteStrayRouting(stray) => {
+            state.strays.remove(stray);
         }
         _ => return Err(errno::EINVAL),
     }

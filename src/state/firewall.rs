@@ -28,6 +28,8 @@ pub struct Firewall {
     pub elements: Elements,
     /// Sets and chains found in our table that we never make, by name.
     pub strays: BTreeSet<Stray>,
+    /// Whether somebody has put the table to sleep: the kernel then asks no chain of it.
+    pub dormant: bool,
 }
 
 impl Firewall {
@@ -146,6 +148,8 @@ impl Datum {
 pub enum Set {
     /// Underlay addresses of the other nodes: who may send tunnel packets.
     Peer(Family),
+    /// Underlay addresses of this node: where tunnel packets are sent to.
+    Underlay(Family),
     /// Destinations that are never steered.
     Excluded(Family),
     /// Egress IPs that this node speaks with.
@@ -180,6 +184,7 @@ impl Set {
     pub fn name(self) -> String {
         match self {
             Self::Peer(family) => format!("peer{}", family.digit()),
+            Self::Underlay(family) => format!("underlay{}", family.digit()),
             Self::Excluded(family) => format!("excluded{}", family.digit()),
             Self::Eip(family) => format!("eip{}", family.digit()),
             Self::Answer(family) => format!("answer{}", family.digit()),
@@ -202,6 +207,8 @@ impl Set {
         Some(match name {
             "peer4" => Self::Peer(V4),
             "peer6" => Self::Peer(V6),
+            "underlay4" => Self::Underlay(V4),
+            "underlay6" => Self::Underlay(V6),
             "excluded4" => Self::Excluded(V4),
             "excluded6" => Self::Excluded(V6),
             "eip4" => Self::Eip(V4),
@@ -258,6 +265,7 @@ impl Set {
         };
         match self {
             Self::Peer(family)
+            | Self::Underlay(family)
             | Self::Excluded(family)
             | Self::Eip(family)
             | Self::Source(family)
@@ -276,6 +284,7 @@ impl Set {
     pub(crate) const fn data(self) -> Option<Datum> {
         match self {
             Self::Peer(_)
+            | Self::Underlay(_)
             | Self::Excluded(_)
             | Self::Eip(_)
             | Self::Answer(_)
@@ -314,6 +323,8 @@ impl fmt::Display for Set {
 pub enum Key {
     /// In [`Set::Peer`].
     Peer(IpAddr),
+    /// In [`Set::Underlay`].
+    Underlay(IpAddr),
     /// In [`Set::Excluded`].
     Excluded(IpRange),
     /// In [`Set::Eip`].
@@ -343,6 +354,7 @@ impl Key {
     pub fn set(&self) -> Set {
         match *self {
             Self::Peer(address) => Set::Peer(Family::of(address)),
+            Self::Underlay(address) => Set::Underlay(Family::of(address)),
             Self::Excluded(range) => Set::Excluded(range.family()),
             Self::Eip(address) => Set::Eip(Family::of(address)),
             Self::Gateway(_) => Set::Gateway,
@@ -361,7 +373,10 @@ impl Key {
 impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Peer(address) | Self::Eip(address) | Self::Source(address) => address.fmt(f),
+            Self::Peer(address)
+            | Self::Underlay(address)
+            | Self::Eip(address)
+            | Self::Source(address) => address.fmt(f),
             Self::Excluded(range) | Self::SourceNet(range) => range.fmt(f),
             Self::Gateway(mark) => mark.fmt(f),
             Self::Verdict(tag)
@@ -471,6 +486,7 @@ mod tests {
         for family in Family::BOTH {
             sets.extend([
                 Set::Peer(family),
+                Set::Underlay(family),
                 Set::Excluded(family),
                 Set::Eip(family),
                 Set::Answer(family),

@@ -60,7 +60,8 @@ impl Walk<'_> {
     /// Runs the base chains of a hook; NAT chains only while the connection's source is open.
     pub(super) fn hook(&mut self, hook: Hook, skb: &mut Skb, mut open: bool) -> End {
         let state = self.state;
-        let Some(firewall) = &state.firewall else { return End::Accepted };
+        let awake = state.firewall.as_ref().filter(|firewall| !firewall.dormant);
+        let Some(firewall) = awake else { return End::Accepted };
         let bases =
             firewall.chains.iter().filter_map(|(id, (base, _))| Some((*id, *base.as_ref()?)));
         let mut bases: Vec<_> = bases.filter(|(_, base)| base.hook == hook).collect();

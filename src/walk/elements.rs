@@ -33,6 +33,7 @@ pub(super) fn by_address(firewall: &Firewall, set: Set, address: IpAddr) -> Opti
     }
     match set {
         Set::Peer(_) => Some(Key::Peer(address)),
+        Set::Underlay(_) => Some(Key::Underlay(address)),
         Set::Eip(_) => Some(Key::Eip(address)),
         Set::Source(_) => Some(Key::Source(address)),
         Set::Excluded(_) => firewall.overlapping(&Key::Excluded(range())).copied(),
@@ -53,6 +54,7 @@ pub(super) fn by_address(firewall: &Firewall, set: Set, address: IpAddr) -> Opti
 const fn family_of(set: Set) -> Option<Family> {
     match set {
         Set::Peer(family)
+        | Set::Underlay(family)
         | Set::Excluded(family)
         | Set::Eip(family)
         | Set::Source(family)
@@ -79,6 +81,7 @@ pub(super) const fn by_tag(set: Set, priority: u32) -> Option<Key> {
         Set::Masquerade(family) => Some(Key::Masquerade(family, tag)),
         Set::Any(family) => Some(Key::Any(family, tag)),
         Set::Peer(_)
+        | Set::Underlay(_)
         | Set::Excluded(_)
         | Set::Eip(_)
         | Set::Gateway

@@ -126,6 +126,13 @@ pub(crate) const ALL: &[Change] = &[
         round: marks,
         ..USUAL
     },
+    Change {
+        name: "layout of the marks",
+        foreign: MASQUERADE,
+        loss: Loss::Any,
+        round: layouts,
+        ..USUAL
+    },
     Change { name: "closed and open", loss: Loss::Any, round: closed, ..USUAL },
     Change {
         name: "excluded prefixes",
@@ -376,6 +383,16 @@ fn marks(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
     let mark = |number| usize::try_from(number).ok().and_then(|at| needs.get(at));
     know(nodes, 3, |number| mark(number).map(|mark| Mark::new(*mark)))?;
     make(nodes, round, GATEWAY_FIRST, &by_nodes(to_and_fro(round, 3))?)
+}
+
+/// Every node starts anew with the other layout, while the marks of the last one are about.
+fn layouts(lab: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+    for name in EVERYBODY {
+        let marks = if round % 2 == 0 { MarkLayout::SEED } else { MarkLayout::COMPACT };
+        nodes.node(name)?.0.marks = marks;
+    }
+    nodes.restart(lab)?;
+    make(nodes, round, if round % 4 < 2 { GATEWAY_FIRST } else { &["node-a", "node-b"] }, &[p()?])
 }
 
 /// Prefixes that the packets' destination is always in, cut one way or another.

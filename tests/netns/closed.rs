@@ -4,14 +4,15 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::thread;
 
-use egress_datapath::{Cluster, EgressIp};
+use egress_datapath::EgressIp;
 
 use crate::fleet::{
     Expect, Fleet, Result, check, dual, expect, expect_nothing, have, lab, policy, sources, tool,
 };
+use crate::flows::masquerade;
 use crate::lab::{
-    EIP_B, EIP_C, Echo, NODE_B, NODE_B_OUTSIDE, OTHER_SERVER, POD_A, POD_B, Proto, SERVER,
-    STRANGER, probe,
+    EIP_B, EIP_C, Echo, Host, Lab, NODE_A, NODE_B, NODE_B_OUTSIDE, OTHER_SERVER, POD_A, POD_B,
+    Proto, SERVER, STRANGER, probe,
 };
 
 const B: Option<&str> = Some("node-b");
@@ -84,6 +85,8 @@ fn nothing_gets_out_while_a_piece_is_missing_and_it_is_put_back() -> Result {
     let policies = [policy("p", &[POD_A], B, dual(EIP_B))?];
     let mut fleet = Fleet::open(&lab)?;
     fleet.apply(&policies)?;
+    tool(&lab.node_a.netns, "ip link add bridge type bridge")?;
+    tool(&lab.node_a.netns, "ip link set bridge up")?;
     for damage in [
         &["ip link set egress.vxlan down"][..],
         &["ip link del egress.vxlan"],
@@ -95,9 +98,22 @@ fn nothing_gets_out_while_a_piece_is_missing_and_it_is_put_back() -> Result {
         &["ip -4 route flush table all proto 69", "ip -6 route flush table all proto 69"],
         &["ip neigh flush all dev egress.vxlan nud permanent"],
         &["ip addr flush dev egress.vxlan"],
+        &[
+            "ip -4 route prepend default via 10.10.0.1 table TABLE proto 69",
+            "ip -6 route add default via fd10::1 table TABLE metric 1 proto 69",
+        ],
+        &[
+            "ip -4 rule add pref 50 from 10.244.0.0/16 lookup main proto 69",
+            "ip -6 rule add pref 50 from fd44::/16 lookup main proto 69",
+        ],
+        &["ip link set egress.vxlan alias uplink", "ip link set egress.vxlan down"],
+        &["ip link set egress.vxlan master bridge"],
     ] {
+        let rules = tool(&lab.node_a.netns, "ip -4 rule show pref 101")?;
+        let table = rules.split_whitespace().skip_while(|word| *word != "lookup").nth(1);
         for line in damage {
-            tool(&lab.node_a.netns, line)?;
+            let line = line.replace("TABLE", table.unwrap_or_default());
+            tool(&lab.node_a.netns, &line)?;
         }
         let (pod, wearing) = (&lab.pod_a, EIP_B.into_iter().collect::<BTreeSet<_>>());
         thread::scope(|scope| {
@@ -136,6 +152,7 @@ fn a_firewall_that_others_have_changed_is_put_right() -> Result {
         "nft add rule inet egress_datapath prerouting counter",
         "nft insert rule inet egress_datapath forward drop",
         "nft add chain inet egress_datapath stray",
+        "nft add table inet egress_datapath { flags dormant ; }",
         "nft add set inet egress_datapath stray { type mark ; }",
         "nft add element inet egress_datapath source4 { 10.244.1.99 : 7:7 }",
         "nft add element inet egress_datapath excluded4 { 198.51.100.0/24 }",
@@ -159,12 +176,7 @@ fn a_stranger_on_the_underlay_cannot_speak_through_the_tunnel() -> Result {
     Fleet::open(&lab)?.apply(&policies)?;
     check(&[expect(&lab.pod_a, SERVER, EIP_B)]);
     sources(&lab);
-    let (to, from) = (lab.cluster(&lab.node_b)?, lab.cluster(&lab.node_a)?);
-    let mac_of = |cluster: &Cluster| {
-        let node = cluster.nodes.iter().find(|node| node.name == cluster.node);
-        node.map(|node| node.mac().octets()).unwrap_or_default()
-    };
-    let frame = vxlan_frame(mac_of(&to), mac_of(&from));
+    let frame = vxlan_frame(mac_of(&lab, &lab.node_b)?, mac_of(&lab, &lab.node_a)?);
     for (netns, arrives) in [(&lab.node_a.netns, true), (&lab.router, false)] {
         for _ in 0..3 {
             netns.run(|| {
@@ -181,6 +193,35 @@ fn a_stranger_on_the_underlay_cannot_speak_through_the_tunnel() -> Result {
 }
 
 #[test]
+fn a_pod_cannot_speak_through_the_tunnel_in_the_name_of_its_node() -> Result {
+    let Some(lab) = lab()? else { return Ok(()) };
+    if !have("nft")? {
+        return Ok(());
+    }
+    masquerade(&lab)?;
+    let policies = [policy("p", &[POD_A], B, dual(EIP_B))?];
+    Fleet::open(&lab)?.apply(&policies)?;
+    let frame = vxlan_frame(mac_of(&lab, &lab.node_b)?, mac_of(&lab, &lab.node_a)?);
+    for pod in [&lab.pod_a, &lab.stranger, &lab.pod_c] {
+        for to in [NODE_B, NODE_B_OUTSIDE].as_flattened() {
+            let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+            for _ in 0..3 {
+                pod.run(|| UdpSocket::bind(any)?.send_to(&frame, (*to, 7789)))??;
+            }
+        }
+    }
+    // An answered question later the frames have arrived, or never will.
+    check(&[expect(&lab.stranger, OTHER_SERVER, NODE_A)]);
+    assert_eq!(sources(&lab), NODE_A.into_iter().collect::<BTreeSet<_>>());
+    // It is the pods that are refused, not the frame.
+    let node = &lab.node_a.netns;
+    node.run(|| UdpSocket::bind("0.0.0.0:0")?.send_to(&frame, (NODE_B[0], 7789)))??;
+    check(&[expect(&lab.stranger, OTHER_SERVER, NODE_A)]);
+    assert!(sources(&lab).contains(&EIP_B[0]));
+    Ok(())
+}
+
+#[test]
 fn no_service_of_the_gateway_answers_on_an_egress_ip() -> Result {
     let Some(lab) = lab()? else { return Ok(()) };
     let _service = Echo::start(&lab.node_b.netns, &[EIP_B, NODE_B_OUTSIDE].concat())?;
@@ -188,6 +229,13 @@ fn no_service_of_the_gateway_answers_on_an_egress_ip() -> Result {
     Fleet::open(&lab)?.apply(&[policy("p", &[POD_A], B, dual(EIP_B))?])?;
     check(&[expect_nothing(&lab.server, EIP_B), expect(&lab.server, NODE_B_OUTSIDE, SERVER)]);
     Ok(())
+}
+
+/// Of a node's tunnel device.
+fn mac_of(lab: &Lab, host: &Host) -> Result<[u8; 6]> {
+    let cluster = lab.cluster(host)?;
+    let node = cluster.nodes.iter().find(|node| node.name == cluster.node);
+    Ok(node.map(|node| node.mac().octets()).unwrap_or_default())
 }
 
 /// A UDP datagram from the selected pod to the server, as it comes through the tunnel.

@@ -121,7 +121,7 @@ pub(crate) fn masquerade(lab: &Lab) -> Result {
 }
 
 /// A socket whose datagrams are all of one flow.
-fn datagrams(netns: &Netns, server: IpAddr) -> Result<UdpSocket> {
+pub(crate) fn datagrams(netns: &Netns, server: IpAddr) -> Result<UdpSocket> {
     let any: IpAddr = match server {
         IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
         IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
@@ -133,7 +133,7 @@ fn datagrams(netns: &Netns, server: IpAddr) -> Result<UdpSocket> {
 }
 
 /// The source that the server saw.
-fn ask(flow: &UdpSocket) -> Result<IpAddr> {
+pub(crate) fn ask(flow: &UdpSocket) -> Result<IpAddr> {
     let mut answer = [0; 64];
     flow.send(b"?")?;
     let length = flow.recv(&mut answer)?;
@@ -141,7 +141,7 @@ fn ask(flow: &UdpSocket) -> Result<IpAddr> {
 }
 
 /// A word there and back.
-fn speak((client, server): &(TcpStream, TcpStream)) -> io::Result<()> {
+pub(crate) fn speak((client, server): &(TcpStream, TcpStream)) -> io::Result<()> {
     let mut word = [0; 4];
     let (mut client, mut server) = (client, server);
     client.write_all(b"ping")?;

@@ -14,6 +14,7 @@ mod flows;
 #[cfg(feature = "testing")]
 mod foreign;
 mod lookalikes;
+mod odd_flows;
 mod overwritten;
 mod ownership;
 mod packets;

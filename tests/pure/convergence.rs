@@ -1,6 +1,8 @@
 //! From any state to any other, in one go, and in two if something is refused on the way.
 
-use egress_datapath::state::{Base, ChainId, ChainType, Hook, Key, NftRule, Set, Stmt, Stray};
+use egress_datapath::state::{
+    Base, ChainId, ChainType, Hook, Key, NftRule, Set, Stmt, Stray, StrayKind, StrayRouting,
+};
 use egress_datapath::{Changes, Datapath, Destinations, Family, MacAddr, Reconciler, Sim, State};
 use proptest::prelude::*;
 use proptest::sample::Index;
@@ -31,6 +33,10 @@ enum Drift {
     OtherBase,
     OtherRules(Index),
     TableGone,
+    Asleep,
+    LinkTouched,
+    StrayRoute,
+    StrayRule,
 }
 
 fn drifts() -> impl Strategy<Value = Drift> {
@@ -49,12 +55,21 @@ fn drifts() -> impl Strategy<Value = Drift> {
         Just(OtherBase),
         any::<Index>().prop_map(OtherRules),
         Just(TableGone),
+        Just(Asleep),
+        Just(LinkTouched),
+        Just(StrayRoute),
+        Just(StrayRule),
     ]
 }
 
 fn pick<T: Clone>(index: Index, all: impl Iterator<Item = T>) -> Option<T> {
     let all: Vec<T> = all.collect();
     (!all.is_empty()).then(|| index.get(&all).clone())
+}
+
+fn stray(kind: StrayKind) -> StrayRouting {
+    let (family, text) = (Family::V4, "whatever".to_owned());
+    StrayRouting { kind, family, text, message: vec![1] }
 }
 
 fn drift(state: &mut State, drift: &Drift) {
@@ -97,6 +112,13 @@ fn drift(state: &mut State, drift: &Drift) {
                 state.neighbours.remove(&key);
             }
         }
+        Drift::LinkTouched => {
+            if let Some(link) = &mut state.link {
+                link.intact = false;
+            }
+        }
+        Drift::StrayRoute => drop(state.strays.insert(stray(StrayKind::Route))),
+        Drift::StrayRule => drop(state.strays.insert(stray(StrayKind::Rule))),
         Drift::AddressGone => state.addresses.clear(),
         Drift::TableGone => state.firewall = None,
         _ => {}
@@ -112,6 +134,7 @@ fn drift(state: &mut State, drift: &Drift) {
             firewall.strays.insert(Stray::Chain("debug".into()));
             firewall.strays.insert(Stray::Set("blocked".into()));
         }
+        Drift::Asleep => firewall.dormant = true,
         Drift::Misshapen => {
             let set = Set::Eip(Family::V4);
             firewall.sets.remove(&set);

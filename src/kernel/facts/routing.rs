@@ -11,12 +11,28 @@ use netlink_packet_route::rule::{
 use crate::error::{KernelError, errno};
 use crate::kernel::route_socket::RouteSocket;
 use crate::kernel::{route, rule};
-use crate::preflight::facts::{Action, Rule};
+use crate::preflight::facts::{Action, Intruder, Rule};
 use crate::state::PROTOCOL;
-use crate::types::Family;
+use crate::types::{Family, TableId};
 
-/// Tables in use, and those with a route for every destination.
-type Tables = (BTreeSet<u32>, BTreeSet<(Family, u32)>);
+/// What others have in routing tables.
+#[derive(Default)]
+pub(super) struct Tables {
+    /// Those in use.
+    pub(super) used: BTreeSet<u32>,
+    /// Of these, those with a route for every destination.
+    pub(super) catch_all: BTreeSet<(Family, u32)>,
+    /// Routes in tables that hold one of ours.
+    pub(super) intruders: Vec<Intruder>,
+}
+
+/// A listed route.
+struct Listed {
+    table: u32,
+    /// Of a route of somebody else: as `ip route` takes it, in a table that may be ours, and
+    /// whether it takes everything.
+    foreign: Option<(Option<String>, bool)>,
+}
 
 impl RouteSocket {
     pub(super) fn foreign_rules(&mut self) -> Result<Vec<Rule>, KernelError> {
@@ -28,33 +44,44 @@ impl RouteSocket {
     }
 
     pub(super) fn foreign_tables(&mut self, rules: &[Rule]) -> Result<Tables, KernelError> {
-        let mut tables: BTreeSet<u32> = rules
+        let used = rules
             .iter()
             .filter_map(|rule| match rule.action {
                 Action::Lookup { table, .. } => Some(table),
                 _ => None,
             })
             .collect();
-        let mut catch_all = BTreeSet::new();
+        let mut tables = Tables { used, ..Tables::default() };
         for family in Family::BOTH {
             let what = "ip route show table all";
             let found = self.dump_routes(&what, RouteMessage::default(), family, |message| {
                 let ours = message.header.protocol == RouteProtocol::from(PROTOCOL);
-                (!ours).then(|| (route::table(message), is_catch_all(message)))
+                let table = route::table(message);
+                let text = || TableId::new(table).map(|_| route::text(message, family));
+                Some(Listed { table, foreign: (!ours).then(|| (text(), is_catch_all(message))) })
             });
             let found = match found {
                 // The same kernel has no rules, and says so there.
                 Err(error) if error.errno() == Some(errno::EOPNOTSUPP) => Vec::new(),
                 other => other?,
             };
-            for (table, catches) in found {
-                tables.insert(table);
+            let ours: BTreeSet<u32> = found
+                .iter()
+                .filter(|route| route.foreign.is_none())
+                .map(|route| route.table)
+                .collect();
+            for Listed { table, foreign } in found {
+                let Some((text, catches)) = foreign else { continue };
+                tables.used.insert(table);
                 if catches {
-                    catch_all.insert((family, table));
+                    tables.catch_all.insert((family, table));
+                }
+                if ours.contains(&table) {
+                    tables.intruders.extend(text.map(|text| Intruder { family, text }));
                 }
             }
         }
-        Ok((tables, catch_all))
+        Ok(tables)
     }
 }
 

@@ -5,11 +5,12 @@ use std::fs;
 
 use crate::preflight::facts::Settings;
 
-const FIXED: [&str; 10] = [
+const FIXED: [&str; 11] = [
     "ipv4/ip_forward",
     "ipv4/fwmark_reflect",
     "ipv6/fwmark_reflect",
     "ipv6/conf/all/forwarding",
+    "ipv6/conf/default/disable_ipv6",
     "ipv4/conf/all/rp_filter",
     "ipv4/conf/all/src_valid_mark",
     "ipv4/conf/all/arp_ignore",
@@ -23,7 +24,8 @@ const FIXED: [&str; 10] = [
 /// The kernel shows the settings of the network namespace of the thread that looks.
 pub(super) fn settings(devices: &BTreeSet<&str>) -> Settings {
     let of_devices = devices.iter().flat_map(|device| {
-        ["src_valid_mark", "arp_ignore"].map(|name| format!("ipv4/conf/{device}/{name}"))
+        ["ipv4 src_valid_mark", "ipv4 arp_ignore", "ipv6 disable_ipv6"]
+            .map(|setting| setting.replace(' ', &format!("/conf/{device}/")))
     });
     let mut found = BTreeMap::new();
     for name in FIXED.into_iter().map(String::from).chain(of_devices) {

@@ -80,6 +80,23 @@ fn our_own_objects_are_no_problem() {
 }
 
 #[test]
+fn what_others_have_put_into_our_tables() {
+    in_namespace(|| {
+        let (cluster, policy) = (cluster(), policy("node-b", EIP));
+        let mut egress = Reconciler::open(cluster.marks, crate::TableRange::default()).unwrap();
+        egress.reconcile(&cluster, [&policy]).unwrap();
+        let table = sh("ip -j route show table all proto 69 | jq -r '.[0].table'");
+        let script = format!("ip route add 203.0.113.0/24 via 192.0.2.9 table {table}");
+        let found = problems(&script);
+        let text = found[0].to_string();
+        assert!(text.starts_with("ip route 203.0.113.0/24 via 192.0.2.9 table 3"), "{text}");
+        assert!(egress.reconcile(&cluster, [&policy]).unwrap().changes.is_empty(), "not ours");
+        sh(&found[0].remedy());
+        assert_eq!(problems(":"), []);
+    });
+}
+
+#[test]
 fn settings_are_those_of_the_namespace() {
     in_namespace(|| {
         let found = problems(

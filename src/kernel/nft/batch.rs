@@ -205,9 +205,10 @@ impl Builder<'_> {
             }
         };
         match op {
-            Op::AddTable => {
+            Op::WakeTable | Op::AddTable => {
                 let flags = self.table_flags;
-                self.message(index, kind::NEWTABLE, NEW, |writer| {
+                let new = if *op == Op::AddTable { NEW } else { 0 };
+                self.message(index, kind::NEWTABLE, new, |writer| {
                     writer.string(1, NFT_TABLE);
                     writer.be32(2, flags);
                 });

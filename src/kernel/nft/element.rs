@@ -86,7 +86,9 @@ fn write_value(writer: &mut Writer, value: &Value) {
 /// The key, and of a range also the first key behind it unless there is none.
 fn key_bytes(key: &Key) -> (Vec<u8>, Option<Vec<u8>>) {
     let bytes = match key {
-        Key::Peer(address) | Key::Eip(address) | Key::Source(address) => octets(*address),
+        Key::Peer(address) | Key::Underlay(address) | Key::Eip(address) | Key::Source(address) => {
+            octets(*address)
+        }
         Key::Gateway(mark) => mark.get().to_ne_bytes().to_vec(),
         Key::Verdict(tag)
         | Key::Steer(_, tag)
@@ -188,6 +190,7 @@ fn note(mut bytes: &[u8]) -> Option<Comment> {
 pub(super) fn key(set: Set, bytes: &[u8]) -> Option<Key> {
     Some(match set {
         Set::Peer(family) => Key::Peer(ip(family, bytes)?),
+        Set::Underlay(family) => Key::Underlay(ip(family, bytes)?),
         Set::Eip(family) => Key::Eip(ip(family, bytes)?),
         Set::Source(family) => Key::Source(ip(family, bytes)?),
         Set::Gateway => Key::Gateway(Mark::new(u32::from_ne_bytes(bytes.try_into().ok()?))),

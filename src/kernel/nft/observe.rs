@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use super::{Answered, Request, ask, chain, element, expr, generation, kind, range, set};
+use super::{Answered, Request, ask, chain, element, expr, generation, kind, range, set, table};
 use crate::error::{KernelError, errno};
 use crate::kernel::socket::Socket;
 use crate::kernel::wire::{Attributes, Malformed, Writer, flag};
@@ -80,11 +80,16 @@ impl Reader<'_> {
             flags: 0,
             answer: kind::NEWTABLE,
         };
-        match self.ask(&request, |writer| writer.string(1, NFT_TABLE), |_| Ok(())) {
+        let mut firewall = Firewall::default();
+        let take = |attributes: Attributes<'_>| {
+            let (flags, _) = table::read(attributes)?;
+            firewall.dormant = flags & table::DORMANT != 0;
+            Ok(())
+        };
+        match self.ask(&request, |writer| writer.string(1, NFT_TABLE), take) {
             Err(error) if error.errno() == Some(errno::ENOENT) => return Ok(None),
             other => other?,
         }
-        let mut firewall = Firewall::default();
         self.chains(&mut firewall)?;
         self.rules(&mut firewall)?;
         for (set, count) in self.sets(&mut firewall)? {

@@ -10,6 +10,9 @@ const NAME: u16 = 1;
 const FLAGS: u16 = 2;
 const OWNER: u16 = 7;
 
+/// `NFT_TABLE_F_DORMANT`: the kernel asks no chain of the table.
+pub(super) const DORMANT: u32 = 1;
+
 /// A name that is never made.
 const PROBE: &str = "egress_datapath_probe";
 

@@ -120,6 +120,54 @@ fn the_device_is_changed_without_being_made_anew() {
 }
 
 #[test]
+fn a_device_that_others_have_changed_is_known_and_put_right() {
+    in_namespace(|| {
+        let mut socket = RouteSocket::open().unwrap();
+        make(&mut socket, &Op::AddLink(vxlan()));
+        assert_eq!(observe(&mut socket).link, Some(vxlan()));
+        sh("ip link add br0 type bridge; ip link set br0 addrgenmode none");
+        for script in [
+            "ip link set e0 alias ''",
+            "ip link set e0 alias 'uplink of rack 7'",
+            "ip link set e0 group 7",
+            "ip link set e0 master br0",
+            "ip link set e0 type vxlan learning",
+            "ip link set e0 type vxlan ttl 3",
+        ] {
+            sh(script);
+            let intact = false;
+            assert_eq!(observe(&mut socket).link, Some(Vxlan { intact, ..vxlan() }), "{script}");
+            make(&mut socket, &Op::SetLink(vxlan()));
+            assert_eq!(observe(&mut socket).link, Some(vxlan()), "{script}");
+        }
+        sh("ip link set e0 alias '' group 0");
+        assert_eq!(observe(&mut socket).link, None, "whoever takes both away has it");
+    });
+}
+
+#[test]
+fn forwarding_entries_that_lead_elsewhere_are_seen_and_go_at_once() {
+    in_namespace(|| {
+        let mut socket = RouteSocket::open().unwrap();
+        make(&mut socket, &Op::AddLink(vxlan()));
+        sh("for node in 2 3 4; do
+                bridge fdb append 00:00:00:00:00:00 dev e0 dst 192.0.2.$node self permanent
+                bridge fdb append 01:00:5e:00:00:01 dev e0 dst 192.0.2.$node self permanent
+            done
+            bridge fdb add 66:00:00:00:00:05 dev e0 dst 192.0.2.5 port 99 self permanent
+            bridge fdb add 66:00:00:00:00:06 dev e0 dst 192.0.2.6 vni 99 self permanent");
+        let found = observe(&mut socket).fdb;
+        assert_eq!(found.len(), 4);
+        assert_eq!(found.values().filter(|node| node.is_unspecified()).count(), 2);
+        for (mac, node) in found {
+            make(&mut socket, &Op::DeleteFdb(name("e0"), mac, node));
+        }
+        assert!(observe(&mut socket).fdb.is_empty());
+        assert_eq!(sh("bridge fdb show dev e0"), "");
+    });
+}
+
+#[test]
 fn an_ipv6_underlay_and_a_device_that_stays_down() {
     in_namespace(|| {
         let mut socket = RouteSocket::open().unwrap();

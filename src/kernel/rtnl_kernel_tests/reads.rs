@@ -69,15 +69,34 @@ fn ip_and_bridge_agree() {
 }
 
 #[test]
-fn routes_of_a_shape_that_we_never_write_are_not_seen() {
+fn what_has_our_number_and_another_shape_is_seen_as_it_is_and_deleted() {
     in_namespace(|| {
         let mut socket = RouteSocket::open().unwrap();
         sh("ip route add blackhole default table 3000 proto 69
+            ip route add blackhole default table 3000 metric 9 proto 70
             ip route add 10.1.0.0/16 via 192.0.2.9 dev u0 table 3000 proto 69
             ip route add 10.2.0.0/16 table 3000 proto 69 nexthop via 192.0.2.8 nexthop via 192.0.2.9
             ip route add 10.3.0.0/16 via 192.0.2.9 dev u0 table 254 proto 69
-            ip rule add from 10.0.0.0/8 lookup 3000 protocol 69");
+            ip rule add pref 32765 from 10.0.0.0/8 lookup 3000 protocol 69");
+        let found = observe(&mut socket);
+        let texts: Vec<_> = found.strays.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            texts,
+            [
+                "0.0.0.0/0 table 3000 proto 69",
+                "10.1.0.0/16 via 192.0.2.9 table 3000 proto 69",
+                "10.2.0.0/16 table 3000 proto 69",
+                "pref 32765 lookup 3000 protocol 69",
+            ]
+        );
+        assert_eq!(observe(&mut socket), found, "nothing of it changes by itself");
+        for stray in found.strays {
+            make(&mut socket, &Op::DeleteStrayRouting(stray.clone()));
+            make(&mut socket, &Op::DeleteStrayRouting(stray));
+        }
         assert!(observe(&mut socket).is_empty());
+        assert_eq!(sh("ip route show table all proto 69").lines().count(), 1);
+        assert_eq!(sh("ip route show table 3000"), "blackhole default proto 70 metric 9 \n");
     });
 }
 

@@ -142,13 +142,11 @@ fn neighbour_news(message: &Message<'_>, expected: &mut Expected) -> Option<Part
     if found.header.family == AddressFamily::Bridge {
         let entry = fdb::parse(&found);
         let mac = neighbour::lladdr(&found.attributes)?;
-        // Everything unknown goes to the all-zero address, which is not ours to set.
-        let news = mac.octets() != [0; 6]
-            && match entry {
-                Some((_, node)) if !deleted => !expected.is_expected_fdb(mac, Some(node)),
-                _ if deleted => !expected.is_expected_fdb(mac, None),
-                _ => true,
-            };
+        let news = match entry {
+            Some((_, node)) if !deleted => !expected.is_expected_fdb(mac, Some(node)),
+            _ if deleted => !expected.is_expected_fdb(mac, None),
+            _ => true,
+        };
         return news.then_some(Part::Fdb);
     }
     (deleted || may_be_permanent(&found)).then_some(())?;

@@ -110,3 +110,14 @@ fn tables_in_use() {
     assert_eq!(all, [Problem::TablesTaken { start: 3000, end: 3002, taken: 3, free: 0 }]);
     assert_eq!(all[0].severity(), Severity::Broken);
 }
+
+#[test]
+fn a_route_of_somebody_else_in_a_table_of_ours() {
+    let mut facts = facts();
+    let route = "198.51.100.0/24 via 192.0.2.9 table 3000 proto 4".to_owned();
+    facts.intruders = vec![Intruder { family: Family::V4, text: route.clone() }];
+    let problems = judge(&facts);
+    assert_eq!(problems, [Problem::RouteInOurTable { command: "ip route", route }]);
+    let wanted = "ip route del 198.51.100.0/24 via 192.0.2.9 table 3000 proto 4";
+    assert_eq!(problems[0].remedy(), wanted);
+}

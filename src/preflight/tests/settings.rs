@@ -84,3 +84,20 @@ fn connections() {
     set(&mut facts, "netfilter/nf_conntrack_tcp_loose", 0);
     assert_eq!(judge(&facts), [full, Problem::ConntrackStrict]);
 }
+
+#[test]
+fn a_tunnel_without_ipv6() {
+    let dual = policy("node-b", EgressIp::Node);
+    let mut facts = facts();
+    set(&mut facts, "ipv6/conf/all/forwarding", 1);
+    set(&mut facts, "ipv6/conf/default/disable_ipv6", 1);
+    let problem = |device: &str| Problem::TunnelWithoutIpv6 { device: device.to_owned() };
+    assert_eq!(judge_for(&cluster(), &dual, &facts), [problem("default")]);
+    assert_eq!(judge(&facts), [], "nobody asks for IPv6");
+    set(&mut facts, "ipv6/conf/egress.vxlan/disable_ipv6", 0);
+    assert_eq!(judge_for(&cluster(), &dual, &facts), []);
+    set(&mut facts, "ipv6/conf/egress.vxlan/disable_ipv6", 1);
+    let problems = judge_for(&cluster(), &dual, &facts);
+    assert_eq!(problems, [problem("egress.vxlan")]);
+    assert_eq!(problems[0].remedy(), "sysctl -w net/ipv6/conf/egress.vxlan/disable_ipv6=0");
+}

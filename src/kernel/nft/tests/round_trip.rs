@@ -192,6 +192,23 @@ fn a_set_of_another_type_is_a_stray_that_can_be_made_anew() {
 }
 
 #[test]
+fn a_table_that_sleeps_is_seen_and_woken() {
+    if !has_nft() {
+        return;
+    }
+    in_netns(|socket| {
+        commit(socket, &sample::ops()).unwrap();
+        let script = format!("add table inet {NFT_TABLE} {{ flags dormant; }}");
+        nft(&["-f", "-"], &script).unwrap();
+        let found = observe(socket).unwrap().unwrap();
+        assert_eq!(found, Firewall { dormant: true, ..sample::firewall() });
+        commit(socket, &[Op::WakeTable]).unwrap();
+        assert_same(observe(socket).unwrap());
+        assert!(!nft(&["list", "tables", "inet"], "").unwrap().contains("dormant"));
+    });
+}
+
+#[test]
 fn a_hundred_thousand_elements_are_one_transaction() {
     in_netns(|socket| {
         let any = Set::Source(Family::V4);

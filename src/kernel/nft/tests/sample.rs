@@ -161,6 +161,7 @@ pub(super) fn sets() -> Vec<Set> {
     for (family, lengths) in [(V4, [32, 24, 1]), (V6, [128, 64, 1])] {
         sets.extend([
             Set::Peer(family),
+            Set::Underlay(family),
             Set::Excluded(family),
             Set::Eip(family),
             Set::Steer(family),
@@ -206,6 +207,7 @@ pub(super) fn elements() -> Vec<(Key, Value)> {
     {
         list.extend([
             (Key::Peer(address(one)), note(Data::None, "node-2")),
+            (Key::Underlay(address(one)), plain()),
             (Key::Eip(address(eip)), plain()),
             (Key::Source(address(one)), class(7)),
             (Key::Any(family, tag(1)), class(8)),

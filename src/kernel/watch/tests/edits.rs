@@ -9,19 +9,37 @@ use crate::types::{Family, Mark};
 use Part::{Address, Fdb, Firewall, Link, Neighbour, Route, Rule};
 
 /// What somebody does, and the least that is told of it.
-pub(in crate::kernel) const EDITS: [(&str, &[Part]); 30] = [
+pub(in crate::kernel) const EDITS: [(&str, &[Part]); 47] = [
     ("nft delete element inet egress_datapath source4 '{ 10.244.1.2 }'", &[Firewall]),
     ("nft add element inet egress_datapath peer4 '{ 192.0.2.77 }'", &[Firewall]),
     ("nft flush table inet egress_datapath", &[Firewall]),
     ("nft add rule inet egress_datapath prerouting counter", &[Firewall]),
     ("nft delete table inet egress_datapath", &[Firewall]),
     ("nft flush ruleset", &[Firewall]),
+    ("nft 'add table inet egress_datapath { flags dormant; }'", &[Firewall]),
     ("ip rule del pref 101", &[Rule]),
     ("ip -6 rule del pref 101", &[Rule]),
     ("ip rule flush protocol 69", &[Rule]),
     ("ip -6 rule flush protocol 69", &[Rule]),
     ("ip rule add pref 9 fwmark 9 lookup 9 protocol 69", &[Rule]),
+    (
+        "ip rule add pref 9 from 10.0.0.0/8 iif u0 ipproto udp dport 53 lookup 9 protocol 69",
+        &[Rule],
+    ),
+    ("ip -6 rule add pref 9 not from fd00::/8 prohibit protocol 69", &[Rule]),
+    ("ip rule add pref 9 fwmark 9 goto 32766 protocol 69", &[Rule]),
     ("ip route flush table all proto 69", &[Route]),
+    ("ip route replace default via 192.0.2.9 dev u0 table $TABLE proto 69", &[Route]),
+    ("ip route prepend default via 192.0.2.9 dev u0 table $TABLE proto 69", &[Route]),
+    ("ip route add 198.51.100.0/24 via 192.0.2.9 dev u0 table $TABLE proto 69", &[Route]),
+    ("ip route add blackhole 198.51.100.0/24 tos 8 table 77 proto 69", &[Route]),
+    (
+        "ip route replace default table $TABLE proto 69 nexthop via 192.0.2.8 dev u0 \
+            nexthop via 192.0.2.9 dev u0",
+        &[Route],
+    ),
+    ("ip -6 route add default via 2001:db8::9 dev u0 table $TABLE proto 69 metric 1", &[Route]),
+    ("ip -6 route append default via 2001:db8::9 dev u0 table $TABLE proto 69", &[Route]),
     ("ip -6 route flush table all proto 69", &[Route]),
     ("ip route replace default via 192.0.2.9 dev u0 table $TABLE proto static", &[Route]),
     (
@@ -35,12 +53,18 @@ pub(in crate::kernel) const EDITS: [(&str, &[Part]); 30] = [
     ("ip link set egress.vxlan mtu 1200", &[Link, Address]),
     ("ip link set egress.vxlan address 66:00:00:00:00:99", &[Link, Neighbour]),
     ("sysctl -qw net/ipv4/conf/egress.vxlan/rp_filter=1", &[Link]),
+    ("ip link set egress.vxlan alias ''", &[Link]),
+    ("ip link set egress.vxlan alias 'uplink of rack 7'", &[Link]),
+    ("ip link set egress.vxlan group 7", &[Link]),
+    ("ip link set egress.vxlan type vxlan learning ttl 3", &[Link]),
     ("ip addr flush dev egress.vxlan", &[Address]),
     ("ip -4 addr del 172.31.0.1/16 dev egress.vxlan", &[Address]),
     ("ip -6 addr del fd31::1/64 dev egress.vxlan", &[Address]),
     ("ip addr add 9.9.9.9/32 dev egress.vxlan", &[Address]),
     ("bridge fdb flush dev egress.vxlan", &[Fdb]),
     ("bridge fdb replace $MAC dev egress.vxlan dst 192.0.2.99 self permanent", &[Fdb]),
+    ("bridge fdb replace $MAC dev egress.vxlan dst 192.0.2.2 port 99 self permanent", &[Fdb]),
+    ("bridge fdb append 00:00:00:00:00:00 dev egress.vxlan dst 192.0.2.99 self permanent", &[Fdb]),
     ("ip neigh flush dev egress.vxlan nud permanent", &[Neighbour]),
     ("ip link del egress.vxlan", &[Link]),
 ];

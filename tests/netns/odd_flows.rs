@@ -1,0 +1,72 @@
+//! Connections that are not like others: of the node itself, and in zones.
+
+use std::net::{TcpListener, TcpStream};
+use std::slice;
+
+use egress_datapath::EgressPolicy;
+
+use crate::fleet::{Fleet, Result, dual, have, lab, nft, policy};
+use crate::flows::{ask, datagrams, masquerade, speak};
+use crate::lab::{EIP_B, EIP_C, NODE_A, SERVER, STRANGER};
+
+const PORT: u16 = 7003;
+
+#[test]
+fn what_a_node_has_open_itself_is_left_alone_by_a_policy_for_everybody() -> Result {
+    let Some(lab) = lab()? else { return Ok(()) };
+    let listener = lab.server.run(|| TcpListener::bind((SERVER[0], PORT)))??;
+    let mut pairs = Vec::new();
+    for netns in [&lab.node_a.netns, &lab.node_b.netns] {
+        let client = netns.run(|| TcpStream::connect((SERVER[0], PORT)))??;
+        pairs.push((client, listener.accept()?.0));
+    }
+    let all = EgressPolicy {
+        sources: vec!["0.0.0.0/0".parse()?, "::/0".parse()?],
+        ..policy("p", &[], Some("node-b"), dual(EIP_B))?
+    };
+    let mut fleet = Fleet::open(&lab)?;
+    for round in 0..2 {
+        let reports = fleet.apply(slice::from_ref(&all))?;
+        let ended = reports.iter().flat_map(|report| report.changes.ops());
+        assert_eq!(ended.filter(|op| op.to_string().starts_with("conntrack")).count(), 0);
+        assert!(round == 0 || reports.iter().all(|report| report.changes.is_empty()));
+        for pair in &pairs {
+            speak(pair)?;
+        }
+        // Whoever has no memory looks through the connections again.
+        fleet = Fleet::open(&lab)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_flow_whose_two_directions_are_in_different_zones_follows_its_policy() -> Result {
+    let Some(lab) = lab()? else { return Ok(()) };
+    if !have("nft")? {
+        return Ok(());
+    }
+    masquerade(&lab)?;
+    let zones = "table inet zones {
+        chain prerouting {
+            type filter hook prerouting priority raw;
+            ip saddr 10.244.0.0/16 ct original zone set 5
+            ip6 saddr fd44::/16 ct original zone set 5
+        }
+    }";
+    nft(&lab.node_a.netns, &[], zones)?;
+    let mut fleet = Fleet::open(&lab)?;
+    let flows = [datagrams(&lab.stranger, SERVER[0])?, datagrams(&lab.stranger, SERVER[1])?];
+    for (policies, wears) in [
+        (vec![], NODE_A),
+        (vec![policy("p", &[STRANGER], Some("node-b"), dual(EIP_B))?], EIP_B),
+        (vec![policy("p", &[STRANGER], Some("node-c"), dual(EIP_C))?], EIP_C),
+        (vec![], NODE_A),
+    ] {
+        fleet.apply(&policies)?;
+        for (flow, wears) in flows.iter().zip(wears) {
+            // A flow that is ended may lose the datagram that finds it out.
+            assert_eq!(ask(flow).or_else(|_| ask(flow))?, wears);
+        }
+    }
+    Ok(())
+}
