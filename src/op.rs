@@ -86,6 +86,7 @@ const fn ip(family: Family) -> &'static str {
 
 impl Op {
     /// The connection that it ends.
+    #[cfg(all(feature = "kernel", target_os = "linux"))]
     pub(crate) const fn ended(&self) -> Option<&Connection> {
         match self {
             Self::EndConnection(connection) => Some(connection),

@@ -498,7 +498,7 @@ fn explained(file: &str) {
     for object in [
         "element source4 { 10.244.1.10 }",
         "element dest4_24 { 198.51.100.0 . ",
-        "rule pref 101 fwmark ",
+        "rule pref 102 fwmark ",
         "route 0.0.0.0/0 table ",
         "neighbour 172.31.0.12 dev egress.vxlan",
         "fdb 66:",

@@ -162,7 +162,7 @@ fn what_is_invalid_goes_nowhere() {
 fn a_packet_stays_closed_whatever_is_lost() {
     type Lose = fn(&mut State);
     let losses: [(&str, Lose); 6] = [
-        ("rule", |state| state.rules.retain(|rule| rule.priority != Cluster::RULE_PRIORITY)),
+        ("rule", |state| state.rules.retain(|rule| rule.priority != Cluster::RULE_PRIORITY + 1)),
         ("all rules", |state| state.rules.clear()),
         ("route", |state| {
             state.routes.retain(|_, route| !matches!(route, crate::state::Route::Via(_)));
