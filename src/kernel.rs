@@ -6,6 +6,7 @@ mod facts;
 #[cfg(feature = "testing")]
 pub(crate) mod faults;
 mod fdb;
+mod ipset;
 mod link;
 mod link_change;
 #[cfg(test)]
@@ -29,6 +30,7 @@ mod socket;
 mod tables;
 mod watch;
 mod wire;
+mod xtables;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -48,6 +50,7 @@ use route_socket::RouteSocket;
 use socket::Socket;
 pub use tables::KernelTables;
 pub use watch::{News, Part, Process, Watch};
+pub use xtables::IptablesDatapath;
 
 /// The kernel of the network namespace that the opening thread was in.
 ///
@@ -165,11 +168,10 @@ impl Datapath for KernelDatapath {
         wanted: &State,
         before: &State,
     ) -> Result<BTreeSet<Connection>, KernelError> {
-        if wanted.firewall.is_none() && before.firewall.is_none() {
+        if wanted.decides_nothing() && before.decides_nothing() {
             return Ok(BTreeSet::new());
         }
         let local = self.routing.local_addresses()?;
-        let (wanted, before) = (wanted.firewall.as_ref(), before.firewall.as_ref());
         let connections = conntrack::connections(&mut self.netfilter)?.into_iter();
         // What ends on this node passes no hook that would translate it.
         let forwarded = connections.filter(|connection| !local.contains(&connection.peer));

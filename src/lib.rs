@@ -114,14 +114,16 @@ pub use alloc::{
 #[cfg(feature = "mock")]
 pub use alloc::{MockMarkAllocator, MockTableAllocator};
 pub use changes::{Changes, Phase, Step};
-pub use cluster::{Cluster, Node, Tunnel};
+pub use cluster::{Backend, Cluster, Iptables, Node, Tunnel};
 pub use connection::Connection;
 pub use datapath::Datapath;
 #[cfg(feature = "mock")]
 pub use datapath::MockDatapath;
 pub use error::{ApplyError, KernelError};
 #[cfg(all(feature = "kernel", target_os = "linux"))]
-pub use kernel::{KernelDatapath, KernelTables, News, Ownership, Part, Process, Watch};
+pub use kernel::{
+    IptablesDatapath, KernelDatapath, KernelTables, News, Ownership, Part, Process, Watch,
+};
 pub use mark::{LayoutError, MarkLayout};
 pub use op::Op;
 pub use plan::{Closed, Finding, Plan, PlanError, PolicyError, plan};

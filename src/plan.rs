@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::alloc::{AllocError, MarkAllocator, TableAllocator};
-use crate::cluster::{Cluster, Node};
+use crate::cluster::{Backend, Cluster, Node};
 use crate::policy::{Policy, Unavailable};
 use crate::state::State;
 use crate::types::{Family, Mark, NodeName, TableId};
@@ -15,6 +15,7 @@ mod error;
 mod finding;
 mod firewall;
 mod routing;
+mod xtables;
 
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 pub(crate) use chains::priority::BEFORE_SNAT;
@@ -64,7 +65,18 @@ pub fn plan<P: Policy>(
         _ => closing_table(cluster, &gateways, tables, &mut findings)?,
     };
     routing::routing(&world, &gateways, closing, &mut state);
-    state.firewall = Some(firewall::firewall(&world, &checked, &gateways, &mut findings));
+    match cluster.backend {
+        Backend::Nftables => {
+            state.firewall = Some(firewall::firewall(&world, &checked, &gateways, &mut findings));
+        }
+        Backend::Iptables(iptables) => {
+            xtables::check(&world)?;
+            let (sets, tables) =
+                xtables::xtables(&world, &checked, &gateways, iptables, &mut findings);
+            state.ipsets = sets;
+            state.xtables.insert(iptables.variant, tables);
+        }
+    }
     let gateways = gateways
         .into_values()
         .map(|gateway| (gateway.node.name.clone(), (gateway.mark, gateway.table)))

@@ -94,6 +94,9 @@ impl Sim {
             Some((after, _)) => *after -= 1,
             None => {}
         }
+        if op.is_xtables() {
+            return crate::state::xtables::make(&mut self.state, op);
+        }
         make(&mut self.state, op)
     }
 

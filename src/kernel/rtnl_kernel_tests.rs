@@ -138,6 +138,7 @@ pub(super) fn full() -> State {
         ]
         .into(),
         firewall: None,
+        ..State::default()
     }
 }
 

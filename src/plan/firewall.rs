@@ -28,12 +28,7 @@ pub(super) fn firewall(
             }
         }
         let classes = Classes::new(policies, family);
-        for (winner, loser) in &classes.overlaps {
-            let id = |rank: &Rank| policy(policies, *rank).map(|policy| policy.id.clone());
-            if let (Some(winner), Some(loser)) = (id(winner), id(loser)) {
-                findings.push(Finding::Overlap { winner, loser, family });
-            }
-        }
+        overlaps(&classes, policies, family, findings);
         class_elements(&classes, policies, &tags, family, &mut elements);
     }
     let layout = world.cluster.marks;
@@ -57,6 +52,21 @@ pub(super) fn firewall(
         gateways: marks,
     };
     Firewall { chains: skeleton.chains(), sets: skeleton.sets(), elements, strays: BTreeSet::new() }
+}
+
+/// Says which policies want the same packets.
+pub(super) fn overlaps(
+    classes: &Classes,
+    policies: &[Checked<'_>],
+    family: Family,
+    findings: &mut Vec<Finding>,
+) {
+    for (winner, loser) in &classes.overlaps {
+        let id = |rank: &Rank| policy(policies, *rank).map(|policy| policy.id.clone());
+        if let (Some(winner), Some(loser)) = (id(winner), id(loser)) {
+            findings.push(Finding::Overlap { winner, loser, family });
+        }
+    }
 }
 
 /// What does not depend on policies one by one.

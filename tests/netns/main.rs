@@ -18,3 +18,4 @@ mod packets;
 mod process;
 mod restart;
 mod roundtrip;
+mod xtables;

@@ -17,6 +17,7 @@ mod random;
 mod semantics;
 mod tables;
 mod validation;
+mod xtables;
 
 use egress_datapath::{
     Cluster, EgressIp, EgressPolicy, MarkPool, Node, NodeName, Plan, PlanError, Policy, PolicyId,
