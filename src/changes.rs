@@ -2,11 +2,13 @@
 
 mod shell;
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use crate::connection::Connection;
 use crate::error::{ApplyError, KernelError};
 use crate::op::Op;
+use crate::state::Firewall;
 
 /// A part of a change; the order of the variants is the order of the steps.
 ///
@@ -57,6 +59,8 @@ pub enum Phase {
     EmptyGuards,
     /// Neighbours, forwarding entries and addresses that left.
     DeletePeers,
+    /// Answers to connections that are about to end.
+    HoldAnswers,
     /// Connections that the table would now treat otherwise.
     EndConnections,
     /// The table, last of all: its guards hold until nothing is left to guard.
@@ -89,11 +93,21 @@ impl Changes {
         Self { steps }
     }
 
-    /// Ends connections; nothing if there are none.
-    pub(crate) fn end(connections: impl IntoIterator<Item = Connection>) -> Self {
-        let ops: Vec<_> = connections.into_iter().map(Op::EndConnection).collect();
-        let step = Step { phase: Phase::EndConnections, ops };
-        Self { steps: if step.ops.is_empty() { Vec::new() } else { vec![step] } }
+    /// Ends connections, and holds answers to them back where the table has the sets for that.
+    ///
+    /// An answer that is under way when its connection ends would open it the other way round,
+    /// and the opener's packets would then leave as answers to that: with its own address.
+    pub(crate) fn end(connections: &BTreeSet<Connection>, table: Option<&Firewall>) -> Self {
+        let has = |set| table.is_some_and(|table| table.sets.contains(&set));
+        let held = connections.iter().filter(|one| one.can_turn_around() && has(one.answers()));
+        // Elements of one set share messages.
+        let mut held: Vec<_> = held.copied().collect();
+        held.sort_by_key(Connection::answers);
+        let held: Vec<_> = held.into_iter().map(Op::HoldAnswers).collect();
+        let ended: Vec<_> = connections.iter().copied().map(Op::EndConnection).collect();
+        let steps = [(Phase::HoldAnswers, held), (Phase::EndConnections, ended)];
+        let steps = steps.into_iter().filter(|(_, ops)| !ops.is_empty());
+        Self { steps: steps.map(|(phase, ops)| Step { phase, ops }).collect() }
     }
 
     /// Makes step after step, until one is refused something.
@@ -117,8 +131,8 @@ impl Changes {
         (self, Self { steps: last })
     }
 
-    /// Appends other changes.
-    pub(crate) fn extend(&mut self, other: Self) {
+    /// Appends other changes, that were or are to be made after these.
+    pub fn extend(&mut self, other: Self) {
         self.steps.extend(other.steps);
     }
 

@@ -2,11 +2,14 @@
 
 use std::fmt;
 use std::net::IpAddr;
+use std::time::Duration;
 
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 use crate::lookup::WayOut;
+use crate::state::Set;
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 use crate::state::{MarkBits, State};
+use crate::types::Family;
 
 /// A connection that the kernel tracks, by the packet that opened it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -23,14 +26,50 @@ pub struct Connection {
     pub destination_port: u16,
     /// To whom it really goes, after destination NAT.
     pub peer: IpAddr,
-    /// As whom: the address that replies are sent to.
+    /// The port that answers come from; of ICMP the identifier.
+    pub peer_port: u16,
+    /// As whom: the address that answers are sent to.
     pub wears: IpAddr,
+    /// The port that answers are sent to; of ICMP type and code of an answer.
+    pub wears_port: u16,
     /// Its mark.
     pub mark: u32,
     /// Its conntrack zone.
     pub zone: u16,
     /// The kernel's number of it; another connection with the same addresses has another one.
     pub id: u32,
+}
+
+/// Protocols whose header begins with two ports: TCP, UDP, DCCP, SCTP, UDP-Lite
+/// (IANA "Protocol Numbers").
+const WITH_PORTS: [u8; 5] = [6, 17, 33, 132, 136];
+
+/// An answer to an echo request opens nothing (`net/netfilter/nf_conntrack_proto_icmp.c`).
+const ICMP: [u8; 2] = [1, 58];
+
+impl Connection {
+    /// How long answers to an ended connection are held back: as long as one may reasonably be
+    /// under way, and the gateway may take to learn of the change.
+    pub const ANSWERS_HELD: Duration = Duration::from_secs(30);
+
+    /// Whether answers to it come to its opener unchanged, so that one of them, after it was
+    /// ended, would open it the other way round.
+    ///
+    /// The kernel would take the opener's next packet for the answer to that, and leave its
+    /// source alone.
+    pub(crate) fn can_turn_around(&self) -> bool {
+        self.wears == self.source && !ICMP.contains(&self.protocol)
+    }
+
+    /// The set that holds answers to it back once it was ended.
+    pub(crate) fn answers(&self) -> Set {
+        let family = Family::of(self.source);
+        if WITH_PORTS.contains(&self.protocol) {
+            Set::Answer(family)
+        } else {
+            Set::PortlessAnswer(family)
+        }
+    }
 }
 
 #[cfg(all(feature = "kernel", target_os = "linux"))]

@@ -82,6 +82,9 @@ pub enum Op {
     DeleteXtChain(Variant, XtChain),
     /// Changes rules of a chain of iptables, one edit after the other.
     EditXtChain(Variant, XtChain, Vec<XtEdit>),
+    /// Keeps answers to a connection that is about to end from opening it the other way round,
+    /// for [`Connection::ANSWERS_HELD`].
+    HoldAnswers(Connection),
     /// Makes the kernel forget a connection, so that its next packet is decided about anew.
     EndConnection(Connection),
 }
@@ -122,6 +125,7 @@ impl Op {
                 | Self::AddElement(..)
                 | Self::DeleteElement(..)
                 | Self::DeleteStray(_)
+                | Self::HoldAnswers(_)
         )
     }
 }
@@ -237,6 +241,15 @@ fn nft_command(f: &mut fmt::Formatter<'_>, op: &Op) -> fmt::Result {
         Op::DeleteStray(Stray::Set(name)) => {
             write!(f, "nft delete set inet {T} {}", name.escape_default())
         }
+        Op::HoldAnswers(connection) => {
+            let Connection { peer, wears, protocol, peer_port, wears_port, .. } = connection;
+            let set = connection.answers();
+            write!(f, "nft add element inet {T} {set} {{ {peer} . {wears} . {protocol}")?;
+            if let Set::Answer(_) = set {
+                write!(f, " . {peer_port} . {wears_port}")?;
+            }
+            write!(f, " timeout {}s }}", Connection::ANSWERS_HELD.as_secs())
+        }
         _ => Ok(()),
     }
 }
@@ -251,7 +264,11 @@ fn add_set(f: &mut fmt::Formatter<'_>, set: Set) -> fmt::Result {
     if let Some(data) = set.data() {
         write!(f, " : {}", data.name())?;
     }
-    f.write_str(if set.is_interval() { "; flags interval; }" } else { "; }" })
+    f.write_str(match (set.is_interval(), set.is_fleeting()) {
+        (true, _) => "; flags interval; }",
+        (_, true) => "; flags timeout; }",
+        _ => "; }",
+    })
 }
 
 fn route_command(

@@ -10,7 +10,7 @@ use crate::error::{ApplyError, KernelError};
 use crate::op::Op;
 use crate::plan::{Finding, Plan, PlanError, plan};
 use crate::policy::Policy;
-use crate::state::{ChainId, Comment, Data, Route, Rule, RuleAction, State, Verdict};
+use crate::state::{ChainId, Comment, Data, Firewall, Route, Rule, RuleAction, State, Verdict};
 use crate::types::{Mark, NodeName, TableId};
 
 /// Keeps one network namespace as the policies want it.
@@ -150,10 +150,41 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     }
 
     /// Removes everything of ours.
+    ///
+    /// On a node whose pods have connections open, [`drain`](Self::drain) it first: what holds
+    /// late answers back goes with the table.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Observe`] and [`Error::Apply`], as of [`reconcile`](Self::reconcile).
     pub fn remove(&mut self) -> Result<Report, Error> {
+        self.empty(|_| None)
+    }
+
+    /// Removes everything of ours but the rules, with nothing in their maps.
+    ///
+    /// The connections that were steered or translated end, and the rules hold back what their
+    /// other ends still say: it would make a pod's next packet an answer to that, which leaves
+    /// with the pod's address. If the report has an [`Op::HoldAnswers`], let
+    /// [`Connection::ANSWERS_HELD`](crate::Connection::ANSWERS_HELD) pass, then
+    /// [`remove`](Self::remove) the rest.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Observe`] and [`Error::Apply`], as of [`reconcile`](Self::reconcile).
+    pub fn drain(&mut self) -> Result<Report, Error> {
+        self.empty(|found| {
+            let (chains, sets) = (found.chains.clone(), found.sets.clone());
+            Some(Firewall { chains, sets, ..Firewall::default() })
+        })
+    }
+
+    /// Leaves nothing there but this much of the table that is found.
+    fn empty(&mut self, keep: impl Fn(&Firewall) -> Option<Firewall>) -> Result<Report, Error> {
         self.wanted = None;
         let observed = self.datapath.observe().map_err(Error::Observe)?;
-        let nothing = State::default();
+        let firewall = observed.firewall.as_ref().and_then(keep);
+        let nothing = State { firewall, ..State::default() };
         let changes = Changes::between(&observed, &nothing);
         let changes = self.make(changes, &observed, &nothing)?;
         Ok(Report { changes, findings: Vec::new() })
@@ -196,7 +227,9 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         let (mut made, last) = changes.before_table_goes();
         self.datapath.apply(&made)?;
         let stale = self.datapath.stale_connections(wanted, before).map_err(Error::Observe)?;
-        let mut rest = Changes::end(stale);
+        // Where all goes, the table that was there is there until its guards are not needed.
+        let table = wanted.firewall.as_ref().or(before.firewall.as_ref());
+        let mut rest = Changes::end(&stale, table);
         rest.extend(last);
         self.datapath.apply(&rest)?;
         made.extend(rest);

@@ -6,12 +6,14 @@ mod show;
 use std::fmt::Display;
 use std::io::{self, Write};
 use std::process::ExitCode;
+use std::thread;
+use std::time::Duration;
 
 use config::Config;
 use egress_datapath::preflight::{Preflight, Severity};
 use egress_datapath::{
-    AllocError, Datapath, Error, KernelDatapath, MarkLayout, MarkPool, PlanError, Reconciler,
-    Report, TablePool, TableRange, plan,
+    AllocError, Connection, Datapath, Error, KernelDatapath, MarkLayout, MarkPool, Op, PlanError,
+    Reconciler, Report, TablePool, TableRange, plan,
 };
 
 const USAGE: &str = "\
@@ -19,7 +21,8 @@ usage: agent apply --node NAME --cluster FILE.json   make the kernel hold what F
        agent plan --node NAME --cluster FILE.json    say what apply would change
        agent doctor --node NAME --cluster FILE.json  say what on this host is in the way
        agent show [--json]                           say what the kernel holds
-       agent remove                                  remove everything of ours";
+       agent remove [--now]                          remove everything of ours, but first wait
+                                                     for late answers to connections that end";
 
 /// Why the agent stopped.
 enum Failure {
@@ -65,7 +68,8 @@ fn run(arguments: &[&str]) -> Result<(), Failure> {
         ["doctor", ref options @ ..] => doctor(options),
         ["show"] => Ok(show::people(&observe()?)?),
         ["show", "--json"] => Ok(show::json(&observe()?)?),
-        ["remove"] => remove(),
+        ["remove"] => remove(Connection::ANSWERS_HELD),
+        ["remove", "--now"] => remove(Duration::ZERO),
         ["--help" | "-h"] => Ok(writeln!(io::stdout(), "{USAGE}")?),
         [] => Err(Failure::Input(format!("no command given\n{USAGE}"))),
         [command @ ("show" | "remove"), ref rest @ ..] => {
@@ -188,11 +192,17 @@ fn observe() -> Result<egress_datapath::State, Failure> {
     kernel.observe().map_err(Failure::kernel)
 }
 
-fn remove() -> Result<(), Failure> {
+fn remove(patience: Duration) -> Result<(), Failure> {
     // Which marks and tables could be given out does not matter to what is taken away.
     let opened = Reconciler::open(MarkLayout::default(), TableRange::default());
-    let report = opened.and_then(|mut egress| egress.remove());
-    summary(&report.map_err(Failure::kernel)?, "changes")
+    let mut egress = opened.map_err(Failure::kernel)?;
+    let mut all = egress.drain().map_err(Failure::kernel)?;
+    if all.changes.ops().any(|op| matches!(op, Op::HoldAnswers(_))) && !patience.is_zero() {
+        writeln!(io::stderr(), "waiting {patience:?} for late answers to connections that ended")?;
+        thread::sleep(patience);
+    }
+    all.changes.extend(egress.remove().map_err(Failure::kernel)?.changes);
+    summary(&all, "changes")
 }
 
 fn summary(Report { changes, findings }: &Report, what: &str) -> Result<(), Failure> {

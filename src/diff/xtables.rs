@@ -274,7 +274,7 @@ mod tests {
             match edit {
                 XtEdit::Insert(place, rule) => rules.insert(place - 1, rule.clone()),
                 XtEdit::Delete(place) => drop(rules.remove(place - 1)),
-                XtEdit::Remove(_) => panic!("never in a chain of ours"),
+                XtEdit::Append(_) | XtEdit::Remove(_) => panic!("never in such a chain"),
             }
         }
     }

@@ -89,7 +89,9 @@ fn read(attributes: Attributes<'_>) -> Result<Option<Connection>, Malformed> {
         destination: orig.destination,
         destination_port: orig.destination_port,
         peer: reply.source,
+        peer_port: reply.source_port,
         wears: reply.destination,
+        wears_port: reply.destination_port,
         mark,
         zone,
         id,
@@ -261,7 +263,9 @@ mod tests {
             destination: destination.parse().unwrap(),
             destination_port: 0x0800,
             peer: destination.parse().unwrap(),
+            peer_port: 0x0800,
             wears: source.parse().unwrap(),
+            wears_port: 40_000,
             mark: 0,
             zone: 7,
             id: 0x1234_5678,
@@ -289,8 +293,11 @@ mod tests {
             // A listed connection has the other side, too.
             let both = [body(&datagram), &reply(body(&datagram))].concat();
             let read = read(Attributes::new(&both)).unwrap().unwrap();
-            let Connection { peer, wears, .. } = connection;
-            assert_eq!(read, Connection { peer: wears, wears: peer, ..connection });
+            // The copy of the request's side has its source where the peer is.
+            let Connection { source, source_port, destination, destination_port, .. } = connection;
+            let (peer, peer_port) = (source, source_port);
+            let (wears, wears_port) = (destination, destination_port);
+            assert_eq!(read, Connection { peer, peer_port, wears, wears_port, ..connection });
         }
     }
 

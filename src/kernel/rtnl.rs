@@ -64,6 +64,7 @@ impl RouteSocket {
             | Op::AddElement(..)
             | Op::DeleteElement(..)
             | Op::DeleteStray(_)
+            | Op::HoldAnswers(_)
             | Op::EndConnection(_) => {
                 Err(KernelError::answer(op, "operations of netfilter go by the other socket"))
             }

@@ -60,6 +60,8 @@ impl Skeleton<'_> {
                 Set::Peer(family),
                 Set::Excluded(family),
                 Set::Eip(family),
+                Set::Answer(family),
+                Set::PortlessAnswer(family),
                 Set::Steer(family),
                 Set::Snat(family),
                 Set::Masquerade(family),
@@ -206,7 +208,15 @@ impl Skeleton<'_> {
     }
 
     fn nat_postrouting(&self) -> Vec<Vec<Stmt>> {
-        let mut rules = vec![vec![self.to_tunnel(), Stmt::SetCtMark(self.connection)]];
+        let mut rules = Vec::new();
+        // An answer to a connection that was ended would open it the other way round, and the
+        // pod's packets would leave as answers to that. Only what opens one comes by here.
+        for family in Family::BOTH {
+            for set in [Set::Answer(family), Set::PortlessAnswer(family)] {
+                rules.push(vec![Stmt::PacketIn(set), Stmt::Counter, Stmt::Drop]);
+            }
+        }
+        rules.push(vec![self.to_tunnel(), Stmt::SetCtMark(self.connection)]);
         for family in Family::BOTH {
             // `accept` would not keep a masquerade in another table from binding.
             rules.push(vec![self.to_tunnel(), Stmt::SnatToSource(family)]);

@@ -102,6 +102,8 @@ pub(crate) enum Datum {
     Ipv6,
     Mark,
     ClassId,
+    Protocol,
+    Service,
     Verdict,
 }
 
@@ -119,11 +121,14 @@ impl Datum {
             Self::Ipv6 => "ipv6_addr",
             Self::Mark => "mark",
             Self::ClassId => "classid",
+            Self::Protocol => "inet_proto",
+            Self::Service => "inet_service",
             Self::Verdict => "verdict",
         }
     }
 
-    /// Bytes of the value; a verdict has no length of its own.
+    /// Bytes of the value in a key, whose parts fill whole registers; a verdict has no length
+    /// of its own.
     #[cfg(all(feature = "kernel", target_os = "linux"))]
     pub(crate) const fn len(self) -> usize {
         match self {
@@ -143,6 +148,11 @@ pub enum Set {
     Excluded(Family),
     /// Egress IPs that this node speaks with.
     Eip(Family),
+    /// Answers to connections that were ended: from, to, protocol and ports. Its elements come
+    /// with [`Op::HoldAnswers`](crate::Op::HoldAnswers), go by themselves, and are part of no state.
+    Answer(Family),
+    /// The same of protocols without ports.
+    PortlessAnswer(Family),
     /// Marks in use, in layouts without prefix.
     Gateway,
     /// Way out → verdict.
@@ -170,6 +180,8 @@ impl Set {
             Self::Peer(family) => format!("peer{}", family.digit()),
             Self::Excluded(family) => format!("excluded{}", family.digit()),
             Self::Eip(family) => format!("eip{}", family.digit()),
+            Self::Answer(family) => format!("answer{}", family.digit()),
+            Self::PortlessAnswer(family) => format!("answer{}_portless", family.digit()),
             Self::Gateway => "gateway_mark".into(),
             Self::Verdict => "way_out".into(),
             Self::Steer(family) => format!("steer{}", family.digit()),
@@ -192,6 +204,10 @@ impl Set {
             "excluded6" => Self::Excluded(V6),
             "eip4" => Self::Eip(V4),
             "eip6" => Self::Eip(V6),
+            "answer4" => Self::Answer(V4),
+            "answer6" => Self::Answer(V6),
+            "answer4_portless" => Self::PortlessAnswer(V4),
+            "answer6_portless" => Self::PortlessAnswer(V6),
             "gateway_mark" => Self::Gateway,
             "way_out" => Self::Verdict,
             "steer4" => Self::Steer(V4),
@@ -224,6 +240,14 @@ impl Set {
     /// Types of the key's parts, in order.
     pub(crate) fn key(self) -> &'static [Datum] {
         const IP: [&[Datum]; 2] = [&[Datum::Ipv4], &[Datum::Ipv6]];
+        const ANSWER: [&[Datum]; 2] = [
+            &[Datum::Ipv4, Datum::Ipv4, Datum::Protocol, Datum::Service, Datum::Service],
+            &[Datum::Ipv6, Datum::Ipv6, Datum::Protocol, Datum::Service, Datum::Service],
+        ];
+        const PORTLESS: [&[Datum]; 2] = [
+            &[Datum::Ipv4, Datum::Ipv4, Datum::Protocol],
+            &[Datum::Ipv6, Datum::Ipv6, Datum::Protocol],
+        ];
         const IP_CLASS: [&[Datum]; 2] =
             [&[Datum::Ipv4, Datum::ClassId], &[Datum::Ipv6, Datum::ClassId]];
         let pick = |types: [&'static [Datum]; 2], family| match family {
@@ -236,6 +260,8 @@ impl Set {
             | Self::Eip(family)
             | Self::Source(family)
             | Self::SourceNet(family) => pick(IP, family),
+            Self::Answer(family) => pick(ANSWER, family),
+            Self::PortlessAnswer(family) => pick(PORTLESS, family),
             Self::Gateway => &[Datum::Mark],
             Self::Destination(family, _) => pick(IP_CLASS, family),
             Self::Verdict | Self::Steer(_) | Self::Snat(_) | Self::Masquerade(_) | Self::Any(_) => {
@@ -250,6 +276,8 @@ impl Set {
             Self::Peer(_)
             | Self::Excluded(_)
             | Self::Eip(_)
+            | Self::Answer(_)
+            | Self::PortlessAnswer(_)
             | Self::Gateway
             | Self::Masquerade(_) => None,
             Self::Verdict => Some(Datum::Verdict),
@@ -265,6 +293,11 @@ impl Set {
     /// Whether it holds ranges.
     pub(crate) const fn is_interval(self) -> bool {
         matches!(self, Self::Excluded(_) | Self::SourceNet(_))
+    }
+
+    /// Whether its elements go by themselves after a while.
+    pub(crate) const fn is_fleeting(self) -> bool {
+        matches!(self, Self::Answer(_) | Self::PortlessAnswer(_))
     }
 }
 
@@ -438,6 +471,8 @@ mod tests {
                 Set::Peer(family),
                 Set::Excluded(family),
                 Set::Eip(family),
+                Set::Answer(family),
+                Set::PortlessAnswer(family),
                 Set::Steer(family),
                 Set::Snat(family),
                 Set::Masquerade(family),

@@ -194,6 +194,9 @@ pub enum Stmt {
     DestinationIn(Set),
     /// `ip daddr != @set`, of the set's family
     DestinationNotIn(Set),
+    /// `ip saddr . ip daddr . meta l4proto @set`, with `. th sport . th dport` where the set's
+    /// keys have ports, of the set's family
+    PacketIn(Set),
     /// `ct direction …`
     CtDirection(Direction),
     /// `ct state …`: one of these bits
@@ -283,6 +286,14 @@ impl fmt::Display for Stmt {
             Self::SourceNotIn(set) => write!(f, "{} saddr != @{set}", set_ip(*set)),
             Self::DestinationIn(set) => write!(f, "{} daddr @{set}", set_ip(*set)),
             Self::DestinationNotIn(set) => write!(f, "{} daddr != @{set}", set_ip(*set)),
+            Self::PacketIn(set) => {
+                let ip = set_ip(*set);
+                write!(f, "{ip} saddr . {ip} daddr . meta l4proto ")?;
+                if let Set::Answer(_) = set {
+                    f.write_str(". th sport . th dport ")?;
+                }
+                write!(f, "@{set}")
+            }
             Self::CtDirection(Direction::Original) => f.write_str("ct direction original"),
             Self::CtDirection(Direction::Reply) => f.write_str("ct direction reply"),
             Self::CtState(bits) => {

@@ -9,10 +9,11 @@ use std::time::Duration;
 use std::{env, thread};
 
 use egress_datapath::{
-    Cluster, EgressIp, EgressPolicy, KernelDatapath, MarkLayout, NodeName, PolicyId, Reconciler,
-    Report, TableRange,
+    Cluster, Datapath, EgressIp, EgressPolicy, KernelDatapath, KernelTables, MarkLayout, MarkPool,
+    NodeName, PolicyId, Reconciler, Report, TablePool, TableRange,
 };
 
+use crate::lab::inside::{backend, datapath};
 use crate::lab::{Host, Lab, Netns, Pair, Proto, hosts, probe};
 
 pub(crate) type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
@@ -80,7 +81,7 @@ pub(crate) fn nft(netns: &Netns, options: &[&str], rules: &str) -> Result {
 
 /// A reconciler on each node.
 pub(crate) struct Fleet {
-    nodes: Vec<(Cluster, Reconciler<KernelDatapath>)>,
+    nodes: Vec<(Cluster, Reconciler<Box<dyn Datapath>>)>,
 }
 
 impl Fleet {
@@ -92,8 +93,13 @@ impl Fleet {
     pub(crate) fn with(lab: &Lab, change: impl Fn(&mut Cluster)) -> Result<Self> {
         let open = |host: &&Host| -> Result<_> {
             let mut cluster = lab.cluster(host)?;
+            cluster.backend = backend();
             change(&mut cluster);
-            Ok((cluster.clone(), open(host, cluster.marks)?))
+            let datapath = datapath(&host.netns, cluster.backend)?;
+            let tables = host.netns.run(KernelTables::open)??;
+            let tables = TablePool::with_probe(TableRange::default(), tables);
+            let marks = MarkPool::new(cluster.marks);
+            Ok((cluster, Reconciler::with_allocators(datapath, marks, tables)))
         };
         let nodes = lab.nodes().iter().map(open).collect::<Result<_>>()?;
         Ok(Self { nodes })
@@ -119,11 +125,13 @@ impl Fleet {
         Ok(())
     }
 
-    /// Removes everything of ours from every node.
+    /// Removes everything of ours from every node, the rules when no node needs them any more.
     pub(crate) fn remove(&mut self) -> Result {
-        for (cluster, reconciler) in &mut self.nodes {
-            let report = reconciler.remove();
-            report.map_err(|error| format!("{}: {error}", cluster.node))?;
+        for empty in [Reconciler::drain, Reconciler::remove] {
+            for (cluster, reconciler) in &mut self.nodes {
+                let report = empty(reconciler);
+                report.map_err(|error| format!("{}: {error}", cluster.node))?;
+            }
         }
         Ok(())
     }

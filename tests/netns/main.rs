@@ -3,6 +3,7 @@
 #[path = "../lab/mod.rs"]
 mod lab;
 
+mod answers;
 mod closed;
 mod connections;
 mod decoys;

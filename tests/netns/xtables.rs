@@ -1,64 +1,17 @@
 //! The iptables backend: what its packets do, and what it leaves.
 
-use egress_datapath::state::{State, Variant};
-use egress_datapath::{
-    Backend, Cluster, Datapath, EgressIp, EgressPolicy, Error, Iptables, IptablesDatapath,
-    MarkPool, Reconciler, Report, TablePool, TableRange,
-};
+use egress_datapath::state::Variant;
+use egress_datapath::{Backend, EgressPolicy, Iptables};
 
-use crate::fleet::{Expect, Result, check, dual, expect, expect_nothing, have, lab, policy, tool};
-use crate::lab::{
-    EIP_B, EIP_C, Host, Lab, NODE_A, NODE_B_OUTSIDE, OTHER_SERVER, POD_A, POD_B, POD_C, SERVER,
-    STRANGER,
-};
+use crate::fleet::{Expect, Fleet, Result, check, dual, expect, have, lab, policy};
+use crate::lab::{EIP_B, EIP_C, Lab, NODE_A, OTHER_SERVER, POD_A, POD_B, POD_C, SERVER, STRANGER};
 
 const B: Option<&str> = Some("node-b");
 const C: Option<&str> = Some("node-c");
 
-/// A reconciler on each node, each called in its namespace, where the tools must run.
-struct Fleet<'a> {
-    nodes: Vec<(&'a Host, Cluster, Reconciler<IptablesDatapath>)>,
-}
-
-impl<'a> Fleet<'a> {
-    fn open(lab: &'a Lab, backend: Backend) -> Result<Self> {
-        let open = |host: &'a Host| -> Result<_> {
-            let mut cluster = lab.cluster(host)?;
-            cluster.backend = backend;
-            Ok((host, cluster.clone(), open(host, &cluster)?))
-        };
-        Ok(Self { nodes: lab.nodes().into_iter().map(open).collect::<Result<_>>()? })
-    }
-
-    /// Makes every node right, gateways before their clients.
-    fn apply(&mut self, policies: &[EgressPolicy]) -> Result<Vec<Report>> {
-        let mut reports = Vec::new();
-        for (host, cluster, reconciler) in self.nodes.iter_mut().rev() {
-            let report = host.netns.run(|| reconciler.reconcile(cluster, policies))?;
-            reports.push(report.map_err(|error| format!("{}: {error}", cluster.node))?);
-        }
-        Ok(reports)
-    }
-
-    fn set(&mut self, backend: Backend) {
-        for (_, cluster, _) in &mut self.nodes {
-            cluster.backend = backend;
-        }
-    }
-
-    fn remove(&mut self) -> Result {
-        for (host, cluster, reconciler) in &mut self.nodes {
-            let report = host.netns.run(|| reconciler.remove())?;
-            report.map_err(|error| format!("{}: {error}", cluster.node))?;
-        }
-        Ok(())
-    }
-}
-
-fn open(host: &Host, cluster: &Cluster) -> Result<Reconciler<IptablesDatapath>> {
-    let datapath = host.netns.run(IptablesDatapath::open)??;
-    let tables = TablePool::new(TableRange::default());
-    Ok(Reconciler::with_allocators(datapath, MarkPool::new(cluster.marks), tables))
+/// A fleet whose nodes have this backend.
+fn fleet(lab: &Lab, backend: Backend) -> Result<Fleet> {
+    Fleet::with(lab, |cluster| cluster.backend = backend)
 }
 
 fn backend(variant: Variant) -> Backend {
@@ -116,7 +69,7 @@ fn expectations(lab: &Lab) -> Vec<Expect<'_>> {
 
 fn packets_wear_what_their_policies_say(variant: Variant) -> Result {
     let Some(lab) = lab_with(variant)? else { return Ok(()) };
-    let mut fleet = Fleet::open(&lab, backend(variant))?;
+    let mut fleet = fleet(&lab, backend(variant))?;
     fleet.apply(&policies()?)?;
     check(&expectations(&lab));
     for report in fleet.apply(&policies()?)? {

@@ -159,7 +159,8 @@ impl Walk<'_> {
             other => panic!("{other}"),
         };
         let holds = match statement {
-            Stmt::InputDevice(_) | Stmt::OutputDevice(_) => false,
+            // It is no answer to a connection that was ended.
+            Stmt::InputDevice(_) | Stmt::OutputDevice(_) | Stmt::PacketIn(_) => false,
             Stmt::CtDirection(direction) => *direction == Direction::Original,
             Stmt::CtState(bits) => bits & Stmt::NEW != 0,
             Stmt::MarkIsNot { mask, value } => self.mark & mask != *value,

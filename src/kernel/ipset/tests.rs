@@ -168,7 +168,7 @@ fn a_set_grows_by_a_swap_and_keeps_no_spare() {
         ipsets.make(socket, &Op::AddIpset(set, small)).unwrap();
         let one_more = Op::PutMember(set, net("10.9.9.9/32"), Member::In);
         let full = ipsets.make(socket, &one_more).unwrap_err();
-        assert_eq!(full.errno(), Some(crate::error::errno::ENOSPC), "{full}");
+        assert_eq!(full.errno(), Some(errno::ENOSPC), "{full}");
         assert!(full.to_string().contains("the set is full, ipset error 4352"), "{full}");
 
         let large = IpsetContents::of(nets(70_000));

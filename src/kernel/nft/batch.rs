@@ -50,6 +50,27 @@ impl Batch {
     }
 }
 
+/// What happens to the elements in a message.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Verb {
+    /// They come, and must not be there.
+    Create,
+    /// They come, and may be there.
+    Add,
+    /// They go, and must be there.
+    Delete,
+}
+
+impl Verb {
+    const fn kind_and_flags(self) -> (u16, u16) {
+        match self {
+            Self::Create => (kind::NEWSETELEM, flag::CREATE | flag::EXCL),
+            Self::Add => (kind::NEWSETELEM, flag::CREATE),
+            Self::Delete => (kind::DELSETELEM, 0),
+        }
+    }
+}
+
 /// Elements of one set that go, or come, in one message.
 #[derive(Clone, Copy)]
 struct Elements {
@@ -57,7 +78,7 @@ struct Elements {
     list: Open,
     sequence: u32,
     set: Set,
-    adds: bool,
+    verb: Verb,
 }
 
 struct Builder<'a> {
@@ -146,29 +167,31 @@ impl Builder<'_> {
     }
 
     fn element(&mut self, index: usize, key: &Key, value: Option<&Value>) {
-        let (set, adds) = (key.set(), value.is_some());
+        let verb = if value.is_some() { Verb::Create } else { Verb::Delete };
+        self.open_elements(index, key.set(), verb);
+        element::write(&mut self.writer, key, value);
+    }
+
+    /// Makes room for an element of an operation.
+    fn open_elements(&mut self, index: usize, set: Set, verb: Verb) {
         let open = self.elements.filter(|open| {
             let room = self.writer.since(open.list) < ELEMENTS;
-            open.set == set && open.adds == adds && room
+            open.set == set && open.verb == verb && room
         });
-        let open = open.unwrap_or_else(|| self.begin_elements(index, set, adds));
+        let open = open.unwrap_or_else(|| self.begin_elements(index, set, verb));
         let start = self.writer.since(open.message);
         if let Some(parts) = self.origins.get_mut(&open.sequence) {
             parts.push((start, index));
         }
-        element::write(&mut self.writer, key, value);
     }
 
-    fn begin_elements(&mut self, index: usize, set: Set, adds: bool) -> Elements {
+    fn begin_elements(&mut self, index: usize, set: Set, verb: Verb) -> Elements {
         self.flush();
-        let (message, sequence) = if adds {
-            self.begin(index, kind::NEWSETELEM, flag::CREATE | flag::EXCL)
-        } else {
-            self.begin(index, kind::DELSETELEM, 0)
-        };
+        let (kind, flags) = verb.kind_and_flags();
+        let (message, sequence) = self.begin(index, kind, flags);
         self.writer.string(1, NFT_TABLE);
         self.writer.string(2, &set.name());
-        let elements = Elements { message, list: self.writer.open(3), sequence, set, adds };
+        let elements = Elements { message, list: self.writer.open(3), sequence, set, verb };
         self.elements = Some(elements);
         elements
     }
@@ -217,6 +240,10 @@ impl Builder<'_> {
             }
             Op::AddElement(key, value) => self.element(index, key, Some(value)),
             Op::DeleteElement(key, _) => self.element(index, key, None),
+            Op::HoldAnswers(connection) => {
+                self.open_elements(index, connection.answers(), Verb::Add);
+                element::write_answer(&mut self.writer, connection);
+            }
             Op::DeleteStray(Stray::Chain(name)) => {
                 self.message(index, kind::DELCHAIN, 0, named(name.clone(), 3));
             }

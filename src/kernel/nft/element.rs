@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use super::expr::{self, Verdict, verdict};
+use crate::connection::Connection;
 use crate::kernel::wire::{Attribute, Malformed, Writer};
 use crate::range::{address, number};
 use crate::state::{ChainId, Comment, Data, Datum, Key, Set, Tag, Value};
@@ -31,6 +32,25 @@ pub(super) fn write(writer: &mut Writer, key: &Key, value: Option<&Value>) {
             writer.nest(1, |writer| writer.attribute(1, &behind));
         });
     }
+}
+
+/// Writes an element that keeps answers to a connection back, and goes by itself.
+pub(super) fn write_answer(writer: &mut Writer, connection: &Connection) {
+    let mut key = octets(connection.peer);
+    key.extend(octets(connection.wears));
+    // Every part fills a register.
+    key.extend([connection.protocol, 0, 0, 0]);
+    if let Set::Answer(_) = connection.answers() {
+        for port in [connection.peer_port, connection.wears_port] {
+            key.extend(port.to_be_bytes());
+            key.extend([0, 0]);
+        }
+    }
+    let held = u64::try_from(Connection::ANSWERS_HELD.as_millis()).unwrap_or(u64::MAX);
+    writer.nest(expr::ELEMENT, |writer| {
+        writer.attribute(4, &held.to_be_bytes());
+        writer.nest(1, |writer| writer.attribute(1, &key));
+    });
 }
 
 fn write_value(writer: &mut Writer, value: &Value) {
@@ -147,7 +167,7 @@ fn read_data(data: &Attribute<'_>, datum: Datum) -> Result<Option<Data>, Malform
         Datum::Ipv4 => ip(Family::V4, bytes).map(Data::Address),
         Datum::Ipv6 => ip(Family::V6, bytes).map(Data::Address),
         Datum::ClassId => tag(bytes).map(Data::Tag),
-        Datum::Mark | Datum::Verdict => None,
+        Datum::Mark | Datum::Protocol | Datum::Service | Datum::Verdict => None,
     })
 }
 
@@ -181,7 +201,9 @@ pub(super) fn key(set: Set, bytes: &[u8]) -> Option<Key> {
             let net = IpNet::new(ip(family, head)?, length).ok()?;
             Key::Destination(net, tag(class)?)
         }
-        Set::Excluded(_) | Set::SourceNet(_) => return None,
+        Set::Excluded(_) | Set::SourceNet(_) | Set::Answer(_) | Set::PortlessAnswer(_) => {
+            return None;
+        }
     })
 }
 
@@ -243,6 +265,34 @@ mod tests {
             b"\x2c\0\x01\x80\x0c\0\x01\x80\x08\0\x01\0\x03\0\x01\0\
               \x1c\0\x02\x80\x18\0\x02\x80\x08\0\x01\0\xff\xff\xff\xfc\
               \x09\0\x02\0here\0\0\0\0"
+        );
+    }
+
+    #[test]
+    fn an_answer_has_the_bytes_that_nft_sends() {
+        // nft add element inet t a '{ 1.2.3.4 . 4.5.6.7 . udp . 7 . 8 timeout 30s }'
+        let (opener, peer) = ("4.5.6.7".parse().unwrap(), "1.2.3.4".parse().unwrap());
+        let connection = Connection {
+            protocol: 17,
+            source: opener,
+            source_port: 9,
+            destination: peer,
+            destination_port: 10,
+            peer,
+            peer_port: 7,
+            wears: opener,
+            wears_port: 8,
+            mark: 0,
+            zone: 0,
+            id: 0,
+        };
+        let mut writer = Writer::default();
+        write_answer(&mut writer, &connection);
+        assert_eq!(
+            writer.finish().unwrap(),
+            b"\x2c\0\x01\x80\x0c\0\x04\0\0\0\0\0\0\0\x75\x30\
+              \x1c\0\x01\x80\x18\0\x01\0\x01\x02\x03\x04\x04\x05\x06\x07\
+              \x11\0\0\0\0\x07\0\0\0\x08\0\0"
         );
     }
 

@@ -16,6 +16,11 @@ pub(super) const ELEMENT: u16 = 1;
 pub(super) mod reg {
     pub(crate) const VERDICT: u32 = 0;
     pub(crate) const R1: u32 = 1;
+    /// The register at so many bytes behind the first one.
+    pub(crate) const fn after(bytes: u32) -> u32 {
+        canonical(8 + bytes / 4)
+    }
+
     /// The 32 bits behind an IPv6 address in the first register.
     pub(crate) const AFTER_16: u32 = 2;
     /// The 32 bits behind an IPv4 address in the first register.

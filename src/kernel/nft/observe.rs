@@ -227,8 +227,11 @@ fn add_set(
     match found.ours() {
         Some(set) => {
             firewall.sets.insert(set);
+            // Elements that go by themselves are part of no state.
             let count = found.count.and_then(|count| usize::try_from(count).ok());
-            counts.insert(set, count.unwrap_or(0));
+            if !set.is_fleeting() {
+                counts.insert(set, count.unwrap_or(0));
+            }
         }
         // A rule that we do not know brought it and takes it away.
         None if found.is_anonymous() => {}

@@ -6,6 +6,7 @@ use crate::state::{Datum, NFT_TABLE, Set};
 /// Flags of a set (`enum nft_set_flags`).
 const INTERVAL: u32 = 0x4;
 const MAP: u32 = 0x8;
+const TIMEOUT: u32 = 0x10;
 
 /// Data type of a verdict (`NFT_DATA_VERDICT`).
 const VERDICT: u32 = 0xffff_ff00;
@@ -15,6 +16,8 @@ const fn type_of(datum: Datum) -> u32 {
     match datum {
         Datum::Ipv4 => 7,
         Datum::Ipv6 => 8,
+        Datum::Protocol => 12,
+        Datum::Service => 13,
         Datum::Mark => 19,
         Datum::ClassId => 23,
         Datum::Verdict => VERDICT,
@@ -24,9 +27,9 @@ const fn type_of(datum: Datum) -> u32 {
 /// Byte order as `nft` notes it: 0 for none, 1 for the host's, 2 for the network's.
 const fn byte_order(datum: Datum) -> u8 {
     match datum {
-        Datum::Ipv4 | Datum::Ipv6 => 2,
+        Datum::Ipv4 | Datum::Ipv6 | Datum::Service => 2,
         Datum::Mark | Datum::ClassId => 1,
-        Datum::Verdict => 0,
+        Datum::Protocol | Datum::Verdict => 0,
     }
 }
 
@@ -46,6 +49,7 @@ impl Shape {
         let data = set.data();
         Self {
             flags: if set.is_interval() { INTERVAL } else { 0 }
+                | if set.is_fleeting() { TIMEOUT } else { 0 }
                 | if data.is_some() { MAP } else { 0 },
             // Six bits a part, the first one highest.
             key_type: set.key().iter().fold(0, |sum, part| sum << 6 | type_of(*part)),
@@ -81,12 +85,14 @@ fn userdata(set: Set) -> Vec<u8> {
     let mut bytes = note(0, order);
     if let Some(data) = set.data() {
         bytes.extend(note(1, byte_order(data)));
-        if set.key().len() > 1 {
-            // The key is a concatenation: an expression of type 13 with nothing in it.
-            let expression = [note(0, 13), vec![1, 0]].concat();
-            bytes.extend([3, 8]);
-            bytes.extend(expression);
-        }
+    }
+    if set.key().len() > 1 {
+        // The key is a concatenation: an expression of type 13 with nothing in it.
+        let expression = [note(0, 13), vec![1, 0]].concat();
+        bytes.extend([3, 8]);
+        bytes.extend(expression);
+    }
+    if set.data().is_some() {
         bytes.extend(note(6, 0));
     }
     bytes
@@ -213,6 +219,19 @@ mod tests {
         ]
         .concat();
         assert_eq!(bytes(Set::Excluded(Family::V4), 1), expected);
+
+        // nft add set inet t a '{ type ipv4_addr . ipv4_addr . inet_proto . inet_service
+        //     . inet_service; flags timeout; }'
+        let expected = [
+            attribute(2, b"answer4\0"),
+            attribute(3, &[0, 0, 0, 0x10]),
+            attribute(4, &[0x07, 0x1c, 0xc3, 0x4d]),
+            attribute(5, &[0, 0, 0, 0x14]),
+            attribute(10, &[0, 0, 0, 1]),
+            attribute(13, b"\0\x04\0\0\0\0\x03\x08\0\x04\x0d\0\0\0\x01\0"),
+        ]
+        .concat();
+        assert_eq!(bytes(Set::Answer(Family::V4), 1), expected);
 
         // nft add set inet t g '{ type mark; }'
         let expected = [

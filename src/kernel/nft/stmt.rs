@@ -46,6 +46,7 @@ fn needs(statement: &Stmt) -> Needs {
         | Stmt::SourceNotIn(set)
         | Stmt::DestinationIn(set)
         | Stmt::DestinationNotIn(set)
+        | Stmt::PacketIn(set)
         | Stmt::TagBySource(set) => Needs::Family(family_of(*set)),
         Stmt::TagByDestination(family, _) => Needs::Family(*family),
         Stmt::Icmp6Type(_) => Needs::Family(Family::V6),
@@ -165,6 +166,7 @@ fn body(statement: &Stmt) -> Vec<Expr> {
         Stmt::SourceNotIn(set) => vec![source(family_of(*set)), lookup(*set, None, true)],
         Stmt::DestinationIn(set) => vec![destination(family_of(*set)), lookup(*set, None, false)],
         Stmt::DestinationNotIn(set) => vec![destination(family_of(*set)), lookup(*set, None, true)],
+        Stmt::PacketIn(set) => packet_in(*set),
         Stmt::CtDirection(direction) => {
             let number = match direction {
                 Direction::Original => 0,
@@ -224,6 +226,25 @@ fn body(statement: &Stmt) -> Vec<Expr> {
         Stmt::Goto(chain) => vec![Expr::Immediate(Verdict::goto(*chain))],
         Stmt::Unknown(hash) => vec![Expr::Other(*hash)],
     }
+}
+
+/// Addresses, protocol and ports, one behind the other, looked up as one key.
+fn packet_in(set: Set) -> Vec<Expr> {
+    let family = family_of(set);
+    let (at, len) = (|parts: u32| reg::after(2 * width(family) + 4 * parts), width(family));
+    let (from, to) = if len == 4 { (12, 16) } else { (8, 24) };
+    let header = |base, offset, len, dreg| Expr::Payload { base, offset, len, dreg };
+    let mut exprs = vec![
+        header(base::NETWORK, from, len, reg::R1),
+        header(base::NETWORK, to, len, reg::after(len)),
+        Expr::MetaLoad { key: meta::L4PROTO, dreg: at(0) },
+    ];
+    if let Set::Answer(_) = set {
+        exprs.push(header(base::TRANSPORT, 0, 2, at(1)));
+        exprs.push(header(base::TRANSPORT, 2, 2, at(2)));
+    }
+    exprs.push(lookup(set, None, false));
+    exprs
 }
 
 const fn connection(key: u32) -> Expr {

@@ -133,6 +133,12 @@ fn guess_address(offset: u32, rest: &[Expr]) -> Option<Stmt> {
         [Expr::Bitwise { .. }, rest @ ..] => rest,
         _ => rest,
     };
+    let other = |expr: &&Expr| !matches!(expr, Expr::Payload { .. } | Expr::MetaLoad { .. });
+    let behind = rest.iter().find(other);
+    if let ([Expr::Payload { .. }, ..], Some(Expr::Lookup { set, dreg: None, .. })) = (rest, behind)
+    {
+        return Set::from_name(set).map(Stmt::PacketIn);
+    }
     match rest {
         [Expr::MetaLoad { .. }, Expr::Lookup { set, .. }, ..] => match Set::from_name(set)? {
             Set::Destination(family, length) => Some(Stmt::TagByDestination(family, length)),

@@ -1,0 +1,147 @@
+//! Answers that are still under way when the connection they belong to is ended.
+
+use std::io::{self, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::thread;
+use std::time::Duration;
+
+use rustix::fd::OwnedFd;
+use rustix::net::sockopt::Timeout;
+use rustix::net::{self, AddressFamily, RecvFlags, SendFlags, SocketType};
+
+use crate::fleet::{Fleet, Result, dual, have, lab, nft, policy, tool};
+use crate::flows::masquerade;
+use crate::lab::{EIP_B, Lab, POD_A, SERVER};
+
+const PORT: u16 = 7004;
+/// "Use for experimentation and testing" (RFC 3692): no ports.
+const EXPERIMENT: u32 = 253;
+const PATIENCE: Duration = Duration::from_secs(3);
+const SETTLED: Duration = Duration::from_millis(100);
+
+/// Has the server note which pods speak to it with their own address, in any protocol.
+fn note_sources(lab: &Lab) -> Result {
+    let rules = "table inet noted {
+        set pods4 { type ipv4_addr; flags dynamic; }
+        set pods6 { type ipv6_addr; flags dynamic; }
+        chain input {
+            type filter hook input priority 0;
+            ip saddr 10.244.0.0/16 add @pods4 { ip saddr }
+            ip6 saddr fd44::/16 add @pods6 { ip6 saddr }
+        }
+    }";
+    nft(&lab.server, &[], rules)
+}
+
+/// The lines of the table that tell of pods.
+fn noted(lab: &Lab) -> Result<Vec<String>> {
+    let listed = tool(&lab.server, "nft list table inet noted")?;
+    Ok(listed.lines().filter(|line| line.contains("elements")).map(String::from).collect())
+}
+
+/// A flow of a pod: both ends can say a word, whoever hears it.
+struct Flow {
+    name: String,
+    pod_says: Box<dyn Fn() -> io::Result<()> + Send + Sync>,
+    server_says: Box<dyn Fn() -> io::Result<()> + Send + Sync>,
+    wears: IpAddr,
+}
+
+fn datagrams(lab: &Lab, to: IpAddr) -> Result<Flow> {
+    let server = lab.server.run(|| UdpSocket::bind((to, PORT)))??;
+    let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+    let pod = lab.pod_a.run(|| UdpSocket::bind(any))??;
+    server.set_read_timeout(Some(PATIENCE))?;
+    pod.connect((to, PORT))?;
+    pod.send(b"?")?;
+    let (_, peer) = server.recv_from(&mut [0; 8])?;
+    Ok(Flow {
+        name: format!("datagrams to {to}"),
+        pod_says: Box::new(move || pod.send(b"?").map(drop)),
+        server_says: Box::new(move || server.send_to(b"!", peer).map(drop)),
+        wears: peer.ip(),
+    })
+}
+
+fn connection(lab: &Lab, to: IpAddr) -> Result<Flow> {
+    let listener = lab.server.run(|| TcpListener::bind((to, PORT)))??;
+    let pod = lab.pod_a.run(|| TcpStream::connect_timeout(&(to, PORT).into(), PATIENCE))??;
+    let (server, peer) = listener.accept()?;
+    server.set_nodelay(true)?;
+    // Nobody reads, so that the window closes in the end.
+    server.set_nonblocking(true)?;
+    pod.set_nonblocking(true)?;
+    Ok(Flow {
+        name: format!("connection to {to}"),
+        pod_says: Box::new(move || (&pod).write_all(b"?")),
+        server_says: Box::new(move || (&server).write_all(b"!")),
+        wears: peer.ip(),
+    })
+}
+
+fn portless(lab: &Lab, to: IpAddr) -> Result<Flow> {
+    let family = if to.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let protocol = net::Protocol::from_raw(EXPERIMENT.try_into()?);
+    let open = || net::socket(family, SocketType::RAW, Some(protocol));
+    let (server, pod): (OwnedFd, OwnedFd) = (lab.server.run(open)??, lab.pod_a.run(open)??);
+    let say = |from: &OwnedFd, to: IpAddr| -> io::Result<()> {
+        net::sendto(from, b"word", SendFlags::empty(), &SocketAddr::new(to, 0))?;
+        Ok(())
+    };
+    net::sockopt::set_socket_timeout(&server, Timeout::Recv, Some(PATIENCE))?;
+    say(&pod, to)?;
+    let (_, _, peer) = net::recvfrom(&server, &mut [0; 64], RecvFlags::empty())?;
+    let peer = SocketAddr::try_from(peer.ok_or("no peer")?)?.ip();
+    Ok(Flow {
+        name: format!("protocol {EXPERIMENT} to {to}"),
+        pod_says: Box::new(move || say(&pod, to)),
+        server_says: Box::new(move || say(&server, peer)),
+        wears: peer,
+    })
+}
+
+#[test]
+fn a_server_that_goes_on_talking_does_not_turn_a_flow_around() -> Result {
+    let Some(lab) = lab()? else { return Ok(()) };
+    if !have("nft")? {
+        return Ok(());
+    }
+    masquerade(&lab)?;
+    note_sources(&lab)?;
+    let mut fleet = Fleet::open(&lab)?;
+    let policies = [policy("p", &[POD_A], Some("node-b"), dual(EIP_B))?];
+    // None is closed: a pod's answer to the end of a connection that nobody tracks is invalid to
+    // every NAT, and the pod is not selected any more.
+    let mut flows = Vec::new();
+    for open in [datagrams, connection, portless] {
+        for to in SERVER {
+            fleet.apply(&policies)?;
+            let flow = open(&lab, to)?;
+            assert!(EIP_B.contains(&flow.wears), "{}: {}", flow.name, flow.wears);
+            let done = AtomicBool::new(false);
+            thread::scope(|scope| -> Result {
+                scope.spawn(|| {
+                    while !done.load(Relaxed) {
+                        let _refused = (flow.server_says)();
+                        thread::sleep(Duration::from_micros(200));
+                    }
+                });
+                thread::sleep(SETTLED);
+                // The client first, so that the gateway still lets the answers through.
+                let removed = fleet.apply_to("node-a", &[]);
+                thread::sleep(SETTLED);
+                for _ in 0..20 {
+                    let _reset = (flow.pod_says)();
+                    thread::sleep(Duration::from_millis(1));
+                }
+                done.store(true, Relaxed);
+                removed
+            })?;
+            thread::sleep(SETTLED);
+            assert_eq!(noted(&lab)?, [""; 0], "{}", flow.name);
+            flows.push(flow);
+        }
+    }
+    fleet.remove()
+}
