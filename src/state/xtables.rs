@@ -126,6 +126,8 @@ pub enum XtName {
     Here,
     /// Way out: leave it alone.
     Clear,
+    /// Way out: drop it where it leaves, if it does.
+    Closed,
     /// Way out: the gateway with this mark.
     To(Mark),
 }
@@ -150,6 +152,7 @@ impl XtName {
                 "SNAT-EIP" => Self::SnatEip,
                 "HERE" => Self::Here,
                 "CLEAR" => Self::Clear,
+                "CLOSED" => Self::Closed,
                 rest => {
                     let digits = rest.strip_prefix("TO-")?;
                     let chain = Self::To(Mark::new(u32::from_str_radix(digits, 16).ok()?));
@@ -186,6 +189,7 @@ impl fmt::Display for XtName {
             Self::SnatEip => "EGRESSGATEWAY-SNAT-EIP",
             Self::Here => "EGRESSGATEWAY-HERE",
             Self::Clear => "EGRESSGATEWAY-CLEAR",
+            Self::Closed => "EGRESSGATEWAY-CLOSED",
             Self::To(mark) => return write!(f, "EGRESSGATEWAY-TO-{:08x}", mark.get()),
         };
         f.write_str(name)

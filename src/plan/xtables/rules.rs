@@ -37,6 +37,8 @@ impl Rules<'_, '_> {
         chain(Mangle, N::Clear, vec![self.set_mark(0, "egress gateway: stays inside")]);
         let here = self.set_mark(self.tunnel().get(), "egress gateway: leaves from here");
         chain(Mangle, N::Here, vec![here]);
+        let closed = self.set_mark(self.closed().get(), "egress gateway: closed");
+        chain(Mangle, N::Closed, vec![closed]);
         for gateway in self.sets.gateways.values() {
             let comment = format!(
                 "egress gateway: {}",
@@ -72,6 +74,11 @@ impl Rules<'_, '_> {
 
     fn tunnel(&self) -> Mark {
         self.sets.world.cluster.marks.tunnel()
+    }
+
+    /// Of packets that are dropped once it is known that they do not stay inside; no gateway's.
+    fn closed(&self) -> Mark {
+        self.sets.world.cluster.marks.reply()
     }
 
     fn connection(&self) -> MarkBits {
@@ -147,13 +154,17 @@ impl Rules<'_, '_> {
             rule([reply], XtTarget::Return, "egress gateway: opened by others"),
             // Translation leaves it alone, so it would leave with the pod's address.
             rule([invalid], XtTarget::Drop, "egress gateway: cannot be translated"),
-            rule([self.source(Is::So, Ipset::Closed)], XtTarget::Drop, "egress gateway: closed"),
+            rule(
+                [self.source(Is::So, Ipset::Closed)],
+                XtTarget::Goto(XtName::Closed),
+                "egress gateway: closed",
+            ),
         ];
         for (policy, name) in self.sets.ruled() {
             let target = match self.sets.way(policy) {
                 Way::To(mark) => XtTarget::Goto(XtName::To(mark)),
                 Way::Here => XtTarget::Goto(XtName::Here),
-                Way::Closed => XtTarget::Drop,
+                Way::Closed => XtTarget::Goto(XtName::Closed),
                 Way::Bypass => XtTarget::Return,
             };
             rules.push(self.of_policy(policy, name, target, "mark request packet"));
@@ -192,6 +203,9 @@ impl Rules<'_, '_> {
                 "egress gateway: inside",
             ),
         ];
+        let mask = self.connection().mask & self.sets.mask();
+        let closed = MarkBits { mask, value: self.closed().get() & mask };
+        rules.push(rule([XtMatch::Mark(Is::So, closed)], XtTarget::Drop, "egress gateway: closed"));
         // Marked, and yet not on its way into the tunnel: link, route or rule is missing.
         let stray = |bits| {
             rule([XtMatch::Mark(Is::So, bits)], XtTarget::Drop, "egress gateway: way is missing")

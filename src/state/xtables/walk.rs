@@ -45,9 +45,17 @@ impl Xtables {
             return WayOut::None;
         }
         let family = Family::of(source);
-        let to = XtName::To(Mark::new(packet.mark));
-        if self.chains.contains_key(&XtChain { family, table: XtTable::Mangle, name: to }) {
-            return WayOut::To(Mark::new(packet.mark));
+        let chain = |name| self.chains.get(&XtChain { family, table: XtTable::Mangle, name });
+        let closed = chain(XtName::Closed).into_iter().flatten();
+        if closed
+            .map(|rule| &rule.target)
+            .any(|target| matches!(target, XtTarget::SetMark(bits) if bits.are_in(packet.mark)))
+        {
+            return WayOut::Closed;
+        }
+        let mark = Mark::new(packet.mark);
+        if chain(XtName::To(mark)).is_some() {
+            return WayOut::To(mark);
         }
         match packet.walk(XtTable::Nat, XtName::SnatEip, 0) {
             End::Translated(address) => WayOut::Here(address),
