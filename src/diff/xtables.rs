@@ -27,7 +27,13 @@ pub(super) fn xtables(observed: &State, desired: &State, steps: &mut Steps) {
             }
         }
     }
-    for phase in [Phase::Skeleton, Phase::Chains, Phase::EmptyPolicies, Phase::EmptyVerdicts] {
+    for phase in [
+        Phase::Skeleton,
+        Phase::Chains,
+        Phase::EmptyPolicies,
+        Phase::EmptyVerdicts,
+        Phase::EmptyGuards,
+    ] {
         super::sort(steps, phase, rank);
     }
     // Who is no longer marked needs no translation.
@@ -82,7 +88,10 @@ const fn emptied_in(set: Ipset) -> Phase {
 }
 
 fn sets(observed: &State, desired: &State, steps: &mut Steps) {
-    let all_go = desired.xtables.is_empty();
+    // Rules that go last of all look into them until then.
+    let last = observed.xtables.keys().any(|variant| !desired.xtables.contains_key(variant));
+    let gone =
+        if last || desired.xtables.is_empty() { Phase::DeleteTable } else { Phase::EmptyGuards };
     changes(&observed.ipsets, &desired.ipsets, |change| match change {
         Change::Added(set, contents) => {
             // The one that everything looks into first stays empty until the rest is there.
@@ -109,8 +118,7 @@ fn sets(observed: &State, desired: &State, steps: &mut Steps) {
         Change::Removed(set @ Ipset::Temporary(_), _) => {
             steps.add(Phase::Skeleton, Op::DeleteIpset(*set));
         }
-        Change::Removed(set, _) if all_go => steps.add(Phase::DeleteTable, Op::DeleteIpset(*set)),
-        Change::Removed(set, _) => steps.add(Phase::EmptyVerdicts, Op::DeleteIpset(*set)),
+        Change::Removed(set, _) => steps.add(gone, Op::DeleteIpset(*set)),
     });
 }
 

@@ -58,13 +58,13 @@ pub(crate) fn make(state: &mut State, op: &Op) -> Result<(), i32> {
                 return Err(errno::EBUSY);
             }
             tables.chains.remove(chain).ok_or(errno::ENOENT)?;
-            if *tables == Xtables::default() {
-                state.xtables.remove(variant);
-            }
+            state.xtables.retain(|_, tables| *tables != Xtables::default());
             Ok(())
         }
         Op::EditXtChain(variant, chain, edits) => {
-            edit(&mut state.xtables, &state.ipsets, *variant, *chain, edits)
+            let made = edit(&mut state.xtables, &state.ipsets, *variant, *chain, edits);
+            state.xtables.retain(|_, tables| *tables != Xtables::default());
+            made
         }
         _ => Err(errno::EINVAL),
     }
@@ -94,9 +94,6 @@ fn edit(
     } else {
         let rules = tables.chains.get_mut(&chain).ok_or(errno::ENOENT)?;
         edits.iter().try_for_each(|edit| edit_rules(rules, edit))?;
-    }
-    if *tables == Xtables::default() {
-        all.remove(&variant);
     }
     Ok(())
 }

@@ -49,13 +49,14 @@ iptables-legacy -t mangle -N EGRESSGATEWAY-GUARD
 iptables-legacy -t mangle -N EGRESSGATEWAY-CHECK-SNAT
 iptables-legacy -t mangle -N EGRESSGATEWAY-HERE
 iptables-legacy -t mangle -N EGRESSGATEWAY-CLEAR
+iptables-legacy -t mangle -N EGRESSGATEWAY-CLOSED
 iptables-legacy -t mangle -N EGRESSGATEWAY-TO-26000000
 iptables-legacy -t mangle -A EGRESSGATEWAY-MARK-REQUEST -i egress.vxlan -m comment --comment "egress gateway: out of the tunnel" -g EGRESSGATEWAY-HERE
 iptables-legacy -t mangle -A EGRESSGATEWAY-MARK-REQUEST -m set ! --match-set egress4-selected src -m comment --comment "egress gateway: no policy" -j RETURN
 iptables-legacy -t mangle -A EGRESSGATEWAY-MARK-REQUEST -m set --match-set egress4-ignore dst -m comment --comment "egress gateway: inside" -j RETURN
 iptables-legacy -t mangle -A EGRESSGATEWAY-MARK-REQUEST -m conntrack --ctdir REPLY -m comment --comment "egress gateway: opened by others" -j RETURN
 iptables-legacy -t mangle -A EGRESSGATEWAY-MARK-REQUEST -m conntrack --ctstate INVALID -m comment --comment "egress gateway: cannot be translated" -j DROP
-iptables-legacy -t mangle -A EGRESSGATEWAY-MARK-REQUEST -m set --match-set egress4-closed src -m comment --comment "egress gateway: closed" -j DROP
+iptables-legacy -t mangle -A EGRESSGATEWAY-MARK-REQUEST -m set --match-set egress4-closed src -m comment --comment "egress gateway: closed" -g EGRESSGATEWAY-CLOSED
 iptables-legacy -t mangle -A EGRESSGATEWAY-MARK-REQUEST -m set --match-set egress4-src-8c04c0e40aad86b2 src -m set --match-set egress4-dest-8c04c0e40aad86b2 dst -m comment --comment "rule uuid: mark request packet" -g EGRESSGATEWAY-TO-26000000
 iptables-legacy -t mangle -A EGRESSGATEWAY-MARK-REQUEST -m comment --comment "egress gateway: mark by source" -j SET --map-set egress4-marks src --map-mark
 iptables-legacy -t mangle -A EGRESSGATEWAY-RESET-MARK -p udp -m udp --dport 7789 -m set --match-set egress4-peers dst -m set ! --match-set egress4-peers src -m comment --comment "egress gateway: no pod speaks to the tunnel" -j DROP
@@ -63,6 +64,7 @@ iptables-legacy -t mangle -A EGRESSGATEWAY-RESET-MARK -o egress.vxlan -m comment
 iptables-legacy -t mangle -A EGRESSGATEWAY-RESET-MARK -o egress.vxlan -m comment --comment "egress gateway: into the tunnel" -j RETURN
 iptables-legacy -t mangle -A EGRESSGATEWAY-RESET-MARK -m mark ! --mark 0x27000000/0xff000000 -m connmark --mark 0x27000000/0xff000000 -m conntrack --ctdir ORIGINAL -m comment --comment "egress gateway: policy has gone" -j DROP
 iptables-legacy -t mangle -A EGRESSGATEWAY-RESET-MARK -m set --match-set egress4-ignore dst -m comment --comment "egress gateway: inside" -g EGRESSGATEWAY-CLEAR
+iptables-legacy -t mangle -A EGRESSGATEWAY-RESET-MARK -m mark --mark 0x24000000/0xff000000 -m comment --comment "egress gateway: closed" -j DROP
 iptables-legacy -t mangle -A EGRESSGATEWAY-RESET-MARK -m mark --mark 0x26000000/0xff000000 -m comment --comment "egress gateway: way is missing" -j DROP
 iptables-legacy -t mangle -A EGRESSGATEWAY-GUARD -p udp -m udp --dport 7789 -m set ! --match-set egress4-peers src -m comment --comment "egress gateway: unknown node" -j DROP
 iptables-legacy -t mangle -A EGRESSGATEWAY-GUARD -m set --match-set egress4-eips dst -m comment --comment "egress gateway: no service on an EIP" -j DROP
@@ -73,6 +75,7 @@ iptables-legacy -t mangle -A EGRESSGATEWAY-CHECK-SNAT -m conntrack --ctdir ORIGI
 iptables-legacy -t mangle -A EGRESSGATEWAY-CHECK-SNAT -m conntrack --ctstatus CONFIRMED -m comment --comment "egress gateway: translated" -j MARK --set-xmark 0x0/0xffff1000
 iptables-legacy -t mangle -A EGRESSGATEWAY-HERE -m comment --comment "egress gateway: leaves from here" -j MARK --set-xmark 0x27000000/0xffff1000
 iptables-legacy -t mangle -A EGRESSGATEWAY-CLEAR -m comment --comment "egress gateway: stays inside" -j MARK --set-xmark 0x0/0xffff1000
+iptables-legacy -t mangle -A EGRESSGATEWAY-CLOSED -m comment --comment "egress gateway: closed" -j MARK --set-xmark 0x24000000/0xffff1000
 iptables-legacy -t mangle -A EGRESSGATEWAY-TO-26000000 -m comment --comment "egress gateway: b" -j MARK --set-xmark 0x26000000/0xffff1000
 iptables-legacy -t mangle -I PREROUTING 1 -m comment --comment "egress gateway: mark egress packet" -j EGRESSGATEWAY-MARK-REQUEST
 iptables-legacy -t mangle -I INPUT 1 -m comment --comment "egress gateway: guard tunnel and EIP" -j EGRESSGATEWAY-GUARD
