@@ -21,7 +21,7 @@ mod member;
 mod tests;
 
 use error::explained;
-pub(super) use list::observe;
+pub(super) use list::{names, observe};
 use member::NETWORK_ORDER;
 
 /// Commands, as message types of subsystem 6.

@@ -9,6 +9,7 @@ use std::os::unix::fs::MetadataExt;
 
 use super::KernelDatapath;
 use super::ipset::{self, Ipsets};
+use super::nft;
 use crate::changes::{Changes, Made, Step};
 use crate::connection::Connection;
 use crate::datapath::Datapath;
@@ -38,7 +39,6 @@ use tool::Tools;
 #[derive(Debug)]
 pub struct IptablesDatapath {
     kernel: KernelDatapath,
-    /// Which sets the kernel has; `None` if none.
     ipsets: Ipsets,
     tools: Tools,
     /// The network namespace, by the number of its file.
@@ -55,6 +55,21 @@ impl IptablesDatapath {
         let mut kernel = KernelDatapath::open()?;
         let ipsets = Ipsets::probe(&mut kernel.netfilter)?;
         Ok(Self { kernel, ipsets, tools: Tools::find()?, namespace: namespace()? })
+    }
+
+    /// Whether this namespace has sets of ours: then a reconciliation needs this datapath, also
+    /// one that wants nf_tables. Asks the kernel alone, and runs nothing.
+    ///
+    /// # Errors
+    ///
+    /// The part of the kernel that is missing; that it has no sets at all is none.
+    pub fn is_in_use() -> Result<bool, KernelError> {
+        let mut socket = nft::open()?;
+        match Ipsets::probe(&mut socket) {
+            Ok(ipsets) => Ok(!ipset::names(&ipsets, &mut socket)?.is_empty()),
+            Err(error) if error.is_denied() => Err(error),
+            Err(_) => Ok(false),
+        }
     }
 
     /// The variants of iptables that are installed.

@@ -2,9 +2,11 @@
 
 use std::collections::BTreeSet;
 
+use egress_datapath::state::Variant;
 use egress_datapath::{
-    ApplyError, Changes, Cluster, Connection, Datapath, EgressPolicy, KernelError, KernelTables,
-    MarkLayout, MarkPool, Reconciler, Report, State, TablePool, TableRange,
+    ApplyError, Backend, Changes, Cluster, Connection, Datapath, EgressPolicy, Iptables,
+    KernelError, KernelTables, MarkLayout, MarkPool, Reconciler, Report, State, TablePool,
+    TableRange,
 };
 
 use crate::fleet::Result;
@@ -49,10 +51,11 @@ type Node = (Cluster, Reconciler<Hasty>);
 pub(crate) struct Nodes(Vec<Node>);
 
 impl Nodes {
-    pub(crate) fn open(lab: &Lab, marks: MarkLayout) -> Result<Self> {
+    pub(crate) fn open(lab: &Lab, marks: MarkLayout, backends: bool) -> Result<Self> {
         let open = |host: &&Host| {
             let cluster = Cluster { marks, backend: backend(), ..lab.cluster(host)? };
-            let hasty = hasty(host, &cluster)?;
+            let both = Backend::Iptables(Iptables::new(Variant::Nft));
+            let hasty = hasty(host, &cluster, if backends { both } else { backend() })?;
             Ok((cluster, hasty))
         };
         Ok(Self(lab.nodes().iter().map(open).collect::<Result<_>>()?))
@@ -61,7 +64,7 @@ impl Nodes {
     /// Gives every node a new reconciler, which remembers nothing.
     pub(crate) fn restart(&mut self, lab: &Lab) -> Result {
         for (host, (cluster, reconciler)) in lab.nodes().into_iter().zip(&mut self.0) {
-            *reconciler = hasty(host, cluster)?;
+            *reconciler = hasty(host, cluster, cluster.backend)?;
         }
         Ok(())
     }
@@ -85,8 +88,8 @@ impl Nodes {
     }
 }
 
-fn hasty(host: &Host, cluster: &Cluster) -> Result<Reconciler<Hasty>> {
-    let kernel = datapath(&host.netns, cluster.backend)?;
+fn hasty(host: &Host, cluster: &Cluster, backend: Backend) -> Result<Reconciler<Hasty>> {
+    let kernel = datapath(&host.netns, backend)?;
     let in_use = host.netns.run(KernelTables::open)??;
     let tables = TablePool::with_probe(TableRange::default(), in_use);
     let hasty = Hasty { kernel, asked: 0 };

@@ -34,7 +34,11 @@ pub(in crate::kernel) fn observe(
     Ok(found)
 }
 
-fn names(ipsets: &Ipsets, socket: &mut Socket) -> Result<BTreeSet<Ipset>, KernelError> {
+/// The sets of ours that there are.
+pub(in crate::kernel) fn names(
+    ipsets: &Ipsets,
+    socket: &mut Socket,
+) -> Result<BTreeSet<Ipset>, KernelError> {
     let request = Request { text: LIST, kind: kind::LIST, flags: flag::DUMP, answer: kind::LIST };
     let mut names = BTreeSet::new();
     let write = |writer: &mut Writer| {
