@@ -295,10 +295,11 @@ fn nft(firewall: &mut Firewall, op: &Op) -> Result<(), Errno> {
 }
 
 fn goes_to(firewall: &Firewall, chain: ChainId) -> bool {
-    let by_rule = firewall
-        .chains
-        .values()
-        .any(|(_, rules)| rules.iter().any(|rule| rule.0.contains(&Stmt::Goto(chain))));
+    let by_rule = firewall.chains.values().any(|(_, rules)| {
+        rules.iter().any(|NftRule(rule)| {
+            rule.contains(&Stmt::Goto(chain)) || rule.contains(&Stmt::Jump(chain))
+        })
+    });
     let goto = Data::Verdict(Verdict::Goto(chain));
     by_rule || firewall.elements.values().any(|value| value.data == goto)
 }
@@ -327,7 +328,7 @@ fn names(rule: &NftRule, set: Set) -> bool {
 
 fn refers_well(firewall: &Firewall, rule: &NftRule) -> bool {
     rule.0.iter().all(|statement| match statement {
-        Stmt::Goto(chain) => firewall.chains.contains_key(chain),
+        Stmt::Goto(chain) | Stmt::Jump(chain) => firewall.chains.contains_key(chain),
         other => set_of(other).is_none_or(|set| firewall.sets.contains(&set)),
     })
 }

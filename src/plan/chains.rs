@@ -98,6 +98,8 @@ impl Skeleton<'_> {
             Some(base(ChainType::Filter, Hook::Postrouting, AFTER_SNAT)),
             self.guard(),
         );
+        add(ChainId::Arrived, None, self.arrived());
+        add(ChainId::Select, None, by_source(ChainId::Pick));
         add(ChainId::Bypass, None, vec![vec![Stmt::ClearTag]]);
         add(ChainId::Here, None, self.send(self.tunnel));
         for mark in &self.gateways {
@@ -132,17 +134,20 @@ impl Skeleton<'_> {
     }
 
     fn prerouting(&self) -> Vec<Vec<Stmt>> {
-        // What came out of the tunnel is never put into it again: two nodes that disagree about
-        // the gateway would send it to and fro. Postrouting cannot trust the input device, so
-        // the mark remembers.
-        let mut rules =
-            vec![vec![self.out_of_tunnel(), self.set_mark(self.tunnel.get()), Stmt::Return]];
-        for family in Family::BOTH {
-            for set in [Set::Source(family), Set::SourceNet(family)] {
-                rules.push(vec![Stmt::TagBySource(set), Stmt::Goto(ChainId::Pick(family))]);
-            }
-        }
+        let mut rules = vec![vec![self.out_of_tunnel(), Stmt::Goto(ChainId::Arrived)]];
+        rules.extend(by_source(ChainId::Pick));
         rules
+    }
+
+    /// What came out of the tunnel is never put into it again: two nodes that disagree about the
+    /// gateway would send it to and fro.
+    fn arrived(&self) -> Vec<Vec<Stmt>> {
+        let untracked = Stmt::CtState(Stmt::INVALID | Stmt::UNTRACKED);
+        vec![
+            // No NAT will see it, whatever becomes of its mark.
+            vec![untracked, Stmt::Counter, Stmt::Drop],
+            vec![self.set_mark(self.tunnel.get())],
+        ]
     }
 
     /// From a class to a policy, by destination; the longest prefix first.
@@ -173,11 +178,15 @@ impl Skeleton<'_> {
         vec![vec![self.set_mark(mark.get()), Stmt::ClearTag]]
     }
 
-    fn forward(&self) -> Vec<Vec<Stmt>> {
-        let stray = match self.prefix {
+    /// It has the mark of a gateway.
+    fn is_stray(&self) -> Stmt {
+        match self.prefix {
             Some((value, mask)) => Stmt::MarkIs { mask, value },
             None => Stmt::MarkIn { mask: self.mask, set: Set::Gateway },
-        };
+        }
+    }
+
+    fn forward(&self) -> Vec<Vec<Stmt>> {
         // Masqueraded by this node, a pod's frame would come from a known one.
         let injected = |family| {
             vec![
@@ -203,7 +212,7 @@ impl Skeleton<'_> {
                 Stmt::Drop,
             ],
             // Marked, and yet not on its way into the tunnel: link, route or rule is missing.
-            vec![stray, Stmt::Counter, Stmt::Drop],
+            vec![self.is_stray(), Stmt::Counter, Stmt::Drop],
         ]
     }
 
@@ -221,12 +230,22 @@ impl Skeleton<'_> {
             // `accept` would not keep a masquerade in another table from binding.
             rules.push(vec![self.to_tunnel(), Stmt::SnatToSource(family)]);
         }
-        rules.push(vec![self.is_not_tunnel(), Stmt::Return]);
         for family in Family::BOTH {
-            for set in [Set::Source(family), Set::SourceNet(family)] {
-                rules.push(vec![Stmt::TagBySource(set), Stmt::Goto(ChainId::Translate(family))]);
-            }
+            // The tunnel's own packets seem to have come out of it: they keep its device.
+            rules.push(vec![
+                Stmt::UdpPort(self.port),
+                Stmt::DestinationIn(Set::Peer(family)),
+                Stmt::Return,
+            ]);
         }
+        // Others may have overwritten the mark on the way: what came out of the tunnel is told by
+        // the device, and what did not is decided about once more. Before Linux 5.7 there is no
+        // device here, and the mark must do.
+        rules.push(vec![self.out_of_tunnel(), self.set_mark(self.tunnel.get())]);
+        rules.push(vec![self.is_not_tunnel(), Stmt::HasInput, Stmt::Jump(ChainId::Select)]);
+        rules.push(vec![Stmt::HasInput, self.is_stray(), Stmt::Counter, Stmt::Drop]);
+        rules.push(vec![self.is_not_tunnel(), Stmt::Return]);
+        rules.extend(by_source(ChainId::Translate));
         // Tunnelled to us, but nothing here knows the source.
         rules.push(vec![Stmt::Counter, Stmt::Drop]);
         rules
@@ -289,6 +308,13 @@ impl Skeleton<'_> {
         }
         rules
     }
+}
+
+/// From a source to its class.
+fn by_source(next: fn(Family) -> ChainId) -> Vec<Vec<Stmt>> {
+    let sets = |family| [Set::Source(family), Set::SourceNet(family)].map(|set| (family, set));
+    let found = Family::BOTH.into_iter().flat_map(sets);
+    found.map(|(family, set)| vec![Stmt::TagBySource(set), Stmt::Goto(next(family))]).collect()
 }
 
 fn steer(family: Family) -> Vec<Vec<Stmt>> {

@@ -20,6 +20,10 @@ pub enum ChainId {
     NatPostrouting,
     /// Looks at what was really translated.
     Guard,
+    /// What came out of the tunnel.
+    Arrived,
+    /// Finds a packet's class, where its mark does not tell.
+    Select,
     /// From a class to a policy, by destination.
     Pick(Family),
     /// From a policy to its way out.
@@ -46,6 +50,8 @@ impl ChainId {
             "forward" => Self::Forward,
             "nat_postrouting" => Self::NatPostrouting,
             "guard" => Self::Guard,
+            "arrived" => Self::Arrived,
+            "select" => Self::Select,
             "pick4" => Self::Pick(V4),
             "pick6" => Self::Pick(V6),
             "steer4" => Self::Steer(V4),
@@ -73,6 +79,8 @@ impl fmt::Display for ChainId {
             Self::Forward => f.write_str("forward"),
             Self::NatPostrouting => f.write_str("nat_postrouting"),
             Self::Guard => f.write_str("guard"),
+            Self::Arrived => f.write_str("arrived"),
+            Self::Select => f.write_str("select"),
             Self::Pick(family) => write!(f, "pick{}", family.digit()),
             Self::Steer(family) => write!(f, "steer{}", family.digit()),
             Self::Here => f.write_str("here"),
@@ -161,6 +169,8 @@ impl MarkBits {
 /// One statement of a rule: a test that must hold for the next to run, or something done.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Stmt {
+    /// `iif != 0`: the packet came in by a device, from where it is routed on
+    HasInput,
     /// `iifname "…"`
     InputDevice(DeviceName),
     /// `oifname "…"`
@@ -244,6 +254,8 @@ pub enum Stmt {
     Drop,
     /// `return`
     Return,
+    /// `jump chain`: the rule goes on behind the last rule of the chain
+    Jump(ChainId),
     /// `goto chain`
     Goto(ChainId),
     /// Something found in the kernel that we never write; the number tells two of them apart.
@@ -275,6 +287,7 @@ fn set_ip(set: Set) -> &'static str {
 impl fmt::Display for Stmt {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::HasInput => f.write_str("iif != 0"),
             Self::InputDevice(name) => write!(f, "iifname \"{name}\""),
             Self::OutputDevice(name) => write!(f, "oifname \"{name}\""),
             Self::MarkIs { mask, value } => write!(f, "meta mark & {mask:#010x} == {value:#010x}"),
@@ -360,6 +373,7 @@ impl fmt::Display for Stmt {
             Self::Counter => f.write_str("counter"),
             Self::Drop => f.write_str("drop"),
             Self::Return => f.write_str("return"),
+            Self::Jump(chain) => write!(f, "jump {chain}"),
             Self::Goto(chain) => write!(f, "goto {chain}"),
             Self::Unknown(_) => f.write_str("<not ours>"),
         }

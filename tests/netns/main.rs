@@ -14,6 +14,7 @@ mod flows;
 #[cfg(feature = "testing")]
 mod foreign;
 mod lookalikes;
+mod overwritten;
 mod ownership;
 mod packets;
 mod process;

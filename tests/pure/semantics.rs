@@ -132,6 +132,14 @@ impl Walk<'_> {
     }
 
     fn run(&mut self, chain: ChainId) -> Fate {
+        self.enter(chain).unwrap_or(match self.mark {
+            0 => Fate::Alone,
+            mark => Fate::Marked(Mark::new(mark)),
+        })
+    }
+
+    /// The verdict of a chain, if it gives one.
+    fn enter(&mut self, chain: ChainId) -> Option<Fate> {
         let firewall = self.firewall;
         let (_, rules) = &firewall.chains[&chain];
         for rule in rules {
@@ -139,15 +147,18 @@ impl Walk<'_> {
                 match self.step(statement) {
                     Next::Statement => {}
                     Next::Rule => break,
-                    Next::Chain(chain) => return self.run(chain),
-                    Next::End(fate) => return fate,
+                    Next::Chain(chain) => return self.enter(chain),
+                    Next::Call(chain) => {
+                        if let Some(fate) = self.enter(chain) {
+                            return Some(fate);
+                        }
+                    }
+                    Next::Return => return None,
+                    Next::End(fate) => return Some(fate),
                 }
             }
         }
-        match self.mark {
-            0 => Fate::Alone,
-            mark => Fate::Marked(Mark::new(mark)),
-        }
+        None
     }
 
     fn step(&mut self, statement: &Stmt) -> Next {
@@ -159,8 +170,10 @@ impl Walk<'_> {
             other => panic!("{other}"),
         };
         let holds = match statement {
-            // It is no answer to a connection that was ended.
-            Stmt::InputDevice(_) | Stmt::OutputDevice(_) | Stmt::PacketIn(_) => false,
+            // It is no answer to a connection that was ended, and no tunnel packet.
+            Stmt::InputDevice(_) | Stmt::OutputDevice(_) | Stmt::PacketIn(_) | Stmt::UdpPort(_) => {
+                false
+            }
             Stmt::CtDirection(direction) => *direction == Direction::Original,
             Stmt::CtState(bits) => bits & Stmt::NEW != 0,
             Stmt::MarkIsNot { mask, value } => self.mark & mask != *value,
@@ -205,9 +218,14 @@ impl Walk<'_> {
             }
             Stmt::Masquerade => return Next::End(Fate::Masquerade),
             Stmt::Drop => return Next::End(Fate::Dropped),
-            Stmt::Return => return Next::End(Fate::Alone),
+            Stmt::Return => return Next::Return,
+            Stmt::Jump(chain) => return Next::Call(*chain),
+            Stmt::MarkIn { mask, set: Set::Gateway } => {
+                self.data(&Key::Gateway(Mark::new(self.mark & mask))).is_some()
+            }
+            Stmt::MarkIs { mask, value } => self.mark & mask == *value,
             Stmt::Goto(chain) => return Next::Chain(*chain),
-            Stmt::Counter | Stmt::SetCtMark(_) => true,
+            Stmt::Counter | Stmt::SetCtMark(_) | Stmt::HasInput => true,
             Stmt::ClearTag => {
                 self.tag = 0;
                 true
@@ -226,6 +244,8 @@ enum Next {
     Statement,
     Rule,
     Chain(ChainId),
+    Call(ChainId),
+    Return,
     End(Fate),
 }
 
@@ -281,6 +301,18 @@ proptest! {
             });
             let mut walk = Walk { firewall, packet, mark: 0, tag: 0 };
             prop_assert_eq!(walk.run(ChainId::Prerouting), wanted, "{:?} of {:?}", packet, winner);
+
+            // The same packet where somebody has taken its mark away: nobody else decides about it.
+            let lost = match (wanted, winner) {
+                (Fate::Marked(mark), Some(policy)) if mark == cluster.marks.tunnel() => {
+                    translated(&cluster, policy, family)
+                }
+                (Fate::Marked(_), _) => Fate::Dropped,
+                (wanted, _) => wanted,
+            };
+            let mut walk = Walk { firewall, packet, mark: 0, tag: 0 };
+            let fate = walk.run(ChainId::NatPostrouting);
+            prop_assert_eq!(fate, lost, "{:?} of {:?}", packet, winner);
 
             // The same packet where it came out of the tunnel. What is excluded never gets there.
             let Some(policy) = winner else { continue };

@@ -39,6 +39,7 @@ pub(super) mod reg {
 pub(super) mod meta {
     pub(crate) const PRIORITY: u32 = 2;
     pub(crate) const MARK: u32 = 3;
+    pub(crate) const IIF: u32 = 4;
     pub(crate) const IIFNAME: u32 = 6;
     pub(crate) const OIFNAME: u32 = 7;
     pub(crate) const NFPROTO: u32 = 15;
@@ -95,6 +96,7 @@ pub(super) enum Expr {
 /// Verdict codes.
 pub(super) mod verdict {
     pub(crate) const DROP: i32 = 0;
+    pub(crate) const JUMP: i32 = -3;
     pub(crate) const GOTO: i32 = -4;
     pub(crate) const RETURN: i32 = -5;
 }

@@ -157,6 +157,7 @@ fn device(name: &str) -> Vec<u8> {
 fn body(statement: &Stmt) -> Vec<Expr> {
     let on_mark = |mask: u32, then: Expr| vec![load(meta::MARK), masked(mask), then];
     match statement {
+        Stmt::HasInput => vec![load(meta::IIF), cmp(false, host(0))],
         Stmt::InputDevice(name) => vec![load(meta::IIFNAME), is(device(name.as_str()))],
         Stmt::OutputDevice(name) => vec![load(meta::OIFNAME), is(device(name.as_str()))],
         Stmt::MarkIs { mask, value } => on_mark(*mask, is(host(*value))),
@@ -223,6 +224,7 @@ fn body(statement: &Stmt) -> Vec<Expr> {
         Stmt::Counter => vec![Expr::Counter],
         Stmt::Drop => vec![end(verdict::DROP)],
         Stmt::Return => vec![end(verdict::RETURN)],
+        Stmt::Jump(chain) => vec![Expr::Immediate(Verdict::jump(*chain))],
         Stmt::Goto(chain) => vec![Expr::Immediate(Verdict::goto(*chain))],
         Stmt::Unknown(hash) => vec![Expr::Other(*hash)],
     }

@@ -20,6 +20,10 @@ impl Verdict {
         Self { code: super::verdict::GOTO, chain: Some(chain.to_string()) }
     }
 
+    pub(in super::super) fn jump(chain: ChainId) -> Self {
+        Self { code: super::verdict::JUMP, chain: Some(chain.to_string()) }
+    }
+
     /// Writes it as the content of a data attribute.
     pub(in super::super) fn write(&self, writer: &mut Writer) {
         writer.nest(2, |writer| {

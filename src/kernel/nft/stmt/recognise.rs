@@ -85,6 +85,7 @@ fn guess(exprs: &[Expr]) -> Option<Stmt> {
         Expr::Immediate(end) => match end.code {
             verdict::DROP => Some(Stmt::Drop),
             verdict::RETURN => Some(Stmt::Return),
+            verdict::JUMP => Some(Stmt::Jump(ChainId::from_name(end.chain.as_deref()?)?)),
             verdict::GOTO => Some(Stmt::Goto(ChainId::from_name(end.chain.as_deref()?)?)),
             _ => None,
         },
@@ -94,6 +95,7 @@ fn guess(exprs: &[Expr]) -> Option<Stmt> {
 
 fn guess_meta(key: u32, rest: &[Expr]) -> Option<Stmt> {
     match (key, rest) {
+        (meta::IIF, _) => Some(Stmt::HasInput),
         (meta::IIFNAME, [Expr::Cmp { data, .. }, ..]) => Some(Stmt::InputDevice(device(data)?)),
         (meta::OIFNAME, [Expr::Cmp { data, .. }, ..]) => Some(Stmt::OutputDevice(device(data)?)),
         (meta::MARK, [Expr::Bitwise { mask, xor, .. }, then, ..]) => {

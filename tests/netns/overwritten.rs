@@ -1,0 +1,96 @@
+//! Marks that other software overwrites as a whole, which takes ours away.
+
+use egress_datapath::MarkLayout;
+
+use crate::fleet::{
+    Fleet, Result, check, dual, expect, expect_nothing, have, lab, nft, policy, sources, tool,
+};
+use crate::flows::masquerade;
+use crate::lab::{
+    EIP_B, NODE_A, NODE_B_OUTSIDE, POD_A, POD_B, SERVER, STRANGER, hosts, net, probe,
+};
+use crate::lab::{Pair, Proto};
+
+/// A chain that overwrites the mark of everything, such as it is not ours to keep.
+fn overwriting(hook: &str) -> String {
+    format!(
+        "table inet overwriting {{
+            chain overwrite {{ type filter hook {hook}; meta mark set 0x10; }}
+        }}"
+    )
+}
+
+#[test]
+fn a_mark_that_is_overwritten_shows_neither_pod_nor_node() -> Result {
+    let Some(lab) = lab()? else { return Ok(()) };
+    if !have("nft")? {
+        return Ok(());
+    }
+    masquerade(&lab)?;
+    for layout in [MarkLayout::SEED, MarkLayout::COMPACT] {
+        let mut fleet = Fleet::with(&lab, |cluster| cluster.marks = layout)?;
+        fleet.apply(&[policy("p", &[POD_A, POD_B], Some("node-b"), dual(EIP_B))?])?;
+        let (client, gateway) = (&lab.node_a.netns, &lab.node_b.netns);
+
+        // On the gateway, behind the routing decision, nothing is lost.
+        for hook in ["forward priority 0", "postrouting priority mangle"] {
+            nft(gateway, &[], &overwriting(hook))?;
+            check(&[
+                expect(&lab.pod_a, SERVER, EIP_B),
+                expect(&lab.pod_b, SERVER, EIP_B),
+                expect(&lab.pod_b, POD_A, POD_B),
+            ]);
+            tool(gateway, "nft delete table inet overwriting")?;
+        }
+
+        // Ahead of it, open connections stop, and new ones wear what they should.
+        drop(sources(&lab));
+        nft(gateway, &[], &overwriting("prerouting priority -90"))?;
+        for pod in [&lab.pod_a, &lab.pod_b] {
+            for to in SERVER {
+                assert!(probe(pod, Proto::Tcp, to).is_err(), "{to}");
+                assert!(EIP_B.contains(&probe(pod, Proto::Udp, to)?), "{to}");
+            }
+        }
+        tool(gateway, "nft delete table inet overwriting")?;
+        assert_eq!(sources(&lab), EIP_B.into_iter().collect());
+
+        // On the pod's node, behind the routing decision nothing is lost; ahead of it the way is.
+        nft(client, &[], &overwriting("forward priority 0"))?;
+        check(&[expect(&lab.pod_a, SERVER, EIP_B), expect(&lab.stranger, SERVER, NODE_A)]);
+        tool(client, "nft delete table inet overwriting")?;
+        drop(sources(&lab));
+        nft(client, &[], &overwriting("prerouting priority -90"))?;
+        check(&[expect_nothing(&lab.pod_a, SERVER)]);
+        // What was dropped on the gateway before may be said again.
+        let seen = sources(&lab);
+        assert!(seen.iter().all(|source| EIP_B.contains(source)), "{seen:?}");
+        check(&[expect(&lab.stranger, SERVER, NODE_A), expect(&lab.stranger, POD_B, STRANGER)]);
+        tool(client, "nft delete table inet overwriting")?;
+    }
+    Ok(())
+}
+
+#[test]
+fn what_a_node_itself_says_is_never_selected() -> Result {
+    let Some(lab) = lab()? else { return Ok(()) };
+    let mut everybody = policy("p", &[POD_A], Some("node-b"), dual(EIP_B))?;
+    everybody.sources =
+        hosts(&[POD_A]).into_iter().map(|host| net(host.addr(), 0).trunc()).collect();
+    let mut fleet = Fleet::open(&lab)?;
+    for number in 1..=2 {
+        fleet.apply(&[everybody.clone()])?;
+        let said = |from: &crate::lab::Netns, expected: Pair| {
+            for (to, expected) in SERVER.into_iter().zip(expected) {
+                for proto in Proto::BOTH {
+                    assert_eq!(probe(from, proto, to).unwrap(), expected, "{number} {proto} {to}");
+                }
+            }
+        };
+        said(&lab.node_a.netns, NODE_A);
+        said(&lab.node_b.netns, NODE_B_OUTSIDE);
+        said(&lab.pod_a, EIP_B);
+        said(&lab.pod_b, EIP_B);
+    }
+    Ok(())
+}
