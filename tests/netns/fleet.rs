@@ -9,8 +9,8 @@ use std::time::Duration;
 use std::{env, thread};
 
 use egress_datapath::{
-    Cluster, Datapath, EgressIp, EgressPolicy, KernelDatapath, KernelTables, MarkLayout, MarkPool,
-    NodeName, PolicyId, Reconciler, Report, TablePool, TableRange,
+    Backend, Cluster, Datapath, EgressIp, EgressPolicy, KernelDatapath, KernelTables, MarkLayout,
+    MarkPool, NodeName, PolicyId, Reconciler, Report, TablePool, TableRange,
 };
 
 use crate::lab::inside::{backend, datapath};
@@ -44,6 +44,15 @@ pub(crate) fn have(program: &str) -> Result<bool> {
         }
         Err(error) => Err(format!("no program {program}: {error}").into()),
     }
+}
+
+/// Whether the backend that this run is about cannot do what a test asks for, said on the terminal.
+pub(crate) fn is_beyond(limit: &str) -> Result<bool> {
+    if backend() == Backend::Nftables {
+        return Ok(false);
+    }
+    writeln!(io::stderr(), "LIMIT of iptables: {limit}")?;
+    Ok(true)
 }
 
 /// Runs a command line in a namespace and returns what it printed; words are split at blanks.
