@@ -1,14 +1,20 @@
 //! The iptables backend: what its packets do, and what it leaves.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::Write;
 use std::process::{Command, Stdio};
+use std::thread;
 
 use egress_datapath::state::Variant;
 use egress_datapath::{
     ApplyError, Backend, Changes, Destinations, EgressIp, EgressPolicy, Family, Iptables, MarkPool,
     State, TablePool, Unavailable, plan,
 };
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
+use rustix::thread::UnshareFlags;
 
 use crate::fleet::{
     Expect, Fleet, Result, assert_same, check, dual, expect, expect_nothing, have, lab, lost,
@@ -58,6 +64,7 @@ of_both! {
     a_refused_change_leaves_the_table_as_it_was
     the_shell_text_makes_the_same
     the_limits_are_as_documented
+    chains_of_our_names_are_taken_over
 }
 
 /// Policies of every kind at once.
@@ -336,5 +343,72 @@ fn the_limits_are_as_documented(variant: Variant) -> Result {
     let seen = probe(&lab.pod_a, Proto::Udp, SERVER[0]);
     assert!(seen.is_err(), "{seen:?}");
     assert!(sources(&lab).is_empty());
+    Ok(())
+}
+
+/// Gives this thread, and what it starts, a `/run` of its own.
+fn own_run() -> Result {
+    #[expect(deprecated, reason = "its successor is unsafe for flags that are not used here")]
+    rustix::thread::unshare(UnshareFlags::NEWNS)?;
+    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
+    mount("none", "/run", "tmpfs", MountFlags::empty(), None)?;
+    Ok(())
+}
+
+#[test]
+fn a_lock_that_others_keep_is_waited_for_and_named() -> Result {
+    // The lock is a file, the same for all network namespaces.
+    let locked = || -> std::result::Result<(), String> {
+        let text = |error: &dyn std::fmt::Display| error.to_string();
+        let Some(lab) = lab_with(Variant::Legacy).map_err(|error| text(&error))? else {
+            return Ok(());
+        };
+        own_run().map_err(|error| text(&error))?;
+        let mut fleet = fleet(&lab, backend(Variant::Legacy)).map_err(|error| text(&error))?;
+        let policies = policies().map_err(|error| text(&error))?;
+        fleet.apply(&policies[..1]).map_err(|error| text(&error))?;
+        let file = File::create("/run/xtables.lock").map_err(|error| text(&error))?;
+        flock(&file, FlockOperation::LockExclusive).map_err(|error| text(&error))?;
+        let error = fleet.apply(&policies).map(drop).map_err(|error| text(&error));
+        let error = error.err().ok_or("nothing waited for the lock")?;
+        assert!(error.contains("another program holds /run/xtables.lock"), "{error}");
+        flock(&file, FlockOperation::Unlock).map_err(|error| text(&error))?;
+        fleet.apply(&policies).map_err(|error| text(&error))?;
+        check(&expectations(&lab));
+        Ok(())
+    };
+    let ended = thread::spawn(locked).join();
+    Ok(ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?)
+}
+
+/// Chains of another egress gateway that have the names of ours, as its agent leaves them.
+const ANCESTOR: [&str; 9] = [
+    "-t mangle -N EGRESSGATEWAY-MARK-REQUEST",
+    "-t mangle -A EGRESSGATEWAY-MARK-REQUEST -s 10.244.1.10/32 -m comment --comment egw:1 -j MARK \
+     --set-xmark 0x26ab0000/0xffffffff",
+    "-t mangle -I PREROUTING -m comment --comment egw:2 -j EGRESSGATEWAY-MARK-REQUEST",
+    "-t mangle -N EGRESSGATEWAY-RESET-MARK",
+    "-t mangle -I FORWARD -m comment --comment egw:3 -j EGRESSGATEWAY-RESET-MARK",
+    "-t nat -N EGRESSGATEWAY-NO-SNAT",
+    "-t nat -A EGRESSGATEWAY-NO-SNAT -m mark --mark 0x26000000/0xff000000 -j ACCEPT",
+    "-t nat -I POSTROUTING -j EGRESSGATEWAY-NO-SNAT",
+    "-t nat -N EGRESSGATEWAY-SNAT-EIP",
+];
+
+fn chains_of_our_names_are_taken_over(variant: Variant) -> Result {
+    let Some(lab) = lab_with(variant)? else { return Ok(()) };
+    for line in ANCESTOR {
+        for host in lab.nodes() {
+            tool(&host.netns, &format!("{} {line}", variant.command(Family::V4)))?;
+        }
+    }
+    let mut fleet = fleet(&lab, backend(variant))?;
+    fleet.apply(&policies()?)?;
+    check(&expectations(&lab));
+    let left = listing(&lab.node_a.netns)?;
+    assert!(!left.contains("egw:") && !left.contains("0x26ab0000"), "{left}");
+    fleet.remove()?;
+    let left = listing(&lab.node_a.netns)?;
+    assert!(!left.contains("EGRESSGATEWAY"), "{left}");
     Ok(())
 }
