@@ -65,6 +65,12 @@ pub enum Backend {
 /// - Whoever inserts a masquerade above ours, has one in the other variant, or one in an nf_tables
 ///   table of their own, translates first. Our place is repaired with every reconciliation; a
 ///   packet that was translated otherwise is dropped from the second one of its connection on.
+/// - The first packets of a connection that somebody else translates first do get out, with the
+///   address that they were given, where they leave from the pod's own node.
+/// - Whoever overwrites the whole mark of a packet takes ours away, and the packet leaves as if
+///   there were no policy.
+/// - An answer that is under way when its connection is ended may open it the other way round; the
+///   pod's packets then leave as answers to that, with its own address.
 /// - Each policy with a list of destinations costs every steered packet two lookups, and every
 ///   policy of a gateway its connections' first packets.
 /// - Several tables and sets are not changed at once: the order of the steps keeps them safe.

@@ -2,7 +2,8 @@
 //! chosen gateway node, wearing a chosen address.
 //!
 //! The crate is a library for CNI plugins and operators. It plans what a node's kernel should hold,
-//! reads what it does hold, and makes the difference, over netlink and without any external binary.
+//! reads what it does hold, and makes the difference, over netlink and without any external binary;
+//! the backend for nodes that must stay with iptables ([`IptablesDatapath`]) runs its tools.
 //! It does not watch an API server, choose gateways, announce addresses or run threads.
 //!
 //! ```text
@@ -19,7 +20,8 @@
 //! - [`plan`] makes a [`State`] of it; pure, and the same for the same input.
 //! - [`Changes`] are the difference of two states, in an order that is safe at every point; they
 //!   print as the commands an operator would type.
-//! - [`Datapath`] holds a state: the kernel ([`KernelDatapath`]) or a stand-in ([`Sim`]).
+//! - [`Datapath`] holds a state: the kernel ([`KernelDatapath`], [`IptablesDatapath`]) or a stand-in
+//!   ([`Sim`]).
 //! - [`Reconciler`] does all of this in one call.
 //! - [`preflight`] looks beforehand at what on the host may be in the way.
 //! - [`Watch`] is readable when somebody else touched what is ours, and [`Reconciler::repair`] puts

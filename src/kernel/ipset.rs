@@ -27,15 +27,15 @@ use member::NETWORK_ORDER;
 /// Commands, as message types of subsystem 6.
 mod kind {
     const SUBSYSTEM: u16 = 6 << 8;
-    pub(super) const PROTOCOL: u16 = SUBSYSTEM | 1;
-    pub(super) const CREATE: u16 = SUBSYSTEM | 2;
-    pub(super) const DESTROY: u16 = SUBSYSTEM | 3;
-    pub(super) const RENAME: u16 = SUBSYSTEM | 5;
-    pub(super) const SWAP: u16 = SUBSYSTEM | 6;
-    pub(super) const LIST: u16 = SUBSYSTEM | 7;
-    pub(super) const ADD: u16 = SUBSYSTEM | 9;
-    pub(super) const DELETE: u16 = SUBSYSTEM | 10;
-    pub(super) const TYPE: u16 = SUBSYSTEM | 13;
+    pub(super) const PROTOCOL: u16 = SUBSYSTEM + 1;
+    pub(super) const CREATE: u16 = SUBSYSTEM + 2;
+    pub(super) const DESTROY: u16 = SUBSYSTEM + 3;
+    pub(super) const RENAME: u16 = SUBSYSTEM + 5;
+    pub(super) const SWAP: u16 = SUBSYSTEM + 6;
+    pub(super) const LIST: u16 = SUBSYSTEM + 7;
+    pub(super) const ADD: u16 = SUBSYSTEM + 9;
+    pub(super) const DELETE: u16 = SUBSYSTEM + 10;
+    pub(super) const TYPE: u16 = SUBSYSTEM + 13;
 }
 
 /// Attributes of a command.

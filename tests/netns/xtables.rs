@@ -159,7 +159,7 @@ fn listing(netns: &Netns) -> Result<String> {
     for line in ["iptables-legacy-save", "ip6tables-legacy-save", "iptables-nft-save", "ipset save"]
     {
         let said = tool(netns, line)?;
-        text += &format!("# {line}\n");
+        text.extend(["# ", line, "\n"]);
         // A table that was looked at is there from then on.
         let is_content = |line: &&str| !line.starts_with(['#', ':', '*']) && *line != "COMMIT";
         for line in said.lines().filter(is_content) {
@@ -243,7 +243,8 @@ fn a_refused_change_leaves_the_table_as_it_was(variant: Variant) -> Result {
     let found = kernel.observe()?;
     // Somebody has deleted what is about to be deleted.
     let iptables = variant.command(Family::V4);
-    let chain = found.xtables[&variant].chains.keys().map(|chain| chain.name.to_string());
+    let tables = found.xtables.get(&variant).ok_or("no chains")?;
+    let chain = tables.chains.keys().map(|chain| chain.name.to_string());
     let to = chain.filter(|name| name.contains("-TO-")).min().ok_or("no gateway")?;
     tool(netns, &format!("{iptables} -t mangle -F EGRESSGATEWAY-MARK-REQUEST"))?;
     tool(netns, &format!("{iptables} -t mangle -F {to}"))?;

@@ -97,9 +97,9 @@ impl Rules<'_, '_> {
         XtMatch::UdpPort(self.sets.world.cluster.tunnel.port)
     }
 
-    fn set_mark(&self, mark: u32, comment: &str) -> XtRule {
+    fn set_mark(&self, value: u32, comment: &str) -> XtRule {
         let mask = self.sets.mask();
-        rule([], XtTarget::SetMark(MarkBits { mask, value: mark & mask }), comment)
+        rule([], XtTarget::SetMark(MarkBits { mask, value: value & mask }), comment)
     }
 
     /// By the bits that tell it from gateways' marks whichever there are.

@@ -80,7 +80,7 @@ struct Reader<'a> {
     rule: XtRule,
 }
 
-impl<'a> Reader<'a> {
+impl Reader<'_> {
     fn next<T: FromStr>(&mut self) -> Option<T> {
         self.words.pop_front()?.parse().ok()
     }
