@@ -25,6 +25,7 @@ impl Op {
     }
 
     /// The variant, family and table whose transaction it is part of.
+    #[cfg(all(feature = "kernel", target_os = "linux"))]
     pub(crate) const fn xt_chain(&self) -> Option<(Variant, XtChain)> {
         match self {
             Self::AddXtChain(variant, chain)

@@ -108,7 +108,9 @@ fn drift(state: &mut State, kind: u8, index: Index) {
             5 => rules.reverse(),
             6 => drop(tables.jumps.pop_first()),
             7 => {
-                tables.jumps.values_mut().for_each(|jumps| jumps.iter_mut().for_each(|j| j.0 += 2))
+                for (place, _) in tables.jumps.values_mut().flatten() {
+                    *place += 2;
+                }
             }
             _ => {}
         }
@@ -118,7 +120,9 @@ fn drift(state: &mut State, kind: u8, index: Index) {
 fn drifted() -> impl Strategy<Value = State> {
     (states(), proptest::collection::vec((0..8_u8, any::<Index>()), 0..4)).prop_map(
         |(mut state, all)| {
-            all.into_iter().for_each(|(kind, index)| drift(&mut state, kind, index));
+            for (kind, index) in all {
+                drift(&mut state, kind, index);
+            }
             state
         },
     )
