@@ -4,10 +4,8 @@ use std::fmt;
 use std::net::IpAddr;
 use std::time::Duration;
 
-#[cfg(all(feature = "kernel", target_os = "linux"))]
 use crate::lookup::WayOut;
 use crate::state::Set;
-#[cfg(all(feature = "kernel", target_os = "linux"))]
 use crate::state::{MarkBits, State};
 use crate::types::Family;
 
@@ -72,7 +70,6 @@ impl Connection {
     }
 }
 
-#[cfg(all(feature = "kernel", target_os = "linux"))]
 impl Connection {
     /// Whether its translation is not what the wanted table would give it now.
     ///

@@ -1,11 +1,23 @@
 //! The boundary between what is wanted and who holds it.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 
 use crate::changes::Changes;
 use crate::connection::Connection;
 use crate::error::{ApplyError, KernelError};
 use crate::state::State;
+
+/// What may differ from what was last known of a datapath.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Drift {
+    /// Nothing: that is certain.
+    None,
+    /// Everything but the nf_tables table, which certainly is as it was.
+    Rest,
+    /// Everything.
+    Unknown,
+}
 
 /// The kernel, or a stand-in for it: can be read, and can be changed.
 #[cfg_attr(feature = "mock", mockall::automock)]
@@ -16,6 +28,26 @@ pub trait Datapath: Send {
     ///
     /// The request that the kernel refused, with its words.
     fn observe(&mut self) -> Result<State, KernelError>;
+
+    /// What may differ from what it held when it was last [observed](Self::observe), with all that
+    /// was [applied](Self::apply) since.
+    ///
+    /// It must be proven that something is as it was: a datapath that cannot tell, as one cannot
+    /// after a refusal, says [`Drift::Unknown`] and is read again. That is the default.
+    fn drift(&mut self) -> Drift {
+        Drift::Unknown
+    }
+
+    /// Reads back everything of ours but the nf_tables table.
+    ///
+    /// Asked for where [`drift`](Self::drift) says [`Drift::Rest`].
+    ///
+    /// # Errors
+    ///
+    /// As for [`observe`](Self::observe).
+    fn observe_rest(&mut self) -> Result<State, KernelError> {
+        Ok(State { firewall: None, ..self.observe()? })
+    }
 
     /// Connections of ours, or of selected sources, that are not translated as `wanted` says.
     ///
@@ -29,6 +61,19 @@ pub trait Datapath: Send {
         before: &State,
     ) -> Result<BTreeSet<Connection>, KernelError> {
         Ok(BTreeSet::new())
+    }
+
+    /// Connections that are forwarded, of one source or of all; `None` if it cannot list them.
+    ///
+    /// Asked for after an [update](crate::Reconciler::update), if they may not be translated as
+    /// wanted any more; a datapath that says `None`, as is the default, is asked for its
+    /// [stale connections](Self::stale_connections).
+    #[expect(unused_variables, reason = "the name is for those who have some")]
+    fn connections(
+        &mut self,
+        source: Option<IpAddr>,
+    ) -> Result<Option<Vec<Connection>>, KernelError> {
+        Ok(None)
     }
 
     /// Makes the changes, step by step.
@@ -49,12 +94,27 @@ macro_rules! delegate {
                 (**self).observe()
             }
 
+            fn drift(&mut self) -> Drift {
+                (**self).drift()
+            }
+
+            fn observe_rest(&mut self) -> Result<State, KernelError> {
+                (**self).observe_rest()
+            }
+
             fn stale_connections(
                 &mut self,
                 wanted: &State,
                 before: &State,
             ) -> Result<BTreeSet<Connection>, KernelError> {
                 (**self).stale_connections(wanted, before)
+            }
+
+            fn connections(
+                &mut self,
+                source: Option<IpAddr>,
+            ) -> Result<Option<Vec<Connection>>, KernelError> {
+                (**self).connections(source)
             }
 
             fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {

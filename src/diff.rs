@@ -1,11 +1,12 @@
 //! The difference of two states, and the one place that puts it in order.
 
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 
 use crate::changes::{Changes, Phase, Step};
 use crate::cluster::Tunnel;
 use crate::op::Op;
-use crate::state::{ChainId, Firewall, Key, NftRule, Route, Set, State, Stmt, Stray, Vxlan};
+use crate::state::{ChainId, Firewall, Key, NftRule, Route, Set, State, Stmt, Stray, Value, Vxlan};
 
 mod xtables;
 
@@ -28,54 +29,161 @@ impl Changes {
         }
         Self::new(steps.finish())
     }
+
+    /// The operations for a change that is known beforehand.
+    ///
+    /// `parts` is everything but elements, before and after, where any of it changes; the firewall
+    /// is there on both sides. `elements` are those that may change, with their values before and
+    /// after; none of them is a range.
+    pub(crate) fn of(
+        parts: Option<(&State, &State)>,
+        elements: impl IntoIterator<Item = (Key, Option<Value>, Option<Value>)>,
+    ) -> Self {
+        let mut steps = Steps::default();
+        let mut sets = None;
+        if let Some((before, after)) = parts {
+            rtnetlink(before, after, &mut steps);
+            if let (Some(before), Some(after)) = (&before.firewall, &after.firewall) {
+                firewall(before, after, &mut steps);
+                sets = Some(&after.sets);
+            }
+        }
+        let stays = |key: &Key| sets.is_none_or(|sets| sets.contains(&key.set()));
+        for (key, was, is) in elements {
+            element(Change::of(key, was, is), stays, |_| false, &mut steps);
+        }
+        order_elements(&mut steps);
+        Self::new(steps.finish())
+    }
 }
 
+/// Sources that come or go in one transaction: its messages take a few megabytes, not hundreds.
+const SOURCES_AT_ONCE: usize = 32_768;
+
 #[derive(Default)]
-struct Steps(BTreeMap<Phase, Vec<Op>>);
+struct Steps {
+    phases: BTreeMap<Phase, Vec<Op>>,
+    /// Single sources that come, and those that go: each is a matter of its own, so that they need
+    /// no common transaction.
+    coming: Vec<Vec<Op>>,
+    going: Vec<Vec<Op>>,
+}
 
 impl Steps {
     fn add(&mut self, phase: Phase, op: Op) {
-        self.0.entry(phase).or_default().push(op);
+        let parts = match (phase, &op) {
+            (Phase::FillSources, Op::AddElement(Key::Source(_), _)) => &mut self.coming,
+            (Phase::EmptySources, Op::DeleteElement(Key::Source(_), _)) => &mut self.going,
+            _ => return self.phases.entry(phase).or_default().push(op),
+        };
+        match parts.last_mut() {
+            Some(part) if part.len() < SOURCES_AT_ONCE => part.push(op),
+            _ => parts.push(vec![op]),
+        }
     }
 
-    fn finish(self) -> Vec<Step> {
-        self.0.into_iter().map(|(phase, ops)| Step { phase, ops }).collect()
+    fn finish(mut self) -> Vec<Step> {
+        // One that comes may take the place of its range: it is there before the range goes. One
+        // that is replaced, or has but few beside it, shares the transaction with the ranges.
+        let mut parted = Vec::new();
+        for (phase, mut parts) in
+            [(Phase::FillSources, self.coming), (Phase::EmptySources, self.going)]
+        {
+            let Some(mut last) = parts.pop() else { continue };
+            parted.extend(parts.into_iter().map(|ops| Step { phase, ops }));
+            let with = self.phases.entry(phase).or_default();
+            last.append(with);
+            last.sort_by_key(rank);
+            *with = last;
+        }
+        let whole = self.phases.into_iter().map(|(phase, ops)| Step { phase, ops });
+        let mut steps: Vec<_> = parted.into_iter().chain(whole).collect();
+        steps.sort_by_key(|step| step.phase);
+        steps
     }
 }
 
 /// What changes from one ordered map to another.
-enum Change<'a, K, V> {
-    Added(&'a K, &'a V),
-    Removed(&'a K, &'a V),
-    Replaced(&'a K, &'a V, &'a V),
+enum Change<K, V> {
+    Same,
+    Added(K, V),
+    Removed(K, V),
+    Replaced(K, V, V),
+}
+
+impl<K, V: PartialEq> Change<K, V> {
+    fn of(key: K, was: Option<V>, is: Option<V>) -> Self {
+        match (was, is) {
+            (None, None) => Self::Same,
+            (None, Some(is)) => Self::Added(key, is),
+            (Some(was), None) => Self::Removed(key, was),
+            (Some(was), Some(is)) if was == is => Self::Same,
+            (Some(was), Some(is)) => Self::Replaced(key, was, is),
+        }
+    }
 }
 
 /// Walks two ordered maps side by side.
-fn changes<'a, K: Ord, V: PartialEq>(
-    observed: &'a BTreeMap<K, V>,
-    desired: &'a BTreeMap<K, V>,
-    mut each: impl FnMut(Change<'a, K, V>),
+fn changes<K: Ord, V: PartialEq>(
+    observed: impl IntoIterator<Item = (K, V)>,
+    desired: impl IntoIterator<Item = (K, V)>,
+    mut each: impl FnMut(Change<K, V>),
 ) {
-    let (mut old, mut new) = (observed.iter().peekable(), desired.iter().peekable());
+    let (mut old, mut new) = (observed.into_iter().peekable(), desired.into_iter().peekable());
     loop {
-        match (old.peek().copied(), new.peek().copied()) {
-            (Some((key, was)), Some((same, is))) if key == same => {
-                if was != is {
-                    each(Change::Replaced(key, was, is));
-                }
-                old.next();
-                new.next();
-            }
-            (Some((key, was)), other) if other.is_none_or(|(next, _)| key < next) => {
-                each(Change::Removed(key, was));
-                old.next();
-            }
-            (_, Some((key, is))) => {
-                each(Change::Added(key, is));
-                new.next();
-            }
-            (None | Some(_), None) => return,
+        let order = match (old.peek(), new.peek()) {
+            (None, None) => return,
+            (Some(_), None) => Ordering::Less,
+            (None, Some(_)) => Ordering::Greater,
+            (Some((old, _)), Some((new, _))) => old.cmp(new),
+        };
+        let was = old.next_if(|_| order.is_le());
+        let is = new.next_if(|_| order.is_ge());
+        match (was, is) {
+            (Some((key, was)), Some((_, is))) => each(Change::of(key, Some(was), Some(is))),
+            (Some((key, was)), None) => each(Change::Removed(key, was)),
+            (None, Some((key, is))) => each(Change::Added(key, is)),
+            (None, None) => return,
         }
+    }
+}
+
+/// What an element's change takes; `stays` says whether its set does, `overlapped` whether a range
+/// that is wanted shares addresses with it.
+fn element(
+    change: Change<Key, Value>,
+    stays: impl Fn(&Key) -> bool,
+    overlapped: impl Fn(&Key) -> bool,
+    steps: &mut Steps,
+) {
+    match change {
+        Change::Same => {}
+        Change::Added(key, value) => steps.add(filled_in(&key), Op::AddElement(key, value)),
+        Change::Replaced(key, was, is) => {
+            let phase = filled_in(&key);
+            let ops = steps.phases.entry(phase).or_default();
+            ops.extend([Op::DeleteElement(key, was), Op::AddElement(key, is)]);
+        }
+        // Sets that go take their elements along.
+        Change::Removed(key, _) if !stays(&key) => {}
+        Change::Removed(key, value) => {
+            // The kernel refuses overlapping ranges: one that goes and one that stays or comes
+            // in its place cannot be there at once.
+            let phase = if overlapped(&key) { filled_in(&key) } else { emptied_in(&key) };
+            steps.add(phase, Op::DeleteElement(key, value));
+        }
+    }
+}
+
+fn order_elements(steps: &mut Steps) {
+    for phase in [
+        Phase::FillVerdicts,
+        Phase::FillPolicies,
+        Phase::FillClasses,
+        Phase::FillSources,
+        Phase::EmptyVerdicts,
+    ] {
+        sort(steps, phase, rank);
     }
 }
 
@@ -114,7 +222,7 @@ fn rtnetlink(observed: &State, desired: &State, steps: &mut Steps) {
         (Change::Removed(mac, node), Some(device)) => {
             steps.add(Phase::DeletePeers, Op::DeleteFdb(device.clone(), *mac, *node));
         }
-        (_, None) => {}
+        (Change::Same, _) | (_, None) => {}
     });
     changes(&observed.neighbours, &desired.neighbours, |change| match (change, &device) {
         (Change::Added(address, mac) | Change::Replaced(address, _, mac), Some(device)) => {
@@ -123,7 +231,7 @@ fn rtnetlink(observed: &State, desired: &State, steps: &mut Steps) {
         (Change::Removed(address, _), Some(device)) => {
             steps.add(Phase::DeletePeers, Op::DeleteNeighbour(device.clone(), *address));
         }
-        (_, None) => {}
+        (Change::Same, _) | (_, None) => {}
     });
     routes(&observed, desired, steps);
     for rule in desired.rules.difference(&observed.rules) {
@@ -147,7 +255,7 @@ fn rule_priority(op: &Op) -> u32 {
 }
 
 fn sort<K: Ord>(steps: &mut Steps, phase: Phase, key: impl Fn(&Op) -> K) {
-    if let Some(ops) = steps.0.get_mut(&phase) {
+    if let Some(ops) = steps.phases.get_mut(&phase) {
         ops.sort_by_key(|op| key(op));
     }
 }
@@ -208,6 +316,7 @@ fn routes(observed: &State, desired: &State, steps: &mut Steps) {
         Change::Removed(key, route) => {
             steps.add(Phase::DeleteRoutes, Op::DeleteRoute(device.clone(), *key, *route));
         }
+        Change::Same => {}
     });
     let sends = |op: &Op| {
         matches!(op, Op::PutRoute(_, _, Route::Via(_)) | Op::DeleteRoute(_, _, Route::Via(_)))
@@ -231,23 +340,10 @@ fn firewall(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
         steps.add(Phase::Skeleton, Op::AddSet(*set));
     }
     chains(observed, desired, steps);
-    changes(&observed.elements, &desired.elements, |change| match change {
-        Change::Added(key, value) => {
-            steps.add(filled_in(key), Op::AddElement(*key, value.clone()));
-        }
-        Change::Replaced(key, was, is) => {
-            steps.add(filled_in(key), Op::DeleteElement(*key, was.clone()));
-            steps.add(filled_in(key), Op::AddElement(*key, is.clone()));
-        }
-        // Sets that go take their elements along.
-        Change::Removed(key, _) if !desired.sets.contains(&key.set()) => {}
-        Change::Removed(key, value) => {
-            // The kernel refuses overlapping ranges: one that goes and one that stays or comes
-            // in its place cannot be there at once.
-            let phase =
-                if desired.overlapping(key).is_some() { filled_in(key) } else { emptied_in(key) };
-            steps.add(phase, Op::DeleteElement(*key, value.clone()));
-        }
+    let stays = |key: &Key| desired.sets.contains(&key.set());
+    let overlapped = |key: &Key| desired.overlapping(key).is_some();
+    changes(&observed.elements, &desired.elements, |change| {
+        element(change, stays, overlapped, steps);
     });
     for stray in &observed.strays {
         steps.add(Phase::EmptyVerdicts, Op::DeleteStray(stray.clone()));
@@ -260,15 +356,7 @@ fn firewall(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
         Op::DeleteChain(_) => 0,
         op => rank(op),
     });
-    for phase in [
-        Phase::FillVerdicts,
-        Phase::FillPolicies,
-        Phase::FillClasses,
-        Phase::FillSources,
-        Phase::EmptyVerdicts,
-    ] {
-        sort(steps, phase, rank);
-    }
+    order_elements(steps);
 }
 
 /// Order within a transaction: nothing is made before what it refers to, nor deleted after.

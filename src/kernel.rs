@@ -28,16 +28,18 @@ mod rtnl_wire_tests;
 mod rule;
 mod socket;
 mod tables;
+mod trust;
 mod watch;
 mod wire;
 mod xtables;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use crate::changes::{Changes, Made, Step};
 use crate::connection::Connection;
-use crate::datapath::Datapath;
+use crate::datapath::{Datapath, Drift};
 use crate::error::{ApplyError, KernelError};
 use crate::op::Op;
 use crate::state::State;
@@ -49,6 +51,7 @@ pub use ownership::Ownership;
 use route_socket::RouteSocket;
 use socket::Socket;
 pub use tables::KernelTables;
+use trust::Trust;
 pub use watch::{News, Part, Process, Watch};
 pub use xtables::IptablesDatapath;
 
@@ -66,6 +69,7 @@ pub struct KernelDatapath {
     netfilter: Socket,
     hold: Hold,
     watching: watch::Shared,
+    trust: Trust,
 }
 
 impl KernelDatapath {
@@ -89,9 +93,14 @@ impl KernelDatapath {
         let (routing, mut netfilter) = (RouteSocket::open()?, nft::open()?);
         let hold = Hold::take(ownership, &mut netfilter)?;
         // Last, for the port of a process's first socket is its pid, and names an owner to others.
-        let watching = watch::Shared::open(routing.share_expected(), nft::open()?)
-            .map_err(|error| KernelError::io("open a routing socket", &error))?;
-        Ok(Self { routing, netfilter, hold, watching })
+        let ears = |expected| {
+            watch::Shared::open(expected, nft::open()?)
+                .map_err(|error| KernelError::io("open a routing socket", &error))
+        };
+        let watching = ears(routing.share_expected())?;
+        // What our own requests bring about is news to these.
+        let trust = Trust::new(ears(Arc::default())?, [routing.port(), netfilter.port()]);
+        Ok(Self { routing, netfilter, hold, watching, trust })
     }
 
     /// Begins to listen for changes that others make to what is ours, in the network namespace of
@@ -115,6 +124,11 @@ impl KernelDatapath {
         Ok(found.map(|device| device.mtu))
     }
 
+    /// Index of our device, the last one known; 0 for none.
+    fn device_index(&self) -> u32 {
+        self.routing.expected().index()
+    }
+
     /// Says of a denial that it is the table's owner who may.
     fn name_the_owner(&mut self, refused: nft::Refused) -> nft::Refused {
         if !refused.iter().any(|(_, error)| error.is_denied()) {
@@ -132,7 +146,10 @@ impl KernelDatapath {
     fn step(&mut self, step: &Step) -> Made {
         if step.ops.first().is_some_and(Op::is_nft) {
             return match nft::commit_as(&mut self.netfilter, &step.ops, self.hold.table_flags) {
-                Ok(()) => (step.ops.len(), Vec::new()),
+                Ok(between) => {
+                    self.trust.committed(between);
+                    (step.ops.len(), Vec::new())
+                }
                 Err(refused) => {
                     let refused = self.name_the_owner(refused).into_iter();
                     let op = |index: usize| step.ops.get(index).or(step.ops.first()).cloned();
@@ -157,9 +174,23 @@ impl KernelDatapath {
 
 impl Datapath for KernelDatapath {
     fn observe(&mut self) -> Result<State, KernelError> {
+        self.trust.begin(self.device_index());
+        let mut state = self.observe_rest()?;
+        let (firewall, generation) = nft::observe_at(&mut self.netfilter)?;
+        self.trust.table_known(generation);
+        state.firewall = firewall;
+        Ok(state)
+    }
+
+    fn drift(&mut self) -> Drift {
+        let index = self.device_index();
+        self.trust.drift(&mut self.netfilter, index)
+    }
+
+    fn observe_rest(&mut self) -> Result<State, KernelError> {
         let mut state = State::default();
         self.routing.observe(&mut state)?;
-        state.firewall = nft::observe(&mut self.netfilter)?;
+        self.trust.routing_known();
         Ok(state)
     }
 
@@ -178,7 +209,23 @@ impl Datapath for KernelDatapath {
         Ok(forwarded.filter(|connection| connection.is_stale(wanted, before)).collect())
     }
 
+    fn connections(
+        &mut self,
+        source: Option<IpAddr>,
+    ) -> Result<Option<Vec<Connection>>, KernelError> {
+        let mut found = conntrack::connections_of(&mut self.netfilter, source)?;
+        if !found.is_empty() {
+            let local = self.routing.local_addresses()?;
+            found.retain(|connection| !local.contains(&connection.peer));
+        }
+        Ok(Some(found))
+    }
+
     fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {
-        changes.make(|step| self.step(step))
+        let made = changes.make(|step| self.step(step));
+        if made.is_err() {
+            self.trust.end();
+        }
+        made
     }
 }

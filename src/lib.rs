@@ -91,7 +91,6 @@ mod diff;
 mod error;
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 mod kernel;
-#[cfg(all(feature = "kernel", target_os = "linux"))]
 mod lookup;
 mod mark;
 mod op;
@@ -118,9 +117,9 @@ pub use alloc::{MockMarkAllocator, MockTableAllocator};
 pub use changes::{Changes, Phase, Step};
 pub use cluster::{Backend, Cluster, Iptables, Node, Tunnel};
 pub use connection::Connection;
-pub use datapath::Datapath;
 #[cfg(feature = "mock")]
 pub use datapath::MockDatapath;
+pub use datapath::{Datapath, Drift};
 pub use error::{ApplyError, KernelError};
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 pub use kernel::{
@@ -128,7 +127,7 @@ pub use kernel::{
 };
 pub use mark::{LayoutError, MarkLayout};
 pub use op::Op;
-pub use plan::{Closed, Finding, Plan, PlanError, PolicyError, plan};
+pub use plan::{Closed, Finding, Plan, PlanError, PolicyError, Update, plan};
 #[cfg(feature = "mock")]
 pub use policy::MockPolicy;
 pub use policy::{Destinations, EgressIp, EgressPolicy, Policy, Unavailable};

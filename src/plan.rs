@@ -1,27 +1,41 @@
 //! From policies to what this node's kernel should hold; pure, and the same for the same input.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use crate::alloc::{AllocError, MarkAllocator, TableAllocator};
-use crate::cluster::{Backend, Cluster, Node};
-use crate::policy::{Policy, Unavailable};
+use crate::cluster::Cluster;
+#[cfg(doc)]
+use crate::cluster::Node;
+use crate::policy::Policy;
 use crate::state::State;
 use crate::types::{Family, Mark, NodeName, TableId};
 
 mod chains;
 mod check;
 mod classes;
+mod cover;
+mod delta;
 mod error;
 mod finding;
 mod firewall;
+mod index;
+mod kept;
+mod numbers;
 mod routing;
+mod update;
 mod xtables;
 
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 pub(crate) use chains::priority::BEFORE_SNAT;
-use check::{Checked, World};
+use check::World;
 pub use error::{PlanError, PolicyError};
 pub use finding::{Closed, Finding};
+pub(crate) use index::Index;
+use kept::Kept;
+#[cfg(test)]
+pub(crate) use numbers::tests::with_few as with_few_tags;
+pub use update::Update;
+pub(crate) use update::{Part, Planned};
 
 /// What this node's kernel should hold, and what the caller should know about it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,54 +65,8 @@ pub fn plan<P: Policy>(
     marks: &mut dyn MarkAllocator,
     tables: &mut dyn TableAllocator,
 ) -> Result<Plan, PlanError> {
-    let world = World::new(cluster)?;
-    let policies: Vec<P> = policies.into_iter().collect();
-    let checked = checked(&policies, &world)?;
-    reserve_given(cluster, marks)?;
-    let mut findings = Vec::new();
-    let gateways = gateways(&checked, &world, marks, tables, &mut findings)?;
-    let mut state = State::default();
-    // Without a prefix our marks cannot be told from other people's, so nothing can be closed
-    // but what a gateway's mark is on.
-    let closing = match cluster.marks.prefix_mask() {
-        0 => None,
-        _ => closing_table(cluster, &gateways, tables, &mut findings)?,
-    };
-    routing::routing(&world, &gateways, closing, &mut state);
-    match cluster.backend {
-        Backend::Nftables => {
-            state.firewall = Some(firewall::firewall(&world, &checked, &gateways, &mut findings));
-        }
-        Backend::Iptables(iptables) => {
-            xtables::check(&world)?;
-            let (sets, tables) =
-                xtables::xtables(&world, &checked, &gateways, iptables, &mut findings);
-            state.ipsets = sets;
-            state.xtables.insert(iptables.variant, tables);
-        }
-    }
-    let gateways = gateways
-        .into_values()
-        .map(|gateway| (gateway.node.name.clone(), (gateway.mark, gateway.table)))
-        .collect();
-    Ok(Plan { state, gateways, findings })
-}
-
-/// The policies in their total order: (priority, id).
-fn checked<'a, P: Policy>(
-    policies: &'a [P],
-    world: &World<'a>,
-) -> Result<Vec<Checked<'a>>, PlanError> {
-    let mut ids = BTreeSet::new();
-    let mut checked = Vec::with_capacity(policies.len());
-    for policy in policies {
-        if !ids.insert(policy.id()) {
-            return Err(PlanError::DuplicatePolicy { policy: policy.id().clone() });
-        }
-        checked.push(Checked::new(policy, world)?);
-    }
-    checked.sort_unstable_by_key(|policy| (policy.priority, policy.id));
-    Ok(checked)
+    let (index, state) = Index::new(cluster, policies, marks, tables)?;
+    Ok(Plan { state, gateways: index.gateways(), findings: index.findings() })
 }
 
 /// Makes the allocator agree with the marks that the caller gives.
@@ -123,20 +91,21 @@ fn reserve_given(cluster: &Cluster, marks: &mut dyn MarkAllocator) -> Result<(),
     Ok(())
 }
 
-/// The table of the closing rule, if the gateways leave one.
+/// The table of the closing rule, and how many there are if the gateways leave none.
 fn closing_table(
     cluster: &Cluster,
-    gateways: &BTreeMap<&NodeName, Gateway<'_>>,
+    gateways: &Gateways,
     tables: &mut dyn TableAllocator,
-    findings: &mut Vec<Finding>,
-) -> Result<Option<TableId>, PlanError> {
+) -> Result<(Option<TableId>, Option<usize>), PlanError> {
+    // Without a prefix our marks cannot be told from other people's, so nothing can be closed
+    // but what a gateway's mark is on.
+    if cluster.marks.prefix_mask() == 0 {
+        return Ok((None, None));
+    }
     let idle = |node: &NodeName| !gateways.contains_key(node);
     match table_for(&cluster.node, cluster, idle, tables) {
-        Ok(table) => Ok(Some(table)),
-        Err(AllocError::Exhausted { capacity, .. }) => {
-            findings.push(Finding::NoClosingTable { capacity });
-            Ok(None)
-        }
+        Ok(table) => Ok((Some(table), None)),
+        Err(AllocError::Exhausted { capacity, .. }) => Ok((None, Some(capacity))),
         Err(error) => Err(PlanError::Table(error)),
     }
 }
@@ -167,27 +136,33 @@ fn table_for(
 }
 
 /// A gateway that this node steers to.
-struct Gateway<'a> {
-    node: &'a Node,
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Gateway {
+    /// The node's place in the cluster's list.
+    place: usize,
     mark: Mark,
     /// The number in the mark.
     value: u16,
     table: TableId,
 }
 
+/// The gateways that this node steers to.
+type Gateways = BTreeMap<NodeName, Gateway>;
+
 /// What becomes of a policy's traffic of one family on this node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
-    /// It is sent to another node.
-    Client,
+    /// It is sent to the node at this place of the cluster's list.
+    Client(usize),
     /// It leaves from here.
     Gateway,
     /// It is dropped.
     Closed(Closed),
 }
 
-fn role(policy: &Checked<'_>, family: Family, world: &World<'_>) -> Role {
-    let Some(gateway) = policy.gateway else {
+fn role(policy: &Kept, family: Family, world: &World) -> Role {
+    let gateway = policy.gateway.and_then(|place| Some((place, world.node(place)?)));
+    let Some((place, gateway)) = gateway else {
         return Role::Closed(Closed::NoGateway);
     };
     if !policy.egress_ip.serves(family) {
@@ -197,42 +172,29 @@ fn role(policy: &Checked<'_>, family: Family, world: &World<'_>) -> Role {
         return Role::Gateway;
     }
     if routing::carries(world, gateway, family) {
-        Role::Client
+        Role::Client(place)
     } else {
         Role::Closed(Closed::NoTunnelAddress)
     }
 }
 
-fn gateways<'a>(
-    policies: &[Checked<'a>],
-    world: &World<'a>,
+/// What becomes of a policy's traffic of the families that it has sources of.
+fn roles(policy: &Kept, world: &World) -> impl Iterator<Item = (Family, Role)> {
+    let families = Family::BOTH.into_iter().filter(|family| policy.sources.has(*family));
+    families.map(|family| (family, role(policy, family, world)))
+}
+
+/// Gives the gateways at these places of the cluster's list their marks and tables.
+fn numbered(
+    used: impl IntoIterator<Item = usize>,
+    world: &World,
     marks: &mut dyn MarkAllocator,
     tables: &mut dyn TableAllocator,
-    findings: &mut Vec<Finding>,
-) -> Result<BTreeMap<&'a NodeName, Gateway<'a>>, PlanError> {
-    let mut used = BTreeMap::new();
-    for policy in policies {
-        for family in Family::BOTH {
-            if !policy.sources.iter().any(|net| Family::of_net(net) == family) {
-                continue;
-            }
-            match (role(policy, family, world), policy.gateway) {
-                (Role::Client, Some(node)) => {
-                    used.insert(&node.name, node);
-                }
-                (Role::Closed(why), _) => {
-                    let id = policy.id.clone();
-                    findings.push(match policy.unavailable {
-                        Unavailable::Drop => Finding::Closed { policy: id, family, why },
-                        Unavailable::Bypass => Finding::Bypassed { policy: id, family, why },
-                    });
-                }
-                _ => {}
-            }
-        }
-    }
-    let mut gateways = BTreeMap::new();
-    for (&name, &node) in &used {
+) -> Result<Gateways, PlanError> {
+    let named = used.into_iter().filter_map(|place| Some((&world.node(place)?.name, place)));
+    let used: BTreeMap<_, _> = named.collect();
+    let mut gateways = Gateways::new();
+    for (&name, &place) in &used {
         let mark = marks.allocate(name).map_err(PlanError::Mark)?;
         let value = world
             .cluster
@@ -240,8 +202,8 @@ fn gateways<'a>(
             .value(mark)
             .ok_or_else(|| PlanError::ForeignMark { node: name.clone(), mark })?;
         let idle = |node: &NodeName| !used.contains_key(node);
-        let table = table_for(name, world.cluster, idle, tables).map_err(PlanError::Table)?;
-        gateways.insert(name, Gateway { node, mark, value, table });
+        let table = table_for(name, &world.cluster, idle, tables).map_err(PlanError::Table)?;
+        gateways.insert(name.clone(), Gateway { place, mark, value, table });
     }
     Ok(gateways)
 }

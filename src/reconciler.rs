@@ -1,17 +1,21 @@
 //! Plan, observe, diff, apply: one call that makes a node right.
 
-use std::net::IpAddr;
-
 use crate::alloc::{MarkAllocator, MarkPool, TableAllocator, TablePool};
 use crate::changes::Changes;
-use crate::cluster::{Cluster, Node};
-use crate::datapath::Datapath;
+use crate::cluster::Cluster;
+use crate::datapath::{Datapath, Drift};
 use crate::error::{ApplyError, KernelError};
 use crate::op::Op;
-use crate::plan::{Finding, Plan, PlanError, plan};
+use crate::plan::{Finding, Index, PlanError};
 use crate::policy::Policy;
-use crate::state::{ChainId, Comment, Data, Firewall, Route, Rule, RuleAction, State, Verdict};
-use crate::types::{Mark, NodeName, TableId};
+use crate::state::{Firewall, State};
+use crate::types::NodeName;
+
+mod adopt;
+mod follow;
+
+use adopt::adopt;
+use follow::Unsettled;
 
 /// Keeps one network namespace as the policies want it.
 ///
@@ -23,10 +27,18 @@ pub struct Reconciler<D, M = MarkPool, T = TablePool> {
     datapath: D,
     marks: M,
     tables: T,
+    /// What the plan for that rests on, to follow changes with.
+    index: Option<Index>,
     /// What the last call that could plan wanted.
     wanted: Option<State>,
+    /// What is to be said of it, once it was asked for.
+    findings: Option<Vec<Finding>>,
+    /// Whether the datapath was left holding exactly that.
+    in_step: bool,
     /// Whether the last call was carried through, connections included.
     settled: bool,
+    /// Changes whose connections were left for later.
+    unsettled: Option<Unsettled>,
 }
 
 /// What a call did.
@@ -34,8 +46,10 @@ pub struct Reconciler<D, M = MarkPool, T = TablePool> {
 pub struct Report {
     /// The changes that were made.
     pub changes: Changes,
-    /// What is as asked, but perhaps not as meant.
+    /// What is as asked, but perhaps not as meant; of an [update](Reconciler::update) what is new.
     pub findings: Vec<Finding>,
+    /// Whether no connection is left to be ended by [`settle`](Reconciler::settle).
+    pub settled: bool,
 }
 
 /// Why a call did not do all that it should.
@@ -51,6 +65,9 @@ pub enum Error {
     /// The kernel refused a change; those before it were made, in an order in which that is safe.
     #[error(transparent)]
     Apply(#[from] ApplyError),
+    /// An update, and nothing that it could be one of; the kernel was not touched.
+    #[error("nothing is wanted that could be updated: reconcile first")]
+    NothingWanted,
 }
 
 #[cfg(all(feature = "kernel", target_os = "linux"))]
@@ -94,10 +111,23 @@ impl<D: Datapath> Reconciler<D> {
 impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     /// A reconciler with allocators of one's own; the marks must be of the cluster's layout.
     pub const fn with_allocators(datapath: D, marks: M, tables: T) -> Self {
-        Self { datapath, marks, tables, wanted: None, settled: false }
+        Self {
+            datapath,
+            marks,
+            tables,
+            index: None,
+            wanted: None,
+            findings: None,
+            in_step: false,
+            settled: false,
+            unsettled: None,
+        }
     }
 
     /// Makes the kernel hold what the policies want, and nothing else of ours.
+    ///
+    /// What has not changed since the last call costs a comparison, and the kernel is read only if
+    /// it may have been changed by others.
     ///
     /// # Errors
     ///
@@ -108,21 +138,31 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         cluster: &Cluster,
         policies: impl IntoIterator<Item = P>,
     ) -> Result<Report, Error> {
-        let (mut plan, observed, changes) = self.compare(cluster, policies)?;
-        let made = self.make(changes, &observed, &plan.state);
-        self.wanted = Some(std::mem::take(&mut plan.state));
-        let changes = made?;
-        self.release(cluster, &plan);
-        Ok(Report { changes, findings: plan.findings })
+        let policies: Vec<P> = policies.into_iter().collect();
+        if let Some(changes) = self.follow_snapshot(cluster, &policies)? {
+            return Ok(self.report(changes));
+        }
+        let observed = self.observe()?;
+        adopt(cluster, &observed, &mut self.marks, &mut self.tables);
+        let (index, state) = Index::new(cluster, policies, &mut self.marks, &mut self.tables)?;
+        let changes = Changes::between(&observed, &state);
+        (self.index, self.findings) = (Some(index), None);
+        let made = self.make(changes, &observed, &state);
+        self.wanted = Some(state);
+        let mut changes = made?;
+        changes.extend(self.end_unsettled()?);
+        self.release();
+        Ok(self.report(changes))
     }
 
-    /// Makes the kernel hold again what the last [`reconcile`](Self::reconcile) wanted, whatever
-    /// others have done to it since; the report has no findings.
+    /// Makes the kernel hold again what the last [`reconcile`](Self::reconcile) or
+    /// [`update`](Self::update) wanted, whatever others have done to it since; the report has no
+    /// findings.
     ///
-    /// It is the cheap half of a reconciliation: nothing is planned, and where nothing has changed
-    /// nothing is written. It also goes on with what a failed [`Error::Apply`] left undone. Before
-    /// the first reconciliation, and after [`remove`](Self::remove), nothing is wanted, and nothing
-    /// is done.
+    /// Nothing is planned, where nothing has changed nothing is written, and where the datapath
+    /// [can tell](Datapath::drift) that nothing has, nothing is read. It also goes on with what a
+    /// failed [`Error::Apply`] left undone. Before the first reconciliation, and after
+    /// [`remove`](Self::remove), nothing is wanted, and nothing is done.
     ///
     /// # Errors
     ///
@@ -132,11 +172,23 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
             Some(wanted) => {
                 let made = self.restore(&wanted);
                 self.wanted = Some(wanted);
-                made?
+                let mut changes = made?;
+                changes.extend(self.end_unsettled()?);
+                changes
             }
             None => Changes::default(),
         };
-        Ok(Report { changes, findings: Vec::new() })
+        Ok(Report { changes, findings: Vec::new(), settled: true })
+    }
+
+    /// The same as [`repair`](Self::repair), and reads everything, whatever the kernel told.
+    ///
+    /// # Errors
+    ///
+    /// As for [`repair`](Self::repair).
+    pub fn audit(&mut self) -> Result<Report, Error> {
+        self.in_step = false;
+        self.repair()
     }
 
     /// What [`reconcile`](Self::reconcile) would change and report, without changing it.
@@ -145,8 +197,12 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         cluster: &Cluster,
         policies: impl IntoIterator<Item = P>,
     ) -> Result<Report, Error> {
-        let (plan, _, changes) = self.compare(cluster, policies)?;
-        Ok(Report { changes, findings: plan.findings })
+        let observed = self.observe()?;
+        adopt(cluster, &observed, &mut self.marks, &mut self.tables);
+        let (index, state) = Index::new(cluster, policies, &mut self.marks, &mut self.tables)?;
+        let changes = Changes::between(&observed, &state);
+        let settled = self.settled && self.unsettled.is_none();
+        Ok(Report { changes, findings: index.findings(), settled })
     }
 
     /// Removes everything of ours.
@@ -181,36 +237,48 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
 
     /// Leaves nothing there but this much of the table that is found.
     fn empty(&mut self, keep: impl Fn(&Firewall) -> Option<Firewall>) -> Result<Report, Error> {
-        self.wanted = None;
-        let observed = self.datapath.observe().map_err(Error::Observe)?;
+        (self.wanted, self.index, self.findings) = (None, None, None);
+        self.unsettled = None;
+        let observed = self.observe()?;
         let firewall = observed.firewall.as_ref().and_then(keep);
         let nothing = State { firewall, ..State::default() };
         let changes = Changes::between(&observed, &nothing);
         let changes = self.make(changes, &observed, &nothing)?;
-        Ok(Report { changes, findings: Vec::new() })
+        Ok(Report { changes, findings: Vec::new(), settled: true })
     }
 
     /// The datapath.
+    ///
+    /// Whatever is done with it may change what it holds, so the next call reads it again.
     pub const fn datapath(&mut self) -> &mut D {
+        self.in_step = false;
         &mut self.datapath
     }
 
-    fn compare<P: Policy>(
-        &mut self,
-        cluster: &Cluster,
-        policies: impl IntoIterator<Item = P>,
-    ) -> Result<(Plan, State, Changes), Error> {
-        let observed = self.datapath.observe().map_err(Error::Observe)?;
-        adopt(cluster, &observed, &mut self.marks, &mut self.tables);
-        let plan = plan(cluster, policies, &mut self.marks, &mut self.tables)?;
-        let changes = Changes::between(&observed, &plan.state);
-        Ok((plan, observed, changes))
+    /// Reads everything; whether that is what is wanted is another matter.
+    fn observe(&mut self) -> Result<State, Error> {
+        self.in_step = false;
+        self.datapath.observe().map_err(Error::Observe)
+    }
+
+    /// What may have changed since everything was as it is wanted.
+    fn drift(&mut self) -> Drift {
+        if self.in_step { self.datapath.drift() } else { Drift::Unknown }
     }
 
     fn restore(&mut self, wanted: &State) -> Result<Changes, Error> {
-        let observed = self.datapath.observe().map_err(Error::Observe)?;
-        let changes = Changes::between(&observed, wanted);
-        self.make(changes, &observed, wanted)
+        match self.drift() {
+            Drift::None => Ok(Changes::default()),
+            Drift::Rest => {
+                let changes = self.rest_changes(wanted)?;
+                self.make_quietly(changes)
+            }
+            Drift::Unknown => {
+                let observed = self.observe()?;
+                let changes = Changes::between(&observed, wanted);
+                self.make(changes, &observed, wanted)
+            }
+        }
     }
 
     /// Makes the changes, and ends the connections that they leave behind with a translation
@@ -220,10 +288,9 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     /// between the two.
     fn make(&mut self, changes: Changes, before: &State, wanted: &State) -> Result<Changes, Error> {
         if self.settled && !changes.ops().any(Op::concerns_packets) {
-            self.datapath.apply(&changes)?;
-            return Ok(changes);
+            return self.make_quietly(changes);
         }
-        self.settled = false;
+        (self.settled, self.in_step) = (false, false);
         let (mut made, last) = changes.before_table_goes();
         self.datapath.apply(&made)?;
         let stale = self.datapath.stale_connections(wanted, before).map_err(Error::Observe)?;
@@ -233,13 +300,34 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         rest.extend(last);
         self.datapath.apply(&rest)?;
         made.extend(rest);
-        self.settled = true;
+        (self.settled, self.in_step) = (true, true);
         Ok(made)
     }
 
+    /// Makes changes that no connection's translation depends on.
+    fn make_quietly(&mut self, changes: Changes) -> Result<Changes, Error> {
+        self.in_step = false;
+        if !changes.is_empty() {
+            self.datapath.apply(&changes)?;
+        }
+        self.in_step = true;
+        Ok(changes)
+    }
+
+    /// What a call reports that knows all of what is wanted.
+    fn report(&mut self, changes: Changes) -> Report {
+        let index = self.index.as_ref();
+        let findings =
+            self.findings.get_or_insert_with(|| index.map(Index::findings).unwrap_or_default());
+        let settled = self.settled && self.unsettled.is_none();
+        Report { changes, findings: findings.clone(), settled }
+    }
+
     /// Gives back what no gateway uses any more, now that the kernel does not either.
-    fn release(&mut self, cluster: &Cluster, plan: &Plan) {
-        let idle = |name: &NodeName| *name != cluster.node && !plan.gateways.contains_key(name);
+    fn release(&mut self) {
+        let Some(index) = &self.index else { return };
+        let cluster = index.cluster();
+        let idle = |name: &NodeName| *name != cluster.node && !index.steers_to(name);
         for node in cluster.nodes.iter().filter(|node| idle(&node.name)) {
             if node.mark.is_none() && self.marks.get(&node.name).is_some() {
                 let _freed = self.marks.release(&node.name);
@@ -251,84 +339,12 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     }
 }
 
-/// Recovers which gateway has which mark and table from what a previous run left in the kernel.
-///
-/// The way out to a gateway has the node's name and leads to the chain that sets its mark, and a
-/// rule says which table a mark has. Where the firewall is gone, the table's default route says
-/// whose it is. What cannot be adopted, because the range or the layout has changed, is allocated
-/// anew and the old removed.
-fn adopt(
-    cluster: &Cluster,
-    observed: &State,
-    marks: &mut dyn MarkAllocator,
-    tables: &mut dyn TableAllocator,
-) {
-    let layout = cluster.marks;
-    let closing =
-        |rule: &&Rule| (rule.mark.get(), rule.mask) == (layout.prefix(), layout.prefix_mask());
-    for rule in observed.rules.iter().filter(closing) {
-        if let (RuleAction::Lookup(table), None) = (rule.action, tables.get(&cluster.node)) {
-            let _refused = tables.reserve(&cluster.node, table);
-        }
-    }
-    let mut found: Vec<(&NodeName, Mark, TableId)> = Vec::new();
-    for (node, mark) in marks_of(cluster, observed) {
-        found.extend(table_of(observed, mark).map(|table| (node, mark, table)));
-    }
-    for (node, table) in tables_of(cluster, observed) {
-        let rules = observed.rules.iter();
-        let to = rules.filter(|rule| rule.action == RuleAction::Lookup(table));
-        found.extend(to.map(|rule| (node, rule.mark, table)));
-    }
-    for (node, mark, table) in found {
-        if tables.get(node).is_none() {
-            let _refused = tables.reserve(node, table);
-        }
-        if marks.get(node).is_none() {
-            let _refused = marks.reserve(node, mark);
-        }
-    }
-}
-
-fn marks_of<'a>(
-    cluster: &'a Cluster,
-    observed: &'a State,
-) -> impl Iterator<Item = (&'a NodeName, Mark)> {
-    let elements = observed.firewall.iter().flat_map(|firewall| &firewall.elements);
-    elements.filter_map(|(_, value)| match (value.data, &value.comment) {
-        (Data::Verdict(Verdict::Goto(ChainId::To(mark))), Some(comment)) => {
-            let named = |node: &&Node| Comment::of_name(node.name.as_str()) == *comment;
-            cluster.nodes.iter().find(named).map(|node| (&node.name, mark))
-        }
-        _ => None,
-    })
-}
-
-fn table_of(observed: &State, mark: Mark) -> Option<TableId> {
-    observed.rules.iter().find(|rule| rule.mark == mark).and_then(|rule| match rule.action {
-        RuleAction::Lookup(table) => Some(table),
-        RuleAction::Unreachable => None,
-    })
-}
-
-fn tables_of<'a>(
-    cluster: &'a Cluster,
-    observed: &'a State,
-) -> impl Iterator<Item = (&'a NodeName, TableId)> {
-    let owner = |gateway: IpAddr| {
-        cluster.nodes.iter().find(|node| node.tunnel.iter().any(|net| net.addr() == gateway))
-    };
-    observed.routes.iter().filter_map(move |(key, route)| match route {
-        Route::Via(gateway) if key.dst.prefix_len() == 0 => {
-            owner(*gateway).map(|node| (&node.name, key.table))
-        }
-        _ => None,
-    })
-}
-
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
+
     use super::*;
+    use crate::cluster::Node;
     use crate::{EgressIp, EgressPolicy, PolicyId, Sim};
 
     #[test]

@@ -24,11 +24,13 @@ use ipnet::IpNet;
 
 use crate::types::{DeviceName, Family, MacAddr, Mark, TableId};
 
+mod elements;
 mod firewall;
 mod ipset;
 mod ruleset;
 pub(crate) mod xtables;
 
+pub use elements::{Elements, Iter as ElementsIter};
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 pub(crate) use firewall::Datum;
 pub use firewall::{Comment, Data, Firewall, Key, Set, Stray, Tag, Value, Verdict};

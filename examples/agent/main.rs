@@ -241,7 +241,7 @@ fn remove(patience: Duration) -> Result<(), Failure> {
     summary(&all, "changes")
 }
 
-fn summary(Report { changes, findings }: &Report, what: &str) -> Result<(), Failure> {
+fn summary(Report { changes, findings, .. }: &Report, what: &str) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
     write!(out, "{changes}")?;
     for finding in findings {

@@ -181,7 +181,7 @@ fn document(state: &State) -> Document {
         for key in firewall.elements.keys() {
             match key {
                 Key::Source(address) => {
-                    document.sources.of(Family::of(*address)).addresses += 1;
+                    document.sources.of(Family::of(address)).addresses += 1;
                 }
                 Key::SourceNet(range) => document.sources.of(range.family()).ranges += 1,
                 _ => {}
@@ -219,7 +219,7 @@ fn gateways(state: &State, firewall: &Firewall) -> Vec<Gateway> {
                     RuleAction::Lookup(table) => Some(table.get()),
                     RuleAction::Unreachable => None,
                 });
-                Some(Gateway { node: comment(value), mark: mark.to_string(), table })
+                Some(Gateway { node: comment(&value), mark: mark.to_string(), table })
             }
             _ => None,
         })
@@ -232,8 +232,8 @@ fn policies(firewall: &Firewall) -> Vec<Policy> {
     let mut policies: BTreeMap<String, PerFamily<Option<Steered>>> = BTreeMap::new();
     for (key, value) in &firewall.elements {
         if let (Key::Steer(family, policy), Data::Tag(way_out)) = (key, value.data) {
-            let families = policies.entry(comment(value)).or_default();
-            *families.of(*family) = Some(steered(firewall, *family, *policy, way_out));
+            let families = policies.entry(comment(&value)).or_default();
+            *families.of(family) = Some(steered(firewall, family, policy, way_out));
         }
     }
     let policy = |(id, families)| Policy { id, families };
@@ -258,7 +258,7 @@ fn steered(firewall: &Firewall, family: Family, policy: Tag, way_out: Tag) -> St
         }
         Some(value @ Value { data: Data::Verdict(Verdict::Goto(_)), .. }) => {
             steered.way_out = "gateway";
-            steered.gateway = Some(comment(value));
+            steered.gateway = Some(comment(&value));
         }
         _ => {}
     }

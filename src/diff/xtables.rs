@@ -93,6 +93,7 @@ fn sets(observed: &State, desired: &State, steps: &mut Steps) {
     let gone =
         if last || desired.xtables.is_empty() { Phase::DeleteTable } else { Phase::EmptyGuards };
     changes(&observed.ipsets, &desired.ipsets, |change| match change {
+        Change::Same => {}
         Change::Added(set, contents) => {
             // The one that everything looks into first stays empty until the rest is there.
             let gate = matches!(set, Ipset::Selected(_));
@@ -125,6 +126,7 @@ fn sets(observed: &State, desired: &State, steps: &mut Steps) {
 fn members_of(set: Ipset, was: &IpsetContents, is: Option<&IpsetContents>, steps: &mut Steps) {
     let Some(is) = is else { return };
     changes(&was.members, &is.members, |change| match change {
+        Change::Same => {}
         Change::Added(net, member) | Change::Replaced(net, _, member) => {
             // An exception makes a set smaller.
             let smaller = *member == Member::Not;
@@ -140,6 +142,7 @@ fn members_of(set: Ipset, was: &IpsetContents, is: Option<&IpsetContents>, steps
 
 fn chains(variant: Variant, observed: &Xtables, desired: &Xtables, steps: &mut Steps) {
     changes(&observed.chains, &desired.chains, |change| match change {
+        Change::Same => {}
         Change::Added(chain, rules) => {
             steps.add(Phase::Skeleton, Op::AddXtChain(variant, *chain));
             let edits: Vec<_> = rules.iter().cloned().map(XtEdit::Append).collect();
@@ -235,6 +238,7 @@ fn kept(was: &[XtRule], is: &[XtRule]) -> Vec<(usize, usize)> {
 fn jumps(variant: Variant, observed: &Xtables, desired: &Xtables, steps: &mut Steps) {
     changes(&observed.jumps, &desired.jumps, |change| {
         let (chain, was, is): (_, &[_], &[_]) = match change {
+            Change::Same => return,
             Change::Added(chain, is) => (chain, &[], is),
             Change::Removed(chain, was) => (chain, was, &[]),
             Change::Replaced(chain, was, is) => (chain, was, is),
@@ -263,5 +267,4 @@ fn remove(variant: Variant, observed: &Xtables, steps: &mut Steps) {
 }
 
 #[cfg(test)]
-#[cfg(all(feature = "kernel", target_os = "linux"))]
 mod tests;

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use super::KernelDatapath;
 use crate::error::KernelError;
@@ -97,6 +98,7 @@ pub struct Faults(Arc<Mutex<Plan>>);
 struct Plan {
     calls: Vec<Call>,
     writes: usize,
+    sending: Duration,
     planned: Vec<(At, Fault)>,
 }
 
@@ -141,9 +143,21 @@ impl Faults {
         self.plan().writes
     }
 
+    /// How long the kernel took to take the writes: what they would cost a caller who had them
+    /// ready, because the kernel carries a write out before it lets the sender go on.
+    pub fn sending(&self) -> Duration {
+        self.plan().sending
+    }
+
     /// How many faults have not happened.
     pub fn pending(&self) -> usize {
         self.plan().planned.len()
+    }
+
+    fn sent(&self, call: Call, took: Duration) {
+        if call.writes {
+            self.plan().sending += took;
+        }
     }
 
     fn add(self, at: At, fault: Fault) -> Self {

@@ -151,7 +151,11 @@ impl Ipsets {
             Op::AddIpset(set, contents) => {
                 let new = self.fill_new(socket, op, *set, contents)?;
                 // Under its name it is complete, or not there.
-                self.two_names(socket, op, kind::RENAME, new, *set)
+                let named = self.two_names(socket, op, kind::RENAME, new, *set);
+                if named.is_err() {
+                    let _kept = self.destroy(socket, op, new);
+                }
+                named
             }
             Op::PutIpset(set, contents) => {
                 let new = self.fill_new(socket, op, *set, contents)?;

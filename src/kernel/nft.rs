@@ -24,9 +24,11 @@ pub(super) mod tests;
 
 #[cfg(test)]
 pub(super) use commit::commit;
-pub(super) use commit::{Refused, commit_as};
+pub(super) use commit::{Between, Refused, commit_as};
 pub(super) use foreign::foreign;
+#[cfg(test)]
 pub(super) use observe::observe;
+pub(super) use observe::observe_at;
 pub(super) use probe::{is_absent, missing};
 pub(super) use table::{adopt, flags_and_owner, takes_flags};
 
@@ -184,7 +186,7 @@ pub(super) fn drain(socket: &mut Socket) {
 }
 
 /// The generation of the rules: the kernel counts transactions, of whomever.
-fn generation(socket: &mut Socket) -> Result<u32, KernelError> {
+pub(super) fn generation(socket: &mut Socket) -> Result<u32, KernelError> {
     let request = Request {
         text: "read the generation of nf_tables",
         kind: kind::GETGEN,

@@ -13,7 +13,7 @@ mod filter;
 mod news;
 mod recognise;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use ears::Ears;
 pub(super) use ears::{Shared, lock};
@@ -85,6 +85,8 @@ pub struct Watch {
     shared: Shared,
     /// Part of a foreign transaction was read that touched our table, but not its end.
     unsigned: bool,
+    /// Generation of the rules that the last foreign transaction led to.
+    heard: Option<u32>,
 }
 
 impl Watch {
@@ -109,7 +111,7 @@ impl Watch {
     /// was lost is [`News::lost`], not an error.
     pub fn drain(&mut self) -> Result<News, KernelError> {
         let mut news = News::default();
-        let Self { ears: Some(ears), shared, unsigned, .. } = self else { return Ok(news) };
+        let Self { ears: Some(ears), shared, unsigned, heard, .. } = self else { return Ok(news) };
         let mut expected = lock(&shared.expected);
         for (socket, _) in ears.each() {
             loop {
@@ -118,6 +120,7 @@ impl Watch {
                         for message in Messages::new(datagram) {
                             match message {
                                 Ok(message) => {
+                                    *heard = recognise::generation(&message).or(*heard);
                                     recognise::read(&message, &mut expected, unsigned, &mut news);
                                 }
                                 Err(_) => news.lost = true,
@@ -144,9 +147,19 @@ impl Watch {
         Ok(news)
     }
 
+    /// Generation of the rules that the last foreign transaction of those drained led to.
+    pub(in crate::kernel) const fn heard(&self) -> Option<u32> {
+        self.heard
+    }
+
+    /// Whether part of a transaction was drained that touched our table, but not its end.
+    pub(in crate::kernel) const fn is_amid_change(&self) -> bool {
+        self.unsigned
+    }
+
     /// The sockets with a receive buffer of this many bytes, to have them overflow.
     #[cfg(test)]
-    fn shrink(&mut self, bytes: usize) {
+    pub(super) fn shrink(&mut self, bytes: usize) {
         for (socket, _) in self.ears.as_mut().unwrap().each() {
             socket.reserve_unread(bytes);
         }

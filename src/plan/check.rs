@@ -7,8 +7,7 @@ use ipnet::IpNet;
 
 use super::{PlanError, PolicyError};
 use crate::cluster::{Cluster, Node};
-use crate::policy::{Destinations, EgressIp, Policy, Unavailable};
-use crate::types::{Family, MacAddr, Mark, NodeName, PolicyId};
+use crate::types::{Family, MacAddr, Mark, NodeName};
 
 /// Destinations that are never steered: link-local (cloud metadata, node-local DNS) and multicast.
 pub(super) fn never_steered() -> [IpNet; 4] {
@@ -22,32 +21,36 @@ pub(super) fn never_steered() -> [IpNet; 4] {
 }
 
 /// A cluster without contradictions.
-pub(super) struct World<'a> {
-    pub(super) cluster: &'a Cluster,
+#[derive(Debug)]
+pub(super) struct World {
+    pub(super) cluster: Cluster,
     /// This node.
-    pub(super) here: &'a Node,
+    pub(super) here: Node,
     /// Family of the outer packets.
     pub(super) underlay: Family,
     /// What is never steered, disjoint and in order.
     pub(super) excluded: Vec<IpNet>,
     /// The same without the nodes' own addresses.
     pub(super) inside: Vec<IpNet>,
-    nodes: BTreeMap<&'a NodeName, &'a Node>,
+    /// Places in the cluster's list, by name.
+    nodes: BTreeMap<NodeName, usize>,
 }
 
-impl<'a> World<'a> {
-    pub(super) fn new(cluster: &'a Cluster) -> Result<Self, PlanError> {
+impl World {
+    pub(super) fn new(cluster: &Cluster) -> Result<Self, PlanError> {
         check_settings(cluster)?;
         let mut nodes = BTreeMap::new();
-        for node in &cluster.nodes {
+        for (place, node) in cluster.nodes.iter().enumerate() {
             check_node(node, cluster)?;
-            if nodes.insert(&node.name, node).is_some() {
+            if nodes.insert(node.name.clone(), place).is_some() {
                 return Err(PlanError::DuplicateNode { node: node.name.clone() });
             }
         }
         check_distinct(&cluster.nodes)?;
-        let here = *nodes
+        let here = nodes
             .get(&cluster.node)
+            .and_then(|place| cluster.nodes.get(*place))
+            .cloned()
             .ok_or_else(|| PlanError::UnknownNode { node: cluster.node.clone() })?;
         let underlay = here
             .underlay
@@ -80,16 +83,23 @@ impl<'a> World<'a> {
         let inside = disjoint(cluster.excluded.iter().copied().chain(never_steered()).collect());
         let own = cluster.nodes.iter().flat_map(own_addresses).map(IpNet::from);
         let excluded = disjoint(inside.iter().copied().chain(own).collect());
-        Ok(Self { cluster, here, underlay, excluded, inside, nodes })
+        Ok(Self { cluster: cluster.clone(), here, underlay, excluded, inside, nodes })
     }
 
-    pub(super) fn node(&self, name: &NodeName) -> Option<&'a Node> {
+    /// The place of a node in the cluster's list.
+    pub(super) fn place(&self, name: &NodeName) -> Option<usize> {
         self.nodes.get(name).copied()
     }
 
+    /// The node at a place of the cluster's list.
+    pub(super) fn node(&self, place: usize) -> Option<&Node> {
+        self.cluster.nodes.get(place)
+    }
+
     /// All nodes but this one, by name.
-    pub(super) fn peers(&self) -> impl Iterator<Item = &'a Node> + '_ {
-        self.nodes.values().copied().filter(|node| node.name != self.here.name)
+    pub(super) fn peers(&self) -> impl Iterator<Item = &Node> {
+        let nodes = self.nodes.values().filter_map(|place| self.node(*place));
+        nodes.filter(|node| node.name != self.here.name)
     }
 
     /// The address of a node that outer packets go to.
@@ -196,77 +206,7 @@ fn own_addresses(node: &Node) -> impl Iterator<Item = IpAddr> + '_ {
     node.underlay.iter().copied().chain(node.tunnel.iter().map(IpNet::addr))
 }
 
-/// A policy without contradictions, in canonical form.
-pub(super) struct Checked<'a> {
-    pub(super) id: &'a PolicyId,
-    pub(super) priority: u32,
-    /// Disjoint, in order.
-    pub(super) sources: Vec<IpNet>,
-    /// Disjoint, in order; a prefix of length 0 stands for all of its family.
-    pub(super) destinations: Option<Vec<IpNet>>,
-    pub(super) gateway: Option<&'a Node>,
-    pub(super) egress_ip: EgressIp,
-    pub(super) unavailable: Unavailable,
-}
-
-impl<'a> Checked<'a> {
-    pub(super) fn new<P: Policy>(policy: &'a P, world: &World<'a>) -> Result<Self, PlanError> {
-        let id = policy.id();
-        Self::check(policy, world)
-            .map_err(|source| PlanError::Policy { policy: id.clone(), source })
-    }
-
-    fn check<P: Policy>(policy: &'a P, world: &World<'a>) -> Result<Self, PolicyError> {
-        if policy.sources().is_empty() {
-            return Err(PolicyError::NoSources);
-        }
-        let destinations = match policy.destinations() {
-            Destinations::External => None,
-            Destinations::Nets(nets) if nets.is_empty() => return Err(PolicyError::NoDestinations),
-            Destinations::Nets(nets) => Some(canonical(nets)?),
-        };
-        let gateway = match policy.gateway() {
-            None => None,
-            Some(name) => Some(
-                world
-                    .node(name)
-                    .ok_or_else(|| PolicyError::UnknownGateway { gateway: name.clone() })?,
-            ),
-        };
-        for address in policy.egress_ip().addresses() {
-            check_egress_ip(address, world)?;
-        }
-        Ok(Self {
-            id: policy.id(),
-            priority: policy.priority(),
-            sources: canonical(policy.sources())?,
-            destinations,
-            gateway,
-            egress_ip: policy.egress_ip(),
-            unavailable: policy.unavailable(),
-        })
-    }
-
-    /// Whether the policy takes every external destination of a family.
-    pub(super) fn takes_all(&self, family: Family) -> bool {
-        match &self.destinations {
-            None => true,
-            Some(nets) => {
-                nets.iter().any(|net| Family::of_net(net) == family && net.prefix_len() == 0)
-            }
-        }
-    }
-
-    /// The listed destinations of a family; none if the policy takes them all.
-    pub(super) fn listed(&self, family: Family) -> impl Iterator<Item = IpNet> + '_ {
-        let nets = self.destinations.as_deref().unwrap_or_default();
-        nets.iter()
-            .copied()
-            .filter(move |net| Family::of_net(net) == family && net.prefix_len() > 0)
-    }
-}
-
-fn canonical(nets: &[IpNet]) -> Result<Vec<IpNet>, PolicyError> {
+pub(super) fn canonical(nets: &[IpNet]) -> Result<Vec<IpNet>, PolicyError> {
     nets.iter().try_for_each(check_net)?;
     Ok(disjoint(nets.to_vec()))
 }
@@ -275,14 +215,14 @@ fn canonical(nets: &[IpNet]) -> Result<Vec<IpNet>, PolicyError> {
 ///
 /// Neighbouring prefixes are not joined: an address stays an element of its own, which can come
 /// and go without touching another.
-fn disjoint(mut nets: Vec<IpNet>) -> Vec<IpNet> {
+pub(super) fn disjoint(mut nets: Vec<IpNet>) -> Vec<IpNet> {
     // A prefix sorts before those inside it.
     nets.sort_unstable_by_key(|net| (net.network(), net.prefix_len()));
     nets.dedup_by(|net, kept| kept.contains(&*net));
     nets
 }
 
-fn check_net(net: &IpNet) -> Result<(), PolicyError> {
+pub(super) fn check_net(net: &IpNet) -> Result<(), PolicyError> {
     if net.addr() != net.network() {
         return Err(PolicyError::HostBits { net: *net, meant: net.trunc() });
     }
@@ -293,7 +233,7 @@ fn check_net(net: &IpNet) -> Result<(), PolicyError> {
     Ok(())
 }
 
-fn check_egress_ip(address: IpAddr, world: &World<'_>) -> Result<(), PolicyError> {
+pub(super) fn check_egress_ip(address: IpAddr, world: &World) -> Result<(), PolicyError> {
     if is_mapped(address) || !is_host(address) {
         return Err(PolicyError::EgressIpNotUnicast { address });
     }

@@ -4,295 +4,479 @@
 //! disjoint, each with one class; within a class every destination prefix gets the one policy
 //! that comes first in (priority, id) among those that contain it. The longest prefix then
 //! decides as the order would.
+//!
+//! They are made of all policies at once, or follow them one source at a time.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::IpAddr;
+use std::collections::{BTreeMap, HashMap};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
 
-use ipnet::IpNet;
+use super::cover::{adjoins, destinations, overlap, segments};
+use super::delta::Delta;
+use super::kept::{Handle, Policies, Sources};
+use super::numbers::Numbers;
+use crate::range::IpRange;
+use crate::state::{Data, Key, Tag, Value};
+use crate::types::Family;
 
-use super::check::Checked;
-use crate::range::{IpRange, address, number};
-use crate::state::Tag;
-use crate::types::{Family, PolicyId, fnv1a};
+/// An address of one family, as a number.
+pub(super) trait Address: Copy + Ord + std::fmt::Debug {
+    const FAMILY: Family;
 
-/// Rank of a policy in the total order (priority, id).
-pub(super) type Rank = u32;
+    fn ip(self) -> IpAddr;
 
-/// The sources of one family, each with its class, and what each class does.
-#[derive(Default)]
-pub(super) struct Classes {
-    /// Single addresses.
-    pub(super) hosts: Vec<(IpAddr, Tag)>,
-    /// Ranges of addresses, disjoint.
-    pub(super) ranges: Vec<(IpRange, Tag)>,
-    /// The policies of each class in order; the last may take every destination.
-    pub(super) members: BTreeMap<Tag, Vec<Rank>>,
-    /// Pairs of policies that take the same packets of some source: who gets them, who does not.
-    pub(super) overlaps: BTreeSet<(Rank, Rank)>,
+    /// The single addresses among the sources of a policy.
+    fn of(sources: &Sources) -> &std::collections::BTreeSet<Self>;
 }
 
-/// Numbers that the kernel's maps know policies by; they depend on the ids alone, not on order.
-pub(super) fn policy_tags(policies: &[Checked<'_>]) -> Vec<Tag> {
-    let mut numbers = Numbers::default();
-    let mut by_id: Vec<_> = policies.iter().map(|policy| policy.id).enumerate().collect();
-    by_id.sort_unstable_by_key(|&(_, id)| id);
-    let mut tags: Vec<_> = by_id.into_iter().map(|(rank, id)| (rank, numbers.take([id]))).collect();
-    tags.sort_unstable_by_key(|&(rank, _)| rank);
-    tags.into_iter().map(|(_, tag)| tag).collect()
-}
+impl Address for u32 {
+    const FAMILY: Family = Family::V4;
 
-/// Tags by hash: equal input gives an equal tag after a restart with no memory.
-#[derive(Default)]
-struct Numbers {
-    taken: BTreeSet<Tag>,
-}
+    fn ip(self) -> IpAddr {
+        IpAddr::V4(Ipv4Addr::from_bits(self))
+    }
 
-impl Numbers {
-    fn take<'a>(&mut self, ids: impl IntoIterator<Item = &'a PolicyId>) -> Tag {
-        let mut text = Vec::new();
-        for id in ids {
-            text.extend_from_slice(id.as_str().as_bytes());
-            text.push(0);
-        }
-        loop {
-            if let Some(tag) = hashed(fnv1a(&text)) {
-                if self.taken.insert(tag) {
-                    return tag;
-                }
-            }
-            text.push(1);
-        }
+    fn of(sources: &Sources) -> &std::collections::BTreeSet<Self> {
+        &sources.v4
     }
 }
 
-/// A tag from a hash; high halves below 16 are left to ways out.
-fn hashed(hash: u64) -> Option<Tag> {
-    let folded = u32::try_from((hash >> 32) ^ (hash & 0xffff_ffff)).ok()?;
-    Tag::new(folded).filter(|tag| tag.get() >> 16 >= 16)
-}
+impl Address for u128 {
+    const FAMILY: Family = Family::V6;
 
-/// Combinations that were cut, and what is left of them: many sources have the same one, and each
-/// costs the square of its length.
-type Cuts = HashMap<Vec<Rank>, Vec<Rank>>;
-
-impl Classes {
-    pub(super) fn new(policies: &[Checked<'_>], family: Family) -> Self {
-        let (hosts, nets) = sources(policies, family);
-        let segments = segments(&nets, family);
-        let mut classes = Self::default();
-        let mut cuts = Cuts::new();
-        let mut groups: Vec<(IpAddr, Vec<Rank>)> = Vec::with_capacity(hosts.len());
-        for (host, rank) in hosts {
-            match groups.last_mut() {
-                Some((last, ranks)) if *last == host => ranks.push(rank),
-                _ => groups.push((host, vec![rank])),
-            }
-        }
-        let mut interned: HashMap<Vec<Rank>, Option<Tag>> = HashMap::new();
-        let mut ranges = Vec::with_capacity(segments.len());
-        for (range, ranks) in segments {
-            let ranks = classes.cut(ranks, policies, family, &mut cuts);
-            interned.insert(ranks.clone(), None);
-            ranges.push((range, ranks));
-        }
-        for (host, ranks) in &mut groups {
-            let at = ranges.partition_point(|(range, _)| range.last() < *host);
-            let around = ranges.get(at).filter(|(range, _)| range.contains(*host));
-            let mut all = std::mem::take(ranks);
-            all.extend(around.iter().flat_map(|(_, ranks)| ranks));
-            all.sort_unstable();
-            all.dedup();
-            *ranks = classes.cut(all, policies, family, &mut cuts);
-            if !interned.contains_key(ranks) {
-                interned.insert(ranks.clone(), None);
-            }
-        }
-        classes.number(&mut interned, policies);
-        let tag = |ranks: &Vec<Rank>| interned.get(ranks).copied().flatten();
-        for (range, ranks) in &ranges {
-            if let Some(tag) = tag(ranks) {
-                match classes.ranges.last_mut() {
-                    Some((last, same)) if *same == tag && adjoins(last, range) => {
-                        *last = IpRange::new(last.first(), range.last()).unwrap_or(*last);
-                    }
-                    _ => classes.ranges.push((*range, tag)),
-                }
-            }
-        }
-        for (host, ranks) in groups {
-            let at = classes.ranges.partition_point(|(range, _)| range.last() < host);
-            let around = classes.ranges.get(at).filter(|(range, _)| range.contains(host));
-            // A host that its range already sends the same way needs no element.
-            if let Some(tag) = tag(&ranks).filter(|tag| around.is_none_or(|(_, a)| a != tag)) {
-                classes.hosts.push((host, tag));
-            }
-        }
-        classes
+    fn ip(self) -> IpAddr {
+        IpAddr::V6(Ipv6Addr::from_bits(self))
     }
 
-    /// Drops what comes after a policy that takes everything, and notes overlaps.
-    fn cut(
-        &mut self,
-        mut ranks: Vec<Rank>,
-        policies: &[Checked<'_>],
-        family: Family,
-        cuts: &mut Cuts,
-    ) -> Vec<Rank> {
-        if ranks.len() < 2 {
-            return ranks;
-        }
-        if let Some(known) = cuts.get(&ranks) {
-            return known.clone();
-        }
-        let takes_all = |rank: &Rank| policy(policies, *rank).is_some_and(|p| p.takes_all(family));
-        let end = ranks.iter().position(takes_all);
-        for (place, first) in ranks.iter().enumerate() {
-            for second in ranks.iter().skip(place + 1) {
-                let pair = (*first, *second);
-                if !self.overlaps.contains(&pair) && overlap(policies, pair, family) {
-                    self.overlaps.insert(pair);
-                }
-            }
-        }
-        let whole = ranks.clone();
-        if let Some(end) = end {
-            ranks.truncate(end + 1);
-        }
-        cuts.insert(whole, ranks.clone());
-        ranks
-    }
-
-    fn number(&mut self, interned: &mut HashMap<Vec<Rank>, Option<Tag>>, all: &[Checked<'_>]) {
-        let ids = |ranks: &[Rank]| -> Vec<&PolicyId> {
-            ranks.iter().filter_map(|rank| policy(all, *rank)).map(|policy| policy.id).collect()
-        };
-        let mut lists: Vec<_> =
-            interned.iter_mut().map(|(ranks, tag)| (ids(ranks), ranks, tag)).collect();
-        lists.sort_unstable_by(|(one, ..), (other, ..)| one.cmp(other));
-        let mut numbers = Numbers::default();
-        for (ids, ranks, tag) in lists {
-            let number = numbers.take(ids);
-            *tag = Some(number);
-            self.members.insert(number, ranks.clone());
-        }
+    fn of(sources: &Sources) -> &std::collections::BTreeSet<Self> {
+        &sources.v6
     }
 }
 
-pub(super) fn policy<'p, 'a>(policies: &'p [Checked<'a>], rank: Rank) -> Option<&'p Checked<'a>> {
-    policies.get(usize::try_from(rank).ok()?)
+/// Number of a combination.
+type Place = u32;
+
+/// Policies in order.
+type Members = Arc<[Handle]>;
+
+/// A combination of policies that name the same sources.
+#[derive(Debug)]
+struct Combination {
+    members: Members,
+    /// Its class: what is left of it up to a policy that takes every destination.
+    class: Members,
+    tag: Tag,
+    /// Sources that have it.
+    users: usize,
 }
 
-/// Whether two policies of one source want a destination in common.
-fn overlap(policies: &[Checked<'_>], (first, second): (Rank, Rank), family: Family) -> bool {
-    let (Some(first), Some(second)) = (policy(policies, first), policy(policies, second)) else {
-        return false;
-    };
-    if first.takes_all(family) || second.takes_all(family) {
-        return true;
-    }
-    // Both lists are sorted by address and free of inner overlaps: walk them together.
-    let (mut ours, mut theirs) =
-        (first.listed(family).peekable(), second.listed(family).peekable());
-    while let (Some(one), Some(other)) = (ours.peek(), theirs.peek()) {
-        if one.contains(other) || other.contains(one) {
-            return true;
-        }
-        if one.network() < other.network() {
-            ours.next();
-        } else {
-            theirs.next();
-        }
-    }
-    false
+#[derive(Debug)]
+struct Class {
+    tag: Tag,
+    /// Combinations that come to it.
+    users: usize,
 }
 
-/// Single addresses and prefixes of all policies, each with the rank of its policy.
-type Sources = (Vec<(IpAddr, Rank)>, Vec<(IpNet, Rank)>);
+/// The sources of one family, each with its class.
+#[derive(Debug)]
+pub(super) struct Classes<A> {
+    /// Single addresses, also those that their range sends the same way.
+    hosts: BTreeMap<A, Place>,
+    /// Ranges of addresses, disjoint and in order.
+    ranges: Vec<(IpRange, Place)>,
+    combinations: Vec<Option<Combination>>,
+    free: Vec<Place>,
+    places: HashMap<Members, Place>,
+    numbered: HashMap<Members, Class>,
+    numbers: Numbers,
+    /// Pairs of policies that take the same packets of some source, with how many combinations
+    /// they are in: who gets the packets, who does not.
+    overlaps: HashMap<(Handle, Handle), usize>,
+    /// Lengths of destination prefixes, with how many elements have them.
+    lengths: BTreeMap<u8, usize>,
+}
 
-fn sources(policies: &[Checked<'_>], family: Family) -> Sources {
-    let (mut hosts, mut nets) = (Vec::new(), Vec::new());
-    for (rank, policy) in (0..).zip(policies) {
-        for net in policy.sources.iter().filter(|net| Family::of_net(net) == family) {
-            if net.prefix_len() == family.bits() {
-                hosts.push((net.addr(), rank));
+impl<A: Address> Classes<A> {
+    fn empty() -> Self {
+        Self {
+            hosts: BTreeMap::new(),
+            ranges: Vec::new(),
+            combinations: Vec::new(),
+            free: Vec::new(),
+            places: HashMap::new(),
+            numbered: HashMap::new(),
+            numbers: Numbers::default(),
+            overlaps: HashMap::new(),
+            lengths: BTreeMap::new(),
+        }
+    }
+
+    /// The classes of all policies, with the elements they come to, apart from single sources.
+    pub(super) fn new(policies: &Policies, elements: &mut BTreeMap<Key, Value>) -> Self {
+        let mut new = Self::empty();
+        let (mut hosts, mut nets) = (Vec::new(), Vec::new());
+        for (handle, kept) in policies.iter() {
+            let own = kept.sources.cover.iter().filter(|net| Family::of_net(net) == A::FAMILY);
+            nets.extend(own.map(|net| (*net, handle)));
+            let covered =
+                |address: &A| !kept.sources.cover.is_empty() && kept.sources.covers(address.ip());
+            let single = A::of(&kept.sources).iter().copied();
+            hosts.extend(
+                single.filter(|address| !covered(address)).map(|address| (address, handle)),
+            );
+        }
+        for (range, mut members) in segments(&nets, A::FAMILY) {
+            members.sort_unstable_by(|one, other| policies.order(*one, *other));
+            let place = new.combine(members, policies);
+            new.ranges.push((range, place));
+        }
+        hosts.sort_unstable();
+        let mut alone = vec![None; policies.end()];
+        let mut grouped = Vec::with_capacity(hosts.len());
+        for group in hosts.chunk_by(|(one, _), (other, _)| one == other) {
+            let Some((address, first)) = group.first() else { continue };
+            let around = new.around(*address);
+            let known = usize::try_from(*first).ok().and_then(|first| alone.get_mut(first));
+            let place = if let (1, None, Some(known)) = (group.len(), around, known) {
+                let place = *known.get_or_insert_with(|| new.combine(vec![*first], policies));
+                new.used(place);
+                place
             } else {
-                nets.push((*net, rank));
+                let mut members: Vec<_> = group.iter().map(|(_, handle)| *handle).collect();
+                members.extend(around.iter().flat_map(|place| new.members(*place).iter()));
+                members.sort_unstable_by(|one, other| policies.order(*one, *other));
+                new.combine(members, policies)
+            };
+            grouped.push((*address, place));
+        }
+        drop(hosts);
+        // Each that stands alone was counted once too often, when it was made.
+        for place in alone.into_iter().flatten() {
+            if let Some(Some(found)) = at(place).and_then(|at| new.combinations.get_mut(at)) {
+                found.users -= 1;
+            }
+        }
+        // In order, the tree is made at once and without gaps.
+        new.hosts = grouped.into_iter().collect();
+        new.number(policies);
+        new.describe(policies, elements);
+        new
+    }
+
+    /// Numbers all classes, in an order that depends on nothing but the ids of their policies.
+    fn number(&mut self, policies: &Policies) {
+        let mut lists: Vec<_> = self
+            .numbered
+            .iter_mut()
+            .map(|(members, class)| (ids(members, policies).collect::<Vec<_>>(), class))
+            .collect();
+        lists.sort_unstable_by(|(one, _), (other, _)| one.cmp(other));
+        for (ids, class) in lists {
+            class.tag = self.numbers.take(ids);
+        }
+        for combination in self.combinations.iter_mut().flatten() {
+            if let Some(class) = self.numbered.get(&combination.class) {
+                combination.tag = class.tag;
             }
         }
     }
-    hosts.sort_unstable();
-    (hosts, nets)
-}
 
-/// Cuts overlapping prefixes into disjoint ranges, each with the ranks of all that cover it.
-fn segments(nets: &[(IpNet, Rank)], family: Family) -> Vec<(IpRange, Vec<Rank>)> {
-    // Where a prefix begins it joins, one past its end it leaves; past the last address there is
-    // no such place, and nothing more to cut.
-    let mut edges: BTreeMap<u128, (Vec<Rank>, Vec<Rank>)> = BTreeMap::new();
-    for (net, rank) in nets {
-        edges.entry(number(net.network())).or_default().0.push(*rank);
-        if let Some(after) = number(net.broadcast()).checked_add(1) {
-            edges.entry(after).or_default().1.push(*rank);
+    /// Writes the elements of all classes and ranges down.
+    fn describe(&mut self, policies: &Policies, elements: &mut BTreeMap<Key, Value>) {
+        for (members, class) in &self.numbered {
+            for (key, value) in class_elements::<A>(members, class.tag, policies) {
+                if let Key::Destination(net, _) = key {
+                    *self.lengths.entry(net.prefix_len()).or_default() += 1;
+                }
+                elements.insert(key, value);
+            }
+        }
+        let mut joined: Vec<(IpRange, Tag)> = Vec::new();
+        for (range, place) in &self.ranges {
+            let Some(tag) = self.tag(*place) else { continue };
+            match joined.last_mut() {
+                Some((last, same)) if *same == tag && adjoins(last, range) => {
+                    *last = IpRange::new(last.first(), range.last()).unwrap_or(*last);
+                }
+                _ => joined.push((*range, tag)),
+            }
+        }
+        elements.extend(joined.into_iter().map(|(range, tag)| (Key::SourceNet(range), plain(tag))));
+    }
+
+    /// The single sources that need an element, with their classes.
+    pub(super) fn sources(&self) -> impl Iterator<Item = (A, Tag)> {
+        self.hosts.iter().filter_map(|(address, place)| {
+            let tag = self.tag(*place)?;
+            // One that its range already sends the same way needs no element.
+            let around = self.around(*address).and_then(|place| self.tag(place));
+            (around != Some(tag)).then_some((*address, tag))
+        })
+    }
+
+    pub(super) fn lengths(&self) -> impl Iterator<Item = u8> + '_ {
+        self.lengths.keys().copied()
+    }
+
+    /// Who takes packets that another policy wants, too: first who gets them, then who does not.
+    pub(super) fn overlaps(&self) -> impl Iterator<Item = (Handle, Handle)> + '_ {
+        self.overlaps.keys().copied()
+    }
+
+    fn combination(&self, place: Place) -> Option<&Combination> {
+        at(place).and_then(|at| self.combinations.get(at)?.as_ref())
+    }
+
+    fn used(&mut self, place: Place) {
+        if let Some(Some(found)) = at(place).and_then(|at| self.combinations.get_mut(at)) {
+            found.users += 1;
         }
     }
-    let last_address = u128::MAX >> (128 - u32::from(family.bits()));
-    let mut covering: BTreeMap<Rank, usize> = BTreeMap::new();
-    let mut segments = Vec::new();
-    let mut places = edges.into_iter().peekable();
-    while let Some((start, (joining, leaving))) = places.next() {
-        for rank in joining {
-            *covering.entry(rank).or_default() += 1;
+
+    fn members(&self, place: Place) -> &[Handle] {
+        self.combination(place).map_or(&[], |found| &found.members)
+    }
+
+    fn tag(&self, place: Place) -> Option<Tag> {
+        self.combination(place).map(|found| found.tag)
+    }
+
+    /// The combination of the range around an address.
+    fn around(&self, address: A) -> Option<Place> {
+        if self.ranges.is_empty() {
+            return None;
         }
-        for rank in leaving {
-            if let Some(count) = covering.get_mut(&rank) {
+        let address = address.ip();
+        let at = self.ranges.partition_point(|(range, _)| range.last() < address);
+        let (range, place) = self.ranges.get(at)?;
+        range.contains(address).then_some(*place)
+    }
+
+    /// The combination of these members, which are in order, for one more source; it has no tag
+    /// yet if it is new.
+    fn combine(&mut self, members: Vec<Handle>, policies: &Policies) -> Place {
+        if let Some(place) = self.places.get(members.as_slice()).copied() {
+            self.used(place);
+            return place;
+        }
+        let members: Members = members.into();
+        for pair in pairs(&members, policies, A::FAMILY) {
+            *self.overlaps.entry(pair).or_default() += 1;
+        }
+        let class = cut(&members, policies, A::FAMILY);
+        let new = Class { tag: Tag::CLOSED, users: 0 };
+        let found = self.numbered.entry(Arc::clone(&class)).or_insert(new);
+        found.users += 1;
+        let combination =
+            Combination { members: Arc::clone(&members), class, tag: found.tag, users: 1 };
+        let place = if let Some(place) = self.free.pop() {
+            if let Some(free) = at(place).and_then(|at| self.combinations.get_mut(at)) {
+                *free = Some(combination);
+            }
+            place
+        } else {
+            self.combinations.push(Some(combination));
+            Place::try_from(self.combinations.len() - 1).unwrap_or(Place::MAX)
+        };
+        self.places.insert(members, place);
+        place
+    }
+
+    /// A source joins a policy.
+    pub(super) fn add(
+        &mut self,
+        address: A,
+        handle: Handle,
+        policies: &Policies,
+        delta: &mut Delta,
+    ) {
+        let covers = |handle| policies.get(handle).is_some_and(|k| k.sources.covers(address.ip()));
+        if covers(handle) {
+            return;
+        }
+        let old = self.hosts.get(&address).copied();
+        let mut members = old
+            .or(self.around(address))
+            .map_or_else(Vec::new, |place| self.members(place).to_vec());
+        let Err(place) = members.binary_search_by(|other| policies.order(*other, handle)) else {
+            return;
+        };
+        members.insert(place, handle);
+        self.settle(address, Some(members), policies, delta);
+    }
+
+    /// A source leaves a policy.
+    pub(super) fn remove(
+        &mut self,
+        address: A,
+        handle: Handle,
+        policies: &Policies,
+        delta: &mut Delta,
+    ) {
+        let Some(old) = self.hosts.get(&address).copied() else { return };
+        let around = self.around(address);
+        // Those that name it by a range are not among those that name it alone.
+        let by_range = around.map_or(&[][..], |place| self.members(place));
+        if by_range.contains(&handle) {
+            return;
+        }
+        let mut members = self.members(old).to_vec();
+        members.retain(|other| *other != handle);
+        let named = members.len() > by_range.len();
+        self.settle(address, named.then_some(members), policies, delta);
+    }
+
+    /// Gives a source another combination.
+    fn settle(
+        &mut self,
+        address: A,
+        members: Option<Vec<Handle>>,
+        policies: &Policies,
+        delta: &mut Delta,
+    ) {
+        let new = members.map(|members| self.combine_numbered(members, policies, delta));
+        let old = match new {
+            Some(new) => self.hosts.insert(address, new),
+            None => self.hosts.remove(&address),
+        };
+        let around = self.around(address).and_then(|place| self.tag(place));
+        let tag = new.and_then(|new| self.tag(new)).filter(|tag| around != Some(*tag));
+        delta.source(address.ip(), tag.map(plain));
+        if let Some(old) = old {
+            self.release(old, policies, delta);
+        }
+    }
+
+    /// The same as [`combine`](Self::combine), with a tag.
+    fn combine_numbered(
+        &mut self,
+        members: Vec<Handle>,
+        policies: &Policies,
+        delta: &mut Delta,
+    ) -> Place {
+        let known = self.places.contains_key(members.as_slice());
+        let place = self.combine(members, policies);
+        if known {
+            return place;
+        }
+        let Some(found) = self.combination(place) else { return place };
+        let (members, class) = (Arc::clone(&found.members), Arc::clone(&found.class));
+        delta
+            .overlapping
+            .extend(pairs(&members, policies, A::FAMILY).map(|pair| (A::FAMILY, pair)));
+        let Some(entry) = self.numbered.get_mut(&class) else { return place };
+        if entry.users == 1 {
+            match self.numbers.take_alone(ids(&class, policies)) {
+                Some(tag) => entry.tag = tag,
+                None => delta.disputed = true,
+            }
+            for (key, value) in class_elements::<A>(&class, entry.tag, policies) {
+                if let Key::Destination(net, _) = key {
+                    let count = self.lengths.entry(net.prefix_len()).or_default();
+                    delta.skeleton |= *count == 0;
+                    *count += 1;
+                }
+                delta.put(key, Some(value));
+            }
+        }
+        let tag = entry.tag;
+        if let Some(Some(found)) = at(place).and_then(|at| self.combinations.get_mut(at)) {
+            found.tag = tag;
+        }
+        place
+    }
+
+    /// A source has its combination no longer.
+    fn release(&mut self, place: Place, policies: &Policies, delta: &mut Delta) {
+        let Some(slot) = at(place).and_then(|at| self.combinations.get_mut(at)) else { return };
+        let Some(found) = slot else { return };
+        found.users -= 1;
+        if found.users > 0 {
+            return;
+        }
+        let Some(Combination { members, class, .. }) = slot.take() else { return };
+        self.free.push(place);
+        self.places.remove(&members);
+        for pair in pairs(&members, policies, A::FAMILY) {
+            if let Some(count) = self.overlaps.get_mut(&pair) {
                 *count -= 1;
                 if *count == 0 {
-                    covering.remove(&rank);
+                    self.overlaps.remove(&pair);
                 }
             }
         }
-        let end = places.peek().map_or(last_address, |(next, _)| next - 1);
-        if covering.is_empty() || start > last_address {
-            continue;
+        let Some(entry) = self.numbered.get_mut(&class) else { return };
+        entry.users -= 1;
+        if entry.users > 0 {
+            return;
         }
-        let ends = address(family, start).zip(address(family, end));
-        if let Some(range) = ends.and_then(|(first, last)| IpRange::new(first, last)) {
-            segments.push((range, covering.keys().copied().collect()));
+        let tag = entry.tag;
+        self.numbered.remove(&class);
+        delta.disputed |= !self.numbers.give_back(tag);
+        for (key, _) in class_elements::<A>(&class, tag, policies) {
+            if let Key::Destination(net, _) = key {
+                if let Some(count) = self.lengths.get_mut(&net.prefix_len()) {
+                    *count -= 1;
+                    if *count == 0 {
+                        self.lengths.remove(&net.prefix_len());
+                        delta.skeleton = true;
+                    }
+                }
+            }
+            delta.put(key, None);
         }
     }
-    segments
 }
 
-fn adjoins(lower: &IpRange, upper: &IpRange) -> bool {
-    number(lower.last()).checked_add(1) == Some(number(upper.first()))
+fn at(place: Place) -> Option<usize> {
+    usize::try_from(place).ok()
 }
 
-/// The destinations of a class: each prefix with the policy that a packet to it belongs to.
-pub(super) fn destinations(
-    members: &[Rank],
-    policies: &[Checked<'_>],
+fn plain(tag: Tag) -> Value {
+    Value::plain(Data::Tag(tag))
+}
+
+fn ids<'a>(
+    members: &'a [Handle],
+    policies: &'a Policies,
+) -> impl Iterator<Item = &'a crate::types::PolicyId> {
+    members.iter().filter_map(|handle| policies.get(*handle)).map(|kept| &kept.id)
+}
+
+/// Drops what comes after a policy that takes everything.
+fn cut(members: &Members, policies: &Policies, family: Family) -> Members {
+    let takes_all = |handle: &Handle| policies.get(*handle).is_some_and(|k| k.takes_all(family));
+    match members.iter().position(takes_all) {
+        Some(end) if end + 1 < members.len() => members.iter().take(end + 1).copied().collect(),
+        _ => Arc::clone(members),
+    }
+}
+
+/// Pairs that take the same packets.
+fn pairs<'a>(
+    members: &'a [Handle],
+    policies: &'a Policies,
     family: Family,
-) -> Vec<(IpNet, Rank)> {
-    let mut prefixes = BTreeMap::new();
-    for rank in members {
-        let listed = policy(policies, *rank).into_iter().flat_map(|policy| policy.listed(family));
-        for net in listed {
-            // Members come in order: the first to name a prefix keeps it.
-            prefixes.entry((net.network(), net.prefix_len())).or_insert((net, *rank));
-        }
-    }
-    let mut inside: Vec<(IpNet, Rank)> = Vec::new();
-    let mut found = Vec::new();
-    for (net, rank) in prefixes.into_values() {
-        while inside.last().is_some_and(|(outer, _)| !outer.contains(&net)) {
-            inside.pop();
-        }
-        let outer = inside.last().map(|(_, rank)| *rank);
-        let winner = outer.map_or(rank, |outer| outer.min(rank));
-        if outer != Some(winner) {
-            found.push((net, winner));
-        }
-        inside.push((net, winner));
-    }
-    found
+) -> impl Iterator<Item = (Handle, Handle)> + 'a {
+    members.iter().enumerate().flat_map(move |(place, first)| {
+        let pair = members.iter().skip(place + 1).map(|second| (*first, *second));
+        pair.filter(move |pair| overlap(policies, *pair, family))
+    })
+}
+
+/// The elements of a class.
+fn class_elements<A: Address>(
+    members: &[Handle],
+    class: Tag,
+    policies: &Policies,
+) -> impl Iterator<Item = (Key, Value)> {
+    let family = A::FAMILY;
+    let tag_of = |handle| policies.get(handle).map(|kept| kept.tag);
+    let found = destinations(members, policies, family).into_iter();
+    let listed = found.filter_map(move |(net, handle)| {
+        Some((Key::Destination(net, class), plain(tag_of(handle)?)))
+    });
+    let last = members.last().and_then(|handle| policies.get(*handle));
+    let any = last.filter(|kept| kept.takes_all(family));
+    listed.chain(any.map(|kept| (Key::Any(family, class), plain(kept.tag))))
 }

@@ -147,6 +147,12 @@ pub enum PlanError {
         /// What is wrong with it.
         source: PolicyError,
     },
+    /// A change of a policy that is not there.
+    #[error("policy {policy} is not one of those that are wanted")]
+    UnknownPolicy {
+        /// Its id.
+        policy: PolicyId,
+    },
     /// A gateway could not be given a mark.
     #[error("marks: {0}")]
     Mark(AllocError<Mark>),

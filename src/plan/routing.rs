@@ -1,30 +1,29 @@
 //! Tunnel, routes and rules.
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::Gateway;
+use super::Gateways;
 use super::check::{World, tunnel_of};
 use crate::cluster::Node;
 use crate::state::{BACKSTOP_METRIC, Route, RouteKey, Rule, RuleAction, State, Vxlan};
-use crate::types::{Family, Mark, NodeName, TableId};
+use crate::types::{Family, Mark, TableId};
 
 /// Whether the tunnel carries a family from this node to another.
-pub(super) fn carries(world: &World<'_>, peer: &Node, family: Family) -> bool {
-    tunnel_of(world.here, family).is_some() && tunnel_of(peer, family).is_some()
+pub(super) fn carries(world: &World, peer: &Node, family: Family) -> bool {
+    tunnel_of(&world.here, family).is_some() && tunnel_of(peer, family).is_some()
 }
 
 /// Fills in everything of a state but the firewall.
 pub(super) fn routing(
-    world: &World<'_>,
-    gateways: &BTreeMap<&NodeName, Gateway<'_>>,
+    world: &World,
+    gateways: &Gateways,
     closing: Option<TableId>,
     state: &mut State,
 ) {
     let tunnel = &world.cluster.tunnel;
-    state.link = world.underlay(world.here).map(|local| Vxlan {
+    state.link = world.underlay(&world.here).map(|local| Vxlan {
         name: tunnel.device.clone(),
         vni: tunnel.vni,
         port: tunnel.port,
@@ -51,14 +50,15 @@ pub(super) fn routing(
     for family in Family::BOTH {
         let priority = world.cluster.rule_priority;
         for gateway in gateways.values() {
-            let via = tunnel_of(gateway.node, family);
-            if let Some(via) = via.filter(|_| carries(world, gateway.node, family)) {
-                table(world, gateway, via, state);
+            let Some(node) = world.node(gateway.place) else { continue };
+            let via = tunnel_of(node, family);
+            if let Some(via) = via.filter(|_| carries(world, node, family)) {
+                table(world, node, gateway.table, via, state);
                 let action = RuleAction::Lookup(gateway.table);
                 state.rules.insert(Rule { family, priority, mark: gateway.mark, mask, action });
             }
         }
-        if let Some(table) = closing.filter(|_| tunnel_of(world.here, family).is_some()) {
+        if let Some(table) = closing.filter(|_| tunnel_of(&world.here, family).is_some()) {
             // Whatever carries our prefix and found no gateway's table is refused here, not sent
             // by the main table. Not by the rule itself: the kernel looks the way back to the pod
             // up with our mark where `src_valid_mark` is set, and that must pass.
@@ -75,23 +75,17 @@ pub(super) fn routing(
 }
 
 /// The table of one gateway and one family.
-fn table(world: &World<'_>, gateway: &Gateway<'_>, via: IpAddr, state: &mut State) {
-    let (family, table) = (Family::of(via), gateway.table);
+fn table(world: &World, gateway: &Node, table: TableId, via: IpAddr, state: &mut State) {
+    let family = Family::of(via);
     // The outer packet to the gateway has lost the mark by then; should it not have, it must
     // still find another way than into the tunnel.
-    inside(world, table, family, world.underlay(gateway.node), state);
+    inside(world, table, family, world.underlay(gateway), state);
     let key = RouteKey { table, dst: everything(family), metric: RouteKey::default_metric(family) };
     state.routes.insert(key, Route::Via(via));
 }
 
 /// The routes of a table that leave what stays inside to the main table, and refuse the rest.
-fn inside(
-    world: &World<'_>,
-    table: TableId,
-    family: Family,
-    outer: Option<IpAddr>,
-    state: &mut State,
-) {
+fn inside(world: &World, table: TableId, family: Family, outer: Option<IpAddr>, state: &mut State) {
     let metric = RouteKey::default_metric(family);
     let inside = world.inside.iter().copied().chain(outer.map(IpNet::from));
     for dst in inside.filter(|net| Family::of_net(net) == family) {

@@ -3,9 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 
+use super::elements::Elements;
 use super::ruleset::{Base, ChainId, NftRule};
 use crate::range::IpRange;
 use crate::types::{Family, Mark, PolicyId, fnv1a};
@@ -23,7 +25,7 @@ pub struct Firewall {
     /// Sets and maps that exist.
     pub sets: BTreeSet<Set>,
     /// Elements of all sets and maps.
-    pub elements: BTreeMap<Key, Value>,
+    pub elements: Elements,
     /// Sets and chains found in our table that we never make, by name.
     pub strays: BTreeSet<Stray>,
 }
@@ -40,7 +42,7 @@ impl Firewall {
         };
         // Ranges of one set are disjoint, so only the last that begins in time can reach it.
         let end = make(IpRange::from_to_end(range.last()));
-        let (other, _) = self.elements.range(..=end).next_back()?;
+        let other = self.elements.last_range_up_to(&end)?;
         let (Key::Excluded(found) | Key::SourceNet(found)) = other else { return None };
         (other.set() == key.set() && found.last() >= range.first()).then_some(other)
     }
@@ -412,7 +414,7 @@ impl Value {
 
 /// The comment of an element: at most 120 bytes that `nft` prints and reads back.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Comment(Box<str>);
+pub struct Comment(Arc<str>);
 
 impl Comment {
     /// Longest comment in bytes; `nft` allows 128 with the closing NUL.

@@ -11,7 +11,6 @@ use crate::types::{DeviceName, Family, Mark};
 mod apply;
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 mod read;
-#[cfg(all(feature = "kernel", target_os = "linux"))]
 mod walk;
 
 pub(crate) use apply::make;

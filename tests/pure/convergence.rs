@@ -104,7 +104,7 @@ fn drift(state: &mut State, drift: &Drift) {
     let Some(firewall) = &mut state.firewall else { return };
     match drift {
         Drift::ElementGone(index) => {
-            if let Some(key) = pick(*index, firewall.elements.keys().copied()) {
+            if let Some(key) = pick(*index, firewall.elements.keys()) {
                 firewall.elements.remove(&key);
             }
         }

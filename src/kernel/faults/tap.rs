@@ -1,6 +1,7 @@
 //! Between a socket and its callers: carries the faults out.
 
 use std::io;
+use std::time::Instant;
 
 use super::datagram::{aborted, netfilter_call, refused, routing_call, torn, without_end};
 use super::{Call, Fault, Faults, Subsystem};
@@ -43,7 +44,10 @@ impl Tap {
         let call = (self.call)(datagram);
         let transaction = call.writes && call.subsystem == Subsystem::Firewall;
         let Some(fault) = self.faults.next(call) else {
-            return send(datagram);
+            let begin = Instant::now();
+            let done = send(datagram);
+            self.faults.sent(call, begin.elapsed());
+            return done;
         };
         match fault {
             Fault::Errno(errno) => return Err(io::Error::from_raw_os_error(errno)),

@@ -32,17 +32,26 @@ pub(in super::super) type Refused = Vec<(usize, KernelError)>;
 /// whole is reported for the first of them; if it is `ENOBUFS` it is not known what was done.
 #[cfg(test)]
 pub(in super::super) fn commit(socket: &mut Socket, ops: &[Op]) -> Result<(), Refused> {
-    commit_as(socket, ops, 0)
+    commit_as(socket, ops, 0).map(drop)
+}
+
+/// A transaction between two generations of the rules, with no other between them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in super::super) struct Between {
+    pub(in super::super) before: u32,
+    pub(in super::super) after: u32,
 }
 
 /// The same; a table that is made gets these flags.
+///
+/// Says between which generations it was made; nothing if that is not known, or nothing was made.
 pub(in super::super) fn commit_as(
     socket: &mut Socket,
     ops: &[Op],
     table_flags: u32,
-) -> Result<(), Refused> {
+) -> Result<Option<Between>, Refused> {
     let Some(first) = position(ops) else {
-        return Ok(());
+        return Ok(None);
     };
     let count = ops.iter().filter(|op| op.is_nft()).count();
     let whole = Whole { first, count };
@@ -55,12 +64,15 @@ pub(in super::super) fn commit_as(
     for number in 0..=ATTEMPTS {
         let before = generation(socket).map_err(|error| whole.of(error))?;
         let demanded = if number < ATTEMPTS { before } else { 0 };
+        // The kernel counts on from the generation that was demanded, and leaves out 0.
+        let between = Between { before, after: before.wrapping_add(1).max(1) };
+        let exact = Some(between).filter(|_| demanded != 0);
         match attempt(socket, ops, whole, &mut batch, demanded)? {
-            Outcome::Made => return Ok(()),
+            Outcome::Made => return Ok(exact),
             Outcome::Outdated => {}
             Outcome::Accepted => {
                 let after = generation(socket).map_err(|error| whole.of(error))?;
-                return if after == before { Err(whole.unknown()) } else { Ok(()) };
+                return if after == before { Err(whole.unknown()) } else { Ok(exact) };
             }
         }
     }

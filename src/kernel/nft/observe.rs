@@ -20,7 +20,15 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(1024);
 /// A list that the kernel gives is no snapshot: elements that someone adds or deletes meanwhile
 /// may be in it or not, and others may be missing. So all is read under one generation of the
 /// rules, or again.
+#[cfg(test)]
 pub(in super::super) fn observe(socket: &mut Socket) -> Result<Option<Firewall>, KernelError> {
+    observe_at(socket).map(|(firewall, _)| firewall)
+}
+
+/// The same, and the generation of the rules that it was read in.
+pub(in super::super) fn observe_at(
+    socket: &mut Socket,
+) -> Result<(Option<Firewall>, u32), KernelError> {
     for _ in 0..ATTEMPTS {
         let generation_before = generation(socket)?;
         let mut reader =
@@ -28,7 +36,7 @@ pub(in super::super) fn observe(socket: &mut Socket) -> Result<Option<Firewall>,
         let read = reader.table();
         let moved = reader.moved;
         if generation(socket)? == generation_before && !moved {
-            return read;
+            return read.map(|firewall| (firewall, generation_before));
         }
     }
     Err(KernelError::answer(

@@ -20,7 +20,7 @@ const BUSY: &str = "drop the other watch of this datapath first";
 #[derive(Clone, Debug)]
 pub(in crate::kernel) struct Shared {
     idle: Arc<Mutex<Option<Ears>>>,
-    pub(super) expected: Arc<Mutex<Expected>>,
+    pub(in crate::kernel) expected: Arc<Mutex<Expected>>,
 }
 
 /// Sockets that hear what the kernel tells; opened with the datapath, because a socket belongs to
@@ -55,7 +55,7 @@ impl Shared {
         let ears =
             ears.ok_or_else(|| KernelError::refused(what, errno::EBUSY).with_remedy(BUSY))?;
         let shared = self.clone();
-        let mut watch = Watch { poll, ears: Some(ears), shared, unsigned: false };
+        let mut watch = Watch { poll, ears: Some(ears), shared, unsigned: false, heard: None };
         watch.begin(routing, netfilter).map_err(failed)?;
         Ok(watch)
     }

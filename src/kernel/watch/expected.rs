@@ -46,6 +46,11 @@ impl Expected {
         self.index = index;
     }
 
+    /// Index of our device, the last one known; 0 for none.
+    pub(in crate::kernel) const fn index(&self) -> u32 {
+        self.index
+    }
+
     /// An operation is about to be made.
     pub(in crate::kernel) fn will_make(&mut self, op: &Op) {
         if !self.active {

@@ -62,6 +62,12 @@ pub(super) fn read(
     }
 }
 
+/// The generation of the rules that a transaction led to, where a message tells of one.
+pub(super) fn generation(message: &Message<'_>) -> Option<u32> {
+    let end = Some(message).filter(|message| message.kind == NEWGEN)?;
+    attribute(end.payload(), 4, 1)?.be32().ok()
+}
+
 fn is_our_table(message: &Message<'_>) -> bool {
     let body = message.payload();
     // In every kind of message about tables the first attribute is the table's name.

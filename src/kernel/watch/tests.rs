@@ -13,20 +13,20 @@ use crate::{
     TableRange,
 };
 
-mod edits;
+pub(in crate::kernel) mod edits;
 mod mutated;
-mod noise;
+pub(in crate::kernel) mod noise;
 mod own;
 
-struct Host {
-    egress: Reconciler<KernelDatapath>,
+pub(in crate::kernel) struct Host {
+    pub(in crate::kernel) egress: Reconciler<KernelDatapath>,
     watch: Watch,
-    cluster: Cluster,
-    policies: Vec<EgressPolicy>,
+    pub(in crate::kernel) cluster: Cluster,
+    pub(in crate::kernel) policies: Vec<EgressPolicy>,
 }
 
 /// Number of a node, beginning with this one.
-fn node(number: u8) -> Node {
+pub(in crate::kernel) fn node(number: u8) -> Node {
     let underlay = vec![[192, 0, 2, number].into(), format!("2001:db8::{number}").parse().unwrap()];
     let tunnel = [format!("172.31.0.{number}/16"), format!("fd31::{number}/64")];
     let tunnel = tunnel.iter().map(|net| net.parse().unwrap()).collect();
@@ -35,7 +35,7 @@ fn node(number: u8) -> Node {
 
 impl Host {
     /// In the namespace of the calling thread: watched, then reconciled, and nothing to tell.
-    fn new() -> Self {
+    pub(in crate::kernel) fn new() -> Self {
         let mut egress = Reconciler::open(MarkLayout::SEED, TableRange::default()).unwrap();
         let watch = egress.datapath().watch().unwrap();
         let excluded = ["10.244.0.0/16", "fd44::/48"].map(|net| net.parse().unwrap());

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use super::sets::{Sets, Way};
 use crate::cluster::Iptables;
-use crate::plan::check::Checked;
+use crate::plan::kept::Kept;
 use crate::state::{
     Comment, CtState, Direction, Ipset, Is, MarkBits, Side, XtChain, XtMatch, XtName, XtRule,
     XtTable, XtTarget, Xtables,
@@ -12,8 +12,8 @@ use crate::state::{
 use crate::types::{Family, Mark};
 
 /// The rules of one family.
-pub(super) struct Rules<'a, 'p> {
-    pub(super) sets: &'a Sets<'a, 'p>,
+pub(super) struct Rules<'a> {
+    pub(super) sets: &'a Sets<'a>,
     pub(super) iptables: Iptables,
 }
 
@@ -21,7 +21,7 @@ fn rule<const N: usize>(matches: [XtMatch; N], target: XtTarget, comment: &str) 
     XtRule { matches: matches.into(), target, comment: comment.into() }
 }
 
-impl Rules<'_, '_> {
+impl Rules<'_> {
     /// Adds the chains, and the jumps to them at the head of the built-in ones.
     pub(super) fn add_to(&self, tables: &mut Xtables) {
         use XtName as N;
@@ -39,11 +39,8 @@ impl Rules<'_, '_> {
         chain(Mangle, N::Here, vec![here]);
         let closed = self.set_mark(self.closed().get(), "egress gateway: closed");
         chain(Mangle, N::Closed, vec![closed]);
-        for gateway in self.sets.gateways.values() {
-            let comment = format!(
-                "egress gateway: {}",
-                Comment::of_name(gateway.node.name.as_str()).as_str()
-            );
+        for (node, gateway) in self.sets.gateways {
+            let comment = format!("egress gateway: {}", Comment::of_name(node.as_str()).as_str());
             let mark = self.set_mark(gateway.mark.get(), &comment);
             chain(Mangle, N::To(gateway.mark), vec![mark]);
         }
@@ -117,9 +114,9 @@ impl Rules<'_, '_> {
     }
 
     /// A rule for the packets of a policy.
-    fn of_policy(&self, policy: &Checked<'_>, name: u64, target: XtTarget, what: &str) -> XtRule {
+    fn of_policy(&self, policy: &Kept, name: u64, target: XtTarget, what: &str) -> XtRule {
         let family = self.sets.family;
-        let comment = format!("rule {}: {what}", Comment::of_policy(policy.id).as_str());
+        let comment = format!("rule {}: {what}", policy.comment.as_str());
         let source = XtMatch::Set(Is::So, Ipset::Sources(family, name), Side::Src);
         let mut rule = rule([source], target, &comment);
         if !policy.takes_all(family) {

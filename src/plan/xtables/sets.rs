@@ -4,17 +4,18 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::{IpNet, IpSubnets, Ipv4Subnets, Ipv6Subnets};
 
-use crate::plan::check::{Checked, World};
-use crate::plan::classes::{Classes, Rank, policy};
-use crate::plan::{Gateway, Role, role};
+use super::classes::{Class, Classes, Rank, policy};
+use crate::plan::check::World;
+use crate::plan::kept::Kept;
+use crate::plan::{Gateways, Role, role};
 use crate::policy::Unavailable;
 use crate::range::IpRange;
-use crate::state::{Ipset, IpsetContents, MarkBits, Member, Tag};
-use crate::types::{Family, Mark, NodeName, fnv1a};
+use crate::state::{Ipset, IpsetContents, MarkBits, Member};
+use crate::types::{Family, Mark, fnv1a};
 
 /// Hashes that the sets of each policy are named by; they depend on the ids alone, not on order.
-pub(super) fn names(policies: &[Checked<'_>]) -> Vec<u64> {
-    let mut by_id: Vec<_> = policies.iter().map(|policy| policy.id).enumerate().collect();
+pub(super) fn names(policies: &[&Kept]) -> Vec<u64> {
+    let mut by_id: Vec<_> = policies.iter().map(|policy| &policy.id).enumerate().collect();
     by_id.sort_unstable_by_key(|&(_, id)| id);
     let mut taken = BTreeSet::new();
     let mut names: Vec<_> = by_id
@@ -53,10 +54,10 @@ enum Kind {
 }
 
 /// The sets of one family.
-pub(super) struct Sets<'a, 'p> {
-    pub(super) world: &'a World<'p>,
-    pub(super) policies: &'a [Checked<'p>],
-    pub(super) gateways: &'a BTreeMap<&'p NodeName, Gateway<'p>>,
+pub(super) struct Sets<'a> {
+    pub(super) world: &'a World,
+    pub(super) policies: &'a [&'a Kept],
+    pub(super) gateways: &'a Gateways,
     pub(super) names: &'a [u64],
     pub(super) family: Family,
     pub(super) classes: &'a Classes,
@@ -64,12 +65,14 @@ pub(super) struct Sets<'a, 'p> {
 
 type Members = BTreeMap<Ipset, BTreeMap<IpNet, Member>>;
 
-impl<'p> Sets<'_, 'p> {
-    pub(super) fn way(&self, policy: &Checked<'_>) -> Way {
-        let gateway = policy.gateway.and_then(|node| self.gateways.get(&node.name));
-        match (role(policy, self.family, self.world), gateway) {
+impl Sets<'_> {
+    pub(super) fn way(&self, policy: &Kept) -> Way {
+        let gateway = |place| self.gateways.values().find(|gateway| gateway.place == place);
+        let role = role(policy, self.family, self.world);
+        let client = if let Role::Client(place) = role { gateway(place) } else { None };
+        match (role, client) {
             (Role::Gateway, _) => Way::Here,
-            (Role::Client, Some(gateway)) => Way::To(gateway.mark),
+            (_, Some(gateway)) => Way::To(gateway.mark),
             _ if policy.unavailable == Unavailable::Bypass => Way::Bypass,
             _ => Way::Closed,
         }
@@ -82,25 +85,24 @@ impl<'p> Sets<'_, 'p> {
 
     /// The policies that packets are sent on their way by a rule of their own for, in order, each
     /// with its name.
-    pub(super) fn ruled(&self) -> Vec<(&Checked<'p>, u64)> {
+    pub(super) fn ruled(&self) -> Vec<(&Kept, u64)> {
         let ranks = self.ruled_ranks();
-        let ranked = (0..).zip(self.policies.iter().zip(self.names.iter().copied()));
+        let ranked = (0..).zip(self.policies.iter().copied().zip(self.names.iter().copied()));
         ranked.filter(|(rank, _)| ranks.contains(rank)).map(|(_, policy)| policy).collect()
     }
 
     /// The policies whose packets leave from here, in order, each with its name.
-    pub(super) fn local(&self) -> Vec<(&Checked<'p>, u64)> {
-        let named = self.policies.iter().zip(self.names.iter().copied());
+    pub(super) fn local(&self) -> Vec<(&Kept, u64)> {
+        let named = self.policies.iter().copied().zip(self.names.iter().copied());
         named.filter(|(policy, _)| self.is_local(policy)).collect()
     }
 
-    fn is_local(&self, policy: &Checked<'_>) -> bool {
-        let mut sources = policy.sources.iter();
-        sources.any(|net| Family::of_net(net) == self.family) && self.way(policy) == Way::Here
+    fn is_local(&self, policy: &Kept) -> bool {
+        policy.sources.has(self.family) && self.way(policy) == Way::Here
     }
 
     fn ruled_ranks(&self) -> BTreeSet<Rank> {
-        let ruled = self.classes.members.values();
+        let ruled = self.classes.members.iter();
         let ruled = ruled.filter(|ranks| matches!(self.kind(ranks), Kind::Ruled));
         ruled.flatten().copied().collect()
     }
@@ -116,9 +118,9 @@ impl<'p> Sets<'_, 'p> {
     }
 
     /// The sets that sources of a class are in.
-    fn memberships(&self, class: Tag, sets_of: &BTreeMap<Rank, Ipset>) -> Vec<(Ipset, Member)> {
+    fn memberships(&self, class: Class, sets_of: &BTreeMap<Rank, Ipset>) -> Vec<(Ipset, Member)> {
         let family = self.family;
-        let ranks = self.classes.members.get(&class).map(Vec::as_slice).unwrap_or_default();
+        let ranks = self.classes.members.get(class).map(Vec::as_slice).unwrap_or_default();
         let marked = |mark: Mark| {
             let mask = self.mask();
             Member::Marked(MarkBits { mask, value: mark.get() & mask })
@@ -183,13 +185,9 @@ impl<'p> Sets<'_, 'p> {
     /// Puts every source into the sets of its class, and takes it out of those of the range
     /// around it where it has another one.
     fn sources(&self, sets_of: &BTreeMap<Rank, Ipset>, members: &mut Members) {
-        let known: BTreeMap<Tag, Vec<(Ipset, Member)>> = self
-            .classes
-            .members
-            .keys()
-            .map(|tag| (*tag, self.memberships(*tag, sets_of)))
-            .collect();
-        let of = |class: Tag| known.get(&class).map(Vec::as_slice).unwrap_or_default();
+        let known: Vec<Vec<(Ipset, Member)>> =
+            (0..self.classes.members.len()).map(|class| self.memberships(class, sets_of)).collect();
+        let of = |class: Class| known.get(class).map(Vec::as_slice).unwrap_or_default();
         for (range, class) in &self.classes.ranges {
             for net in prefixes(range) {
                 for (set, member) in of(*class) {

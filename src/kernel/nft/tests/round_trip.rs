@@ -16,7 +16,7 @@ fn assert_same(found: Option<Firewall>) {
         assert_eq!(found.chains.get(id), Some(chain), "{id}");
     }
     for (key, value) in &wanted.elements {
-        assert_eq!(found.elements.get(key), Some(value), "{key}");
+        assert_eq!(found.elements.get(&key), Some(value), "{key}");
     }
     assert_eq!(found, wanted);
 }
@@ -47,7 +47,7 @@ fn everything_can_be_deleted_again() {
         commit(socket, &sample::ops()).unwrap();
         let wanted = sample::firewall();
         let mut ops: Vec<_> = wanted.chains.keys().map(|id| Op::SetRules(*id, vec![])).collect();
-        ops.extend(wanted.elements.into_iter().map(|(key, value)| Op::DeleteElement(key, value)));
+        ops.extend(wanted.elements.iter().map(|(key, value)| Op::DeleteElement(key, value)));
         ops.extend(wanted.chains.into_keys().map(Op::DeleteChain));
         ops.extend(wanted.sets.into_iter().map(Op::DeleteSet));
         assert_eq!(commit(socket, &ops), Ok(()));
@@ -202,7 +202,7 @@ fn a_hundred_thousand_elements_are_one_transaction() {
         commit(socket, &ops).unwrap();
         let found = observe(socket).unwrap().unwrap();
         assert_eq!(found.elements.len(), 100_000);
-        assert!(found.elements.values().all(|found| *found == value));
+        assert!(found.elements.values().all(|found| found == value));
     });
 }
 

@@ -9,7 +9,7 @@ use crate::types::{Family, Mark};
 use Part::{Address, Fdb, Firewall, Link, Neighbour, Route, Rule};
 
 /// What somebody does, and the least that is told of it.
-const EDITS: [(&str, &[Part]); 30] = [
+pub(in crate::kernel) const EDITS: [(&str, &[Part]); 30] = [
     ("nft delete element inet egress_datapath source4 '{ 10.244.1.2 }'", &[Firewall]),
     ("nft add element inet egress_datapath peer4 '{ 192.0.2.77 }'", &[Firewall]),
     ("nft flush table inet egress_datapath", &[Firewall]),

@@ -3,7 +3,7 @@
 use super::*;
 
 /// Other tables, other devices, other protocols, and look-alikes of another family.
-const NOISE: [&str; 12] = [
+pub(in crate::kernel) const NOISE: [&str; 12] = [
     "nft add table inet other; nft delete table inet other",
     "nft add table ip egress_datapath; nft delete table ip egress_datapath",
     "ip rule add pref 9 fwmark 9 lookup 9 protocol 70; ip rule del pref 9",

@@ -1,0 +1,100 @@
+//! Listings of the kernel's, beside `conntrack`.
+
+use super::*;
+use crate::datapath::Datapath;
+use crate::kernel::nft;
+use crate::kernel::rtnl_kernel_tests::{in_namespace, sh};
+use crate::kernel::watch::tests::Host;
+use crate::{Op, Update};
+
+/// Connections of three pods, some of either family.
+const OPEN: &str = "
+    for port in 1 2 3; do
+        conntrack -I -s 10.244.7.1 -d 198.51.100.9 -p udp --sport $port --dport 53 -t 60
+        conntrack -I -s 10.244.7.2 -d 198.51.100.9 -p tcp --sport $port --dport 80 -t 60 \
+            --state ESTABLISHED
+        conntrack -I -s fd44::7:1 -d 2001:db8::9 -p udp --sport $port --dport 53 -t 60
+    done
+    conntrack -I -s 198.51.100.9 -d 10.244.7.1 -p udp --sport 1 --dport 53 -t 60";
+
+fn counted(source: &str, family: &str) -> usize {
+    sh(&format!("conntrack -L -f {family} -s {source} 2>/dev/null")).lines().count()
+}
+
+#[test]
+fn the_kernel_picks_out_a_source_as_conntrack_does() {
+    in_namespace(|| {
+        sh(OPEN);
+        let mut socket = nft::open().unwrap();
+        let all = connections(&mut socket).unwrap();
+        assert_eq!(all.len(), 10);
+        for (source, family, count) in [
+            ("10.244.7.1", "ipv4", 3),
+            ("10.244.7.2", "ipv4", 3),
+            ("198.51.100.9", "ipv4", 1),
+            ("10.244.7.3", "ipv4", 0),
+            ("fd44::7:1", "ipv6", 3),
+            ("fd44::7:2", "ipv6", 0),
+        ] {
+            assert_eq!(counted(source, family), count);
+            let source = source.parse().unwrap();
+            let mut found = connections_of(&mut socket, Some(source)).unwrap();
+            let mut wanted = all.clone();
+            wanted.retain(|connection| connection.source == source);
+            found.sort_unstable();
+            wanted.sort_unstable();
+            assert_eq!((found.len(), found), (count, wanted));
+            // Picked in the kernel, nothing else is sent here to be left out; or by family.
+            let picked = if source.is_ipv4() { count } else { 3 };
+            assert_eq!(sent(&mut socket, source), picked);
+        }
+    });
+}
+
+/// How many connections the kernel sends that is asked for one source.
+fn sent(socket: &mut Socket, source: IpAddr) -> usize {
+    let request = Request { text: TEXT, kind: GET, flags: flag::DUMP, answer: NEW };
+    let mut count = 0;
+    ask_any(
+        socket,
+        &request,
+        |writer| pick(writer, Some(source)),
+        |_, _| {
+            count += 1;
+            Ok(())
+        },
+    )
+    .unwrap();
+    count
+}
+
+#[test]
+fn after_an_update_the_connections_of_its_sources_end_and_no_others() {
+    in_namespace(|| {
+        let mut host = Host::new();
+        sh(OPEN);
+        let id = host.policies[0].id.clone();
+        let sources = vec!["10.244.7.1/32".parse().unwrap()];
+        let update: Update = Update::AddSources { policy: id.clone(), sources };
+        host.egress.update([update]).unwrap();
+        assert_eq!(counted("10.244.7.1", "ipv4"), 3, "they are left to be settled");
+        let settled = host.egress.settle().unwrap();
+        assert_eq!(settled.changes.ops().filter_map(Op::ended).count(), 3);
+        assert_eq!(counted("10.244.7.1", "ipv4"), 0);
+        assert_eq!(counted("10.244.7.2", "ipv4"), 3);
+        assert_eq!(counted("fd44::7:1", "ipv6"), 3);
+        // More at once than are asked for one by one.
+        let sources = ["10.244.7.2/32", "10.244.7.3/32", "10.244.7.4/32", "fd44::7:1/128"];
+        let sources = sources.map(|net| net.parse().unwrap()).to_vec();
+        host.egress
+            .update([Update::<crate::EgressPolicy>::AddSources { policy: id, sources }])
+            .unwrap();
+        let settled = host.egress.settle().unwrap();
+        assert_eq!(settled.changes.ops().filter_map(Op::ended).count(), 6);
+        assert_eq!(counted("10.244.7.2", "ipv4"), 0);
+        assert_eq!(counted("fd44::7:1", "ipv6"), 0);
+        assert_eq!(counted("198.51.100.9", "ipv4"), 1);
+        let listed = host.egress.datapath().connections(None).unwrap().unwrap();
+        assert_eq!(listed.len(), 1);
+    });
+}

@@ -1,0 +1,112 @@
+//! Whether the kernel still holds what was read from it and written to it last.
+
+use super::nft::{self, Between};
+use super::socket::Socket;
+use super::watch::{Part, Shared, Watch, lock};
+use crate::datapath::Drift;
+
+/// Ears of the datapath's own, and what is certain by them.
+///
+/// The kernel is asked one thing, which generation its rules have, and tells the rest: whatever
+/// changes a device, an address, a neighbour, a route or a rule puts a message into our socket
+/// before its system call returns, or an error if there is no room. So silence is proof. What one
+/// of our own requests brings about and the kernel tells in nobody's name is taken for a change by
+/// others: it costs a look at the routing part, not a wrong belief.
+#[derive(Debug)]
+pub(super) struct Trust {
+    shared: Shared,
+    ports: [u32; 2],
+    watch: Option<Watch>,
+    /// Generation of the rules at which our table was known.
+    generation: Option<u32>,
+    /// Whether everything else is known.
+    routing: bool,
+}
+
+impl Trust {
+    /// Trusts nothing until the kernel is read; the ports are those of our own writes.
+    pub(super) const fn new(shared: Shared, ports: [u32; 2]) -> Self {
+        Self { shared, ports, watch: None, generation: None, routing: false }
+    }
+
+    /// Everything is about to be read: what happened before does not matter.
+    ///
+    /// Where listening is not allowed nothing is ever certain.
+    pub(super) fn begin(&mut self, index: u32) {
+        self.end();
+        if self.watch.is_none() {
+            let [routing, netfilter] = self.ports;
+            self.watch = self.shared.watch(routing, netfilter).ok();
+        }
+        self.listen(index);
+        (self.generation, self.routing) = (None, false);
+    }
+
+    /// Our table was read at this generation.
+    pub(super) const fn table_known(&mut self, generation: u32) {
+        self.generation = Some(generation);
+    }
+
+    /// The rest was read.
+    pub(super) const fn routing_known(&mut self) {
+        self.routing = true;
+    }
+
+    /// A transaction of ours was made.
+    pub(super) fn committed(&mut self, between: Option<Between>) {
+        let known = between.filter(|between| self.generation == Some(between.before));
+        self.generation = known.map(|between| between.after);
+    }
+
+    /// Nothing is certain any more.
+    pub(super) const fn end(&mut self) {
+        (self.generation, self.routing) = (None, false);
+    }
+
+    /// What may have changed; `index` is that of our device.
+    pub(super) fn drift(&mut self, netfilter: &mut Socket, index: u32) -> Drift {
+        self.listen(index);
+        let table = self.generation.is_some() && self.is_current(netfilter);
+        if !table {
+            self.generation = None;
+        }
+        match (table, self.routing) {
+            (true, true) => Drift::None,
+            (true, false) => Drift::Rest,
+            (false, _) => Drift::Unknown,
+        }
+    }
+
+    /// Whether the rules have the generation at which our table was known, or one that only
+    /// others' tables have brought about since.
+    fn is_current(&mut self, netfilter: &mut Socket) -> bool {
+        let Ok(current) = nft::generation(netfilter) else { return false };
+        if self.generation == Some(current) {
+            return true;
+        }
+        // Its messages are in the socket before the transaction is over, but the generation may be
+        // read before they are: only one whose end was heard is known to be none of ours.
+        self.generation = Some(current);
+        self.watch.as_ref().and_then(Watch::heard) == Some(current)
+    }
+
+    /// Takes in what the kernel has told.
+    fn listen(&mut self, index: u32) {
+        let Some(watch) = &mut self.watch else { return self.end() };
+        lock(&self.shared.expected).found(index);
+        let Ok(news) = watch.drain() else {
+            self.watch = None;
+            return self.end();
+        };
+        if news.lost {
+            return self.end();
+        }
+        if watch.is_amid_change() || news.changed.contains(&Part::Firewall) {
+            self.generation = None;
+        }
+        self.routing &= !news.changed.iter().any(|part| *part != Part::Firewall);
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,221 @@
+//! What a plan was made from, kept so that a change is planned from that change alone.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use super::check::World;
+use super::classes::Classes;
+use super::firewall::{skeleton, spoken, ways_out};
+use super::kept::{Handle, Kept, Policies};
+use super::{
+    Finding, Gateways, PlanError, Role, Update, closing_table, numbered, reserve_given, roles,
+    routing, xtables,
+};
+use crate::alloc::{MarkAllocator, TableAllocator};
+use crate::cluster::{Backend, Cluster};
+use crate::policy::{Policy, Unavailable};
+use crate::state::{Data, Elements, Key, State, Value};
+use crate::types::{Family, Mark, NodeName, TableId};
+
+/// The policies that are wanted, and what the plan for them rests on.
+#[derive(Debug)]
+pub(crate) struct Index {
+    pub(super) world: World,
+    pub(super) policies: Policies,
+    pub(super) v4: Classes<u32>,
+    pub(super) v6: Classes<u128>,
+    /// How many policies are steered to a node, by its place and once for each family.
+    pub(super) used: BTreeMap<usize, usize>,
+    /// How many policies this node speaks for with an egress IP.
+    pub(super) spoken: BTreeMap<IpAddr, usize>,
+    pub(super) gateways: Gateways,
+    /// Table of the closing rule.
+    pub(super) closing: Option<TableId>,
+    /// Number of tables, if none is left for closing.
+    pub(super) no_table: Option<usize>,
+}
+
+impl Index {
+    /// Plans for these policies.
+    pub(crate) fn new<P: Policy>(
+        cluster: &Cluster,
+        policies: impl IntoIterator<Item = P>,
+        marks: &mut dyn MarkAllocator,
+        tables: &mut dyn TableAllocator,
+    ) -> Result<(Self, State), PlanError> {
+        let world = World::new(cluster)?;
+        xtables::check(&world)?;
+        let policies = Policies::new(policies, &world)?;
+        reserve_given(cluster, marks)?;
+        let (mut used, mut speaks) = (BTreeMap::new(), BTreeMap::new());
+        for (_, kept) in policies.iter() {
+            for (_, role) in roles(kept, &world) {
+                if let Role::Client(place) = role {
+                    *used.entry(place).or_default() += 1;
+                }
+            }
+            for address in spoken(kept, &world) {
+                *speaks.entry(address).or_default() += 1;
+            }
+        }
+        let gateways = numbered(used.keys().copied(), &world, marks, tables)?;
+        let (closing, no_table) = closing_table(cluster, &gateways, tables)?;
+        let mut elements = BTreeMap::new();
+        let v4 = Classes::new(&policies, &mut elements);
+        let v6 = Classes::new(&policies, &mut elements);
+        let spoken = speaks;
+        let index = Self { world, policies, v4, v6, used, spoken, gateways, closing, no_table };
+        let state = index.state(elements);
+        Ok((index, state))
+    }
+
+    /// Makes everything that follows from the policies anew.
+    pub(super) fn renew(&mut self) -> State {
+        self.policies.number();
+        let mut elements = BTreeMap::new();
+        self.v4 = Classes::new(&self.policies, &mut elements);
+        self.v6 = Classes::new(&self.policies, &mut elements);
+        self.state(elements)
+    }
+
+    /// The state, of the elements of classes and ranges.
+    fn state(&self, mut elements: BTreeMap<Key, Value>) -> State {
+        let (mut state, fixed) = self.parts();
+        if let Backend::Iptables(iptables) = self.world.cluster.backend {
+            state.firewall = None;
+            let (sets, tables) =
+                xtables::xtables(&self.world, &self.policies, &self.gateways, iptables);
+            state.ipsets = sets;
+            state.xtables.insert(iptables.variant, tables);
+            return state;
+        }
+        elements.extend(fixed);
+        for (_, kept) in self.policies.iter() {
+            elements.extend(ways_out(&self.world, kept, &self.gateways));
+        }
+        elements.extend(self.spoken.keys().map(|address| (Key::Eip(*address), NOTHING)));
+        let mut all: Elements = elements.into_iter().collect();
+        all.fill_sources(self.v4.sources(), self.v6.sources());
+        if let Some(firewall) = &mut state.firewall {
+            firewall.elements = all;
+        }
+        state
+    }
+
+    /// The state without elements, and those elements that no single policy has a part in.
+    pub(super) fn parts(&self) -> (State, BTreeMap<Key, Value>) {
+        let mut state = State::default();
+        routing::routing(&self.world, &self.gateways, self.closing, &mut state);
+        let lengths: BTreeSet<_> = (self.v4.lengths().map(|length| (Family::V4, length)))
+            .chain(self.v6.lengths().map(|length| (Family::V6, length)))
+            .collect();
+        let (firewall, fixed) = skeleton(&self.world, &self.gateways, lengths);
+        state.firewall = Some(firewall);
+        (state, fixed)
+    }
+
+    /// How a snapshot differs from what is wanted; nothing if in most of it.
+    ///
+    /// # Errors
+    ///
+    /// A policy that is there twice.
+    pub(crate) fn differences<'p, P: Policy>(
+        &self,
+        policies: &'p [P],
+    ) -> Result<Option<Vec<Update<&'p P>>>, PlanError> {
+        let mut seen = vec![false; self.policies.end()];
+        let (mut updates, mut new) = (Vec::new(), BTreeSet::new());
+        let (mut known, mut differing) = (0, 0);
+        for policy in policies {
+            let handle = self.policies.find(policy.id());
+            let slot = handle.and_then(|handle| seen.get_mut(usize::try_from(handle).ok()?));
+            let again = match slot {
+                Some(seen) => std::mem::replace(seen, true),
+                None => !new.insert(policy.id()),
+            };
+            if again {
+                return Err(PlanError::DuplicatePolicy { policy: policy.id().clone() });
+            }
+            known += usize::from(handle.is_some());
+            let kept = handle.and_then(|handle| self.policies.get(handle));
+            if !kept.is_some_and(|kept| kept.is(policy, &self.world)) {
+                differing += policy.sources().len();
+                updates.push(Update::Upsert(policy));
+            }
+        }
+        if known < self.policies.len() {
+            let gone = (0..).zip(&seen).filter(|(_, seen)| !**seen);
+            let gone = gone.filter_map(|(handle, _)| self.policies.get(handle));
+            updates.extend(gone.map(|kept| Update::Remove(kept.id.clone())));
+        }
+        // One by one they cost more than all at once.
+        let all = self.policies.iter().map(|(_, kept)| kept.sources.len()).sum::<usize>();
+        Ok((differing <= MANY || differing <= all / 4).then_some(updates))
+    }
+
+    /// The cluster that it was made for.
+    pub(crate) const fn cluster(&self) -> &Cluster {
+        &self.world.cluster
+    }
+
+    /// Whether it was made for this cluster.
+    pub(crate) fn is_of(&self, cluster: &Cluster) -> bool {
+        self.world.cluster == *cluster
+    }
+
+    /// The gateways this node steers to.
+    pub(crate) fn gateways(&self) -> BTreeMap<NodeName, (Mark, TableId)> {
+        let gateways = self.gateways.iter();
+        gateways.map(|(name, found)| (name.clone(), (found.mark, found.table))).collect()
+    }
+
+    /// Whether this node steers to a gateway.
+    pub(crate) fn steers_to(&self, node: &NodeName) -> bool {
+        self.gateways.contains_key(node)
+    }
+
+    /// What is as asked, but perhaps not as meant.
+    pub(crate) fn findings(&self) -> Vec<Finding> {
+        let ordered = self.policies.ordered();
+        let mut findings: Vec<_> =
+            ordered.iter().flat_map(|(_, kept)| self.findings_of(kept)).collect();
+        findings.extend(self.no_table.map(|capacity| Finding::NoClosingTable { capacity }));
+        for (family, mut pairs) in [
+            (Family::V4, self.v4.overlaps().collect::<Vec<_>>()),
+            (Family::V6, self.v6.overlaps().collect()),
+        ] {
+            pairs.sort_unstable_by(|(a, b), (c, d)| {
+                self.policies.order(*a, *c).then_with(|| self.policies.order(*b, *d))
+            });
+            findings.extend(pairs.into_iter().filter_map(|pair| self.overlap(family, pair)));
+        }
+        findings
+    }
+
+    /// What becomes of a policy that is not carried out.
+    pub(super) fn findings_of(&self, kept: &Kept) -> impl Iterator<Item = Finding> {
+        roles(kept, &self.world).filter_map(|(family, role)| {
+            let Role::Closed(why) = role else { return None };
+            let policy = kept.id.clone();
+            Some(match kept.unavailable {
+                Unavailable::Drop => Finding::Closed { policy, family, why },
+                Unavailable::Bypass => Finding::Bypassed { policy, family, why },
+            })
+        })
+    }
+
+    pub(super) fn overlap(
+        &self,
+        family: Family,
+        (winner, loser): (Handle, Handle),
+    ) -> Option<Finding> {
+        let id = |handle| self.policies.get(handle).map(|kept| kept.id.clone());
+        Some(Finding::Overlap { winner: id(winner)?, loser: id(loser)?, family })
+    }
+}
+
+/// Sources that are not worth planning everything for.
+const MANY: usize = 1_000;
+
+/// The value of an element that has none.
+pub(super) const NOTHING: Value = Value::plain(Data::None);

@@ -1,0 +1,395 @@
+//! Changes of what is wanted, planned from themselves alone.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::check::check_net;
+use super::delta::Delta;
+use super::firewall::{spoken, ways_out};
+use super::index::{Index, NOTHING};
+use super::kept::{Handle, Kept, place};
+use super::{Finding, PlanError, PolicyError, Role, closing_table, numbered, roles};
+use crate::alloc::{MarkAllocator, TableAllocator};
+use crate::cluster::Backend;
+use crate::policy::{EgressPolicy, Policy};
+use crate::state::{Key, State, Value};
+use crate::types::{NodeName, PolicyId};
+
+/// A change of what is wanted, for [`Reconciler::update`](crate::Reconciler::update).
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Update<P = EgressPolicy> {
+    /// A policy is new, or takes the place of the one with its id.
+    Upsert(P),
+    /// A policy is not wanted any more; none with this id is no error.
+    Remove(PolicyId),
+    /// Pods come under a policy; those that are there already are no error.
+    AddSources {
+        /// The policy, which must be there.
+        policy: PolicyId,
+        /// Their prefixes, without host bits.
+        sources: Vec<IpNet>,
+    },
+    /// Pods leave a policy, but not the last; those that are not there are no error.
+    RemoveSources {
+        /// The policy, which must be there.
+        policy: PolicyId,
+        /// Their prefixes, as they came.
+        sources: Vec<IpNet>,
+    },
+    /// A policy's traffic leaves by another node; with `None` it is dropped.
+    Move {
+        /// The policy, which must be there.
+        policy: PolicyId,
+        /// The node.
+        gateway: Option<NodeName>,
+    },
+}
+
+/// What changes come to.
+#[derive(Debug)]
+pub(crate) enum Planned {
+    /// These parts of the state.
+    Part(Part),
+    /// Perhaps all of it, because numbers or ranges depend on one another.
+    Whole(Box<State>),
+}
+
+/// The parts of a state that changes come to.
+#[derive(Debug, Default)]
+pub(crate) struct Part {
+    /// Elements as they are then; nothing for those that are gone.
+    pub(crate) elements: BTreeMap<Key, Option<Value>>,
+    /// Everything but elements, if any of it changes.
+    pub(crate) rest: Option<Box<State>>,
+    /// Single sources whose way may change; nothing if it may be any's.
+    pub(crate) sources: Option<BTreeSet<IpAddr>>,
+}
+
+/// A change that contradicts nothing.
+#[derive(Debug)]
+enum Edit {
+    Insert(Box<Kept>),
+    Replace(Handle, Box<Kept>),
+    Remove(Handle),
+    Add(Handle, Vec<IpNet>),
+    Drop(Handle, Vec<IpNet>),
+    Move(Handle, Option<usize>),
+}
+
+/// What goes on while changes are made.
+#[derive(Debug, Default)]
+struct Course {
+    delta: Delta,
+    /// Policies whose ways out are taken out, to be put in again at the end.
+    touched: BTreeSet<Handle>,
+    /// Sources of some policy have another way, whatever they are.
+    everybody: bool,
+}
+
+impl Index {
+    /// Plans changes, one after another, and says what they come to and what is new about them.
+    ///
+    /// # Errors
+    ///
+    /// As for a plan; then nothing has changed.
+    pub(crate) fn update<P: Policy>(
+        &mut self,
+        updates: impl IntoIterator<Item = Update<P>>,
+        marks: &mut dyn MarkAllocator,
+        tables: &mut dyn TableAllocator,
+    ) -> Result<(Planned, Vec<Finding>), PlanError> {
+        let (mut course, mut undo) = (Course::default(), Vec::new());
+        let made = updates.into_iter().try_for_each(|update| {
+            if let Some(edit) = self.resolve(update)? {
+                undo.extend(self.edit(edit, &mut course));
+            }
+            Ok(())
+        });
+        self.put_back(&course.touched);
+        match made.and_then(|()| self.allocate(marks, tables, &mut course.delta)) {
+            Ok(()) => Ok(self.planned(course)),
+            Err(error) => {
+                let mut back = Course { delta: course.delta, ..Course::default() };
+                for edit in undo.into_iter().rev() {
+                    self.edit(edit, &mut back);
+                }
+                self.put_back(&back.touched);
+                if back.delta.disputed {
+                    self.renew();
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Checks a change; nothing if it changes nothing.
+    fn resolve<P: Policy>(&self, update: Update<P>) -> Result<Option<Edit>, PlanError> {
+        let known = |id: &PolicyId| {
+            let unknown = || PlanError::UnknownPolicy { policy: id.clone() };
+            self.policies.find(id).ok_or_else(unknown)
+        };
+        let of = |policy: &PolicyId| {
+            let policy = policy.clone();
+            move |source: PolicyError| PlanError::Policy { policy, source }
+        };
+        Ok(match update {
+            Update::Upsert(policy) => {
+                let found = self.policies.find(policy.id());
+                let same = found.and_then(|handle| self.policies.get(handle));
+                if same.is_some_and(|kept| kept.is(&policy, &self.world)) {
+                    return Ok(None);
+                }
+                let kept = Box::new(Kept::new(&policy, &self.world)?);
+                Some(match found {
+                    Some(handle) => Edit::Replace(handle, kept),
+                    None => Edit::Insert(kept),
+                })
+            }
+            Update::Remove(id) => self.policies.find(&id).map(Edit::Remove),
+            Update::AddSources { policy, sources } => {
+                let handle = known(&policy)?;
+                sources.iter().try_for_each(check_net).map_err(of(&policy))?;
+                Some(Edit::Add(handle, sources))
+            }
+            Update::RemoveSources { policy, sources } => {
+                let handle = known(&policy)?;
+                let kept = self.policies.get(handle);
+                if kept.is_some_and(|kept| kept.sources.are_all_among(&sources)) {
+                    return Err(of(&policy)(PolicyError::NoSources));
+                }
+                Some(Edit::Drop(handle, sources))
+            }
+            Update::Move { policy, gateway } => {
+                let handle = known(&policy)?;
+                let place = place(gateway.as_ref(), &self.world).map_err(of(&policy))?;
+                Some(Edit::Move(handle, place))
+            }
+        })
+    }
+
+    /// Makes a change, and says what undoes it.
+    fn edit(&mut self, edit: Edit, course: &mut Course) -> Option<Edit> {
+        match edit {
+            Edit::Insert(kept) => Some(Edit::Remove(self.insert(*kept, course))),
+            Edit::Replace(handle, kept) => {
+                let old = self.replace(handle, *kept, course)?;
+                Some(Edit::Replace(handle, Box::new(old)))
+            }
+            Edit::Remove(handle) => Some(Edit::Insert(Box::new(self.remove(handle, course)?))),
+            Edit::Add(handle, nets) => {
+                self.touch(handle, course);
+                Some(Edit::Drop(handle, self.add(handle, nets, &mut course.delta)))
+            }
+            Edit::Drop(handle, nets) => {
+                self.touch(handle, course);
+                Some(Edit::Add(handle, self.drop(handle, nets, &mut course.delta)))
+            }
+            Edit::Move(handle, gateway) => {
+                self.touch(handle, course);
+                course.everybody = true;
+                let kept = self.policies.get_mut(handle)?;
+                Some(Edit::Move(handle, std::mem::replace(&mut kept.gateway, gateway)))
+            }
+        }
+    }
+
+    /// Takes a policy's ways out, unless that has been done.
+    fn touch(&mut self, handle: Handle, course: &mut Course) {
+        let Some(kept) = self.policies.get(handle).filter(|_| course.touched.insert(handle)) else {
+            return;
+        };
+        for (key, _) in ways_out(&self.world, kept, &self.gateways) {
+            course.delta.put(key, None);
+        }
+        for (_, role) in roles(kept, &self.world) {
+            if let Role::Client(place) = role {
+                less(&mut self.used, &place);
+            }
+        }
+        for address in spoken(kept, &self.world) {
+            if less(&mut self.spoken, &address) {
+                course.delta.put(Key::Eip(address), None);
+            }
+        }
+    }
+
+    /// Counts what the ways out of these policies need.
+    fn put_back(&mut self, touched: &BTreeSet<Handle>) {
+        for kept in touched.iter().filter_map(|handle| self.policies.get(*handle)) {
+            for (_, role) in roles(kept, &self.world) {
+                if let Role::Client(place) = role {
+                    *self.used.entry(place).or_default() += 1;
+                }
+            }
+            for address in spoken(kept, &self.world) {
+                *self.spoken.entry(address).or_default() += 1;
+            }
+        }
+    }
+
+    fn insert(&mut self, kept: Kept, course: &mut Course) -> Handle {
+        let tag = self.policies.numbers.take_alone([&kept.id]);
+        course.delta.disputed |= tag.is_none() || !kept.sources.cover.is_empty();
+        let handle = self.policies.insert(Kept { tag: tag.unwrap_or(kept.tag), ..kept });
+        course.touched.insert(handle);
+        self.enter(handle, &mut course.delta);
+        handle
+    }
+
+    fn remove(&mut self, handle: Handle, course: &mut Course) -> Option<Kept> {
+        self.touch(handle, course);
+        let kept = self.policies.get(handle)?;
+        course.delta.disputed |= !kept.sources.cover.is_empty();
+        self.leave(handle, &mut course.delta);
+        let kept = self.policies.remove(handle)?;
+        course.delta.disputed |= !self.policies.numbers.give_back(kept.tag);
+        Some(kept)
+    }
+
+    fn replace(&mut self, handle: Handle, new: Kept, course: &mut Course) -> Option<Kept> {
+        self.touch(handle, course);
+        let old = self.policies.get(handle)?;
+        let new = Kept { tag: old.tag, ..new };
+        let shape = old.priority != new.priority || old.destinations != new.destinations;
+        course.everybody |= old.gateway != new.gateway
+            || old.egress_ip != new.egress_ip
+            || old.unavailable != new.unavailable;
+        let ranges = old.sources.cover != new.sources.cover;
+        course.delta.disputed |= ranges || shape && !old.sources.cover.is_empty();
+        if shape {
+            self.leave(handle, &mut course.delta);
+            let old = std::mem::replace(self.policies.get_mut(handle)?, new);
+            self.enter(handle, &mut course.delta);
+            return Some(old);
+        }
+        let gone = old.sources.without(&new.sources);
+        let come = new.sources.without(&old.sources);
+        self.follow(&gone, handle, false, &mut course.delta);
+        let old = std::mem::replace(self.policies.get_mut(handle)?, new);
+        self.follow(&come, handle, true, &mut course.delta);
+        Some(old)
+    }
+
+    /// All single sources of a policy join it.
+    fn enter(&mut self, handle: Handle, delta: &mut Delta) {
+        let all = self.policies.get(handle).map(|kept| kept.sources.single()).unwrap_or_default();
+        self.follow(&all, handle, true, delta);
+    }
+
+    /// All single sources of a policy leave it.
+    fn leave(&mut self, handle: Handle, delta: &mut Delta) {
+        let all = self.policies.get(handle).map(|kept| kept.sources.single()).unwrap_or_default();
+        self.follow(&all, handle, false, delta);
+    }
+
+    /// The classes follow single sources that join a policy or leave it.
+    fn follow(&mut self, sources: &[IpAddr], handle: Handle, join: bool, delta: &mut Delta) {
+        for address in sources {
+            // All is made anew in the end, and what is there fits the policies no longer.
+            if delta.disputed {
+                return;
+            }
+            let policies = &self.policies;
+            match (address, join) {
+                (IpAddr::V4(v4), true) => self.v4.add(v4.to_bits(), handle, policies, delta),
+                (IpAddr::V4(v4), false) => self.v4.remove(v4.to_bits(), handle, policies, delta),
+                (IpAddr::V6(v6), true) => self.v6.add(v6.to_bits(), handle, policies, delta),
+                (IpAddr::V6(v6), false) => self.v6.remove(v6.to_bits(), handle, policies, delta),
+            }
+        }
+    }
+
+    /// Adds sources to a policy; gives those that it did not have.
+    fn add(&mut self, handle: Handle, mut nets: Vec<IpNet>, delta: &mut Delta) -> Vec<IpNet> {
+        if let Some(kept) = self.policies.get_mut(handle) {
+            nets.retain(|net| kept.sources.insert(*net));
+            delta.disputed |= kept.sources.fit_cover();
+        }
+        self.follow(&single(&nets), handle, true, delta);
+        nets
+    }
+
+    /// Takes sources from a policy; gives those that it had.
+    fn drop(&mut self, handle: Handle, mut nets: Vec<IpNet>, delta: &mut Delta) -> Vec<IpNet> {
+        if let Some(kept) = self.policies.get_mut(handle) {
+            nets.retain(|net| kept.sources.remove(*net));
+            delta.disputed |= kept.sources.fit_cover();
+        }
+        self.follow(&single(&nets), handle, false, delta);
+        nets
+    }
+
+    /// Gives marks and tables to the gateways that are used now.
+    fn allocate(
+        &mut self,
+        marks: &mut dyn MarkAllocator,
+        tables: &mut dyn TableAllocator,
+        delta: &mut Delta,
+    ) -> Result<(), PlanError> {
+        let places = self.gateways.values().map(|gateway| gateway.place);
+        if places.collect::<BTreeSet<_>>().iter().eq(self.used.keys()) {
+            return Ok(());
+        }
+        let gateways = numbered(self.used.keys().copied(), &self.world, marks, tables)?;
+        let (closing, no_table) = closing_table(&self.world.cluster, &gateways, tables)?;
+        let renumbered = gateways
+            .iter()
+            .any(|(name, new)| self.gateways.get(name).is_some_and(|old| old != new));
+        delta.disputed |= renumbered;
+        delta.skeleton = true;
+        let (_, gone) = self.parts();
+        delta.elements.extend(gone.into_keys().map(|key| (key, None)));
+        (self.gateways, self.closing, self.no_table) = (gateways, closing, no_table);
+        Ok(())
+    }
+
+    fn planned(&mut self, course: Course) -> (Planned, Vec<Finding>) {
+        let Course { mut delta, touched, everybody } = course;
+        let touched: Vec<_> =
+            touched.iter().filter_map(|handle| self.policies.get(*handle)).collect();
+        let mut findings: Vec<_> = touched.iter().flat_map(|kept| self.findings_of(kept)).collect();
+        let pairs = delta.overlapping.iter().copied();
+        findings.extend(pairs.filter_map(|(family, pair)| self.overlap(family, pair)));
+        // In iptables there is no telling what a change comes to without all of it.
+        if delta.disputed || self.world.cluster.backend != Backend::Nftables {
+            return (Planned::Whole(Box::new(self.renew())), findings);
+        }
+        for kept in touched {
+            for (key, value) in ways_out(&self.world, kept, &self.gateways) {
+                delta.put(key, Some(value));
+            }
+            for address in spoken(kept, &self.world) {
+                delta.put(Key::Eip(address), Some(NOTHING));
+            }
+        }
+        let mut part = Part::default();
+        if delta.skeleton {
+            let (state, fixed) = self.parts();
+            delta.elements.extend(fixed.into_iter().map(|(key, value)| (key, Some(value))));
+            part.rest = Some(Box::new(state));
+            findings.extend(self.no_table.map(|capacity| Finding::NoClosingTable { capacity }));
+        }
+        part.sources = Some(delta.sources).filter(|_| !everybody && part.rest.is_none());
+        part.elements = delta.elements;
+        (Planned::Part(part), findings)
+    }
+}
+
+/// Takes one off a count; whether it was the last.
+fn less<K: Ord>(counts: &mut BTreeMap<K, usize>, key: &K) -> bool {
+    let Some(count) = counts.get_mut(key) else { return false };
+    *count = count.saturating_sub(1);
+    let last = *count == 0;
+    if last {
+        counts.remove(key);
+    }
+    last
+}
+
+/// The single addresses among prefixes.
+fn single(nets: &[IpNet]) -> Vec<IpAddr> {
+    nets.iter().filter(|net| net.prefix_len() == net.max_prefix_len()).map(IpNet::addr).collect()
+}

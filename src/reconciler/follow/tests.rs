@@ -1,0 +1,434 @@
+use std::collections::BTreeMap;
+
+use ipnet::IpNet;
+use proptest::prelude::*;
+use proptest::sample::select;
+
+use super::*;
+use crate::error::{ApplyError, KernelError};
+use crate::plan::{PlanError, PolicyError, plan, with_few_tags};
+use crate::{
+    Destinations, EgressIp, EgressPolicy, MarkPool, Node, NodeName, PolicyId, Sim, TablePool,
+    TableRange,
+};
+
+fn name(text: &str) -> NodeName {
+    NodeName::new(text).unwrap()
+}
+
+fn id(text: &str) -> PolicyId {
+    PolicyId::new(text).unwrap()
+}
+
+fn net(text: &str) -> IpNet {
+    text.parse().unwrap()
+}
+
+fn cluster() -> Cluster {
+    let node = |text: &str, number: u8| {
+        let tunnels = [format!("172.31.0.{number}/16"), format!("fd11::{number}/112")];
+        let underlay = IpAddr::from([10, 10, 0, number]);
+        Node::new(name(text), vec![underlay], tunnels.iter().map(|text| net(text)).collect())
+    };
+    let mut nodes = vec![node("a", 11), node("b", 12), node("c", 13), node("d", 14)];
+    nodes[3].tunnel.pop();
+    Cluster::new(name("a"), nodes, vec![net("10.244.0.0/16")])
+}
+
+/// A kernel in memory that knows whether it was touched, and counts what it is asked.
+#[derive(Default)]
+struct Known {
+    sim: Sim,
+    drift: Option<Drift>,
+    reads: usize,
+    listed: Vec<Option<IpAddr>>,
+    connections: Vec<Connection>,
+}
+
+impl Datapath for Known {
+    fn observe(&mut self) -> Result<State, KernelError> {
+        self.reads += 1;
+        self.drift = Some(Drift::None);
+        self.sim.observe()
+    }
+
+    fn drift(&mut self) -> Drift {
+        self.drift.unwrap_or(Drift::Unknown)
+    }
+
+    fn observe_rest(&mut self) -> Result<State, KernelError> {
+        self.drift = Some(Drift::None);
+        Ok(State { firewall: None, ..self.sim.observe()? })
+    }
+
+    fn connections(
+        &mut self,
+        source: Option<IpAddr>,
+    ) -> Result<Option<Vec<Connection>>, KernelError> {
+        self.listed.push(source);
+        let of = |one: &&Connection| source.is_none_or(|source| source == one.source);
+        Ok(Some(self.connections.iter().filter(of).copied().collect()))
+    }
+
+    fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {
+        let ended: Vec<_> = changes.ops().filter_map(Op::ended).copied().collect();
+        self.connections.retain(|one| !ended.contains(one));
+        if !ended.is_empty() {
+            return Ok(());
+        }
+        let made = self.sim.apply(changes);
+        if made.is_err() {
+            self.drift = Some(Drift::Unknown);
+        }
+        made
+    }
+}
+
+type Egress = Reconciler<Known>;
+
+/// What a plan with the same allocators says.
+fn planned(
+    egress: &Egress,
+    policies: &BTreeMap<PolicyId, EgressPolicy>,
+) -> Result<crate::Plan, PlanError> {
+    let mut tables = TablePool::new(egress.tables.range()).with_dice(|_| 0);
+    for (node, table) in egress.tables.iter() {
+        tables.reserve(node, table).unwrap();
+    }
+    plan(&cluster(), policies.values(), &mut egress.marks.clone(), &mut tables)
+}
+
+#[derive(Clone, Debug)]
+enum Act {
+    Update(Vec<Update>),
+    Snapshot(Vec<Update>),
+    RuleLost,
+    ElementLost,
+    Refused(usize),
+}
+
+fn sources() -> impl Strategy<Value = IpNet> {
+    let hosts =
+        ["10.0.0.1/32", "10.0.0.2/32", "10.0.0.3/32", "10.0.1.1/32", "fd00::1/128", "fd00::2/128"];
+    let nets = ["10.0.0.0/24", "10.0.0.0/30", "10.0.0.2/31", "fd00::/64"];
+    prop_oneof![
+        12 => select(hosts.to_vec()).prop_map(net),
+        1 => select(nets.to_vec()).prop_map(net),
+    ]
+}
+
+fn policies() -> impl Strategy<Value = EgressPolicy> {
+    let listed =
+        ["0.0.0.0/0", "192.0.2.0/24", "192.0.2.0/25", "198.51.100.7/32", "2001:db8::/32", "::/0"];
+    let listed = prop::collection::vec(select(listed.to_vec()).prop_map(net), 1..3);
+    let destinations =
+        prop_oneof![Just(Destinations::External), listed.prop_map(Destinations::Nets)];
+    let eips = select(vec![
+        EgressIp::V4([203, 0, 113, 1].into()),
+        EgressIp::V4([203, 0, 113, 2].into()),
+        EgressIp::Dual([203, 0, 113, 1].into(), "2001:db8:1::1".parse().unwrap()),
+        EgressIp::Node,
+    ]);
+    let parts =
+        (0..6_u8, 0..3_u32, prop::collection::vec(sources(), 1..4), destinations, gateways(), eips);
+    parts.prop_map(|(number, priority, sources, destinations, gateway, eip)| EgressPolicy {
+        priority,
+        destinations,
+        gateway,
+        ..EgressPolicy::new(id(&format!("p{number}")), sources, eip)
+    })
+}
+
+fn gateways() -> impl Strategy<Value = Option<NodeName>> {
+    select(vec![
+        None,
+        Some("a"),
+        Some("a"),
+        Some("b"),
+        Some("b"),
+        Some("c"),
+        Some("d"),
+        Some("nobody"),
+    ])
+    .prop_map(|gateway| gateway.map(name))
+}
+
+fn updates() -> impl Strategy<Value = Update> {
+    let of = || (0..6_u8).prop_map(|number| id(&format!("p{number}")));
+    let few = || prop::collection::vec(sources(), 0..3);
+    prop_oneof![
+        3 => policies().prop_map(Update::Upsert),
+        1 => of().prop_map(Update::Remove),
+        3 => (of(), few()).prop_map(|(policy, sources)| Update::AddSources { policy, sources }),
+        3 => (of(), few()).prop_map(|(policy, sources)| Update::RemoveSources { policy, sources }),
+        2 => (of(), gateways()).prop_map(|(policy, gateway)| Update::Move { policy, gateway }),
+    ]
+}
+
+fn acts() -> impl Strategy<Value = Act> {
+    let list = || prop::collection::vec(updates(), 1..4);
+    prop_oneof![
+        10 => list().prop_map(Act::Update),
+        3 => list().prop_map(Act::Snapshot),
+        1 => Just(Act::RuleLost),
+        1 => Just(Act::ElementLost),
+        1 => (0..6_usize).prop_map(Act::Refused),
+    ]
+}
+
+/// What updates mean to a list of policies.
+fn apply(policies: &mut BTreeMap<PolicyId, EgressPolicy>, update: &Update) -> Option<()> {
+    match update {
+        Update::Upsert(policy) => {
+            policies.insert(policy.id.clone(), policy.clone());
+        }
+        Update::Remove(id) => {
+            policies.remove(id);
+        }
+        Update::AddSources { policy, sources } => {
+            policies.get_mut(policy)?.sources.extend(sources);
+        }
+        Update::RemoveSources { policy, sources } => {
+            policies.get_mut(policy)?.sources.retain(|net| !sources.contains(net));
+        }
+        Update::Move { policy, gateway } => policies.get_mut(policy)?.gateway.clone_from(gateway),
+    }
+    Some(())
+}
+
+/// The policies after all updates; nothing if one of them contradicts those before it.
+fn after(
+    egress: &Egress,
+    policies: &BTreeMap<PolicyId, EgressPolicy>,
+    updates: &[Update],
+) -> Option<BTreeMap<PolicyId, EgressPolicy>> {
+    let mut after = policies.clone();
+    for update in updates {
+        apply(&mut after, update)?;
+        // Only whether gateways can be numbered depends on all of them together.
+        if let Err(PlanError::Policy { .. }) = planned(egress, &after) {
+            return None;
+        }
+    }
+    planned(egress, &after).is_ok().then_some(after)
+}
+
+fn check(egress: &mut Egress, policies: &BTreeMap<PolicyId, EgressPolicy>) {
+    let plan = planned(egress, policies).unwrap();
+    let wanted = egress.wanted.as_ref().unwrap();
+    assert_eq!(wanted, &plan.state);
+    assert_eq!(egress.datapath.sim.state(), &plan.state);
+    let index = egress.index.as_ref().unwrap();
+    assert_eq!(index.findings(), plan.findings);
+    assert_eq!(index.gateways(), plan.gateways);
+}
+
+fn run(acts: Vec<Act>, tables: u32) {
+    let range = TableRange::new(3000, tables).unwrap();
+    let tables = TablePool::new(range).with_dice(|_| 0);
+    let mut egress = Reconciler::with_allocators(Known::default(), MarkPool::default(), tables);
+    let mut policies = BTreeMap::new();
+    egress.reconcile(&cluster(), policies.values()).unwrap();
+    for act in acts {
+        match act {
+            Act::Update(updates) => {
+                let after = after(&egress, &policies, &updates);
+                let before = egress.datapath.sim.state().clone();
+                let made = egress.update(updates.clone());
+                assert_eq!(made.is_ok(), after.is_some(), "{made:?} of {updates:?}");
+                if let Ok(report) = made {
+                    // In the same order as if everything had been compared.
+                    let whole = Changes::between(&before, egress.datapath.sim.state());
+                    assert_eq!(report.changes.to_string(), whole.to_string());
+                }
+                policies = after.unwrap_or(policies);
+            }
+            Act::Snapshot(updates) => {
+                let Some(after) = after(&egress, &policies, &updates) else { continue };
+                let report = egress.reconcile(&cluster(), after.values()).unwrap();
+                assert_eq!(report.findings, planned(&egress, &after).unwrap().findings);
+                assert!(report.settled);
+                policies = after;
+            }
+            Act::RuleLost => {
+                egress.datapath.sim.state_mut().rules.pop_first();
+                egress.datapath.drift = Some(Drift::Rest);
+                if policies.len() % 2 == 0 {
+                    egress.repair().unwrap();
+                } else {
+                    egress.update([] as [Update; 0]).unwrap();
+                }
+            }
+            Act::ElementLost => {
+                let firewall = egress.datapath.sim.state_mut().firewall.as_mut().unwrap();
+                let key = firewall.elements.keys().find(|key| !matches!(key, Key::Verdict(_)));
+                firewall.elements.remove(&key.unwrap());
+                egress.datapath.drift = Some(Drift::Unknown);
+                if policies.len() % 2 == 0 {
+                    egress.update([] as [Update; 0]).unwrap();
+                } else {
+                    egress.repair().unwrap();
+                }
+            }
+            Act::Refused(place) => {
+                egress.datapath.sim.refuse(place, 12);
+                let policy = EgressPolicy {
+                    gateway: Some(name("b")),
+                    ..EgressPolicy::new(id("p9"), vec![net("10.9.9.9/32")], EgressIp::Node)
+                };
+                let update = Update::Upsert(policy.clone());
+                let Some(after) = after(&egress, &policies, std::slice::from_ref(&update)) else {
+                    egress.datapath.sim.refuse(usize::MAX, 12);
+                    continue;
+                };
+                policies = after;
+                let _refused_or_nothing_to_do = egress.update([update]);
+                egress.datapath.sim.refuse(usize::MAX, 12);
+                egress.repair().unwrap();
+            }
+        }
+        check(&mut egress, &policies);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 192, failure_persistence: None, ..<_>::default() })]
+
+    #[test]
+    fn updates_come_to_what_a_plan_of_everything_does(acts in prop::collection::vec(acts(), 1..12)) {
+        run(acts, 100);
+    }
+
+    #[test]
+    fn also_where_tags_are_disputed(acts in prop::collection::vec(acts(), 1..12)) {
+        with_few_tags(|| run(acts, 100));
+    }
+
+    #[test]
+    fn also_where_gateways_find_no_table(acts in prop::collection::vec(acts(), 1..12)) {
+        run(acts, 2);
+    }
+}
+
+fn one_policy() -> EgressPolicy {
+    EgressPolicy {
+        gateway: Some(name("b")),
+        ..EgressPolicy::new(
+            id("p"),
+            vec![net("10.0.0.1/32")],
+            EgressIp::V4([203, 0, 113, 1].into()),
+        )
+    }
+}
+
+fn add(source: &str) -> [Update; 1] {
+    [Update::AddSources { policy: id("p"), sources: vec![net(source)] }]
+}
+
+fn connection(source: &str) -> Connection {
+    let (source, peer) = (source.parse().unwrap(), "198.51.100.9".parse().unwrap());
+    Connection {
+        protocol: 6,
+        source,
+        source_port: 40_000,
+        destination: peer,
+        destination_port: 443,
+        peer,
+        peer_port: 443,
+        wears: source,
+        wears_port: 40_000,
+        mark: 0,
+        zone: 0,
+        id: 7,
+    }
+}
+
+#[test]
+fn what_is_known_is_not_read_again() {
+    let mut egress = Reconciler::new(Known::default());
+    assert!(matches!(egress.update(add("10.0.0.2/32")), Err(Error::NothingWanted)));
+    egress.reconcile(&cluster(), [one_policy()]).unwrap();
+    let report = egress.update(add("10.0.0.2/32")).unwrap();
+    assert_eq!(report.changes.len(), 1, "{}", report.changes);
+    assert!(!report.settled);
+    assert!(egress.update(add("10.0.0.2/32")).unwrap().changes.is_empty());
+    assert!(egress.repair().unwrap().changes.is_empty());
+    let mut both = one_policy();
+    both.sources.push(net("10.0.0.2/32"));
+    assert!(egress.reconcile(&cluster(), [both]).unwrap().changes.is_empty());
+    assert_eq!(egress.datapath.reads, 1);
+    assert!(egress.audit().unwrap().changes.is_empty());
+    assert_eq!(egress.datapath.reads, 2);
+    let _handed_out = egress.datapath();
+    assert!(egress.repair().unwrap().changes.is_empty());
+    assert_eq!(egress.datapath.reads, 3);
+}
+
+#[test]
+fn connections_are_left_to_be_settled_and_never_forgotten() {
+    let settlers: [fn(&mut Egress) -> Report; 4] = [
+        |egress| egress.settle().unwrap(),
+        |egress| egress.repair().unwrap(),
+        |egress| egress.audit().unwrap(),
+        |egress| {
+            let mut policy = one_policy();
+            policy.sources.extend([net("10.0.0.2/32"), net("10.0.0.3/32")]);
+            egress.reconcile(&cluster(), [policy]).unwrap()
+        },
+    ];
+    for settle in settlers {
+        let mut egress = Reconciler::new(Known::default());
+        egress.reconcile(&cluster(), [one_policy()]).unwrap();
+        // One that was open before the pod came under the policy, and one of a pod of none.
+        let (stale, other) = (connection("10.0.0.2"), connection("10.0.7.7"));
+        egress.datapath.connections = vec![stale, other];
+        assert!(!egress.update(add("10.0.0.2/32")).unwrap().settled);
+        assert!(!egress.update(add("10.0.0.3/32")).unwrap().settled);
+        let report = settle(&mut egress);
+        assert!(report.settled);
+        assert_eq!(report.changes.ops().filter_map(Op::ended).collect::<Vec<_>>(), [&stale]);
+        assert_eq!(egress.datapath.connections, [other]);
+        let asked = [Some("10.0.0.2".parse().unwrap()), Some("10.0.0.3".parse().unwrap())];
+        assert_eq!(egress.datapath.listed, asked);
+        assert!(settle(&mut egress).changes.is_empty());
+    }
+}
+
+#[test]
+fn who_wears_an_egress_ip_that_is_not_wanted_any_more_is_ended() {
+    let mut egress = Reconciler::new(Known::default());
+    let policy = EgressPolicy { gateway: Some(name("a")), ..one_policy() };
+    egress.reconcile(&cluster(), [&policy]).unwrap();
+    let firewall = egress.wanted.as_ref().and_then(|wanted| wanted.firewall.as_ref()).unwrap();
+    let mark = firewall.connection_mark().unwrap().value;
+    let wears =
+        |address: [u8; 4]| Connection { mark, wears: address.into(), ..connection("10.0.0.1") };
+    let (eip, own) = (wears([203, 0, 113, 1]), wears([10, 10, 0, 11]));
+    egress.datapath.connections = vec![eip, own];
+    let masquerade = EgressPolicy { egress_ip: EgressIp::Node, ..policy };
+    assert!(!egress.update([Update::Upsert(masquerade)]).unwrap().settled);
+    assert_eq!(egress.settle().unwrap().changes.ops().filter_map(Op::ended).count(), 1);
+    assert_eq!(egress.datapath.connections, [own]);
+}
+
+#[test]
+fn a_contradiction_changes_nothing() {
+    let mut egress = Reconciler::new(Known::default());
+    egress.reconcile(&cluster(), [one_policy()]).unwrap();
+    let before = egress.datapath.sim.state().clone();
+    let last: Update = Update::RemoveSources { policy: id("p"), sources: vec![net("10.0.0.1/32")] };
+    let move_ = Update::Move { policy: id("p"), gateway: Some(name("c")) };
+    let error = egress.update([move_, last]).unwrap_err();
+    let PlanError::Policy { source: PolicyError::NoSources, .. } = (match error {
+        Error::Plan(error) => error,
+        other => panic!("{other}"),
+    }) else {
+        panic!("another error")
+    };
+    assert!(egress.repair().unwrap().changes.is_empty());
+    assert_eq!(egress.datapath.sim.state(), &before);
+    let unknown: Update = Update::Move { policy: id("q"), gateway: None };
+    let error = egress.update([unknown]).unwrap_err();
+    assert_eq!(error.to_string(), "policy q is not one of those that are wanted");
+    check(&mut egress, &[(id("p"), one_policy())].into());
+}
