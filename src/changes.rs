@@ -29,7 +29,7 @@ pub enum Phase {
     Tunnel,
     /// Routes, the ones that refuse before the ones that send.
     Routes,
-    /// Rules, the one that refuses before the ones that send.
+    /// Rules, the one that refuses before the ones that send, the one that passes them by last.
     Rules,
     /// New sets, ways out, peers, egress IPs, exclusions.
     FillVerdicts,

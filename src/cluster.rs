@@ -30,7 +30,8 @@ pub struct Cluster {
     /// Which bits of a packet's mark are ours.
     #[cfg_attr(feature = "serde", serde(default))]
     pub marks: MarkLayout,
-    /// Priority of our routing rules, 1 to 32764; the closing rule comes right after it.
+    /// The first of the three priorities of our routing rules, 1 to 32763: a guard that spares
+    /// packets without our prefix the rest, then the gateways' rules, then the closing one.
     ///
     /// Default 101: behind the rule for local addresses, also where Cilium has moved it to 100,
     /// and ahead of everything that has a default route.
@@ -105,7 +106,7 @@ const fn rule_priority() -> u32 {
 }
 
 impl Cluster {
-    /// Default priority of our routing rules.
+    /// Default of the first priority of our routing rules.
     pub const RULE_PRIORITY: u32 = 101;
 
     /// A cluster with the default tunnel, marks and rule priority.
@@ -119,6 +120,27 @@ impl Cluster {
             rule_priority: Self::RULE_PRIORITY,
             backend: Backend::default(),
         }
+    }
+}
+
+/// Priorities of our routing rules.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RulePriorities {
+    /// Leads packets without our prefix past the gateways' rules; only in layouts with a prefix.
+    pub(crate) guard: u32,
+    /// Leads packets with a gateway's mark to its table.
+    pub(crate) gateways: u32,
+    /// Refuses other packets with our prefix; only in layouts with a prefix.
+    pub(crate) closing: u32,
+}
+
+impl RulePriorities {
+    /// The highest that the first can have: 32766 is the kernel's rule for the main table.
+    pub(crate) const LAST: u32 = 32_763;
+
+    pub(crate) const fn of(cluster: &Cluster) -> Self {
+        let first = cluster.rule_priority;
+        Self { guard: first, gateways: first.saturating_add(1), closing: first.saturating_add(2) }
     }
 }
 

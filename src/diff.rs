@@ -240,7 +240,8 @@ fn rtnetlink(observed: &State, desired: &State, steps: &mut Steps) {
     for rule in observed.rules.difference(&desired.rules) {
         steps.add(Phase::DeleteRules, Op::DeleteRule(*rule));
     }
-    // The rule that refuses is asked after those that send: made first, taken away last.
+    // The rule that refuses is asked after those that send: made first, taken away last. The rule
+    // that goes there is asked before them: made last, when it has where to go.
     sort(steps, Phase::Rules, |op| std::cmp::Reverse(rule_priority(op)));
     sort(steps, Phase::DeleteRules, rule_priority);
     // The last address of a family takes the neighbours of its network along.
@@ -404,8 +405,8 @@ fn chains(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
     }
 }
 
-/// The rules wanted, and those found that look up a destination: for as long as sources still
-/// have the old classes, both are needed.
+/// The rules wanted, and those found that look up a source or a destination: for as long as
+/// sources still have the old classes, both are needed.
 fn transitional(found: &[NftRule], wanted: &[NftRule]) -> Vec<NftRule> {
     let length = |rule: &NftRule| match rule.0.first() {
         Some(Stmt::TagByDestination(_, length)) => Some(*length),
@@ -414,12 +415,18 @@ fn transitional(found: &[NftRule], wanted: &[NftRule]) -> Vec<NftRule> {
     };
     let mut rules = wanted.to_vec();
     for rule in found.iter().filter(|rule| !wanted.contains(rule)) {
-        if !matches!(rule.0.first(), Some(Stmt::TagByDestination(..))) {
-            continue;
-        }
-        if let Some(at) =
-            rules.iter().position(|other| length(other).is_some_and(|l| Some(l) <= length(rule)))
-        {
+        let at = match rule.0.first() {
+            Some(Stmt::TagByDestination(..)) => rules
+                .iter()
+                .position(|other| length(other).is_some_and(|l| Some(l) <= length(rule))),
+            Some(Stmt::TagBySource(Set::SourceNet(family))) => {
+                let hosts = Stmt::TagBySource(Set::Source(*family));
+                let before = rules.iter().position(|other| other.0.first() == Some(&hosts));
+                before.map(|at| at + 1)
+            }
+            _ => None,
+        };
+        if let Some(at) = at {
             rules.insert(at, rule.clone());
         }
     }

@@ -63,7 +63,7 @@
 //!
 //! let mut egress = Reconciler::new(Sim::new());
 //! let report = egress.reconcile(&cluster, [&policy])?;
-//! assert!(report.changes.to_string().contains("ip rule add pref 101 fwmark 0x26000000"));
+//! assert!(report.changes.to_string().contains("ip rule add pref 102 fwmark 0x26000000"));
 //!
 //! let again = egress.reconcile(&cluster, [&policy])?;
 //! assert!(again.changes.is_empty());

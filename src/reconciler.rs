@@ -237,9 +237,12 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
 
     /// Leaves nothing there but this much of the table that is found.
     fn empty(&mut self, keep: impl Fn(&Firewall) -> Option<Firewall>) -> Result<Report, Error> {
-        (self.wanted, self.index, self.findings) = (None, None, None);
-        self.unsettled = None;
-        let observed = self.observe()?;
+        let wanted = self.wanted.take();
+        (self.index, self.findings, self.unsettled) = (None, None, None);
+        let observed = match (self.drift(), wanted) {
+            (Drift::None, Some(wanted)) => wanted,
+            _ => self.observe()?,
+        };
         let firewall = observed.firewall.as_ref().and_then(keep);
         let nothing = State { firewall, ..State::default() };
         let changes = Changes::between(&observed, &nothing);

@@ -6,7 +6,9 @@ use crate::changes::{Changes, Made, Step};
 use crate::datapath::Datapath;
 use crate::error::{ApplyError, KernelError, errno};
 use crate::op::Op;
-use crate::state::{ChainId, Data, Firewall, NftRule, Route, Set, State, Stmt, Verdict};
+use crate::state::{
+    ChainId, Data, Firewall, NftRule, Route, RuleAction, Set, State, Stmt, Verdict,
+};
 use crate::types::DeviceName;
 
 /// A [`Datapath`] in memory that refuses what the kernel refuses.
@@ -218,6 +220,9 @@ fn rtnetlink(state: &mut State, op: &Op) -> Result<(), Errno> {
             _ => return Err(errno::ESRCH),
         },
         Op::AddRule(rule) => {
+            if matches!(rule.action, RuleAction::Goto(later) if later <= rule.priority) {
+                return Err(errno::EINVAL);
+            }
             if !state.rules.insert(*rule) {
                 return Err(errno::EEXIST);
             }

@@ -141,7 +141,7 @@ pub enum Route {
     Unreachable,
 }
 
-/// A routing rule: which table packets with a mark are routed by.
+/// A routing rule: what packets with a mark, or without it, are routed by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Rule {
     /// Its family.
@@ -152,7 +152,9 @@ pub struct Rule {
     pub mark: Mark,
     /// The bits of the mark that are compared.
     pub mask: u32,
-    /// What happens to a packet that has it.
+    /// Whether it is for packets that have another mark.
+    pub inverted: bool,
+    /// What happens to a packet that it is for.
     pub action: RuleAction,
 }
 
@@ -163,15 +165,20 @@ pub enum RuleAction {
     Unreachable,
     /// Looks the destination up in a table; if it finds nothing the next rule is asked.
     Lookup(TableId),
+    /// Goes on with the rule of this priority, which must be a later one; while there is none the
+    /// next rule is asked.
+    Goto(u32),
 }
 
 impl fmt::Display for Rule {
     /// The rule as `ip rule add` takes it.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "pref {} fwmark {}/{:#010x} ", self.priority, self.mark, self.mask)?;
+        let not = if self.inverted { "not " } else { "" };
+        write!(f, "pref {} {not}fwmark {}/{:#010x} ", self.priority, self.mark, self.mask)?;
         match self.action {
             RuleAction::Unreachable => f.write_str("unreachable")?,
             RuleAction::Lookup(table) => write!(f, "lookup {table}")?,
+            RuleAction::Goto(priority) => write!(f, "goto {priority}")?,
         }
         write!(f, " protocol {PROTOCOL}")
     }

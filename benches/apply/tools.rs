@@ -38,13 +38,13 @@ pub(crate) fn nft_file(changes: &Changes) -> String {
 
 /// Feeds a tool, and says how long it took.
 fn feed(tool: &str, arguments: &[&str], text: &str) -> Duration {
-    let (took, status) = timed(|| {
+    let (took, exit) = timed(|| {
         let mut command = Command::new(tool);
         let mut child = command.args(arguments).stdin(Stdio::piped()).spawn().unwrap();
         child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
         child.wait().unwrap()
     });
-    assert!(status.success(), "{tool} failed");
+    assert!(exit.success(), "{tool} failed");
     took
 }
 

@@ -217,7 +217,7 @@ fn gateways(state: &State, firewall: &Firewall) -> Vec<Gateway> {
                 let mut rules = state.rules.iter().filter(|rule| rule.mark == mark);
                 let table = rules.find_map(|rule| match rule.action {
                     RuleAction::Lookup(table) => Some(table.get()),
-                    RuleAction::Unreachable => None,
+                    RuleAction::Unreachable | RuleAction::Goto(_) => None,
                 });
                 Some(Gateway { node: comment(&value), mark: mark.to_string(), table })
             }

@@ -100,7 +100,19 @@ fn key(table: u32, dst: &str, metric: u32) -> RouteKey {
 }
 
 fn rule(family: Family, priority: u32, action: RuleAction) -> Rule {
-    Rule { family, priority, mark: Mark::new(0x0100_0000), mask: 0xff00_0000, action }
+    Rule {
+        family,
+        priority,
+        mark: Mark::new(0x0100_0000),
+        mask: 0xff00_0000,
+        inverted: false,
+        action,
+    }
+}
+
+/// A rule that leads what does not carry a mark past others.
+fn past(family: Family) -> Rule {
+    Rule { inverted: true, ..rule(family, 99, RuleAction::Goto(101)) }
 }
 
 fn lookup(table: u32) -> RuleAction {
@@ -135,6 +147,8 @@ pub(super) fn full() -> State {
             rule(Family::V6, 100, lookup(3000)),
             rule(Family::V6, 101, RuleAction::Unreachable),
             rule(Family::V4, 102, lookup(200)),
+            past(Family::V4),
+            past(Family::V6),
         ]
         .into(),
         firewall: None,

@@ -24,6 +24,9 @@ pub(super) fn message(rule: &Rule) -> RuleMessage {
         RuleAttribute::FwMark(rule.mark.get()),
         RuleAttribute::FwMask(rule.mask),
     ];
+    if rule.inverted {
+        message.header.flags |= RuleFlags::Invert;
+    }
     match rule.action {
         RuleAction::Unreachable => message.header.action = KernelAction::Unreachable,
         RuleAction::Lookup(table) => {
@@ -31,6 +34,10 @@ pub(super) fn message(rule: &Rule) -> RuleMessage {
             // The byte in the header is too small for most tables; the attribute wins.
             message.header.table = u8::try_from(table.get()).unwrap_or_default();
             message.attributes.push(RuleAttribute::Table(table.get()));
+        }
+        RuleAction::Goto(priority) => {
+            message.header.action = KernelAction::Goto;
+            message.attributes.push(RuleAttribute::Goto(priority));
         }
     }
     let protocol = RouteProtocol::from(PROTOCOL);
@@ -42,19 +49,22 @@ pub(super) fn message(rule: &Rule) -> RuleMessage {
 pub(super) fn parse(message: &RuleMessage, family: Family) -> Option<Rule> {
     let header = &message.header;
     let selects = (header.src_len, header.dst_len, header.tos) != (0, 0, 0);
-    if selects || header.flags.contains(RuleFlags::Invert) {
+    if selects {
         return None;
     }
+    let inverted = header.flags.contains(RuleFlags::Invert);
     let mut protocol = None;
     let mut priority = 0;
     let mut value = 0;
     let mut mask = None;
+    let mut target = None;
     for attribute in &message.attributes {
         match attribute {
             RuleAttribute::Protocol(number) => protocol = Some(u8::from(*number)),
             RuleAttribute::Priority(number) => priority = *number,
             RuleAttribute::FwMark(number) => value = *number,
             RuleAttribute::FwMask(number) => mask = Some(*number),
+            RuleAttribute::Goto(priority) => target = Some(*priority),
             // What the kernel says of every rule.
             RuleAttribute::SuppressPrefixLen(u32::MAX) | RuleAttribute::Table(_) => {}
             // A selector or an option that we never ask for.
@@ -64,12 +74,13 @@ pub(super) fn parse(message: &RuleMessage, family: Family) -> Option<Rule> {
     if protocol != Some(PROTOCOL) {
         return None;
     }
-    let action = match header.action {
-        KernelAction::Unreachable => RuleAction::Unreachable,
-        KernelAction::ToTable => RuleAction::Lookup(TableId::new(table(message))?),
+    let action = match (header.action, target, inverted) {
+        (KernelAction::Unreachable, None, false) => RuleAction::Unreachable,
+        (KernelAction::ToTable, None, false) => RuleAction::Lookup(TableId::new(table(message))?),
+        (KernelAction::Goto, Some(priority), true) => RuleAction::Goto(priority),
         _ => return None,
     };
-    Some(Rule { family, priority, mark: Mark::new(value), mask: mask?, action })
+    Some(Rule { family, priority, mark: Mark::new(value), mask: mask?, inverted, action })
 }
 
 /// The table that a rule names; the byte in the header is a stand-in where it does not fit.

@@ -28,12 +28,17 @@ pub(super) struct Skeleton<'a> {
     pub(super) gateways: BTreeSet<Mark>,
     /// Destination prefix lengths in use.
     pub(super) lengths: BTreeSet<(Family, u8)>,
+    /// Families in which there are ranges of sources: to look for them costs every packet more
+    /// than all the rest of what an unselected one is asked.
+    pub(super) ranges: BTreeSet<Family>,
 }
 
 type Chains = BTreeMap<ChainId, (Option<Base>, Vec<NftRule>)>;
 
 /// Priorities of the base chains (`include/uapi/linux/netfilter_ipv4.h`).
 pub(super) mod priority {
+    /// `raw`: ahead of the tracking of connections (-200).
+    pub(super) const RAW: i32 = -300;
     /// Right after destination NAT (-100), so that a service's real destination decides.
     pub(super) const AFTER_DNAT: i32 = -99;
     /// `mangle`: ahead of the filters of other people.
@@ -76,7 +81,7 @@ impl Skeleton<'_> {
 
     /// All chains and their rules.
     pub(super) fn chains(&self) -> Chains {
-        use priority::{AFTER_DNAT, AFTER_SNAT, BEFORE_SNAT, MANGLE};
+        use priority::{AFTER_DNAT, AFTER_SNAT, BEFORE_SNAT, MANGLE, RAW};
         let mut chains = Chains::new();
         let mut add = |chain, base, rules: Vec<Vec<Stmt>>| {
             chains.insert(chain, (base, rules.into_iter().map(NftRule).collect()));
@@ -87,6 +92,7 @@ impl Skeleton<'_> {
             self.prerouting(),
         );
         add(ChainId::Input, Some(base(ChainType::Filter, Hook::Input, MANGLE)), self.input());
+        add(ChainId::Output, Some(base(ChainType::Filter, Hook::Output, RAW)), self.output());
         add(ChainId::Forward, Some(base(ChainType::Filter, Hook::Forward, MANGLE)), self.forward());
         add(
             ChainId::NatPostrouting,
@@ -99,13 +105,14 @@ impl Skeleton<'_> {
             self.guard(),
         );
         add(ChainId::Arrived, None, self.arrived());
-        add(ChainId::Select, None, by_source(ChainId::Pick));
+        add(ChainId::Select, None, self.by_source(ChainId::Admit));
         add(ChainId::Bypass, None, vec![vec![Stmt::ClearTag]]);
         add(ChainId::Here, None, self.send(self.tunnel));
         for mark in &self.gateways {
             add(ChainId::To(*mark), None, self.send(*mark));
         }
         for family in Family::BOTH {
+            add(ChainId::Admit(family), None, self.admit(family));
             add(ChainId::Pick(family), None, self.pick(family));
             add(ChainId::Steer(family), None, steer(family));
             add(ChainId::Translate(family), None, self.translate(family));
@@ -135,7 +142,7 @@ impl Skeleton<'_> {
 
     fn prerouting(&self) -> Vec<Vec<Stmt>> {
         let mut rules = vec![vec![self.out_of_tunnel(), Stmt::Goto(ChainId::Arrived)]];
-        rules.extend(by_source(ChainId::Pick));
+        rules.extend(self.by_source(ChainId::Admit));
         rules
     }
 
@@ -150,6 +157,20 @@ impl Skeleton<'_> {
         ]
     }
 
+    /// From a source to its class; the single addresses first.
+    fn by_source(&self, next: fn(Family) -> ChainId) -> Vec<Vec<Stmt>> {
+        let sets = |family| {
+            let ranges = self.ranges.contains(&family).then_some(Set::SourceNet(family));
+            [Some(Set::Source(family)), ranges].map(|set| (family, set))
+        };
+        let found = Family::BOTH.into_iter().flat_map(sets);
+        found
+            .filter_map(|(family, set)| {
+                Some(vec![Stmt::TagBySource(set?), Stmt::Goto(next(family))])
+            })
+            .collect()
+    }
+
     /// From a class to a policy, by destination; the longest prefix first.
     fn by_destination(&self, family: Family, next: ChainId) -> Vec<Vec<Stmt>> {
         let lengths = self.lengths.iter().rev().filter(|(of, _)| *of == family);
@@ -160,16 +181,29 @@ impl Skeleton<'_> {
             .collect()
     }
 
-    fn pick(&self, family: Family) -> Vec<Vec<Stmt>> {
+    fn admit(&self, family: Family) -> Vec<Vec<Stmt>> {
         let bypass = Stmt::Goto(ChainId::Bypass);
-        let mut rules = vec![
+        let pick = Stmt::Goto(ChainId::Pick(family));
+        vec![
+            // The first packet of the connection has been asked all of this. A destination that
+            // was excluded since makes no difference: no way but ours is open to the connection,
+            // and it is about to be ended.
+            vec![
+                Stmt::CtMarkIs(self.connection),
+                Stmt::CtDirection(Direction::Original),
+                pick.clone(),
+            ],
             vec![Stmt::DestinationIn(Set::Excluded(family)), bypass.clone()],
             // Of connections that somebody opened to the pod.
             vec![Stmt::CtDirection(Direction::Reply), bypass],
             // NAT leaves it alone, so it would leave with the pod's address.
             vec![Stmt::CtState(Stmt::INVALID), Stmt::Counter, Stmt::Drop],
-        ];
-        rules.extend(self.by_destination(family, ChainId::Steer(family)));
+            vec![pick],
+        ]
+    }
+
+    fn pick(&self, family: Family) -> Vec<Vec<Stmt>> {
+        let mut rules = self.by_destination(family, ChainId::Steer(family));
         rules.push(vec![Stmt::ClearTag]);
         rules
     }
@@ -198,10 +232,10 @@ impl Skeleton<'_> {
             ]
         };
         vec![
-            injected(Family::V4),
-            injected(Family::V6),
             // The outer packet inherits the mark; routed by it, it would enter the tunnel again.
             vec![self.to_tunnel(), self.set_mark(0), Stmt::Return],
+            injected(Family::V4),
+            injected(Family::V6),
             // Of a connection that was ours, and on no way of ours any more: its policy has gone.
             // The kernel would send it on with the address it once got, the pod's own.
             vec![
@@ -245,7 +279,7 @@ impl Skeleton<'_> {
         rules.push(vec![self.is_not_tunnel(), Stmt::HasInput, Stmt::Jump(ChainId::Select)]);
         rules.push(vec![Stmt::HasInput, self.is_stray(), Stmt::Counter, Stmt::Drop]);
         rules.push(vec![self.is_not_tunnel(), Stmt::Return]);
-        rules.extend(by_source(ChainId::Translate));
+        rules.extend(self.by_source(ChainId::Translate));
         // Tunnelled to us, but nothing here knows the source.
         rules.push(vec![Stmt::Counter, Stmt::Drop]);
         rules
@@ -281,6 +315,15 @@ impl Skeleton<'_> {
         ]
     }
 
+    fn output(&self) -> Vec<Vec<Stmt>> {
+        // Nobody's NAT is to touch the outer packets, and their connections, one for each of the
+        // pods', would only fill the table.
+        let outer = |family| {
+            vec![Stmt::UdpPort(self.port), Stmt::DestinationIn(Set::Peer(family)), Stmt::NoTrack]
+        };
+        Family::BOTH.map(outer).into()
+    }
+
     fn input(&self) -> Vec<Vec<Stmt>> {
         let mut rules = Vec::new();
         for family in Family::BOTH {
@@ -308,13 +351,6 @@ impl Skeleton<'_> {
         }
         rules
     }
-}
-
-/// From a source to its class.
-fn by_source(next: fn(Family) -> ChainId) -> Vec<Vec<Stmt>> {
-    let sets = |family| [Set::Source(family), Set::SourceNet(family)].map(|set| (family, set));
-    let found = Family::BOTH.into_iter().flat_map(sets);
-    found.map(|(family, set)| vec![Stmt::TagBySource(set), Stmt::Goto(next(family))]).collect()
 }
 
 fn steer(family: Family) -> Vec<Vec<Stmt>> {

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv6Addr};
 use ipnet::IpNet;
 
 use super::{PlanError, PolicyError};
-use crate::cluster::{Cluster, Node};
+use crate::cluster::{Cluster, Node, RulePriorities};
 use crate::types::{Family, MacAddr, Mark, NodeName};
 
 /// Destinations that are never steered: link-local (cloud metadata, node-local DNS) and multicast.
@@ -133,8 +133,8 @@ fn check_settings(cluster: &Cluster) -> Result<(), PlanError> {
     if tunnel.port == 0 {
         return Err(PlanError::Port);
     }
-    // 0 is the kernel's rule for local addresses, 32766 the one for the main table.
-    if cluster.rule_priority == 0 || cluster.rule_priority > 32_764 {
+    // 0 is the kernel's rule for local addresses.
+    if cluster.rule_priority == 0 || cluster.rule_priority > RulePriorities::LAST {
         return Err(PlanError::RulePriority { priority: cluster.rule_priority });
     }
     if cluster.excluded.is_empty() {

@@ -214,6 +214,11 @@ impl<A: Address> Classes<A> {
         })
     }
 
+    /// Whether there are sources that are not single addresses.
+    pub(super) fn has_ranges(&self) -> bool {
+        !self.ranges.is_empty()
+    }
+
     pub(super) fn lengths(&self) -> impl Iterator<Item = u8> + '_ {
         self.lengths.keys().copied()
     }

@@ -119,7 +119,7 @@ pub enum PlanError {
         needed: u32,
     },
     /// A priority that is not between the kernel's own rules.
-    #[error("rule priority {priority} is not between 1 and 32764")]
+    #[error("rule priority {priority} is not between 1 and 32763")]
     RulePriority {
         /// The priority.
         priority: u32,

@@ -17,6 +17,7 @@ pub(super) fn skeleton(
     world: &World,
     gateways: &Gateways,
     lengths: BTreeSet<(Family, u8)>,
+    ranges: BTreeSet<Family>,
 ) -> (Firewall, BTreeMap<Key, Value>) {
     let layout = world.cluster.marks;
     let marks: BTreeSet<_> = gateways.values().map(|gateway| gateway.mark).collect();
@@ -33,6 +34,7 @@ pub(super) fn skeleton(
         connection: layout.connection(),
         prefix: prefix.then_some((layout.prefix(), layout.prefix_mask())),
         lengths,
+        ranges,
         gateways: marks,
     };
     let (chains, sets) = (skeleton.chains(), skeleton.sets());

@@ -109,7 +109,9 @@ impl Index {
         let lengths: BTreeSet<_> = (self.v4.lengths().map(|length| (Family::V4, length)))
             .chain(self.v6.lengths().map(|length| (Family::V6, length)))
             .collect();
-        let (firewall, fixed) = skeleton(&self.world, &self.gateways, lengths);
+        let ranges = [(Family::V4, self.v4.has_ranges()), (Family::V6, self.v6.has_ranges())];
+        let ranges = ranges.into_iter().filter_map(|(family, has)| has.then_some(family)).collect();
+        let (firewall, fixed) = skeleton(&self.world, &self.gateways, lengths, ranges);
         state.firewall = Some(firewall);
         (state, fixed)
     }

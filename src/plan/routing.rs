@@ -6,7 +6,7 @@ use ipnet::IpNet;
 
 use super::Gateways;
 use super::check::{World, tunnel_of};
-use crate::cluster::Node;
+use crate::cluster::{Node, RulePriorities};
 use crate::state::{BACKSTOP_METRIC, Route, RouteKey, Rule, RuleAction, State, Vxlan};
 use crate::types::{Family, Mark, TableId};
 
@@ -48,14 +48,21 @@ pub(super) fn routing(
     let layout = world.cluster.marks;
     let mask = layout.tested(gateways.values().map(|gateway| gateway.mark));
     for family in Family::BOTH {
-        let priority = world.cluster.rule_priority;
+        let priorities = RulePriorities::of(&world.cluster);
         for gateway in gateways.values() {
             let Some(node) = world.node(gateway.place) else { continue };
             let via = tunnel_of(node, family);
             if let Some(via) = via.filter(|_| carries(world, node, family)) {
                 table(world, node, gateway.table, via, state);
                 let action = RuleAction::Lookup(gateway.table);
-                state.rules.insert(Rule { family, priority, mark: gateway.mark, mask, action });
+                state.rules.insert(Rule {
+                    family,
+                    priority: priorities.gateways,
+                    mark: gateway.mark,
+                    mask,
+                    inverted: false,
+                    action,
+                });
             }
         }
         if let Some(table) = closing.filter(|_| tunnel_of(&world.here, family).is_some()) {
@@ -63,12 +70,21 @@ pub(super) fn routing(
             // by the main table. Not by the rule itself: the kernel looks the way back to the pod
             // up with our mark where `src_valid_mark` is set, and that must pass.
             inside(world, table, family, None, state);
-            state.rules.insert(Rule {
+            let closing = Rule {
                 family,
-                priority: priority + 1,
+                priority: priorities.closing,
                 mark: Mark::new(layout.prefix()),
                 mask: layout.prefix_mask(),
+                inverted: false,
                 action: RuleAction::Lookup(table),
+            };
+            state.rules.insert(closing);
+            // Whatever carries no prefix of ours need not be asked about every gateway.
+            state.rules.insert(Rule {
+                priority: priorities.guard,
+                inverted: true,
+                action: RuleAction::Goto(priorities.closing),
+                ..closing
             });
         }
     }

@@ -97,8 +97,11 @@ pub enum Problem {
         /// Priority of ours.
         priority: u32,
     },
-    /// A routing rule of others at one of our two priorities.
-    #[error("{rule} has a priority of ours: which of them is asked first depends on their age")]
+    /// A routing rule of others at one of our three priorities.
+    #[error(
+        "{rule} has a priority of ours: which of them is asked first depends on their age, and \
+         packets without our mark may pass it by"
+    )]
     PriorityShared {
         /// The rule as `ip rule` shows it.
         rule: String,

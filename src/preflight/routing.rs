@@ -2,6 +2,7 @@
 
 use super::facts::{Action, Facts, Rule};
 use super::{Preflight, Problem};
+use crate::cluster::RulePriorities;
 use crate::types::Family;
 
 /// The kernel's table of local addresses.
@@ -47,10 +48,13 @@ impl Preflight<'_> {
             problems.push(Problem::RuleTakesFirst { rule: rule.to_string(), priority });
             return;
         }
-        // The closing rule needs a prefix to look for.
-        let closing = u32::from(self.cluster.marks.prefix_mask() != 0);
-        let last = priority.saturating_add(closing);
-        if (priority..=last).contains(&rule.priority) {
+        let ours = RulePriorities::of(self.cluster);
+        // Without a prefix there is neither a guard nor a closing rule.
+        let ours = match self.cluster.marks.prefix_mask() {
+            0 => ours.gateways..=ours.gateways,
+            _ => ours.guard..=ours.closing,
+        };
+        if ours.contains(&rule.priority) {
             problems.push(Problem::PriorityShared { rule: rule.to_string() });
         }
         let (bits, ours) = (rule.mark.map_or(0, |(_, mask)| mask), self.mark_bits());

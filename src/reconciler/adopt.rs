@@ -61,9 +61,9 @@ fn marks_of<'a>(
 }
 
 fn table_of(observed: &State, mark: Mark) -> Option<TableId> {
-    observed.rules.iter().find(|rule| rule.mark == mark).and_then(|rule| match rule.action {
-        RuleAction::Lookup(table) => Some(table),
-        RuleAction::Unreachable => None,
+    observed.rules.iter().find_map(|rule| match rule.action {
+        RuleAction::Lookup(table) if rule.mark == mark => Some(table),
+        _ => None,
     })
 }
 

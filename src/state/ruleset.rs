@@ -14,6 +14,8 @@ pub enum ChainId {
     Prerouting,
     /// Keeps strangers out of the tunnel and services off the egress IPs.
     Input,
+    /// Keeps the tunnel's own packets out of the tracking of connections.
+    Output,
     /// Takes the mark off before encapsulation; stops what is marked but not tunnelled.
     Forward,
     /// Translates, ahead of every other masquerade.
@@ -24,6 +26,8 @@ pub enum ChainId {
     Arrived,
     /// Finds a packet's class, where its mark does not tell.
     Select,
+    /// Which packets of a selected pod a policy may take.
+    Admit(Family),
     /// From a class to a policy, by destination.
     Pick(Family),
     /// From a policy to its way out.
@@ -47,11 +51,14 @@ impl ChainId {
         Some(match name {
             "prerouting" => Self::Prerouting,
             "input" => Self::Input,
+            "output" => Self::Output,
             "forward" => Self::Forward,
             "nat_postrouting" => Self::NatPostrouting,
             "guard" => Self::Guard,
             "arrived" => Self::Arrived,
             "select" => Self::Select,
+            "admit4" => Self::Admit(V4),
+            "admit6" => Self::Admit(V6),
             "pick4" => Self::Pick(V4),
             "pick6" => Self::Pick(V6),
             "steer4" => Self::Steer(V4),
@@ -76,11 +83,13 @@ impl fmt::Display for ChainId {
         match self {
             Self::Prerouting => f.write_str("prerouting"),
             Self::Input => f.write_str("input"),
+            Self::Output => f.write_str("output"),
             Self::Forward => f.write_str("forward"),
             Self::NatPostrouting => f.write_str("nat_postrouting"),
             Self::Guard => f.write_str("guard"),
             Self::Arrived => f.write_str("arrived"),
             Self::Select => f.write_str("select"),
+            Self::Admit(family) => write!(f, "admit{}", family.digit()),
             Self::Pick(family) => write!(f, "pick{}", family.digit()),
             Self::Steer(family) => write!(f, "steer{}", family.digit()),
             Self::Here => f.write_str("here"),
@@ -121,6 +130,8 @@ pub enum Hook {
     Input = 1,
     /// Routed through this host.
     Forward = 2,
+    /// Sent by this host.
+    Output = 3,
     /// On the way out.
     Postrouting = 4,
 }
@@ -135,6 +146,7 @@ impl fmt::Display for Base {
             Hook::Prerouting => "prerouting",
             Hook::Input => "input",
             Hook::Forward => "forward",
+            Hook::Output => "output",
             Hook::Postrouting => "postrouting",
         };
         write!(f, "type {kind} hook {hook} priority {}; policy accept;", self.priority)
@@ -219,6 +231,8 @@ pub enum Stmt {
     CtMarkIsNot(MarkBits),
     /// `ct mark set ct mark & ~mask | value`
     SetCtMark(MarkBits),
+    /// `notrack`
+    NoTrack,
     /// `udp dport …`
     UdpPort(u16),
     /// `icmpv6 type …`
@@ -334,6 +348,7 @@ impl fmt::Display for Stmt {
             Self::SetCtMark(MarkBits { mask, value }) => {
                 write!(f, "ct mark set ct mark & {:#010x} | {value:#010x}", !mask)
             }
+            Self::NoTrack => f.write_str("notrack"),
             Self::UdpPort(port) => write!(f, "udp dport {port}"),
             Self::Icmp6Type(kind) => write!(f, "icmpv6 type {kind}"),
             Self::SetMark { keep, value: 0 } => {

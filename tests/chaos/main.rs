@@ -53,7 +53,7 @@ fn no_packet_gets_out_wrong_while_a_foreign_hand_is_at_work() -> Result {
     };
     let netns = &lab.node_a.netns;
     // Those at our priority would lead the flood astray.
-    lookalikes::plant_those(netns, |line| !line.contains("pref 101"))?;
+    lookalikes::plant_those(netns, |line| !line.contains("pref 102"))?;
     let before = foreign(netns)?;
     for ownership in [Ownership::Shared, Ownership::Exclusive] {
         let latencies = chaos(&lab, ownership, seed, time)?;

@@ -30,7 +30,7 @@ pub(crate) fn numbered(mut state: State) -> State {
             RuleAction::Lookup(table) => {
                 Rule { action: RuleAction::Lookup(renamed(table)), ..rule }
             }
-            RuleAction::Unreachable => rule,
+            RuleAction::Unreachable | RuleAction::Goto(_) => rule,
         })
         .collect();
     state

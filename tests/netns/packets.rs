@@ -53,6 +53,24 @@ fn a_selected_pod_wears_the_egress_ip_and_nobody_else_does() -> Result {
 }
 
 #[test]
+fn the_tunnels_own_packets_are_not_tracked_by_who_sends_them() -> Result {
+    let Some(lab) = lab()? else { return Ok(()) };
+    if !have("conntrack")? {
+        return Ok(());
+    }
+    let mut fleet = Fleet::open(&lab)?;
+    fleet.apply(&[policy("p", &[POD_A], B, dual(EIP_B))?])?;
+    check(&[expect(&lab.pod_a, SERVER, EIP_B)]);
+    for family in ["ipv4", "ipv6"] {
+        let tracked =
+            |more| tool(&lab.node_a.netns, &format!("conntrack -L -f {family} -p udp {more}"));
+        assert_eq!(tracked("--orig-port-dst 7789")?, "", "{family}");
+        assert_ne!(tracked("")?, "", "{family}");
+    }
+    Ok(())
+}
+
+#[test]
 fn a_list_of_destinations_steers_nothing_else() -> Result {
     let Some(lab) = lab()? else { return Ok(()) };
     let mut policy = policy("p", &[POD_A], B, dual(EIP_B))?;

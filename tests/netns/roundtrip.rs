@@ -145,18 +145,22 @@ fn ip_sees_the_same_rules() -> Result {
             let theirs: BTreeSet<_> = theirs
                 .filter(|rule| text(&rule["protocol"]) == PROTOCOL.to_string())
                 .map(|rule| {
-                    let keys = ["priority", "fwmark", "fwmask", "table", "action"];
-                    keys.map(|key| text(&rule[key])).join(" ")
+                    assert!(rule.get("unresolved").is_none(), "{rule} leads nowhere");
+                    let keys = ["priority", "fwmark", "fwmask", "table", "action", "goto"];
+                    let not = if rule.get("not").is_some() { "not " } else { "" };
+                    not.to_owned() + &keys.map(|key| text(&rule[key])).join(" ")
                 })
                 .collect();
             let ours = state.rules.iter().filter(|rule| rule.family == family).map(|rule| {
-                let (table, action) = match rule.action {
-                    RuleAction::Lookup(table) => (table.to_string(), "null"),
+                let action = match rule.action {
+                    RuleAction::Lookup(table) => format!("{table} null null"),
                     // FR_ACT_UNREACHABLE, as a number by `-N`.
-                    RuleAction::Unreachable => ("null".to_owned(), "7"),
+                    RuleAction::Unreachable => "null 7 null".to_owned(),
+                    RuleAction::Goto(priority) => format!("null null {priority}"),
                 };
+                let not = if rule.inverted { "not " } else { "" };
                 let mark = format!("{:#x} {:#x}", rule.mark.get(), rule.mask);
-                format!("{} {mark} {table} {action}", rule.priority)
+                format!("{not}{} {mark} {action}", rule.priority)
             });
             assert_eq!(ours.collect::<BTreeSet<_>>(), theirs, "{}", host.name);
         }

@@ -14,6 +14,7 @@ mod hostile;
 #[allow(dead_code, reason = "no includer needs all of it")]
 mod mutate;
 mod random;
+mod ranges;
 mod semantics;
 mod tables;
 mod validation;

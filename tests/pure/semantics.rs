@@ -170,10 +170,13 @@ impl Walk<'_> {
             other => panic!("{other}"),
         };
         let holds = match statement {
-            // It is no answer to a connection that was ended, and no tunnel packet.
-            Stmt::InputDevice(_) | Stmt::OutputDevice(_) | Stmt::PacketIn(_) | Stmt::UdpPort(_) => {
-                false
-            }
+            // It is no answer to a connection that was ended, and no tunnel packet; nor has its
+            // connection gone any way of ours before.
+            Stmt::InputDevice(_)
+            | Stmt::OutputDevice(_)
+            | Stmt::PacketIn(_)
+            | Stmt::UdpPort(_)
+            | Stmt::CtMarkIs(_) => false,
             Stmt::CtDirection(direction) => *direction == Direction::Original,
             Stmt::CtState(bits) => bits & Stmt::NEW != 0,
             Stmt::MarkIsNot { mask, value } => self.mark & mask != *value,

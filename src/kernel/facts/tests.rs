@@ -132,7 +132,7 @@ fn rules_and_tables_of_others() {
                 "ip rule 40: lookup 254 comes before ours at 101 and takes the packets that we \
                  steer",
                 "ip rule 102: lookup 7 has a priority of ours: which of them is asked first \
-                 depends on their age",
+                 depends on their age, and packets without our mark may pass it by",
                 "ip rule 5210: fwmark 0x80000/0xff0000 lookup 52 tests bits 0x00ff0000 of the \
                  mark, of which 0x00ff0000 are ours",
                 "1 of the routing tables 3000 to 3100 are in use by others, 100 are free",

@@ -28,6 +28,7 @@ pub(super) fn write(writer: &mut Writer, chain: ChainId, base: Option<&Base>) {
                 Hook::Prerouting => 0,
                 Hook::Input => 1,
                 Hook::Forward => 2,
+                Hook::Output => 3,
                 Hook::Postrouting => 4,
             },
         );
@@ -128,6 +129,7 @@ fn base(kind: &str, hook: u32, priority: i32, policy: u32) -> Option<Base> {
         0 => Hook::Prerouting,
         1 => Hook::Input,
         2 => Hook::Forward,
+        3 => Hook::Output,
         4 => Hook::Postrouting,
         _ => return None,
     };

@@ -79,6 +79,8 @@ pub(super) enum Expr {
     Ct { key: u32, dreg: u32 },
     /// Sets a property of the connection.
     CtSet { key: u32, sreg: u32 },
+    /// Keeps the packet out of the tracking of connections.
+    NoTrack,
     /// Loads a constant.
     Load { dreg: u32, data: Vec<u8> },
     /// Ends the rule with a verdict.
@@ -111,6 +113,7 @@ impl Expr {
             Self::Bitwise { .. } => "bitwise",
             Self::Lookup { .. } => "lookup",
             Self::Ct { .. } | Self::CtSet { .. } => "ct",
+            Self::NoTrack => "notrack",
             Self::Load { .. } | Self::Immediate(_) => "immediate",
             Self::Snat { .. } => "nat",
             Self::Masquerade => "masq",
@@ -120,7 +123,9 @@ impl Expr {
         };
         writer.nest(ELEMENT, |writer| {
             writer.string(1, name);
-            writer.nest(2, |writer| self.write_data(writer));
+            if *self != Self::NoTrack {
+                writer.nest(2, |writer| self.write_data(writer));
+            }
         });
     }
 
@@ -180,7 +185,7 @@ impl Expr {
                 writer.be32(2, *family);
                 writer.be32(3, *sreg);
             }
-            Self::Masquerade | Self::Counter | Self::Other(_) => {}
+            Self::NoTrack | Self::Masquerade | Self::Counter | Self::Other(_) => {}
         }
     }
 

@@ -188,6 +188,7 @@ fn body(statement: &Stmt) -> Vec<Expr> {
             bits(host(!mask), host(*value)),
             Expr::CtSet { key: ct::MARK, sreg: reg::R1 },
         ],
+        Stmt::NoTrack => vec![Expr::NoTrack],
         Stmt::UdpPort(port) => vec![
             load(meta::L4PROTO),
             is(vec![UDP]),

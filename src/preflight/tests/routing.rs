@@ -71,14 +71,14 @@ fn a_rule_that_tests_our_bits() {
 
 #[test]
 fn a_rule_at_one_of_our_priorities() {
-    for (priority, count) in [(100, 0), (101, 1), (102, 1), (103, 0)] {
+    for (priority, count) in [(100, 0), (101, 1), (102, 1), (103, 1), (104, 0)] {
         let problems = with(Rule { selects: true, ..lookup(priority, 7) });
         assert_eq!(problems.len(), count, "{priority}");
         assert!(problems.iter().all(|p| matches!(p, Problem::PriorityShared { .. })));
     }
     let cluster = Cluster { marks: MarkLayout::COMPACT, ..cluster() };
     let mut facts = facts();
-    facts.rules.push(Rule { selects: true, ..lookup(102, 7) });
+    facts.rules.push(Rule { selects: true, ..lookup(103, 7) });
     let problems = judge_for(&cluster, &policy("node-b", EIP), &facts);
     assert_eq!(problems, [], "a layout without prefix has no closing rule");
 }

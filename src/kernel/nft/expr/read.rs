@@ -124,6 +124,7 @@ pub(super) fn data(name: &str, list: Attributes<'_>) -> Result<Option<Expr>, Mal
             (Some(key), None, Some(sreg)) => Some(Expr::CtSet { key, sreg }),
             _ => None,
         },
+        "notrack" => Some(Expr::NoTrack),
         "immediate" => immediate(&fields)?,
         "nat" => nat(&fields)?,
         "masq" => fields.none(&[1, 2, 3])?.then_some(Expr::Masquerade),

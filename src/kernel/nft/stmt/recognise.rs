@@ -79,6 +79,7 @@ fn guess(exprs: &[Expr]) -> Option<Stmt> {
             }
             _ => None,
         },
+        Expr::NoTrack => Some(Stmt::NoTrack),
         Expr::Load { .. } => Some(Stmt::ClearTag),
         Expr::Masquerade => Some(Stmt::Masquerade),
         Expr::Counter => Some(Stmt::Counter),

@@ -77,6 +77,11 @@ fn base_chains() -> Vec<Chain> {
             ]),
         ),
         (
+            ChainId::Output,
+            Some(base(ChainType::Filter, Hook::Output, -300)),
+            rules(vec![vec![UdpPort(7789), DestinationIn(Set::Peer(V4)), NoTrack]]),
+        ),
+        (
             ChainId::Forward,
             Some(base(ChainType::Filter, Hook::Forward, -150)),
             rules(vec![
@@ -126,6 +131,7 @@ pub(super) fn chains() -> Vec<Chain> {
             .collect();
         pick.push(vec![TagByTag(Set::Any(family)), Goto(ChainId::Steer(family))]);
         list.extend([
+            (ChainId::Admit(family), None, rules(vec![vec![Goto(ChainId::Pick(family))]])),
             (ChainId::Pick(family), None, rules(pick)),
             (
                 ChainId::Steer(family),

@@ -134,6 +134,7 @@ const RULE: crate::state::Rule = crate::state::Rule {
     priority: 9,
     mark: Mark::new(9),
     mask: 9,
+    inverted: false,
     action: RuleAction::Unreachable,
 };
 

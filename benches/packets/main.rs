@@ -1,0 +1,94 @@
+//! What a packet costs a node: nanoseconds from one end of a forwarding path to the other.
+//!
+//! `cargo bench --bench packets`, as root and with nft, iptables, ipset and iproute2 installed;
+//! `-- --quick` is the short form.
+//! Every variant has three network namespaces of its own, and all are there at once: a sender, a
+//! router and a receiver. A veth device hands a packet on within the system call that sends it, so
+//! that the time of the call is that of the whole path. All variants take turns for some rounds;
+//! the figure of each is the least of its rounds' medians. Compare figures of one run only.
+
+use std::error::Error;
+use std::path::Path;
+
+use rustix::thread::{CpuSet, sched_setaffinity};
+
+use report::Report;
+use variant::Variant;
+
+mod frame;
+#[allow(dead_code, reason = "the tests need more of it")]
+#[path = "../../tests/lab/netns.rs"]
+mod netns;
+mod ours;
+mod path;
+mod plot;
+mod port;
+mod report;
+#[allow(dead_code, reason = "the tests need more of it")]
+#[path = "../../tests/lab/rtnl.rs"]
+mod rtnl;
+mod seed;
+mod variant;
+
+type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
+
+/// How much is measured.
+struct Extent {
+    rounds: usize,
+    /// Numbers of policies, of ours and of the seed's.
+    ours: &'static [u32],
+    seed: &'static [u32],
+    /// Numbers of policies of a gateway that translates.
+    gateway: [u32; 2],
+}
+
+const FULL: Extent = Extent {
+    rounds: 151,
+    ours: &[1, 10, 100, 1_000, 10_000],
+    seed: &[1, 10, 100, 1_000],
+    gateway: [10, 10_000],
+};
+const QUICK: Extent = Extent { rounds: 21, ours: &[1, 100], seed: &[1, 10], gateway: [10, 100] };
+
+fn main() -> Result {
+    let quick = std::env::args().any(|argument| argument == "--quick");
+    let extent = if quick { QUICK } else { FULL };
+    netns::enter_user_namespace()?;
+    let mut variants = variants(&extent)?;
+    // The receiving half of the path runs where the sending one does.
+    let mut here = CpuSet::new();
+    here.set(rustix::thread::sched_getcpu());
+    sched_setaffinity(None, &here)?;
+    for variant in &mut variants {
+        variant.verify()?;
+    }
+    for _ in 0..extent.rounds {
+        for variant in &mut variants {
+            variant.measure()?;
+        }
+    }
+    let report = Report::new(&variants);
+    print!("{report}");
+    if !quick {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/packets.svg");
+        std::fs::write(file, plot::svg(&report)?)?;
+    }
+    Ok(())
+}
+
+fn variants(extent: &Extent) -> Result<Vec<Variant>> {
+    let mut variants =
+        vec![Variant::sending()?, Variant::plain()?, Variant::conntrack()?, Variant::bound()?];
+    for policies in extent.ours {
+        variants.extend(Variant::ours(*policies, 1)?);
+    }
+    // One of the policies is there for each gateway.
+    variants.extend(Variant::ours(100, 100)?);
+    for policies in extent.seed {
+        variants.extend(Variant::seed(*policies)?);
+    }
+    for policies in extent.gateway {
+        variants.push(Variant::gateway(policies)?);
+    }
+    Ok(variants)
+}

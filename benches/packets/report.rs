@@ -1,0 +1,126 @@
+//! The figures of a run, and what they are to each other.
+
+use std::fmt;
+
+use crate::variant::{Kind, Variant};
+
+/// Nanoseconds of a packet of every variant.
+pub(crate) struct Report(Vec<(Kind, f64)>);
+
+/// A ratio of two variants and what it should be at most.
+struct Target {
+    what: &'static str,
+    of: Kind,
+    to: Kind,
+    most: f64,
+}
+
+const fn ours(policies: u32, selected: bool) -> Kind {
+    Kind::Ours { policies, gateways: 1, selected }
+}
+
+const fn among(gateways: u32, selected: bool) -> Kind {
+    Kind::Ours { policies: 100, gateways, selected }
+}
+
+const fn seed(policies: u32, selected: bool) -> Kind {
+    Kind::Seed { policies, selected }
+}
+
+const TARGETS: [Target; 11] = [
+    Target {
+        what: "10 000 policies to 1, steered",
+        of: ours(10_000, true),
+        to: ours(1, true),
+        most: 1.1,
+    },
+    Target {
+        what: "10 000 policies to 1, unselected",
+        of: ours(10_000, false),
+        to: ours(1, false),
+        most: 1.1,
+    },
+    Target { what: "steered to the static route", of: ours(1, true), to: Kind::Bound, most: 1.3 },
+    Target {
+        what: "10 000 policies steered to the static route",
+        of: ours(10_000, true),
+        to: Kind::Bound,
+        most: 1.3,
+    },
+    Target {
+        what: "unselected to conntrack alone",
+        of: ours(1, false),
+        to: Kind::Conntrack,
+        most: 1.35,
+    },
+    Target {
+        what: "10 000 policies unselected to conntrack alone",
+        of: ours(10_000, false),
+        to: Kind::Conntrack,
+        most: 1.35,
+    },
+    Target {
+        what: "10 000 policies to the origin's 1",
+        of: ours(10_000, true),
+        to: seed(1, true),
+        most: 1.0,
+    },
+    Target {
+        what: "10 000 policies to the origin's 1 000",
+        of: ours(10_000, true),
+        to: seed(1_000, true),
+        most: 1.0 / 45.0,
+    },
+    Target {
+        what: "100 gateways to 1, steered",
+        of: among(100, true),
+        to: among(1, true),
+        most: 1.1,
+    },
+    Target {
+        what: "100 gateways to 1, unselected",
+        of: among(100, false),
+        to: among(1, false),
+        most: 1.1,
+    },
+    Target {
+        what: "gateway, 10 000 policies to 10",
+        of: Kind::Gateway { policies: 10_000 },
+        to: Kind::Gateway { policies: 10 },
+        most: 1.1,
+    },
+];
+
+impl Report {
+    pub(crate) fn new(variants: &[Variant]) -> Self {
+        Self(variants.iter().map(|variant| (variant.kind, variant.best)).collect())
+    }
+
+    /// Nanoseconds of a packet of a variant, if it was measured.
+    pub(crate) fn of(&self, kind: Kind) -> Option<f64> {
+        self.0.iter().find(|(other, _)| *other == kind).map(|(_, nanoseconds)| *nanoseconds)
+    }
+
+    /// All that was measured.
+    pub(crate) fn all(&self) -> &[(Kind, f64)] {
+        &self.0
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let plain = self.of(Kind::Plain).unwrap_or(f64::NAN);
+        writeln!(f, "| what | ns/packet | × no rules |\n|---|---:|---:|")?;
+        for (kind, nanoseconds) in &self.0 {
+            writeln!(f, "| {kind} | {nanoseconds:.0} | {:.2} |", nanoseconds / plain)?;
+        }
+        writeln!(f, "\n| ratio | found | at most |\n|---|---:|---:|")?;
+        for target in TARGETS {
+            if let (Some(of), Some(to)) = (self.of(target.of), self.of(target.to)) {
+                let missed = if of / to > target.most { " missed" } else { "" };
+                writeln!(f, "| {} | {:.3}{missed} | {:.3} |", target.what, of / to, target.most)?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,260 @@
+//! A path, what goes along it, and how long that takes.
+
+use std::fmt;
+use std::net::Ipv4Addr;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use crate::frame::{self, Flow};
+use crate::path::Path;
+use crate::{Result, ours, seed};
+
+/// Packets that are timed together: few, so that most of the batches are not interrupted.
+const BATCH: u16 = 16;
+/// Packets that are looked at together: their receiver has room for them.
+const GLANCE: usize = 64;
+/// Flows that take turns.
+const FLOWS: u32 = 1024;
+/// The end of a round's share of a variant: packets or time, and what there is at least.
+const ENOUGH: (u64, Duration) = (1024, Duration::from_millis(20));
+const LEAST: u64 = 3 * BATCH as u64;
+/// Packets of the kernel's own that a receiver may see in a round.
+const STRAY: u64 = 8;
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// The sender alone: the router takes the packets for somebody else's.
+    Sending,
+    /// The kernel forwards, and that is all.
+    Plain,
+    /// It tracks connections.
+    Conntrack,
+    /// It tracks connections, and a static route leads into the VXLAN.
+    Bound,
+    /// As this crate programs a client; packets of selected pods or of others.
+    Ours { policies: u32, gateways: u32, selected: bool },
+    /// As the origin does.
+    Seed { policies: u32, selected: bool },
+    /// As this crate programs a gateway: out of the tunnel, each packet of a new connection.
+    Gateway { policies: u32 },
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let which = |selected| if selected { "steered" } else { "unselected" };
+        let ies = |count| if count == 1 { "y" } else { "ies" };
+        match *self {
+            Self::Sending => f.write_str("sending alone"),
+            Self::Plain => f.write_str("no rules"),
+            Self::Conntrack => f.write_str("conntrack alone"),
+            Self::Bound => f.write_str("static route into the VXLAN, conntrack"),
+            Self::Ours { policies, gateways: 1, selected } => {
+                write!(f, "{}, {policies} polic{}", which(selected), ies(policies))
+            }
+            Self::Ours { policies, gateways, selected } => {
+                write!(f, "{}, {policies} policies, {gateways} gateways", which(selected))
+            }
+            Self::Seed { policies, selected } => {
+                write!(f, "origin {}, {policies} polic{}", which(selected), ies(policies))
+            }
+            Self::Gateway { policies } => {
+                write!(f, "gateway, new connections, {policies} policies")
+            }
+        }
+    }
+}
+
+/// One of the things to be measured.
+pub(crate) struct Variant {
+    pub(crate) kind: Kind,
+    path: Rc<Path>,
+    frames: Vec<Vec<u8>>,
+    /// What each frame is where it comes out.
+    expected: Vec<Flow>,
+    /// Where the ports of the flow are that a new connection has others of, and its number.
+    fresh: Option<(usize, u32)>,
+    next: usize,
+    /// Nanoseconds of a packet: the least of the medians so far.
+    pub(crate) best: f64,
+}
+
+/// A pod of some policy and somebody whom it may talk to.
+fn flow(number: u32, policies: u32) -> Flow {
+    // Any order that is not that of the elements.
+    let scattered = number.wrapping_mul(0x9e37_79b1);
+    let (policy, pod) = (scattered % policies, scattered >> 16);
+    let host = ours::destination(policy).network().to_bits() + 1 + number % 250;
+    Flow {
+        source: ours::pod(policy * ours::SOURCES + pod % ours::SOURCES),
+        destination: Ipv4Addr::from_bits(host),
+        ports: (u16::try_from(10_000 + number).unwrap_or_default(), 443),
+    }
+}
+
+/// The flow of a pod that nobody selects.
+fn other(flow: Flow) -> Flow {
+    Flow { source: Ipv4Addr::from_bits(flow.source.to_bits() | 1 << 21), ..flow }
+}
+
+impl Variant {
+    pub(crate) fn sending() -> Result<Self> {
+        let mut variant = Self::forwarded(Kind::Sending, Rc::new(Path::new()?), flows(1));
+        for byte in variant.frames.iter_mut().filter_map(|frame| frame.get_mut(5)) {
+            *byte = !*byte;
+        }
+        variant.expected.clear();
+        Ok(variant)
+    }
+
+    pub(crate) fn plain() -> Result<Self> {
+        Ok(Self::forwarded(Kind::Plain, Rc::new(Path::new()?), flows(1)))
+    }
+
+    pub(crate) fn conntrack() -> Result<Self> {
+        let path = Path::new()?;
+        seed::track(&path)?;
+        Ok(Self::forwarded(Kind::Conntrack, Rc::new(path), flows(1)))
+    }
+
+    pub(crate) fn bound() -> Result<Self> {
+        let path = Path::new()?;
+        seed::track(&path)?;
+        seed::route(&path, "main")?;
+        Ok(Self::forwarded(Kind::Bound, Rc::new(path), flows(1)))
+    }
+
+    /// The same router twice: for selected pods and for others.
+    pub(crate) fn ours(policies: u32, gateways: u32) -> Result<[Self; 2]> {
+        let path = Path::new()?;
+        ours::program(&path, policies, gateways)?;
+        let kind = |selected| Kind::Ours { policies, gateways, selected };
+        Ok(Self::both(Rc::new(path), policies, kind))
+    }
+
+    pub(crate) fn seed(policies: u32) -> Result<[Self; 2]> {
+        let path = Path::new()?;
+        seed::program(&path, policies)?;
+        let kind = |selected| Kind::Seed { policies, selected };
+        Ok(Self::both(Rc::new(path), policies, kind))
+    }
+
+    fn both(path: Rc<Path>, policies: u32, kind: impl Fn(bool) -> Kind) -> [Self; 2] {
+        let others = flows(policies).into_iter().map(other).collect();
+        [
+            Self::forwarded(kind(true), Rc::clone(&path), flows(policies)),
+            Self::forwarded(kind(false), path, others),
+        ]
+    }
+
+    fn forwarded(kind: Kind, path: Rc<Path>, flows: Vec<Flow>) -> Self {
+        let frames = flows.iter().map(|flow| frame::udp(path.there.peer, *flow)).collect();
+        Self { kind, path, frames, expected: flows, fresh: None, next: 0, best: f64::INFINITY }
+    }
+
+    pub(crate) fn gateway(policies: u32) -> Result<Self> {
+        let path = Path::new()?;
+        ours::program(&path, policies, 0)?;
+        let nodes =
+            Flow { source: ours::gateway(0), destination: crate::path::NODE, ports: (50_000, 0) };
+        let device = ours::cluster(1)?.nodes.first().map(|node| node.mac().octets());
+        let flows = flows(policies);
+        let frame = |flow: &Flow| {
+            let inner = frame::udp(device.unwrap_or_default(), *flow);
+            frame::vxlan(path.there.peer, nodes, &inner)
+        };
+        let frames = flows.iter().map(frame).collect();
+        let worn = |flow: Flow| {
+            let policy =
+                (flow.destination.to_bits() - ours::destination(0).network().to_bits()) >> 8;
+            Flow { source: ours::egress_ip(policy), ..flow }
+        };
+        let expected = flows.into_iter().map(worn).collect();
+        let fresh = Some((frame::OUTER + frame::PORTS, 0));
+        let (kind, path) = (Kind::Gateway { policies }, Rc::new(path));
+        Ok(Self { kind, path, frames, expected, fresh, next: 0, best: f64::INFINITY })
+    }
+
+    /// Whether packets are seen inside a VXLAN packet to one of the gateways.
+    fn tunnelled(&self) -> Option<u32> {
+        match self.kind {
+            Kind::Bound | Kind::Seed { selected: true, .. } => Some(1),
+            Kind::Ours { gateways, selected: true, .. } => Some(gateways),
+            _ => None,
+        }
+    }
+
+    /// Sends a packet of every flow and looks at what comes out; then every flow gets an answer.
+    pub(crate) fn verify(&self) -> Result {
+        for (frames, flows) in self.frames.chunks(GLANCE).zip(self.expected.chunks(GLANCE)) {
+            let tap = self.path.tap()?;
+            for frame in frames {
+                self.path.there.send(frame)?;
+            }
+            let seen = tap.frames()?;
+            for flow in flows {
+                let arrived = seen.iter().any(|frame| self.is(frame, *flow));
+                if !arrived {
+                    let sentence = format!("{}: {flow:?} does not arrive as it should", self.kind);
+                    return Err(sentence.into());
+                }
+            }
+        }
+        for flow in &self.expected {
+            self.path.back.send(&frame::udp(self.path.back.peer, flow.back()))?;
+        }
+        Ok(())
+    }
+
+    fn is(&self, frame: &[u8], flow: Flow) -> bool {
+        match self.tunnelled() {
+            None => frame::flow(frame) == Some(flow),
+            Some(gateways) => {
+                let to = frame::flow(frame).map(|nodes| nodes.destination);
+                let gateway = (0..gateways).any(|number| Some(ours::gateway(number)) == to);
+                gateway && frame::inner(frame).and_then(frame::flow) == Some(flow)
+            }
+        }
+    }
+
+    /// A round: sends for a while, and keeps the median of the batches if it is the best.
+    pub(crate) fn measure(&mut self) -> Result {
+        let before = self.path.received()?;
+        let begin = Instant::now();
+        let (mut sent, mut batches) = (0, Vec::new());
+        while sent < LEAST || sent < ENOUGH.0 && begin.elapsed() < ENOUGH.1 {
+            let at = self.next;
+            let end = at + usize::from(BATCH);
+            self.next = end % self.frames.len();
+            let frames = self.frames.get_mut(at..end).ok_or("too few flows")?;
+            if let Some((at, number)) = &mut self.fresh {
+                for frame in &mut *frames {
+                    *number += 1;
+                    frame.splice(*at..*at + 4, number.to_be_bytes());
+                }
+            }
+            let start = Instant::now();
+            for frame in frames {
+                self.path.there.send(frame)?;
+            }
+            batches.push(start.elapsed());
+            sent += u64::from(BATCH);
+        }
+        let arrived = self.path.received()? - before;
+        if self.fresh.is_some() {
+            self.path.forget()?;
+        }
+        let due = if self.kind == Kind::Sending { 0 } else { sent };
+        if !(due..=due + STRAY).contains(&arrived) {
+            return Err(format!("{}: of {sent} packets {arrived} arrived", self.kind).into());
+        }
+        batches.sort_unstable();
+        let median = batches.get(batches.len() / 2).ok_or("nothing was sent")?;
+        self.best = self.best.min(median.as_secs_f64() * 1e9 / f64::from(BATCH));
+        Ok(())
+    }
+}
+
+fn flows(policies: u32) -> Vec<Flow> {
+    (0..FLOWS).map(|number| flow(number, policies)).collect()
+}
