@@ -1,5 +1,7 @@
 //! A difference of two states, cut into steps in an order that is safe at every point.
 
+mod shell;
+
 use std::collections::BTreeSet;
 use std::fmt;
 

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::mark::MarkLayout;
+use crate::state::Variant;
 use crate::types::{DeviceName, MacAddr, Mark, NodeName};
 
 /// The cluster as one of its nodes sees it.
@@ -36,6 +37,67 @@ pub struct Cluster {
     /// and ahead of everything that has a default route.
     #[cfg_attr(feature = "serde", serde(default = "rule_priority"))]
     pub rule_priority: u32,
+    /// Where packets are marked and translated; default nf_tables.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub backend: Backend,
+}
+
+/// What marks and translates packets on a node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "lowercase"))]
+#[non_exhaustive]
+pub enum Backend {
+    /// A table of nf_tables of its own.
+    #[default]
+    Nftables,
+    /// Chains in iptables that look into ipsets, for nodes where everything else is there too; it
+    /// closes less than nf_tables can, see [`Iptables`].
+    Iptables(Iptables),
+}
+
+/// How iptables is used.
+///
+/// It has limits that no rule of it removes:
+///
+/// - Packets are classified before destination NAT. One to a service address outside
+///   [`Cluster::excluded`] is steered by that address, and stays inside if it turns out to go
+///   there; one to an excluded service address is not steered, wherever it goes in the end.
+/// - Whoever inserts a masquerade above ours, has one in the other variant, or one in an nf_tables
+///   table of their own, translates first. Our place is repaired with every reconciliation; a
+///   packet that was translated otherwise is dropped from the second one of its connection on.
+/// - The first packets of a connection that somebody else translates first do get out, with the
+///   address that they were given, where they leave from the pod's own node.
+/// - Whoever overwrites the whole mark of a packet takes ours away, and the packet leaves as if
+///   there were no policy.
+/// - An answer that is under way when its connection is ended may open it the other way round; the
+///   pod's packets then leave as answers to that, with its own address.
+/// - Each policy with a list of destinations costs every steered packet two lookups, and every
+///   policy of a gateway its connections' first packets.
+/// - Several tables and sets are not changed at once: the order of the steps keeps them safe.
+/// - Nobody tells when others have changed something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub struct Iptables {
+    /// Which of the two implementations.
+    pub variant: Variant,
+    /// Whether to accept what is ours where the host's firewall drops by default: the tunnel's
+    /// packets, and what goes in and comes out of it. Default no, because it is accepted ahead of
+    /// network policies.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub accept: bool,
+    /// Whether to keep Weave Net, which masquerades by what it thinks is inside, from translating
+    /// the packets of policies on their own node, whatever device they leave by. Default no; what
+    /// enters the tunnel is kept from being translated in any case.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub weave: bool,
+}
+
+impl Iptables {
+    /// The variant without any option.
+    pub const fn new(variant: Variant) -> Self {
+        Self { variant, accept: false, weave: false }
+    }
 }
 
 #[cfg(feature = "serde")]
@@ -56,6 +118,7 @@ impl Cluster {
             tunnel: Tunnel::default(),
             marks: MarkLayout::SEED,
             rule_priority: Self::RULE_PRIORITY,
+            backend: Backend::default(),
         }
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::lookup::WayOut;
 use crate::packet::Packet;
-use crate::state::{Firewall, MarkBits, Set};
+use crate::state::{MarkBits, Set, State};
 use crate::types::Family;
 
 /// A connection that the kernel tracks, by the packet that opened it.
@@ -87,20 +87,20 @@ impl Connection {
     /// The kernel decides about a connection's translation once, at its first packet. One that
     /// was decided otherwise keeps a wrong address for as long as it lives, or is dropped by the
     /// guards, so it must end.
-    pub(crate) fn is_stale(&self, wanted: Option<&Firewall>, before: Option<&Firewall>) -> bool {
+    pub(crate) fn is_stale(&self, wanted: &State, before: &State) -> bool {
         let has = |bits: Option<MarkBits>| bits.is_some_and(|bits| bits.are_in(self.mark));
-        let ours = has(wanted.and_then(Firewall::connection_mark));
-        let was_ours = has(before.and_then(Firewall::connection_mark));
+        let ours = has(wanted.connection_mark());
+        let was_ours = has(before.connection_mark());
         let translated = self.wears != self.source;
-        let way_out = |firewall: &Firewall| firewall.way_out(self.source, self.peer);
-        match wanted.map_or(WayOut::None, way_out) {
+        let way_out = |state: &State| state.way_out(self.source, self.peer);
+        match way_out(wanted) {
             WayOut::None => ours || was_ours,
             // Nothing of it gets out, and it is looked at again when the policy opens.
             WayOut::Closed => false,
             WayOut::To(_) => !ours || translated,
             WayOut::Here(Some(address)) => !ours || self.wears != address,
             WayOut::Here(None) => {
-                let wore = before.map(way_out) == Some(WayOut::Here(Some(self.wears)));
+                let wore = way_out(before) == WayOut::Here(Some(self.wears));
                 !ours || !translated || wore
             }
         }

@@ -10,6 +10,8 @@ use crate::state::{
     ChainId, Firewall, Key, NftRule, Route, Set, State, Stmt, Stray, StrayKind, Value, Vxlan,
 };
 
+mod xtables;
+
 impl Changes {
     /// The operations that turn what is there into what is wanted.
     ///
@@ -17,6 +19,7 @@ impl Changes {
     pub fn between(observed: &State, desired: &State) -> Self {
         let mut steps = Steps::default();
         rtnetlink(observed, desired, &mut steps);
+        xtables::xtables(observed, desired, &mut steps);
         match (&observed.firewall, &desired.firewall) {
             (None, None) => {}
             (Some(_), None) => steps.add(Phase::DeleteTable, Op::DeleteTable),
@@ -197,6 +200,8 @@ fn rtnetlink(observed: &State, desired: &State, steps: &mut Steps) {
         strays: observed.strays.clone(),
         // A million elements may be in it, and none is looked at here.
         firewall: None,
+        ipsets: BTreeMap::new(),
+        xtables: BTreeMap::new(),
     };
     link(&mut observed, desired, steps);
     let new = desired.link.as_ref().map(|link| link.name.clone());

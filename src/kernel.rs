@@ -6,6 +6,7 @@ mod facts;
 #[cfg(feature = "testing")]
 pub(crate) mod faults;
 mod fdb;
+mod ipset;
 mod link;
 mod link_change;
 #[cfg(test)]
@@ -31,6 +32,7 @@ mod tables;
 mod trust;
 mod watch;
 mod wire;
+mod xtables;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -52,6 +54,7 @@ use socket::Socket;
 pub use tables::KernelTables;
 use trust::Trust;
 pub use watch::{News, Part, Process, Watch};
+pub use xtables::IptablesDatapath;
 
 /// The kernel of the network namespace that the opening thread was in.
 ///
@@ -197,11 +200,10 @@ impl Datapath for KernelDatapath {
         wanted: &State,
         before: &State,
     ) -> Result<BTreeSet<Connection>, KernelError> {
-        if wanted.firewall.is_none() && before.firewall.is_none() {
+        if wanted.decides_nothing() && before.decides_nothing() {
             return Ok(BTreeSet::new());
         }
         let local = self.routing.local_addresses()?;
-        let (wanted, before) = (wanted.firewall.as_ref(), before.firewall.as_ref());
         let connections = conntrack::connections(&mut self.netfilter)?.into_iter();
         let forwarded = connections.filter(|connection| is_forwarded(connection, &local));
         Ok(forwarded.filter(|connection| connection.is_stale(wanted, before)).collect())

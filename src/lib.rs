@@ -2,7 +2,8 @@
 //! chosen gateway node, wearing a chosen address.
 //!
 //! The crate is a library for CNI plugins and operators. It plans what a node's kernel should hold,
-//! reads what it does hold, and makes the difference, over netlink and without any external binary.
+//! reads what it does hold, and makes the difference, over netlink and without any external binary;
+//! the backend for nodes that must stay with iptables ([`IptablesDatapath`]) runs its tools.
 //! It does not watch an API server, choose gateways, announce addresses or run threads.
 //!
 //! ```text
@@ -19,7 +20,8 @@
 //! - [`plan`] makes a [`State`] of it; pure, and the same for the same input.
 //! - [`Changes`] are the difference of two states, in an order that is safe at every point; they
 //!   print as the commands an operator would type.
-//! - [`Datapath`] holds a state: the kernel ([`KernelDatapath`]) or a stand-in ([`Sim`]).
+//! - [`Datapath`] holds a state: the kernel ([`KernelDatapath`], [`IptablesDatapath`]) or a stand-in
+//!   ([`Sim`]).
 //! - [`Reconciler`] does all of this in one call.
 //! - [`explain()`] says where a packet goes and which objects decided it; [`SimCluster`] carries
 //!   packets between simulated nodes.
@@ -119,7 +121,7 @@ pub use alloc::{
 #[cfg(feature = "mock")]
 pub use alloc::{MockMarkAllocator, MockTableAllocator};
 pub use changes::{Changes, Phase, Step};
-pub use cluster::{Cluster, Node, Tunnel};
+pub use cluster::{Backend, Cluster, Iptables, Node, Tunnel};
 pub use connection::Connection;
 #[cfg(feature = "mock")]
 pub use datapath::MockDatapath;
@@ -127,7 +129,9 @@ pub use datapath::{Datapath, Drift};
 pub use error::{ApplyError, KernelError};
 pub use explain::{explain, explain_received};
 #[cfg(all(feature = "kernel", target_os = "linux"))]
-pub use kernel::{KernelDatapath, KernelTables, News, Ownership, Part, Process, Watch};
+pub use kernel::{
+    IptablesDatapath, KernelDatapath, KernelTables, News, Ownership, Part, Process, Watch,
+};
 pub use mark::{LayoutError, MarkLayout};
 pub use op::Op;
 pub use packet::{Frame, Packet};

@@ -5,7 +5,9 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::range::IpRange;
-use crate::state::{ChainId, Data, Firewall, Key, MarkBits, Set, Stmt, Tag, Verdict};
+use crate::state::{
+    ChainId, Data, Firewall, Key, MarkBits, Set, State, Stmt, Tag, Verdict, Xtables,
+};
 use crate::types::{Family, Mark};
 
 /// What becomes of a packet, by its source and its destination after destination NAT.
@@ -19,6 +21,31 @@ pub(crate) enum WayOut {
     To(Mark),
     /// It leaves from here, wearing this address, or with `None` the node's own.
     Here(Option<IpAddr>),
+}
+
+impl State {
+    /// What becomes of a packet of a new connection.
+    ///
+    /// Where nf_tables and iptables have rules of ours, one is about to go and they agree.
+    pub(crate) fn way_out(&self, source: IpAddr, destination: IpAddr) -> WayOut {
+        match (&self.firewall, self.xtables.values().next()) {
+            (Some(firewall), _) => firewall.way_out(source, destination),
+            (None, Some(tables)) => tables.way_out(&self.ipsets, source, destination),
+            (None, None) => WayOut::None,
+        }
+    }
+
+    /// The bits of a connection's mark that say that it was translated, or left alone, by us.
+    pub(crate) fn connection_mark(&self) -> Option<MarkBits> {
+        let tables = || self.xtables.values().find_map(Xtables::connection_mark);
+        self.firewall.as_ref().and_then(Firewall::connection_mark).or_else(tables)
+    }
+
+    /// Whether there is nothing that marks or translates.
+    #[cfg(all(feature = "kernel", target_os = "linux"))]
+    pub(crate) fn decides_nothing(&self) -> bool {
+        self.firewall.is_none() && self.xtables.is_empty()
+    }
 }
 
 impl Firewall {

@@ -7,8 +7,9 @@ use ipnet::IpNet;
 
 use crate::connection::Connection;
 use crate::state::{
-    Base, ChainId, Key, LINK_ALIAS, LINK_GROUP, NFT_TABLE, NftRule, PROTOCOL, Route, RouteKey,
-    Rule, Set, Stray, StrayKind, StrayRouting, Value, Vxlan,
+    Base, ChainId, Ipset, IpsetContents, Key, LINK_ALIAS, LINK_GROUP, Member, NFT_TABLE, NftRule,
+    PROTOCOL, Route, RouteKey, Rule, Set, Stray, StrayKind, StrayRouting, Value, Variant, Vxlan,
+    XtChain, XtEdit,
 };
 use crate::types::{DeviceName, Family, MacAddr};
 
@@ -70,6 +71,22 @@ pub enum Op {
     DeleteElement(Key, Value),
     /// Deletes something in our table that we never make.
     DeleteStray(Stray),
+    /// Creates a set with these members.
+    AddIpset(Ipset, IpsetContents),
+    /// Gives a set that is there another capacity and these members instead, all at once.
+    PutIpset(Ipset, IpsetContents),
+    /// Deletes a set that no rule looks into.
+    DeleteIpset(Ipset),
+    /// Adds a member to a set, or changes what it says.
+    PutMember(Ipset, IpNet, Member),
+    /// Deletes a member of a set.
+    DeleteMember(Ipset, IpNet),
+    /// Creates a chain of iptables without rules.
+    AddXtChain(Variant, XtChain),
+    /// Deletes a chain of iptables and its rules.
+    DeleteXtChain(Variant, XtChain),
+    /// Changes rules of a chain of iptables, one edit after the other.
+    EditXtChain(Variant, XtChain, Vec<XtEdit>),
     /// Keeps answers to a connection that is about to end from opening it the other way round,
     /// for [`Connection::ANSWERS_HELD`].
     HoldAnswers(Connection),
@@ -85,6 +102,11 @@ const fn ip(family: Family) -> &'static str {
 }
 
 impl Op {
+    /// Whether packets may be translated otherwise once it is made.
+    pub(crate) const fn concerns_packets(&self) -> bool {
+        self.is_nft() || self.is_xtables()
+    }
+
     /// The connection that it ends.
     #[cfg(all(feature = "kernel", target_os = "linux"))]
     pub(crate) const fn ended(&self) -> Option<&Connection> {
@@ -114,9 +136,20 @@ impl Op {
     }
 }
 
+mod xtables;
+
+#[cfg(all(feature = "kernel", target_os = "linux"))]
+pub(crate) use xtables::write_edit;
+
 impl fmt::Display for Op {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.is_nft() { nft_command(f, self) } else { ip_command(f, self) }
+        if self.is_nft() {
+            nft_command(f, self)
+        } else if self.is_xtables() {
+            xtables::command(f, self)
+        } else {
+            ip_command(f, self)
+        }
     }
 }
 

@@ -23,6 +23,7 @@ mod kept;
 mod numbers;
 mod routing;
 mod update;
+mod xtables;
 
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 pub(crate) use chains::priority::BEFORE_SNAT;

@@ -290,7 +290,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     /// The first call looks for them even if nothing changes: who ran before may have been stopped
     /// between the two.
     fn make(&mut self, changes: Changes, before: &State, wanted: &State) -> Result<Changes, Error> {
-        if self.settled && !changes.ops().any(Op::is_nft) {
+        if self.settled && !changes.ops().any(Op::concerns_packets) {
             return self.make_quietly(changes);
         }
         (self.settled, self.in_step) = (false, false);

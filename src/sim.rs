@@ -199,6 +199,7 @@ impl Sim {
                 self.conntrack.held.hold(connection);
                 Ok(())
             }
+            op if op.is_xtables() => crate::state::xtables::make(&mut self.state, op),
             op => {
                 let made = make(&mut self.state, op);
                 if let Op::DeleteTable | Op::DeleteSet(_) = op {
@@ -284,7 +285,6 @@ impl Datapath for Sim {
         wanted: &State,
         before: &State,
     ) -> Result<BTreeSet<Connection>, KernelError> {
-        let (wanted, before) = (wanted.firewall.as_ref(), before.firewall.as_ref());
         Ok(self.forwarded().filter(|connection| connection.is_stale(wanted, before)).collect())
     }
 

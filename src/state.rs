@@ -13,6 +13,8 @@
 //! | route | its protocol is [`PROTOCOL`] and its table is not one of the kernel's own |
 //! | rule | its protocol is [`PROTOCOL`] |
 //! | set, chain, element | it is in the nf_tables table `inet egress_datapath` |
+//! | ipset | its name is one that [`Ipset`] prints |
+//! | iptables chain, rule | the chain's name is one that [`XtName`] prints, or it leads to one |
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -24,15 +26,22 @@ use crate::types::{DeviceName, Family, MacAddr, Mark, TableId};
 
 mod elements;
 mod firewall;
+mod ipset;
 mod ruleset;
 mod stray;
+pub(crate) mod xtables;
 
 pub use elements::{Elements, Iter as ElementsIter};
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 pub(crate) use firewall::Datum;
 pub use firewall::{Comment, Data, Firewall, Key, Set, Stray, Tag, Value, Verdict};
+pub use ipset::{Ipset, IpsetContents, Member};
 pub use ruleset::{Base, ChainId, ChainType, Direction, Hook, MarkBits, NftRule, Stmt};
 pub use stray::{StrayKind, StrayRouting};
+pub use xtables::{
+    CtState, Is, Side, Variant, XtChain, XtEdit, XtMatch, XtName, XtRule, XtTable, XtTarget,
+    Xtables,
+};
 
 /// Protocol number of our routes and rules, as `ip route` and `ip rule` print it.
 ///
@@ -74,6 +83,10 @@ pub struct State {
     pub strays: BTreeSet<StrayRouting>,
     /// The nf_tables table.
     pub firewall: Option<Firewall>,
+    /// Sets that iptables rules look into.
+    pub ipsets: BTreeMap<Ipset, IpsetContents>,
+    /// Chains in iptables, by its variant.
+    pub xtables: BTreeMap<Variant, Xtables>,
 }
 
 impl State {

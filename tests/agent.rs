@@ -358,6 +358,8 @@ fn command_lines_that_cannot_be_meant() {
         (&["plan", "--node"], "--node needs a value"),
         (&["plan", "--node", "a", "--node", "b"], "--node is given twice"),
         (&["apply", "--force"], "\"--force\" is no option"),
+        (&["plan", "--backend", "ebtables"], "--backend \"ebtables\": there is no such backend"),
+        (&["apply", "--as-shell", "--as-shell"], "--as-shell is given twice"),
         (&["show", "--yaml"], "show does not take \"--yaml\""),
         (&["remove", "all", "of it"], "remove does not take \"all of it\""),
         (&["explain", "--node", "a", "--cluster", "x", "--from", "10.0.0.1"], "--to is missing"),
@@ -543,5 +545,48 @@ fn explained(file: &str) {
         let (code, _, message) = run(&[&["explain"][..], &options].concat());
         assert_eq!(code, Some(2));
         assert!(message.starts_with(&format!("agent: {sentence}")), "{message}");
+    }
+}
+
+#[test]
+fn a_life_with_iptables() {
+    for backend in ["iptables-legacy", "iptables-nft"] {
+        if Command::new(backend).arg("-V").output().is_err() {
+            let required = std::env::var("EGRESS_REQUIRE_NETNS").is_ok_and(|v| v == "1");
+            assert!(!required, "no {backend}");
+            std::io::stderr().write_all(b"SKIPPED, no iptables\n").unwrap();
+            return;
+        }
+        in_netns(move || {
+            ip(&["link", "add", "eth0", "type", "veth", "peer", "name", "eth1"]);
+            ip(&["addr", "add", "10.10.0.11/24", "dev", "eth0"]);
+            ip(&["link", "set", "eth0", "up"]);
+            ip(&["link", "set", "eth1", "up"]);
+            let file = File::new(&good().to_string());
+            let options = ["--node", "a", "--cluster", file.path(), "--backend"];
+            let plan = |name| [&["plan"][..], &options, &[name]].concat();
+            let apply = |name| [&["apply"][..], &options, &[name]].concat();
+
+            let script = done(&[&plan(backend)[..], &["--as-shell"]].concat());
+            assert!(script.starts_with("set -e\n"), "{script}");
+            let creates = format!("{backend} -t nat -N EGRESSGATEWAY-SNAT-EIP\n");
+            assert!(script.contains(&creates), "{script}");
+            assert!(done(&["show"]).starts_with("link: none\n"), "a plan changes nothing");
+
+            assert!(done(&apply(backend)).contains(&creates));
+            assert!(done(&apply(backend)).ends_with("\n0 changes\n"));
+            let people = done(&["show"]);
+            assert!(people.contains(&format!("\n{backend}: ")), "{people}");
+            // To nf_tables, which takes along what the other backend left, and back.
+            assert!(done(&apply("nftables")).contains("ipset destroy egress4-selected\n"));
+            let people = done(&["show"]);
+            assert!(people.contains("\npolicy: default/p1 IPv4 gateway b\n"), "{people}");
+            assert!(!people.contains(backend), "{people}");
+            assert!(done(&apply("auto")).ends_with("\n0 changes\n"));
+            assert!(done(&apply(backend)).contains("nft delete table inet egress_datapath\n"));
+
+            assert!(done(&["remove"]).ends_with(" changes\n"));
+            assert_eq!(done(&["remove"]), "0 changes\n");
+        });
     }
 }

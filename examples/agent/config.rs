@@ -6,8 +6,8 @@ use std::net::IpAddr;
 use std::str::FromStr;
 
 use egress_datapath::{
-    Cluster, Destinations, DeviceName, EgressIp, EgressPolicy, MacAddr, Mark, MarkLayout, Node,
-    NodeName, PlanError, PolicyError, PolicyId, TableRange, Tunnel, Unavailable,
+    Backend, Cluster, Destinations, DeviceName, EgressIp, EgressPolicy, MacAddr, Mark, MarkLayout,
+    Node, NodeName, PlanError, PolicyError, PolicyId, TableRange, Tunnel, Unavailable,
 };
 use ipnet::IpNet;
 use serde::Deserialize;
@@ -178,6 +178,7 @@ impl File {
             },
             marks: self.marks,
             rule_priority: self.rule_priority.unwrap_or(Cluster::RULE_PRIORITY),
+            backend: Backend::default(),
         };
         Config {
             cluster,

@@ -43,7 +43,7 @@ pub(crate) fn run(options: &[&str]) -> Result<(), Failure> {
     let names = ["--node", "--cluster", "--from", "--to"];
     let [node, file, from, to] = values(&others, names)?;
     let packet = packet(from, to).map_err(Failure::Input)?;
-    let (file, config) = read(&["--node", node, "--cluster", file])?;
+    let (file, config, _) = read(&["--node", node, "--cluster", file])?;
     let document = document(file, config, &packet)?;
     let mut out = io::stdout().lock();
     if json {

@@ -1,5 +1,6 @@
 //! A node agent: makes the network namespace it is started in hold what a file asks for.
 
+mod backend;
 mod config;
 mod explain;
 mod show;
@@ -10,16 +11,20 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
 
+use backend::{Choice, datapath, reconciler};
 use config::Config;
 use egress_datapath::preflight::{Preflight, Severity};
 use egress_datapath::{
-    AllocError, Connection, Datapath, Error, KernelDatapath, MarkLayout, MarkPool, Op, PlanError,
-    Reconciler, Report, TablePool, TableRange, plan,
+    AllocError, Backend, Connection, Error, KernelDatapath, MarkLayout, MarkPool, Op, PlanError,
+    Report, TablePool, TableRange, plan,
 };
 
 const USAGE: &str = "\
 usage: agent apply --node NAME --cluster FILE.json   make the kernel hold what FILE asks for
        agent plan --node NAME --cluster FILE.json    say what apply would change
+             --as-shell                              as a shell script
+             --backend NAME                          with nftables (default), iptables-legacy,
+                                                     iptables-nft or auto
        agent doctor --node NAME --cluster FILE.json  say what on this host is in the way
        agent show [--json]                           say what the kernel holds
        agent explain --node NAME --cluster FILE.json --from ADDRESS --to ADDRESS[:PORT/udp] [--json]
@@ -91,17 +96,18 @@ enum Mode {
 
 /// Reads the file, and plans once without the kernel, so that bad input is told from a kernel
 /// that refuses.
-fn read<'a>(options: &[&'a str]) -> Result<(&'a str, Config), Failure> {
-    let (node, file) = options_of(options)?;
-    let config = Config::read(node, file).map_err(Failure::Input)?;
+fn read<'a>(options: &[&'a str]) -> Result<(&'a str, Config, bool), Failure> {
+    let Options { node, file, backend, as_shell } = options_of(options)?;
+    let mut config = Config::read(node, file).map_err(Failure::Input)?;
+    config.cluster.backend = backend.resolve().map_err(Failure::kernel)?;
     let Config { cluster, policies, tables } = &config;
     plan(cluster, policies, &mut MarkPool::new(cluster.marks), &mut TablePool::new(*tables))
         .map_err(|error| failure(file, &config, error.into()))?;
-    Ok((file, config))
+    Ok((file, config, as_shell))
 }
 
 fn doctor(options: &[&str]) -> Result<(), Failure> {
-    let (_, config) = read(options)?;
+    let (_, config, _) = read(options)?;
     let preflight = Preflight::new(&config.cluster, &config.policies).with_tables(config.tables);
     let problems = preflight.run().map_err(Failure::kernel)?;
     let mut out = io::stdout().lock();
@@ -119,21 +125,23 @@ fn doctor(options: &[&str]) -> Result<(), Failure> {
 }
 
 fn reconcile(options: &[&str], mode: Mode) -> Result<(), Failure> {
-    let (file, mut config) = read(options)?;
-    let opened = Reconciler::open(config.cluster.marks, config.tables);
-    let mut egress = opened.map_err(|error| failure(file, &config, error))?;
-    find_underlay(file, &mut config, egress.datapath())?;
+    let (file, mut config, as_shell) = read(options)?;
+    if as_shell && mode == Mode::Apply {
+        return Err(Failure::Input(format!("apply does not take --as-shell\n{USAGE}")));
+    }
+    let mut kernel = KernelDatapath::open().map_err(Failure::kernel)?;
+    find_underlay(file, &mut config, &mut kernel)?;
+    let opened = reconciler(config.cluster.backend, config.cluster.marks, config.tables);
+    let mut egress = opened.map_err(Failure::kernel)?;
     let (report, what) = match mode {
         Mode::Apply => (egress.reconcile(&config.cluster, &config.policies), "changes"),
         Mode::Plan => (egress.preview(&config.cluster, &config.policies), "changes planned"),
     };
-    summary(&report.map_err(|error| failure(file, &config, error))?, what)
-}
-
-/// The values of `--node` and `--cluster`, in either order.
-fn options_of<'a>(options: &[&'a str]) -> Result<(&'a str, &'a str), Failure> {
-    let [node, file] = values(options, ["--node", "--cluster"])?;
-    Ok((node, file))
+    let report = report.map_err(|error| failure(file, &config, error))?;
+    if as_shell {
+        return Ok(write!(io::stdout(), "{}", report.changes.as_shell())?);
+    }
+    summary(&report, what)
 }
 
 /// The values of these options, each given once, in any order.
@@ -157,6 +165,47 @@ fn values<'a, const N: usize>(
         *slot = value.ok_or_else(|| Failure::Input(format!("{name} is missing\n{USAGE}")))?;
     }
     Ok(given)
+}
+
+/// What stands behind a command.
+struct Options<'a> {
+    node: &'a str,
+    file: &'a str,
+    backend: Choice,
+    as_shell: bool,
+}
+
+/// The options, in any order.
+fn options_of<'a>(options: &[&'a str]) -> Result<Options<'a>, Failure> {
+    let (mut node, mut file, mut backend, mut shell) = (None, None, None, None);
+    let mut options = options.iter().copied();
+    while let Some(option) = options.next() {
+        let (slot, is_flag) = match option {
+            "--node" => (&mut node, false),
+            "--cluster" => (&mut file, false),
+            "--backend" => (&mut backend, false),
+            "--as-shell" => (&mut shell, true),
+            other => return Err(Failure::Input(format!("{other:?} is no option\n{USAGE}"))),
+        };
+        let value = if is_flag { Some(option) } else { options.next() };
+        let value = value.ok_or_else(|| format!("{option} needs a value\n{USAGE}"));
+        if slot.replace(value.map_err(Failure::Input)?).is_some() {
+            return Err(Failure::Input(format!("{option} is given twice\n{USAGE}")));
+        }
+    }
+    let missing = |option| Failure::Input(format!("{option} is missing\n{USAGE}"));
+    let backend = match backend {
+        None => Choice::default(),
+        Some(name) => Choice::named(name).ok_or_else(|| {
+            Failure::Input(format!("--backend {name:?}: there is no such backend\n{USAGE}"))
+        })?,
+    };
+    Ok(Options {
+        node: node.ok_or_else(|| missing("--node"))?,
+        file: file.ok_or_else(|| missing("--cluster"))?,
+        backend,
+        as_shell: shell.is_some(),
+    })
 }
 
 /// Fills in the MTU of the device below the tunnel, and where none is named the device that has
@@ -202,13 +251,13 @@ fn failure(file: &str, config: &Config, error: Error) -> Failure {
 }
 
 fn observe() -> Result<egress_datapath::State, Failure> {
-    let mut kernel = KernelDatapath::open().map_err(Failure::kernel)?;
+    let mut kernel = datapath(Backend::Nftables).map_err(Failure::kernel)?;
     kernel.observe().map_err(Failure::kernel)
 }
 
 fn remove(patience: Duration) -> Result<(), Failure> {
     // Which marks and tables could be given out does not matter to what is taken away.
-    let opened = Reconciler::open(MarkLayout::default(), TableRange::default());
+    let opened = reconciler(Backend::Nftables, MarkLayout::default(), TableRange::default());
     let mut egress = opened.map_err(Failure::kernel)?;
     let mut all = egress.drain().map_err(Failure::kernel)?;
     if all.changes.ops().any(|op| matches!(op, Op::HoldAnswers(_))) && !patience.is_zero() {

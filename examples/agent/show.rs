@@ -5,7 +5,9 @@
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 
-use egress_datapath::state::{ChainId, Data, Firewall, Key, RuleAction, Tag, Value, Verdict};
+use egress_datapath::state::{
+    ChainId, Data, Firewall, Key, RuleAction, Tag, Value, Variant, Verdict, Xtables,
+};
 use egress_datapath::{Family, State};
 use serde::Serialize;
 
@@ -19,6 +21,19 @@ struct Document {
     /// By id.
     policies: Vec<Policy>,
     sources: PerFamily<Sources>,
+    /// Variants of iptables that hold rules of ours.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    iptables: Vec<Tables>,
+}
+
+#[derive(Serialize)]
+struct Tables {
+    /// `legacy` or `nft`.
+    variant: Variant,
+    chains: usize,
+    rules: usize,
+    /// Sets that the rules look into, with the number of their members.
+    ipsets: BTreeMap<String, usize>,
 }
 
 #[derive(Serialize)]
@@ -131,6 +146,11 @@ pub(crate) fn people(state: &State) -> io::Result<()> {
     {
         writeln!(out, "sources: {family} {addresses} addresses, {ranges} ranges")?;
     }
+    for Tables { variant, chains, rules, ipsets } in document.iptables {
+        let (name, members) = (variant.command(Family::V4), ipsets.values().sum::<usize>());
+        write!(out, "{name}: {chains} chains, {rules} rules, ")?;
+        writeln!(out, "{} sets of {members} members", ipsets.len())?;
+    }
     Ok(())
 }
 
@@ -151,6 +171,11 @@ fn document(state: &State) -> Document {
         gateways: Vec::new(),
         policies: Vec::new(),
         sources: PerFamily::default(),
+        iptables: state
+            .xtables
+            .iter()
+            .map(|(variant, found)| tables(state, *variant, found))
+            .collect(),
     };
     if let Some(firewall) = &state.firewall {
         for key in firewall.elements.keys() {
@@ -166,6 +191,16 @@ fn document(state: &State) -> Document {
         document.policies = policies(firewall);
     }
     document
+}
+
+fn tables(state: &State, variant: Variant, found: &Xtables) -> Tables {
+    let sets = state.ipsets.iter();
+    Tables {
+        variant,
+        chains: found.chains.len(),
+        rules: found.chains.values().map(Vec::len).sum(),
+        ipsets: sets.map(|(set, held)| (set.to_string(), held.members.len())).collect(),
+    }
 }
 
 fn comment(value: &Value) -> String {

@@ -4,7 +4,7 @@ mod corpus;
 mod routing;
 mod text;
 
-pub(super) use corpus::{answers, golden_acks, golden_table, notifications};
+pub(super) use corpus::{answers, answers_after, golden_acks, golden_table, notifications};
 pub(super) use routing::{ADDRESSES, LINKS, ROUTES, RULES, dumps};
 
 use super::mutate::Random;

@@ -70,6 +70,16 @@ impl RouteSocket {
             | Op::EndConnection(_) => {
                 Err(KernelError::answer(op, "operations of netfilter go by the other socket"))
             }
+            Op::AddIpset(..)
+            | Op::PutIpset(..)
+            | Op::DeleteIpset(_)
+            | Op::PutMember(..)
+            | Op::DeleteMember(..)
+            | Op::AddXtChain(..)
+            | Op::DeleteXtChain(..)
+            | Op::EditXtChain(..) => {
+                Err(KernelError::answer(op, "this needs a datapath that was opened for iptables"))
+            }
         }
     }
 

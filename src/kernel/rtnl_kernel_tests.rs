@@ -155,6 +155,7 @@ pub(super) fn full() -> State {
         .into(),
         strays: BTreeSet::new(),
         firewall: None,
+        ..State::default()
     }
 }
 

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::alloc::AllocError;
-use crate::types::{Family, MacAddr, Mark, NodeName, PolicyId, TableId};
+use crate::types::{DeviceName, Family, MacAddr, Mark, NodeName, PolicyId, TableId};
 
 /// Input that contradicts itself or the kernel's limits; nothing was touched.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -16,6 +16,14 @@ pub enum PlanError {
     UnknownNode {
         /// Its name.
         node: NodeName,
+    },
+    /// The name of the tunnel device has characters that iptables takes for something else.
+    #[error(
+        "iptables cannot name the tunnel device {device}: use letters, digits and . _ - @ only"
+    )]
+    IptablesDevice {
+        /// The device.
+        device: DeviceName,
     },
     /// A name occurs twice.
     #[error("node {node} is listed twice")]

@@ -9,10 +9,10 @@ use super::firewall::{skeleton, spoken, ways_out};
 use super::kept::{Handle, Kept, Policies};
 use super::{
     Finding, Gateways, PlanError, Role, Update, closing_table, numbered, reserve_given, roles,
-    routing,
+    routing, xtables,
 };
 use crate::alloc::{MarkAllocator, TableAllocator};
-use crate::cluster::Cluster;
+use crate::cluster::{Backend, Cluster};
 use crate::policy::{Policy, Unavailable};
 use crate::state::{Data, Elements, Key, State, Value};
 use crate::types::{Family, Mark, NodeName, TableId};
@@ -44,6 +44,7 @@ impl Index {
         tables: &mut dyn TableAllocator,
     ) -> Result<(Self, State), PlanError> {
         let world = World::new(cluster)?;
+        xtables::check(&world)?;
         let policies = Policies::new(policies, &world)?;
         reserve_given(cluster, marks)?;
         let (mut used, mut speaks) = (BTreeMap::new(), BTreeMap::new());
@@ -80,6 +81,14 @@ impl Index {
     /// The state, of the elements of classes and ranges.
     fn state(&self, mut elements: BTreeMap<Key, Value>) -> State {
         let (mut state, fixed) = self.parts();
+        if let Backend::Iptables(iptables) = self.world.cluster.backend {
+            state.firewall = None;
+            let (sets, tables) =
+                xtables::xtables(&self.world, &self.policies, &self.gateways, iptables);
+            state.ipsets = sets;
+            state.xtables.insert(iptables.variant, tables);
+            return state;
+        }
         elements.extend(fixed);
         for (_, kept) in self.policies.iter() {
             elements.extend(ways_out(&self.world, kept, &self.gateways));

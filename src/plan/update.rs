@@ -12,6 +12,7 @@ use super::index::{Index, NOTHING};
 use super::kept::{Handle, Kept, place};
 use super::{Finding, PlanError, PolicyError, Role, closing_table, numbered, roles};
 use crate::alloc::{MarkAllocator, TableAllocator};
+use crate::cluster::Backend;
 use crate::policy::{EgressPolicy, Policy};
 use crate::state::{Key, State, Value};
 use crate::types::{NodeName, PolicyId};
@@ -352,7 +353,8 @@ impl Index {
         let mut findings: Vec<_> = touched.iter().flat_map(|kept| self.findings_of(kept)).collect();
         let pairs = delta.overlapping.iter().copied();
         findings.extend(pairs.filter_map(|(family, pair)| self.overlap(family, pair)));
-        if delta.disputed {
+        // In iptables there is no telling what a change comes to without all of it.
+        if delta.disputed || self.world.cluster.backend != Backend::Nftables {
             return (Planned::Whole(Box::new(self.renew())), findings);
         }
         for kept in touched {

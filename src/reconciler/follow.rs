@@ -199,7 +199,8 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
             Drift::Rest => {
                 self.in_step = false;
                 let rest = self.datapath.observe_rest().map_err(Error::Observe)?;
-                State { firewall: before.firewall, ..rest }
+                let State { firewall, ipsets, xtables, .. } = before;
+                State { firewall, ipsets, xtables, ..rest }
             }
             Drift::None => before,
         };
@@ -212,7 +213,12 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         self.in_step = false;
         let rest = self.datapath.observe_rest().map_err(Error::Observe)?;
         let is = without_elements(wanted);
-        let was = State { firewall: is.firewall.clone(), ..rest };
+        let was = State {
+            firewall: is.firewall.clone(),
+            ipsets: BTreeMap::new(),
+            xtables: BTreeMap::new(),
+            ..rest
+        };
         Ok(Changes::of(Some((&was, &is)), []))
     }
 
@@ -272,7 +278,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
 impl Unsettled {
     fn is_stale(&self, connection: &Connection, wanted: &State) -> bool {
         let Some(firewall) = &wanted.firewall else { return false };
-        if connection.is_stale(Some(firewall), None) {
+        if connection.is_stale(wanted, &State::default()) {
             return true;
         }
         // It wears an egress IP, and should wear the node's own address.
@@ -352,6 +358,7 @@ fn without_elements(state: &State) -> State {
         rules: state.rules.clone(),
         strays: state.strays.clone(),
         firewall,
+        ..State::default()
     }
 }
 

@@ -2,8 +2,10 @@
 
 use std::net::IpAddr;
 
+use egress_datapath::state::Variant;
 use egress_datapath::{
-    Destinations, EgressIp, EgressPolicy, Mark, MarkLayout, Node, NodeName, PolicyId, Report,
+    Backend, Destinations, EgressIp, EgressPolicy, Iptables, Mark, MarkLayout, Node, NodeName,
+    PolicyId, Report,
 };
 use ipnet::IpNet;
 
@@ -50,6 +52,8 @@ pub(crate) struct Change {
     pub(crate) idle: bool,
     /// Rules of other software on every node, in a table `foreign`.
     pub(crate) foreign: &'static str,
+    /// Whether the nodes go from one backend to another.
+    pub(crate) backends: bool,
     /// Makes the change for the so-manieth time; round 0 is what it starts from.
     pub(crate) round: fn(&Lab, &mut Nodes, u64) -> Result<Vec<Report>>,
 }
@@ -62,6 +66,7 @@ const USUAL: Change = Change {
     loss: Loss::None,
     idle: false,
     foreign: "",
+    backends: false,
     round: |_, _, _| Ok(Vec::new()),
 };
 const EITHER: [&[Pair]; 2] = [&[EIP_B, EIP_C]; 2];
@@ -157,6 +162,8 @@ pub(crate) const ALL: &[Change] = &[
         round: everything,
         ..USUAL
     },
+    // The new one closes before it opens: on the gateway for the milliseconds that its maps take.
+    Change { name: "backend", backends: true, loss: Loss::Any, round: backends, ..USUAL },
 ];
 
 fn make(
@@ -433,4 +440,18 @@ fn everything(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
     }
     let remove = |name: &&str| Ok(nodes.node(name)?.1.remove()?);
     ["node-a", "node-b"].iter().map(remove).collect()
+}
+
+/// From one backend to the other, and between the variants of iptables.
+fn backends(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+    let iptables = |variant| Backend::Iptables(Iptables::new(variant));
+    let backend = match round % 5 {
+        0 | 2 => Backend::Nftables,
+        1 | 4 => iptables(Variant::Legacy),
+        _ => iptables(Variant::Nft),
+    };
+    for name in EVERYBODY {
+        nodes.node(name)?.0.backend = backend;
+    }
+    make(nodes, round, GATEWAY_FIRST, &[p()?])
 }

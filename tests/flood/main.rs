@@ -3,7 +3,7 @@
 //!
 //! `EGRESS_FLOOD=full` makes it at least 100 000 packets and 5 000 transactions of each kind of
 //! change, and takes a quarter of an hour; another word runs only the kinds that begin with it,
-//! and `full,move` does both.
+//! and `full,move` does both. `EGRESS_BACKEND=iptables-legacy` and `iptables-nft` flood those.
 
 #[path = "../lab/mod.rs"]
 mod lab;
@@ -21,10 +21,11 @@ use std::io::{self, Write};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use egress_datapath::{Phase, Report};
+use egress_datapath::{Backend, Phase, Report};
 
 use changes::{Change, Loss, To};
 use fleet::{Result, have, nft, tool};
+use lab::inside::backend;
 use lab::{Lab, POD_A, POD_B, POD_C, SERVER};
 use nodes::Nodes;
 use stream::{Pod, Progress, Tally};
@@ -61,6 +62,9 @@ fn no_packet_gets_out_wrong_while_things_change() -> Result {
 
 /// Floods during one kind of change, prints a line, and returns what is wrong.
 fn flood(lab: &Lab, change: &Change, size: &Size) -> Result<Vec<String>> {
+    if change.backends && !(have("iptables-legacy")? && have("iptables-nft")?) {
+        return Ok(Vec::new());
+    }
     if !change.foreign.is_empty() {
         if !have("nft")? {
             return Ok(Vec::new());
@@ -69,7 +73,7 @@ fn flood(lab: &Lab, change: &Change, size: &Size) -> Result<Vec<String>> {
             nft(&host.netns, &[], change.foreign)?;
         }
     }
-    let mut nodes = Nodes::open(lab, change.marks)?;
+    let mut nodes = Nodes::open(lab, change.marks, change.backends)?;
     (change.round)(lab, &mut nodes, 0)?;
     let [by_client, by_gateway] = change.wears;
     let pods = [
@@ -132,7 +136,10 @@ fn judge(
         wrong.push(format!("{name}: leaked {leaked:?}"));
     }
     let round = |number: u64| rounds.partition_point(|begin| *begin <= number);
+    // A masquerade in a table of nf_tables comes before iptables: its packets are dropped.
+    let limited = backend() != Backend::Nftables && !change.foreign.is_empty();
     let excused = match change.loss {
+        _ if limited => u64::MAX,
         Loss::None => 0,
         Loss::Few => 1 + tally.sent / 5_000,
         Loss::Any => u64::MAX,

@@ -2,21 +2,23 @@
 
 use std::collections::BTreeSet;
 
+use egress_datapath::state::Variant;
 use egress_datapath::{
-    ApplyError, Changes, Cluster, Connection, Datapath, EgressPolicy, KernelDatapath, KernelError,
-    KernelTables, MarkLayout, MarkPool, Reconciler, Report, State, TablePool, TableRange,
+    ApplyError, Backend, Changes, Cluster, Connection, Datapath, EgressPolicy, Iptables,
+    KernelError, KernelTables, MarkLayout, MarkPool, Reconciler, Report, State, TablePool,
+    TableRange,
 };
 
 use crate::fleet::Result;
+use crate::lab::inside::{backend, datapath};
 use crate::lab::{Host, Lab};
 
 /// The kernel, whose connections are listed now and then only.
 ///
 /// The flood's are never stale, being of one packet; but to list them the kernel looks into every
 /// bucket that connections of any namespace may be in, which takes longer than all else.
-#[derive(Debug)]
 pub(crate) struct Hasty {
-    kernel: KernelDatapath,
+    kernel: Box<dyn Datapath>,
     asked: u32,
 }
 
@@ -49,10 +51,12 @@ type Node = (Cluster, Reconciler<Hasty>);
 pub(crate) struct Nodes(Vec<Node>);
 
 impl Nodes {
-    pub(crate) fn open(lab: &Lab, marks: MarkLayout) -> Result<Self> {
+    pub(crate) fn open(lab: &Lab, marks: MarkLayout, backends: bool) -> Result<Self> {
         let open = |host: &&Host| {
-            let cluster = Cluster { marks, ..lab.cluster(host)? };
-            Ok((cluster, hasty(host, marks)?))
+            let cluster = Cluster { marks, backend: backend(), ..lab.cluster(host)? };
+            let both = Backend::Iptables(Iptables::new(Variant::Nft));
+            let hasty = hasty(host, &cluster, if backends { both } else { backend() })?;
+            Ok((cluster, hasty))
         };
         Ok(Self(lab.nodes().iter().map(open).collect::<Result<_>>()?))
     }
@@ -60,7 +64,7 @@ impl Nodes {
     /// Gives every node a new reconciler, which remembers nothing.
     pub(crate) fn restart(&mut self, lab: &Lab) -> Result {
         for (host, (cluster, reconciler)) in lab.nodes().into_iter().zip(&mut self.0) {
-            *reconciler = hasty(host, cluster.marks)?;
+            *reconciler = hasty(host, cluster, cluster.backend)?;
         }
         Ok(())
     }
@@ -84,10 +88,10 @@ impl Nodes {
     }
 }
 
-fn hasty(host: &Host, marks: MarkLayout) -> Result<Reconciler<Hasty>> {
-    let opened = host.netns.run(|| Ok((KernelDatapath::open()?, KernelTables::open()?)))?;
-    let (kernel, in_use) = opened.map_err(|error: KernelError| error)?;
+fn hasty(host: &Host, cluster: &Cluster, backend: Backend) -> Result<Reconciler<Hasty>> {
+    let kernel = datapath(&host.netns, backend)?;
+    let in_use = host.netns.run(KernelTables::open)??;
     let tables = TablePool::with_probe(TableRange::default(), in_use);
     let hasty = Hasty { kernel, asked: 0 };
-    Ok(Reconciler::with_allocators(hasty, MarkPool::new(marks), tables))
+    Ok(Reconciler::with_allocators(hasty, MarkPool::new(cluster.marks), tables))
 }

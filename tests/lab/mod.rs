@@ -14,6 +14,7 @@
 #![allow(dead_code, reason = "no includer needs all of it")]
 
 pub(crate) mod echo;
+pub(crate) mod inside;
 pub(crate) mod netns;
 mod numbered;
 mod rtnl;

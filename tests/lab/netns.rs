@@ -35,13 +35,7 @@ impl Netns {
 
     /// Does something in the namespace; sockets opened there stay there.
     pub(crate) fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> io::Result<T> {
-        thread::scope(|scope| {
-            let inside = scope.spawn(|| {
-                move_into_link_name_space(self.fd.as_fd(), Some(LinkNameSpaceType::Network))?;
-                Ok(work())
-            });
-            inside.join().unwrap_or_else(|panicked| panic::resume_unwind(panicked))
-        })
+        inside(self.fd.as_fd(), work)
     }
 
     /// Changes links, addresses and routes of the namespace.
@@ -61,6 +55,20 @@ impl Netns {
             })
         })?
     }
+}
+
+/// Does something in a namespace, on a thread of its own.
+pub(crate) fn inside<T: Send>(
+    namespace: BorrowedFd<'_>,
+    work: impl FnOnce() -> T + Send,
+) -> io::Result<T> {
+    thread::scope(|scope| {
+        let inside = scope.spawn(|| {
+            move_into_link_name_space(namespace, Some(LinkNameSpaceType::Network))?;
+            Ok(work())
+        });
+        inside.join().unwrap_or_else(|panicked| panic::resume_unwind(panicked))
+    })
 }
 
 impl AsFd for Netns {

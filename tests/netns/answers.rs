@@ -10,7 +10,7 @@ use rustix::fd::OwnedFd;
 use rustix::net::sockopt::Timeout;
 use rustix::net::{self, AddressFamily, RecvFlags, SendFlags, SocketType};
 
-use crate::fleet::{Fleet, Result, dual, have, lab, nft, policy, tool};
+use crate::fleet::{Fleet, Result, dual, have, is_beyond, lab, nft, policy, tool};
 use crate::flows::masquerade;
 use crate::lab::{EIP_B, Lab, POD_A, SERVER};
 
@@ -103,6 +103,9 @@ fn portless(lab: &Lab, to: IpAddr) -> Result<Flow> {
 
 #[test]
 fn a_server_that_goes_on_talking_does_not_turn_a_flow_around() -> Result {
+    if is_beyond("late answers are not held back")? {
+        return Ok(());
+    }
     let Some(lab) = lab()? else { return Ok(()) };
     if !have("nft")? {
         return Ok(());

@@ -7,7 +7,8 @@ use std::thread;
 use egress_datapath::EgressIp;
 
 use crate::fleet::{
-    Expect, Fleet, Result, check, dual, expect, expect_nothing, have, lab, policy, sources, tool,
+    Expect, Fleet, Result, check, dual, expect, expect_nothing, have, is_beyond, lab, policy,
+    sources, tool,
 };
 use crate::flows::masquerade;
 use crate::lab::{
@@ -136,6 +137,9 @@ fn nothing_gets_out_while_a_piece_is_missing_and_it_is_put_back() -> Result {
 
 #[test]
 fn a_firewall_that_others_have_changed_is_put_right() -> Result {
+    if is_beyond("there is no table of nf_tables; see what_others_change_is_put_right")? {
+        return Ok(());
+    }
     let Some(lab) = lab()? else { return Ok(()) };
     if !have("nft")? {
         return Ok(());

@@ -9,10 +9,11 @@ use std::time::Duration;
 use std::{env, thread};
 
 use egress_datapath::{
-    Cluster, EgressIp, EgressPolicy, KernelDatapath, MarkLayout, NodeName, PolicyId, Reconciler,
-    Report, TableRange,
+    Backend, Cluster, Datapath, EgressIp, EgressPolicy, KernelDatapath, KernelTables, MarkLayout,
+    MarkPool, NodeName, PolicyId, Reconciler, Report, TablePool, TableRange,
 };
 
+use crate::lab::inside::{backend, datapath};
 use crate::lab::{Host, Lab, Netns, Pair, Proto, hosts, probe};
 
 pub(crate) type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
@@ -43,6 +44,15 @@ pub(crate) fn have(program: &str) -> Result<bool> {
         }
         Err(error) => Err(format!("no program {program}: {error}").into()),
     }
+}
+
+/// Whether the backend that this run is about cannot do what a test asks for, said on the terminal.
+pub(crate) fn is_beyond(limit: &str) -> Result<bool> {
+    if backend() == Backend::Nftables {
+        return Ok(false);
+    }
+    writeln!(io::stderr(), "LIMIT of iptables: {limit}")?;
+    Ok(true)
 }
 
 /// Runs a command line in a namespace and returns what it printed; words are split at blanks.
@@ -80,7 +90,7 @@ pub(crate) fn nft(netns: &Netns, options: &[&str], rules: &str) -> Result {
 
 /// A reconciler on each node.
 pub(crate) struct Fleet {
-    nodes: Vec<(Cluster, Reconciler<KernelDatapath>)>,
+    nodes: Vec<(Cluster, Reconciler<Box<dyn Datapath>>)>,
 }
 
 impl Fleet {
@@ -92,8 +102,13 @@ impl Fleet {
     pub(crate) fn with(lab: &Lab, change: impl Fn(&mut Cluster)) -> Result<Self> {
         let open = |host: &&Host| -> Result<_> {
             let mut cluster = lab.cluster(host)?;
+            cluster.backend = backend();
             change(&mut cluster);
-            Ok((cluster.clone(), open(host, cluster.marks)?))
+            let datapath = datapath(&host.netns, cluster.backend)?;
+            let tables = host.netns.run(KernelTables::open)??;
+            let tables = TablePool::with_probe(TableRange::default(), tables);
+            let marks = MarkPool::new(cluster.marks);
+            Ok((cluster, Reconciler::with_allocators(datapath, marks, tables)))
         };
         let nodes = lab.nodes().iter().map(open).collect::<Result<_>>()?;
         Ok(Self { nodes })

@@ -21,3 +21,4 @@ mod packets;
 mod process;
 mod restart;
 mod roundtrip;
+mod xtables;

@@ -3,7 +3,8 @@
 use egress_datapath::MarkLayout;
 
 use crate::fleet::{
-    Fleet, Result, check, dual, expect, expect_nothing, have, lab, nft, policy, sources, tool,
+    Fleet, Result, check, dual, expect, expect_nothing, have, is_beyond, lab, nft, policy, sources,
+    tool,
 };
 use crate::flows::masquerade;
 use crate::lab::{
@@ -22,6 +23,9 @@ fn overwriting(hook: &str) -> String {
 
 #[test]
 fn a_mark_that_is_overwritten_shows_neither_pod_nor_node() -> Result {
+    if is_beyond("whoever overwrites the whole mark takes ours away")? {
+        return Ok(());
+    }
     let Some(lab) = lab()? else { return Ok(()) };
     if !have("nft")? {
         return Ok(());

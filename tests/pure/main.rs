@@ -18,6 +18,7 @@ mod ranges;
 mod semantics;
 mod tables;
 mod validation;
+mod xtables;
 
 use egress_datapath::{
     Cluster, EgressIp, EgressPolicy, MarkPool, Node, NodeName, Plan, PlanError, Policy, PolicyId,

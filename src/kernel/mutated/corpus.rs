@@ -20,9 +20,18 @@ pub(in crate::kernel) fn answers(
     protocol: isize,
     requests: Vec<(u16, u16, Vec<u8>)>,
 ) -> Vec<Vec<u8>> {
+    answers_after(protocol, requests, |_| reconciled())
+}
+
+/// The same of a kernel that holds what `prepare` makes.
+pub(in crate::kernel) fn answers_after<T>(
+    protocol: isize,
+    requests: Vec<(u16, u16, Vec<u8>)>,
+    prepare: impl FnOnce(&mut Socket) -> T + Send + 'static,
+) -> Vec<Vec<u8>> {
     in_netns(move || {
-        let _made = reconciled();
         let mut socket = Socket::open(protocol).unwrap();
+        let _made = prepare(&mut socket);
         let mut found = Vec::new();
         for (kind, flags, body) in requests {
             let mut writer = Writer::default();

@@ -1,0 +1,65 @@
+//! Which backend a command is about, and the datapath for it.
+
+use egress_datapath::state::Variant;
+use egress_datapath::{
+    Backend, Datapath, Iptables, IptablesDatapath, KernelDatapath, KernelError, KernelTables,
+    MarkLayout, MarkPool, Reconciler, TablePool, TableRange,
+};
+
+/// A reconciler whatever the datapath.
+pub(crate) type Egress = Reconciler<Box<dyn Datapath>>;
+
+/// What `--backend` says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Choice {
+    #[default]
+    Nftables,
+    Iptables(Variant),
+    /// nf_tables where the kernel has it, else the iptables that others here use.
+    Auto,
+}
+
+impl Choice {
+    pub(crate) fn named(name: &str) -> Option<Self> {
+        Some(match name {
+            "nftables" => Self::Nftables,
+            "iptables-legacy" => Self::Iptables(Variant::Legacy),
+            "iptables-nft" => Self::Iptables(Variant::Nft),
+            "auto" => Self::Auto,
+            _ => return None,
+        })
+    }
+
+    /// The backend that it means on this host.
+    pub(crate) fn resolve(self) -> Result<Backend, KernelError> {
+        let iptables = |variant| Backend::Iptables(Iptables::new(variant));
+        match self {
+            Self::Nftables => Ok(Backend::Nftables),
+            Self::Iptables(variant) => Ok(iptables(variant)),
+            Self::Auto => match KernelDatapath::open().and_then(|mut kernel| kernel.observe()) {
+                Ok(_) => Ok(Backend::Nftables),
+                Err(_) => IptablesDatapath::open()?.prevailing().map(iptables),
+            },
+        }
+    }
+}
+
+/// The datapath that can bring this backend about, and take away what another one left.
+pub(crate) fn datapath(backend: Backend) -> Result<Box<dyn Datapath>, KernelError> {
+    let iptables = matches!(backend, Backend::Iptables(_)) || IptablesDatapath::is_in_use()?;
+    Ok(if iptables {
+        Box::new(IptablesDatapath::open()?)
+    } else {
+        Box::new(KernelDatapath::open()?)
+    })
+}
+
+/// A reconciler of the namespace that the agent runs in.
+pub(crate) fn reconciler(
+    backend: Backend,
+    marks: MarkLayout,
+    tables: TableRange,
+) -> Result<Egress, KernelError> {
+    let tables = TablePool::with_probe(tables, KernelTables::open()?);
+    Ok(Reconciler::with_allocators(datapath(backend)?, MarkPool::new(marks), tables))
+}

@@ -1,0 +1,70 @@
+//! The backend that a run of the tests is about.
+
+use std::collections::BTreeSet;
+use std::env;
+use std::os::fd::{AsFd, OwnedFd};
+
+use egress_datapath::state::Variant;
+use egress_datapath::{
+    ApplyError, Backend, Changes, Connection, Datapath, Iptables, IptablesDatapath, KernelDatapath,
+    KernelError, State,
+};
+
+use super::Netns;
+use super::netns::inside;
+
+/// The backend that `EGRESS_BACKEND` names as the agent does; without it nf_tables.
+pub(crate) fn backend() -> Backend {
+    match env::var("EGRESS_BACKEND").as_deref() {
+        Ok("iptables-legacy") => Backend::Iptables(Iptables::new(Variant::Legacy)),
+        Ok("iptables-nft") => Backend::Iptables(Iptables::new(Variant::Nft)),
+        _ => Backend::Nftables,
+    }
+}
+
+/// The datapath of a namespace for a backend.
+pub(crate) fn datapath(netns: &Netns, backend: Backend) -> Result<Box<dyn Datapath>, KernelError> {
+    let failed = |_| KernelError::answer("enter a network namespace", "it failed");
+    match backend {
+        Backend::Iptables(_) => {
+            let inner = netns.run(IptablesDatapath::open).map_err(failed)??;
+            let namespace = netns.as_fd().try_clone_to_owned().map_err(failed)?;
+            Ok(Box::new(Inside { namespace, inner }))
+        }
+        _ => Ok(Box::new(netns.run(KernelDatapath::open).map_err(failed)??)),
+    }
+}
+
+/// A datapath that runs tools, each time in its namespace.
+#[derive(Debug)]
+pub(crate) struct Inside<D> {
+    namespace: OwnedFd,
+    inner: D,
+}
+
+fn lost(what: &str) -> KernelError {
+    KernelError::answer(what, "the namespace cannot be entered")
+}
+
+impl<D: Datapath> Datapath for Inside<D> {
+    fn observe(&mut self) -> Result<State, KernelError> {
+        let Self { namespace, inner } = self;
+        inside(namespace.as_fd(), || inner.observe()).map_err(|_| lost("observe"))?
+    }
+
+    fn stale_connections(
+        &mut self,
+        wanted: &State,
+        before: &State,
+    ) -> Result<BTreeSet<Connection>, KernelError> {
+        self.inner.stale_connections(wanted, before)
+    }
+
+    fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {
+        let Self { namespace, inner } = self;
+        inside(namespace.as_fd(), || inner.apply(changes)).unwrap_or_else(|_| {
+            let refused = changes.ops().take(1).map(|op| (op.clone(), lost("apply"))).collect();
+            Err(ApplyError { applied: 0, refused, skipped: changes.len().saturating_sub(1) })
+        })
+    }
+}

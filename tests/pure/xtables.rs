@@ -1,0 +1,171 @@
+//! The iptables backend: its text, and that differences of it make what is wanted.
+
+use std::path::Path;
+
+use egress_datapath::state::{Ipset, IpsetContents, Variant, XtRule, XtTarget};
+use egress_datapath::{
+    Backend, Changes, Cluster, Datapath, Destinations, EgressPolicy, Iptables, Sim, State,
+};
+use proptest::prelude::*;
+use proptest::sample::Index;
+
+use crate::random::{clusters, policies};
+use crate::{cluster_v4, nets, planned, policy, v4};
+
+fn with(mut cluster: Cluster, iptables: Iptables) -> Cluster {
+    cluster.backend = Backend::Iptables(iptables);
+    cluster
+}
+
+#[track_caller]
+fn check(file: &str, text: &str) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/pure/golden").join(file);
+    if std::env::var_os("UPDATE_GOLDEN").is_some() {
+        std::fs::write(&path, text).unwrap();
+    }
+    let expected = std::fs::read_to_string(&path).unwrap_or_default();
+    for (number, (is, should)) in (1..).zip(text.lines().zip(expected.lines())) {
+        assert_eq!(is, should, "{file}:{number}");
+    }
+    assert_eq!(text.lines().count(), expected.lines().count(), "{file}");
+}
+
+fn one() -> EgressPolicy {
+    EgressPolicy {
+        destinations: Destinations::Nets(nets(&["10.6.105.150/32"])),
+        ..policy("uuid", &["172.29.234.173/32"], Some("b"), v4("198.51.100.200"))
+    }
+}
+
+/// The example of the datapath's ancestors: one policy, one gateway.
+fn shell(node: &str, variant: Variant) -> String {
+    let iptables = Iptables { accept: true, weave: true, ..Iptables::new(variant) };
+    let plan = planned(&with(cluster_v4(node), iptables), [&one()]).unwrap();
+    Changes::between(&State::default(), &plan.state).as_shell().to_string()
+}
+
+#[test]
+fn the_shell_text_of_a_client() {
+    check("shell_client.sh", &shell("a", Variant::Legacy));
+    assert_eq!(
+        shell("a", Variant::Nft),
+        shell("a", Variant::Legacy).replace("-legacy", "-nft"),
+        "the variants differ in the command alone"
+    );
+}
+
+#[test]
+fn the_shell_text_of_a_gateway() {
+    check("shell_gateway.sh", &shell("b", Variant::Legacy));
+}
+
+fn backends() -> impl Strategy<Value = Backend> {
+    let iptables = |variant| {
+        (any::<bool>(), any::<bool>()).prop_map(move |(accept, weave)| {
+            Backend::Iptables(Iptables { accept, weave, ..Iptables::new(variant) })
+        })
+    };
+    prop_oneof![
+        1 => Just(Backend::Nftables),
+        2 => iptables(Variant::Legacy),
+        2 => iptables(Variant::Nft),
+    ]
+}
+
+fn states() -> impl Strategy<Value = State> {
+    (clusters(), policies(), backends()).prop_map(|(mut cluster, policies, backend)| {
+        cluster.backend = backend;
+        planned(&cluster, policies).unwrap().state
+    })
+}
+
+/// What somebody else may have done.
+fn drift(state: &mut State, kind: u8, index: Index) {
+    let strange = XtRule {
+        matches: std::collections::BTreeSet::new(),
+        target: XtTarget::Unknown("-s 10.0.0.0/8 -j DROP".into()),
+        comment: "".into(),
+    };
+    if !state.ipsets.is_empty() {
+        let at = index.index(state.ipsets.len());
+        let (set, contents) = state.ipsets.iter_mut().nth(at).unwrap();
+        match kind {
+            0 => drop(contents.members.pop_first()),
+            1 if contents.members.len() < 64 => contents.capacity = 64,
+            2 => {
+                let temporary = Ipset::Temporary(set.family());
+                state.ipsets.insert(temporary, IpsetContents::of([]));
+            }
+            _ => {}
+        }
+    }
+    for tables in state.xtables.values_mut() {
+        let at = index.index(tables.chains.len());
+        let rules = tables.chains.values_mut().nth(at).unwrap();
+        match kind {
+            3 => rules.clear(),
+            4 => rules.insert(0, strange.clone()),
+            5 => rules.reverse(),
+            6 => drop(tables.jumps.pop_first()),
+            7 => {
+                for (place, _) in tables.jumps.values_mut().flatten() {
+                    *place += 2;
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+fn drifted() -> impl Strategy<Value = State> {
+    (states(), proptest::collection::vec((0..8_u8, any::<Index>()), 0..4)).prop_map(
+        |(mut state, all)| {
+            for (kind, index) in all {
+                drift(&mut state, kind, index);
+            }
+            state
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 96, failure_persistence: None, ..<_>::default() })]
+
+    #[test]
+    fn any_state_of_any_backend_becomes_any_other(
+        from in prop_oneof![1 => Just(State::default()), 6 => drifted()],
+        to in prop_oneof![1 => Just(State::default()), 6 => states()],
+    ) {
+        let mut kernel = Sim::with_state(from.clone());
+        let changes = Changes::between(&from, &to);
+        if let Err(error) = kernel.apply(&changes) {
+            prop_assert!(false, "{error}\nof\n{changes}");
+        }
+        let mut found = kernel.state().clone();
+        // A set that was larger than it need be may stay so.
+        for (set, contents) in &mut found.ipsets {
+            contents.capacity = contents.capacity.min(to.ipsets[set].capacity);
+        }
+        prop_assert_eq!(&found, &to);
+        prop_assert!(Changes::between(kernel.state(), &to).is_empty());
+    }
+
+    #[test]
+    fn whatever_is_refused_once_is_made_up_for(
+        from in prop_oneof![1 => Just(State::default()), 2 => drifted()],
+        to in prop_oneof![1 => Just(State::default()), 6 => states()],
+        place in any::<Index>(),
+    ) {
+        let changes = Changes::between(&from, &to);
+        if !changes.is_empty() {
+            let mut kernel = Sim::with_state(from.clone());
+            kernel.refuse(place.index(changes.len()), 12);
+            kernel.apply(&changes).unwrap_err();
+            let rest = Changes::between(kernel.state(), &to);
+            if let Err(error) = kernel.apply(&rest) {
+                prop_assert!(false, "{error}\nof\n{rest}");
+            }
+            prop_assert!(Changes::between(kernel.state(), &to).is_empty());
+        }
+    }
+}
