@@ -82,7 +82,7 @@ iptables-legacy -t mangle -I FORWARD 1 -m comment --comment "egress gateway: res
 iptables-legacy -t mangle -I POSTROUTING 1 -m comment --comment "egress gateway: check snat" -j EGRESSGATEWAY-CHECK-SNAT
 
 # Tunnel
-ip link add egress.vxlan address 66:4c:86:01:f1:a5 mtu 1450 type vxlan id 100 local 10.10.0.12 dstport 7789 nolearning && ip link set egress.vxlan alias egress-datapath addrgenmode none && sysctl -w net/ipv4/conf/egress.vxlan/rp_filter=2 net/ipv4/conf/egress.vxlan/promote_secondaries=1 && ip link set egress.vxlan up
+ip link add egress.vxlan address 66:4c:86:01:f1:a5 mtu 1450 group 1701278328 type vxlan id 100 local 10.10.0.12 dstport 7789 nolearning && ip link set egress.vxlan alias egress-datapath addrgenmode none && sysctl -w net/ipv4/conf/egress.vxlan/rp_filter=2 net/ipv4/conf/egress.vxlan/promote_secondaries=1 && ip link set egress.vxlan up
 ip addr add 172.31.0.12/16 dev egress.vxlan
 bridge fdb replace 66:4c:86:01:ec:8c dev egress.vxlan dst 10.10.0.11 self permanent
 bridge fdb replace 66:4c:86:01:ef:f2 dev egress.vxlan dst 10.10.0.13 self permanent
