@@ -192,7 +192,7 @@ fn identifier(c: char) -> bool {
 }
 
 fn device(c: char) -> bool {
-    c.is_ascii_graphic() && !"/:\"\\*".contains(c)
+    c.is_ascii_graphic() && !"/:\"\\*%".contains(c)
 }
 
 macro_rules! name {

@@ -34,9 +34,11 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     /// The result is that of a [`reconcile`](Self::reconcile) with all policies as they are then,
     /// except that open connections which are not translated as they should be are left to
     /// [`settle`](Self::settle) if the report says so: to find them the kernel walks through all
-    /// its connections, which may take longer than everything else. Until they are ended, the
-    /// guards hold their packets back; none leaves with a wrong address. The cluster stays that of
-    /// the last [`reconcile`](Self::reconcile).
+    /// its connections, which may take longer than everything else. Until they are ended the
+    /// guards of this node hold their packets back; but call it soon, above all on a gateway: what
+    /// the far end still says to them reaches the pod's node, which holds such answers back for no
+    /// longer than [`Connection::ANSWERS_HELD`](crate::Connection::ANSWERS_HELD). The cluster stays
+    /// that of the last [`reconcile`](Self::reconcile).
     ///
     /// Sources that are prefixes depend on one another: where one comes or goes, the plan is made
     /// anew, though from memory.

@@ -110,7 +110,7 @@ fn nothing_gets_out_while_a_piece_is_missing_and_it_is_put_back() -> Result {
         &["ip link set egress.vxlan alias uplink", "ip link set egress.vxlan down"],
         &["ip link set egress.vxlan master bridge"],
     ] {
-        let rules = tool(&lab.node_a.netns, "ip -4 rule show pref 101")?;
+        let rules = tool(&lab.node_a.netns, "ip -4 rule show pref 102")?;
         let table = rules.split_whitespace().skip_while(|word| *word != "lookup").nth(1);
         for line in damage {
             let line = line.replace("TABLE", table.unwrap_or_default());
