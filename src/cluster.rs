@@ -74,6 +74,7 @@ pub enum Backend {
 ///   pod's packets then leave as answers to that, with its own address.
 /// - Each policy with a list of destinations costs every steered packet two lookups, and every
 ///   policy of a gateway its connections' first packets.
+/// - The packets of the tunnel are tracked like others, one connection for each of the pods'.
 /// - Several tables and sets are not changed at once: the order of the steps keeps them safe.
 /// - Nobody tells when others have changed something.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -69,9 +69,11 @@ fn rank(op: &Op) -> (u8, Option<(Variant, XtTable, crate::Family)>, u8) {
 
 const fn filled_in(set: Ipset) -> Phase {
     match set {
-        Ipset::Ignored(_) | Ipset::Peers(_) | Ipset::EgressIps(_) | Ipset::Temporary(_) => {
-            Phase::FillVerdicts
-        }
+        Ipset::Ignored(_)
+        | Ipset::Peers(_)
+        | Ipset::Underlay(_)
+        | Ipset::EgressIps(_)
+        | Ipset::Temporary(_) => Phase::FillVerdicts,
         Ipset::Destinations(..) => Phase::FillPolicies,
         Ipset::Sources(..) | Ipset::Marks(_) | Ipset::Closed(_) => Phase::FillClasses,
         Ipset::Selected(_) => Phase::FillSources,

@@ -28,6 +28,8 @@ pub enum Ipset {
     Closed(Family),
     /// The other nodes' addresses on the network that carries the tunnel.
     Peers(Family),
+    /// This node's addresses on that network: where tunnel packets are sent to.
+    Underlay(Family),
     /// Egress IPs of this node.
     EgressIps(Family),
     /// What another set is about to hold.
@@ -54,6 +56,7 @@ impl Ipset {
                 "marks" => Self::Marks(family),
                 "closed" => Self::Closed(family),
                 "peers" => Self::Peers(family),
+                "underlay" => Self::Underlay(family),
                 "eips" => Self::EgressIps(family),
                 "temporary" => Self::Temporary(family),
                 _ => (rest == "ignore").then_some(Self::Ignored(family))?,
@@ -72,6 +75,7 @@ impl Ipset {
             | Self::Marks(family)
             | Self::Closed(family)
             | Self::Peers(family)
+            | Self::Underlay(family)
             | Self::EgressIps(family)
             | Self::Temporary(family) => family,
         }
@@ -89,6 +93,7 @@ impl fmt::Display for Ipset {
             Self::Marks(_) => f.write_str("marks"),
             Self::Closed(_) => f.write_str("closed"),
             Self::Peers(_) => f.write_str("peers"),
+            Self::Underlay(_) => f.write_str("underlay"),
             Self::EgressIps(_) => f.write_str("eips"),
             Self::Temporary(_) => f.write_str("temporary"),
         }

@@ -223,7 +223,13 @@ impl Rules<'_> {
     fn guard(&self) -> Vec<XtRule> {
         let stranger = [self.tunnel_port(), self.source(Is::Not, Ipset::Peers)];
         // VXLAN is not authenticated: anyone could speak with an egress IP.
-        let mut rules = vec![rule(stranger, XtTarget::Drop, "egress gateway: unknown node")];
+        // To any other address of this node no node sends any: a pod's frame would come from where
+        // it is masqueraded.
+        let elsewhere = [self.tunnel_port(), self.destination(Is::Not, Ipset::Underlay)];
+        let mut rules = vec![
+            rule(stranger, XtTarget::Drop, "egress gateway: unknown node"),
+            rule(elsewhere, XtTarget::Drop, "egress gateway: not for a node"),
+        ];
         if self.sets.family == Family::V6 {
             // Neighbour discovery (RFC 4861): without an answer to a unicast probe the router
             // forgets who has the address.

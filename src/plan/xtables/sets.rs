@@ -148,6 +148,7 @@ impl Sets<'_> {
             Ipset::Marks(family),
             Ipset::Closed(family),
             Ipset::Peers(family),
+            Ipset::Underlay(family),
             Ipset::EgressIps(family),
         ] {
             members.insert(set, BTreeMap::new());
@@ -160,6 +161,8 @@ impl Sets<'_> {
         put(Ipset::Ignored(family), &mut self.world.excluded.iter().copied());
         let peers = self.world.peers().flat_map(|peer| &peer.underlay);
         put(Ipset::Peers(family), &mut peers.map(|address| IpNet::from(*address)));
+        let here = self.world.here.underlay.iter();
+        put(Ipset::Underlay(family), &mut here.map(|address| IpNet::from(*address)));
         let local = self.local();
         let worn = local.iter().filter_map(|(policy, _)| policy.egress_ip.address(family));
         put(Ipset::EgressIps(family), &mut worn.map(IpNet::from));

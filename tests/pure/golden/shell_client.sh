@@ -21,6 +21,8 @@ ipset create egress4-closed hash:net family inet maxelem 65536
 ipset create egress4-peers hash:net family inet maxelem 65536
 ipset add egress4-peers 10.10.0.12/32
 ipset add egress4-peers 10.10.0.13/32
+ipset create egress4-underlay hash:net family inet maxelem 65536
+ipset add egress4-underlay 10.10.0.11/32
 ipset create egress4-eips hash:net family inet maxelem 65536
 iptables-legacy -t filter -N EGRESSGATEWAY-KEEP-MARK
 iptables-legacy -t filter -N EGRESSGATEWAY-TUNNEL
@@ -67,6 +69,7 @@ iptables-legacy -t mangle -A EGRESSGATEWAY-RESET-MARK -m set --match-set egress4
 iptables-legacy -t mangle -A EGRESSGATEWAY-RESET-MARK -m mark --mark 0x24000000/0xff000000 -m comment --comment "egress gateway: closed" -j DROP
 iptables-legacy -t mangle -A EGRESSGATEWAY-RESET-MARK -m mark --mark 0x26000000/0xff000000 -m comment --comment "egress gateway: way is missing" -j DROP
 iptables-legacy -t mangle -A EGRESSGATEWAY-GUARD -p udp -m udp --dport 7789 -m set ! --match-set egress4-peers src -m comment --comment "egress gateway: unknown node" -j DROP
+iptables-legacy -t mangle -A EGRESSGATEWAY-GUARD -p udp -m udp --dport 7789 -m set ! --match-set egress4-underlay dst -m comment --comment "egress gateway: not for a node" -j DROP
 iptables-legacy -t mangle -A EGRESSGATEWAY-GUARD -m set --match-set egress4-eips dst -m comment --comment "egress gateway: no service on an EIP" -j DROP
 iptables-legacy -t mangle -A EGRESSGATEWAY-CHECK-SNAT -m mark ! --mark 0x27000000/0xff000000 -m comment --comment "egress gateway: not ours" -j RETURN
 iptables-legacy -t mangle -A EGRESSGATEWAY-CHECK-SNAT -m conntrack --ctstate INVALID,UNTRACKED -m comment --comment "egress gateway: cannot be translated" -j DROP
