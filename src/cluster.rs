@@ -75,6 +75,8 @@ pub enum Backend {
 /// - Each policy with a list of destinations costs every steered packet two lookups, and every
 ///   policy of a gateway its connections' first packets.
 /// - The packets of the tunnel are tracked like others, one connection for each of the pods'.
+/// - The layout of the marks cannot be changed while policies are in force:
+///   [drain](crate::Reconciler::drain) the node first.
 /// - Several tables and sets are not changed at once: the order of the steps keeps them safe.
 /// - Nobody tells when others have changed something.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -39,6 +39,7 @@ struct Size {
 
 const SMALL: Size = Size { packets: 4_000, commits: 0, at_most: Duration::from_secs(4) };
 const FULL: Size = Size { packets: 100_000, commits: 5_000, at_most: Duration::from_secs(300) };
+const LAYOUT: &str = "layout of the marks";
 const PER_SECOND: u32 = 4_000;
 
 #[test]
@@ -53,6 +54,10 @@ fn no_packet_gets_out_wrong_while_things_change() -> Result {
     let only = wish.trim_start_matches("full").trim_start_matches(',');
     let mut wrong = Vec::new();
     for change in changes::ALL.iter().filter(|change| change.name.starts_with(only)) {
+        if change.name == LAYOUT && backend() != Backend::Nftables {
+            writeln!(io::stderr(), "LIMIT of iptables: {LAYOUT} is not changed while in use")?;
+            continue;
+        }
         let found = flood(&lab, change, &size);
         wrong.extend(found.map_err(|error| format!("{}: {error}", change.name))?);
     }
