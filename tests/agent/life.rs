@@ -1,0 +1,222 @@
+//! A whole life in a network namespace.
+
+use std::io::Write;
+use std::process::Command;
+
+use serde_json::{Value, json};
+
+use crate::{File, changed, good, refusal, run};
+
+/// Runs the test on a thread with a network namespace of its own, which its children share.
+pub(crate) fn in_netns(test: impl FnOnce() + Send + 'static) {
+    let thread = std::thread::spawn(move || {
+        #[allow(deprecated, reason = "its successor is unsafe for flags that are not used here")]
+        let entered = rustix::thread::unshare(rustix::thread::UnshareFlags::NEWNET);
+        match entered {
+            Ok(()) => test(),
+            Err(error) => {
+                let required = std::env::var("EGRESS_REQUIRE_NETNS").is_ok_and(|v| v == "1");
+                assert!(!required, "no network namespace: {error}");
+                // The test harness hides what goes through `eprintln!`.
+                let notice = format!("SKIPPED, no network namespace: {error}\n");
+                std::io::stderr().write_all(notice.as_bytes()).unwrap();
+            }
+        }
+    });
+    if let Err(panic) = thread.join() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+#[track_caller]
+fn ip(arguments: &[&str]) {
+    let output = Command::new("ip").args(arguments).output().expect("iproute2 is needed");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[track_caller]
+fn done(arguments: &[&str]) -> String {
+    let (code, out, message) = run(arguments);
+    assert_eq!((code, message.as_str()), (Some(0), ""), "{arguments:?}");
+    out
+}
+
+#[test]
+fn a_whole_life() {
+    in_netns(|| {
+        ip(&["link", "add", "eth0", "mtu", "1400", "type", "veth", "peer", "name", "eth1"]);
+        ip(&["addr", "add", "10.10.0.11/24", "dev", "eth0"]);
+        ip(&["link", "set", "eth0", "up"]);
+        ip(&["link", "set", "eth1", "up"]);
+        let file = File::new(&good().to_string());
+        let options = ["--node", "a", "--cluster", file.path()];
+        let plan = [&["plan"][..], &options].concat();
+        let apply = [&["apply"][..], &options].concat();
+
+        let planned = done(&plan);
+        assert!(planned.contains("nft create table inet egress_datapath\n"), "{planned}");
+        let note = "note: policy default/p1 drops its IPv6 traffic: \
+                    this node or the gateway has no tunnel address of that family\n";
+        assert!(planned.contains(note), "{planned}");
+        let (_, count) = planned.trim_end().rsplit_once('\n').unwrap();
+        assert!(done(&["show"]).starts_with("link: none\n"), "a plan changes nothing");
+
+        let applied = done(&apply);
+        let (_, applied) = applied.trim_end().rsplit_once('\n').unwrap();
+        assert_eq!(format!("{applied} planned"), count);
+        assert_eq!(done(&apply), format!("{note}0 changes\n"));
+        assert_eq!(done(&plan), format!("{note}0 changes planned\n"));
+
+        let shown: Value = serde_json::from_str(&done(&["show", "--json"])).unwrap();
+        let gateway = &shown["gateways"][0];
+        assert!((3000..=3100).contains(&gateway["table"].as_u64().unwrap()), "{gateway}");
+        assert_eq!(
+            shown,
+            json!({
+                "link": {
+                    "name": "egress.vxlan", "vni": 100, "port": 7789, "local": "10.10.0.11",
+                    "underlay_device": "eth0", "mac": "66:f7:06:23:81:6b", "mtu": 1350,
+                    "up": true, "addresses": ["172.31.0.11/16", "fd11::11/112"],
+                },
+                "gateways": [
+                    {"node": "b", "mark": gateway["mark"], "table": gateway["table"]},
+                ],
+                "policies": [{
+                    "id": "default/p1",
+                    "ipv4": {"way_out": "gateway", "gateway": "b", "egress_ip": null},
+                    "ipv6": {"way_out": "closed", "gateway": null, "egress_ip": null},
+                }],
+                "sources": {
+                    "ipv4": {"addresses": 1, "ranges": 0}, "ipv6": {"addresses": 1, "ranges": 0},
+                },
+            })
+        );
+        let people = done(&["show"]);
+        assert!(people.contains("\npolicy: default/p1 IPv4 gateway b\n"), "{people}");
+
+        explained(file.path());
+        let here = File::new(&changed("/policies/0/gateway", json!("a")));
+        done(&["apply", "--node", "a", "--cluster", here.path()]);
+        let people = done(&["show"]);
+        assert!(people.contains("\npolicy: default/p1 IPv4 here as 203.0.113.200\n"), "{people}");
+
+        // Bad input leaves everything where it is.
+        let before = done(&["show", "--json"]);
+        refusal("a", &changed("/tunnel/vni", json!(0)));
+        assert_eq!(done(&["show", "--json"]), before);
+
+        assert!(done(&["remove"]).ends_with(" changes\n"));
+        assert_eq!(done(&["remove"]), "0 changes\n");
+        assert!(done(&["show"]).starts_with("link: none\n"));
+    });
+}
+
+/// Says of one pod's packets where they go, while the kernel holds what the file asks for.
+fn explained(file: &str) {
+    let explain = |from: &str, to: &str, rest: &[&str]| {
+        let options = ["explain", "--node", "a", "--cluster", file, "--from", from, "--to", to];
+        done(&[&options, rest].concat())
+    };
+    let text = explain("10.244.1.10", "198.51.100.7:443/tcp", &["--json"]);
+    let json: Value = serde_json::from_str(&text).unwrap();
+    let here = &json["here"];
+    assert_eq!(here["policy"], "default/p1", "{text}");
+    assert_eq!((&here["gateway"], &json["node"]), (&json!("b"), &json!("a")), "{text}");
+    assert_eq!(here["fate"], json!({"end": "tunnelled", "to": "10.10.0.12", "source": null}));
+    assert_eq!(here["overlapped"], json!([]), "{text}");
+    assert!(here["class"].is_string() && here["mark"].is_string() && here["table"].is_u64());
+    let objects: Vec<_> =
+        here["reasons"].as_array().unwrap().iter().map(|r| r["object"].as_str().unwrap()).collect();
+    for object in [
+        "element source4 { 10.244.1.10 }",
+        "element dest4_24 { 198.51.100.0 . ",
+        "rule pref 102 fwmark ",
+        "route 0.0.0.0/0 table ",
+        "neighbour 172.31.0.12 dev egress.vxlan",
+        "fdb 66:",
+    ] {
+        assert!(objects.iter().any(|known| known.starts_with(object)), "{object} in {text}");
+    }
+    let gateway = &json["gateway"];
+    assert_eq!((&gateway["node"], &json["notes"]), (&json!("b"), &json!([])), "{text}");
+    assert_eq!(gateway["trace"]["egress_ip"], "203.0.113.200", "{text}");
+    assert_eq!(gateway["trace"]["fate"]["source"], "203.0.113.200", "{text}");
+
+    let text = explain("10.244.1.10", "198.51.100.7", &[]);
+    let begin =
+        "on a: ICMP type 8 10.244.1.10 to 198.51.100.7\n  element source4 { 10.244.1.10 }: ";
+    assert!(text.starts_with(begin), "{text}");
+    assert!(text.contains("\non b, as the file has it: ICMP type 8 "), "{text}");
+    assert!(text.contains(" { b49e:c3f0 } \"default/p1\": wears 203.0.113.200\n"), "{text}");
+    let end = "\ngoes by the host's own routes as 203.0.113.200\n";
+    assert!(text.ends_with(end), "{text}");
+    // IPv6 has no tunnel, another destination no policy, another pod no class.
+    let text = explain("fd44:1::10", "[2001:db8::1]:53/udp", &[]);
+    assert!(!text.contains("policy") && text.ends_with("own routes as fd44:1::10\n"), "{text}");
+    let text = explain("10.244.1.10", "198.51.101.7:53/udp", &[]);
+    assert!(!text.contains("policy") && text.ends_with("own routes as 10.244.1.10\n"), "{text}");
+    let text = explain("10.244.1.11", "198.51.100.7:53/udp", &[]);
+    assert_eq!(text.lines().count(), 2, "{text}");
+
+    // What the file says and the kernel does not hold.
+    let moved = File::new(&changed("/policies/0/gateway", json!("a")));
+    let other = ["explain", "--node", "a", "--cluster", moved.path(), "--from", "10.244.1.10"];
+    let text = done(&[&other[..], &["--to", "198.51.100.7:53/udp"]].concat());
+    let note = "note: the file wants: policy default/p1, goes by the host's own routes as \
+                203.0.113.200; run agent apply\n";
+    assert!(text.contains(note), "{text}");
+
+    for (to, sentence) in [
+        ("fd44::1", "--from 10.244.1.10 and --to fd44::1 are of different families"),
+        ("198.51.100.7:x", "--to \"198.51.100.7:x\": write an address, or one with port and"),
+        ("198.51.100.7:7/sctp", "--to \"198.51.100.7:7/sctp\": write an address, or one with"),
+    ] {
+        let options = ["--node", "a", "--cluster", file, "--from", "10.244.1.10", "--to", to];
+        let (code, _, message) = run(&[&["explain"][..], &options].concat());
+        assert_eq!(code, Some(2));
+        assert!(message.starts_with(&format!("agent: {sentence}")), "{message}");
+    }
+}
+
+#[test]
+fn a_life_with_iptables() {
+    for backend in ["iptables-legacy", "iptables-nft"] {
+        if Command::new(backend).arg("-V").output().is_err() {
+            let required = std::env::var("EGRESS_REQUIRE_NETNS").is_ok_and(|v| v == "1");
+            assert!(!required, "no {backend}");
+            std::io::stderr().write_all(b"SKIPPED, no iptables\n").unwrap();
+            return;
+        }
+        in_netns(move || {
+            ip(&["link", "add", "eth0", "type", "veth", "peer", "name", "eth1"]);
+            ip(&["addr", "add", "10.10.0.11/24", "dev", "eth0"]);
+            ip(&["link", "set", "eth0", "up"]);
+            ip(&["link", "set", "eth1", "up"]);
+            let file = File::new(&good().to_string());
+            let options = ["--node", "a", "--cluster", file.path(), "--backend"];
+            let plan = |name| [&["plan"][..], &options, &[name]].concat();
+            let apply = |name| [&["apply"][..], &options, &[name]].concat();
+
+            let script = done(&[&plan(backend)[..], &["--as-shell"]].concat());
+            assert!(script.starts_with("set -e\n"), "{script}");
+            let creates = format!("{backend} -t nat -N EGRESSGATEWAY-SNAT-EIP\n");
+            assert!(script.contains(&creates), "{script}");
+            assert!(done(&["show"]).starts_with("link: none\n"), "a plan changes nothing");
+
+            assert!(done(&apply(backend)).contains(&creates));
+            assert!(done(&apply(backend)).ends_with("\n0 changes\n"));
+            let people = done(&["show"]);
+            assert!(people.contains(&format!("\n{backend}: ")), "{people}");
+            // To nf_tables, which takes along what the other backend left, and back.
+            assert!(done(&apply("nftables")).contains("ipset destroy egress4-selected\n"));
+            let people = done(&["show"]);
+            assert!(people.contains("\npolicy: default/p1 IPv4 gateway b\n"), "{people}");
+            assert!(!people.contains(backend), "{people}");
+            assert!(done(&apply("auto")).ends_with("\n0 changes\n"));
+            assert!(done(&apply(backend)).contains("nft delete table inet egress_datapath\n"));
+
+            assert!(done(&["remove"]).ends_with(" changes\n"));
+            assert_eq!(done(&["remove"]), "0 changes\n");
+        });
+    }
+}
