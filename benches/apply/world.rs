@@ -1,4 +1,4 @@
-//! The cluster and the policies that are measured with, and where.
+//! The cluster and the policies that are measured with.
 
 use std::net::{IpAddr, Ipv4Addr};
 
@@ -31,14 +31,4 @@ pub(crate) fn policies(count: u32, sources: u32) -> Vec<EgressPolicy> {
         )
     };
     (0..count).map(policy).collect()
-}
-
-/// Moves this process, which must not have started threads, off the host's network.
-#[expect(
-    deprecated,
-    reason = "the replacement is unsafe for the sake of CLONE_FILES, which is not used here"
-)]
-pub(crate) fn enter_namespace() {
-    let unshared = rustix::thread::unshare(rustix::thread::UnshareFlags::NEWNET);
-    unshared.unwrap_or_else(|error| panic!("run as root, to get a network namespace: {error}"));
 }
