@@ -68,9 +68,7 @@ impl Connection {
             Set::PortlessAnswer(family)
         }
     }
-}
 
-impl Connection {
     /// The answer to its first packet.
     pub(crate) const fn answer(&self) -> Packet {
         Packet {

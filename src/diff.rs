@@ -190,19 +190,7 @@ fn order_elements(steps: &mut Steps) {
 }
 
 fn rtnetlink(observed: &State, desired: &State, steps: &mut Steps) {
-    let mut observed = State {
-        link: observed.link.clone(),
-        addresses: observed.addresses.clone(),
-        fdb: observed.fdb.clone(),
-        neighbours: observed.neighbours.clone(),
-        routes: observed.routes.clone(),
-        rules: observed.rules.clone(),
-        strays: observed.strays.clone(),
-        // A million elements may be in it, and none is looked at here.
-        firewall: None,
-        ipsets: BTreeMap::new(),
-        xtables: BTreeMap::new(),
-    };
+    let mut observed = observed.routing();
     link(&mut observed, desired, steps);
     let new = desired.link.as_ref().map(|link| link.name.clone());
     let old = observed.link.as_ref().map(|link| link.name.clone()).or_else(|| new.clone());

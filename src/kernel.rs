@@ -143,8 +143,17 @@ impl KernelDatapath {
         refused.into_iter().map(|(index, error)| (index, error.with_holder(owner))).collect()
     }
 
-    /// Makes a step: one transaction, or every request in turn.
+    /// Makes a step; what it left behind is not certain where something was refused.
     fn step(&mut self, step: &Step) -> Made {
+        let made = self.attempt(step);
+        if !made.1.is_empty() {
+            self.trust.end();
+        }
+        made
+    }
+
+    /// Makes a step: one transaction, or every request in turn.
+    fn attempt(&mut self, step: &Step) -> Made {
         if step.ops.first().is_some_and(Op::is_nft) {
             return match nft::commit_as(&mut self.netfilter, &step.ops, self.hold.table_flags) {
                 Ok(between) => {
@@ -222,11 +231,7 @@ impl Datapath for KernelDatapath {
     }
 
     fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {
-        let made = changes.make(|step| self.step(step));
-        if made.is_err() {
-            self.trust.end();
-        }
-        made
+        changes.make(|step| self.step(step))
     }
 }
 

@@ -28,15 +28,17 @@ mod elements;
 mod firewall;
 mod ipset;
 mod ruleset;
+mod set;
 mod stray;
 pub(crate) mod xtables;
 
 pub use elements::{Elements, Iter as ElementsIter};
-#[cfg(all(feature = "kernel", target_os = "linux"))]
-pub(crate) use firewall::Datum;
-pub use firewall::{Comment, Data, Firewall, Key, Set, Stray, Tag, Value, Verdict};
+pub use firewall::{Comment, Data, Firewall, Key, Stray, Tag, Value, Verdict};
 pub use ipset::{Ipset, IpsetContents, Member};
 pub use ruleset::{Base, ChainId, ChainType, Direction, Hook, MarkBits, NftRule, Stmt};
+#[cfg(all(feature = "kernel", target_os = "linux"))]
+pub(crate) use set::Datum;
+pub use set::Set;
 pub use stray::{StrayKind, StrayRouting};
 pub use xtables::{
     CtState, Is, Side, Variant, XtChain, XtEdit, XtMatch, XtName, XtRule, XtTable, XtTarget,
@@ -90,6 +92,20 @@ pub struct State {
 }
 
 impl State {
+    /// The half that rtnetlink is asked for: a million elements may be in the other.
+    pub(crate) fn routing(&self) -> Self {
+        Self {
+            link: self.link.clone(),
+            addresses: self.addresses.clone(),
+            fdb: self.fdb.clone(),
+            neighbours: self.neighbours.clone(),
+            routes: self.routes.clone(),
+            rules: self.rules.clone(),
+            strays: self.strays.clone(),
+            ..Self::default()
+        }
+    }
+
     /// Whether there is nothing.
     pub fn is_empty(&self) -> bool {
         *self == Self::default()

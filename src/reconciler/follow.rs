@@ -215,12 +215,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         self.in_step = false;
         let rest = self.datapath.observe_rest().map_err(Error::Observe)?;
         let is = without_elements(wanted);
-        let was = State {
-            firewall: is.firewall.clone(),
-            ipsets: BTreeMap::new(),
-            xtables: BTreeMap::new(),
-            ..rest
-        };
+        let was = State { firewall: is.firewall.clone(), ..rest.routing() };
         Ok(Changes::of(Some((&was, &is)), []))
     }
 
@@ -351,17 +346,7 @@ fn without_elements(state: &State) -> State {
         strays: firewall.strays.clone(),
         dormant: firewall.dormant,
     });
-    State {
-        link: state.link.clone(),
-        addresses: state.addresses.clone(),
-        fdb: state.fdb.clone(),
-        neighbours: state.neighbours.clone(),
-        routes: state.routes.clone(),
-        rules: state.rules.clone(),
-        strays: state.strays.clone(),
-        firewall,
-        ..State::default()
-    }
+    State { firewall, ..state.routing() }
 }
 
 #[cfg(test)]

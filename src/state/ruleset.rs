@@ -4,7 +4,7 @@ use std::fmt;
 
 use ipnet::IpNet;
 
-use super::firewall::Set;
+use super::set::Set;
 use crate::types::{DeviceName, Family, Mark};
 
 /// A chain of our table; its name follows from which one it is.
@@ -292,10 +292,9 @@ const fn ip(family: Family) -> &'static str {
     }
 }
 
-/// The family of a set whose keys are addresses.
+/// The header that a set's keys are taken from.
 fn set_ip(set: Set) -> &'static str {
-    use super::firewall::Datum;
-    if set.key().first() == Some(&Datum::Ipv6) { "ip6" } else { "ip" }
+    ip(set.family().unwrap_or(Family::V4))
 }
 
 impl fmt::Display for Stmt {

@@ -51,24 +51,8 @@ pub(super) fn by_address(firewall: &Firewall, set: Set, address: IpAddr) -> Opti
 }
 
 /// The family of a set whose keys are addresses and nothing else.
-const fn family_of(set: Set) -> Option<Family> {
-    match set {
-        Set::Peer(family)
-        | Set::Underlay(family)
-        | Set::Excluded(family)
-        | Set::Eip(family)
-        | Set::Source(family)
-        | Set::SourceNet(family) => Some(family),
-        Set::Gateway
-        | Set::Answer(_)
-        | Set::PortlessAnswer(_)
-        | Set::Verdict
-        | Set::Steer(_)
-        | Set::Snat(_)
-        | Set::Masquerade(_)
-        | Set::Any(_)
-        | Set::Destination(..) => None,
-    }
+fn family_of(set: Set) -> Option<Family> {
+    set.family().filter(|_| set.key().len() == 1)
 }
 
 /// The key of a set that is asked by the tag that a packet carries.

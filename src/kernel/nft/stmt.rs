@@ -1,7 +1,7 @@
 //! Statements as expressions, in the form that `nft` gives them.
 
 use super::expr::{Expr, Verdict, base, ct, meta, reg, verdict};
-use crate::state::{Datum, Direction, MarkBits, NftRule, Set, Stmt};
+use crate::state::{Direction, MarkBits, NftRule, Set, Stmt};
 use crate::types::Family;
 
 mod recognise;
@@ -37,7 +37,7 @@ const fn nfproto(family: Family) -> u8 {
 
 /// The family of a set's keys.
 fn family_of(set: Set) -> Family {
-    if set.key().first() == Some(&Datum::Ipv6) { Family::V6 } else { Family::V4 }
+    set.family().unwrap_or(Family::V4)
 }
 
 fn needs(statement: &Stmt) -> Needs {

@@ -1,0 +1,266 @@
+//! The sets and maps of our table: their names, types and flags.
+
+use std::fmt;
+
+use crate::types::Family;
+
+/// Type of a key part or of a map's value, as `nft` names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Datum {
+    Ipv4,
+    Ipv6,
+    Mark,
+    ClassId,
+    Protocol,
+    Service,
+    Verdict,
+}
+
+impl Datum {
+    pub(crate) const fn of(family: Family) -> Self {
+        match family {
+            Family::V4 => Self::Ipv4,
+            Family::V6 => Self::Ipv6,
+        }
+    }
+
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Ipv4 => "ipv4_addr",
+            Self::Ipv6 => "ipv6_addr",
+            Self::Mark => "mark",
+            Self::ClassId => "classid",
+            Self::Protocol => "inet_proto",
+            Self::Service => "inet_service",
+            Self::Verdict => "verdict",
+        }
+    }
+
+    /// Bytes of the value in a key, whose parts fill whole registers; a verdict has no length
+    /// of its own.
+    #[cfg(all(feature = "kernel", target_os = "linux"))]
+    pub(crate) const fn len(self) -> usize {
+        match self {
+            Self::Ipv6 => 16,
+            Self::Verdict => 0,
+            _ => 4,
+        }
+    }
+}
+
+/// A set or map of our table; its name, types and flags follow from which one it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Set {
+    /// Underlay addresses of the other nodes: who may send tunnel packets.
+    Peer(Family),
+    /// Underlay addresses of this node: where tunnel packets are sent to.
+    Underlay(Family),
+    /// Destinations that are never steered.
+    Excluded(Family),
+    /// Egress IPs that this node speaks with.
+    Eip(Family),
+    /// Answers to connections that were ended: from, to, protocol and ports. Its elements come
+    /// with [`Op::HoldAnswers`](crate::Op::HoldAnswers), go by themselves, and are part of no state.
+    Answer(Family),
+    /// The same of protocols without ports.
+    PortlessAnswer(Family),
+    /// Marks in use, in layouts without prefix.
+    Gateway,
+    /// Way out → verdict.
+    Verdict,
+    /// Policy → way out.
+    Steer(Family),
+    /// Policy → egress IP.
+    Snat(Family),
+    /// Policies that wear the node's own address.
+    Masquerade(Family),
+    /// Class → policy for every external destination.
+    Any(Family),
+    /// Destination cut to this prefix length, and class → policy.
+    Destination(Family, u8),
+    /// Source address → class.
+    Source(Family),
+    /// Range of source addresses → class.
+    SourceNet(Family),
+}
+
+impl Set {
+    /// Its name in the table.
+    pub fn name(self) -> String {
+        match self {
+            Self::Peer(family) => format!("peer{}", family.digit()),
+            Self::Underlay(family) => format!("underlay{}", family.digit()),
+            Self::Excluded(family) => format!("excluded{}", family.digit()),
+            Self::Eip(family) => format!("eip{}", family.digit()),
+            Self::Answer(family) => format!("answer{}", family.digit()),
+            Self::PortlessAnswer(family) => format!("answer{}_portless", family.digit()),
+            Self::Gateway => "gateway_mark".into(),
+            Self::Verdict => "way_out".into(),
+            Self::Steer(family) => format!("steer{}", family.digit()),
+            Self::Snat(family) => format!("snat{}", family.digit()),
+            Self::Masquerade(family) => format!("masquerade{}", family.digit()),
+            Self::Any(family) => format!("any{}", family.digit()),
+            Self::Destination(family, length) => format!("dest{}_{length}", family.digit()),
+            Self::Source(family) => format!("source{}", family.digit()),
+            Self::SourceNet(family) => format!("source_net{}", family.digit()),
+        }
+    }
+
+    /// The set with this name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        use Family::{V4, V6};
+        Some(match name {
+            "peer4" => Self::Peer(V4),
+            "peer6" => Self::Peer(V6),
+            "underlay4" => Self::Underlay(V4),
+            "underlay6" => Self::Underlay(V6),
+            "excluded4" => Self::Excluded(V4),
+            "excluded6" => Self::Excluded(V6),
+            "eip4" => Self::Eip(V4),
+            "eip6" => Self::Eip(V6),
+            "answer4" => Self::Answer(V4),
+            "answer6" => Self::Answer(V6),
+            "answer4_portless" => Self::PortlessAnswer(V4),
+            "answer6_portless" => Self::PortlessAnswer(V6),
+            "gateway_mark" => Self::Gateway,
+            "way_out" => Self::Verdict,
+            "steer4" => Self::Steer(V4),
+            "steer6" => Self::Steer(V6),
+            "snat4" => Self::Snat(V4),
+            "snat6" => Self::Snat(V6),
+            "masquerade4" => Self::Masquerade(V4),
+            "masquerade6" => Self::Masquerade(V6),
+            "any4" => Self::Any(V4),
+            "any6" => Self::Any(V6),
+            "source4" => Self::Source(V4),
+            "source6" => Self::Source(V6),
+            "source_net4" => Self::SourceNet(V4),
+            "source_net6" => Self::SourceNet(V6),
+            _ => {
+                let (family, length) = match name.split_once('_')? {
+                    ("dest4", length) => (V4, length),
+                    ("dest6", length) => (V6, length),
+                    _ => return None,
+                };
+                let set = Self::Destination(family, length.parse().ok()?);
+                let Self::Destination(_, length) = set else {
+                    return None;
+                };
+                (1..=family.bits()).contains(&length).then_some(set).filter(|s| s.name() == name)?
+            }
+        })
+    }
+
+    /// Types of the key's parts, in order.
+    pub(crate) fn key(self) -> &'static [Datum] {
+        const IP: [&[Datum]; 2] = [&[Datum::Ipv4], &[Datum::Ipv6]];
+        const ANSWER: [&[Datum]; 2] = [
+            &[Datum::Ipv4, Datum::Ipv4, Datum::Protocol, Datum::Service, Datum::Service],
+            &[Datum::Ipv6, Datum::Ipv6, Datum::Protocol, Datum::Service, Datum::Service],
+        ];
+        const PORTLESS: [&[Datum]; 2] = [
+            &[Datum::Ipv4, Datum::Ipv4, Datum::Protocol],
+            &[Datum::Ipv6, Datum::Ipv6, Datum::Protocol],
+        ];
+        const IP_CLASS: [&[Datum]; 2] =
+            [&[Datum::Ipv4, Datum::ClassId], &[Datum::Ipv6, Datum::ClassId]];
+        let pick = |types: [&'static [Datum]; 2], family| match family {
+            Family::V4 => types[0],
+            Family::V6 => types[1],
+        };
+        match self {
+            Self::Peer(family)
+            | Self::Underlay(family)
+            | Self::Excluded(family)
+            | Self::Eip(family)
+            | Self::Source(family)
+            | Self::SourceNet(family) => pick(IP, family),
+            Self::Answer(family) => pick(ANSWER, family),
+            Self::PortlessAnswer(family) => pick(PORTLESS, family),
+            Self::Gateway => &[Datum::Mark],
+            Self::Destination(family, _) => pick(IP_CLASS, family),
+            Self::Verdict | Self::Steer(_) | Self::Snat(_) | Self::Masquerade(_) | Self::Any(_) => {
+                &[Datum::ClassId]
+            }
+        }
+    }
+
+    /// The family that the rules' packets must be of to be looked up in it, if it matters.
+    pub(crate) fn family(self) -> Option<Family> {
+        match self.key().first() {
+            Some(Datum::Ipv4) => Some(Family::V4),
+            Some(Datum::Ipv6) => Some(Family::V6),
+            _ => None,
+        }
+    }
+
+    /// Type of the value; `None` for a plain set.
+    pub(crate) const fn data(self) -> Option<Datum> {
+        match self {
+            Self::Peer(_)
+            | Self::Underlay(_)
+            | Self::Excluded(_)
+            | Self::Eip(_)
+            | Self::Answer(_)
+            | Self::PortlessAnswer(_)
+            | Self::Gateway
+            | Self::Masquerade(_) => None,
+            Self::Verdict => Some(Datum::Verdict),
+            Self::Snat(family) => Some(Datum::of(family)),
+            Self::Steer(_)
+            | Self::Any(_)
+            | Self::Destination(..)
+            | Self::Source(_)
+            | Self::SourceNet(_) => Some(Datum::ClassId),
+        }
+    }
+
+    /// Whether it holds ranges.
+    pub(crate) const fn is_interval(self) -> bool {
+        matches!(self, Self::Excluded(_) | Self::SourceNet(_))
+    }
+
+    /// Whether its elements go by themselves after a while.
+    pub(crate) const fn is_fleeting(self) -> bool {
+        matches!(self, Self::Answer(_) | Self::PortlessAnswer(_))
+    }
+}
+
+impl fmt::Display for Set {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.name())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn set_names_read_back() {
+        let mut sets = vec![Set::Gateway, Set::Verdict];
+        for family in Family::BOTH {
+            sets.extend([
+                Set::Peer(family),
+                Set::Underlay(family),
+                Set::Excluded(family),
+                Set::Eip(family),
+                Set::Answer(family),
+                Set::PortlessAnswer(family),
+                Set::Steer(family),
+                Set::Snat(family),
+                Set::Masquerade(family),
+                Set::Any(family),
+                Set::Source(family),
+                Set::SourceNet(family),
+            ]);
+            sets.extend((1..=family.bits()).map(|length| Set::Destination(family, length)));
+        }
+        for set in sets {
+            assert_eq!(Set::from_name(&set.name()), Some(set));
+        }
+        for name in ["", "dest4_0", "dest4_33", "dest4_024", "dest6_129", "dest5_1", "source"] {
+            assert_eq!(Set::from_name(name), None, "{name}");
+        }
+    }
+}
