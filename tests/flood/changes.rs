@@ -54,6 +54,8 @@ pub(crate) struct Change {
     pub(crate) foreign: &'static str,
     /// Whether the nodes go from one backend to another.
     pub(crate) backends: bool,
+    /// Whether the first packet of a connection decides for all, and connections go on.
+    pub(crate) caching: bool,
     /// Makes the change for the so-manieth time; round 0 is what it starts from.
     pub(crate) round: fn(&Lab, &mut Nodes, u64) -> Result<Vec<Report>>,
 }
@@ -67,6 +69,7 @@ const USUAL: Change = Change {
     idle: false,
     foreign: "",
     backends: false,
+    caching: false,
     round: |_, _, _| Ok(Vec::new()),
 };
 const EITHER: [&[Pair]; 2] = [&[EIP_B, EIP_C]; 2];
@@ -160,6 +163,52 @@ pub(crate) const ALL: &[Change] = &[
         foreign: MASQUERADE,
         loss: Loss::Any,
         round: everything,
+        ..USUAL
+    },
+    Change { name: "cached: same again", idle: true, round: same, caching: true, ..USUAL },
+    Change { name: "cached: restart", idle: true, round: restart, caching: true, ..USUAL },
+    Change { name: "cached: members", round: members, caching: true, ..USUAL },
+    Change { name: "cached: destinations", round: destinations, caching: true, ..USUAL },
+    Change { name: "cached: policies before it", round: before, caching: true, ..USUAL },
+    Change { name: "cached: gateways", round: gateways, caching: true, ..USUAL },
+    Change {
+        name: "cached: move, same egress IP",
+        loss: Loss::Few,
+        round: moved,
+        caching: true,
+        ..USUAL
+    },
+    Change {
+        name: "cached: move, other egress IP",
+        loss: Loss::Few,
+        wears: EITHER,
+        round: moved_otherwise,
+        caching: true,
+        ..USUAL
+    },
+    Change {
+        name: "cached: closed and open",
+        loss: Loss::Any,
+        round: closed,
+        caching: true,
+        ..USUAL
+    },
+    Change {
+        name: "cached: policy",
+        wears: PLAIN,
+        foreign: MASQUERADE,
+        loss: Loss::Any,
+        round: comes,
+        caching: true,
+        ..USUAL
+    },
+    Change {
+        name: "cached: everything",
+        wears: PLAIN,
+        foreign: MASQUERADE,
+        loss: Loss::Any,
+        round: everything,
+        caching: true,
         ..USUAL
     },
     // The new one closes before it opens: on the gateway for the milliseconds that its maps take.
