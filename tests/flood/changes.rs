@@ -23,6 +23,9 @@ pub(crate) enum Loss {
     /// One now and then, that was between two hooks when its policy left this node: the first
     /// lookup found it and the second did not.
     Few,
+    /// No more than that of the pod on the client; the other's connections are translated on its
+    /// node, and have to be ended before they can go to another.
+    OnGateway,
     /// What they need is taken away for a while.
     Any,
 }
@@ -173,14 +176,14 @@ pub(crate) const ALL: &[Change] = &[
     Change { name: "cached: gateways", round: gateways, caching: true, ..USUAL },
     Change {
         name: "cached: move, same egress IP",
-        loss: Loss::Few,
+        loss: Loss::OnGateway,
         round: moved,
         caching: true,
         ..USUAL
     },
     Change {
         name: "cached: move, other egress IP",
-        loss: Loss::Few,
+        loss: Loss::OnGateway,
         wears: EITHER,
         round: moved_otherwise,
         caching: true,
