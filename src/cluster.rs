@@ -39,8 +39,8 @@ pub struct Cluster {
     pub rule_priority: u32,
     /// Whether the first packet of a connection decides for all of them; default no.
     ///
-    /// The connection's mark then says which gateway it goes to, and later packets from the pod
-    /// are asked for nothing else: they cost the same however many policies there are. A change
+    /// The connection's mark then has the bits of its gateway's, and later packets from the pod are
+    /// asked for nothing else: they cost the same however many policies there are. A change
     /// of policies takes hold of open connections when [`reconcile`](crate::Reconciler::reconcile)
     /// or [`settle`](crate::Reconciler::settle) has looked them through, not with the first packet
     /// behind it; until then they go on to their old gateway, which translates or drops them.
