@@ -21,6 +21,9 @@ const MARKS: [u32; 3] = [0x26d9_b723, 0x2601_0001, 0x26ff_ff01];
 const SET: &str = "0123456789abcdef0";
 const PER_SECOND: u64 = 4_000;
 
+/// What is done, and when that begins.
+type Step = (String, Instant);
+
 /// What is like theirs and is not.
 const DECOYS: [&str; 13] = [
     "ipset create egress-src-v4-short hash:net",
@@ -80,7 +83,7 @@ fn take_over(lab: &Lab, variant: Variant) -> Result {
     ];
     let pause = || sleep(Duration::from_millis(300));
     let (done, tally) = stream::during((&lab.server, SERVER), &pods, PER_SECOND, |progress| {
-        let mut work = || -> Result<([u64; 4], Vec<(String, Instant)>)> {
+        let mut work = || -> Result<([u64; 4], Vec<Step>)> {
             let mut steps = vec![("theirs alone".to_owned(), Instant::now())];
             let mut begin = |what: &str, host: &Host| {
                 steps.push((format!("{what} {}", host.name), Instant::now()));
