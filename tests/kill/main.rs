@@ -39,7 +39,7 @@ use scenarios::{Scenario, scenarios};
 type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
 
 /// Of all moments to die at under iptables, one of so many.
-const SAMPLE: usize = 11;
+const SAMPLE: usize = 17;
 
 const NODES: [&str; 3] = ["node-a", "node-b", "node-c"];
 
