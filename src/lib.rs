@@ -75,6 +75,8 @@
 //! # Features
 //!
 //! - `kernel` (default): [`KernelDatapath`] and [`preflight`], on Linux.
+//! - `ipset-sys`: sets through libipset, in a process of their own; module `libipset` says what that
+//!   needs.
 //! - `serde`: `Serialize` and `Deserialize` for the value types.
 //! - `mock`: mocks of the four traits; exempt from semantic versioning.
 //! - `testing`: faults between the datapath and the kernel; exempt from semantic versioning.
@@ -94,6 +96,8 @@ mod error;
 mod explain;
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 mod kernel;
+#[cfg(all(feature = "ipset-sys", target_os = "linux"))]
+pub mod libipset;
 mod lookup;
 mod mark;
 mod op;
@@ -130,7 +134,8 @@ pub use error::{ApplyError, KernelError};
 pub use explain::{explain, explain_received};
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 pub use kernel::{
-    IptablesDatapath, KernelDatapath, KernelTables, News, Ownership, Part, Process, Watch,
+    IptablesDatapath, KernelDatapath, KernelTables, News, Ownership, Part, Predecessor, Process,
+    Watch,
 };
 pub use mark::{LayoutError, MarkLayout};
 pub use op::Op;

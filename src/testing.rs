@@ -1,7 +1,7 @@
 //! Faults between the datapath and the kernel, for tests; exempt from semantic versioning.
 //!
-//! A call is one datagram that a socket of the datapath sends: a read asks the kernel for
-//! something, a write changes something. [`Faults`] counts them and lets those fail that a test
+//! A call is one datagram that a socket of the datapath sends, or one run of a tool of iptables: a
+//! read asks for something, a write changes something. [`Faults`] counts them and lets those fail that a test
 //! names.
 //!
 //! ```no_run

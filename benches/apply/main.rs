@@ -1,7 +1,7 @@
 //! What it costs to change a node's kernel: ours, the tools, and the kernel's own floor.
 //!
 //! `cargo bench --bench apply --features testing -- --quick`, as root; compare figures of one run
-//! with each other. Everything is made in a network namespace that ends with the process.
+//! with each other; `-- sets` is the row about ipset alone. Everything is made in a network namespace that ends with the process.
 
 #![allow(
     clippy::unwrap_used,
@@ -11,6 +11,7 @@
 )]
 
 mod memory;
+mod sets;
 mod tools;
 mod world;
 
@@ -38,6 +39,9 @@ fn main() {
     println!("policies x sources; medians; floor: the same messages, only sent\n");
     for (_, (count, sources)) in sizes {
         size(*count, *sources, quick);
+    }
+    if named.is_empty() || named.iter().any(|name| name == "sets") {
+        sets::sets();
     }
 }
 

@@ -37,7 +37,7 @@ pub(crate) fn nft_file(changes: &Changes) -> String {
 }
 
 /// Feeds a tool, and says how long it took.
-fn feed(program: &str, arguments: &[&str], text: &str) -> Duration {
+pub(crate) fn feed(program: &str, arguments: &[&str], text: &str) -> Duration {
     let (took, exit) = timed(|| {
         let mut command = Command::new(program);
         let mut child = command.args(arguments).stdin(Stdio::piped()).spawn().unwrap();

@@ -16,6 +16,7 @@ use report::Report;
 use variant::Variant;
 
 mod frame;
+mod iptables;
 #[allow(dead_code, reason = "the tests need more of it")]
 #[path = "../../tests/lab/netns.rs"]
 mod netns;
@@ -40,6 +41,8 @@ struct Extent {
     /// Those of ours where the first packet of a connection decides for all.
     cached: &'static [u32],
     seed: &'static [u32],
+    /// Numbers of policies without destinations, with either variant of iptables.
+    iptables: u32,
     /// Numbers of policies of a gateway that translates.
     gateway: [u32; 2],
 }
@@ -49,10 +52,17 @@ const FULL: Extent = Extent {
     ours: &[1, 10, 100, 1_000, 10_000],
     cached: &[1, 10_000],
     seed: &[1, 10, 100, 1_000],
+    iptables: 1_000,
     gateway: [10, 10_000],
 };
-const QUICK: Extent =
-    Extent { rounds: 21, ours: &[1, 100], cached: &[1], seed: &[1, 10], gateway: [10, 100] };
+const QUICK: Extent = Extent {
+    rounds: 21,
+    ours: &[1, 100],
+    cached: &[1],
+    seed: &[1, 10],
+    iptables: 1_000,
+    gateway: [10, 100],
+};
 
 fn main() -> Result {
     let quick = std::env::args().any(|argument| argument == "--quick");
@@ -93,6 +103,9 @@ fn variants(extent: &Extent) -> Result<Vec<Variant>> {
     variants.extend(Variant::ours(100, 100, false)?);
     for policies in extent.seed {
         variants.extend(Variant::seed(*policies)?);
+    }
+    for variant in egress_datapath::state::Variant::BOTH {
+        variants.extend(Variant::iptables(extent.iptables, variant)?);
     }
     for policies in extent.gateway {
         variants.push(Variant::gateway(policies)?);

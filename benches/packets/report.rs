@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use egress_datapath::state::Variant as Tables;
+
 use crate::variant::{Kind, Variant};
 
 /// Nanoseconds of a packet of every variant.
@@ -31,7 +33,11 @@ const fn seed(policies: u32, selected: bool) -> Kind {
     Kind::Seed { policies, selected }
 }
 
-const TARGETS: [Target; 17] = [
+const fn flat(variant: Tables, selected: bool) -> Kind {
+    Kind::Iptables { policies: 1_000, variant, selected }
+}
+
+const TARGETS: [Target; 19] = [
     Target {
         what: "10 000 policies to 1, steered",
         of: ours(10_000, true),
@@ -122,6 +128,30 @@ const TARGETS: [Target; 17] = [
         of: among(100, false),
         to: among(1, false),
         most: 1.1,
+    },
+    Target {
+        what: "iptables-legacy, 1 000 policies, steered to the static route",
+        of: flat(Tables::Legacy, true),
+        to: Kind::Bound,
+        most: 2.0,
+    },
+    Target {
+        what: "iptables-legacy, 1 000 policies, unselected to no rules",
+        of: flat(Tables::Legacy, false),
+        to: Kind::Plain,
+        most: 2.0,
+    },
+    Target {
+        what: "iptables-nft, 1 000 policies, steered to the static route",
+        of: flat(Tables::Nft, true),
+        to: Kind::Bound,
+        most: 2.0,
+    },
+    Target {
+        what: "iptables-nft, 1 000 policies, unselected to no rules",
+        of: flat(Tables::Nft, false),
+        to: Kind::Plain,
+        most: 2.0,
     },
     Target {
         what: "gateway, 10 000 policies to 10",

@@ -5,9 +5,12 @@ use std::net::Ipv4Addr;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use egress_datapath::Family;
+use egress_datapath::state::Variant as Tables;
+
 use crate::frame::{self, Flow};
 use crate::path::Path;
-use crate::{Result, ours, seed};
+use crate::{Result, iptables, ours, seed};
 
 /// Packets that are timed together: few, so that most of the batches are not interrupted.
 const BATCH: u16 = 16;
@@ -36,6 +39,8 @@ pub(crate) enum Kind {
     Ours { policies: u32, gateways: u32, selected: bool, caching: bool },
     /// As the origin does.
     Seed { policies: u32, selected: bool },
+    /// As this crate programs a client with iptables, for policies that take every destination.
+    Iptables { policies: u32, variant: Tables, selected: bool },
     /// As this crate programs a gateway: out of the tunnel, each packet of a new connection.
     Gateway { policies: u32 },
 }
@@ -58,6 +63,10 @@ impl fmt::Display for Kind {
             }
             Self::Seed { policies, selected } => {
                 write!(f, "origin {}, {policies} polic{}", which(selected), ies(policies))
+            }
+            Self::Iptables { policies, variant, selected } => {
+                let name = variant.command(Family::V4);
+                write!(f, "{name} {}, {policies} policies for everything", which(selected))
             }
             Self::Gateway { policies } => {
                 write!(f, "gateway, new connections, {policies} policies")
@@ -140,6 +149,13 @@ impl Variant {
         Ok(Self::both(Rc::new(path), policies, kind))
     }
 
+    pub(crate) fn iptables(policies: u32, variant: Tables) -> Result<[Self; 2]> {
+        let path = Path::new()?;
+        iptables::program(&path, policies, variant)?;
+        let kind = |selected| Kind::Iptables { policies, variant, selected };
+        Ok(Self::both(Rc::new(path), policies, kind))
+    }
+
     fn both(path: Rc<Path>, policies: u32, kind: impl Fn(bool) -> Kind) -> [Self; 2] {
         let others = flows(policies).into_iter().map(other).collect();
         [
@@ -179,7 +195,9 @@ impl Variant {
     /// Whether packets are seen inside a VXLAN packet to one of the gateways.
     fn tunnelled(&self) -> Option<u32> {
         match self.kind {
-            Kind::Bound | Kind::Seed { selected: true, .. } => Some(1),
+            Kind::Bound
+            | Kind::Seed { selected: true, .. }
+            | Kind::Iptables { selected: true, .. } => Some(1),
             Kind::Ours { gateways, selected: true, .. } => Some(gateways),
             _ => None,
         }

@@ -11,12 +11,12 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
 
-use backend::{Choice, datapath, reconciler};
+use backend::{Choice, Egress, datapath, reconciler};
 use config::Config;
 use egress_datapath::preflight::{Preflight, Severity};
 use egress_datapath::{
-    AllocError, Backend, Connection, Error, KernelDatapath, MarkLayout, MarkPool, Op, PlanError,
-    Report, TablePool, TableRange, plan,
+    AllocError, Backend, Connection, Error, IptablesDatapath, KernelDatapath, MarkLayout, MarkPool,
+    Op, PlanError, Report, TablePool, TableRange, plan,
 };
 
 const USAGE: &str = "\
@@ -29,6 +29,9 @@ usage: agent apply --node NAME --cluster FILE.json   make the kernel hold what F
        agent show [--json]                           say what the kernel holds
        agent explain --node NAME --cluster FILE.json --from ADDRESS --to ADDRESS[:PORT/udp] [--json]
                                                      say where a pod's packet goes, and why
+       agent takeover --node NAME --cluster FILE.json
+             [--backend NAME]                        apply, then remove what spidernet's
+                                                     egressgateway left; stop its agent first
        agent remove [--now]                          remove everything of ours, but first wait
                                                      for late answers to connections that end";
 
@@ -73,6 +76,7 @@ fn run(arguments: &[&str]) -> Result<(), Failure> {
     match *arguments {
         ["apply", ref options @ ..] => reconcile(options, Mode::Apply),
         ["plan", ref options @ ..] => reconcile(options, Mode::Plan),
+        ["takeover", ref options @ ..] => reconcile(options, Mode::TakeOver),
         ["doctor", ref options @ ..] => doctor(options),
         ["explain", ref options @ ..] => explain::run(options),
         ["show"] => Ok(show::people(&observe()?)?),
@@ -92,6 +96,7 @@ fn run(arguments: &[&str]) -> Result<(), Failure> {
 enum Mode {
     Apply,
     Plan,
+    TakeOver,
 }
 
 /// Reads the file, and plans once without the kernel, so that bad input is told from a kernel
@@ -126,22 +131,73 @@ fn doctor(options: &[&str]) -> Result<(), Failure> {
 
 fn reconcile(options: &[&str], mode: Mode) -> Result<(), Failure> {
     let (file, mut config, as_shell) = read(options)?;
-    if as_shell && mode == Mode::Apply {
-        return Err(Failure::Input(format!("apply does not take --as-shell\n{USAGE}")));
+    if as_shell && mode != Mode::Plan {
+        return Err(Failure::Input(format!("only plan takes --as-shell\n{USAGE}")));
     }
     let mut kernel = KernelDatapath::open().map_err(Failure::kernel)?;
     find_underlay(file, &mut config, &mut kernel)?;
     let opened = reconciler(config.cluster.backend, config.cluster.marks, config.tables);
     let mut egress = opened.map_err(Failure::kernel)?;
+    let predecessors = match mode {
+        Mode::TakeOver => Some(open_beside_theirs(file, &config, &mut egress)?),
+        _ => None,
+    };
     let (report, what) = match mode {
-        Mode::Apply => (egress.reconcile(&config.cluster, &config.policies), "changes"),
+        Mode::Apply | Mode::TakeOver => {
+            (egress.reconcile(&config.cluster, &config.policies), "changes")
+        }
         Mode::Plan => (egress.preview(&config.cluster, &config.policies), "changes planned"),
     };
     let report = report.map_err(|error| failure(file, &config, error))?;
     if as_shell {
         return Ok(write!(io::stdout(), "{}", report.changes.as_shell())?);
     }
-    summary(&report, what)
+    summary(&report, what)?;
+    predecessors.map_or(Ok(()), |mut datapath| clear(&mut datapath))
+}
+
+/// A datapath that sees what spidernet's egressgateway left, which is not in the way of ours.
+fn open_beside_theirs(
+    file: &str,
+    config: &Config,
+    egress: &mut Egress,
+) -> Result<IptablesDatapath, Failure> {
+    let mut datapath = IptablesDatapath::open().map_err(Failure::kernel)?;
+    let theirs = datapath.predecessor().map_err(Failure::kernel)?;
+    if let Some(problem) = theirs.in_the_way(&config.cluster.tunnel) {
+        return Err(Failure::Input(format!(
+            "{file}: tunnel: {problem}; give ours another name and another VNI or UDP port"
+        )));
+    }
+    let planned = egress.preview(&config.cluster, &config.policies);
+    let planned = planned.map_err(|error| failure(file, config, error))?;
+    let mut added = planned.changes.ops().filter_map(|op| match op {
+        // The one for the bare prefix only refuses.
+        Op::AddRule(rule) if rule.mask != config.cluster.marks.prefix_mask() => Some(rule),
+        _ => None,
+    });
+    match added.find(|rule| theirs.takes(rule)) {
+        None => {
+            let _aside = datapath.set_predecessor_aside(&theirs).map_err(Failure::kernel)?;
+            Ok(datapath)
+        }
+        Some(rule) => Err(Failure::Input(format!(
+            "{file}: nodes: a rule of theirs takes packets of ip rule {rule}; give that gateway \
+             another mark"
+        ))),
+    }
+}
+
+/// Removes what spidernet's egressgateway left, now that our own state is in force.
+fn clear(datapath: &mut IptablesDatapath) -> Result<(), Failure> {
+    let theirs = datapath.predecessor().map_err(Failure::kernel)?;
+    write!(io::stdout(), "{theirs}")?;
+    datapath.remove_predecessor(&theirs).map_err(Failure::kernel)?;
+    let left = datapath.predecessor().map_err(Failure::kernel)?;
+    if left.is_empty() {
+        return Ok(writeln!(io::stdout(), "{} removed", theirs.to_string().lines().count())?);
+    }
+    Err(Failure::Kernel(format!("this came back, is its agent still running?\n{left}")))
 }
 
 /// The values of these options, each given once, in any order.

@@ -2,9 +2,9 @@
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use super::KernelDatapath;
+use super::{IptablesDatapath, KernelDatapath};
 use crate::error::KernelError;
 
 mod datagram;
@@ -22,6 +22,23 @@ impl KernelDatapath {
         let mut opened = Self::open()?;
         opened.routing.socket().set_tap(Tap::of_routing(faults.clone()));
         opened.netfilter.set_tap(Tap::of_netfilter(faults.clone()));
+        Ok(opened)
+    }
+}
+
+impl IptablesDatapath {
+    /// Opens sockets in the network namespace of the calling thread and looks for the tools, with
+    /// faults.
+    ///
+    /// # Errors
+    ///
+    /// As for [`open`](Self::open); opening is no call.
+    pub fn open_with_faults(faults: &Faults) -> Result<Self, KernelError> {
+        let mut opened = Self::open()?;
+        opened.tap(faults);
+        let kernel = opened.kernel();
+        kernel.routing.socket().set_tap(Tap::of_routing(faults.clone()));
+        kernel.netfilter.set_tap(Tap::of_netfilter(faults.clone()));
         Ok(opened)
     }
 }
@@ -76,9 +93,14 @@ pub enum Subsystem {
     Firewall,
     /// The connections that the kernel tracks.
     Connections,
+    /// The sets of `ipset`.
+    Sets,
+    /// A run of `iptables-save` or `iptables-restore`; of faults only error numbers and deaths
+    /// happen there.
+    Iptables,
 }
 
-/// One datagram to the kernel.
+/// One datagram to the kernel, or one run of a tool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Call {
     /// To whom.
@@ -154,6 +176,33 @@ impl Faults {
         self.plan().planned.len()
     }
 
+    /// Runs a tool, or does with it what the plan says.
+    pub(super) fn run<T>(
+        &self,
+        writes: bool,
+        text: &str,
+        run: impl FnOnce() -> Result<T, KernelError>,
+    ) -> Result<T, KernelError> {
+        let call = Call { subsystem: Subsystem::Iptables, writes };
+        match self.next(call) {
+            Some(Fault::Errno(errno) | Fault::Refuse(errno)) => {
+                return Err(KernelError::refused(text, errno));
+            }
+            Some(Fault::ForeignWrite(write)) => write(),
+            Some(Fault::KillBefore) => tap::kill(),
+            Some(Fault::KillAfter) => {
+                let _gone_anyway = run();
+                tap::kill();
+                return Err(KernelError::answer(text, "this process is dead"));
+            }
+            _ => {}
+        }
+        let begin = Instant::now();
+        let ran = run();
+        self.sent(call, begin.elapsed());
+        ran
+    }
+
     fn sent(&self, call: Call, took: Duration) {
         if call.writes {
             self.plan().sending += took;
@@ -186,6 +235,8 @@ impl Faults {
 
 const fn fits(fault: &Fault, call: Call) -> bool {
     match fault {
+        Fault::LoseReply | Fault::CutReply => !matches!(call.subsystem, Subsystem::Iptables),
+        Fault::TornDump if matches!(call.subsystem, Subsystem::Iptables) => false,
         Fault::AckWithoutCommit => call.writes && matches!(call.subsystem, Subsystem::Firewall),
         Fault::TornDump => !call.writes,
         _ => true,

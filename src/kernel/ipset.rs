@@ -21,7 +21,7 @@ mod member;
 mod tests;
 
 use error::explained;
-pub(super) use list::{names, observe};
+pub(super) use list::{foreign, names, observe};
 use member::NETWORK_ORDER;
 
 /// Commands, as message types of subsystem 6.
@@ -35,6 +35,7 @@ mod kind {
     pub(super) const LIST: u16 = SUBSYSTEM + 7;
     pub(super) const ADD: u16 = SUBSYSTEM + 9;
     pub(super) const DELETE: u16 = SUBSYSTEM + 10;
+    pub(super) const HEADER: u16 = SUBSYSTEM + 12;
     pub(super) const TYPE: u16 = SUBSYSTEM + 13;
 }
 
@@ -280,9 +281,13 @@ impl Ipsets {
         set: Ipset,
         members: &[(IpNet, Member)],
     ) -> Result<(), KernelError> {
-        let kind = if verb == Verb::Put { kind::ADD } else { kind::DELETE };
+        // A member may be put again, with another mark; one that is deleted must be there.
+        let (kind, flags) = match verb {
+            Verb::Put => (kind::ADD, 0),
+            Verb::Delete => (kind::DELETE, flag::EXCL),
+        };
         for chunk in members.chunks(member::AT_ONCE) {
-            self.change_with(socket, op, kind, 0, |writer| {
+            let made = self.change_with(socket, op, kind, flags, |writer| {
                 writer.string(attribute::SETNAME, &set.to_string());
                 writer.be32(attribute::LINE | NETWORK_ORDER, 0);
                 writer.nest(attribute::MEMBERS, |writer| {
@@ -290,7 +295,14 @@ impl Ipsets {
                         member::write(writer, *net, *member);
                     }
                 });
-            })?;
+            });
+            match made {
+                Err(error) if verb == Verb::Delete && error.is_exists() => {
+                    let missing = KernelError::refused(error.request(), errno::ENOENT);
+                    return Err(missing.with_words(Some("the set has no such member".to_owned())));
+                }
+                made => made?,
+            }
         }
         Ok(())
     }
@@ -318,6 +330,14 @@ impl Ipsets {
         let request = Request { text: &text, kind, flags, answer: u16::MAX };
         ask(socket, &request, self.protocol, write, |_| Ok(())).map(drop)
     }
+}
+
+/// Destroys a set of others, if no rule looks into it.
+pub(super) fn destroy_foreign(socket: &mut Socket, name: &str) -> Result<(), KernelError> {
+    let text = format!("ipset destroy {name}");
+    let request = Request { text: &text, kind: kind::DESTROY, flags: flag::EXCL, answer: u16::MAX };
+    let write = |writer: &mut Writer| writer.string(attribute::SETNAME, name);
+    ask(socket, &request, OLDEST, write, |_| Ok(())).map(drop)
 }
 
 /// The first of the commands that an operation prints as; a large set's are a million.

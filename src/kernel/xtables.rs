@@ -14,6 +14,8 @@ use crate::changes::{Changes, Made, Step};
 use crate::connection::Connection;
 use crate::datapath::Datapath;
 use crate::error::{ApplyError, KernelError};
+#[cfg(feature = "ipset-sys")]
+use crate::libipset::Libipset;
 use crate::op::Op;
 use crate::state::{State, Variant, Xtables};
 use crate::types::{DeviceName, Family};
@@ -39,10 +41,18 @@ use tool::Tools;
 #[derive(Debug)]
 pub struct IptablesDatapath {
     kernel: KernelDatapath,
-    ipsets: Ipsets,
+    sets: Sets,
     tools: Tools,
     /// The network namespace, by the number of its file.
     namespace: u64,
+}
+
+/// Who reads and writes sets.
+#[derive(Debug)]
+enum Sets {
+    Netlink(Ipsets),
+    #[cfg(feature = "ipset-sys")]
+    Libipset(Libipset),
 }
 
 impl IptablesDatapath {
@@ -53,8 +63,21 @@ impl IptablesDatapath {
     /// What is missing: of the kernel, or both variants of iptables.
     pub fn open() -> Result<Self, KernelError> {
         let mut kernel = KernelDatapath::open()?;
-        let ipsets = Ipsets::probe(&mut kernel.netfilter)?;
-        Ok(Self { kernel, ipsets, tools: Tools::find()?, namespace: namespace()? })
+        let sets = Sets::Netlink(Ipsets::probe(&mut kernel.netfilter)?);
+        Ok(Self { kernel, sets, tools: Tools::find()?, namespace: namespace()? })
+    }
+
+    /// The same with the sets read and written through libipset, in processes of their own.
+    ///
+    /// # Errors
+    ///
+    /// As for [`open`](Self::open), and that the process cannot be started.
+    #[cfg(feature = "ipset-sys")]
+    pub fn open_with_libipset(libipset: Libipset) -> Result<Self, KernelError> {
+        let _sets = libipset.observe()?;
+        let kernel = KernelDatapath::open()?;
+        let sets = Sets::Libipset(libipset);
+        Ok(Self { kernel, sets, tools: Tools::find()?, namespace: namespace()? })
     }
 
     /// Whether this namespace has sets of ours: then a reconciliation needs this datapath, also
@@ -107,12 +130,47 @@ impl IptablesDatapath {
         &mut self.kernel
     }
 
+    /// Lets a plan of faults have a say in which tools run.
+    #[cfg(feature = "testing")]
+    pub(super) fn tap(&mut self, faults: &super::faults::Faults) {
+        self.tools.set_faults(faults.clone());
+    }
+
+    /// All that a variant's tables of a family hold.
+    pub(super) fn saved(&self, variant: Variant, family: Family) -> Result<String, KernelError> {
+        self.check_namespace()?;
+        self.tools.save(variant, family)
+    }
+
+    /// Changes one table by a script, all of it or nothing.
+    pub(super) fn restored(
+        &self,
+        variant: Variant,
+        family: Family,
+        script: &str,
+    ) -> Result<(), KernelError> {
+        self.check_namespace()?;
+        self.tools.restore(variant, family, script)
+    }
+
     fn check_namespace(&self) -> Result<(), KernelError> {
         if namespace()? == self.namespace {
             return Ok(());
         }
         let what = "the calling thread is in another network namespace than when it was opened";
         Err(KernelError::answer("run iptables", what))
+    }
+
+    /// Makes changes to sets; gives those that were refused by their index.
+    fn make_sets(&mut self, ops: &[&Op]) -> Vec<(usize, KernelError)> {
+        match &self.sets {
+            Sets::Netlink(ipsets) => ipsets.make_all(&mut self.kernel.netfilter, ops),
+            #[cfg(feature = "ipset-sys")]
+            Sets::Libipset(libipset) => match self.check_namespace() {
+                Ok(()) => libipset.make_all(ops),
+                Err(error) => vec![(0, error)],
+            },
+        }
     }
 
     /// Makes a step: what belongs to nf_tables first, then sets and tables in their order.
@@ -147,7 +205,7 @@ impl IptablesDatapath {
                         Err(error) => return (made, vec![((*first).clone(), error)]),
                     }
                 }
-                None => self.ipsets.make_all(&mut self.kernel.netfilter, group),
+                None => self.make_sets(group),
             };
             made += group.len() - refused.len();
             if !refused.is_empty() {
@@ -174,7 +232,11 @@ impl Datapath for IptablesDatapath {
     fn observe(&mut self) -> Result<State, KernelError> {
         self.check_namespace()?;
         let mut state = self.kernel.observe()?;
-        state.ipsets = ipset::observe(&self.ipsets, &mut self.kernel.netfilter)?;
+        state.ipsets = match &self.sets {
+            Sets::Netlink(ipsets) => ipset::observe(ipsets, &mut self.kernel.netfilter)?,
+            #[cfg(feature = "ipset-sys")]
+            Sets::Libipset(libipset) => libipset.observe()?,
+        };
         let mut found: BTreeMap<Variant, Xtables> = BTreeMap::new();
         for variant in self.variants().collect::<Vec<_>>() {
             let mut tables = Xtables::default();

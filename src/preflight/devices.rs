@@ -1,11 +1,13 @@
 //! The tunnel, its port and what carries it.
 
-use super::facts::{Device, Facts};
+use super::facts::{Action, Device, Facts, Rule};
 use super::{Preflight, Problem};
+use crate::kernel::predecessor;
 use crate::types::Family;
 
 impl Preflight<'_> {
     pub(super) fn judge_devices(&self, facts: &Facts, problems: &mut Vec<Problem>) {
+        problems.extend(predecessor(facts));
         let tunnel = &self.cluster.tunnel;
         for device in facts.devices.iter().filter(|device| !device.ours) {
             if device.name == tunnel.device.as_str() {
@@ -55,4 +57,23 @@ impl Preflight<'_> {
             problems.push(Problem::UnderlayMtu { device: name.to_owned(), found, said });
         }
     }
+}
+
+/// What spidernet's egressgateway leaves, as far as these facts tell.
+fn predecessor(facts: &Facts) -> Option<Problem> {
+    let is_rule = |rule: &&Rule| match (rule.mark, rule.action) {
+        (Some((mark, u32::MAX)), Action::Lookup { table, .. }) => {
+            rule.priority == predecessor::PRIORITY && table == mark && predecessor::is_mark(mark)
+        }
+        _ => false,
+    };
+    let is_device = |device: &&Device| {
+        let usual = |vxlan: super::facts::Vxlan| {
+            (device.name.as_str(), vxlan.vni, vxlan.port) == predecessor::DEVICE
+        };
+        !device.ours && device.vxlan.is_some_and(usual)
+    };
+    let rules = facts.rules.iter().filter(is_rule).count();
+    let device = facts.devices.iter().find(is_device).map(|device| device.name.clone());
+    (rules > 0 || device.is_some()).then_some(Problem::Predecessor { rules, device })
 }

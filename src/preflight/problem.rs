@@ -171,6 +171,17 @@ pub enum Problem {
         /// The port.
         port: u16,
     },
+    /// The agent of spidernet's egressgateway runs here, or has left its state.
+    #[error(
+        "{rules} routing rule(s){} are as spidernet's egressgateway makes them",
+        device.as_ref().map(|name| format!(" and VXLAN device {name}")).unwrap_or_default()
+    )]
+    Predecessor {
+        /// How many of its routing rules there are.
+        rules: usize,
+        /// Its tunnel device, if it has its usual name, VNI and port.
+        device: Option<String>,
+    },
     /// Somebody else's device has the name of our tunnel device.
     #[error("device {device} exists and is not ours")]
     NameTaken {
@@ -312,6 +323,7 @@ impl Problem {
             | Self::PriorityShared { .. }
             | Self::DropPolicy { .. }
             | Self::NatFirst { .. }
+            | Self::Predecessor { .. }
             | Self::LegacyIptables { both: true, .. }
             | Self::EgressIpElsewhere { .. }
             | Self::EgressIpPreferred { .. }

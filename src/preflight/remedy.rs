@@ -92,6 +92,10 @@ impl Problem {
             }
             Self::TablesTaken { free: 0, .. } => "choose another range of routing tables",
             Self::TablesTaken { .. } => "nothing, if enough are free for the gateways in use",
+            Self::Predecessor { .. } => {
+                "stop its agent, then take the node over: IptablesDatapath::predecessor, or agent \
+                 takeover"
+            }
             Self::PortShared { .. } => "nothing: VXLAN devices share a port",
             Self::LegacyIptables { both: true, .. } => {
                 "let one variant of iptables do everything on this host, and list the rules of \

@@ -202,6 +202,10 @@ fn a_life_with_iptables() {
             let creates = format!("{backend} -t nat -N EGRESSGATEWAY-SNAT-EIP\n");
             assert!(script.contains(&creates), "{script}");
             assert!(done(&["show"]).starts_with("link: none\n"), "a plan changes nothing");
+            let text = Command::new("sh").args(["-c", &script]).output().unwrap();
+            assert!(text.status.success(), "{}", String::from_utf8_lossy(&text.stderr));
+            assert!(done(&apply(backend)).ends_with("\n0 changes\n"), "the text was the same");
+            assert!(done(&["remove"]).ends_with(" changes\n"));
 
             assert!(done(&apply(backend)).contains(&creates));
             assert!(done(&apply(backend)).ends_with("\n0 changes\n"));
@@ -219,4 +223,41 @@ fn a_life_with_iptables() {
             assert_eq!(done(&["remove"]), "0 changes\n");
         });
     }
+}
+
+#[test]
+fn a_node_is_taken_over() {
+    in_netns(|| {
+        ip(&["link", "add", "eth0", "type", "veth", "peer", "name", "eth1"]);
+        ip(&["addr", "add", "10.10.0.11/24", "dev", "eth0"]);
+        ip(&["link", "set", "eth0", "up"]);
+        let (mark, table) = (0x26d9_b723_u32, 0x26d9_b723_u32.to_string());
+        let mark = format!("{mark:#x}");
+        let theirs = ["pref", "99", "fwmark", &mark, "lookup", &table];
+        ip(&[&["rule", "add"][..], &theirs].concat());
+        let device = ["egress.vxlan", "type", "vxlan", "id", "100", "dstport", "7789"];
+        ip(&[&["link", "add"][..], &device, &["dev", "eth0", "nolearning"]].concat());
+
+        let file = File::new(&good().to_string());
+        let options = ["--node", "a", "--cluster", file.path()];
+        let (_, found, _) = run(&[&["doctor"][..], &options].concat());
+        let line = "risk: 1 routing rule(s) and VXLAN device egress.vxlan are as spidernet's";
+        assert!(found.contains(line), "{found}");
+        let (code, out, message) = run(&[&["takeover"][..], &options].concat());
+        assert_eq!((code, out.as_str()), (Some(2), ""), "{message}");
+        let why = "tunnel: device egress.vxlan exists and is not ours; give ours another name";
+        assert!(message.contains(why), "{message}");
+
+        let mut other = good();
+        other["tunnel"] = json!({"device": "egress.ours", "vni": 101});
+        let file = File::new(&other.to_string());
+        let options = ["--node", "a", "--cluster", file.path()];
+        let taken = done(&[&["takeover"][..], &options].concat());
+        let removal = format!("ip rule del {}\nip link del egress.vxlan\n", theirs.join(" "));
+        assert!(taken.ends_with(&format!(" changes\n{removal}2 removed\n")), "{taken}");
+        let again = done(&[&["takeover"][..], &options].concat());
+        assert!(again.ends_with("\n0 changes\n0 removed\n"), "{again}");
+        let (_, found, _) = run(&[&["doctor"][..], &options].concat());
+        assert!(!found.contains("spidernet"), "{found}");
+    });
 }

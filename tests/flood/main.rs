@@ -14,6 +14,7 @@ mod changes;
 mod fleet;
 mod nodes;
 mod stream;
+mod takeover;
 
 use std::collections::BTreeMap;
 use std::env;

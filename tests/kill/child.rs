@@ -6,11 +6,11 @@ use std::process::{Command, Stdio};
 
 use egress_datapath::testing::{Fault, Faults, Subsystem};
 use egress_datapath::{
-    Cluster, Error, KernelDatapath, KernelTables, MarkPool, Reconciler, Report, TablePool,
-    TableRange,
+    Backend, Cluster, Datapath, Error, IptablesDatapath, KernelDatapath, KernelTables, MarkPool,
+    Reconciler, Report, TablePool, TableRange,
 };
 
-use crate::lab::{Host, cluster};
+use crate::lab::{Host, cluster, inside::backend};
 use crate::scenarios::{Wanted, scenarios};
 use crate::{NODES, Result};
 
@@ -34,11 +34,14 @@ pub(crate) struct Done {
     pub(crate) changes: [usize; 2],
 }
 
-type Node = Reconciler<KernelDatapath, MarkPool, TablePool>;
+type Node = Reconciler<Box<dyn Datapath>, MarkPool, TablePool>;
 
 /// Opens a reconciler in the calling thread's network.
 pub(crate) fn open(cluster: &Cluster, faults: &Faults) -> Result<Node> {
-    let datapath = KernelDatapath::open_with_faults(faults)?;
+    let datapath: Box<dyn Datapath> = match cluster.backend {
+        Backend::Iptables(_) => Box::new(IptablesDatapath::open_with_faults(faults)?),
+        _ => Box::new(KernelDatapath::open_with_faults(faults)?),
+    };
     let tables = TablePool::with_probe(TableRange::default(), KernelTables::open()?);
     Ok(Reconciler::with_allocators(datapath, MarkPool::new(cluster.marks), tables))
 }
@@ -69,7 +72,8 @@ pub(crate) fn main(arguments: &[String]) -> Result {
     let scenarios = scenarios()?;
     let scenario = scenarios.get(scenario.parse::<usize>()?).ok_or("no such scenario")?;
     let wanted = scenario.after.get(node).ok_or("no such node")?;
-    let cluster = cluster(NODES.get(node).ok_or("no such node")?)?;
+    let mut cluster = cluster(NODES.get(node).ok_or("no such node")?)?;
+    cluster.backend = backend();
     let mut reconciler = open(&cluster, &faults)?;
     let first = make(&mut reconciler, &cluster, wanted)?.changes.len();
     let calls = faults.calls();

@@ -4,11 +4,14 @@
 //! ```text
 //! cargo test --features testing --test kill
 //! EGRESS_KILL=all cargo test --features testing --test kill
+//! EGRESS_KILL=all EGRESS_BACKEND=iptables-legacy cargo test --features testing --test kill
 //! ```
 //!
 //! With `all` every scenario runs also on nodes that masquerade what pods send, as most CNI
-//! plugins have them do; otherwise the scenarios take turns. A word after `--` is looked for in
-//! their names.
+//! plugins have them do; otherwise the scenarios take turns. `EGRESS_BACKEND=iptables-legacy` and
+//! `iptables-nft` kill those, before and after every write to a set and every run of a tool; these
+//! take longer, and without `all` one moment of `SAMPLE` is tried, another in each scenario. A word
+//! after `--` is looked for in the scenarios' names.
 
 #[path = "../lab/mod.rs"]
 mod lab;
@@ -28,11 +31,15 @@ use std::time::Instant;
 use std::{env, thread};
 
 use allowed::Cni;
+use egress_datapath::Backend;
 use lab::{Lab, Netns};
 use matrix::{Counts, Matrix};
 use scenarios::{Scenario, scenarios};
 
 type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
+
+/// Of all moments to die at under iptables, one of so many.
+const SAMPLE: usize = 17;
 
 const NODES: [&str; 3] = ["node-a", "node-b", "node-c"];
 
@@ -95,13 +102,23 @@ fn parent(filters: &[String]) -> Result {
     Err(wrong.join("\n").into())
 }
 
+/// Whether everything is tried.
+fn is_whole() -> bool {
+    env::var_os("EGRESS_KILL").is_some_and(|value| value == "all")
+}
+
+/// Of all moments to die at, one of so many.
+fn every() -> usize {
+    if is_whole() || lab::inside::backend() == Backend::Nftables { 1 } else { SAMPLE }
+}
+
 /// What runs, and where.
 fn plan<'a>(
     scenarios: &'a [Scenario],
     have_nft: bool,
     filters: &[String],
 ) -> Vec<(usize, &'a Scenario, Cni)> {
-    let all = env::var_os("EGRESS_KILL").is_some_and(|value| value == "all");
+    let all = is_whole();
     let mut plan = Vec::new();
     for (number, scenario) in scenarios.iter().enumerate() {
         // As libtest does: any of the words, options apart.
@@ -123,7 +140,7 @@ fn plan<'a>(
 fn one(scenario: &Scenario, number: usize, cni: Cni) -> (Counts, Vec<String>) {
     let start = Instant::now();
     let run = || -> Result<_> {
-        let mut matrix = Matrix::new(Lab::new()?, scenario, number, cni)?;
+        let mut matrix = Matrix::new(Lab::new()?, scenario, number, every(), cni)?;
         let ran = matrix.run();
         let mut wrong = std::mem::take(&mut matrix.wrong);
         wrong.extend(ran.err().map(|error| format!("{}: {error}", scenario.name)));
@@ -141,14 +158,14 @@ fn one(scenario: &Scenario, number: usize, cni: Cni) -> (Counts, Vec<String>) {
     (counts, wrong)
 }
 
-/// Feeds rules to `nft` in a namespace.
-fn nft(netns: &Netns, rules: &str) -> Result {
+/// Feeds rules to a tool in a namespace.
+fn feed(netns: &Netns, program: &str, arguments: &[&str], rules: &str) -> Result {
     let status = netns.run(|| {
-        let mut nft = Command::new("nft").args(["-f", "-"]).stdin(Stdio::piped()).spawn()?;
-        if let Some(mut stdin) = nft.stdin.take() {
+        let mut tool = Command::new(program).args(arguments).stdin(Stdio::piped()).spawn()?;
+        if let Some(mut stdin) = tool.stdin.take() {
             stdin.write_all(rules.as_bytes())?;
         }
-        nft.wait()
+        tool.wait()
     })??;
-    if status.success() { Ok(()) } else { Err("nft refused its rules".into()) }
+    if status.success() { Ok(()) } else { Err(format!("{program} refused its rules").into()) }
 }

@@ -3,14 +3,15 @@
 use std::fmt;
 
 use egress_datapath::testing::Faults;
-use egress_datapath::{Changes, Datapath, KernelDatapath, State};
+use egress_datapath::{Backend, Changes, Datapath, Family, State};
 
 use crate::allowed::{At, Cni, Progress, allowed};
 use crate::child::{Done, Moment, make, open, run};
+use crate::lab::inside::{backend, datapath};
 use crate::lab::{Host, Lab, Netns, numbered};
 use crate::scenarios::{Pod, Scenario, Source, Talk, Wanted};
 use crate::wire::{Flow, Wire, by_port};
-use crate::{Result, nft};
+use crate::{Result, feed};
 
 const MASQUERADE: &str = "table inet cni {
     chain postrouting {
@@ -53,6 +54,8 @@ impl fmt::Display for Counts {
 pub(crate) struct Matrix<'a> {
     scenario: &'a Scenario,
     number: usize,
+    /// Of all moments to die at, one of so many.
+    every: usize,
     cni: Cni,
     lab: Lab,
     wire: Wire,
@@ -64,11 +67,18 @@ pub(crate) struct Matrix<'a> {
 }
 
 impl<'a> Matrix<'a> {
-    pub(crate) fn new(lab: Lab, scenario: &'a Scenario, number: usize, cni: Cni) -> Result<Self> {
+    pub(crate) fn new(
+        lab: Lab,
+        scenario: &'a Scenario,
+        number: usize,
+        every: usize,
+        cni: Cni,
+    ) -> Result<Self> {
         let wire = Wire::open(&lab)?;
         let mut matrix = Self {
             scenario,
             number,
+            every,
             cni,
             lab,
             wire,
@@ -79,7 +89,7 @@ impl<'a> Matrix<'a> {
         };
         if cni == Cni::Masquerades {
             for host in matrix.lab.nodes() {
-                nft(&host.netns, MASQUERADE)?;
+                masquerade(&host.netns)?;
             }
         }
         matrix.before = matrix.rehearse(&scenario.before)?;
@@ -94,12 +104,17 @@ impl<'a> Matrix<'a> {
 
     /// Brings a node to hold what it should, and says what that is.
     fn bring(&self, host: &Host, wanted: &Wanted) -> Result<State> {
-        let cluster = self.lab.cluster(host)?;
-        let opened =
-            host.netns.run(|| open(&cluster, &Faults::new()).map_err(|e| e.to_string()))?;
-        let mut node = opened?;
-        make(&mut node, &cluster, wanted)?;
-        Ok(node.datapath().observe()?)
+        let mut cluster = self.lab.cluster(host)?;
+        cluster.backend = backend();
+        let brought = host.netns.run(|| {
+            let brought = || -> Result<State> {
+                let mut node = open(&cluster, &Faults::new())?;
+                make(&mut node, &cluster, wanted)?;
+                Ok(node.datapath().observe()?)
+            };
+            brought().map_err(|error| error.to_string())
+        })?;
+        Ok(brought?)
     }
 
     pub(crate) fn run(&mut self) -> Result {
@@ -108,10 +123,11 @@ impl<'a> Matrix<'a> {
                 return Err("a process that nobody killed was killed".into());
             };
             self.counts.writes += done.writes;
-            for write in 0..done.writes {
-                for moment in [Moment::Before(write), Moment::After(write)] {
-                    self.point(step, Some(moment), done.end)?;
-                }
+            let moments =
+                (0..done.writes).flat_map(|write| [Moment::Before(write), Moment::After(write)]);
+            // Scenarios and nodes begin at different ones.
+            for moment in moments.skip((self.number + step) % self.every).step_by(self.every) {
+                self.point(step, Some(moment), done.end)?;
             }
         }
         Ok(())
@@ -160,7 +176,7 @@ impl<'a> Matrix<'a> {
     /// All nodes as they were before, whatever they are.
     fn reset(&self) -> Result {
         for (host, before) in self.lab.nodes().into_iter().zip(&self.before) {
-            let mut datapath = host.netns.run(KernelDatapath::open)??;
+            let mut datapath = datapath(&host.netns, backend())?;
             let found = datapath.observe()?;
             datapath.apply(&Changes::between(&found, before))?;
         }
@@ -226,7 +242,7 @@ impl<'a> Matrix<'a> {
 
     /// Whether the node holds what it should and nothing else of ours.
     fn compare(&mut self, step: usize, node: usize, moment: Option<Moment>) -> Result {
-        let mut datapath = self.host(node)?.netns.run(KernelDatapath::open)??;
+        let mut datapath = datapath(&self.host(node)?.netns, backend())?;
         let found = numbered(datapath.observe()?);
         let wanted = numbered(self.after.get(node).cloned().unwrap_or_default());
         if found != wanted {
@@ -245,6 +261,20 @@ impl<'a> Matrix<'a> {
     fn host(&self, node: usize) -> Result<&Host> {
         Ok(self.lab.nodes().get(node).copied().ok_or("no such node")?)
     }
+}
+
+/// Has a node translate what pods send, in the way of the backend: what others have at the place
+/// of source NAT in a table of their own, iptables cannot be ahead of.
+fn masquerade(netns: &Netns) -> Result {
+    let Backend::Iptables(iptables) = backend() else {
+        return feed(netns, "nft", &["-f", "-"], MASQUERADE);
+    };
+    for (family, pods) in [(Family::V4, "10.244.0.0/16"), (Family::V6, "fd44::/16")] {
+        let rule = format!("*nat\n-A POSTROUTING -s {pods} ! -d {pods} -j MASQUERADE\nCOMMIT\n");
+        let restore = format!("{}-restore", iptables.variant.command(family));
+        feed(netns, &restore, &["--noflush", "-w"], &rule)?;
+    }
+    Ok(())
 }
 
 fn both<'a>(established: &'a [Flow], new: &'a [Flow]) -> Vec<&'a Flow> {

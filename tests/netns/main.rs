@@ -19,6 +19,7 @@ mod overwritten;
 mod ownership;
 mod packets;
 mod process;
+mod refusals;
 mod restart;
 mod roundtrip;
 mod xtables;

@@ -11,6 +11,10 @@ const BEGIN: u16 = 0x10;
 const NF_TABLES: u16 = 10;
 /// Subsystem of connections, likewise.
 const CONNECTIONS: u16 = 1;
+/// Subsystem of sets, likewise.
+const SETS: u16 = 6;
+/// The commands of sets that ask: protocol, list, save, test, header, type, and two about names.
+const ASK_ABOUT_SETS: [u16; 8] = [1, 7, 8, 11, 12, 13, 14, 15];
 /// `IPCTNL_MSG_CT_GET`.
 const GET_CONNECTIONS: u16 = 0x101;
 /// `NFT_MSG_GETGEN`, and the types that ask in between: each third from `NFT_MSG_GETTABLE`.
@@ -70,6 +74,10 @@ pub(super) fn netfilter_call(datagram: &[u8]) -> Call {
     let first = messages(datagram).first().map_or(0, |message| message.kind);
     if first >> 8 == CONNECTIONS {
         return Call { subsystem: Subsystem::Connections, writes: first != GET_CONNECTIONS };
+    }
+    if first >> 8 == SETS {
+        let writes = !ASK_ABOUT_SETS.contains(&(first & 0xff));
+        return Call { subsystem: Subsystem::Sets, writes };
     }
     let asks = first == GET_GENERATION || first != BEGIN && first % 0x100 % 3 == 1;
     Call { subsystem: Subsystem::Firewall, writes: !asks }

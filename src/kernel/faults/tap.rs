@@ -87,7 +87,7 @@ impl Tap {
     }
 }
 
-fn kill() {
+pub(super) fn kill() {
     use rustix::process::{Signal, getpid, kill_process};
     let _never_returns = kill_process(getpid(), Signal::KILL);
 }

@@ -2,12 +2,15 @@
 
 use std::collections::BTreeSet;
 
-use super::{Found, HASH_NET, Ipsets, WITH_MARKS, ask, attribute, data, kind, member};
+use super::{
+    Found, HASH_NET, Ipsets, OLDEST, WITH_MARKS, ask, attribute, data, kind, member, nfproto,
+};
 use crate::error::KernelError;
 use crate::kernel::nft::Request;
 use crate::kernel::socket::Socket;
 use crate::kernel::wire::{Attribute, Attributes, Malformed, Writer, flag};
 use crate::state::{Ipset, IpsetContents};
+use crate::types::Family;
 
 /// `IPSET_FLAG_LIST_SETNAME`: names only.
 const NAMES: u32 = 2;
@@ -39,22 +42,64 @@ pub(in crate::kernel) fn names(
     ipsets: &Ipsets,
     socket: &mut Socket,
 ) -> Result<BTreeSet<Ipset>, KernelError> {
+    all_names(ipsets.protocol, socket, Ipset::from_name)
+}
+
+fn all_names<T: Ord>(
+    protocol: u8,
+    socket: &mut Socket,
+    pick: impl Fn(&str) -> Option<T>,
+) -> Result<BTreeSet<T>, KernelError> {
     let request = Request { text: LIST, kind: kind::LIST, flags: flag::DUMP, answer: kind::LIST };
     let mut names = BTreeSet::new();
     let write = |writer: &mut Writer| {
         writer.be32(attribute::FLAGS | member::NETWORK_ORDER, NAMES);
     };
-    ask(socket, &request, ipsets.protocol, write, |body| {
+    ask(socket, &request, protocol, write, |body| {
         for found in Attributes::new(body) {
             let found = found?;
             if found.kind == attribute::SETNAME {
                 // Names of others may be any bytes.
-                names.extend(found.text().ok().and_then(Ipset::from_name));
+                names.extend(found.text().ok().and_then(&pick));
             }
         }
         Ok(())
     })?;
     Ok(names)
+}
+
+/// Sets of others of type `hash:net` that have a name for which there is a family, and that family.
+pub(in crate::kernel) fn foreign(
+    socket: &mut Socket,
+    family_of: impl Fn(&str) -> Option<Family>,
+) -> Result<Vec<String>, KernelError> {
+    let named = |name: &str| family_of(name).map(|family| (name.to_owned(), nfproto(family)));
+    let mut found = Vec::new();
+    for (name, family) in all_names(OLDEST, socket, named)? {
+        let text = format!("ipset list -t {name}");
+        let request = Request { text: &text, kind: kind::HEADER, flags: 0, answer: kind::HEADER };
+        let write = |writer: &mut Writer| writer.string(attribute::SETNAME, &name);
+        let mut is = (false, false);
+        let asked = ask(socket, &request, OLDEST, write, |body| {
+            for found in Attributes::new(body) {
+                let found = found?;
+                match found.kind {
+                    attribute::TYPENAME => is.0 = found.is(HASH_NET),
+                    attribute::FAMILY => is.1 = byte(&found)? == family,
+                    _ => {}
+                }
+            }
+            Ok(())
+        });
+        match asked {
+            Ok(_) if is == (true, true) => found.push(name),
+            Ok(_) => {}
+            // Gone meanwhile.
+            Err(error) if error.is_not_found() => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(found)
 }
 
 fn contents(

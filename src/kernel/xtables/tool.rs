@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use crate::error::{KernelError, errno};
+#[cfg(feature = "testing")]
+use crate::kernel::faults::Faults;
 use crate::state::Variant;
 use crate::types::Family;
 
@@ -24,6 +26,8 @@ const NO_TOOLS: &str = "install iptables from 1.8 on";
 #[derive(Debug)]
 pub(super) struct Tools {
     found: Vec<(Variant, Family, Pair)>,
+    #[cfg(feature = "testing")]
+    faults: Option<Faults>,
 }
 
 /// The two tools of a variant and family.
@@ -47,7 +51,42 @@ impl Tools {
             let error = KernelError::answer("run iptables-restore", "there is no such program");
             return Err(error.with_remedy(NO_TOOLS));
         }
-        Ok(Self { found })
+        Ok(Self {
+            found,
+            #[cfg(feature = "testing")]
+            faults: None,
+        })
+    }
+
+    /// Lets a plan of faults have a say in what is run.
+    #[cfg(feature = "testing")]
+    pub(super) fn set_faults(&mut self, faults: Faults) {
+        self.faults = Some(faults);
+    }
+
+    /// Runs a tool, unless the plan of a test is against it.
+    #[cfg(feature = "testing")]
+    fn run<T>(
+        &self,
+        writes: bool,
+        text: &str,
+        run: impl FnOnce() -> Result<T, KernelError>,
+    ) -> Result<T, KernelError> {
+        match &self.faults {
+            Some(faults) => faults.run(writes, text, run),
+            None => run(),
+        }
+    }
+
+    #[cfg(not(feature = "testing"))]
+    #[expect(clippy::unused_self, reason = "a test has its plan there")]
+    fn run<T>(
+        &self,
+        _writes: bool,
+        _text: &str,
+        run: impl FnOnce() -> Result<T, KernelError>,
+    ) -> Result<T, KernelError> {
+        run()
     }
 
     pub(super) fn has(&self, variant: Variant) -> bool {
@@ -67,11 +106,13 @@ impl Tools {
     pub(super) fn save(&self, variant: Variant, family: Family) -> Result<String, KernelError> {
         let text = format!("{}-save", variant.command(family));
         let pair = self.pair(variant, family)?;
-        let output = Command::new(&pair.save).stdin(Stdio::null()).output();
-        let output = output.map_err(|error| KernelError::io(&text, &error))?;
-        succeeded(&text, &output)?;
-        // Comments of others may be any bytes.
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+        self.run(false, &text, || {
+            let output = Command::new(&pair.save).stdin(Stdio::null()).output();
+            let output = output.map_err(|error| KernelError::io(&text, &error))?;
+            succeeded(&text, &output)?;
+            // Comments of others may be any bytes.
+            Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+        })
     }
 
     /// Makes changes to one table, all or none; what they do not name is not touched.
@@ -83,22 +124,26 @@ impl Tools {
     ) -> Result<(), KernelError> {
         let table = script.lines().next().unwrap_or_default().trim_start_matches('*');
         let text = format!("{}-restore --noflush (table {table})", variant.command(family));
-        let failed = |error: std::io::Error| KernelError::io(&text, &error);
         let pair = self.pair(variant, family)?;
-        let mut child = Command::new(&pair.restore)
-            .args(["--noflush", "-w", PATIENCE])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .map_err(failed)?;
-        // It says little before it has read all; a broken pipe means that it has said why.
-        let written =
-            child.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(script.as_bytes()));
-        let output = child.wait_with_output().map_err(failed)?;
-        succeeded(&text, &output)?;
-        written.map_err(failed)
+        self.run(true, &text, || feed(&pair.restore, &text, script))
     }
+}
+
+/// Gives the tool its script, and waits for it.
+fn feed(restore: &Path, text: &str, script: &str) -> Result<(), KernelError> {
+    let failed = |error: std::io::Error| KernelError::io(text, &error);
+    let mut child = Command::new(restore)
+        .args(["--noflush", "-w", PATIENCE])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(failed)?;
+    // It says little before it has read all; a broken pipe means that it has said why.
+    let written = child.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(script.as_bytes()));
+    let output = child.wait_with_output().map_err(failed)?;
+    succeeded(text, &output)?;
+    written.map_err(failed)
 }
 
 fn succeeded(text: &str, output: &Output) -> Result<(), KernelError> {

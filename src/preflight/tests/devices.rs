@@ -65,3 +65,33 @@ fn the_underlay_device_that_the_cluster_names_is_the_one() {
     let device = "bond0".to_owned();
     assert_eq!(problems, [Problem::UnderlayMtu { device, found: 1280, said: 1500 }]);
 }
+
+#[test]
+fn what_spidernet_leaves() {
+    let theirs = Rule {
+        family: Family::V4,
+        priority: 99,
+        mark: Some((0x26d9_b723, u32::MAX)),
+        source: None,
+        selects: false,
+        inverted: false,
+        action: Action::Lookup { table: 0x26d9_b723, without_default: false },
+    };
+    let found = |rules: Vec<Rule>, devices: Vec<Device>| {
+        let mut facts = facts();
+        facts.rules.extend(rules);
+        facts.devices.extend(devices);
+        judge(&facts).into_iter().find(|problem| matches!(problem, Problem::Predecessor { .. }))
+    };
+    let problem = found(vec![theirs.clone()], vec![vxlan("egress.vxlan", 100, 7789, false)]);
+    let device = Some("egress.vxlan".to_owned());
+    assert_eq!(problem, Some(Problem::Predecessor { rules: 1, device }));
+    let none = vec![
+        Rule { priority: 98, ..theirs.clone() },
+        Rule { mark: Some((0x26d9_b723, 0xff00_0000)), ..theirs.clone() },
+        Rule { mark: Some((0x2600_0000, u32::MAX)), ..theirs.clone() },
+        Rule { action: Action::Lookup { table: 7, without_default: false }, ..theirs },
+    ];
+    let ours = Device { ours: true, ..vxlan("egress.vxlan", 100, 7789, false) };
+    assert_eq!(found(none, vec![ours, vxlan("egress.vxlan", 7, 7789, false)]), None);
+}

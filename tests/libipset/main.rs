@@ -1,0 +1,252 @@
+//! Sets written over netlink and read through libipset, and the other way round.
+//!
+//! This program is both the test and the process that libipset runs in.
+
+#[allow(dead_code, reason = "other tests need more of it")]
+#[path = "../lab/netns.rs"]
+mod netns;
+#[allow(dead_code, reason = "other tests need more of it")]
+#[path = "../lab/rtnl.rs"]
+mod rtnl;
+
+use std::collections::BTreeMap;
+use std::env;
+use std::error::Error;
+use std::io::{self, Write};
+use std::net::Ipv4Addr;
+use std::process::ExitCode;
+
+use egress_datapath::libipset::{self, Libipset};
+use egress_datapath::state::{Ipset, IpsetContents, MarkBits, Member};
+use egress_datapath::{Changes, Datapath, Family, IptablesDatapath, State};
+use ipnet::IpNet;
+
+type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
+type Sets = BTreeMap<Ipset, IpsetContents>;
+
+const SERVE: &str = "serve";
+
+type Test = (&'static str, fn() -> Result);
+
+const TESTS: [Test; 5] = [
+    ("both_ways_to_write_give_the_same_sets", both_ways_to_write_give_the_same_sets),
+    ("every_address_is_found_by_both", every_address_is_found_by_both),
+    ("a_refusal_is_an_error_with_its_words", a_refusal_is_an_error_with_its_words),
+    ("what_is_refused_keeps_nothing_else_back", what_is_refused_keeps_nothing_else_back),
+    ("a_program_that_does_not_serve_is_named", a_program_that_does_not_serve_is_named),
+];
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    let ended = match arguments.first().map(String::as_str) {
+        Some(SERVE) => libipset::serve().map_err(Into::into),
+        Some("idle" | "--list") => Ok(()),
+        _ => run(&arguments),
+    };
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _unsaid = writeln!(io::stderr(), "{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(words: &[String]) -> Result {
+    if let Err(error) = netns::enter_user_namespace() {
+        if env::var_os("EGRESS_REQUIRE_NETNS").is_some_and(|value| value == "1") {
+            return Err(format!("no network namespaces: {error}").into());
+        }
+        writeln!(io::stderr(), "SKIPPED, no network namespaces: {error}")?;
+        return Ok(());
+    }
+    let words: Vec<_> = words.iter().filter(|word| !word.starts_with('-')).collect();
+    let chosen = |name: &str| words.is_empty() || words.iter().any(|word| name.contains(*word));
+    let mut failed = 0;
+    for (name, test) in TESTS.into_iter().filter(|(name, _)| chosen(name)) {
+        // A namespace for each.
+        netns::enter_user_namespace()?;
+        match test() {
+            Ok(()) => writeln!(io::stdout(), "test {name} ... ok")?,
+            Err(error) => {
+                failed += 1;
+                writeln!(io::stdout(), "test {name} ... FAILED\n{error}")?;
+            }
+        }
+    }
+    if failed == 0 { Ok(()) } else { Err(format!("{failed} failed").into()) }
+}
+
+fn libipset() -> Result<Libipset> {
+    Ok(Libipset::new(env::current_exe()?).with_argument(SERVE))
+}
+
+/// The same through libipset, and over netlink.
+fn both() -> Result<[IptablesDatapath; 2]> {
+    Ok([IptablesDatapath::open_with_libipset(libipset()?)?, IptablesDatapath::open()?])
+}
+
+fn holding(ipsets: Sets) -> State {
+    State { ipsets, ..State::default() }
+}
+
+fn net(text: &str) -> Result<IpNet> {
+    Ok(text.parse()?)
+}
+
+fn marked(value: u32) -> Member {
+    Member::Marked(MarkBits { mask: 0xffff_1100, value })
+}
+
+/// States that lead to every operation on the way from one to the next.
+fn states() -> Result<Vec<Sets>> {
+    let sources = Ipset::Sources(Family::V4, 0xdead_beef);
+    let marks = Ipset::Marks(Family::V4);
+    let six = Ipset::Destinations(Family::V6, 7);
+    let few = [
+        (sources, IpsetContents::of([net("10.244.1.10/32")?, net("0.0.0.0/0")?])),
+        (
+            marks,
+            IpsetContents::new(
+                true,
+                [
+                    (net("10.244.1.0/24")?, marked(0x2600_0100)),
+                    (net("10.244.1.9/32")?, marked(0x2700_0000)),
+                    (net("10.244.1.7/32")?, Member::Not),
+                    (net("10.244.9.7/32")?, Member::In),
+                ],
+            ),
+        ),
+        (
+            six,
+            IpsetContents::new(
+                false,
+                [(net("2001:db8::/32")?, Member::In), (net("2001:db8::1/128")?, Member::Not)],
+            ),
+        ),
+        (Ipset::Selected(Family::V6), IpsetContents::of([])),
+    ];
+    let other = [
+        (sources, IpsetContents::of([net("10.244.1.11/32")?])),
+        (
+            marks,
+            IpsetContents::new(
+                true,
+                [
+                    (net("10.244.1.0/24")?, marked(0x2600_0200)),
+                    (net("10.244.1.9/32")?, Member::Not),
+                ],
+            ),
+        ),
+        (Ipset::Selected(Family::V6), IpsetContents::of([net("::/0")?])),
+    ];
+    // More than a set has room for by default, so that it is swapped.
+    let many = (0..70_000).map(|number| {
+        IpNet::from(std::net::IpAddr::from(Ipv4Addr::from_bits(0x0a00_0000 + number)))
+    });
+    let large = [(sources, IpsetContents::of(many))];
+    Ok(vec![few.into(), other.into(), large.into(), Sets::new()])
+}
+
+fn both_ways_to_write_give_the_same_sets() -> Result {
+    let [mut through_libipset, mut over_netlink] = both()?;
+    let states = states()?;
+    for first_is_libipset in [true, false] {
+        let mut before = State::default();
+        for (number, sets) in states.iter().enumerate() {
+            let wanted = holding(sets.clone());
+            let changes = Changes::between(&before, &wanted);
+            // Each goes on with what the other one has made.
+            if (number % 2 == 0) == first_is_libipset {
+                through_libipset.apply(&changes)?;
+            } else {
+                over_netlink.apply(&changes)?;
+            }
+            for found in [through_libipset.observe()?, over_netlink.observe()?] {
+                if found != wanted {
+                    let left = Changes::between(&found, &wanted);
+                    return Err(format!("state {number} lacks\n{left}").into());
+                }
+            }
+            before = wanted;
+        }
+    }
+    Ok(())
+}
+
+fn every_address_is_found_by_both() -> Result {
+    let [_, mut over_netlink] = both()?;
+    let sets = states()?.swap_remove(0);
+    over_netlink.apply(&Changes::between(&State::default(), &holding(sets)))?;
+    let libipset = libipset()?;
+    for (set, address, is_in) in [
+        (Ipset::Sources(Family::V4, 0xdead_beef), "192.0.2.1", true),
+        (Ipset::Marks(Family::V4), "10.244.1.77", true),
+        (Ipset::Marks(Family::V4), "10.244.1.7", false),
+        (Ipset::Marks(Family::V4), "10.244.2.7", false),
+        (Ipset::Destinations(Family::V6, 7), "2001:db8::2", true),
+        (Ipset::Destinations(Family::V6, 7), "2001:db8::1", false),
+        (Ipset::Selected(Family::V6), "2001:db8::1", false),
+    ] {
+        if libipset.contains(set, address.parse()?)? != is_in {
+            return Err(format!("{address} in {set} is not {is_in}").into());
+        }
+    }
+    let error = libipset.contains(Ipset::Closed(Family::V4), "10.0.0.1".parse()?).err();
+    let error = error.ok_or("a set that is not there has a member")?;
+    if error.is_not_found() { Ok(()) } else { Err(error.into()) }
+}
+
+fn a_refusal_is_an_error_with_its_words() -> Result {
+    let [mut through_libipset, mut over_netlink] = both()?;
+    let set = Ipset::Selected(Family::V4);
+    let wanted = holding([(set, IpsetContents::of([]))].into());
+    let make = Changes::between(&State::default(), &wanted);
+    through_libipset.apply(&make)?;
+    let refused = through_libipset.apply(&make).err().ok_or("it was made twice")?;
+    let [(_, error)] = refused.refused.as_slice() else { return Err(refused.into()) };
+    let words = error.words().unwrap_or_default();
+    if !words.contains("exists") || !error.is_exists() {
+        return Err(format!("{error:?}").into());
+    }
+    if over_netlink.observe()? != wanted {
+        return Err("what was half made is still there".into());
+    }
+    // A member of the other family is refused by libipset itself, before the kernel.
+    let six = IpsetContents::of([net("2001:db8::1/128")?]);
+    let odd = Changes::between(&wanted, &holding([(set, six)].into()));
+    let refused = through_libipset.apply(&odd).err().ok_or("it was taken")?;
+    let text = refused.to_string();
+    if text.contains("2001:db8::1") && text.contains("Syntax error") {
+        Ok(())
+    } else {
+        Err(text.into())
+    }
+}
+
+fn what_is_refused_keeps_nothing_else_back() -> Result {
+    let [mut through_libipset, mut over_netlink] = both()?;
+    let [one, two, three] =
+        [Ipset::Closed(Family::V4), Ipset::Ignored(Family::V4), Ipset::Peers(Family::V4)];
+    let of =
+        |sets: &[Ipset]| holding(sets.iter().map(|set| (*set, IpsetContents::of([]))).collect());
+    through_libipset.apply(&Changes::between(&State::default(), &of(&[one, three])))?;
+    // It is thought that the second one is there.
+    let all = Changes::between(&of(&[one, two, three]), &State::default());
+    let refused = through_libipset.apply(&all).err().ok_or("nothing was refused")?;
+    let found = over_netlink.observe()?;
+    if refused.refused.len() == 1 && found.is_empty() {
+        return Ok(());
+    }
+    Err(format!("{refused}, left: {:?}", found.ipsets.keys()).into())
+}
+
+fn a_program_that_does_not_serve_is_named() -> Result {
+    let idle = Libipset::new(env::current_exe()?).with_argument("idle");
+    let error = idle.observe().err().ok_or("a program that does nothing was believed")?;
+    if !error.to_string().contains("libipset::serve") {
+        return Err(error.into());
+    }
+    let error = Libipset::new("/nowhere").observe().err().ok_or("no program was believed")?;
+    if error.is_not_found() { Ok(()) } else { Err(error.into()) }
+}
