@@ -67,11 +67,7 @@ struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    const fn new(
-        socket: &'a mut Socket,
-        generation: u32,
-        expected: Option<&'a Elements>,
-    ) -> Self {
+    const fn new(socket: &'a mut Socket, generation: u32, expected: Option<&'a Elements>) -> Self {
         Self { socket, generation: low_half(generation), expected, moved: false }
     }
 

@@ -104,7 +104,8 @@ fn what_is_different_is_found_one_by_one_and_what_is_not_expected_needs_a_listin
                     1 => drop(is.insert(hit, value(5000 + random(&mut seed, 3)))),
                     _ => {
                         let noted = Comment::of_name("somebody's");
-                        let same = is.get(&hit).map(|value| Value { comment: Some(noted), ..value });
+                        let same =
+                            is.get(&hit).map(|value| Value { comment: Some(noted), ..value });
                         is.extend(same.map(|value| (hit, value)));
                     }
                 }
@@ -157,8 +158,7 @@ fn what_differs_a_lot_is_listed() {
 #[test]
 fn a_large_table_reads_the_same_whatever_is_expected() {
     in_netns(|socket| {
-        let mut all: BTreeMap<_, _> =
-            (0..9000).map(|n| (key(SETS[0], n), value(n % 90))).collect();
+        let mut all: BTreeMap<_, _> = (0..9000).map(|n| (key(SETS[0], n), value(n % 90))).collect();
         all.extend((0..9000).map(|n| (key(SETS[1], n), value(n % 90))));
         all.extend((0..40).map(|n| (key(SETS[2], n), value(n))));
         let expected: Elements = all.clone().into_iter().collect();
@@ -168,10 +168,10 @@ fn a_large_table_reads_the_same_whatever_is_expected() {
         let is: Elements = all.into_iter().collect();
         put(socket, &is);
         let listed = observe(socket).unwrap().unwrap();
-        assert_eq!(listed.elements, is);
+        assert!(listed.elements == is);
         for expected in [&expected, &is, &Elements::default()] {
             let (found, at) = observe_at(socket, Some(expected)).unwrap();
-            assert_eq!((found.as_ref(), at), (Some(&listed), generation(socket).unwrap()));
+            assert!(found.as_ref() == Some(&listed) && at == generation(socket).unwrap());
         }
         let (found, _) = observe_at(socket, Some(&is)).unwrap();
         assert_eq!(found.unwrap().elements.apart_from(&is).count(), 40, "not taken as proven");
@@ -182,6 +182,8 @@ fn a_large_table_reads_the_same_whatever_is_expected() {
 #[test]
 fn whatever_goes_wrong_the_table_is_read() {
     use crate::kernel::faults::{Fault, Faults, Tap};
+    /// The call that asks for the table; the generation is asked for first.
+    const TABLE: usize = 1;
     in_netns(|socket| {
         let expected: Elements = (0..9000).map(|n| (key(SETS[0], n), value(n % 9))).collect();
         let mut is = expected.clone();
@@ -194,16 +196,19 @@ fn whatever_goes_wrong_the_table_is_read() {
         assert!(calls > 8, "{calls}");
         for call in 0..calls {
             for fault in [Fault::LoseReply, Fault::CutReply, Fault::Refuse(2), Fault::Errno(105)] {
+                if call == TABLE && matches!(fault, Fault::Refuse(2)) {
+                    continue; // It says that there is no table.
+                }
                 let text = format!("{fault:?} at {call}");
                 let faults = Faults::new().at_call(call, fault);
                 socket.set_tap(Tap::of_netfilter(faults.clone()));
                 // An error is as good as the truth.
                 if let Ok(found) = observe_at(socket, Some(&expected)) {
-                    assert_eq!(found, wanted, "{text}");
+                    assert!(found == wanted, "{text}");
                 }
                 assert_eq!(faults.pending(), 0, "{text}");
                 socket.set_tap(Tap::of_netfilter(Faults::new()));
-                assert_eq!(observe_at(socket, Some(&expected)).unwrap(), wanted, "{text}");
+                assert!(observe_at(socket, Some(&expected)).unwrap() == wanted, "{text}");
             }
         }
     });
