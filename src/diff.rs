@@ -417,20 +417,21 @@ fn chains(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
 /// sources still have the old classes, both are needed.
 fn transitional(found: &[NftRule], wanted: &[NftRule]) -> Vec<NftRule> {
     let length = |rule: &NftRule| match rule.0.first() {
-        Some(Stmt::TagByDestination(_, length)) => Some(*length),
+        Some(Stmt::TagByDestination(_, length) | Stmt::TagBySender(_, length)) => Some(*length),
         Some(Stmt::TagByTag(Set::Any(_))) => Some(0),
         _ => None,
     };
     let mut rules = wanted.to_vec();
     for rule in found.iter().filter(|rule| !wanted.contains(rule)) {
         let at = match rule.0.first() {
-            Some(Stmt::TagByDestination(..)) => rules
+            Some(Stmt::TagByDestination(..) | Stmt::TagBySender(..)) => rules
                 .iter()
                 .position(|other| length(other).is_some_and(|l| Some(l) <= length(rule))),
             Some(Stmt::TagBySource(Set::SourceNet(family))) => {
-                let hosts = Stmt::TagBySource(Set::Source(*family));
-                let before = rules.iter().position(|other| other.0.first() == Some(&hosts));
-                before.map(|at| at + 1)
+                behind(&rules, &Stmt::TagBySource(Set::Source(*family)))
+            }
+            Some(Stmt::TagByReceiver(Set::SourceNet(family))) => {
+                behind(&rules, &Stmt::TagByReceiver(Set::Source(*family)))
             }
             _ => None,
         };
@@ -439,6 +440,11 @@ fn transitional(found: &[NftRule], wanted: &[NftRule]) -> Vec<NftRule> {
         }
     }
     rules
+}
+
+/// The place behind the rule that begins like this.
+fn behind(rules: &[NftRule], first: &Stmt) -> Option<usize> {
+    rules.iter().position(|rule| rule.0.first() == Some(first)).map(|at| at + 1)
 }
 
 const fn filled_in(key: &Key) -> Phase {

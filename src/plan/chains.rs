@@ -106,13 +106,15 @@ impl Skeleton<'_> {
             self.guard(),
         );
         add(ChainId::Arrived, None, self.arrived());
-        add(ChainId::Select, None, self.by_source(ChainId::Admit));
+        add(ChainId::Select, None, self.by_source(Stmt::TagBySource, ChainId::Admit));
+        add(ChainId::Midway, None, self.by_source(Stmt::TagByReceiver, ChainId::Answering));
         add(ChainId::Bypass, None, vec![vec![Stmt::ClearTag]]);
         add(ChainId::Here, None, self.send(self.tunnel));
         for mark in &self.gateways {
             add(ChainId::To(*mark), None, self.send(*mark));
         }
         for family in Family::BOTH {
+            add(ChainId::Answering(family), None, self.answering(family));
             add(ChainId::Admit(family), None, self.admit(family));
             add(ChainId::Pick(family), None, self.pick(family));
             add(ChainId::Steer(family), None, steer(family));
@@ -143,7 +145,7 @@ impl Skeleton<'_> {
 
     fn prerouting(&self) -> Vec<Vec<Stmt>> {
         let mut rules = vec![vec![self.out_of_tunnel(), Stmt::Goto(ChainId::Arrived)]];
-        rules.extend(self.by_source(ChainId::Admit));
+        rules.extend(self.by_source(Stmt::TagBySource, ChainId::Admit));
         rules
     }
 
@@ -159,27 +161,39 @@ impl Skeleton<'_> {
     }
 
     /// From a source to its class; the single addresses first.
-    fn by_source(&self, next: fn(Family) -> ChainId) -> Vec<Vec<Stmt>> {
+    fn by_source(&self, find: fn(Set) -> Stmt, next: fn(Family) -> ChainId) -> Vec<Vec<Stmt>> {
         let sets = |family| {
             let ranges = self.ranges.contains(&family).then_some(Set::SourceNet(family));
             [Some(Set::Source(family)), ranges].map(|set| (family, set))
         };
         let found = Family::BOTH.into_iter().flat_map(sets);
-        found
-            .filter_map(|(family, set)| {
-                Some(vec![Stmt::TagBySource(set?), Stmt::Goto(next(family))])
-            })
-            .collect()
+        found.filter_map(|(family, set)| Some(vec![find(set?), Stmt::Goto(next(family))])).collect()
     }
 
     /// From a class to a policy, by destination; the longest prefix first.
     fn by_destination(&self, family: Family, next: ChainId) -> Vec<Vec<Stmt>> {
-        let lengths = self.lengths.iter().rev().filter(|(of, _)| *of == family);
+        let found = self.by_net(family, Stmt::TagByDestination);
+        found.map(|find| vec![find, Stmt::Goto(next)]).collect()
+    }
+
+    fn by_net(&self, family: Family, find: fn(Family, u8) -> Stmt) -> impl Iterator<Item = Stmt> {
+        let lengths = self.lengths.iter().rev().filter(move |(of, _)| *of == family);
         lengths
-            .map(|(_, length)| Stmt::TagByDestination(family, *length))
+            .map(move |(_, length)| find(family, *length))
             .chain([Stmt::TagByTag(Set::Any(family))])
-            .map(|find| vec![find, Stmt::Goto(next)])
-            .collect()
+    }
+
+    /// A segment that opens nothing, and yet is the first one seen, to a selected pod from where
+    /// a policy would lead: if it opened the connection, the pod's own would be answers, and no
+    /// NAT would touch them. Without it the pod's next segment opens the connection the right
+    /// way round. That is how it is after somebody has emptied the table of connections.
+    fn answering(&self, family: Family) -> Vec<Vec<Stmt>> {
+        let mut rules =
+            vec![vec![Stmt::SourceIn(Set::Excluded(family)), Stmt::Goto(ChainId::Bypass)]];
+        let found = self.by_net(family, Stmt::TagBySender);
+        rules.extend(found.map(|find| vec![find, Stmt::Counter, Stmt::Drop]));
+        rules.push(vec![Stmt::ClearTag]);
+        rules
     }
 
     fn admit(&self, family: Family) -> Vec<Vec<Stmt>> {
@@ -260,6 +274,7 @@ impl Skeleton<'_> {
                 rules.push(vec![Stmt::PacketIn(set), Stmt::Counter, Stmt::Drop]);
             }
         }
+        rules.push(vec![Stmt::TcpWithoutSyn, Stmt::HasInput, Stmt::Jump(ChainId::Midway)]);
         rules.push(vec![self.to_tunnel(), Stmt::SetCtMark(self.connection)]);
         for family in Family::BOTH {
             // `accept` would not keep a masquerade in another table from binding.
@@ -280,7 +295,7 @@ impl Skeleton<'_> {
         rules.push(vec![self.is_not_tunnel(), Stmt::HasInput, Stmt::Jump(ChainId::Select)]);
         rules.push(vec![Stmt::HasInput, self.is_stray(), Stmt::Counter, Stmt::Drop]);
         rules.push(vec![self.is_not_tunnel(), Stmt::Return]);
-        rules.extend(self.by_source(ChainId::Translate));
+        rules.extend(self.by_source(Stmt::TagBySource, ChainId::Translate));
         // Tunnelled to us, but nothing here knows the source.
         rules.push(vec![Stmt::Counter, Stmt::Drop]);
         rules

@@ -250,10 +250,13 @@ fn set_of(statement: &Stmt) -> Option<Set> {
         | Stmt::DestinationNotIn(set)
         | Stmt::PacketIn(set)
         | Stmt::TagBySource(set)
+        | Stmt::TagByReceiver(set)
         | Stmt::TagByTag(set)
         | Stmt::TagIn(set)
         | Stmt::VerdictByTag(set) => Some(*set),
-        Stmt::TagByDestination(family, length) => Some(Set::Destination(*family, *length)),
+        Stmt::TagByDestination(family, length) | Stmt::TagBySender(family, length) => {
+            Some(Set::Destination(*family, *length))
+        }
         Stmt::SnatByTag(family) => Some(Set::Snat(*family)),
         Stmt::HasInput
         | Stmt::InputDevice(_)
@@ -267,6 +270,7 @@ fn set_of(statement: &Stmt) -> Option<Set> {
         | Stmt::CtMarkIsNot(_)
         | Stmt::SetCtMark(_)
         | Stmt::UdpPort(_)
+        | Stmt::TcpWithoutSyn
         | Stmt::Icmp6Type(_)
         | Stmt::SetMark { .. }
         | Stmt::ClearTag

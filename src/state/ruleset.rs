@@ -26,6 +26,10 @@ pub enum ChainId {
     Arrived,
     /// Finds a packet's class, where its mark does not tell.
     Select,
+    /// What belongs to a TCP connection whose beginning nobody saw.
+    Midway,
+    /// Whether it would answer what a policy takes.
+    Answering(Family),
     /// Which packets of a selected pod a policy may take.
     Admit(Family),
     /// From a class to a policy, by destination.
@@ -57,6 +61,9 @@ impl ChainId {
             "guard" => Self::Guard,
             "arrived" => Self::Arrived,
             "select" => Self::Select,
+            "midway" => Self::Midway,
+            "answering4" => Self::Answering(V4),
+            "answering6" => Self::Answering(V6),
             "admit4" => Self::Admit(V4),
             "admit6" => Self::Admit(V6),
             "pick4" => Self::Pick(V4),
@@ -89,6 +96,8 @@ impl fmt::Display for ChainId {
             Self::Guard => f.write_str("guard"),
             Self::Arrived => f.write_str("arrived"),
             Self::Select => f.write_str("select"),
+            Self::Midway => f.write_str("midway"),
+            Self::Answering(family) => write!(f, "answering{}", family.digit()),
             Self::Admit(family) => write!(f, "admit{}", family.digit()),
             Self::Pick(family) => write!(f, "pick{}", family.digit()),
             Self::Steer(family) => write!(f, "steer{}", family.digit()),
@@ -235,6 +244,8 @@ pub enum Stmt {
     NoTrack,
     /// `udp dport …`
     UdpPort(u16),
+    /// `tcp flags ! syn`: it does not open a connection
+    TcpWithoutSyn,
     /// `icmpv6 type …`
     Icmp6Type(u8),
     /// `meta mark set meta mark & keep | value`
@@ -250,6 +261,10 @@ pub enum Stmt {
     TagBySource(Set),
     /// `meta priority set ip daddr & length . meta priority map @set`, by [`Set::Destination`]
     TagByDestination(Family, u8),
+    /// `meta priority set ip daddr map @set`
+    TagByReceiver(Set),
+    /// `meta priority set ip saddr & length . meta priority map @set`, by [`Set::Destination`]
+    TagBySender(Family, u8),
     /// `meta priority set meta priority map @set`
     TagByTag(Set),
     /// `meta priority @set`
@@ -295,6 +310,20 @@ const fn ip(family: Family) -> &'static str {
 /// The header that a set's keys are taken from.
 fn set_ip(set: Set) -> &'static str {
     ip(set.family().unwrap_or(Family::V4))
+}
+
+fn tag_by_net(
+    f: &mut fmt::Formatter<'_>,
+    address: &str,
+    family: Family,
+    length: u8,
+) -> fmt::Result {
+    write!(f, "meta priority set {} {address}", ip(family))?;
+    let net = IpNet::new(family.unspecified(), length).ok();
+    if let Some(net) = net.filter(|net| net.prefix_len() < family.bits()) {
+        write!(f, " & {}", net.netmask())?;
+    }
+    write!(f, " . meta priority map @{}", Set::Destination(family, length))
 }
 
 impl fmt::Display for Stmt {
@@ -349,6 +378,7 @@ impl fmt::Display for Stmt {
             }
             Self::NoTrack => f.write_str("notrack"),
             Self::UdpPort(port) => write!(f, "udp dport {port}"),
+            Self::TcpWithoutSyn => f.write_str("tcp flags ! syn"),
             Self::Icmp6Type(kind) => write!(f, "icmpv6 type {kind}"),
             Self::SetMark { keep, value: 0 } => {
                 write!(f, "meta mark set meta mark & {keep:#010x}")
@@ -360,15 +390,11 @@ impl fmt::Display for Stmt {
             Self::TagBySource(set) => {
                 write!(f, "meta priority set {} saddr map @{set}", set_ip(*set))
             }
-            Self::TagByDestination(family, length) => {
-                let set = Set::Destination(*family, *length);
-                write!(f, "meta priority set {} daddr", ip(*family))?;
-                let net = IpNet::new(family.unspecified(), *length).ok();
-                if let Some(net) = net.filter(|net| net.prefix_len() < family.bits()) {
-                    write!(f, " & {}", net.netmask())?;
-                }
-                write!(f, " . meta priority map @{set}")
+            Self::TagByReceiver(set) => {
+                write!(f, "meta priority set {} daddr map @{set}", set_ip(*set))
             }
+            Self::TagByDestination(family, length) => tag_by_net(f, "daddr", *family, *length),
+            Self::TagBySender(family, length) => tag_by_net(f, "saddr", *family, *length),
             Self::TagByTag(set) => write!(f, "meta priority set meta priority map @{set}"),
             Self::TagIn(set) => write!(f, "meta priority @{set}"),
             Self::VerdictByTag(set) => write!(f, "meta priority vmap @{set}"),

@@ -164,6 +164,8 @@ impl Walk<'_> {
                 true
             }
             Stmt::UdpPort(port) => protocol == Packet::UDP && skb.packet.destination_port == *port,
+            // What opens a connection is taken to be where one begins.
+            Stmt::TcpWithoutSyn => false,
             Stmt::Icmp6Type(kind) => {
                 protocol == Packet::ICMP6 && skb.packet.destination_port >> 8 == u16::from(*kind)
             }
@@ -176,9 +178,13 @@ impl Walk<'_> {
                 skb.priority = 0;
                 true
             }
-            Stmt::TagBySource(set) => self.tag_by_source(firewall, *set, skb),
+            Stmt::TagBySource(set) => self.tag_by_address(firewall, *set, source, skb),
+            Stmt::TagByReceiver(set) => self.tag_by_address(firewall, *set, destination, skb),
             Stmt::TagByDestination(of, length) => {
-                *of == family && self.tag_by_destination(firewall, *length, skb)
+                *of == family && self.tag_by_net(firewall, destination, *length, skb)
+            }
+            Stmt::TagBySender(of, length) => {
+                *of == family && self.tag_by_net(firewall, source, *length, skb)
             }
             Stmt::TagByTag(set) => self.tag_by_tag(firewall, *set, skb),
             Stmt::TagIn(set) => by_tag(*set, skb.priority).is_some_and(|key| holds(firewall, &key)),
@@ -249,17 +255,28 @@ impl Walk<'_> {
         Next::End(End::Nat(Nat::To(address)))
     }
 
-    fn tag_by_source(&mut self, firewall: &Firewall, set: Set, skb: &mut Skb) -> bool {
-        let Some(key) = by_address(firewall, set, skb.packet.source) else { return false };
+    fn tag_by_address(
+        &mut self,
+        firewall: &Firewall,
+        set: Set,
+        address: IpAddr,
+        skb: &mut Skb,
+    ) -> bool {
+        let Some(key) = by_address(firewall, set, address) else { return false };
         let Some(class) = tag(firewall, &key) else { return false };
         skb.priority = class.get();
         self.say(shown(firewall, &key), Decision::Class(class));
         true
     }
 
-    fn tag_by_destination(&mut self, firewall: &Firewall, length: u8, skb: &mut Skb) -> bool {
+    fn tag_by_net(
+        &mut self,
+        firewall: &Firewall,
+        destination: IpAddr,
+        length: u8,
+        skb: &mut Skb,
+    ) -> bool {
         let Some(class) = Tag::new(skb.priority) else { return false };
-        let destination = skb.packet.destination;
         let Some(key) = by_destination(destination, length, class) else { return false };
         let Some(policy) = tag(firewall, &key) else { return false };
         skb.priority = policy.get();

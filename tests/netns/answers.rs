@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::Duration;
 
+use egress_datapath::Destinations;
+use ipnet::IpNet;
 use rustix::fd::OwnedFd;
 use rustix::net::sockopt::Timeout;
 use rustix::net::{self, AddressFamily, RecvFlags, SendFlags, SocketType};
@@ -144,6 +146,42 @@ fn a_server_that_goes_on_talking_does_not_turn_a_flow_around() -> Result {
             thread::sleep(SETTLED);
             assert_eq!(noted(&lab)?, [""; 0], "{}", flow.name);
             flows.push(flow);
+        }
+    }
+    fleet.remove()
+}
+
+/// For datagrams nothing tells the two ends apart; see the design notes.
+#[test]
+fn a_connection_that_was_forgotten_is_opened_by_its_pod_only() -> Result {
+    if is_beyond("late answers are not held back")? {
+        return Ok(());
+    }
+    let Some(lab) = lab()? else { return Ok(()) };
+    if !have("nft")? || !have("conntrack")? {
+        return Ok(());
+    }
+    masquerade(&lab)?;
+    note_sources(&lab)?;
+    let mut fleet = Fleet::open(&lab)?;
+    let everywhere = policy("p", &[POD_A], Some("node-b"), dual(EIP_B))?;
+    let mut listed = everywhere.clone();
+    let around =
+        |to: IpAddr| IpNet::new(to, if to.is_ipv4() { 24 } else { 64 }).map(|net| net.trunc());
+    listed.destinations = Destinations::Nets(vec![around(SERVER[0])?, around(SERVER[1])?]);
+    for policy in [everywhere, listed] {
+        fleet.apply(&[policy])?;
+        for to in SERVER {
+            let flow = connection(&lab, to)?;
+            assert!(EIP_B.contains(&flow.wears), "{}: {}", flow.name, flow.wears);
+            for _ in 0..20 {
+                tool(&lab.node_a.netns, "conntrack -F")?;
+                (flow.server_says)()?;
+                thread::sleep(Duration::from_millis(5));
+                (flow.pod_says)()?;
+            }
+            thread::sleep(SETTLED);
+            assert_eq!(noted(&lab)?, [""; 0], "{}", flow.name);
         }
     }
     fleet.remove()

@@ -11,8 +11,13 @@ mod tests;
 pub(super) use recognise::recognise;
 
 /// Protocol numbers of the IP header.
+const TCP: u8 = 6;
 const UDP: u8 = 17;
 const ICMP6: u8 = 58;
+
+/// SYN among the flags of a TCP segment, which are its 14th byte (RFC 9293 section 3.1).
+const SYN: u8 = 1 << 1;
+const TCP_FLAGS: u32 = 13;
 
 /// `IPS_SRC_NAT` (`include/uapi/linux/netfilter/nf_conntrack_common.h`).
 const SOURCE_NAT: u32 = 1 << 4;
@@ -47,8 +52,9 @@ fn needs(statement: &Stmt) -> Needs {
         | Stmt::DestinationIn(set)
         | Stmt::DestinationNotIn(set)
         | Stmt::PacketIn(set)
-        | Stmt::TagBySource(set) => Needs::Family(family_of(*set)),
-        Stmt::TagByDestination(family, _) => Needs::Family(*family),
+        | Stmt::TagBySource(set)
+        | Stmt::TagByReceiver(set) => Needs::Family(family_of(*set)),
+        Stmt::TagByDestination(family, _) | Stmt::TagBySender(family, _) => Needs::Family(*family),
         Stmt::Icmp6Type(_) => Needs::Family(Family::V6),
         Stmt::SnatToSource(family) => Needs::OwnTest(*family),
         _ => Needs::Nothing,
@@ -195,6 +201,13 @@ fn body(statement: &Stmt) -> Vec<Expr> {
             transport(2, 2),
             is(port.to_be_bytes().to_vec()),
         ],
+        Stmt::TcpWithoutSyn => vec![
+            load(meta::L4PROTO),
+            is(vec![TCP]),
+            transport(TCP_FLAGS, 1),
+            bits(vec![SYN], vec![0]),
+            is(vec![0]),
+        ],
         Stmt::Icmp6Type(kind) => {
             vec![load(meta::L4PROTO), is(vec![ICMP6]), transport(0, 1), is(vec![*kind])]
         }
@@ -207,7 +220,13 @@ fn body(statement: &Stmt) -> Vec<Expr> {
         Stmt::TagBySource(set) => {
             vec![source(family_of(*set)), lookup(*set, Some(reg::R1), false), set_tag()]
         }
-        Stmt::TagByDestination(family, length) => tag_by_destination(*family, *length),
+        Stmt::TagByReceiver(set) => {
+            vec![destination(family_of(*set)), lookup(*set, Some(reg::R1), false), set_tag()]
+        }
+        Stmt::TagByDestination(family, length) => {
+            tag_by_net(destination(*family), *family, *length)
+        }
+        Stmt::TagBySender(family, length) => tag_by_net(source(*family), *family, *length),
         Stmt::TagByTag(set) => {
             vec![load(meta::PRIORITY), lookup(*set, Some(reg::R1), false), set_tag()]
         }
@@ -258,8 +277,8 @@ fn snat(family: Family) -> Expr {
     Expr::Snat { family: nfproto(family).into(), sreg: reg::R1 }
 }
 
-fn tag_by_destination(family: Family, length: u8) -> Vec<Expr> {
-    let mut exprs = vec![destination(family)];
+fn tag_by_net(address: Expr, family: Family, length: u8) -> Vec<Expr> {
+    let mut exprs = vec![address];
     if length < family.bits() {
         let mask = netmask(family, length);
         let zero = vec![0; mask.len()];

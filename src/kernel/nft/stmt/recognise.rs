@@ -4,7 +4,7 @@
 //! compared with what is there. So whatever is recognised compiles to what was found.
 
 use super::super::expr::{Expr, ct, meta, reg, verdict};
-use super::{Needs, UDP, body, needs, nfproto};
+use super::{Needs, TCP, UDP, body, needs, nfproto};
 use crate::state::{ChainId, Direction, MarkBits, NftRule, Set, Stmt};
 use crate::types::{DeviceName, Family};
 
@@ -110,6 +110,11 @@ fn guess_meta(key: u32, rest: &[Expr]) -> Option<Stmt> {
                 _ => Some(Stmt::SetMark { keep: mask, value: xor }),
             }
         }
+        (meta::L4PROTO, [Expr::Cmp { data, .. }, _, Expr::Bitwise { .. }, ..])
+            if data.as_slice() == [TCP] =>
+        {
+            Some(Stmt::TcpWithoutSyn)
+        }
         (meta::L4PROTO, [Expr::Cmp { data: proto, .. }, _, Expr::Cmp { data, .. }, ..]) => {
             match (proto.as_slice(), data.as_slice()) {
                 ([UDP], [high, low]) => Some(Stmt::UdpPort(u16::from_be_bytes([*high, *low]))),
@@ -142,20 +147,24 @@ fn guess_address(offset: u32, rest: &[Expr]) -> Option<Stmt> {
     {
         return Set::from_name(set).map(Stmt::PacketIn);
     }
+    let is_source = offset == 12 || offset == 8;
     match rest {
         [Expr::MetaLoad { .. }, Expr::Lookup { set, .. }, ..] => match Set::from_name(set)? {
+            Set::Destination(family, length) if is_source => {
+                Some(Stmt::TagBySender(family, length))
+            }
             Set::Destination(family, length) => Some(Stmt::TagByDestination(family, length)),
             _ => None,
         },
         [Expr::Lookup { set, dreg, invert, .. }, ..] => {
             let set = Set::from_name(set)?;
-            let is_source = offset == 12 || offset == 8;
             Some(match (is_source, dreg.is_some(), invert) {
                 (true, true, _) => Stmt::TagBySource(set),
                 (true, false, false) => Stmt::SourceIn(set),
                 (true, false, true) => Stmt::SourceNotIn(set),
-                (false, _, false) => Stmt::DestinationIn(set),
-                (false, _, true) => Stmt::DestinationNotIn(set),
+                (false, true, _) => Stmt::TagByReceiver(set),
+                (false, false, false) => Stmt::DestinationIn(set),
+                (false, false, true) => Stmt::DestinationNotIn(set),
             })
         }
         [Expr::Snat { family, .. }, ..] => Family::BOTH
