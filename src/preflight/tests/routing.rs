@@ -122,7 +122,7 @@ fn fewer_tables_than_gateways() {
         vec!["172.31.0.3/16".parse().unwrap()],
     );
     cluster.nodes.push(third);
-    let to = |gateway| {
+    let to = |gateway: &str| {
         let id = gateway.parse().unwrap();
         EgressPolicy { id, ..policy(gateway, EIP) }
     };

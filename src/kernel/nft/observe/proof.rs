@@ -117,18 +117,18 @@ impl Reader<'_> {
                 break;
             }
             let message = begin(&mut writer, kind::GETSETELEM, flag::REQUEST, value, set);
-            let list = writer.open(3);
+            let inside = writer.open(3);
             asked.head = writer.since(message);
             let mut count = 0;
             for (_, key) in keys {
                 element::write(&mut writer, key, None);
                 count += 1;
-                if writer.since(list) > REQUEST {
+                if writer.since(inside) > REQUEST {
                     break;
                 }
             }
             asked.each = (writer.since(message) - asked.head) / count;
-            writer.close(list);
+            writer.close(inside);
             writer.end(message);
             let (now, later) = keys.split_at_checked(count)?;
             asked.requests.insert(value, now);
