@@ -8,8 +8,8 @@ use std::ops::Bound;
 use std::sync::Arc;
 
 use super::firewall::{Data, Key, Tag, Value};
-use super::set::Set;
-use crate::types::Family;
+#[cfg(any(test, all(feature = "kernel", target_os = "linux")))]
+use crate::{state::Set, types::Family};
 
 /// Elements by key, in the order of the keys.
 ///
@@ -141,6 +141,7 @@ impl Elements {
     }
 
     /// The elements of one set, in no order that means anything.
+    #[cfg(any(test, all(feature = "kernel", target_os = "linux")))]
     pub(crate) fn of(&self, set: Set) -> impl Iterator<Item = (Key, Value)> + '_ {
         let small4 = (set == Set::Source(Family::V4)).then(|| self.v4.iter().map(v4));
         let small6 = (set == Set::Source(Family::V6)).then(|| self.v6.iter().map(v6));
@@ -150,6 +151,7 @@ impl Elements {
     }
 
     /// Takes the elements of a set from the other; it has none of them.
+    #[cfg(any(test, all(feature = "kernel", target_os = "linux")))]
     pub(crate) fn take_over(&mut self, other: &Self, set: Set) {
         match set {
             Set::Source(Family::V4) if self.v4.is_empty() => self.v4 = Arc::clone(&other.v4),
