@@ -17,16 +17,21 @@ const BATCH: usize = 64;
 
 #[test]
 fn packets_fare_alike() -> Result {
-    run(MarkLayout::SEED)
+    run(MarkLayout::SEED, false)
+}
+
+#[test]
+fn packets_fare_alike_where_the_first_of_a_connection_decides() -> Result {
+    run(MarkLayout::SEED, true)
 }
 
 #[test]
 fn packets_fare_alike_with_marks_without_prefix() -> Result {
-    run(MarkLayout::COMPACT)
+    run(MarkLayout::COMPACT, false)
 }
 
-fn run(layout: MarkLayout) -> Result {
-    let Some(mut fleet) = given(Fleet::new(layout))? else { return Ok(()) };
+fn run(layout: MarkLayout, caching: bool) -> Result {
+    let Some(mut fleet) = given(Fleet::new(layout, caching))? else { return Ok(()) };
     let (seed, begun) = (seed()?, Instant::now());
     let mut random = Random::new(seed);
     let mut policies = Vec::new();
@@ -51,7 +56,7 @@ fn run(layout: MarkLayout) -> Result {
     }
     let Sent { packets, through, translated, explained, .. } = total;
     say(&format!(
-        "seed {seed}, marks of {:#x}: {packets} packets over {steps} changes, {through} got through, \
+        "seed {seed}, marks of {:#x}, caching {caching}: {packets} packets over {steps} changes, {through} got through, \
          {translated} of them with another source, {explained} new connections explained, 0 differences in {:.1} s",
         layout.mask(),
         begun.elapsed().as_secs_f32()
@@ -73,7 +78,7 @@ fn step(
             return Ok(format!("node {at} edited: {changes}"));
         }
         2 => {
-            fleet.restart(at)?;
+            fleet.restart(at, random)?;
             fleet.reconcile(at, policies)?;
             return Ok(format!("node {at} restarted"));
         }
