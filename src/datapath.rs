@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use crate::changes::Changes;
 use crate::connection::Connection;
 use crate::error::{ApplyError, KernelError};
-use crate::state::State;
+use crate::state::{Elements, State};
 
 /// What may differ from what was last known of a datapath.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +28,20 @@ pub trait Datapath: Send {
     ///
     /// The request that the kernel refused, with its words.
     fn observe(&mut self) -> Result<State, KernelError>;
+
+    /// The same, asked by someone who knows many elements that are probably there.
+    ///
+    /// What is said is what is there, whatever is expected: a datapath that can ask whether
+    /// something is there for less than it takes to list all of it may do so. The default, and
+    /// what is asked where few elements are expected, is to [`observe`](Self::observe).
+    ///
+    /// # Errors
+    ///
+    /// As for [`observe`](Self::observe).
+    #[expect(unused_variables, reason = "the name is for those who have a use for it")]
+    fn observe_expecting(&mut self, expected: &Elements) -> Result<State, KernelError> {
+        self.observe()
+    }
 
     /// What may differ from what it held when it was last [observed](Self::observe), with all that
     /// was [applied](Self::apply) since.
@@ -92,6 +106,10 @@ macro_rules! delegate {
         impl<D: Datapath + ?Sized> Datapath for $pointer {
             fn observe(&mut self) -> Result<State, KernelError> {
                 (**self).observe()
+            }
+
+            fn observe_expecting(&mut self, expected: &Elements) -> Result<State, KernelError> {
+                (**self).observe_expecting(expected)
             }
 
             fn drift(&mut self) -> Drift {

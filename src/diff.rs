@@ -349,7 +349,9 @@ fn firewall(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
     chains(observed, desired, steps);
     let stays = |key: &Key| desired.sets.contains(&key.set());
     let overlapped = |key: &Key| desired.overlapping(key).is_some();
-    changes(&observed.elements, &desired.elements, |change| {
+    let was = observed.elements.apart_from(&desired.elements);
+    let is = desired.elements.apart_from(&observed.elements);
+    changes(was, is, |change| {
         element(change, stays, overlapped, steps);
     });
     for stray in &observed.strays {

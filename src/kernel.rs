@@ -44,7 +44,7 @@ use crate::connection::Connection;
 use crate::datapath::{Datapath, Drift};
 use crate::error::{ApplyError, KernelError};
 use crate::op::Op;
-use crate::state::State;
+use crate::state::{Elements, State};
 use crate::types::DeviceName;
 
 pub(crate) use facts::facts;
@@ -145,6 +145,16 @@ impl KernelDatapath {
         refused.into_iter().map(|(index, error)| (index, error.with_holder(owner))).collect()
     }
 
+    /// Reads everything; the elements are those that are probably there.
+    fn read(&mut self, expected: Option<&Elements>) -> Result<State, KernelError> {
+        self.trust.begin(self.device_index());
+        let mut state = self.observe_rest()?;
+        let (firewall, generation) = nft::observe_at(&mut self.netfilter, expected)?;
+        self.trust.table_known(generation);
+        state.firewall = firewall;
+        Ok(state)
+    }
+
     /// Makes a step; what it left behind is not certain where something was refused.
     fn step(&mut self, step: &Step) -> Made {
         let made = self.attempt(step);
@@ -184,12 +194,11 @@ impl KernelDatapath {
 
 impl Datapath for KernelDatapath {
     fn observe(&mut self) -> Result<State, KernelError> {
-        self.trust.begin(self.device_index());
-        let mut state = self.observe_rest()?;
-        let (firewall, generation) = nft::observe_at(&mut self.netfilter)?;
-        self.trust.table_known(generation);
-        state.firewall = firewall;
-        Ok(state)
+        self.read(None)
+    }
+
+    fn observe_expecting(&mut self, expected: &Elements) -> Result<State, KernelError> {
+        self.read(Some(expected))
     }
 
     fn drift(&mut self) -> Drift {

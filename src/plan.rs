@@ -30,7 +30,7 @@ pub(crate) use chains::priority::BEFORE_SNAT;
 use check::World;
 pub use error::{PlanError, PolicyError};
 pub use finding::{Closed, Finding};
-pub(crate) use index::Index;
+pub(crate) use index::{Draft, Index};
 use kept::Kept;
 #[cfg(test)]
 pub(crate) use numbers::tests::with_few as with_few_tags;
@@ -65,7 +65,7 @@ pub fn plan<P: Policy>(
     marks: &mut dyn MarkAllocator,
     tables: &mut dyn TableAllocator,
 ) -> Result<Plan, PlanError> {
-    let (index, state) = Index::new(cluster, policies, marks, tables)?;
+    let (index, state) = Draft::new(cluster, policies)?.number(marks, tables)?;
     Ok(Plan { state, gateways: index.gateways(), findings: index.findings() })
 }
 

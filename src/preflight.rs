@@ -37,7 +37,7 @@ use crate::alloc::TableRange;
 use crate::cluster::{Cluster, Node};
 use crate::error::KernelError;
 use crate::policy::Policy;
-use crate::types::{Family, PolicyId};
+use crate::types::{Family, NodeName, PolicyId};
 
 mod devices;
 mod egress_ips;
@@ -65,6 +65,8 @@ pub struct Preflight<'a> {
     /// Of policies, whose packets they are.
     sources: Vec<IpNet>,
     egress_ips: BTreeMap<IpAddr, Wearer>,
+    /// Other nodes that this one sends packets to.
+    gateways: BTreeSet<NodeName>,
 }
 
 /// Who wears an egress IP.
@@ -73,6 +75,8 @@ struct Wearer {
     policy: PolicyId,
     /// Whether this node is the gateway of one of the policies that wear it.
     here: bool,
+    /// Single sources that wear it here, once for each policy.
+    pods: usize,
 }
 
 impl<'a> Preflight<'a> {
@@ -86,6 +90,7 @@ impl<'a> Preflight<'a> {
             families: BTreeSet::new(),
             sources: Vec::new(),
             egress_ips: BTreeMap::new(),
+            gateways: BTreeSet::new(),
         };
         for policy in policies {
             preflight.add(&policy);
@@ -124,9 +129,20 @@ impl<'a> Preflight<'a> {
         self.sources.extend(policy.sources());
         let Some(gateway) = policy.gateway() else { return };
         let here = *gateway == self.cluster.node;
+        if !here {
+            self.gateways.insert(gateway.clone());
+        }
         for address in egress_ip.addresses() {
-            let wearer = Wearer { policy: policy.id().clone(), here };
-            self.egress_ips.entry(address).or_insert(wearer).here |= here;
+            let wearer = Wearer { policy: policy.id().clone(), here, pods: 0 };
+            let wearer = self.egress_ips.entry(address).or_insert(wearer);
+            wearer.here |= here;
+            if here {
+                let family = Family::of(address);
+                let pod = |net: &&IpNet| {
+                    net.prefix_len() == net.max_prefix_len() && Family::of_net(net) == family
+                };
+                wearer.pods += policy.sources().iter().filter(pod).count();
+            }
         }
     }
 

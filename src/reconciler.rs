@@ -6,9 +6,9 @@ use crate::cluster::Cluster;
 use crate::datapath::{Datapath, Drift};
 use crate::error::{ApplyError, KernelError};
 use crate::op::Op;
-use crate::plan::{Finding, Index, PlanError};
+use crate::plan::{Draft, Finding, Index, PlanError};
 use crate::policy::Policy;
-use crate::state::{Firewall, State};
+use crate::state::{Elements, Firewall, State};
 use crate::types::NodeName;
 
 mod adopt;
@@ -16,6 +16,9 @@ mod follow;
 
 use adopt::adopt;
 use follow::Unsettled;
+
+/// Elements from which on it may pay to tell the datapath what is expected.
+const MANY: usize = 8192;
 
 /// Keeps one network namespace as the policies want it.
 ///
@@ -142,9 +145,10 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         if let Some(changes) = self.follow_snapshot(cluster, &policies)? {
             return Ok(self.report(changes));
         }
-        let observed = self.observe()?;
+        let draft = Draft::new(cluster, policies)?;
+        let observed = self.observe_before(&draft)?;
         adopt(cluster, &observed, &mut self.marks, &mut self.tables);
-        let (index, state) = Index::new(cluster, policies, &mut self.marks, &mut self.tables)?;
+        let (index, state) = draft.number(&mut self.marks, &mut self.tables)?;
         let changes = Changes::between(&observed, &state);
         (self.index, self.findings) = (Some(index), None);
         let made = self.make(changes, &observed, &state);
@@ -197,9 +201,10 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         cluster: &Cluster,
         policies: impl IntoIterator<Item = P>,
     ) -> Result<Report, Error> {
-        let observed = self.observe()?;
+        let draft = Draft::new(cluster, policies)?;
+        let observed = self.observe_before(&draft)?;
         adopt(cluster, &observed, &mut self.marks, &mut self.tables);
-        let (index, state) = Index::new(cluster, policies, &mut self.marks, &mut self.tables)?;
+        let (index, state) = draft.number(&mut self.marks, &mut self.tables)?;
         let changes = Changes::between(&observed, &state);
         let settled = self.settled && self.unsettled.is_none();
         Ok(Report { changes, findings: index.findings(), settled })
@@ -241,7 +246,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         (self.index, self.findings, self.unsettled) = (None, None, None);
         let observed = match (self.drift(), wanted) {
             (Drift::None, Some(wanted)) => wanted,
-            _ => self.observe()?,
+            (_, wanted) => self.observe(wanted.as_ref().and_then(State::elements))?,
         };
         let firewall = observed.firewall.as_ref().and_then(keep);
         let nothing = State { firewall, ..State::default() };
@@ -258,10 +263,25 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         &mut self.datapath
     }
 
-    /// Reads everything; whether that is what is wanted is another matter.
-    fn observe(&mut self) -> Result<State, Error> {
+    /// Reads everything, which probably has these elements; whether it is what is wanted is another
+    /// matter.
+    fn observe(&mut self, expected: Option<&Elements>) -> Result<State, Error> {
         self.in_step = false;
-        self.datapath.observe().map_err(Error::Observe)
+        let observed = match expected.filter(|elements| elements.len() >= MANY) {
+            Some(expected) => self.datapath.observe_expecting(expected),
+            None => self.datapath.observe(),
+        };
+        observed.map_err(Error::Observe)
+    }
+
+    /// Reads everything, to carry out a plan: what was wanted before is there, or after a restart
+    /// about what is wanted now.
+    fn observe_before(&mut self, draft: &Draft) -> Result<State, Error> {
+        let wanted = self.wanted.take();
+        let expected = wanted.as_ref().and_then(State::elements);
+        let observed = self.observe(expected.or(Some(draft.elements())));
+        self.wanted = wanted;
+        observed
     }
 
     /// What may have changed since everything was as it is wanted.
@@ -277,7 +297,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
                 self.make_quietly(changes)
             }
             Drift::Unknown => {
-                let observed = self.observe()?;
+                let observed = self.observe(wanted.elements())?;
                 let changes = Changes::between(&observed, wanted);
                 self.make(changes, &observed, wanted)
             }

@@ -106,6 +106,11 @@ impl State {
         }
     }
 
+    /// What its sets hold, if it has the table.
+    pub(crate) fn elements(&self) -> Option<&Elements> {
+        self.firewall.as_ref().map(|firewall| &firewall.elements)
+    }
+
     /// Whether there is nothing.
     pub fn is_empty(&self) -> bool {
         *self == Self::default()

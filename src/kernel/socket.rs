@@ -7,6 +7,7 @@ use netlink_sys::{Socket as RawSocket, SocketAddr};
 
 mod epoll;
 mod option;
+pub(crate) mod program;
 
 pub(crate) use epoll::Epoll;
 pub(crate) use option::Instruction;
@@ -85,6 +86,11 @@ impl Socket {
     /// Makes the kernel drop the messages for which the program returns 0.
     pub(crate) fn filter(&self, program: &[Instruction]) -> io::Result<()> {
         option::attach_filter(self.inner.as_fd(), program)
+    }
+
+    /// Makes the kernel drop nothing again.
+    pub(crate) fn unfilter(&self) -> io::Result<()> {
+        option::detach_filter(self.inner.as_fd())
     }
 
     /// Begins to receive what the kernel tells a group.

@@ -35,18 +35,27 @@ pub(crate) struct Index {
     pub(super) no_table: Option<usize>,
 }
 
-impl Index {
-    /// Plans for these policies.
+/// A plan as far as it goes without marks and tables.
+#[derive(Debug)]
+pub(crate) struct Draft {
+    world: World,
+    policies: Policies,
+    v4: Classes<u32>,
+    v6: Classes<u128>,
+    used: BTreeMap<usize, usize>,
+    spoken: BTreeMap<IpAddr, usize>,
+    elements: Elements,
+}
+
+impl Draft {
+    /// Checks the input, and finds every source its class.
     pub(crate) fn new<P: Policy>(
         cluster: &Cluster,
         policies: impl IntoIterator<Item = P>,
-        marks: &mut dyn MarkAllocator,
-        tables: &mut dyn TableAllocator,
-    ) -> Result<(Self, State), PlanError> {
+    ) -> Result<Self, PlanError> {
         let world = World::new(cluster)?;
         xtables::check(&world)?;
         let policies = Policies::new(policies, &world)?;
-        reserve_given(cluster, marks)?;
         let (mut used, mut speaks) = (BTreeMap::new(), BTreeMap::new());
         for (_, kept) in policies.iter() {
             for (_, role) in roles(kept, &world) {
@@ -58,28 +67,52 @@ impl Index {
                 *speaks.entry(address).or_default() += 1;
             }
         }
+        let (v4, v6, elements) = classes(&policies);
+        Ok(Self { world, policies, v4, v6, used, spoken: speaks, elements })
+    }
+
+    /// Elements of the sets of sources and classes, which depend on no mark.
+    pub(crate) const fn elements(&self) -> &Elements {
+        &self.elements
+    }
+
+    /// The whole plan.
+    pub(crate) fn number(
+        self,
+        marks: &mut dyn MarkAllocator,
+        tables: &mut dyn TableAllocator,
+    ) -> Result<(Index, State), PlanError> {
+        let Self { world, policies, v4, v6, used, spoken, elements } = self;
+        reserve_given(&world.cluster, marks)?;
         let gateways = numbered(used.keys().copied(), &world, marks, tables)?;
-        let (closing, no_table) = closing_table(cluster, &gateways, tables)?;
-        let mut elements = BTreeMap::new();
-        let v4 = Classes::new(&policies, &mut elements);
-        let v6 = Classes::new(&policies, &mut elements);
-        let spoken = speaks;
-        let index = Self { world, policies, v4, v6, used, spoken, gateways, closing, no_table };
+        let (closing, no_table) = closing_table(&world.cluster, &gateways, tables)?;
+        let index = Index { world, policies, v4, v6, used, spoken, gateways, closing, no_table };
         let state = index.state(elements);
         Ok((index, state))
     }
+}
 
+/// The classes of all policies, and the elements of their sets.
+fn classes(policies: &Policies) -> (Classes<u32>, Classes<u128>, Elements) {
+    let mut elements = BTreeMap::new();
+    let v4 = Classes::new(policies, &mut elements);
+    let v6 = Classes::new(policies, &mut elements);
+    let mut elements: Elements = elements.into_iter().collect();
+    elements.fill_sources(v4.sources(), v6.sources());
+    (v4, v6, elements)
+}
+
+impl Index {
     /// Makes everything that follows from the policies anew.
     pub(super) fn renew(&mut self) -> State {
         self.policies.number();
-        let mut elements = BTreeMap::new();
-        self.v4 = Classes::new(&self.policies, &mut elements);
-        self.v6 = Classes::new(&self.policies, &mut elements);
+        let elements;
+        (self.v4, self.v6, elements) = classes(&self.policies);
         self.state(elements)
     }
 
-    /// The state, of the elements of classes and ranges.
-    fn state(&self, mut elements: BTreeMap<Key, Value>) -> State {
+    /// The state, of the elements of sources and classes.
+    fn state(&self, mut elements: Elements) -> State {
         let (mut state, fixed) = self.parts();
         if let Backend::Iptables(iptables) = self.world.cluster.backend {
             state.firewall = None;
@@ -94,10 +127,8 @@ impl Index {
             elements.extend(ways_out(&self.world, kept, &self.gateways));
         }
         elements.extend(self.spoken.keys().map(|address| (Key::Eip(*address), NOTHING)));
-        let mut all: Elements = elements.into_iter().collect();
-        all.fill_sources(self.v4.sources(), self.v6.sources());
         if let Some(firewall) = &mut state.firewall {
-            firewall.elements = all;
+            firewall.elements = elements;
         }
         state
     }

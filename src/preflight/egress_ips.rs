@@ -8,6 +8,9 @@ use super::{Preflight, Problem, Wearer};
 impl Preflight<'_> {
     pub(super) fn judge_egress_ips(&self, facts: &Facts, problems: &mut Vec<Problem>) {
         for (ip, wearer) in &self.egress_ips {
+            if wearer.pods > Problem::PORTS {
+                problems.push(Problem::PortsFew { address: *ip, pods: wearer.pods });
+            }
             match (facts.addresses.iter().find(|found| found.ip == *ip), wearer.here) {
                 (Some(found), true) => problems.extend(self.judge_own(facts, found)),
                 (Some(found), false) => problems.push(elsewhere(found, wearer)),

@@ -143,6 +143,20 @@ pub enum Problem {
         /// How many are not.
         free: u32,
     },
+    /// There are fewer routing tables for us than gateways.
+    #[error(
+        "{gateways} gateways need a routing table each, and {free} of {start} to {end} are free"
+    )]
+    TablesFew {
+        /// First table of the range.
+        start: u32,
+        /// Last table of the range.
+        end: u32,
+        /// How many nobody else uses.
+        free: u32,
+        /// How many gateways the policies name, besides this node.
+        gateways: u32,
+    },
     /// Another VXLAN device has our VNI and port.
     #[error("VXLAN device {device} has our VNI {vni} and our UDP port {port}")]
     VxlanTaken {
@@ -257,6 +271,18 @@ pub enum Problem {
         /// A policy that wears it.
         policy: PolicyId,
     },
+    /// More pods wear an egress IP than it has ports.
+    #[error(
+        "{pods} pods wear egress IP {address}, and it has ports for {} connections at a time to \
+         one destination",
+        Self::PORTS
+    )]
+    PortsFew {
+        /// The address.
+        address: IpAddr,
+        /// Single sources of the policies that wear it on this node.
+        pods: usize,
+    },
     /// An egress IP is on the loopback device, and the uplink does not answer for it.
     #[error("egress IP {address} is on lo, and {device} does not answer for it")]
     EgressIpSilent {
@@ -300,6 +326,10 @@ pub enum Problem {
 }
 
 impl Problem {
+    /// Ports that an egress IP has for one address, port and protocol outside: from 1024 on
+    /// (`nf_nat_l4proto_unique_tuple` in `net/netfilter/nf_nat_core.c`).
+    pub const PORTS: usize = 64_512;
+
     /// How bad it is.
     pub fn severity(&self) -> Severity {
         match self {
@@ -315,6 +345,7 @@ impl Problem {
             | Self::PortTaken { .. }
             | Self::NameTaken { .. }
             | Self::NoUnderlay { .. }
+            | Self::TablesFew { .. }
             | Self::TablesTaken { free: 0, .. } => Severity::Broken,
             Self::UnderlayMtu { found, said, .. } if found < said => Severity::Broken,
             Self::StrictOverlay { .. }
@@ -327,6 +358,7 @@ impl Problem {
             | Self::LegacyIptables { both: true, .. }
             | Self::EgressIpElsewhere { .. }
             | Self::EgressIpPreferred { .. }
+            | Self::PortsFew { .. }
             | Self::ConntrackFull { .. } => Severity::Risk,
             Self::StrictByDefault
             | Self::MarkInReversePath { .. }

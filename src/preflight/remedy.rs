@@ -90,6 +90,8 @@ impl Problem {
             Self::LocalRuleLate { .. } => {
                 "move the rule for the local table ahead, or give the cluster a higher priority"
             }
+            Self::TablesFew { .. } => "choose a larger range of routing tables",
+            Self::PortsFew { .. } => "give some of these policies another egress IP",
             Self::TablesTaken { free: 0, .. } => "choose another range of routing tables",
             Self::TablesTaken { .. } => "nothing, if enough are free for the gateways in use",
             Self::Predecessor { .. } => {

@@ -27,12 +27,17 @@ impl Preflight<'_> {
         let range = self.tables;
         let taken = range.iter().filter(|table| facts.tables.contains(&table.get())).count();
         let taken = u32::try_from(taken).unwrap_or(u32::MAX);
-        if taken > 0 {
+        let free = range.len().saturating_sub(taken);
+        let gateways = u32::try_from(self.gateways.len()).unwrap_or(u32::MAX);
+        if free < gateways {
+            let (start, end) = (range.start(), range.end());
+            problems.push(Problem::TablesFew { start, end, free, gateways });
+        } else if taken > 0 {
             problems.push(Problem::TablesTaken {
                 start: range.start(),
                 end: range.end(),
                 taken,
-                free: range.len().saturating_sub(taken),
+                free,
             });
         }
     }

@@ -197,7 +197,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         drift: Drift,
     ) -> Result<Changes, Error> {
         let observed = match drift {
-            Drift::Unknown => self.observe()?,
+            Drift::Unknown => self.observe(before.elements())?,
             Drift::Rest => {
                 self.in_step = false;
                 let rest = self.datapath.observe_rest().map_err(Error::Observe)?;

@@ -5,17 +5,21 @@ use std::fmt;
 use std::iter::{Chain, Map, Peekable};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::Bound;
+use std::sync::Arc;
 
 use super::firewall::{Data, Key, Tag, Value};
+#[cfg(any(test, all(feature = "kernel", target_os = "linux")))]
+use crate::{state::Set, types::Family};
 
 /// Elements by key, in the order of the keys.
 ///
 /// A map like any other, except that it hands out copies: a pod's address and its class, of which
-/// there may be a million, take a dozen bytes instead of a hundred.
+/// there may be a million, take a dozen bytes instead of a hundred, and are shared by copies of the
+/// whole until one of them changes.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct Elements {
-    v4: BTreeMap<u32, Tag>,
-    v6: BTreeMap<u128, Tag>,
+    v4: Arc<BTreeMap<u32, Tag>>,
+    v6: Arc<BTreeMap<u128, Tag>>,
     /// All but sources with a class and no comment.
     rest: BTreeMap<Key, Value>,
 }
@@ -80,8 +84,8 @@ impl Elements {
     /// Adds an element; gives the value that it had before.
     pub fn insert(&mut self, key: Key, value: Value) -> Option<Value> {
         let before = match (small(&value), place(&key)) {
-            (Some(tag), Place::V4(address)) => self.v4.insert(address, tag),
-            (Some(tag), Place::V6(address)) => self.v6.insert(address, tag),
+            (Some(tag), Place::V4(address)) => Arc::make_mut(&mut self.v4).insert(address, tag),
+            (Some(tag), Place::V6(address)) => Arc::make_mut(&mut self.v6).insert(address, tag),
             _ => {
                 let before = self.remove_small(&key);
                 return self.rest.insert(key, value).or(before.map(large));
@@ -93,8 +97,8 @@ impl Elements {
 
     fn remove_small(&mut self, key: &Key) -> Option<Tag> {
         match place(key) {
-            Place::V4(address) => self.v4.remove(&address),
-            Place::V6(address) => self.v6.remove(&address),
+            Place::V4(address) => Arc::make_mut(&mut self.v4).remove(&address),
+            Place::V6(address) => Arc::make_mut(&mut self.v6).remove(&address),
             Place::Rest => None,
         }
     }
@@ -106,16 +110,56 @@ impl Elements {
 
     /// Keeps the elements for which `keep` holds.
     pub fn retain(&mut self, mut keep: impl FnMut(&Key, &Value) -> bool) {
-        self.v4.retain(|address, tag| keep(&v4((address, tag)).0, &large(*tag)));
-        self.v6.retain(|address, tag| keep(&v6((address, tag)).0, &large(*tag)));
+        let (small4, small6) = (Arc::make_mut(&mut self.v4), Arc::make_mut(&mut self.v6));
+        small4.retain(|address, tag| keep(&v4((address, tag)).0, &large(*tag)));
+        small6.retain(|address, tag| keep(&v6((address, tag)).0, &large(*tag)));
         self.rest.retain(|key, value| keep(key, value));
     }
 
     /// The elements in the order of their keys.
     pub fn iter(&self) -> Iter<'_> {
-        let v4: Small<'_, u32> = self.v4.iter().map(v4);
-        let v6: Small<'_, u128> = self.v6.iter().map(v6);
-        Iter { small: v4.chain(v6).peekable(), rest: self.rest.iter().peekable(), left: self.len() }
+        Self::walk(&self.v4, &self.v6, &self.rest)
+    }
+
+    fn walk<'a>(
+        small4: &'a BTreeMap<u32, Tag>,
+        small6: &'a BTreeMap<u128, Tag>,
+        rest: &'a BTreeMap<Key, Value>,
+    ) -> Iter<'a> {
+        let left = small4.len() + small6.len() + rest.len();
+        let small: Small<'_, u32> = small4.iter().map(v4);
+        let small = small.chain(small6.iter().map(v6 as fn(_) -> _)).peekable();
+        Iter { small, rest: rest.iter().peekable(), left }
+    }
+
+    /// The elements, without those of which the other is known to have the same.
+    pub(crate) fn apart_from(&self, other: &Self) -> Iter<'_> {
+        static NONE: (BTreeMap<u32, Tag>, BTreeMap<u128, Tag>) = (BTreeMap::new(), BTreeMap::new());
+        let small4 = if Arc::ptr_eq(&self.v4, &other.v4) { &NONE.0 } else { &*self.v4 };
+        let small6 = if Arc::ptr_eq(&self.v6, &other.v6) { &NONE.1 } else { &*self.v6 };
+        Self::walk(small4, small6, &self.rest)
+    }
+
+    /// The elements of one set, in no order that means anything.
+    #[cfg(any(test, all(feature = "kernel", target_os = "linux")))]
+    pub(crate) fn of(&self, set: Set) -> impl Iterator<Item = (Key, Value)> + '_ {
+        let small4 = (set == Set::Source(Family::V4)).then(|| self.v4.iter().map(v4));
+        let small6 = (set == Set::Source(Family::V6)).then(|| self.v6.iter().map(v6));
+        let small = small4.into_iter().flatten().chain(small6.into_iter().flatten());
+        let rest = self.rest.iter().filter(move |(key, _)| key.set() == set);
+        small.chain(rest.map(|(key, value)| (*key, value.clone())))
+    }
+
+    /// Takes the elements of a set from the other; it has none of them.
+    #[cfg(any(test, all(feature = "kernel", target_os = "linux")))]
+    pub(crate) fn take_over(&mut self, other: &Self, set: Set) {
+        match set {
+            Set::Source(Family::V4) if self.v4.is_empty() => self.v4 = Arc::clone(&other.v4),
+            Set::Source(Family::V6) if self.v6.is_empty() => self.v6 = Arc::clone(&other.v6),
+            _ => return self.extend(other.of(set)),
+        }
+        let rest = other.rest.iter().filter(|(key, _)| key.set() == set);
+        self.rest.extend(rest.map(|(key, value)| (*key, value.clone())));
     }
 
     /// The keys in order.
@@ -146,8 +190,8 @@ impl Elements {
         v6: impl IntoIterator<Item = (u128, Tag)>,
     ) {
         // Made at once from what is in order, the nodes of the trees are full.
-        self.v4 = v4.into_iter().collect();
-        self.v6 = v6.into_iter().collect();
+        self.v4 = Arc::new(v4.into_iter().collect());
+        self.v6 = Arc::new(v6.into_iter().collect());
     }
 }
 
@@ -280,6 +324,20 @@ mod tests {
                 prop_assert_eq!(ours.iter().collect::<Vec<_>>(), same);
             }
             prop_assert_eq!(&ours.iter().collect::<Elements>(), &ours);
+            let (mut parted, sets) = (Elements::default(), ours.keys().map(|key| key.set()));
+            for set in sets.collect::<std::collections::BTreeSet<_>>() {
+                parted.take_over(&ours, set);
+                let of: BTreeMap<_, _> = ours.of(set).collect();
+                let plain = plain.clone().into_iter().filter(|(key, _)| key.set() == set);
+                prop_assert_eq!(of, plain.collect::<BTreeMap<_, _>>());
+            }
+            prop_assert_eq!(&parted, &ours);
+            prop_assert!(parted.apart_from(&ours).all(|(key, value)| small(&value).is_none()
+                || !matches!(key, Key::Source(_))));
+            prop_assert!(ours.apart_from(&Elements::default()).eq(ours.iter()));
+            let copy = ours.clone();
+            parted.insert(Key::Source(Ipv4Addr::new(1, 2, 3, 4).into()), large(Tag::HERE));
+            prop_assert_eq!(&copy, &ours);
             let noted = |value: &Value| value.comment.is_some();
             ours.retain(|_, value| noted(value));
             plain.retain(|_, value| noted(value));

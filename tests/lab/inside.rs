@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::env;
 use std::os::fd::{AsFd, OwnedFd};
 
-use egress_datapath::state::Variant;
+use egress_datapath::state::{Elements, Variant};
 use egress_datapath::{
     ApplyError, Backend, Changes, Connection, Datapath, Iptables, IptablesDatapath, KernelDatapath,
     KernelError, State,
@@ -50,6 +50,12 @@ impl<D: Datapath> Datapath for Inside<D> {
     fn observe(&mut self) -> Result<State, KernelError> {
         let Self { namespace, inner } = self;
         inside(namespace.as_fd(), || inner.observe()).map_err(|_| lost("observe"))?
+    }
+
+    fn observe_expecting(&mut self, expected: &Elements) -> Result<State, KernelError> {
+        let Self { namespace, inner } = self;
+        let observe = || inner.observe_expecting(expected);
+        inside(namespace.as_fd(), observe).map_err(|_| lost("observe"))?
     }
 
     fn stale_connections(

@@ -7,10 +7,16 @@ use super::{Answered, Request, ask, chain, element, expr, generation, kind, rang
 use crate::error::{KernelError, errno};
 use crate::kernel::socket::Socket;
 use crate::kernel::wire::{Attributes, Malformed, Writer, flag};
-use crate::state::{ChainId, Firewall, Key, NFT_TABLE, Set, Stray, Value};
+use crate::state::{ChainId, Elements, Firewall, Key, NFT_TABLE, Set, Stray, Value};
+
+mod proof;
 
 /// Times that the table is read until nobody changes anything meanwhile.
 const ATTEMPTS: usize = 5;
+
+/// Elements of a set that are as well listed as asked for one by one: about where the two cost the
+/// same.
+const FEW: usize = 8192;
 
 /// Pauses between listings of one set double up to this, which makes a second of them all.
 const LONGEST_PAUSE: Duration = Duration::from_millis(1024);
@@ -22,17 +28,18 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(1024);
 /// rules, or again.
 #[cfg(test)]
 pub(in super::super) fn observe(socket: &mut Socket) -> Result<Option<Firewall>, KernelError> {
-    observe_at(socket).map(|(firewall, _)| firewall)
+    observe_at(socket, None).map(|(firewall, _)| firewall)
 }
 
-/// The same, and the generation of the rules that it was read in.
+/// The same, and the generation of the rules that it was read in; `expected` is what its sets
+/// probably hold.
 pub(in super::super) fn observe_at(
     socket: &mut Socket,
+    expected: Option<&Elements>,
 ) -> Result<(Option<Firewall>, u32), KernelError> {
     for _ in 0..ATTEMPTS {
         let generation_before = generation(socket)?;
-        let mut reader =
-            Reader { socket: &mut *socket, generation: low_half(generation_before), moved: false };
+        let mut reader = Reader::new(&mut *socket, generation_before, expected);
         let read = reader.table();
         let moved = reader.moved;
         if generation(socket)? == generation_before && !moved {
@@ -53,11 +60,17 @@ const fn low_half(generation: u32) -> u16 {
 struct Reader<'a> {
     socket: &'a mut Socket,
     generation: u16,
+    /// What the sets probably hold.
+    expected: Option<&'a Elements>,
     /// Whether something was changed since the reading began.
     moved: bool,
 }
 
-impl Reader<'_> {
+impl<'a> Reader<'a> {
+    const fn new(socket: &'a mut Socket, generation: u32, expected: Option<&'a Elements>) -> Self {
+        Self { socket, generation: low_half(generation), expected, moved: false }
+    }
+
     fn ask(
         &mut self,
         request: &Request<'_>,
@@ -141,6 +154,18 @@ impl Reader<'_> {
         least: usize,
         firewall: &mut Firewall,
     ) -> Result<(), KernelError> {
+        if let Some(expected) = self.expected.filter(|_| least > FEW) {
+            if let Some(differences) = self.differences(set, least, expected)? {
+                firewall.elements.take_over(expected, set);
+                for (key, value) in differences {
+                    match value {
+                        Some(value) => firewall.elements.insert(key, value),
+                        None => firewall.elements.remove(&key),
+                    };
+                }
+                return Ok(());
+            }
+        }
         let mut pause = Duration::from_millis(1);
         while pause < LONGEST_PAUSE {
             match self.list(set)? {
@@ -186,7 +211,7 @@ impl Reader<'_> {
             // Deleted since the sets were listed; the generation says so, too.
             Err(error) if error.errno() == Some(errno::ENOENT) => {
                 self.moved = true;
-                return Ok(List::Elements(Elements::new()));
+                return Ok(List::Elements(Listed::new()));
             }
             other => other?,
         }
@@ -284,11 +309,11 @@ fn collect(list: &mut Option<Vec<element::Found>>, found: Option<element::Found>
     }
 }
 
-type Elements = BTreeMap<Key, Value>;
+type Listed = BTreeMap<Key, Value>;
 
 /// What one listing of a set's elements came to.
 enum List {
-    Elements(Elements),
+    Elements(Listed),
     /// There are some that we never write.
     NotOurs,
     /// Some came twice.
@@ -297,7 +322,7 @@ enum List {
 
 fn decode(set: Set, mut found: Vec<element::Found>) -> List {
     let count = found.len();
-    let elements: Option<Elements> = if set.is_interval() {
+    let elements: Option<Listed> = if set.is_interval() {
         found.sort_by(|a, b| (&a.key, a.is_end).cmp(&(&b.key, b.is_end)));
         found.dedup_by(|a, b| a.key == b.key && a.is_end == b.is_end);
         if found.len() < count {

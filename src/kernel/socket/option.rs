@@ -40,8 +40,9 @@ mod number {
     pub(super) const SO_RCVBUFFORCE: c_int = 0x100b;
 }
 
-/// The same number everywhere.
+/// The same numbers everywhere.
 const SO_ATTACH_FILTER: c_int = 26;
+const SO_DETACH_FILTER: c_int = 27;
 
 unsafe extern "C" {
     /// `setsockopt(2)`; every Linux program of std is linked with the C library.
@@ -102,6 +103,11 @@ pub(in super::super) fn attach_filter(
     // The kernel reads `length` instructions from the pointer, which is as many as `program` has,
     // borrowed until `set` returns, and copies them.
     set(socket, SO_ATTACH_FILTER, &Program { length, instructions: program.as_ptr() })
+}
+
+/// Has the kernel pass every datagram again.
+pub(in super::super) fn detach_filter(socket: BorrowedFd<'_>) -> io::Result<()> {
+    set(socket, SO_DETACH_FILTER, &0)
 }
 
 /// What `setsockopt` may read: numbers, and pointers that the kernel follows only to read.
@@ -173,6 +179,10 @@ mod tests {
         assert_eq!(there.recv(&mut bytes).unwrap(), 5);
         assert_eq!(bytes[..5], [1, 2, 3, 5, 5]);
         assert!(there.recv(&mut bytes).is_err());
+        detach_filter(there.as_fd()).unwrap();
+        here.send(&[1, 2, 3, 4, 5]).unwrap();
+        assert_eq!(there.recv(&mut bytes).unwrap(), 5);
+        assert!(detach_filter(there.as_fd()).is_err());
     }
 
     #[test]

@@ -3,8 +3,9 @@
 //! A handful of instructions per message, which is less than to queue it: what they drop costs no
 //! memory and wakes nobody.
 
-use crate::kernel::socket::Instruction;
+use crate::kernel::socket::{Instruction, program};
 use crate::state::PROTOCOL;
+use program::{ACCEPT, DROP, FLAGS, PORT, TYPE, as_loaded, at_least, byte, half, has, is, word};
 
 /// `NETLINK_ROUTE`.
 pub(super) const ROUTE: isize = 0;
@@ -16,48 +17,9 @@ pub(super) const REPLACE: u16 = 0x100;
 /// The first of the kernel's own tables; the byte of a message has 252 for large numbers.
 pub(super) const OWN_TABLES: u8 = 253;
 
-// Offsets in the message: `struct nlmsghdr`, then `struct rtmsg`.
-const TYPE: u32 = 4;
-const FLAGS: u32 = 6;
-const PORT: u32 = 12;
+// Offsets in the message, behind `struct nlmsghdr`: `struct rtmsg`.
 const TABLE: u32 = 20;
 const ROUTE_PROTOCOL: u32 = 21;
-
-const fn load(code: u16, offset: u32) -> Instruction {
-    Instruction { code, yes: 0, no: 0, value: offset }
-}
-
-const fn word(offset: u32) -> Instruction {
-    load(0x20, offset)
-}
-
-const fn half(offset: u32) -> Instruction {
-    load(0x28, offset)
-}
-
-const fn byte(offset: u32) -> Instruction {
-    load(0x30, offset)
-}
-
-const fn is(value: u32, yes: u8, no: u8) -> Instruction {
-    Instruction { code: 0x15, yes, no, value }
-}
-
-const fn at_least(value: u32, yes: u8, no: u8) -> Instruction {
-    Instruction { code: 0x35, yes, no, value }
-}
-
-const fn has(bits: u32, yes: u8, no: u8) -> Instruction {
-    Instruction { code: 0x45, yes, no, value: bits }
-}
-
-const ACCEPT: Instruction = load(0x06, u32::MAX);
-const DROP: Instruction = load(0x06, 0);
-
-/// A filter loads everything as if it were big-endian; headers are in the machine's own order.
-fn as_loaded(value: u16) -> u32 {
-    u32::from(u16::from_be_bytes(value.to_ne_bytes()))
-}
 
 /// Drops what was asked for from this port, and routes that neither are ours nor can have taken
 /// the place of one that is.
@@ -87,45 +49,7 @@ pub(super) fn netfilter(port: u32) -> [Instruction; 4] {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// What the kernel's interpreter does, as far as the programs need it.
-    fn run(program: &[Instruction], bytes: &[u8]) -> bool {
-        let (mut at, mut accumulator) = (0, 0_u32);
-        loop {
-            let Instruction { code, yes, no, value } = program[at];
-            let load = |width| {
-                let offset = value as usize;
-                bytes
-                    .get(offset..offset + width)
-                    .map(|bytes| bytes.iter().fold(0, |sum, byte| (sum << 8) | u32::from(*byte)))
-            };
-            let jump = |holds| usize::from(if holds { yes } else { no });
-            at += 1;
-            let loaded = match code {
-                0x20 => load(4),
-                0x28 => load(2),
-                0x30 => load(1),
-                0x15 => {
-                    at += jump(accumulator == value);
-                    continue;
-                }
-                0x35 => {
-                    at += jump(accumulator >= value);
-                    continue;
-                }
-                0x45 => {
-                    at += jump(accumulator & value != 0);
-                    continue;
-                }
-                0x06 => return value != 0,
-                other => panic!("{other:#x}"),
-            };
-            match loaded {
-                Some(loaded) => accumulator = loaded,
-                None => return false,
-            }
-        }
-    }
+    use program::tests::run;
 
     fn message(kind: u16, flags: u16, port: u32, table: u8, protocol: u8) -> Vec<u8> {
         let mut bytes = vec![28, 0, 0, 0];

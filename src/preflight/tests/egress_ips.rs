@@ -64,3 +64,21 @@ fn an_ipv6_address_that_the_host_would_use_itself() {
     let device = "eth0".to_owned();
     assert_eq!(judge_for(&cluster(), &here, &facts), [Problem::EgressIpSilent { address, device }]);
 }
+
+#[test]
+fn more_pods_than_an_address_has_ports() {
+    let mut facts = facts();
+    facts.addresses.push(address("198.51.100.7", "eth0"));
+    let of = |id: &str, gateway, first: u32, count: u32| {
+        let pods = (first..first + count).map(|n| std::net::Ipv4Addr::from_bits(0x0af4_0000 + n));
+        let sources = pods.map(|pod| IpNet::from(IpAddr::from(pod))).collect();
+        EgressPolicy { id: id.parse().unwrap(), sources, ..policy(gateway, EIP) }
+    };
+    let judge = |policies: &[EgressPolicy]| Preflight::new(&cluster(), policies).judge(&facts);
+    let (one, other) = (of("one", "node-a", 0, 64_000), of("other", "node-a", 64_000, 512));
+    assert_eq!(judge(&[one.clone(), other.clone(), of("far", "node-b", 0, 9)]), []);
+    let few = Problem::PortsFew { address: ip("198.51.100.7"), pods: 64_513 };
+    assert_eq!(judge(&[one, other, of("last", "node-a", 64_512, 1)]), std::slice::from_ref(&few));
+    assert_eq!(few.severity(), Severity::Risk);
+    assert!(few.to_string().contains("64512 connections"), "{few}");
+}

@@ -106,9 +106,34 @@ fn tables_in_use() {
     assert_eq!(judge(3), std::slice::from_ref(&taken));
     assert_eq!(taken.severity(), Severity::Note);
     facts.tables.insert(3000);
-    let all = Preflight::new(&cluster, [&policy]).with_tables(range(2)).judge(&facts);
+    let here = self::policy("node-a", EIP);
+    facts.addresses.push(address("198.51.100.7", "eth0"));
+    let all = Preflight::new(&cluster, [&here]).with_tables(range(2)).judge(&facts);
     assert_eq!(all, [Problem::TablesTaken { start: 3000, end: 3002, taken: 3, free: 0 }]);
     assert_eq!(all[0].severity(), Severity::Broken);
+}
+
+#[test]
+fn fewer_tables_than_gateways() {
+    let (mut cluster, mut facts) = (cluster(), facts());
+    let third = Node::new(
+        "node-c".parse().unwrap(),
+        vec![[192, 0, 2, 3].into()],
+        vec!["172.31.0.3/16".parse().unwrap()],
+    );
+    cluster.nodes.push(third);
+    let to = |gateway: &str| {
+        let id = gateway.parse().unwrap();
+        EgressPolicy { id, ..policy(gateway, EIP) }
+    };
+    let policies = ["node-b", "node-c", "node-c"].map(to);
+    let range = TableRange::new(3000, 1).unwrap();
+    let judge = |facts: &_| Preflight::new(&cluster, &policies).with_tables(range).judge(facts);
+    assert_eq!(judge(&facts), []);
+    facts.tables.insert(3001);
+    let few = Problem::TablesFew { start: 3000, end: 3001, free: 1, gateways: 2 };
+    assert_eq!(judge(&facts), std::slice::from_ref(&few));
+    assert_eq!(few.severity(), Severity::Broken);
 }
 
 #[test]

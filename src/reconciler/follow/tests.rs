@@ -7,6 +7,8 @@ use proptest::sample::select;
 use super::*;
 use crate::error::{ApplyError, KernelError};
 use crate::plan::{PlanError, PolicyError, plan, with_few_tags};
+use crate::state::Set;
+use crate::types::Family;
 use crate::{
     Destinations, EgressIp, EgressPolicy, MarkPool, Node, NodeName, PolicyId, Sim, TablePool,
     TableRange,
@@ -43,6 +45,8 @@ struct Known {
     reads: usize,
     listed: Vec<Option<IpAddr>>,
     connections: Vec<Connection>,
+    /// How many single sources it was told to expect, each time.
+    expected: Vec<usize>,
 }
 
 impl Datapath for Known {
@@ -50,6 +54,11 @@ impl Datapath for Known {
         self.reads += 1;
         self.drift = Some(Drift::None);
         self.sim.observe()
+    }
+
+    fn observe_expecting(&mut self, expected: &Elements) -> Result<State, KernelError> {
+        self.expected.push(expected.of(Set::Source(Family::V4)).count());
+        self.observe()
     }
 
     fn drift(&mut self) -> Drift {
@@ -431,4 +440,26 @@ fn a_contradiction_changes_nothing() {
     let error = egress.update([unknown]).unwrap_err();
     assert_eq!(error.to_string(), "policy q is not one of those that are wanted");
     check(&mut egress, &[(id("p"), one_policy())].into());
+}
+
+#[test]
+fn of_a_large_table_what_was_wanted_is_expected_or_after_a_restart_what_the_plan_says() {
+    let policy = |count: u32| {
+        let address = |n: u32| IpAddr::from((0x0af4_0000 + n).to_be_bytes());
+        let sources = (0..count).map(|n| IpNet::from(address(n))).collect();
+        let eip = EgressIp::V4([198, 51, 100, 1].into());
+        let id = PolicyId::new("p").unwrap();
+        EgressPolicy { gateway: Some(name("b")), ..EgressPolicy::new(id, sources, eip) }
+    };
+    let mut egress = Reconciler::new(Known::default());
+    let _report = egress.reconcile(&cluster(), [policy(9000)]).unwrap();
+    assert_eq!(egress.datapath().expected, [9000]);
+    let _report = egress.reconcile(&cluster(), [policy(9001)]).unwrap();
+    assert_eq!(egress.datapath().expected, [9000, 9000]);
+    assert!(egress.audit().unwrap().changes.is_empty());
+    assert_eq!(egress.datapath().expected, [9000, 9000, 9001]);
+    let _report = egress.remove().unwrap();
+    assert_eq!(egress.datapath().expected, [9000, 9000, 9001, 9001]);
+    let _report = egress.reconcile(&cluster(), [policy(9)]).unwrap();
+    assert_eq!(egress.datapath().expected.len(), 4, "a few are as well listed");
 }
