@@ -17,7 +17,7 @@ use variant::Variant;
 
 mod frame;
 #[allow(dead_code, reason = "the tests need more of it")]
-#[path = "../../tests/lab/netns.rs"]
+#[path = "../../src/testing/lab/netns.rs"]
 mod netns;
 mod ours;
 mod path;
@@ -25,7 +25,7 @@ mod plot;
 mod port;
 mod report;
 #[allow(dead_code, reason = "the tests need more of it")]
-#[path = "../../tests/lab/rtnl.rs"]
+#[path = "../../src/testing/lab/rtnl.rs"]
 mod rtnl;
 mod seed;
 mod variant;
@@ -53,7 +53,7 @@ const QUICK: Extent = Extent { rounds: 21, ours: &[1, 100], seed: &[1, 10], gate
 fn main() -> Result {
     let quick = std::env::args().any(|argument| argument == "--quick");
     let extent = if quick { QUICK } else { FULL };
-    netns::enter_user_namespace()?;
+    netns::isolate()?;
     let mut variants = variants(&extent)?;
     // The receiving half of the path runs where the sending one does.
     let mut here = CpuSet::new();
