@@ -12,6 +12,7 @@ mod closed;
 mod conforms;
 mod connections;
 mod decoys;
+mod explained;
 #[cfg(feature = "testing")]
 mod faults;
 mod fleet;
