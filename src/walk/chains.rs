@@ -142,7 +142,8 @@ impl Walk<'_> {
             Stmt::MarkIn { mask, set: Set::Gateway } => {
                 holds(firewall, &Key::Gateway(Mark::new(skb.mark & mask)))
             }
-            Stmt::MarkIn { .. } => false,
+            // What opens a connection is taken to be where one begins.
+            Stmt::MarkIn { .. } | Stmt::TcpWithoutSyn => false,
             Stmt::SourceIn(set) => has_address(firewall, *set, source) == Some(true),
             Stmt::SourceNotIn(set) => has_address(firewall, *set, source) == Some(false),
             Stmt::DestinationIn(set) => has_address(firewall, *set, destination) == Some(true),
@@ -164,8 +165,6 @@ impl Walk<'_> {
                 true
             }
             Stmt::UdpPort(port) => protocol == Packet::UDP && skb.packet.destination_port == *port,
-            // What opens a connection is taken to be where one begins.
-            Stmt::TcpWithoutSyn => false,
             Stmt::Icmp6Type(kind) => {
                 protocol == Packet::ICMP6 && skb.packet.destination_port >> 8 == u16::from(*kind)
             }
