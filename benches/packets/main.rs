@@ -16,7 +16,7 @@ use report::Report;
 use variant::Variant;
 
 mod frame;
-#[allow(dead_code, reason = "the tests need more of it")]
+#[allow(dead_code, unreachable_pub, reason = "the tests need more of it")]
 #[path = "../../src/testing/lab/netns.rs"]
 mod netns;
 mod ours;
@@ -24,7 +24,7 @@ mod path;
 mod plot;
 mod port;
 mod report;
-#[allow(dead_code, reason = "the tests need more of it")]
+#[allow(dead_code, unreachable_pub, reason = "the tests need more of it")]
 #[path = "../../src/testing/lab/rtnl.rs"]
 mod rtnl;
 mod seed;

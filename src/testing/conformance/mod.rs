@@ -3,8 +3,8 @@
 //! Each [`Case`] builds a [lab](super::lab) of its own, starts what is tested on every node, gives
 //! it policies and sends packets; a packet that arrives with another source than it should is a
 //! failure, and so is one that arrives and should not. What is tested is an [`Integration`], one
-//! for each node: a [`Reconciler`](egress_datapath::Reconciler) is one, a client of an operator or
-//! the call of a CNI plugin's binary can be made one.
+//! for each node: a [`Reconciler`] is one, a client of an operator or the call of a CNI plugin's
+//! binary can be made one.
 //!
 //! ```no_run
 //! use egress_datapath::testing::conformance::{CASES, run};
