@@ -155,8 +155,8 @@ fn shrunk(seed: u64, failing: usize, twins: fn() -> io::Result<Twins>) -> Number
 fn told(seed: u64, steps: &Numbered, twins: fn() -> io::Result<Twins>) -> String {
     let numbers: Vec<String> = steps.iter().map(|(number, _)| number.to_string()).collect();
     let numbers = numbers.join(",");
-    let changes: String =
-        steps.iter().map(|(at, step)| format!("of step {at}:\n{}", step.changes())).collect();
+    let changes = steps.iter().map(|(at, step)| format!("of step {at}:\n{}", step.changes()));
+    let changes = changes.collect::<Vec<_>>().concat();
     let error = difference(steps, twins).unwrap_or_default();
     format!(
         "{changes}{error}\nagain, these steps as a whole: \
@@ -171,13 +171,11 @@ fn replay(seed: u64, numbers: &str) -> Result {
     let last = numbers.iter().max().copied().unwrap_or_default();
     let steps = Steps::of(seed).enumerate().take(last + 1);
     let steps: Numbered = steps.filter(|(number, _)| numbers.contains(number)).collect();
-    match difference(&steps, Twins::new) {
-        Some(error) => Err(error.into()),
-        None => {
-            say(&format!("seed {seed}: no difference in steps {numbers:?}"));
-            Ok(())
-        }
+    if let Some(error) = difference(&steps, Twins::new) {
+        return Err(error.into());
     }
+    say(&format!("seed {seed}: no difference in steps {numbers:?}"));
+    Ok(())
 }
 
 /// Of the steps in which a wrong simulator is found out.

@@ -365,7 +365,7 @@ pub(crate) struct Sent {
 }
 
 impl Sent {
-    pub(crate) const fn add(&mut self, other: Self) {
+    pub(crate) const fn add(&mut self, other: &Self) {
         self.packets += other.packets;
         self.through += other.through;
         self.translated += other.translated;

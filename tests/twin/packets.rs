@@ -40,7 +40,7 @@ fn run(layout: MarkLayout) -> Result {
             let made = step.make(&mut fleet);
             steps.push(step);
             match made {
-                Ok(sent) => total.add(sent),
+                Ok(sent) => total.add(&sent),
                 Err(error) => {
                     say(&format!("seed {seed}, step {}: {error}", steps.len() - 1));
                     return Err(shrunk(seed, layout, &steps).into());
