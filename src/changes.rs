@@ -8,7 +8,7 @@ use std::fmt;
 use crate::connection::Connection;
 use crate::error::{ApplyError, KernelError};
 use crate::op::Op;
-use crate::state::Firewall;
+use crate::state::{Firewall, MarkBits};
 
 /// A part of a change; the order of the variants is the order of the steps.
 ///
@@ -64,6 +64,8 @@ pub enum Phase {
     EmptyGuards,
     /// Neighbours, forwarding entries and addresses that left.
     DeletePeers,
+    /// Connections that go on to another gateway.
+    MarkConnections,
     /// Answers to connections that are about to end.
     HoldAnswers,
     /// Connections that the table would now treat otherwise.
@@ -98,19 +100,35 @@ impl Changes {
         Self { steps }
     }
 
-    /// Ends connections, and holds answers to them back where the table has the sets for that.
+    /// Ends connections, and holds answers to them back where the table has the sets for that;
+    /// those that need no more than another mark get it and go on.
     ///
     /// An answer that is under way when its connection ends would open it the other way round,
     /// and the opener's packets would then leave as answers to that: with its own address.
-    pub(crate) fn end(connections: &BTreeSet<Connection>, table: Option<&Firewall>) -> Self {
+    pub(crate) fn end(
+        connections: &BTreeSet<Connection>,
+        table: Option<&Firewall>,
+        due_mark: impl Fn(&Connection) -> Option<MarkBits>,
+    ) -> Self {
         let has = |set| table.is_some_and(|table| table.sets.contains(&set));
+        let mut marked = Vec::new();
+        let mut connections = connections.clone();
+        connections.retain(|connection| {
+            let bits = due_mark(connection);
+            marked.extend(bits.map(|bits| Op::MarkConnection(*connection, bits)));
+            bits.is_none()
+        });
         let held = connections.iter().filter(|one| one.can_turn_around() && has(one.answers()));
         // Elements of one set share messages.
         let mut held: Vec<_> = held.copied().collect();
         held.sort_by_key(Connection::answers);
         let held: Vec<_> = held.into_iter().map(Op::HoldAnswers).collect();
         let ended: Vec<_> = connections.iter().copied().map(Op::EndConnection).collect();
-        let steps = [(Phase::HoldAnswers, held), (Phase::EndConnections, ended)];
+        let steps = [
+            (Phase::MarkConnections, marked),
+            (Phase::HoldAnswers, held),
+            (Phase::EndConnections, ended),
+        ];
         let steps = steps.into_iter().filter(|(_, ops)| !ops.is_empty());
         Self { steps: steps.map(|(phase, ops)| Step { phase, ops }).collect() }
     }

@@ -37,6 +37,18 @@ pub struct Cluster {
     /// and ahead of everything that has a default route.
     #[cfg_attr(feature = "serde", serde(default = "rule_priority"))]
     pub rule_priority: u32,
+    /// Whether the first packet of a connection decides for all of them; default no.
+    ///
+    /// The connection's mark then has the bits of its gateway's, and later packets from the pod are
+    /// asked for nothing else: they cost the same however many policies there are. A change
+    /// of policies takes hold of open connections when [`reconcile`](crate::Reconciler::reconcile)
+    /// or [`settle`](crate::Reconciler::settle) has looked them through, not with the first packet
+    /// behind it; until then they go on to their old gateway, which translates or drops them.
+    ///
+    /// Nothing comes of it in a layout without prefix, where the marks of connections cannot be
+    /// told from other people's, and with iptables.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub connection_caching: bool,
     /// Where packets are marked and translated; default nf_tables.
     #[cfg_attr(feature = "serde", serde(default))]
     pub backend: Backend,
@@ -121,6 +133,7 @@ impl Cluster {
             tunnel: Tunnel::default(),
             marks: MarkLayout::SEED,
             rule_priority: Self::RULE_PRIORITY,
+            connection_caching: false,
             backend: Backend::default(),
         }
     }

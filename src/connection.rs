@@ -86,22 +86,59 @@ impl Connection {
     /// was decided otherwise keeps a wrong address for as long as it lives, or is dropped by the
     /// guards, so it must end.
     pub(crate) fn is_stale(&self, wanted: &State, before: &State) -> bool {
-        let has = |bits: Option<MarkBits>| bits.is_some_and(|bits| bits.are_in(self.mark));
-        let ours = has(wanted.connection_mark());
-        let was_ours = has(before.connection_mark());
+        let ours = self.has(wanted.connection_mark());
+        let was_ours = self.is_of(before);
         let translated = self.wears != self.source;
         let way_out = |state: &State| state.way_out(self.source, self.peer);
         match way_out(wanted) {
-            WayOut::None => ours || was_ours,
-            // Nothing of it gets out, and it is looked at again when the policy opens.
-            WayOut::Closed => false,
-            WayOut::To(_) => !ours || translated,
+            WayOut::None => self.is_of(wanted) || was_ours,
+            // Nothing of it gets out, and it is looked at again when the policy opens; unless its
+            // mark says where it goes.
+            WayOut::Closed => self.is_cached(wanted),
+            WayOut::To(gateway) => match wanted.cached() {
+                Some(cached) if self.is_cached(wanted) => {
+                    translated || self.mark & cached.mask != gateway.get()
+                }
+                _ => !ours || translated,
+            },
             WayOut::Here(Some(address)) => !ours || self.wears != address,
             WayOut::Here(None) => {
                 let wore = way_out(before) == WayOut::Here(Some(self.wears));
                 !ours || !translated || wore
             }
         }
+    }
+
+    /// The mark that it should have instead of being ended: it goes to a gateway as it should,
+    /// but by its mark to another one.
+    ///
+    /// Ended, it would have to be opened anew by its opener, who may have nothing to say.
+    pub(crate) fn due_mark(&self, wanted: &State, before: &State) -> Option<MarkBits> {
+        let WayOut::To(gateway) = wanted.way_out(self.source, self.peer) else { return None };
+        if self.wears != self.source || !(self.is_of(wanted) || self.is_of(before)) {
+            return None;
+        }
+        match wanted.cached() {
+            Some(cached) => Some(MarkBits { mask: cached.mask, value: gateway.get() }),
+            None => wanted.connection_mark(),
+        }
+    }
+
+    const fn has(&self, bits: Option<MarkBits>) -> bool {
+        match bits {
+            Some(bits) => bits.are_in(self.mark),
+            None => false,
+        }
+    }
+
+    /// Whether a state's rules have translated or bound it.
+    fn is_of(&self, state: &State) -> bool {
+        self.has(state.connection_mark()) || self.is_cached(state)
+    }
+
+    /// Whether its mark says which gateway it goes to.
+    fn is_cached(&self, state: &State) -> bool {
+        self.has(state.cached().map(|cached| cached.some))
     }
 }
 

@@ -452,6 +452,7 @@ const fn filled_in(key: &Key) -> Phase {
         | Key::Excluded(_)
         | Key::Eip(_)
         | Key::Gateway(_)
+        | Key::Connection(_)
         | Key::Verdict(_) => Phase::FillVerdicts,
         Key::Steer(..) | Key::Snat(..) | Key::Masquerade(..) => Phase::FillPolicies,
         Key::Any(..) | Key::Destination(..) => Phase::FillClasses,

@@ -167,14 +167,12 @@ impl KernelDatapath {
                 }
             };
         }
-        let ended: Vec<_> = step.ops.iter().filter_map(Op::ended).collect();
-        if !ended.is_empty() {
-            let refused = conntrack::end(&mut self.netfilter, &ended).into_iter();
-            let op = |connection: &Connection| Op::EndConnection(*connection);
+        if step.ops.first().is_some_and(Op::is_conntrack) {
+            let refused = conntrack::make(&mut self.netfilter, &step.ops).into_iter();
             let refused: Vec<_> = refused
-                .filter_map(|(index, error)| ended.get(index).map(|found| (op(found), error)))
+                .filter_map(|(index, error)| Some((step.ops.get(index)?.clone(), error)))
                 .collect();
-            return (ended.len() - refused.len(), refused);
+            return (step.ops.len() - refused.len(), refused);
         }
         let refuse = |op: &Op| self.routing.make(op).err().map(|error| (op.clone(), error));
         let refused: Vec<_> = step.ops.iter().filter_map(refuse).collect();

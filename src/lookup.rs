@@ -23,6 +23,15 @@ pub(crate) enum WayOut {
     Here(Option<IpAddr>),
 }
 
+/// What the marks of connections say of the gateway that they go to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Cached {
+    /// That there is one.
+    pub(crate) some: MarkBits,
+    /// The bits that say which.
+    pub(crate) mask: u32,
+}
+
 impl State {
     /// What becomes of a packet of a new connection.
     ///
@@ -39,6 +48,11 @@ impl State {
     pub(crate) fn connection_mark(&self) -> Option<MarkBits> {
         let tables = || self.xtables.values().find_map(Xtables::connection_mark);
         self.firewall.as_ref().and_then(Firewall::connection_mark).or_else(tables)
+    }
+
+    /// What the marks of connections say of the gateway, where the first packet decides for all.
+    pub(crate) fn cached(&self) -> Option<Cached> {
+        self.firewall.as_ref().and_then(Firewall::cached)
     }
 
     /// Whether there is nothing that marks or translates.
@@ -102,6 +116,17 @@ impl Firewall {
             Data::Tag(tag) => Some(tag),
             _ => None,
         }
+    }
+
+    /// What the marks of connections say of the gateway, where the first packet decides for all.
+    fn cached(&self) -> Option<Cached> {
+        let (_, rules) = self.chains.get(&ChainId::Prerouting)?;
+        rules.iter().find_map(|rule| match rule.0.as_slice() {
+            [Stmt::CtMarkIs(some), _, Stmt::VerdictByCtMark { mask, .. }] => {
+                Some(Cached { some: *some, mask: *mask })
+            }
+            _ => None,
+        })
     }
 
     /// The bits of a connection's mark that say that it was translated, or left alone, by us.

@@ -229,6 +229,16 @@ impl MarkLayout {
         MarkBits { mask, value: self.tunnel().get() & mask }
     }
 
+    /// What a connection's mark has that we translated or bound, where it may also be a gateway's:
+    /// the bits of the prefix that the tunnel's mark shares with those.
+    ///
+    /// There is one bit in which they differ, so no other mark has the rest; only for layouts with
+    /// a prefix.
+    pub(crate) const fn bound(&self) -> MarkBits {
+        let mask = self.prefix_mask & !(self.prefix ^ self.tunnel().get());
+        MarkBits { mask, value: self.prefix & mask }
+    }
+
     /// Whether a mark needs a bit that should be stayed clear of.
     pub const fn touches_avoided(&self, mark: Mark) -> bool {
         mark.get() & self.avoid != 0

@@ -7,9 +7,9 @@ use ipnet::IpNet;
 
 use crate::connection::Connection;
 use crate::state::{
-    Base, ChainId, Ipset, IpsetContents, Key, LINK_ALIAS, LINK_GROUP, Member, NFT_TABLE, NftRule,
-    PROTOCOL, Route, RouteKey, Rule, Set, Stray, StrayKind, StrayRouting, Value, Variant, Vxlan,
-    XtChain, XtEdit,
+    Base, ChainId, Ipset, IpsetContents, Key, LINK_ALIAS, LINK_GROUP, MarkBits, Member, NFT_TABLE,
+    NftRule, PROTOCOL, Route, RouteKey, Rule, Set, Stray, StrayKind, StrayRouting, Value, Variant,
+    Vxlan, XtChain, XtEdit,
 };
 use crate::types::{DeviceName, Family, MacAddr};
 
@@ -90,6 +90,8 @@ pub enum Op {
     /// Keeps answers to a connection that is about to end from opening it the other way round,
     /// for [`Connection::ANSWERS_HELD`].
     HoldAnswers(Connection),
+    /// Sets bits of a connection's mark.
+    MarkConnection(Connection, MarkBits),
     /// Makes the kernel forget a connection, so that its next packet is decided about anew.
     EndConnection(Connection),
 }
@@ -108,12 +110,18 @@ impl Op {
     }
 
     /// The connection that it ends.
-    #[cfg(all(feature = "kernel", target_os = "linux"))]
+    #[cfg(test)]
     pub(crate) const fn ended(&self) -> Option<&Connection> {
         match self {
             Self::EndConnection(connection) => Some(connection),
             _ => None,
         }
+    }
+
+    /// Whether it changes or ends a connection.
+    #[cfg(all(feature = "kernel", target_os = "linux"))]
+    pub(crate) const fn is_conntrack(&self) -> bool {
+        matches!(self, Self::MarkConnection(..) | Self::EndConnection(_))
     }
 
     /// Whether it is part of an nf_tables transaction rather than a request of its own.
@@ -209,6 +217,9 @@ fn ip_command(f: &mut fmt::Formatter<'_>, op: &Op) -> fmt::Result {
                 StrayKind::Rule => "rule",
             };
             write!(f, "{} {noun} del {stray}", ip(stray.family))
+        }
+        Op::MarkConnection(connection, MarkBits { mask, value }) => {
+            write!(f, "conntrack -U {connection} --mark {value:#x}/{mask:#x}")
         }
         Op::EndConnection(connection) => write!(f, "conntrack -D {connection}"),
         _ => Ok(()),

@@ -299,7 +299,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         let stale = self.datapath.stale_connections(wanted, before).map_err(Error::Observe)?;
         // Where all goes, the table that was there is there until its guards are not needed.
         let table = wanted.firewall.as_ref().or(before.firewall.as_ref());
-        let mut rest = Changes::end(&stale, table);
+        let mut rest = Changes::end(&stale, table, |one| one.due_mark(wanted, before));
         rest.extend(last);
         self.datapath.apply(&rest)?;
         made.extend(rest);

@@ -191,6 +191,10 @@ impl Sim {
     /// Makes an operation, or refuses it.
     fn op(&mut self, op: &Op) -> Result<(), Errno> {
         match op {
+            Op::MarkConnection(connection, bits) => {
+                self.conntrack.mark(connection, *bits);
+                Ok(())
+            }
             Op::EndConnection(connection) => {
                 self.conntrack.end(connection);
                 Ok(())

@@ -37,6 +37,8 @@ struct Extent {
     rounds: usize,
     /// Numbers of policies, of ours and of the seed's.
     ours: &'static [u32],
+    /// Those of ours where the first packet of a connection decides for all.
+    cached: &'static [u32],
     seed: &'static [u32],
     /// Numbers of policies of a gateway that translates.
     gateway: [u32; 2],
@@ -45,10 +47,12 @@ struct Extent {
 const FULL: Extent = Extent {
     rounds: 151,
     ours: &[1, 10, 100, 1_000, 10_000],
+    cached: &[1, 10_000],
     seed: &[1, 10, 100, 1_000],
     gateway: [10, 10_000],
 };
-const QUICK: Extent = Extent { rounds: 21, ours: &[1, 100], seed: &[1, 10], gateway: [10, 100] };
+const QUICK: Extent =
+    Extent { rounds: 21, ours: &[1, 100], cached: &[1], seed: &[1, 10], gateway: [10, 100] };
 
 fn main() -> Result {
     let quick = std::env::args().any(|argument| argument == "--quick");
@@ -80,10 +84,13 @@ fn variants(extent: &Extent) -> Result<Vec<Variant>> {
     let mut variants =
         vec![Variant::sending()?, Variant::plain()?, Variant::conntrack()?, Variant::bound()?];
     for policies in extent.ours {
-        variants.extend(Variant::ours(*policies, 1)?);
+        variants.extend(Variant::ours(*policies, 1, false)?);
+    }
+    for policies in extent.cached {
+        variants.extend(Variant::ours(*policies, 1, true)?);
     }
     // One of the policies is there for each gateway.
-    variants.extend(Variant::ours(100, 100)?);
+    variants.extend(Variant::ours(100, 100, false)?);
     for policies in extent.seed {
         variants.extend(Variant::seed(*policies)?);
     }

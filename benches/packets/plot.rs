@@ -29,11 +29,11 @@ const LINES: [Line; 4] = [
         _ => None,
     }),
     ("steered", 4.0, "#1f618d", |kind| match kind {
-        Kind::Ours { policies, gateways: 1, selected: true } => Some(policies),
+        Kind::Ours { policies, gateways: 1, selected: true, caching: false } => Some(policies),
         _ => None,
     }),
     ("unselected", 4.0, "#5dade2", |kind| match kind {
-        Kind::Ours { policies, gateways: 1, selected: false } => Some(policies),
+        Kind::Ours { policies, gateways: 1, selected: false, caching: false } => Some(policies),
         _ => None,
     }),
 ];

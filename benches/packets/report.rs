@@ -16,18 +16,22 @@ struct Target {
 }
 
 const fn ours(policies: u32, selected: bool) -> Kind {
-    Kind::Ours { policies, gateways: 1, selected }
+    Kind::Ours { policies, gateways: 1, selected, caching: false }
+}
+
+const fn cached(policies: u32, selected: bool) -> Kind {
+    Kind::Ours { policies, gateways: 1, selected, caching: true }
 }
 
 const fn among(gateways: u32, selected: bool) -> Kind {
-    Kind::Ours { policies: 100, gateways, selected }
+    Kind::Ours { policies: 100, gateways, selected, caching: false }
 }
 
 const fn seed(policies: u32, selected: bool) -> Kind {
     Kind::Seed { policies, selected }
 }
 
-const TARGETS: [Target; 11] = [
+const TARGETS: [Target; 17] = [
     Target {
         what: "10 000 policies to 1, steered",
         of: ours(10_000, true),
@@ -58,6 +62,42 @@ const TARGETS: [Target; 11] = [
         of: ours(10_000, false),
         to: Kind::Conntrack,
         most: 1.35,
+    },
+    Target {
+        what: "10 000 policies to 1, steered, cached",
+        of: cached(10_000, true),
+        to: cached(1, true),
+        most: 1.05,
+    },
+    Target {
+        what: "steered, cached, to the static route",
+        of: cached(1, true),
+        to: Kind::Bound,
+        most: 1.3,
+    },
+    Target {
+        what: "10 000 policies steered, cached, to the static route",
+        of: cached(10_000, true),
+        to: Kind::Bound,
+        most: 1.3,
+    },
+    Target {
+        what: "unselected, cached, to conntrack alone",
+        of: cached(1, false),
+        to: Kind::Conntrack,
+        most: 1.35,
+    },
+    Target {
+        what: "10 000 policies cached to the origin's 1",
+        of: cached(10_000, true),
+        to: seed(1, true),
+        most: 1.0,
+    },
+    Target {
+        what: "10 000 policies cached to the origin's 1 000",
+        of: cached(10_000, true),
+        to: seed(1_000, true),
+        most: 1.0 / 45.0,
     },
     Target {
         what: "10 000 policies to the origin's 1",

@@ -33,7 +33,7 @@ pub(crate) enum Kind {
     /// It tracks connections, and a static route leads into the VXLAN.
     Bound,
     /// As this crate programs a client; packets of selected pods or of others.
-    Ours { policies: u32, gateways: u32, selected: bool },
+    Ours { policies: u32, gateways: u32, selected: bool, caching: bool },
     /// As the origin does.
     Seed { policies: u32, selected: bool },
     /// As this crate programs a gateway: out of the tunnel, each packet of a new connection.
@@ -49,10 +49,11 @@ impl fmt::Display for Kind {
             Self::Plain => f.write_str("no rules"),
             Self::Conntrack => f.write_str("conntrack alone"),
             Self::Bound => f.write_str("static route into the VXLAN, conntrack"),
-            Self::Ours { policies, gateways: 1, selected } => {
-                write!(f, "{}, {policies} polic{}", which(selected), ies(policies))
+            Self::Ours { policies, gateways: 1, selected, caching } => {
+                let cached = if caching { ", cached" } else { "" };
+                write!(f, "{}, {policies} polic{}{cached}", which(selected), ies(policies))
             }
-            Self::Ours { policies, gateways, selected } => {
+            Self::Ours { policies, gateways, selected, .. } => {
                 write!(f, "{}, {policies} policies, {gateways} gateways", which(selected))
             }
             Self::Seed { policies, selected } => {
@@ -125,10 +126,10 @@ impl Variant {
     }
 
     /// The same router twice: for selected pods and for others.
-    pub(crate) fn ours(policies: u32, gateways: u32) -> Result<[Self; 2]> {
+    pub(crate) fn ours(policies: u32, gateways: u32, caching: bool) -> Result<[Self; 2]> {
         let path = Path::new()?;
-        ours::program(&path, policies, gateways)?;
-        let kind = |selected| Kind::Ours { policies, gateways, selected };
+        ours::program(&path, policies, gateways, caching)?;
+        let kind = |selected| Kind::Ours { policies, gateways, selected, caching };
         Ok(Self::both(Rc::new(path), policies, kind))
     }
 
@@ -154,7 +155,7 @@ impl Variant {
 
     pub(crate) fn gateway(policies: u32) -> Result<Self> {
         let path = Path::new()?;
-        ours::program(&path, policies, 0)?;
+        ours::program(&path, policies, 0, false)?;
         let nodes =
             Flow { source: ours::gateway(0), destination: crate::path::NODE, ports: (50_000, 0) };
         let device = ours::cluster(1)?.nodes.first().map(|node| node.mac().octets());

@@ -124,6 +124,8 @@ struct File {
     #[serde(default)]
     tables: TableRange,
     rule_priority: Option<u32>,
+    #[serde(default)]
+    connection_caching: bool,
     nodes: Vec<NodeForm>,
     policies: Vec<PolicyForm>,
 }
@@ -178,6 +180,7 @@ impl File {
             },
             marks: self.marks,
             rule_priority: self.rule_priority.unwrap_or(Cluster::RULE_PRIORITY),
+            connection_caching: self.connection_caching,
             backend: Backend::default(),
         };
         Config {

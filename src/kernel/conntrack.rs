@@ -11,6 +11,7 @@ use super::socket::Socket;
 use super::wire::{Ack, Attribute, Attributes, Malformed, Messages, NLMSG_ERROR, Writer, flag};
 use crate::connection::Connection;
 use crate::error::{KernelError, errno};
+use crate::op::Op;
 use crate::types::Family;
 
 const NEW: u16 = 0x100;
@@ -22,6 +23,7 @@ const TUPLE_REPLY: u16 = 2;
 const MARK: u16 = 8;
 const ID: u16 = 12;
 const ZONE: u16 = 18;
+const MARK_MASK: u16 = 21;
 /// Which fields of the tuples a listing is picked by.
 const FILTER: u16 = 25;
 /// By the source address (`CTA_FILTER_FLAG(CTA_IP_SRC)` of `nf_conntrack_netlink.c`).
@@ -200,34 +202,32 @@ fn address(attribute: &Attribute<'_>) -> Result<Option<IpAddr>, Malformed> {
     v6.map(|v6| Some(IpAddr::from(v6))).map_err(|_| Malformed("an address has a wrong length"))
 }
 
-/// Ends connections; those that have ended by themselves are no error.
-pub(super) fn end(socket: &mut Socket, list: &[&Connection]) -> Vec<(usize, KernelError)> {
+/// Changes or ends connections; those that have ended by themselves are no error.
+pub(super) fn make(socket: &mut Socket, ops: &[Op]) -> Vec<(usize, KernelError)> {
     let mut refused = Vec::new();
-    for (part, chunk) in list.chunks(AT_ONCE).enumerate() {
-        let found = end_some(socket, chunk);
+    for (part, chunk) in ops.chunks(AT_ONCE).enumerate() {
+        let found = make_some(socket, chunk);
         refused.extend(found.into_iter().map(|(index, error)| (part * AT_ONCE + index, error)));
     }
     refused
 }
 
-fn end_some(socket: &mut Socket, list: &[&Connection]) -> Vec<(usize, KernelError)> {
-    let text = |connection: &Connection| format!("conntrack -D {connection}");
-    let all = |error: &dyn Fn(&Connection) -> KernelError| -> Vec<_> {
-        list.iter().map(|connection| error(connection)).enumerate().collect()
+fn make_some(socket: &mut Socket, ops: &[Op]) -> Vec<(usize, KernelError)> {
+    let all = |error: &dyn Fn(&Op) -> KernelError| -> Vec<_> {
+        ops.iter().map(error).enumerate().collect()
     };
     drain(socket);
     let mut writer = Writer::default();
-    let mut pending = Vec::with_capacity(list.len());
-    for connection in list {
+    let mut pending = Vec::with_capacity(ops.len());
+    for op in ops {
         let sequence = socket.next_sequence();
-        write(&mut writer, connection, sequence);
-        pending.push(Some(sequence));
+        pending.push(write(&mut writer, op, sequence).then_some(sequence));
     }
     let Some(datagram) = writer.finish() else {
-        return all(&|connection| KernelError::answer(text(connection), "it does not fit"));
+        return all(&|op| KernelError::answer(op, "it does not fit"));
     };
     if let Err(error) = socket.send(&datagram) {
-        return all(&|connection| KernelError::io(text(connection), &error));
+        return all(&|op| KernelError::io(op, &error));
     }
     let mut refused = Vec::new();
     loop {
@@ -243,28 +243,34 @@ fn end_some(socket: &mut Socket, list: &[&Connection]) -> Vec<(usize, KernelErro
             if let Some(sequence) = pending.get_mut(index) {
                 *sequence = None;
             }
-            if let (Some(connection), false) =
-                (list.get(index), matches!(ack.errno, 0 | errno::ENOENT))
-            {
-                let error = KernelError::refused(text(connection), ack.errno);
+            if let (Some(op), false) = (ops.get(index), matches!(ack.errno, 0 | errno::ENOENT)) {
+                let error = KernelError::refused(op, ack.errno);
                 refused.push((index, explained(error.with_words(ack.words))));
             }
         }
     }
     let unanswered =
-        pending.iter().zip(list).enumerate().filter(|(_, (sequence, _))| sequence.is_some());
-    refused.extend(unanswered.map(|(index, (_, connection))| {
-        (index, KernelError::answer(text(connection), "the kernel did not answer"))
-    }));
+        pending.iter().zip(ops).enumerate().filter(|(_, (sequence, _))| sequence.is_some());
+    refused.extend(
+        unanswered
+            .map(|(index, (_, op))| (index, KernelError::answer(op, "the kernel did not answer"))),
+    );
     refused
 }
 
-fn write(writer: &mut Writer, connection: &Connection, sequence: u32) {
+/// Writes a request; says whether the operation is about a connection.
+fn write(writer: &mut Writer, op: &Op, sequence: u32) -> bool {
+    let (connection, kind) = match op {
+        // Without the flag that creates: what is not there is not made.
+        Op::MarkConnection(connection, _) => (connection, NEW),
+        Op::EndConnection(connection) => (connection, DELETE),
+        _ => return false,
+    };
     let (family, base) = match Family::of(connection.source) {
         Family::V4 => (2, 0),
         Family::V6 => (10, 2),
     };
-    let message = writer.message(DELETE, flag::REQUEST | flag::ACK, sequence);
+    let message = writer.message(kind, flag::REQUEST | flag::ACK, sequence);
     writer.nfgen(family, 0);
     writer.nest(TUPLE_ORIG, |writer| {
         writer.nest(TUPLE_IP, |writer| {
@@ -277,12 +283,21 @@ fn write(writer: &mut Writer, connection: &Connection, sequence: u32) {
         });
         writer.nest(TUPLE_PROTOCOL, |writer| protocol(writer, connection));
     });
-    // Without the number a new connection with the same addresses could be hit.
-    writer.be32(ID, connection.id);
+    match op {
+        Op::MarkConnection(_, bits) => {
+            // The kernel has no test of the number here: a new connection with the same addresses
+            // is of the same policy and goes to the same gateway.
+            writer.be32(MARK, bits.value);
+            writer.be32(MARK_MASK, bits.mask);
+        }
+        // Without the number a new connection with the same addresses could be hit.
+        _ => writer.be32(ID, connection.id),
+    }
     if connection.zone != 0 {
         writer.attribute(ZONE, &connection.zone.to_be_bytes());
     }
     writer.end(message);
+    true
 }
 
 fn protocol(writer: &mut Writer, connection: &Connection) {
@@ -346,7 +361,7 @@ mod tests {
             sample("fd44:1::10", "2001:db8:51::10", 58),
         ] {
             let mut writer = Writer::default();
-            write(&mut writer, &connection, 1);
+            write(&mut writer, &Op::EndConnection(connection), 1);
             let datagram = writer.finish().unwrap();
             // A listed connection has the other side, too.
             let both = [body(&datagram), &reply(body(&datagram))].concat();
@@ -364,7 +379,7 @@ mod tests {
         let mut connection = sample("10.244.1.10", "198.51.100.10", 17);
         connection.zone = 0;
         let mut writer = Writer::default();
-        write(&mut writer, &connection, 1);
+        write(&mut writer, &Op::EndConnection(connection), 1);
         let datagram = writer.finish().unwrap();
         let tuple = Attributes::new(body(&datagram)).next().unwrap().unwrap().bytes().to_vec();
         for (kind, zone) in [(TUPLE_ORIG, 5), (TUPLE_REPLY, 0)] {
@@ -393,7 +408,7 @@ mod tests {
     #[test]
     fn damaged_connections_are_read_without_panic() {
         let mut writer = Writer::default();
-        write(&mut writer, &sample("10.244.1.10", "198.51.100.10", 1), 1);
+        write(&mut writer, &Op::EndConnection(sample("10.244.1.10", "198.51.100.10", 1)), 1);
         let bytes = body(&writer.finish().unwrap()).to_vec();
         for at in 0..bytes.len() {
             for flip in 1..=255 {

@@ -67,6 +67,7 @@ impl RouteSocket {
             | Op::DeleteElement(..)
             | Op::DeleteStray(_)
             | Op::HoldAnswers(_)
+            | Op::MarkConnection(..)
             | Op::EndConnection(_) => {
                 Err(KernelError::answer(op, "operations of netfilter go by the other socket"))
             }

@@ -22,6 +22,8 @@ pub(super) struct Skeleton<'a> {
     pub(super) tunnel: Mark,
     /// Mark of connections that we translated or bound.
     pub(super) connection: MarkBits,
+    /// What the mark of any connection of ours has, where the first packet decides for all.
+    pub(super) caching: Option<MarkBits>,
     /// Prefix of gateways' marks and its bits; `None` in layouts without.
     pub(super) prefix: Option<(u32, u32)>,
     /// Marks of the gateways.
@@ -59,6 +61,9 @@ impl Skeleton<'_> {
         let mut sets = BTreeSet::from([Set::Verdict]);
         if self.prefix.is_none() {
             sets.insert(Set::Gateway);
+        }
+        if self.caching.is_some() {
+            sets.insert(Set::Connection);
         }
         for family in Family::BOTH {
             sets.extend([
@@ -105,13 +110,14 @@ impl Skeleton<'_> {
             Some(base(ChainType::Filter, Hook::Postrouting, AFTER_SNAT)),
             self.guard(),
         );
+        add(ChainId::Injected, None, injected());
         add(ChainId::Arrived, None, self.arrived());
         add(ChainId::Select, None, self.by_source(Stmt::TagBySource, ChainId::Admit));
         add(ChainId::Midway, None, self.by_source(Stmt::TagByReceiver, ChainId::Answering));
         add(ChainId::Bypass, None, vec![vec![Stmt::ClearTag]]);
         add(ChainId::Here, None, self.send(self.tunnel));
         for mark in &self.gateways {
-            add(ChainId::To(*mark), None, self.send(*mark));
+            add(ChainId::To(*mark), None, self.send_to(*mark));
         }
         for family in Family::BOTH {
             add(ChainId::Answering(family), None, self.answering(family));
@@ -145,8 +151,21 @@ impl Skeleton<'_> {
 
     fn prerouting(&self) -> Vec<Vec<Stmt>> {
         let mut rules = vec![vec![self.out_of_tunnel(), Stmt::Goto(ChainId::Arrived)]];
+        if let (Some(_), Some((value, mask))) = (self.caching, self.prefix) {
+            // Its first packet was decided about, and said so in the connection's mark.
+            rules.push(vec![
+                Stmt::CtMarkIs(MarkBits { mask, value }),
+                Stmt::CtDirection(Direction::Original),
+                Stmt::VerdictByCtMark { mask: self.mask, set: Set::Connection },
+            ]);
+        }
         rules.extend(self.by_source(Stmt::TagBySource, ChainId::Admit));
         rules
+    }
+
+    /// Any connection that we translated or bound.
+    fn is_ours(&self) -> Stmt {
+        Stmt::CtMarkIs(self.caching.unwrap_or(self.connection))
     }
 
     /// What came out of the tunnel is never put into it again: two nodes that disagree about the
@@ -203,11 +222,7 @@ impl Skeleton<'_> {
             // The first packet of the connection has been asked all of this. A destination that
             // was excluded since makes no difference: no way but ours is open to the connection,
             // and it is about to be ended.
-            vec![
-                Stmt::CtMarkIs(self.connection),
-                Stmt::CtDirection(Direction::Original),
-                pick.clone(),
-            ],
+            vec![self.is_ours(), Stmt::CtDirection(Direction::Original), pick.clone()],
             vec![Stmt::DestinationIn(Set::Excluded(family)), bypass.clone()],
             // Of connections that somebody opened to the pod.
             vec![Stmt::CtDirection(Direction::Reply), bypass],
@@ -220,6 +235,16 @@ impl Skeleton<'_> {
     fn pick(&self, family: Family) -> Vec<Vec<Stmt>> {
         let mut rules = self.by_destination(family, ChainId::Steer(family));
         rules.push(vec![Stmt::ClearTag]);
+        rules
+    }
+
+    fn send_to(&self, mark: Mark) -> Vec<Vec<Stmt>> {
+        let mut rules = self.send(mark);
+        if self.caching.is_some() {
+            // Also of a connection that was on its way to another gateway.
+            let bits = MarkBits { mask: self.mask, value: mark.get() };
+            rules.push(vec![Stmt::SetCtMark(bits)]);
+        }
         rules
     }
 
@@ -236,25 +261,14 @@ impl Skeleton<'_> {
     }
 
     fn forward(&self) -> Vec<Vec<Stmt>> {
-        // Masqueraded by this node, a pod's frame would come from a known one.
-        let injected = |family| {
-            vec![
-                Stmt::UdpPort(self.port),
-                Stmt::DestinationIn(Set::Peer(family)),
-                Stmt::SourceNotIn(Set::Peer(family)),
-                Stmt::Counter,
-                Stmt::Drop,
-            ]
-        };
         vec![
             // The outer packet inherits the mark; routed by it, it would enter the tunnel again.
             vec![self.to_tunnel(), self.set_mark(0), Stmt::Return],
-            injected(Family::V4),
-            injected(Family::V6),
+            vec![Stmt::UdpPort(self.port), Stmt::Jump(ChainId::Injected)],
             // Of a connection that was ours, and on no way of ours any more: its policy has gone.
             // The kernel would send it on with the address it once got, the pod's own.
             vec![
-                Stmt::CtMarkIs(self.connection),
+                self.is_ours(),
                 Stmt::CtDirection(Direction::Original),
                 self.is_not_tunnel(),
                 Stmt::Counter,
@@ -275,7 +289,11 @@ impl Skeleton<'_> {
             }
         }
         rules.push(vec![Stmt::TcpWithoutSyn, Stmt::HasInput, Stmt::Jump(ChainId::Midway)]);
-        rules.push(vec![self.to_tunnel(), Stmt::SetCtMark(self.connection)]);
+        let mut bind = vec![self.to_tunnel(), Stmt::SetCtMark(self.connection)];
+        if let (Some(_), Some((value, mask))) = (self.caching, self.prefix) {
+            bind.insert(1, Stmt::CtMarkIsNot(MarkBits { mask, value }));
+        }
+        rules.push(bind);
         for family in Family::BOTH {
             // `accept` would not keep a masquerade in another table from binding.
             rules.push(vec![self.to_tunnel(), Stmt::SnatToSource(family)]);
@@ -369,6 +387,19 @@ impl Skeleton<'_> {
         }
         rules
     }
+}
+
+/// Masqueraded by this node, a pod's frame would come from a known one.
+fn injected() -> Vec<Vec<Stmt>> {
+    let from_stranger = |family| {
+        vec![
+            Stmt::DestinationIn(Set::Peer(family)),
+            Stmt::SourceNotIn(Set::Peer(family)),
+            Stmt::Counter,
+            Stmt::Drop,
+        ]
+    };
+    Family::BOTH.map(from_stranger).into()
 }
 
 fn steer(family: Family) -> Vec<Vec<Stmt>> {

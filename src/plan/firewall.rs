@@ -26,12 +26,21 @@ pub(super) fn skeleton(
     if !prefix {
         elements.extend(marks.iter().map(|mark| (Key::Gateway(*mark), Value::plain(Data::None))));
     }
+    let caching = world.cluster.connection_caching && prefix;
+    if caching {
+        elements.extend(gateways.iter().map(|(name, gateway)| {
+            let data = Data::Verdict(Verdict::Goto(ChainId::To(gateway.mark)));
+            let comment = Some(Comment::of_name(name.as_str()));
+            (Key::Connection(gateway.mark), Value { data, comment })
+        }));
+    }
     let skeleton = Skeleton {
         device: &world.cluster.tunnel.device,
         port: world.cluster.tunnel.port,
         mask: layout.tested(marks.iter().copied()),
         tunnel: layout.tunnel(),
         connection: layout.connection(),
+        caching: caching.then(|| layout.bound()),
         prefix: prefix.then_some((layout.prefix(), layout.prefix_mask())),
         lengths,
         ranges,

@@ -241,7 +241,9 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
             let found = self.datapath.stale_connections(wanted, &before);
             found.map_err(Error::Observe)?
         };
-        let changes = Changes::end(&stale, wanted.firewall.as_ref());
+        // The rules were the same before.
+        let due_mark = |one: &Connection| one.due_mark(wanted, wanted);
+        let changes = Changes::end(&stale, wanted.firewall.as_ref(), due_mark);
         if !changes.is_empty() {
             self.datapath.apply(&changes)?;
         }

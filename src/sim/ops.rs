@@ -244,6 +244,7 @@ fn goes_to(firewall: &Firewall, chain: ChainId) -> bool {
 fn set_of(statement: &Stmt) -> Option<Set> {
     match statement {
         Stmt::MarkIn { set, .. }
+        | Stmt::VerdictByCtMark { set, .. }
         | Stmt::SourceIn(set)
         | Stmt::SourceNotIn(set)
         | Stmt::DestinationIn(set)

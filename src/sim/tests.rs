@@ -101,6 +101,45 @@ fn a_connection_is_translated_there_and_back() {
 }
 
 #[test]
+fn the_first_packet_of_a_connection_decides_until_the_connection_is_looked_at() {
+    let mut sims = sims();
+    let caching = |of| Cluster { connection_caching: true, ..cluster(of) };
+    let clusters = ["a", "b", "c"].map(caching);
+    let reconcile = |sims: &mut SimCluster, at: usize, policies: &[EgressPolicy]| {
+        let sim = sim(sims, ["a", "b", "c"][at]);
+        Reconciler::new(sim).reconcile(&clusters[at], policies).unwrap()
+    };
+    let everywhere = |sims: &mut SimCluster, policies: &[EgressPolicy]| {
+        for at in 0..3 {
+            let _report = reconcile(sims, at, policies);
+        }
+    };
+    everywhere(&mut sims, &[policy("b")]);
+    let unasked = |journey: &Journey| journey.trace.class().is_none();
+    assert!(!unasked(&sims.send(asked())));
+    assert!(unasked(&sims.send(asked())), "the second packet is asked for nothing");
+
+    // The new gateway knows first, the client next, the old one last.
+    let moved = [policy("c")];
+    let _report = reconcile(&mut sims, 2, &moved);
+    assert_eq!(left(&sims.send(asked())), Some(("b", ip(EIP))));
+    let made = reconcile(&mut sims, 0, &moved).changes;
+    let marked = made.ops().filter(|op| matches!(op, Op::MarkConnection(..))).count();
+    assert_eq!(marked, 1, "{made}");
+    assert_eq!(made.ops().filter_map(Op::ended).count(), 0, "who only listens would be cut off");
+    let journey = sims.send(asked());
+    assert_eq!(left(&journey), Some(("c", ip(EIP))), "{}", journey.trace);
+    assert!(unasked(&sims.send(asked())), "the new gateway knows it by now");
+
+    let _report = reconcile(&mut sims, 1, &moved);
+    let closed = [EgressPolicy { gateway: None, ..policy("c") }];
+    everywhere(&mut sims, &closed);
+    assert_eq!(left(&sims.send(asked())), None, "closed");
+    everywhere(&mut sims, &[]);
+    assert_eq!(left(&sims.send(asked())), Some(("a", ip(POD))), "there is no policy any more");
+}
+
+#[test]
 fn two_pods_with_the_same_port_are_told_apart() {
     let mut sims = sims();
     let mut both = policy("b");

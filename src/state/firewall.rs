@@ -113,6 +113,8 @@ pub enum Key {
     Eip(IpAddr),
     /// In [`Set::Gateway`].
     Gateway(Mark),
+    /// In [`Set::Connection`].
+    Connection(Mark),
     /// In [`Set::Verdict`].
     Verdict(Tag),
     /// In [`Set::Steer`].
@@ -140,6 +142,7 @@ impl Key {
             Self::Excluded(range) => Set::Excluded(range.family()),
             Self::Eip(address) => Set::Eip(Family::of(address)),
             Self::Gateway(_) => Set::Gateway,
+            Self::Connection(_) => Set::Connection,
             Self::Verdict(_) => Set::Verdict,
             Self::Steer(family, _) => Set::Steer(family),
             Self::Snat(family, _) => Set::Snat(family),
@@ -160,7 +163,7 @@ impl fmt::Display for Key {
             | Self::Eip(address)
             | Self::Source(address) => address.fmt(f),
             Self::Excluded(range) | Self::SourceNet(range) => range.fmt(f),
-            Self::Gateway(mark) => mark.fmt(f),
+            Self::Gateway(mark) | Self::Connection(mark) => mark.fmt(f),
             Self::Verdict(tag)
             | Self::Steer(_, tag)
             | Self::Snat(_, tag)

@@ -22,6 +22,8 @@ pub enum ChainId {
     NatPostrouting,
     /// Looks at what was really translated.
     Guard,
+    /// What is made to look like a tunnel packet of this node.
+    Injected,
     /// What came out of the tunnel.
     Arrived,
     /// Finds a packet's class, where its mark does not tell.
@@ -59,6 +61,7 @@ impl ChainId {
             "forward" => Self::Forward,
             "nat_postrouting" => Self::NatPostrouting,
             "guard" => Self::Guard,
+            "injected" => Self::Injected,
             "arrived" => Self::Arrived,
             "select" => Self::Select,
             "midway" => Self::Midway,
@@ -94,6 +97,7 @@ impl fmt::Display for ChainId {
             Self::Forward => f.write_str("forward"),
             Self::NatPostrouting => f.write_str("nat_postrouting"),
             Self::Guard => f.write_str("guard"),
+            Self::Injected => f.write_str("injected"),
             Self::Arrived => f.write_str("arrived"),
             Self::Select => f.write_str("select"),
             Self::Midway => f.write_str("midway"),
@@ -238,6 +242,13 @@ pub enum Stmt {
     CtMarkIs(MarkBits),
     /// `ct mark & mask != value`
     CtMarkIsNot(MarkBits),
+    /// `ct mark & mask vmap @set`
+    VerdictByCtMark {
+        /// Bits compared.
+        mask: u32,
+        /// Map of marks.
+        set: Set,
+    },
     /// `ct mark set ct mark & ~mask | value`
     SetCtMark(MarkBits),
     /// `notrack`
@@ -372,6 +383,9 @@ impl fmt::Display for Stmt {
             }
             Self::CtMarkIsNot(MarkBits { mask, value }) => {
                 write!(f, "ct mark & {mask:#010x} != {value:#010x}")
+            }
+            Self::VerdictByCtMark { mask, set } => {
+                write!(f, "ct mark & {mask:#010x} vmap @{set}")
             }
             Self::SetCtMark(MarkBits { mask, value }) => {
                 write!(f, "ct mark set ct mark & {:#010x} | {value:#010x}", !mask)

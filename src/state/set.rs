@@ -66,6 +66,8 @@ pub enum Set {
     PortlessAnswer(Family),
     /// Marks in use, in layouts without prefix.
     Gateway,
+    /// Mark of a connection → verdict, where the first packet decides for all.
+    Connection,
     /// Way out → verdict.
     Verdict,
     /// Policy → way out.
@@ -95,6 +97,7 @@ impl Set {
             Self::Answer(family) => format!("answer{}", family.digit()),
             Self::PortlessAnswer(family) => format!("answer{}_portless", family.digit()),
             Self::Gateway => "gateway_mark".into(),
+            Self::Connection => "connection_mark".into(),
             Self::Verdict => "way_out".into(),
             Self::Steer(family) => format!("steer{}", family.digit()),
             Self::Snat(family) => format!("snat{}", family.digit()),
@@ -123,6 +126,7 @@ impl Set {
             "answer4_portless" => Self::PortlessAnswer(V4),
             "answer6_portless" => Self::PortlessAnswer(V6),
             "gateway_mark" => Self::Gateway,
+            "connection_mark" => Self::Connection,
             "way_out" => Self::Verdict,
             "steer4" => Self::Steer(V4),
             "steer6" => Self::Steer(V6),
@@ -177,7 +181,7 @@ impl Set {
             | Self::SourceNet(family) => pick(IP, family),
             Self::Answer(family) => pick(ANSWER, family),
             Self::PortlessAnswer(family) => pick(PORTLESS, family),
-            Self::Gateway => &[Datum::Mark],
+            Self::Gateway | Self::Connection => &[Datum::Mark],
             Self::Destination(family, _) => pick(IP_CLASS, family),
             Self::Verdict | Self::Steer(_) | Self::Snat(_) | Self::Masquerade(_) | Self::Any(_) => {
                 &[Datum::ClassId]
@@ -205,7 +209,7 @@ impl Set {
             | Self::PortlessAnswer(_)
             | Self::Gateway
             | Self::Masquerade(_) => None,
-            Self::Verdict => Some(Datum::Verdict),
+            Self::Connection | Self::Verdict => Some(Datum::Verdict),
             Self::Snat(family) => Some(Datum::of(family)),
             Self::Steer(_)
             | Self::Any(_)
@@ -238,7 +242,7 @@ mod tests {
 
     #[test]
     fn set_names_read_back() {
-        let mut sets = vec![Set::Gateway, Set::Verdict];
+        let mut sets = vec![Set::Gateway, Set::Connection, Set::Verdict];
         for family in Family::BOTH {
             sets.extend([
                 Set::Peer(family),

@@ -164,6 +164,9 @@ impl Walk<'_> {
                 }
                 true
             }
+            Stmt::VerdictByCtMark { mask, set } => {
+                return self.verdict_by_connection(firewall, *mask, *set, skb);
+            }
             Stmt::UdpPort(port) => protocol == Packet::UDP && skb.packet.destination_port == *port,
             Stmt::Icmp6Type(kind) => {
                 protocol == Packet::ICMP6 && skb.packet.destination_port >> 8 == u16::from(*kind)
@@ -241,6 +244,30 @@ impl Walk<'_> {
             }
             Some(Data::Verdict(Verdict::Goto(chain))) => Next::Goto(chain),
             Some(Data::None | Data::Tag(_) | Data::Address(_)) | None => Next::Rule,
+        }
+    }
+
+    fn verdict_by_connection(
+        &mut self,
+        firewall: &Firewall,
+        mask: u32,
+        set: Set,
+        skb: &Skb,
+    ) -> Next {
+        let (Set::Connection, Some(facts)) = (set, skb.tracking.facts()) else { return Next::Rule };
+        let key = Key::Connection(Mark::new(facts.mark & mask));
+        let Some(Value { data: Data::Verdict(verdict), comment }) = found(firewall, &key) else {
+            return Next::Rule;
+        };
+        match verdict {
+            Verdict::Drop => {
+                self.say(shown(firewall, &key), Decision::Dropped);
+                Next::End(End::Dropped)
+            }
+            Verdict::Goto(chain) => {
+                self.say(shown(firewall, &key), Decision::Gateway(comment));
+                Next::Goto(chain)
+            }
         }
     }
 

@@ -7,7 +7,7 @@ use super::held::Held;
 use super::skb::Facts;
 use crate::connection::Connection;
 use crate::packet::Packet;
-use crate::state::Direction;
+use crate::state::{Direction, MarkBits};
 
 /// The connections of one network namespace.
 #[derive(Clone, Debug, Default)]
@@ -102,6 +102,13 @@ impl Conntrack {
             zone: 0,
             id: *id,
         })
+    }
+
+    /// Sets bits of a connection's mark; one that has ended by itself is no error.
+    pub(crate) fn mark(&mut self, connection: &Connection, bits: MarkBits) {
+        if let Some(entry) = self.entries.get_mut(&connection.id) {
+            entry.mark = entry.mark & !bits.mask | bits.value;
+        }
     }
 
     /// Forgets a connection; one that has ended by itself is no error.

@@ -39,6 +39,7 @@ pub(super) fn by_address(firewall: &Firewall, set: Set, address: IpAddr) -> Opti
         Set::Excluded(_) => firewall.overlapping(&Key::Excluded(range())).copied(),
         Set::SourceNet(_) => firewall.overlapping(&Key::SourceNet(range())).copied(),
         Set::Gateway
+        | Set::Connection
         | Set::Answer(_)
         | Set::PortlessAnswer(_)
         | Set::Verdict
@@ -69,6 +70,7 @@ pub(super) const fn by_tag(set: Set, priority: u32) -> Option<Key> {
         | Set::Excluded(_)
         | Set::Eip(_)
         | Set::Gateway
+        | Set::Connection
         | Set::Answer(_)
         | Set::PortlessAnswer(_)
         | Set::Destination(..)

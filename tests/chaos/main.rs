@@ -89,7 +89,8 @@ fn chaos(lab: &Lab, ownership: Ownership, seed: u64, time: Duration) -> Result<V
             stop.store(true, Relaxed);
             done
         };
-        let (done, tally) = stream::during((&lab.server, SERVER), &pods, PER_SECOND, hand)?;
+        let (done, tally) =
+            stream::during((&lab.server, SERVER), &pods, stream::MANY, PER_SECOND, hand)?;
         let mut kept = Vec::new();
         for keeper in keeping {
             kept.push(keeper.join().map_err(|_| "a keeper panicked")??);

@@ -23,6 +23,9 @@ pub(crate) enum Loss {
     /// One now and then, that was between two hooks when its policy left this node: the first
     /// lookup found it and the second did not.
     Few,
+    /// No more than that of the pod on the client; the other's connections are translated on its
+    /// node, and have to be ended before they can go to another.
+    OnGateway,
     /// What they need is taken away for a while.
     Any,
 }
@@ -54,6 +57,8 @@ pub(crate) struct Change {
     pub(crate) foreign: &'static str,
     /// Whether the nodes go from one backend to another.
     pub(crate) backends: bool,
+    /// Whether the first packet of a connection decides for all, and connections go on.
+    pub(crate) caching: bool,
     /// Makes the change for the so-manieth time; round 0 is what it starts from.
     pub(crate) round: fn(&Lab, &mut Nodes, u64) -> Result<Vec<Report>>,
 }
@@ -67,6 +72,7 @@ const USUAL: Change = Change {
     idle: false,
     foreign: "",
     backends: false,
+    caching: false,
     round: |_, _, _| Ok(Vec::new()),
 };
 const EITHER: [&[Pair]; 2] = [&[EIP_B, EIP_C]; 2];
@@ -160,6 +166,52 @@ pub(crate) const ALL: &[Change] = &[
         foreign: MASQUERADE,
         loss: Loss::Any,
         round: everything,
+        ..USUAL
+    },
+    Change { name: "cached: same again", idle: true, round: same, caching: true, ..USUAL },
+    Change { name: "cached: restart", idle: true, round: restart, caching: true, ..USUAL },
+    Change { name: "cached: members", round: members, caching: true, ..USUAL },
+    Change { name: "cached: destinations", round: destinations, caching: true, ..USUAL },
+    Change { name: "cached: policies before it", round: before, caching: true, ..USUAL },
+    Change { name: "cached: gateways", round: gateways, caching: true, ..USUAL },
+    Change {
+        name: "cached: move, same egress IP",
+        loss: Loss::OnGateway,
+        round: moved,
+        caching: true,
+        ..USUAL
+    },
+    Change {
+        name: "cached: move, other egress IP",
+        loss: Loss::OnGateway,
+        wears: EITHER,
+        round: moved_otherwise,
+        caching: true,
+        ..USUAL
+    },
+    Change {
+        name: "cached: closed and open",
+        loss: Loss::Any,
+        round: closed,
+        caching: true,
+        ..USUAL
+    },
+    Change {
+        name: "cached: policy",
+        wears: PLAIN,
+        foreign: MASQUERADE,
+        loss: Loss::Any,
+        round: comes,
+        caching: true,
+        ..USUAL
+    },
+    Change {
+        name: "cached: everything",
+        wears: PLAIN,
+        foreign: MASQUERADE,
+        loss: Loss::Any,
+        round: everything,
+        caching: true,
         ..USUAL
     },
     // The new one closes before it opens: on the gateway for the milliseconds that its maps take.

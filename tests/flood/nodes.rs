@@ -5,20 +5,22 @@ use std::collections::BTreeSet;
 use egress_datapath::state::Variant;
 use egress_datapath::{
     ApplyError, Backend, Changes, Cluster, Connection, Datapath, EgressPolicy, Iptables,
-    KernelError, KernelTables, MarkLayout, MarkPool, Reconciler, Report, State, TablePool,
-    TableRange,
+    KernelError, KernelTables, MarkPool, Reconciler, Report, State, TablePool, TableRange,
 };
 
+use crate::changes::Change;
 use crate::fleet::Result;
 use crate::lab::inside::{backend, datapath};
 use crate::lab::{Host, Lab};
 
 /// The kernel, whose connections are listed now and then only.
 ///
-/// The flood's are never stale, being of one packet; but to list them the kernel looks into every
+/// The flood's are never stale, being of one packet, unless they go on; but to list them the kernel looks into every
 /// bucket that connections of any namespace may be in, which takes longer than all else.
 pub(crate) struct Hasty {
     kernel: Box<dyn Datapath>,
+    /// Every so-manieth time.
+    every: u32,
     asked: u32,
 }
 
@@ -33,7 +35,7 @@ impl Datapath for Hasty {
         before: &State,
     ) -> std::result::Result<BTreeSet<Connection>, KernelError> {
         self.asked += 1;
-        if self.asked % 16 == 0 {
+        if self.asked % self.every == 0 {
             self.kernel.stale_connections(wanted, before)
         } else {
             Ok(BTreeSet::new())
@@ -51,9 +53,15 @@ type Node = (Cluster, Reconciler<Hasty>);
 pub(crate) struct Nodes(Vec<Node>);
 
 impl Nodes {
-    pub(crate) fn open(lab: &Lab, marks: MarkLayout, backends: bool) -> Result<Self> {
+    pub(crate) fn open(lab: &Lab, change: &Change) -> Result<Self> {
+        let Change { marks, backends, caching, .. } = *change;
         let open = |host: &&Host| {
-            let cluster = Cluster { marks, backend: backend(), ..lab.cluster(host)? };
+            let cluster = Cluster {
+                marks,
+                backend: backend(),
+                connection_caching: caching,
+                ..lab.cluster(host)?
+            };
             let both = Backend::Iptables(Iptables::new(Variant::Nft));
             let hasty = hasty(host, &cluster, if backends { both } else { backend() })?;
             Ok((cluster, hasty))
@@ -92,6 +100,7 @@ fn hasty(host: &Host, cluster: &Cluster, backend: Backend) -> Result<Reconciler<
     let kernel = datapath(&host.netns, backend)?;
     let in_use = host.netns.run(KernelTables::open)??;
     let tables = TablePool::with_probe(TableRange::default(), in_use);
-    let hasty = Hasty { kernel, asked: 0 };
+    let every = if cluster.connection_caching { 1 } else { 16 };
+    let hasty = Hasty { kernel, every, asked: 0 };
     Ok(Reconciler::with_allocators(hasty, MarkPool::new(cluster.marks), tables))
 }

@@ -1,5 +1,5 @@
-//! UDP packets as fast as they arrive, each the first of a flow of its own, and where they came
-//! from.
+//! UDP packets as fast as they arrive, each the first of a flow of its own or of few flows that go
+//! on, and where they came from.
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::OwnedFd;
@@ -18,9 +18,10 @@ use rustix::net::{
 use crate::lab::{Netns, Pair};
 
 const PORT: u16 = 7001;
-/// First port of the flows and how many there are: a port comes again when its last flow has
-/// long been forgotten.
-const FLOWS: (u16, u64) = (2000, 60_000);
+/// First port of the flows.
+const FIRST: u16 = 2000;
+/// So many flows that a port comes again when its last flow has long been forgotten.
+pub(crate) const MANY: u64 = 60_000;
 /// Packets that may be under way; any receiver's buffer holds them.
 const WINDOW: u64 = 128;
 /// How long a packet may be under way before it makes room for another.
@@ -74,6 +75,7 @@ impl Progress {
 pub(crate) fn during<T>(
     (server, addresses): (&Netns, Pair),
     pods: &[Pod<'_>],
+    flows: u64,
     per_second: u64,
     work: impl FnOnce(&Progress) -> T,
 ) -> io::Result<(T, Tally)> {
@@ -97,7 +99,7 @@ pub(crate) fn during<T>(
     let run = RUNS.fetch_add(1, Relaxed);
     let (done, sent, arrived) = thread::scope(|scope| {
         let receiver = scope.spawn(|| receive(&servers, run, &progress, pods));
-        let sender = scope.spawn(|| send(&ways, run, &progress, per_second));
+        let sender = scope.spawn(|| send(&ways, run, &progress, (flows, per_second)));
         let done = panic::catch_unwind(AssertUnwindSafe(|| work(&progress)));
         progress.stop.store(true, Relaxed);
         let sent = sender.join().unwrap_or_else(|panicked| panic::resume_unwind(panicked));
@@ -137,7 +139,12 @@ fn raw(to: IpAddr) -> io::Result<OwnedFd> {
 }
 
 /// Sends until it is to stop; returns how many.
-fn send(ways: &[Way], run: u16, progress: &Progress, per_second: u64) -> io::Result<u64> {
+fn send(
+    ways: &[Way],
+    run: u16,
+    progress: &Progress,
+    (flows, per_second): (u64, u64),
+) -> io::Result<u64> {
     let begin = Instant::now();
     let mut written_off = 0;
     let mut number = 0;
@@ -161,7 +168,7 @@ fn send(ways: &[Way], run: u16, progress: &Progress, per_second: u64) -> io::Res
         let at = usize::try_from(number).unwrap_or_default() % count.max(1);
         let Some(way) = ways.get(at) else { return Ok(0) };
         let round = number / u64::try_from(count).unwrap_or(1);
-        let port = FLOWS.0 + u16::try_from(round % FLOWS.1).unwrap_or_default();
+        let port = FIRST + u16::try_from(round % flows.max(1)).unwrap_or_default();
         let packet = udp(way, port, u64::from(run) << 48 | number);
         sendto(&way.socket, &packet, SendFlags::empty(), &SocketAddr::new(way.to, 0))?;
         number += 1;

@@ -109,13 +109,22 @@ fn hand_over(lab: &Lab, from: &Host, to: &Host, eip: Pair) -> Result {
 
 #[test]
 fn connections_survive_every_move_that_keeps_the_egress_ip() -> Result {
+    they_survive(false)
+}
+
+#[test]
+fn connections_whose_first_packet_decided_survive_every_move_that_keeps_the_egress_ip() -> Result {
+    they_survive(true)
+}
+
+fn they_survive(caching: bool) -> Result {
     let Some(lab) = lab()? else { return Ok(()) };
     if !have("ip")? || !have("nft")? {
         return Ok(());
     }
     masquerade(&lab)?;
     let listeners = listen(&lab.server, SERVER)?;
-    let mut fleet = Fleet::open(&lab)?;
+    let mut fleet = Fleet::with(&lab, |cluster| cluster.connection_caching = caching)?;
     fleet.apply(&by("node-b", EIP_B)?)?;
     let talkers = outward(&lab.pod_a, &listeners)?;
     let listening = outward(&lab.pod_a, &listeners)?;
@@ -150,6 +159,15 @@ fn connections_survive_every_move_that_keeps_the_egress_ip() -> Result {
 
 #[test]
 fn a_connection_that_cannot_go_on_is_reset_and_does_not_hang() -> Result {
+    they_are_reset(false)
+}
+
+#[test]
+fn a_connection_whose_first_packet_decided_is_reset_and_does_not_hang() -> Result {
+    they_are_reset(true)
+}
+
+fn they_are_reset(caching: bool) -> Result {
     let Some(lab) = lab()? else { return Ok(()) };
     if !have("ip")? || !have("nft")? {
         return Ok(());
@@ -158,7 +176,7 @@ fn a_connection_that_cannot_go_on_is_reset_and_does_not_hang() -> Result {
     let listeners = listen(&lab.server, SERVER)?;
     let other: Pair = ["198.51.100.210".parse()?, "2001:db8:51::210".parse()?];
     lab.node_b.own(other)?;
-    let mut fleet = Fleet::open(&lab)?;
+    let mut fleet = Fleet::with(&lab, |cluster| cluster.connection_caching = caching)?;
     let mut wears = NODE_A;
     for (what, next, policies) in [
         ("a policy is added", EIP_B, by("node-b", EIP_B)?),

@@ -41,6 +41,8 @@ type Simulated = Reconciler<Sim>;
 /// The lab and its twin.
 pub(crate) struct Fleet {
     lab: Lab,
+    /// Whether the first packet of a connection may decide for all.
+    caching: bool,
     /// The server's, then those of the pods.
     taps: Vec<Tap>,
     clusters: Vec<Cluster>,
@@ -64,13 +66,14 @@ pub(crate) struct Fleet {
 }
 
 impl Fleet {
-    pub(crate) fn new(layout: MarkLayout) -> io::Result<Self> {
+    pub(crate) fn new(layout: MarkLayout, caching: bool) -> io::Result<Self> {
         let lab = Lab::new()?;
         outside(&lab)?;
         let mut clusters = Vec::new();
         for host in lab.nodes() {
             let mut cluster = lab.cluster(host).map_err(io::Error::other)?;
             cluster.marks = layout;
+            cluster.connection_caching = caching;
             clusters.push(cluster);
             // So that connections are tracked and translated whether our table is there or not,
             // as on every node of a cluster, and last for the whole test.
@@ -92,6 +95,7 @@ impl Fleet {
             sims: SimCluster::new(
                 (1..).zip(&clusters).map(|(number, cluster)| node(number, cluster)),
             ),
+            caching,
             clusters,
             lab,
             next: 0,
@@ -104,8 +108,10 @@ impl Fleet {
         })
     }
 
-    /// Forgets what the reconciler of a node knew.
-    pub(crate) fn restart(&mut self, at: usize) -> io::Result<()> {
+    /// Forgets what the reconciler of a node knew, which may be configured otherwise then.
+    pub(crate) fn restart(&mut self, at: usize, random: &mut Random) -> io::Result<()> {
+        let caching = &mut self.clusters[at].connection_caching;
+        *caching = self.caching && (*caching || random.once_in(2)) && !random.once_in(4);
         self.kernels[at] = kernel(self.lab.nodes()[at], &self.clusters[at])?;
         self.simulated[at] = simulated(&self.clusters[at]);
         Ok(())

@@ -1,5 +1,6 @@
 //! Random packets through simulated nodes and real ones, over changes, drift and restarts.
 
+use std::io;
 use std::time::{Duration, Instant};
 
 use egress_datapath::state::State;
@@ -20,16 +21,21 @@ const SHRINKING: Duration = Duration::from_secs(120);
 
 #[test]
 fn packets_fare_alike() -> Result {
-    run(MarkLayout::SEED)
+    run(MarkLayout::SEED, false)
+}
+
+#[test]
+fn packets_fare_alike_where_the_first_of_a_connection_decides() -> Result {
+    run(MarkLayout::SEED, true)
 }
 
 #[test]
 fn packets_fare_alike_with_marks_without_prefix() -> Result {
-    run(MarkLayout::COMPACT)
+    run(MarkLayout::COMPACT, false)
 }
 
-fn run(layout: MarkLayout) -> Result {
-    let Some(mut fleet) = given(Fleet::new(layout))? else { return Ok(()) };
+fn run(layout: MarkLayout, caching: bool) -> Result {
+    let Some(mut fleet) = given(Fleet::new(layout, caching))? else { return Ok(()) };
     let (seed, begun) = (seed()?, Instant::now());
     let mut random = Random::new(seed);
     let mut policies = Vec::new();
@@ -43,7 +49,7 @@ fn run(layout: MarkLayout) -> Result {
                 Ok(sent) => total.add(&sent),
                 Err(error) => {
                     say(&format!("seed {seed}, step {}: {error}", steps.len() - 1));
-                    return Err(shrunk(seed, layout, &steps).into());
+                    return Err(shrunk(seed, || Fleet::new(layout, caching), &steps).into());
                 }
             }
         }
@@ -56,7 +62,7 @@ fn run(layout: MarkLayout) -> Result {
     let changes = steps.iter().filter(|step| matches!(step, Step::Send(_))).count();
     let Sent { packets, through, translated, explained } = total;
     say(&format!(
-        "seed {seed}, marks of {:#x}: {packets} packets over {changes} changes, {through} got through, \
+        "seed {seed}, marks of {:#x}, caching {caching}: {packets} packets over {changes} changes, {through} got through, \
          {translated} of them with another source, {explained} new connections explained, 0 differences in {:.1} s",
         layout.mask(),
         begun.elapsed().as_secs_f32()
@@ -70,8 +76,8 @@ fn run(layout: MarkLayout) -> Result {
 enum Step {
     /// Somebody else changes a node; how, a seed decides.
     Edit(usize, u64),
-    /// A node's reconciler forgets what it knew.
-    Restart(usize),
+    /// A node's reconciler forgets what it knew; how it begins anew, a seed decides.
+    Restart(usize, u64),
     /// A node is made right.
     Reconcile(usize, Vec<EgressPolicy>),
     /// Packets are sent, each by the tap of this number.
@@ -87,8 +93,8 @@ impl Step {
                 let edit = |now: &State| edited(&mut Random::new(*seed), now);
                 fleet.edit(*at, edit).and(nothing)
             }
-            Self::Restart(at) => {
-                fleet.restart(*at)?;
+            Self::Restart(at, seed) => {
+                fleet.restart(*at, &mut Random::new(*seed))?;
                 nothing
             }
             Self::Reconcile(at, policies) => fleet.reconcile(*at, policies).and(nothing),
@@ -98,9 +104,9 @@ impl Step {
 }
 
 /// What is left of steps of which the last one failed.
-fn shrunk(seed: u64, layout: MarkLayout, steps: &[Step]) -> String {
+fn shrunk(seed: u64, new: impl Fn() -> io::Result<Fleet>, steps: &[Step]) -> String {
     let difference = |steps: &[Step]| {
-        let mut fleet = Fleet::new(layout).ok()?;
+        let mut fleet = new().ok()?;
         steps.iter().find_map(|step| step.make(&mut fleet).err())
     };
     let left = shrink(steps, SHRINKING, |steps| difference(steps).is_some());
@@ -118,7 +124,7 @@ fn changes(random: &mut Random, policies: &mut Vec<EgressPolicy>) -> Vec<Step> {
     let at = random.below(3);
     match random.below(8) {
         0 | 1 => return vec![Step::Edit(at, random.seed())],
-        2 => return vec![Step::Restart(at), Step::Reconcile(at, policies.clone())],
+        2 => return vec![Step::Restart(at, random.seed()), Step::Reconcile(at, policies.clone())],
         // Only one node knows of it, for a while.
         3 => {
             *policies = changed(random, policies);

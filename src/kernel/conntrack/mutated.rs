@@ -12,7 +12,7 @@ fn corpus() -> Vec<Vec<u8>> {
     for (source, destination) in ends {
         for protocol in [1, 6, 17, 58, 132] {
             let mut writer = Writer::default();
-            write(&mut writer, &tests::sample(source, destination, protocol), 1);
+            write(&mut writer, &Op::EndConnection(tests::sample(source, destination, protocol)), 1);
             let request = writer.finish().unwrap();
             let message = Messages::new(&request).next().unwrap().unwrap();
             let (_, body) = message.nfgen().unwrap();
@@ -43,7 +43,7 @@ fn mutated_connections() {
         }
         for connection in &list {
             let mut writer = Writer::default();
-            write(&mut writer, connection, 1);
+            write(&mut writer, &Op::EndConnection(*connection), 1);
             assert!(writer.finish().is_some_and(|request| request.len() < 256));
         }
         (!list.is_empty()).then(|| size_of_val(list.as_slice()))

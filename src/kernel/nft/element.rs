@@ -89,7 +89,7 @@ fn key_bytes(key: &Key) -> (Vec<u8>, Option<Vec<u8>>) {
         Key::Peer(address) | Key::Underlay(address) | Key::Eip(address) | Key::Source(address) => {
             octets(*address)
         }
-        Key::Gateway(mark) => mark.get().to_ne_bytes().to_vec(),
+        Key::Gateway(mark) | Key::Connection(mark) => mark.get().to_ne_bytes().to_vec(),
         Key::Verdict(tag)
         | Key::Steer(_, tag)
         | Key::Snat(_, tag)
@@ -193,7 +193,8 @@ pub(super) fn key(set: Set, bytes: &[u8]) -> Option<Key> {
         Set::Underlay(family) => Key::Underlay(ip(family, bytes)?),
         Set::Eip(family) => Key::Eip(ip(family, bytes)?),
         Set::Source(family) => Key::Source(ip(family, bytes)?),
-        Set::Gateway => Key::Gateway(Mark::new(u32::from_ne_bytes(bytes.try_into().ok()?))),
+        Set::Gateway => Key::Gateway(mark(bytes)?),
+        Set::Connection => Key::Connection(mark(bytes)?),
         Set::Verdict => Key::Verdict(tag(bytes)?),
         Set::Steer(family) => Key::Steer(family, tag(bytes)?),
         Set::Snat(family) => Key::Snat(family, tag(bytes)?),
@@ -216,6 +217,10 @@ pub(super) fn ip(family: Family, bytes: &[u8]) -> Option<IpAddr> {
         Family::V4 => <[u8; 4]>::try_from(bytes).ok().map(IpAddr::from),
         Family::V6 => <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from),
     }
+}
+
+fn mark(bytes: &[u8]) -> Option<Mark> {
+    bytes.try_into().ok().map(u32::from_ne_bytes).map(Mark::new)
 }
 
 fn tag(bytes: &[u8]) -> Option<Tag> {

@@ -189,6 +189,9 @@ fn body(statement: &Stmt) -> Vec<Expr> {
         Stmt::CtMarkIsNot(MarkBits { mask, value }) => {
             vec![connection(ct::MARK), masked(*mask), cmp(false, host(*value))]
         }
+        Stmt::VerdictByCtMark { mask, set } => {
+            vec![connection(ct::MARK), masked(*mask), lookup(*set, Some(reg::VERDICT), false)]
+        }
         Stmt::SetCtMark(MarkBits { mask, value }) => vec![
             connection(ct::MARK),
             bits(host(!mask), host(*value)),

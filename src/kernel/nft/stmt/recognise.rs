@@ -74,6 +74,9 @@ fn guess(exprs: &[Expr]) -> Option<Stmt> {
                     Expr::Cmp { data, .. } => {
                         Stmt::CtMarkIsNot(MarkBits { mask, value: host(data)? })
                     }
+                    Expr::Lookup { set, .. } => {
+                        Stmt::VerdictByCtMark { mask, set: Set::from_name(set)? }
+                    }
                     _ => Stmt::SetCtMark(MarkBits { mask: !mask, value: xor }),
                 })
             }

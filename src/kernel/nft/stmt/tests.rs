@@ -17,7 +17,7 @@ fn golden() -> Vec<(&'static str, Vec<u8>)> {
         let byte = |at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap();
         list.push((rule, (0..hex.len()).step_by(2).map(byte).collect()));
     }
-    assert_eq!(list.len(), 43);
+    assert_eq!(list.len(), 44);
     list
 }
 

@@ -58,6 +58,11 @@ fn base_chains() -> Vec<Chain> {
             Some(base(ChainType::Filter, Hook::Prerouting, -99)),
             rules(vec![
                 vec![InputDevice(device()), MARK, Return],
+                vec![
+                    CtMarkIs(FLOW),
+                    CtDirection(Direction::Original),
+                    VerdictByCtMark { mask: MASK, set: Set::Connection },
+                ],
                 vec![TagBySource(Set::Source(V4)), Goto(ChainId::Pick(V4))],
                 vec![TagBySource(Set::SourceNet(V4)), Goto(ChainId::Pick(V4))],
                 vec![TagBySource(Set::Source(V6)), Goto(ChainId::Pick(V6))],
@@ -157,7 +162,7 @@ pub(super) fn chains() -> Vec<Chain> {
 }
 
 pub(super) fn sets() -> Vec<Set> {
-    let mut sets = vec![Set::Gateway, Set::Verdict];
+    let mut sets = vec![Set::Gateway, Set::Connection, Set::Verdict];
     for (family, lengths) in [(V4, [32, 24, 1]), (V6, [128, 64, 1])] {
         sets.extend([
             Set::Peer(family),
@@ -184,6 +189,10 @@ pub(super) fn elements() -> Vec<(Key, Value)> {
     let net = |text: &str, number| Key::Destination(text.parse().unwrap(), tag(number));
     let mut list = vec![
         (Key::Gateway(GATEWAY), note(Data::None, "node-1")),
+        (
+            Key::Connection(GATEWAY),
+            note(Data::Verdict(Verdict::Goto(ChainId::To(GATEWAY))), "node-1"),
+        ),
         way(Tag::CLOSED, Verdict::Drop),
         way(Tag::HERE, Verdict::Goto(ChainId::Here)),
         way(Tag::BYPASS, Verdict::Goto(ChainId::Bypass)),
