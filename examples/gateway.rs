@@ -46,7 +46,7 @@ fn main() -> ExitCode {
 /// The number of things that went wrong.
 fn run() -> Result<usize, Box<dyn Error>> {
     // Nothing below touches the network of the machine.
-    lab::netns::enter_user_namespace()?;
+    lab::isolate()?;
     let start = Instant::now();
     let lab = Lab::new()?;
     println!("three nodes, four pods, a router, a server: built in {:.0?}", start.elapsed());

@@ -79,12 +79,17 @@
 //!   needs.
 //! - `serde`: `Serialize` and `Deserialize` for the value types.
 //! - `mock`: mocks of the four traits; exempt from semantic versioning.
-//! - `testing`: faults between the datapath and the kernel; exempt from semantic versioning.
+//! - `testing`: faults between the datapath and the kernel, a lab of network namespaces, and the
+//!   cases that an integration must pass there; exempt from semantic versioning.
 //!
 //! # Permissions
 //!
 //! Programming a kernel needs `CAP_NET_ADMIN` in the user namespace that owns the network
 //! namespace. The minimum Rust version is 1.85.
+
+// The lab and its cases are also compiled into the tests, and say the same name there.
+#[cfg(all(feature = "testing", target_os = "linux"))]
+extern crate self as egress_datapath;
 
 mod alloc;
 mod changes;

@@ -1,8 +1,12 @@
-//! Faults between the datapath and the kernel, for tests; exempt from semantic versioning.
+//! For tests of programs that embed the crate: faults, a lab, and the cases to pass in it; exempt
+//! from semantic versioning.
 //!
-//! A call is one datagram that a socket of the datapath sends, or one run of a tool of iptables: a
-//! read asks for something, a write changes something. [`Faults`] counts them and lets those fail that a test
-//! names.
+//! - [`Faults`] let calls to the kernel fail that a test names. A call is one datagram that a
+//!   socket of the datapath sends, or one run of a tool of iptables: a read asks for something, a
+//!   write changes something.
+//! - [`lab`] builds nodes, pods and a server out of network namespaces.
+//! - [`conformance`] runs this project's own cases there, against whatever makes nodes carry out
+//!   policies.
 //!
 //! ```no_run
 //! use egress_datapath::testing::{Fault, Faults};
@@ -14,5 +18,8 @@
 //! assert_eq!(faults.pending(), 0);
 //! # Ok::<(), egress_datapath::KernelError>(())
 //! ```
+
+pub mod conformance;
+pub mod lab;
 
 pub use crate::kernel::faults::{Call, Fault, Faults, Subsystem};

@@ -17,16 +17,16 @@ use variant::Variant;
 
 mod frame;
 mod iptables;
-#[allow(dead_code, reason = "the tests need more of it")]
-#[path = "../../tests/lab/netns.rs"]
+#[allow(dead_code, unreachable_pub, reason = "the tests need more of it")]
+#[path = "../../src/testing/lab/netns.rs"]
 mod netns;
 mod ours;
 mod path;
 mod plot;
 mod port;
 mod report;
-#[allow(dead_code, reason = "the tests need more of it")]
-#[path = "../../tests/lab/rtnl.rs"]
+#[allow(dead_code, unreachable_pub, reason = "the tests need more of it")]
+#[path = "../../src/testing/lab/rtnl.rs"]
 mod rtnl;
 mod seed;
 mod variant;
@@ -67,7 +67,7 @@ const QUICK: Extent = Extent {
 fn main() -> Result {
     let quick = std::env::args().any(|argument| argument == "--quick");
     let extent = if quick { QUICK } else { FULL };
-    netns::enter_user_namespace()?;
+    netns::isolate()?;
     let mut variants = variants(&extent)?;
     // The receiving half of the path runs where the sending one does.
     let mut here = CpuSet::new();

@@ -61,7 +61,7 @@ fn main() -> ExitCode {
 
 fn parent(filters: &[String]) -> Result {
     let required = env::var_os("EGRESS_REQUIRE_NETNS").is_some_and(|value| value == "1");
-    if let Err(error) = lab::netns::enter_user_namespace().and_then(|()| Lab::new()) {
+    if let Err(error) = lab::isolate().and_then(|()| Lab::new()) {
         if required {
             return Err(format!("no network namespaces: {error}").into());
         }

@@ -10,8 +10,8 @@ use egress_datapath::{
     KernelError, State,
 };
 
-use super::Netns;
-use super::netns::inside;
+use super::kit::Netns;
+use super::kit::inside;
 
 /// The backend that `EGRESS_BACKEND` names as the agent does; without it nf_tables.
 pub(crate) fn backend() -> Backend {

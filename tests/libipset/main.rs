@@ -2,11 +2,11 @@
 //!
 //! This program is both the test and the process that libipset runs in.
 
-#[allow(dead_code, reason = "other tests need more of it")]
-#[path = "../lab/netns.rs"]
+#[allow(dead_code, unreachable_pub, reason = "other tests need more of it")]
+#[path = "../../src/testing/lab/netns.rs"]
 mod netns;
-#[allow(dead_code, reason = "other tests need more of it")]
-#[path = "../lab/rtnl.rs"]
+#[allow(dead_code, unreachable_pub, reason = "other tests need more of it")]
+#[path = "../../src/testing/lab/rtnl.rs"]
 mod rtnl;
 
 use std::collections::BTreeMap;
@@ -53,7 +53,7 @@ fn main() -> ExitCode {
 }
 
 fn run(words: &[String]) -> Result {
-    if let Err(error) = netns::enter_user_namespace() {
+    if let Err(error) = netns::isolate() {
         if env::var_os("EGRESS_REQUIRE_NETNS").is_some_and(|value| value == "1") {
             return Err(format!("no network namespaces: {error}").into());
         }
@@ -65,7 +65,7 @@ fn run(words: &[String]) -> Result {
     let mut failed = 0;
     for (name, test) in TESTS.into_iter().filter(|(name, _)| chosen(name)) {
         // A namespace for each.
-        netns::enter_user_namespace()?;
+        netns::isolate()?;
         match test() {
             Ok(()) => writeln!(io::stdout(), "test {name} ... ok")?,
             Err(error) => {

@@ -218,7 +218,7 @@ fn flows_that_never_pause_never_show_the_pod_while_policies_come_and_go() -> Res
         let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
         let open = || -> io::Result<_> {
             let flow = UdpSocket::bind(any)?;
-            flow.connect((to, crate::lab::echo::PORT))?;
+            flow.connect((to, crate::lab::PORT))?;
             Ok(flow)
         };
         (0..4).map(|_| open()).collect()

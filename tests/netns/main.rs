@@ -3,10 +3,16 @@
 #[path = "../lab/mod.rs"]
 mod lab;
 
+#[allow(dead_code, unreachable_pub, reason = "in the library it is public")]
+#[path = "../../src/testing/conformance/mod.rs"]
+mod conformance;
+
 mod answers;
 mod closed;
+mod conforms;
 mod connections;
 mod decoys;
+mod explained;
 #[cfg(feature = "testing")]
 mod faults;
 mod fleet;

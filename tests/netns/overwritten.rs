@@ -7,10 +7,7 @@ use crate::fleet::{
     tool,
 };
 use crate::flows::masquerade;
-use crate::lab::{
-    EIP_B, NODE_A, NODE_B_OUTSIDE, POD_A, POD_B, SERVER, STRANGER, hosts, net, probe,
-};
-use crate::lab::{Pair, Proto};
+use crate::lab::{EIP_B, NODE_A, POD_A, POD_B, Proto, SERVER, STRANGER, probe};
 
 /// A chain that overwrites the mark of everything, such as it is not ours to keep.
 fn overwriting(hook: &str) -> String {
@@ -71,30 +68,6 @@ fn a_mark_that_is_overwritten_shows_neither_pod_nor_node() -> Result {
         assert!(seen.iter().all(|source| EIP_B.contains(source)), "{seen:?}");
         check(&[expect(&lab.stranger, SERVER, NODE_A), expect(&lab.stranger, POD_B, STRANGER)]);
         tool(client, "nft delete table inet overwriting")?;
-    }
-    Ok(())
-}
-
-#[test]
-fn what_a_node_itself_says_is_never_selected() -> Result {
-    let Some(lab) = lab()? else { return Ok(()) };
-    let mut everybody = policy("p", &[POD_A], Some("node-b"), dual(EIP_B))?;
-    everybody.sources =
-        hosts(&[POD_A]).into_iter().map(|host| net(host.addr(), 0).trunc()).collect();
-    let mut fleet = Fleet::open(&lab)?;
-    for number in 1..=2 {
-        fleet.apply(&[everybody.clone()])?;
-        let said = |from: &crate::lab::Netns, expected: Pair| {
-            for (to, expected) in SERVER.into_iter().zip(expected) {
-                for proto in Proto::BOTH {
-                    assert_eq!(probe(from, proto, to).unwrap(), expected, "{number} {proto} {to}");
-                }
-            }
-        };
-        said(&lab.node_a.netns, NODE_A);
-        said(&lab.node_b.netns, NODE_B_OUTSIDE);
-        said(&lab.pod_a, EIP_B);
-        said(&lab.pod_b, EIP_B);
     }
     Ok(())
 }

@@ -55,6 +55,8 @@ pub(crate) struct Fleet {
     port: u16,
     /// Packets of connections, as their opener sent them.
     flows: Vec<Packet>,
+    /// Those of them that were sent, by their ports.
+    opened: BTreeSet<[u16; 2]>,
     /// What left, as the server saw it.
     left: Vec<Packet>,
     /// Every packet and what became of it, to tell how a difference came about.
@@ -99,6 +101,7 @@ impl Fleet {
             next: 0,
             port: 1024,
             flows: Vec::new(),
+            opened: BTreeSet::new(),
             left: Vec::new(),
             history: Vec::new(),
             late: BTreeMap::new(),
@@ -160,24 +163,25 @@ impl Fleet {
         difference(&sim, &kernel)
     }
 
-    /// Sends random packets through both worlds, and returns how many there were, how many of
-    /// them should get through, and what is wrong.
-    pub(crate) fn send(&mut self, random: &mut Random, count: usize) -> Result<Sent> {
+    /// Random packets, each with the number of the tap of who sends it.
+    pub(crate) fn packets(&mut self, random: &mut Random, count: usize) -> Vec<(usize, Packet)> {
+        let mut ports = BTreeSet::new();
+        let packets = (0..count).filter_map(|_| self.packet(random));
+        // Those of one connection could overtake each other.
+        packets.filter(|(_, packet)| ports.insert(connection(packet))).collect()
+    }
+
+    /// Sends packets through both worlds, and returns how many there were, and how many of them
+    /// should get through.
+    pub(crate) fn send(&mut self, packets: &[(usize, Packet)]) -> Result<Sent> {
         let mut batches: [Vec<(u32, Packet)>; 5] = Default::default();
         let mut expected = BTreeMap::new();
-        let mut ports = BTreeSet::new();
         let mut told = BTreeMap::new();
         let states = self.others.iter_mut().map(Datapath::observe);
         let states: Vec<State> = states.collect::<std::result::Result<_, _>>()?;
-        for _ in 0..count {
-            let known = self.flows.len();
-            let Some((from, packet)) = self.packet(random) else { continue };
-            // Those of one connection could overtake each other.
-            if !ports.insert(connection(&packet)) {
-                continue;
-            }
+        for &(from, packet) in packets {
             self.next += 1;
-            if self.flows.len() > known {
+            if from > 0 && self.opened.insert(connection(&packet)) {
                 told.insert(self.next, self.explained(&states, packet));
             }
             batches[from].push((self.next, packet));
@@ -185,6 +189,7 @@ impl Fleet {
         }
         let seen = self.exchange(&batches, &expected)?;
         let mut sent = Sent { packets: expected.len(), ..Sent::default() };
+        let mut wrong = Vec::new();
         for (number, (packet, journey)) in expected {
             let wanted = Self::wanted(&journey);
             let seen = seen.get(&number).map_or(&[][..], Vec::as_slice);
@@ -204,21 +209,21 @@ impl Fleet {
                 sent.explained += 1;
                 let found = seen.first().map(|seen| seen.packet.source);
                 if !told.fits(found, &self.clusters[0].nodes) {
-                    sent.wrong
-                        .push(format!("{packet} was explained as {told:?}, came as {found:?}"));
+                    wrong.push(format!("{packet} was explained as {told:?}, came as {found:?}"));
                 }
             }
             if !seen.iter().map(facts).eq(wanted.iter().map(facts)) {
-                let before = self.before(packet);
-                let wrong = format!("{seen:?} instead of {wanted:?}\n{}{before}", journey.trace);
-                sent.wrong.push(wrong);
+                let (trace, before) = (&journey.trace, self.before(packet));
+                wrong.push(format!("{seen:?} instead of {wanted:?}\n{trace}{before}"));
             }
             self.history.push((packet, journey.outcome));
         }
         for (number, seen) in mem::take(&mut self.late) {
-            sent.wrong.push(format!("packet {number} came late: {seen:?}"));
+            wrong.push(format!("packet {number} came late: {seen:?}"));
         }
-        Ok(sent)
+        let count = wrong.len();
+        let first = wrong.into_iter().next();
+        first.map_or(Ok(sent), |first| Err(format!("{count} packets, one of them: {first}").into()))
     }
 
     /// The source of a new connection's packet by what the kernels hold, if it gets through.
@@ -363,7 +368,15 @@ pub(crate) struct Sent {
     pub(crate) translated: usize,
     /// Packets of new connections, whose fate the states alone explain.
     pub(crate) explained: usize,
-    pub(crate) wrong: Vec<String>,
+}
+
+impl Sent {
+    pub(crate) const fn add(&mut self, other: &Self) {
+        self.packets += other.packets;
+        self.through += other.through;
+        self.translated += other.translated;
+        self.explained += other.explained;
+    }
 }
 
 /// The ports of a connection, whoever sends.

@@ -1,19 +1,23 @@
 //! Random packets through simulated nodes and real ones, over changes, drift and restarts.
 
-use std::time::Instant;
+use std::io;
+use std::time::{Duration, Instant};
 
 use egress_datapath::state::State;
-use egress_datapath::{EgressPolicy, MarkLayout, PolicyId};
+use egress_datapath::{EgressPolicy, MarkLayout, Packet, PolicyId};
 
 use crate::drift::drifted;
 use crate::fleet::{Fleet, Sent};
 use crate::random::Random;
+use crate::shrink::shrink;
 use crate::{Result, given, say, seed, times, world};
 
 /// Packets that are sent at least.
 const PACKETS: usize = 10_000;
 /// Packets between two changes.
 const BATCH: usize = 64;
+/// How long to look for what a difference needs: some dozen fleets.
+const SHRINKING: Duration = Duration::from_secs(120);
 
 #[test]
 fn packets_fare_alike() -> Result {
@@ -35,28 +39,30 @@ fn run(layout: MarkLayout, caching: bool) -> Result {
     let (seed, begun) = (seed()?, Instant::now());
     let mut random = Random::new(seed);
     let mut policies = Vec::new();
-    let (mut total, mut steps) = (Sent::default(), 0);
-    for at in 0..3 {
-        fleet.reconcile(at, &policies)?;
-    }
+    let (mut total, mut steps) = (Sent::default(), Vec::new());
+    let mut next: Vec<Step> = (0..3).map(|at| Step::Reconcile(at, policies.clone())).collect();
     while total.packets < times(PACKETS) / 2 {
-        let what = step(&mut fleet, &mut random, &mut policies)
-            .map_err(|error| format!("seed {seed}, step {steps}: {error}"))?;
-        let sent = fleet.send(&mut random, BATCH)?;
-        if let Some(wrong) = sent.wrong.first() {
-            let count = sent.wrong.len();
-            let what = format!("seed {seed}, step {steps}, {what}: {count} packets, {policies:#?}");
-            return Err(format!("{what}\n{wrong}").into());
+        for step in next {
+            let made = step.make(&mut fleet);
+            steps.push(step);
+            match made {
+                Ok(sent) => total.add(&sent),
+                Err(error) => {
+                    say(&format!("seed {seed}, step {}: {error}", steps.len() - 1));
+                    return Err(shrunk(seed, || Fleet::new(layout, caching), &steps).into());
+                }
+            }
         }
-        steps += 1;
-        total.packets += sent.packets;
-        total.through += sent.through;
-        total.translated += sent.translated;
-        total.explained += sent.explained;
+        next = if matches!(steps.last(), Some(Step::Send(_))) {
+            changes(&mut random, &mut policies)
+        } else {
+            vec![Step::Send(fleet.packets(&mut random, BATCH))]
+        };
     }
-    let Sent { packets, through, translated, explained, .. } = total;
+    let changes = steps.iter().filter(|step| matches!(step, Step::Send(_))).count();
+    let Sent { packets, through, translated, explained } = total;
     say(&format!(
-        "seed {seed}, marks of {:#x}, caching {caching}: {packets} packets over {steps} changes, {through} got through, \
+        "seed {seed}, marks of {:#x}, caching {caching}: {packets} packets over {changes} changes, {through} got through, \
          {translated} of them with another source, {explained} new connections explained, 0 differences in {:.1} s",
         layout.mask(),
         begun.elapsed().as_secs_f32()
@@ -65,36 +71,69 @@ fn run(layout: MarkLayout, caching: bool) -> Result {
     Ok(())
 }
 
-/// Changes something in both worlds, and says what.
-fn step(
-    fleet: &mut Fleet,
-    random: &mut Random,
-    policies: &mut Vec<EgressPolicy>,
-) -> Result<String> {
+/// Something that is done in both worlds.
+#[derive(Clone, Debug)]
+enum Step {
+    /// Somebody else changes a node; how, a seed decides.
+    Edit(usize, u64),
+    /// A node's reconciler forgets what it knew; how it begins anew, a seed decides.
+    Restart(usize, u64),
+    /// A node is made right.
+    Reconcile(usize, Vec<EgressPolicy>),
+    /// Packets are sent, each by the tap of this number.
+    Send(Vec<(usize, Packet)>),
+}
+
+impl Step {
+    /// Does it, and says what is wrong then.
+    fn make(&self, fleet: &mut Fleet) -> Result<Sent> {
+        let nothing = Ok(Sent::default());
+        match self {
+            Self::Edit(at, seed) => {
+                let edit = |now: &State| edited(&mut Random::new(*seed), now);
+                fleet.edit(*at, edit).and(nothing)
+            }
+            Self::Restart(at, seed) => {
+                fleet.restart(*at, &mut Random::new(*seed))?;
+                nothing
+            }
+            Self::Reconcile(at, policies) => fleet.reconcile(*at, policies).and(nothing),
+            Self::Send(packets) => fleet.send(packets),
+        }
+    }
+}
+
+/// What is left of steps of which the last one failed.
+fn shrunk(seed: u64, new: impl Fn() -> io::Result<Fleet>, steps: &[Step]) -> String {
+    let difference = |steps: &[Step]| {
+        let mut fleet = new().ok()?;
+        steps.iter().find_map(|step| step.make(&mut fleet).err())
+    };
+    let left = shrink(steps, SHRINKING, |steps| difference(steps).is_some());
+    let error = difference(&left)
+        .map_or_else(|| "it did not come again".to_owned(), |error| error.to_string());
+    let (few, all) = (left.len(), steps.len());
+    format!(
+        "{few} of {all} steps make the difference:\n{left:#?}\n{error}\n\
+         again, all of them: EGRESS_TWIN_SEED={seed} cargo test --test twin packets"
+    )
+}
+
+/// Changes of something in both worlds.
+fn changes(random: &mut Random, policies: &mut Vec<EgressPolicy>) -> Vec<Step> {
     let at = random.below(3);
     match random.below(8) {
-        0 | 1 => {
-            let changes = fleet.edit(at, |now| edited(random, now))?;
-            return Ok(format!("node {at} edited: {changes}"));
-        }
-        2 => {
-            fleet.restart(at, random)?;
-            fleet.reconcile(at, policies)?;
-            return Ok(format!("node {at} restarted"));
-        }
+        0 | 1 => return vec![Step::Edit(at, random.seed())],
+        2 => return vec![Step::Restart(at, random.seed()), Step::Reconcile(at, policies.clone())],
         // Only one node knows of it, for a while.
         3 => {
             *policies = changed(random, policies);
-            fleet.reconcile(at, policies)?;
-            return Ok(format!("node {at} is ahead"));
+            return vec![Step::Reconcile(at, policies.clone())];
         }
         4 => *policies = world::policies(random, 6),
         _ => *policies = changed(random, policies),
     }
-    for turn in 0..3 {
-        fleet.reconcile((at + turn) % 3, policies)?;
-    }
-    Ok("all nodes reconciled".into())
+    (0..3).map(|turn| Step::Reconcile((at + turn) % 3, policies.clone())).collect()
 }
 
 /// Policies of which one has come, gone, moved or got other members.

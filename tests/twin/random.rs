@@ -15,6 +15,11 @@ impl Random {
         mixed ^ (mixed >> 31)
     }
 
+    /// A seed for something of its own.
+    pub(crate) fn seed(&mut self) -> u64 {
+        self.next()
+    }
+
     /// A number below another one.
     pub(crate) fn below(&mut self, end: usize) -> usize {
         let end = u64::try_from(end).unwrap().max(1);

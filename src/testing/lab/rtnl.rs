@@ -22,20 +22,20 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
 
 /// Index of the loopback device in every namespace.
-pub(crate) const LOOPBACK: u32 = 1;
+pub const LOOPBACK: u32 = 1;
 
 /// A device to be created: its name and the index it will have.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Device<'a> {
+pub struct Device<'a> {
     /// Its name.
-    pub(crate) name: &'a str,
+    pub name: &'a str,
     /// Its index in its namespace.
-    pub(crate) index: u32,
+    pub index: u32,
 }
 
 /// An address and whether it may be chosen as a source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Preference {
+pub enum Preference {
     /// As the kernel likes.
     Usual,
     /// Never chosen for a socket that did not ask for it.
@@ -44,14 +44,14 @@ pub(crate) enum Preference {
 
 /// A route socket of one network namespace.
 #[derive(Debug)]
-pub(crate) struct Rtnl {
+pub struct Rtnl {
     socket: Socket,
     sequence: u32,
 }
 
 impl Rtnl {
     /// Opens a socket in the calling thread's namespace.
-    pub(crate) fn open() -> io::Result<Self> {
+    pub fn open() -> io::Result<Self> {
         let mut socket = Socket::new(NETLINK_ROUTE)?;
         socket.bind_auto()?;
         socket.connect(&SocketAddr::new(0, 0))?;
@@ -61,7 +61,7 @@ impl Rtnl {
     }
 
     /// Brings a device up.
-    pub(crate) fn up(&mut self, index: u32) -> io::Result<()> {
+    pub fn up(&mut self, index: u32) -> io::Result<()> {
         let mut link = link(index);
         link.header.flags = LinkFlags::Up;
         link.header.change_mask = LinkFlags::Up;
@@ -69,7 +69,7 @@ impl Rtnl {
     }
 
     /// Creates a bridge that forwards at once, and brings it up.
-    pub(crate) fn bridge(&mut self, device: Device<'_>) -> io::Result<()> {
+    pub fn bridge(&mut self, device: Device<'_>) -> io::Result<()> {
         let info = vec![
             LinkInfo::Kind(InfoKind::Bridge),
             LinkInfo::Data(InfoData::Bridge(vec![
@@ -83,7 +83,7 @@ impl Rtnl {
     }
 
     /// Creates a pair of devices: one here, up, and one in another namespace, down.
-    pub(crate) fn veth(
+    pub fn veth(
         &mut self,
         here: Device<'_>,
         bridge: Option<u32>,
@@ -104,12 +104,7 @@ impl Rtnl {
     }
 
     /// Gives a device an address that is usable at once.
-    pub(crate) fn address(
-        &mut self,
-        index: u32,
-        net: IpNet,
-        preference: Preference,
-    ) -> io::Result<()> {
+    pub fn address(&mut self, index: u32, net: IpNet, preference: Preference) -> io::Result<()> {
         let mut message = AddressMessage::default();
         message.header.family = family(net.addr());
         message.header.prefix_len = net.prefix_len();
@@ -128,7 +123,7 @@ impl Rtnl {
     }
 
     /// A route in the main table, by a neighbour or on the link.
-    pub(crate) fn route(&mut self, dst: IpNet, via: Option<IpAddr>, index: u32) -> io::Result<()> {
+    pub fn route(&mut self, dst: IpNet, via: Option<IpAddr>, index: u32) -> io::Result<()> {
         let mut message = RouteMessage::default();
         message.header.address_family = family(dst.addr());
         message.header.destination_prefix_length = dst.prefix_len();
@@ -149,7 +144,7 @@ impl Rtnl {
     }
 
     /// A neighbour that is known for good.
-    pub(crate) fn neighbour(&mut self, index: u32, ip: IpAddr, mac: [u8; 6]) -> io::Result<()> {
+    pub fn neighbour(&mut self, index: u32, ip: IpAddr, mac: [u8; 6]) -> io::Result<()> {
         let mut message = NeighbourMessage::default();
         message.header.family = family(ip);
         message.header.ifindex = index;

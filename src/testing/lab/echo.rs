@@ -15,14 +15,14 @@ use rustix::net::{AddressFamily, Protocol, RecvFlags, SocketFlags, SocketType, e
 use super::netns::Netns;
 
 /// The port that is served, by UDP and TCP.
-pub(crate) const PORT: u16 = 7000;
+pub const PORT: u16 = 7000;
 /// How long a probe waits for an answer, all its tries together.
 const PATIENCE: Duration = Duration::from_millis(900);
 const TRIES: u32 = 3;
 
 /// A transport protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Proto {
+pub enum Proto {
     /// Its number is 6.
     Tcp,
     /// Its number is 17.
@@ -31,7 +31,7 @@ pub(crate) enum Proto {
 
 impl Proto {
     /// Both.
-    pub(crate) const BOTH: [Self; 2] = [Self::Tcp, Self::Udp];
+    pub const BOTH: [Self; 2] = [Self::Tcp, Self::Udp];
 }
 
 impl fmt::Display for Proto {
@@ -50,7 +50,7 @@ type Seen = Arc<Mutex<BTreeSet<(IpAddr, Proto)>>>;
 /// It also remembers the source of every TCP and UDP packet that reached its namespace, be it of
 /// a connection or not.
 #[derive(Debug)]
-pub(crate) struct Echo {
+pub struct Echo {
     seen: Seen,
     stop: Arc<OwnedFd>,
     thread: Option<JoinHandle<()>>,
@@ -58,7 +58,7 @@ pub(crate) struct Echo {
 
 impl Echo {
     /// Starts to serve on addresses of a namespace.
-    pub(crate) fn start(netns: &Netns, addresses: &[IpAddr]) -> io::Result<Self> {
+    pub fn start(netns: &Netns, addresses: &[IpAddr]) -> io::Result<Self> {
         let sockets = netns.run(|| Sockets::open(addresses))??;
         let seen = Seen::default();
         let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
@@ -73,7 +73,7 @@ impl Echo {
     /// The sources of all packets since the last call.
     ///
     /// What came before an answer is in it.
-    pub(crate) fn take_seen(&self) -> BTreeSet<(IpAddr, Proto)> {
+    pub fn take_seen(&self) -> BTreeSet<(IpAddr, Proto)> {
         std::mem::take(&mut self.seen.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
@@ -197,7 +197,7 @@ fn source(packet: &[u8]) -> Option<(IpAddr, Proto)> {
 }
 
 /// The source that a server saw when it was asked from a namespace; waits less than a second.
-pub(crate) fn probe(netns: &Netns, proto: Proto, server: IpAddr) -> io::Result<IpAddr> {
+pub fn probe(netns: &Netns, proto: Proto, server: IpAddr) -> io::Result<IpAddr> {
     let server = SocketAddr::new(server, PORT);
     let answer = netns.run(|| match proto {
         Proto::Udp => ask_udp(server),

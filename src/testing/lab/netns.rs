@@ -14,14 +14,14 @@ use super::rtnl::{LOOPBACK, Rtnl};
 
 /// A network namespace; it ends with this value, whatever way that goes.
 #[derive(Debug)]
-pub(crate) struct Netns {
+pub struct Netns {
     fd: OwnedFd,
     rtnl: Mutex<Rtnl>,
 }
 
 impl Netns {
     /// A new namespace with nothing in it but the loopback device, which is up.
-    pub(crate) fn new() -> io::Result<Self> {
+    pub fn new() -> io::Result<Self> {
         let made = thread::spawn(|| {
             unshare(UnshareFlags::NEWNET)?;
             let fd = File::open("/proc/thread-self/ns/net")?.into();
@@ -34,17 +34,17 @@ impl Netns {
     }
 
     /// Does something in the namespace; sockets opened there stay there.
-    pub(crate) fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> io::Result<T> {
+    pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> io::Result<T> {
         inside(self.fd.as_fd(), work)
     }
 
     /// Changes links, addresses and routes of the namespace.
-    pub(crate) fn link<T>(&self, work: impl FnOnce(&mut Rtnl) -> io::Result<T>) -> io::Result<T> {
+    pub fn link<T>(&self, work: impl FnOnce(&mut Rtnl) -> io::Result<T>) -> io::Result<T> {
         work(&mut self.rtnl.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Writes kernel parameters, each named as its file under `/proc/sys/net`.
-    pub(crate) fn sysctl(&self, settings: &[(&str, &str)]) -> io::Result<()> {
+    pub fn sysctl(&self, settings: &[(&str, &str)]) -> io::Result<()> {
         self.run(|| {
             settings.iter().try_for_each(|(name, value)| {
                 let path = format!("/proc/sys/net/{name}");
@@ -58,7 +58,7 @@ impl Netns {
 }
 
 /// Does something in a namespace, on a thread of its own.
-pub(crate) fn inside<T: Send>(
+pub fn inside<T: Send>(
     namespace: BorrowedFd<'_>,
     work: impl FnOnce() -> T + Send,
 ) -> io::Result<T> {
@@ -80,7 +80,7 @@ impl AsFd for Netns {
 /// Moves this process, which must not have started threads, off the host's network.
 ///
 /// Root gets a network namespace, everybody else a user namespace of which he is root as well.
-pub(crate) fn enter_user_namespace() -> io::Result<()> {
+pub fn isolate() -> io::Result<()> {
     let (user, group) = (geteuid(), getegid());
     if user.is_root() {
         return unshare(UnshareFlags::NEWNET);

@@ -1,0 +1,57 @@
+//! Questions and the sources they must arrive with.
+
+use std::net::IpAddr;
+use std::panic::resume_unwind;
+use std::thread::{self, ScopedJoinHandle};
+
+use super::super::lab::{Netns, Pair, Proto, probe};
+use super::{Astray, Failure};
+
+/// Who asks, whom, and with which source the question must arrive, if at all.
+#[derive(Clone, Copy)]
+pub(super) struct Expect<'a> {
+    pub(super) who: &'static str,
+    pub(super) from: &'a Netns,
+    pub(super) to: Pair,
+    pub(super) source: [Option<IpAddr>; 2],
+}
+
+impl<'a> Expect<'a> {
+    pub(super) const fn source(
+        (who, from): (&'static str, &'a Netns),
+        to: Pair,
+        source: Pair,
+    ) -> Self {
+        let [v4, v6] = source;
+        Self { who, from, to, source: [Some(v4), Some(v6)] }
+    }
+
+    pub(super) const fn nothing((who, from): (&'static str, &'a Netns), to: Pair) -> Self {
+        Self { who, from, to, source: [None; 2] }
+    }
+
+    fn questions(self) -> impl Iterator<Item = (Proto, IpAddr, Option<IpAddr>)> {
+        let of = |(to, source)| Proto::BOTH.map(|proto| (proto, to, source));
+        self.to.into_iter().zip(self.source).flat_map(of)
+    }
+}
+
+/// Asks by TCP and UDP over IPv4 and IPv6, all at once, and compares.
+pub(super) fn check(expectations: &[Expect<'_>]) -> Result<(), Failure> {
+    let astray: Vec<Astray> = thread::scope(|scope| {
+        let mut asked = Vec::new();
+        for &expected in expectations {
+            for (proto, to, source) in expected.questions() {
+                let ask = move || {
+                    let seen = probe(expected.from, proto, to).ok();
+                    let from = expected.who;
+                    (seen != source).then_some(Astray { from, proto, to, expected: source, seen })
+                };
+                asked.push(scope.spawn(ask));
+            }
+        }
+        let answers = asked.into_iter().map(ScopedJoinHandle::join);
+        answers.filter_map(|answer| answer.unwrap_or_else(|error| resume_unwind(error))).collect()
+    });
+    if astray.is_empty() { Ok(()) } else { Err(Failure::Astray(astray)) }
+}

@@ -1,0 +1,198 @@
+//! A case under way: a lab, and what is tested on each of its nodes.
+
+use std::collections::BTreeSet;
+use std::io::{self, Write};
+use std::net::IpAddr;
+use std::process::{Command, Stdio};
+
+use egress_datapath::{Cluster, EgressIp, EgressPolicy, NodeName, PolicyId};
+
+use super::super::lab::{Host, Lab, Netns, Pair, hosts};
+use super::{BoxError, Failure, Integration};
+
+pub(super) type Result<T = ()> = std::result::Result<T, Failure>;
+pub(super) type Start<'a> =
+    dyn FnMut(&Host) -> std::result::Result<Box<dyn Integration>, BoxError> + Send + 'a;
+
+/// A case under way.
+pub(super) struct Trial<'a> {
+    /// From the first node to the last; they end before the lab does.
+    nodes: Vec<Node>,
+    start: &'a mut Start<'a>,
+    pub(super) lab: Lab,
+}
+
+struct Node {
+    cluster: Cluster,
+    integration: Box<dyn Integration>,
+}
+
+impl<'a> Trial<'a> {
+    pub(super) fn new(lab: Lab, start: &'a mut Start<'a>) -> Result<Self> {
+        let mut trial = Self { nodes: Vec::new(), start, lab };
+        trial.restart()?;
+        Ok(trial)
+    }
+
+    /// Ends what is tested on every node, and starts it anew.
+    pub(super) fn restart(&mut self) -> Result {
+        self.nodes.clear();
+        for host in self.lab.nodes() {
+            let cluster = self.lab.cluster(host)?;
+            let started = host.netns.run(|| (self.start)(host))?;
+            let integration = started.map_err(|error| failed(&cluster, "start", error))?;
+            self.nodes.push(Node { cluster, integration });
+        }
+        Ok(())
+    }
+
+    /// Changes what every node is told of the cluster.
+    pub(super) fn change(&mut self, change: impl Fn(&mut Cluster)) {
+        self.nodes.iter_mut().for_each(|node| change(&mut node.cluster));
+    }
+
+    /// Gives every node the policies, from the last to the first: gateways before their clients.
+    pub(super) fn apply(&mut self, policies: &[EgressPolicy]) -> Result {
+        let mut nodes = self.lab.nodes().into_iter().zip(&mut self.nodes).rev();
+        nodes.try_for_each(|(host, node)| node.apply(host, policies))
+    }
+
+    /// Gives one node the policies.
+    pub(super) fn apply_to(&mut self, name: &str, policies: &[EgressPolicy]) -> Result {
+        let mut nodes = self.lab.nodes().into_iter().zip(&mut self.nodes);
+        let found = nodes.find(|(host, _)| host.name == name);
+        found.map_or(Ok(()), |(host, node)| node.apply(host, policies))
+    }
+
+    /// Has every node take everything back, clients before their gateways.
+    pub(super) fn remove(&mut self) -> Result {
+        for (host, node) in self.lab.nodes().into_iter().zip(&mut self.nodes) {
+            let removed = host.netns.run(|| node.integration.remove())?;
+            removed.map_err(|error| failed(&node.cluster, "remove", error))?;
+        }
+        Ok(())
+    }
+
+    /// All sources of packets that the server saw since the last call.
+    pub(super) fn seen(&self) -> BTreeSet<IpAddr> {
+        self.lab.outside.take_seen().into_iter().map(|(source, _)| source).collect()
+    }
+
+    /// The server saw packets of these, all of these, since the last call, and of nobody else.
+    pub(super) fn saw(&self, sources: &[Pair]) -> Result {
+        let (seen, expected) = (self.seen(), set(sources));
+        if seen == expected { Ok(()) } else { Err(Failure::Seen { seen, expected }) }
+    }
+
+    /// The server saw packets of nobody but these since the last call.
+    pub(super) fn saw_no_others(&self, sources: &[Pair]) -> Result {
+        let (seen, expected) = (self.seen(), set(sources));
+        if seen.is_subset(&expected) { Ok(()) } else { Err(Failure::Seen { seen, expected }) }
+    }
+
+    /// Hides the pods of every node behind it, as most CNI plugins do.
+    pub(super) fn masquerade(&self, table: &str) -> Result {
+        let rules = format!(
+            "table inet {table} {{
+                chain postrouting {{
+                    type nat hook postrouting priority srcnat;
+                    ip daddr != 10.244.0.0/16 ip saddr 10.244.0.0/16 masquerade
+                    ip6 daddr != fd44::/16 ip6 saddr fd44::/16 masquerade
+                }}
+            }}"
+        );
+        self.lab.nodes().into_iter().try_for_each(|host| nft(&host.netns, &rules))
+    }
+
+    // By who they are, and where.
+
+    pub(super) fn pod_a(&self) -> (&'static str, &Netns) {
+        ("pod-a", &self.lab.pod_a)
+    }
+
+    pub(super) fn pod_b(&self) -> (&'static str, &Netns) {
+        ("pod-b", &self.lab.pod_b)
+    }
+
+    pub(super) fn pod_c(&self) -> (&'static str, &Netns) {
+        ("pod-c", &self.lab.pod_c)
+    }
+
+    pub(super) fn stranger(&self) -> (&'static str, &Netns) {
+        ("the stranger", &self.lab.stranger)
+    }
+
+    pub(super) fn server(&self) -> (&'static str, &Netns) {
+        ("the server", &self.lab.server)
+    }
+
+    pub(super) fn node_a(&self) -> (&'static str, &Netns) {
+        ("node-a", &self.lab.node_a.netns)
+    }
+
+    pub(super) fn node_b(&self) -> (&'static str, &Netns) {
+        ("node-b", &self.lab.node_b.netns)
+    }
+}
+
+impl Node {
+    fn apply(&mut self, host: &Host, policies: &[EgressPolicy]) -> Result {
+        let Self { cluster, integration } = self;
+        let applied = host.netns.run(|| integration.apply(cluster, policies))?;
+        applied.map_err(|error| failed(&self.cluster, "apply", error))
+    }
+}
+
+fn failed(cluster: &Cluster, doing: &'static str, error: BoxError) -> Failure {
+    Failure::Integration { node: cluster.node.clone(), doing, error }
+}
+
+pub(super) fn set(pairs: &[Pair]) -> BTreeSet<IpAddr> {
+    pairs.as_flattened().iter().copied().collect()
+}
+
+/// A policy for everything external.
+pub(super) fn policy(
+    id: &str,
+    sources: &[Pair],
+    gateway: Option<&str>,
+    egress_ip: EgressIp,
+) -> Result<EgressPolicy> {
+    Ok(EgressPolicy {
+        gateway: gateway.map(NodeName::new).transpose()?,
+        ..EgressPolicy::new(PolicyId::new(id)?, hosts(sources), egress_ip)
+    })
+}
+
+/// Both addresses of a pair.
+pub(super) fn dual(pair: Pair) -> EgressIp {
+    match pair {
+        [IpAddr::V4(v4), IpAddr::V6(v6)] => EgressIp::Dual(v4, v6),
+        _ => EgressIp::Node,
+    }
+}
+
+/// Whether `nft` can be run.
+pub(super) fn have_nft() -> io::Result<()> {
+    Command::new("nft").arg("-v").stdout(Stdio::null()).stderr(Stdio::null()).status().map(drop)
+}
+
+/// Feeds rules to `nft` in a namespace.
+pub(super) fn nft(netns: &Netns, rules: &str) -> Result {
+    let output = netns.run(|| {
+        let mut nft = Command::new("nft")
+            .args(["-f", "-"])
+            .stdin(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        if let Some(mut stdin) = nft.stdin.take() {
+            stdin.write_all(rules.as_bytes())?;
+        }
+        nft.wait_with_output()
+    })??;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    Err(io::Error::other(format!("nft: {said}")).into())
+}
