@@ -37,7 +37,7 @@ const fn flat(variant: Tables, selected: bool) -> Kind {
     Kind::Iptables { policies: 1_000, variant, selected }
 }
 
-const TARGETS: [Target; 19] = [
+const TARGETS: [Target; 21] = [
     Target {
         what: "10 000 policies to 1, steered",
         of: ours(10_000, true),
