@@ -13,8 +13,8 @@ use egress_datapath::{
 };
 
 use crate::lab::{
-    EIP_B, EIP_C, Host, Lab, NODE_B_OUTSIDE, NODE_C_OUTSIDE, POD_A, POD_B, POD_C, Pair, Preference,
-    SERVER, STRANGER, net,
+    EIP_B, EIP_C, Host, Lab, NODE_B_OUTSIDE, NODE_C_OUTSIDE, POD_A, POD_B, POD_C, PORT, Pair,
+    Preference, SERVER, STRANGER, net,
 };
 use crate::random::Random;
 use crate::wire::{Seen, Tap, send};
@@ -327,7 +327,12 @@ impl Fleet {
                 let inside = pods.concat().into_iter();
                 let all: Vec<IpAddr> = outside.clone().chain(outside).chain(inside).collect();
                 let all: Vec<IpAddr> = all.into_iter().filter(of_family).collect();
-                self.port = if self.port == u16::MAX { 1025 } else { self.port + 1 };
+                // At one of them the pods' own service listens.
+                self.port = match self.port {
+                    u16::MAX => 1025,
+                    port if port + 1 == PORT => port + 2,
+                    port => port + 1,
+                };
                 let port = random.of(&[53, 443, 7789]);
                 let packet = Packet::udp(source, self.port, random.of(&all), port);
                 self.flows.push(packet);
