@@ -115,6 +115,11 @@ impl Walk<'_> {
         // Destinations are translated back right before our chain.
         seen.translate_back(&mut skb.packet);
         let fate = self.through(&mut skb, Some(seen), arrival);
+        // Of a connection that is known a rule sets the mark at once, and it stays where the packet
+        // is dropped.
+        if let Tracking::Seen(facts) = &skb.tracking {
+            self.conntrack.note(&seen, facts.mark);
+        }
         (fate, skb.packet)
     }
 

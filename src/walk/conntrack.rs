@@ -56,10 +56,7 @@ impl Conntrack {
 
     /// Keeps a connection whose packet gets through; a new one with its source translated.
     pub(super) fn confirm(&mut self, seen: &mut Seen, source: Option<IpAddr>) {
-        if let Some(id) = seen.id {
-            if let Some(entry) = self.entries.get_mut(&id) {
-                entry.mark = seen.entry.mark;
-            }
+        if seen.id.is_some() {
             return;
         }
         if let Some(source) = source {
@@ -84,6 +81,13 @@ impl Conntrack {
         self.entries.insert(id, seen.entry);
         self.tuples.insert(seen.entry.original, (id, Direction::Original));
         self.tuples.insert(seen.entry.reply, (id, Direction::Reply));
+    }
+
+    /// What the rules made of the mark of a connection that was known before the packet came.
+    pub(super) fn note(&mut self, seen: &Seen, mark: u32) {
+        if let Some(entry) = seen.id.and_then(|id| self.entries.get_mut(&id)) {
+            entry.mark = mark;
+        }
     }
 
     /// All connections.

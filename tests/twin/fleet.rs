@@ -226,24 +226,39 @@ impl Fleet {
         first.map_or(Ok(sent), |first| Err(format!("{count} packets, one of them: {first}").into()))
     }
 
-    /// The source of a new connection's packet by what the kernels hold, if it gets through.
-    fn explained(&self, states: &[State], packet: Packet) -> Explained {
-        let pod = |node: &SimNode| node.pods.iter().any(|net| net.contains(&packet.source));
-        let Some(at) = self.sims.nodes().iter().position(pod) else { return Explained::Dropped };
+    /// The source of a new connection's packet by what the kernels hold, if it gets through all the
+    /// nodes on its way.
+    fn explained(&self, states: &[State], mut packet: Packet) -> Explained {
+        let home = |address: IpAddr| {
+            let nodes = self.sims.nodes();
+            nodes.iter().position(|node| node.pods.iter().any(|net| net.contains(&address)))
+        };
+        let Some(mut at) = home(packet.source) else { return Explained::Dropped };
         let mut trace = explain(&states[at], &packet);
-        if let Fate::Tunnelled(frame) = trace.fate {
-            let has = |node: &&Node| node.underlay.contains(&frame.to);
-            let peer = self.clusters.iter().position(|cluster| {
-                cluster.nodes.iter().find(has).is_some_and(|node| node.name == cluster.node)
-            });
-            let Some(peer) = peer else { return Explained::Dropped };
-            trace = explain_received(&states[peer], &frame);
+        for _ in 0..=states.len() {
+            match trace.fate {
+                Fate::Tunnelled(frame) => {
+                    let has = |node: &&Node| node.underlay.contains(&frame.to);
+                    let peer = self.clusters.iter().position(|cluster| {
+                        cluster.nodes.iter().find(has).is_some_and(|node| node.name == cluster.node)
+                    });
+                    let Some(peer) = peer else { return Explained::Dropped };
+                    at = peer;
+                    trace = explain_received(&states[at], &frame);
+                }
+                Fate::Routed(Some(source)) => {
+                    match home(packet.destination).filter(|there| *there != at) {
+                        Some(there) => at = there,
+                        None => return Explained::As(source),
+                    }
+                    packet.source = source;
+                    trace = explain(&states[at], &packet);
+                }
+                Fate::Routed(None) => return Explained::AsNode,
+                Fate::Dropped | Fate::Delivered => return Explained::Dropped,
+            }
         }
-        match trace.fate {
-            Fate::Routed(Some(source)) => Explained::As(source),
-            Fate::Routed(None) => Explained::AsNode,
-            Fate::Dropped | Fate::Tunnelled(_) | Fate::Delivered => Explained::Dropped,
-        }
+        Explained::Dropped
     }
 
     /// The real packets: sent, and waited for.
