@@ -186,3 +186,41 @@ fn a_connection_that_was_forgotten_is_opened_by_its_pod_only() -> Result {
     }
     fleet.remove()
 }
+
+#[test]
+fn a_connection_ends_with_its_policy_whatever_its_mark_was_before() -> Result {
+    if is_beyond("late answers are not held back")? {
+        return Ok(());
+    }
+    let Some(lab) = lab()? else { return Ok(()) };
+    if !have("nft")? {
+        return Ok(());
+    }
+    masquerade(&lab)?;
+    note_sources(&lab)?;
+    let policies = [policy("p", &[POD_A], Some("node-b"), dual(EIP_B))?];
+    let open = |caching| Fleet::with(&lab, move |cluster| cluster.connection_caching = caching);
+    for (before, after) in [(true, false), (false, true)] {
+        for to in SERVER {
+            open(before)?.apply(&policies)?;
+            let flows = [datagrams(&lab, to)?, connection(&lab, to)?];
+            let mut fleet = open(after)?;
+            fleet.apply(&policies)?;
+            for flow in &flows {
+                (flow.server_says)()?;
+                (flow.pod_says)()?;
+            }
+            fleet.apply_to("node-a", &[])?;
+            for flow in &flows {
+                for _ in 0..20 {
+                    let _reset = (flow.pod_says)();
+                    thread::sleep(Duration::from_millis(1));
+                }
+            }
+            thread::sleep(SETTLED);
+            assert_eq!(noted(&lab)?, [""; 0], "caching {before}, then {after}, to {to}");
+            fleet.apply(&[])?;
+        }
+    }
+    open(false)?.remove()
+}
