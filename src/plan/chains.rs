@@ -65,22 +65,7 @@ impl Skeleton<'_> {
         if self.caching.is_some() {
             sets.insert(Set::Connection);
         }
-        for family in Family::BOTH {
-            sets.extend([
-                Set::Peer(family),
-                Set::Underlay(family),
-                Set::Excluded(family),
-                Set::Eip(family),
-                Set::Answer(family),
-                Set::PortlessAnswer(family),
-                Set::Steer(family),
-                Set::Snat(family),
-                Set::Masquerade(family),
-                Set::Any(family),
-                Set::Source(family),
-                Set::SourceNet(family),
-            ]);
-        }
+        sets.extend(Family::BOTH.into_iter().flat_map(Set::of));
         sets.extend(self.lengths.iter().map(|(family, length)| Set::Destination(*family, *length)));
         sets
     }

@@ -87,6 +87,24 @@ pub enum Set {
 }
 
 impl Set {
+    /// Those that every table has for a family.
+    pub(crate) const fn of(family: Family) -> [Self; 12] {
+        [
+            Self::Peer(family),
+            Self::Underlay(family),
+            Self::Excluded(family),
+            Self::Eip(family),
+            Self::Answer(family),
+            Self::PortlessAnswer(family),
+            Self::Steer(family),
+            Self::Snat(family),
+            Self::Masquerade(family),
+            Self::Any(family),
+            Self::Source(family),
+            Self::SourceNet(family),
+        ]
+    }
+
     /// Its name in the table.
     pub fn name(self) -> String {
         match self {
@@ -244,20 +262,7 @@ mod tests {
     fn set_names_read_back() {
         let mut sets = vec![Set::Gateway, Set::Connection, Set::Verdict];
         for family in Family::BOTH {
-            sets.extend([
-                Set::Peer(family),
-                Set::Underlay(family),
-                Set::Excluded(family),
-                Set::Eip(family),
-                Set::Answer(family),
-                Set::PortlessAnswer(family),
-                Set::Steer(family),
-                Set::Snat(family),
-                Set::Masquerade(family),
-                Set::Any(family),
-                Set::Source(family),
-                Set::SourceNet(family),
-            ]);
+            sets.extend(Set::of(family));
             sets.extend((1..=family.bits()).map(|length| Set::Destination(family, length)));
         }
         for set in sets {

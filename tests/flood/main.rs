@@ -8,6 +8,7 @@
 #[path = "../lab/mod.rs"]
 mod lab;
 
+mod change;
 mod changes;
 #[path = "../netns/fleet.rs"]
 #[allow(dead_code, reason = "shared with other tests")]
@@ -24,7 +25,7 @@ use std::time::{Duration, Instant};
 
 use egress_datapath::{Backend, Phase, Report};
 
-use changes::{Change, Loss, To};
+use change::{Change, Loss, To};
 use fleet::{Result, have, nft, tool};
 use lab::inside::backend;
 use lab::{Lab, POD_A, POD_B, POD_C, SERVER};

@@ -8,7 +8,7 @@ use egress_datapath::{
     KernelError, KernelTables, MarkPool, Reconciler, Report, State, TablePool, TableRange,
 };
 
-use crate::changes::Change;
+use crate::change::Change;
 use crate::fleet::Result;
 use crate::lab::inside::{backend, datapath};
 use crate::lab::{Host, Lab};

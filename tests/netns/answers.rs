@@ -36,6 +36,20 @@ fn note_sources(lab: &Lab) -> Result {
     nft(&lab.server, &[], rules)
 }
 
+/// A lab whose nodes masquerade as a CNI plugin does, with a server that notes sources.
+fn noting_lab() -> Result<Option<Lab>> {
+    if is_beyond("late answers are not held back")? {
+        return Ok(None);
+    }
+    let Some(lab) = lab()? else { return Ok(None) };
+    if !have("nft")? {
+        return Ok(None);
+    }
+    masquerade(&lab)?;
+    note_sources(&lab)?;
+    Ok(Some(lab))
+}
+
 /// The lines of the table that tell of pods.
 fn noted(lab: &Lab) -> Result<Vec<String>> {
     let listed = tool(&lab.server, "nft list table inet noted")?;
@@ -105,15 +119,7 @@ fn portless(lab: &Lab, to: IpAddr) -> Result<Flow> {
 
 #[test]
 fn a_server_that_goes_on_talking_does_not_turn_a_flow_around() -> Result {
-    if is_beyond("late answers are not held back")? {
-        return Ok(());
-    }
-    let Some(lab) = lab()? else { return Ok(()) };
-    if !have("nft")? {
-        return Ok(());
-    }
-    masquerade(&lab)?;
-    note_sources(&lab)?;
+    let Some(lab) = noting_lab()? else { return Ok(()) };
     let mut fleet = Fleet::open(&lab)?;
     let policies = [policy("p", &[POD_A], Some("node-b"), dual(EIP_B))?];
     // None is closed: a pod's answer to the end of a connection that nobody tracks is invalid to
@@ -154,15 +160,10 @@ fn a_server_that_goes_on_talking_does_not_turn_a_flow_around() -> Result {
 /// For datagrams nothing tells the two ends apart; see the design notes.
 #[test]
 fn a_connection_that_was_forgotten_is_opened_by_its_pod_only() -> Result {
-    if is_beyond("late answers are not held back")? {
+    let Some(lab) = noting_lab()? else { return Ok(()) };
+    if !have("conntrack")? {
         return Ok(());
     }
-    let Some(lab) = lab()? else { return Ok(()) };
-    if !have("nft")? || !have("conntrack")? {
-        return Ok(());
-    }
-    masquerade(&lab)?;
-    note_sources(&lab)?;
     let mut fleet = Fleet::open(&lab)?;
     let everywhere = policy("p", &[POD_A], Some("node-b"), dual(EIP_B))?;
     let mut listed = everywhere.clone();
@@ -189,15 +190,7 @@ fn a_connection_that_was_forgotten_is_opened_by_its_pod_only() -> Result {
 
 #[test]
 fn a_connection_ends_with_its_policy_whatever_its_mark_was_before() -> Result {
-    if is_beyond("late answers are not held back")? {
-        return Ok(());
-    }
-    let Some(lab) = lab()? else { return Ok(()) };
-    if !have("nft")? {
-        return Ok(());
-    }
-    masquerade(&lab)?;
-    note_sources(&lab)?;
+    let Some(lab) = noting_lab()? else { return Ok(()) };
     let policies = [policy("p", &[POD_A], Some("node-b"), dual(EIP_B))?];
     let open = |caching| Fleet::with(&lab, move |cluster| cluster.connection_caching = caching);
     for (before, after) in [(true, false), (false, true)] {

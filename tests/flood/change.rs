@@ -1,0 +1,55 @@
+//! What a kind of change is.
+
+use egress_datapath::{MarkLayout, Report};
+
+use crate::fleet::Result;
+use crate::lab::{Lab, Pair};
+use crate::nodes::Nodes;
+
+/// Whether packets may get lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Loss {
+    /// Not one.
+    None,
+    /// One now and then, that was between two hooks when its policy left this node: the first
+    /// lookup found it and the second did not.
+    Few,
+    /// No more than that of the pod on the client; the other's connections are translated on its
+    /// node, and have to be ended before they can go to another.
+    OnGateway,
+    /// What they need is taken away for a while.
+    Any,
+}
+
+/// Where the packets go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum To {
+    /// Outside.
+    Server,
+    /// Inside, where no policy has a say.
+    PodC,
+}
+
+/// A kind of change.
+pub(crate) struct Change {
+    /// What changes.
+    pub(crate) name: &'static str,
+    /// The sources that are right for the pod on the client and for the one on the gateway.
+    pub(crate) wears: [&'static [Pair]; 2],
+    /// The bits of the marks.
+    pub(crate) marks: MarkLayout,
+    /// Where the packets go.
+    pub(crate) to: To,
+    /// Whether packets may get lost.
+    pub(crate) loss: Loss,
+    /// Whether nothing is to be written.
+    pub(crate) idle: bool,
+    /// Rules of other software on every node, in a table `foreign`.
+    pub(crate) foreign: &'static str,
+    /// Whether the nodes go from one backend to another.
+    pub(crate) backends: bool,
+    /// Whether the first packet of a connection decides for all, and connections go on.
+    pub(crate) caching: bool,
+    /// Makes the change for the so-manieth time; round 0 is what it starts from.
+    pub(crate) round: fn(&Lab, &mut Nodes, u64) -> Result<Vec<Report>>,
+}
