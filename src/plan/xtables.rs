@@ -52,3 +52,6 @@ pub(super) fn xtables(
     }
     (contents, tables)
 }
+
+#[cfg(test)]
+mod tests;

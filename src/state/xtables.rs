@@ -105,7 +105,8 @@ pub enum XtName {
     Output,
     /// Built in.
     Postrouting,
-    /// Gives the packets of policies their mark, before routing and before destination NAT.
+    /// Gives the packets of policies their mark, before routing and before destination NAT. Only
+    /// what comes from a selected source and not out of the tunnel is sent here.
     MarkRequest,
     /// Takes the mark off before encapsulation; stops what is marked but not tunnelled.
     ResetMark,
@@ -210,7 +211,7 @@ pub struct XtRule {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum XtMatch {
     /// `-i device`
-    InputDevice(DeviceName),
+    InputDevice(Is, DeviceName),
     /// `-o device`
     OutputDevice(DeviceName),
     /// `-p udp --dport port`
@@ -323,7 +324,7 @@ impl fmt::Display for Is {
 impl fmt::Display for XtMatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::InputDevice(name) => write!(f, "-i {name}"),
+            Self::InputDevice(is, name) => write!(f, "{is}-i {name}"),
             Self::OutputDevice(name) => write!(f, "-o {name}"),
             Self::UdpPort(port) => write!(f, "-p udp -m udp --dport {port}"),
             Self::Icmp6Type(kind) => write!(f, "-p ipv6-icmp -m icmp6 --icmpv6-type {kind}"),

@@ -21,6 +21,11 @@ fn rule<const N: usize>(matches: [XtMatch; N], target: XtTarget, comment: &str) 
     XtRule { matches: matches.into(), target, comment: comment.into() }
 }
 
+/// A jump to a chain of ours.
+fn to<const N: usize>(matches: [XtMatch; N], chain: XtName, what: &str) -> XtRule {
+    rule(matches, XtTarget::Jump(chain), &format!("egress gateway: {what}"))
+}
+
 impl Rules<'_> {
     /// Adds the chains, and the jumps to them at the head of the built-in ones.
     pub(super) fn add_to(&self, tables: &mut Xtables) {
@@ -46,27 +51,49 @@ impl Rules<'_> {
         }
         chain(Nat, N::NoSnat, self.no_snat());
         chain(Nat, N::SnatEip, self.snat_eip());
-        let mut jump = |table, from, to: &[(XtName, &str)]| {
-            let jumps = to.iter().zip(1..).map(|((to, what), place)| {
-                (place, rule([], XtTarget::Jump(*to), &format!("egress gateway: {what}")))
-            });
-            tables.jumps.insert(XtChain { family, table, name: from }, jumps.collect());
-        };
-        jump(Mangle, N::Prerouting, &[(N::MarkRequest, "mark egress packet")]);
-        jump(Mangle, N::Forward, &[(N::ResetMark, "reset mark")]);
-        jump(Mangle, N::Input, &[(N::Guard, "guard tunnel and EIP")]);
-        jump(Mangle, N::Postrouting, &[(N::CheckSnat, "check snat")]);
-        jump(Nat, N::Postrouting, &[(N::SnatEip, "snat EIP"), (N::NoSnat, "no snat")]);
         if self.iptables.accept {
-            jump(Filter, N::Forward, &[(N::KeepMark, "keep mark")]);
-            jump(Filter, N::Input, &[(N::Tunnel, "tunnel")]);
-            jump(Filter, N::Output, &[(N::Tunnel, "tunnel")]);
-            let mut chain = |name, rules| {
-                tables.chains.insert(XtChain { family, table: Filter, name }, rules);
-            };
-            chain(N::KeepMark, self.keep_mark());
-            chain(N::Tunnel, self.tunnel_packets());
+            chain(Filter, N::KeepMark, self.keep_mark());
+            chain(Filter, N::Tunnel, self.tunnel_packets());
         }
+        let mut jump = |table, name, jumps: Vec<XtRule>| {
+            tables.jumps.insert(XtChain { family, table, name }, (1..).zip(jumps).collect());
+        };
+        jump(Mangle, N::Prerouting, self.to_mark_request());
+        jump(Mangle, N::Forward, self.to_reset_mark());
+        jump(Mangle, N::Input, vec![to([], N::Guard, "guard tunnel and EIP")]);
+        let translated = [self.is_tunnel(Is::So)];
+        jump(Mangle, N::Postrouting, vec![to(translated, N::CheckSnat, "check snat")]);
+        let translate = vec![to([], N::SnatEip, "snat EIP"), to([], N::NoSnat, "no snat")];
+        jump(Nat, N::Postrouting, translate);
+        if self.iptables.accept {
+            jump(Filter, N::Forward, vec![to([], N::KeepMark, "keep mark")]);
+            jump(Filter, N::Input, vec![to([], N::Tunnel, "tunnel")]);
+            jump(Filter, N::Output, vec![to([], N::Tunnel, "tunnel")]);
+        }
+    }
+
+    /// A packet that is not ours passes no chain of ours when it is forwarded: each one costs it
+    /// a jump, its counter and comment, and the way back.
+    fn to_mark_request(&self) -> Vec<XtRule> {
+        let selected = [self.input(Is::Not), self.source(Is::So, Ipset::Selected)];
+        vec![
+            // Never put into the tunnel again: two nodes that disagree about the gateway would
+            // send it to and fro. Later chains cannot trust the input device, so the mark does.
+            to([self.input(Is::So)], XtName::Here, "out of the tunnel"),
+            to(selected, XtName::MarkRequest, "mark egress packet"),
+        ]
+    }
+
+    /// All that the chain acts on, in an order in which nothing passes it as marked first and then
+    /// again as what has lost its mark.
+    fn to_reset_mark(&self) -> Vec<XtRule> {
+        let ours = XtMatch::Connmark(Is::So, self.connection());
+        let unmarked = [self.marked(Is::Not), ours, XtMatch::Direction(Direction::Original)];
+        vec![
+            to(unmarked, XtName::ResetMark, "without the mark of its connection"),
+            to([self.tunnel_port()], XtName::ResetMark, "to the tunnel"),
+            to([self.marked(Is::So)], XtName::ResetMark, "reset mark"),
+        ]
     }
 
     fn tunnel(&self) -> Mark {
@@ -82,8 +109,9 @@ impl Rules<'_> {
         self.sets.world.cluster.marks.connection()
     }
 
-    fn out_of_tunnel(&self) -> XtMatch {
-        XtMatch::InputDevice(self.sets.world.cluster.tunnel.device.clone())
+    /// Whether it came out of the tunnel.
+    fn input(&self, is: Is) -> XtMatch {
+        XtMatch::InputDevice(is, self.sets.world.cluster.tunnel.device.clone())
     }
 
     fn to_tunnel(&self) -> XtMatch {
@@ -103,6 +131,12 @@ impl Rules<'_> {
     fn is_tunnel(&self, is: Is) -> XtMatch {
         let mask = self.connection().mask & self.sets.mask();
         XtMatch::Mark(is, MarkBits { mask, value: self.tunnel().get() & mask })
+    }
+
+    /// Whether any bit is set that tells our marks from others, whichever gateways there are.
+    fn marked(&self, is: Is) -> XtMatch {
+        let none = if is == Is::So { Is::Not } else { Is::So };
+        XtMatch::Mark(none, MarkBits { mask: self.connection().mask, value: 0 })
     }
 
     fn source(&self, is: Is, set: fn(Family) -> Ipset) -> XtMatch {
@@ -131,18 +165,6 @@ impl Rules<'_> {
         let reply = XtMatch::Direction(Direction::Reply);
         let invalid = XtMatch::State(Is::So, CtState::Invalid);
         let mut rules = vec![
-            // Never put into the tunnel again: two nodes that disagree about the gateway would
-            // send it to and fro. Later chains cannot trust the input device, so the mark does.
-            rule(
-                [self.out_of_tunnel()],
-                XtTarget::Goto(XtName::Here),
-                "egress gateway: out of the tunnel",
-            ),
-            rule(
-                [self.source(Is::Not, Ipset::Selected)],
-                XtTarget::Return,
-                "egress gateway: no policy",
-            ),
             rule(
                 [self.destination(Is::So, Ipset::Ignored)],
                 XtTarget::Return,
@@ -195,7 +217,7 @@ impl Rules<'_> {
             ),
             // Marked before destination NAT showed that it stays inside.
             rule(
-                [self.destination(Is::So, Ipset::Ignored)],
+                [self.marked(Is::So), self.destination(Is::So, Ipset::Ignored)],
                 XtTarget::Goto(XtName::Clear),
                 "egress gateway: inside",
             ),
@@ -253,6 +275,7 @@ impl Rules<'_> {
         let foreign = XtMatch::Connmark(Is::Not, self.connection());
         let plain = XtMatch::State(Is::Not, CtState::Snat);
         vec![
+            // The jump asks the same, but not one that is about to be replaced by ours.
             rule([self.is_tunnel(Is::Not)], XtTarget::Return, "egress gateway: not ours"),
             rule([untracked], XtTarget::Drop, "egress gateway: cannot be translated"),
             rule(

@@ -118,7 +118,9 @@ impl Reader<'_> {
     fn matching(&mut self, is: Is, option: &str) -> Option<XtMatch> {
         let plain = |found: XtMatch| (is == Is::So).then_some(found);
         match (self.module, option) {
-            (_, "-i") => plain(XtMatch::InputDevice(DeviceName::new(self.next::<String>()?).ok()?)),
+            (_, "-i") => {
+                Some(XtMatch::InputDevice(is, DeviceName::new(self.next::<String>()?).ok()?))
+            }
             (_, "-o") => {
                 plain(XtMatch::OutputDevice(DeviceName::new(self.next::<String>()?).ok()?))
             }
@@ -222,7 +224,8 @@ mod tests {
             comment: comment.into(),
         };
         let mut all = vec![
-            (v4, rule(vec![M::InputDevice(device())], T::Goto(XtName::Here), "")),
+            (v4, rule(vec![M::InputDevice(Is::So, device())], T::Goto(XtName::Here), "")),
+            (v4, rule(vec![M::InputDevice(Is::Not, device())], T::Jump(XtName::MarkRequest), "")),
             (v4, rule(vec![M::OutputDevice(device())], T::Netmap(v4), "no snat")),
             (Family::V6, rule(vec![M::OutputDevice(device())], T::Netmap(Family::V6), "")),
             (v4, rule(vec![M::UdpPort(7789)], T::Drop, "a \"b\" \\ c")),
@@ -271,7 +274,7 @@ mod tests {
     fn what_we_never_write_is_kept_as_it_is() {
         for text in [
             "-s 10.0.0.0/8 -j DROP",
-            "! -i eth0 -j DROP",
+            "! -o eth0 -j DROP",
             "-j DROP --and-more",
             "-j CALICO",
             "-m mark --mark 1 -j DROP",

@@ -38,13 +38,17 @@ impl Xtables {
     /// What becomes of a packet of a new connection, by its destination after destination NAT.
     pub(crate) fn way_out(&self, sets: &Ipsets, source: IpAddr, destination: IpAddr) -> WayOut {
         let mut packet = Packet { chains: &self.chains, sets, source, destination, mark: 0 };
+        let family = Family::of(source);
+        // The jump to the chain asks.
+        if !packet.holds(&XtMatch::Set(Is::So, Ipset::Selected(family), Side::Src)) {
+            return WayOut::None;
+        }
         if let End::Dropped = packet.walk(XtTable::Mangle, XtName::MarkRequest, 0) {
             return WayOut::Closed;
         }
         if packet.mark == 0 {
             return WayOut::None;
         }
-        let family = Family::of(source);
         let chain = |name| self.chains.get(&XtChain { family, table: XtTable::Mangle, name });
         let closed = chain(XtName::Closed).into_iter().flatten();
         if closed
@@ -110,10 +114,8 @@ impl Packet<'_> {
     fn holds(&self, one: &XtMatch) -> bool {
         match one {
             // It comes from a pod, and goes where nobody asks.
-            XtMatch::InputDevice(_)
-            | XtMatch::OutputDevice(_)
-            | XtMatch::UdpPort(_)
-            | XtMatch::Icmp6Type(_) => false,
+            XtMatch::InputDevice(is, _) => *is == Is::Not,
+            XtMatch::OutputDevice(_) | XtMatch::UdpPort(_) | XtMatch::Icmp6Type(_) => false,
             XtMatch::Mark(is, bits) => bits.are_in(self.mark) == (*is == Is::So),
             XtMatch::Connmark(is, bits) => bits.are_in(0) == (*is == Is::So),
             XtMatch::Direction(direction) => *direction == Direction::Original,

@@ -53,8 +53,6 @@ iptables-legacy -t mangle -N EGRESSGATEWAY-HERE
 iptables-legacy -t mangle -N EGRESSGATEWAY-CLEAR
 iptables-legacy -t mangle -N EGRESSGATEWAY-CLOSED
 iptables-legacy -t mangle -N EGRESSGATEWAY-TO-26000000
-iptables-legacy -t mangle -A EGRESSGATEWAY-MARK-REQUEST -i egress.vxlan -m comment --comment "egress gateway: out of the tunnel" -g EGRESSGATEWAY-HERE
-iptables-legacy -t mangle -A EGRESSGATEWAY-MARK-REQUEST -m set ! --match-set egress4-selected src -m comment --comment "egress gateway: no policy" -j RETURN
 iptables-legacy -t mangle -A EGRESSGATEWAY-MARK-REQUEST -m set --match-set egress4-ignore dst -m comment --comment "egress gateway: inside" -j RETURN
 iptables-legacy -t mangle -A EGRESSGATEWAY-MARK-REQUEST -m conntrack --ctdir REPLY -m comment --comment "egress gateway: opened by others" -j RETURN
 iptables-legacy -t mangle -A EGRESSGATEWAY-MARK-REQUEST -m conntrack --ctstate INVALID -m comment --comment "egress gateway: cannot be translated" -j DROP
@@ -65,7 +63,7 @@ iptables-legacy -t mangle -A EGRESSGATEWAY-RESET-MARK -p udp -m udp --dport 7789
 iptables-legacy -t mangle -A EGRESSGATEWAY-RESET-MARK -o egress.vxlan -m comment --comment "egress gateway: change mark" -j MARK --set-xmark 0x0/0xffff1000
 iptables-legacy -t mangle -A EGRESSGATEWAY-RESET-MARK -o egress.vxlan -m comment --comment "egress gateway: into the tunnel" -j RETURN
 iptables-legacy -t mangle -A EGRESSGATEWAY-RESET-MARK -m mark ! --mark 0x27000000/0xff000000 -m connmark --mark 0x27000000/0xff000000 -m conntrack --ctdir ORIGINAL -m comment --comment "egress gateway: policy has gone" -j DROP
-iptables-legacy -t mangle -A EGRESSGATEWAY-RESET-MARK -m set --match-set egress4-ignore dst -m comment --comment "egress gateway: inside" -g EGRESSGATEWAY-CLEAR
+iptables-legacy -t mangle -A EGRESSGATEWAY-RESET-MARK -m mark ! --mark 0x0/0xff000000 -m set --match-set egress4-ignore dst -m comment --comment "egress gateway: inside" -g EGRESSGATEWAY-CLEAR
 iptables-legacy -t mangle -A EGRESSGATEWAY-RESET-MARK -m mark --mark 0x24000000/0xff000000 -m comment --comment "egress gateway: closed" -j DROP
 iptables-legacy -t mangle -A EGRESSGATEWAY-RESET-MARK -m mark --mark 0x26000000/0xff000000 -m comment --comment "egress gateway: way is missing" -j DROP
 iptables-legacy -t mangle -A EGRESSGATEWAY-GUARD -p udp -m udp --dport 7789 -m set ! --match-set egress4-peers src -m comment --comment "egress gateway: unknown node" -j DROP
@@ -80,10 +78,13 @@ iptables-legacy -t mangle -A EGRESSGATEWAY-HERE -m comment --comment "egress gat
 iptables-legacy -t mangle -A EGRESSGATEWAY-CLEAR -m comment --comment "egress gateway: stays inside" -j MARK --set-xmark 0x0/0xffff1000
 iptables-legacy -t mangle -A EGRESSGATEWAY-CLOSED -m comment --comment "egress gateway: closed" -j MARK --set-xmark 0x24000000/0xffff1000
 iptables-legacy -t mangle -A EGRESSGATEWAY-TO-26000000 -m comment --comment "egress gateway: b" -j MARK --set-xmark 0x26000000/0xffff1000
-iptables-legacy -t mangle -I PREROUTING 1 -m comment --comment "egress gateway: mark egress packet" -j EGRESSGATEWAY-MARK-REQUEST
+iptables-legacy -t mangle -I PREROUTING 1 -i egress.vxlan -m comment --comment "egress gateway: out of the tunnel" -j EGRESSGATEWAY-HERE
+iptables-legacy -t mangle -I PREROUTING 2 ! -i egress.vxlan -m set --match-set egress4-selected src -m comment --comment "egress gateway: mark egress packet" -j EGRESSGATEWAY-MARK-REQUEST
 iptables-legacy -t mangle -I INPUT 1 -m comment --comment "egress gateway: guard tunnel and EIP" -j EGRESSGATEWAY-GUARD
-iptables-legacy -t mangle -I FORWARD 1 -m comment --comment "egress gateway: reset mark" -j EGRESSGATEWAY-RESET-MARK
-iptables-legacy -t mangle -I POSTROUTING 1 -m comment --comment "egress gateway: check snat" -j EGRESSGATEWAY-CHECK-SNAT
+iptables-legacy -t mangle -I FORWARD 1 -m mark --mark 0x0/0xff000000 -m connmark --mark 0x27000000/0xff000000 -m conntrack --ctdir ORIGINAL -m comment --comment "egress gateway: without the mark of its connection" -j EGRESSGATEWAY-RESET-MARK
+iptables-legacy -t mangle -I FORWARD 2 -p udp -m udp --dport 7789 -m comment --comment "egress gateway: to the tunnel" -j EGRESSGATEWAY-RESET-MARK
+iptables-legacy -t mangle -I FORWARD 3 -m mark ! --mark 0x0/0xff000000 -m comment --comment "egress gateway: reset mark" -j EGRESSGATEWAY-RESET-MARK
+iptables-legacy -t mangle -I POSTROUTING 1 -m mark --mark 0x27000000/0xff000000 -m comment --comment "egress gateway: check snat" -j EGRESSGATEWAY-CHECK-SNAT
 
 # Tunnel
 ip link add egress.vxlan address 66:4c:86:01:ec:8c mtu 1450 group 1701278328 type vxlan id 100 local 10.10.0.11 dstport 7789 nolearning && ip link set egress.vxlan alias egress-datapath addrgenmode none && sysctl -w net/ipv4/conf/egress.vxlan/rp_filter=2 net/ipv4/conf/egress.vxlan/promote_secondaries=1 && ip link set egress.vxlan up
