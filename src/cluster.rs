@@ -85,13 +85,16 @@ pub enum Backend {
 ///   address that they were given, where they leave from the pod's own node.
 /// - Whoever overwrites the whole mark of a packet takes ours away, and the packet leaves as if
 ///   there were no policy.
-/// - An answer that is under way when its connection is ended may open it the other way round; the
-///   pod's packets then leave as answers to that, with its own address.
+/// - An answer that is under way when its connection is ended, or when somebody empties the table
+///   of connections, may open it the other way round; the pod's packets then leave as answers to
+///   that, with its own address.
 /// - Each policy with a list of destinations costs every steered packet two lookups, and every
 ///   policy of a gateway its connections' first packets.
 /// - The packets of the tunnel are tracked like others, one connection for each of the pods'.
 /// - The layout of the marks cannot be changed while policies are in force:
 ///   [drain](crate::Reconciler::drain) the node first.
+/// - Of connections nothing is cached, [`Cluster::connection_caching`] or not, and
+///   [`explain`](crate::explain()) does not read the rules.
 /// - Several tables and sets are not changed at once: the order of the steps keeps them safe.
 /// - Nobody tells when others have changed something.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

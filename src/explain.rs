@@ -2,7 +2,8 @@
 
 use crate::packet::{Frame, Packet};
 use crate::state::State;
-use crate::trace::Trace;
+use crate::trace::{Decision, Reason, Trace};
+use crate::types::Family;
 use crate::walk::conntrack::Conntrack;
 use crate::walk::{Surroundings, Walk};
 
@@ -12,6 +13,9 @@ use crate::walk::{Surroundings, Walk};
 /// says the same of a state that is planned and of one that was observed. What is not ours on the
 /// host is not known: its routes, its firewall and its translations. The destination is that after
 /// destination NAT.
+///
+/// Rules in iptables are not read. Where the state has some, the first reason is
+/// [`Decision::Unknown`](crate::Decision::Unknown), and the rest is what would happen without them.
 ///
 /// ```
 /// use egress_datapath::{Cluster, EgressIp, EgressPolicy, Fate, Node, NodeName, Packet, PolicyId};
@@ -63,7 +67,13 @@ fn alone(
     go: impl FnOnce(&mut Walk<'_>) -> crate::trace::Fate,
 ) -> Trace {
     let (mut conntrack, around) = (Conntrack::default(), Surroundings::default());
-    let mut walk = Walk { state, conntrack: &mut conntrack, around: &around, reasons: Vec::new() };
+    let unread = state.xtables.keys().map(|variant| Reason {
+        node: None,
+        object: format!("{}, our chains", variant.command(Family::of(packet.source))),
+        decision: Decision::Unknown,
+    });
+    let reasons = unread.collect();
+    let mut walk = Walk { state, conntrack: &mut conntrack, around: &around, reasons };
     let fate = go(&mut walk);
     Trace { packet, reasons: walk.reasons, fate }
 }

@@ -72,7 +72,7 @@ pub enum Decision {
     Connection,
     /// It is dropped.
     Dropped,
-    /// It cannot be said: the rule has a statement that is not ours.
+    /// It cannot be said: the rule has a statement that is not ours, or is in iptables.
     Unknown,
 }
 

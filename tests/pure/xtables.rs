@@ -4,7 +4,8 @@ use std::path::Path;
 
 use egress_datapath::state::{Ipset, IpsetContents, Variant, XtRule, XtTarget};
 use egress_datapath::{
-    Backend, Changes, Cluster, Datapath, Destinations, EgressPolicy, Iptables, Sim, State,
+    Backend, Changes, Cluster, Datapath, Decision, Destinations, EgressPolicy, Iptables, Packet,
+    Sim, State, explain,
 };
 use proptest::prelude::*;
 use proptest::sample::Index;
@@ -57,6 +58,19 @@ fn the_shell_text_of_a_client() {
 #[test]
 fn the_shell_text_of_a_gateway() {
     check("shell_gateway.sh", &shell("b", Variant::Legacy));
+}
+
+#[test]
+fn what_is_not_read_is_not_explained() {
+    let packet = Packet::udp([172, 29, 234, 173].into(), 40_000, [10, 6, 105, 150].into(), 53);
+    let explained = |cluster: &Cluster| {
+        let trace = explain(&planned(cluster, [&one()]).unwrap().state, &packet);
+        (trace.reasons.first().unwrap().decision.clone(), trace.policy().map(str::to_owned))
+    };
+    let nftables = cluster_v4("a");
+    let iptables = with(cluster_v4("a"), Iptables::new(Variant::Legacy));
+    assert_eq!(explained(&nftables).1.as_deref(), Some("uuid"));
+    assert_eq!(explained(&iptables), (Decision::Unknown, None));
 }
 
 fn backends() -> impl Strategy<Value = Backend> {
