@@ -57,7 +57,7 @@ fn no_packet_gets_out_wrong_while_things_change() -> Result {
             continue;
         }
         if change.caching && backend() != Backend::Nftables {
-            writeln!(io::stderr(), "LIMIT of iptables: nothing is cached of {}", change.name)?;
+            writeln!(io::stderr(), "LIMIT of iptables: nothing is cached, {}", change.name)?;
             continue;
         }
         let found = flood(&lab, change, &size);

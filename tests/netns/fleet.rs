@@ -134,13 +134,19 @@ impl Fleet {
         Ok(())
     }
 
+    /// Leaves only rules on every node, with nothing in their maps.
+    pub(crate) fn drain(&mut self) -> Result {
+        for (cluster, reconciler) in &mut self.nodes {
+            reconciler.drain().map_err(|error| format!("{}: {error}", cluster.node))?;
+        }
+        Ok(())
+    }
+
     /// Removes everything of ours from every node, the rules when no node needs them any more.
     pub(crate) fn remove(&mut self) -> Result {
-        for empty in [Reconciler::drain, Reconciler::remove] {
-            for (cluster, reconciler) in &mut self.nodes {
-                let report = empty(reconciler);
-                report.map_err(|error| format!("{}: {error}", cluster.node))?;
-            }
+        self.drain()?;
+        for (cluster, reconciler) in &mut self.nodes {
+            reconciler.remove().map_err(|error| format!("{}: {error}", cluster.node))?;
         }
         Ok(())
     }

@@ -8,8 +8,8 @@ use std::thread;
 
 use egress_datapath::state::Variant;
 use egress_datapath::{
-    ApplyError, Backend, Changes, Destinations, EgressIp, EgressPolicy, Family, Iptables, MarkPool,
-    State, TablePool, Unavailable, plan,
+    ApplyError, Backend, Changes, Destinations, EgressIp, EgressPolicy, Family, Iptables,
+    MarkLayout, MarkPool, State, TablePool, Unavailable, plan,
 };
 
 use rustix::fs::{FlockOperation, flock};
@@ -64,6 +64,7 @@ of_both! {
     a_refused_change_leaves_the_table_as_it_was
     the_shell_text_makes_the_same
     the_limits_are_as_documented
+    a_drained_node_takes_another_layout
     chains_of_our_names_are_taken_over
 }
 
@@ -337,13 +338,43 @@ fn the_limits_are_as_documented(variant: Variant) -> Result {
         ip saddr 10.244.0.0/16 masquerade
     }
     }";
-    crate::fleet::nft(&lab.node_a.netns, &[], masquerade)?;
+    for host in [&lab.node_a, &lab.node_b] {
+        crate::fleet::nft(&host.netns, &[], masquerade)?;
+    }
     let mut fleet = fleet(&lab, backend(variant))?;
-    fleet.apply(&[policy("p", &[POD_A], B, dual(EIP_B))?])?;
+    fleet.apply(&[policy("p", &[POD_A, POD_B], B, dual(EIP_B))?])?;
     sources(&lab);
     let seen = probe(&lab.pod_a, Proto::Udp, SERVER[0]);
     assert!(seen.is_err(), "{seen:?}");
     assert!(sources(&lab).is_empty());
+    // On the gateway the first packet of its own pod gets out as what it was translated to, and
+    // no later one does.
+    let datagram = probe(&lab.pod_b, Proto::Udp, SERVER[0])?;
+    assert_eq!(datagram, NODE_B_OUTSIDE[0]);
+    let connection = probe(&lab.pod_b, Proto::Tcp, SERVER[0]);
+    assert!(connection.is_err(), "{connection:?}");
+    assert!(sources(&lab).into_iter().all(|source| source == NODE_B_OUTSIDE[0]));
+    Ok(())
+}
+
+/// It is not changed with policies in force.
+fn a_drained_node_takes_another_layout(variant: Variant) -> Result {
+    let Some(lab) = lab_with(variant)? else { return Ok(()) };
+    let policies = policies()?;
+    let with = |marks| {
+        Fleet::with(&lab, move |cluster| {
+            (cluster.backend, cluster.marks) = (backend(variant), marks);
+        })
+    };
+    for marks in [MarkLayout::SEED, MarkLayout::COMPACT, MarkLayout::SEED] {
+        let mut fleet = with(marks)?;
+        fleet.apply(&policies)?;
+        for report in fleet.apply(&policies)? {
+            assert!(report.changes.is_empty(), "{marks:?}: {}", report.changes);
+        }
+        check(&expectations(&lab));
+        fleet.drain()?;
+    }
     Ok(())
 }
 
