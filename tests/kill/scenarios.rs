@@ -2,10 +2,7 @@
 
 use std::slice::from_ref;
 
-use egress_datapath::{
-    Backend, Cluster, Destinations, EgressIp, EgressPolicy, MarkLayout, NodeName, Ownership,
-    PolicyId,
-};
+use egress_datapath::{Backend, Cluster, Destinations, EgressPolicy, MarkLayout, Ownership};
 
 use crate::lab::inside::backend;
 use crate::lab::{
