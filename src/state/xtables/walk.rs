@@ -114,12 +114,13 @@ impl Packet<'_> {
     fn holds(&self, one: &XtMatch) -> bool {
         match one {
             // It comes from a pod, and goes where nobody asks.
-            XtMatch::InputDevice(is, _) => *is == Is::Not,
             XtMatch::OutputDevice(_) | XtMatch::UdpPort(_) | XtMatch::Icmp6Type(_) => false,
             XtMatch::Mark(is, bits) => bits.are_in(self.mark) == (*is == Is::So),
             XtMatch::Connmark(is, bits) => bits.are_in(0) == (*is == Is::So),
             XtMatch::Direction(direction) => *direction == Direction::Original,
-            XtMatch::State(is, _) | XtMatch::Confirmed(is) => *is == Is::Not,
+            XtMatch::InputDevice(is, _) | XtMatch::State(is, _) | XtMatch::Confirmed(is) => {
+                *is == Is::Not
+            }
             XtMatch::Set(is, set, side) => {
                 let address = match side {
                     Side::Src => self.source,
