@@ -47,9 +47,6 @@ pub struct Cluster {
     ///
     /// Nothing comes of it in a layout without prefix, where the marks of connections cannot be
     /// told from other people's, and with iptables.
-    ///
-    /// Limit of [`Sim`](crate::Sim): on a node that others have changed, the mark of a connection
-    /// may be another there than in the kernel, about once in ten thousand connections.
     #[cfg_attr(feature = "serde", serde(default))]
     pub connection_caching: bool,
     /// Where packets are marked and translated; default nf_tables.

@@ -93,8 +93,11 @@ impl Connection {
         match way_out(wanted) {
             WayOut::None => self.is_of(wanted) || was_ours,
             // Nothing of it gets out, and it is looked at again when the policy opens; unless its
-            // mark says where it goes.
-            WayOut::Closed => self.is_cached(wanted),
+            // mark says where it goes, or nothing would tell then that it wears an egress IP.
+            WayOut::Closed => {
+                let forgotten = before.speaks_as(self.wears) && !wanted.speaks_as(self.wears);
+                self.is_cached(wanted) || forgotten
+            }
             WayOut::To(gateway) => match wanted.cached() {
                 Some(cached) if self.is_cached(wanted) => {
                     translated || self.mark & cached.mask != gateway.get()
@@ -103,7 +106,9 @@ impl Connection {
             },
             WayOut::Here(Some(address)) => !ours || self.wears != address,
             WayOut::Here(None) => {
-                let wore = way_out(before) == WayOut::Here(Some(self.wears));
+                // By a policy before, or by one that has been closed in between.
+                let wore = way_out(before) == WayOut::Here(Some(self.wears))
+                    || [wanted, before].iter().any(|state| state.speaks_as(self.wears));
                 !ours || !translated || wore
             }
         }

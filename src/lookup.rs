@@ -61,6 +61,12 @@ impl State {
         self.firewall.as_ref().and_then(Firewall::cached)
     }
 
+    /// Whether an address is an egress IP that connections wear here.
+    pub(crate) fn speaks_as(&self, address: IpAddr) -> bool {
+        let spoken = |table: &Firewall| table.elements.contains_key(&Key::Eip(address));
+        self.firewall.as_ref().is_some_and(spoken)
+    }
+
     /// Whether there is nothing that marks or translates.
     #[cfg(all(feature = "kernel", target_os = "linux"))]
     pub(crate) fn decides_nothing(&self) -> bool {

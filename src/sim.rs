@@ -27,7 +27,8 @@ use ops::{Errno, make};
 /// nf_tables transaction is all or nothing. A device takes along what was on it.
 ///
 /// It also carries packets: [`send`](Self::send) walks one through the rules that it holds, and
-/// keeps track of connections.
+/// keeps track of connections. Nobody around it answers unasked, and it has no errors (RFC 792,
+/// RFC 4443), which to the kernel are packets of the connection that they are about.
 ///
 /// ```
 /// use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, NodeName, PolicyId};

@@ -9,7 +9,6 @@ use crate::changes::Changes;
 use crate::cluster::Cluster;
 use crate::connection::Connection;
 use crate::datapath::{Datapath, Drift};
-use crate::lookup::WayOut;
 use crate::op::Op;
 use crate::plan::{Finding, Part, Planned, Update};
 use crate::policy::Policy;
@@ -185,7 +184,10 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         let changes = Changes::of(was.as_ref().zip(is.as_ref()), elements);
         let decides = changes.ops().any(Op::is_nft);
         if decides {
-            self.unsettled = Some(merged(self.unsettled.take(), part.sources, before));
+            // Of an egress IP that nobody has here any more, other policies may have connections
+            // left that are closed for now.
+            let sources = part.sources.filter(|_| !changes.ops().any(takes_egress_ip));
+            self.unsettled = Some(merged(self.unsettled.take(), sources, before));
         }
         self.make_quietly(changes)
     }
@@ -235,7 +237,8 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
 
     fn end(&mut self, unsettled: &Unsettled, wanted: &State) -> Result<Changes, Error> {
         let stale = if let Some(candidates) = self.candidates(unsettled)? {
-            candidates.into_iter().filter(|one| unsettled.is_stale(one, wanted)).collect()
+            let before = unsettled.spoken();
+            candidates.into_iter().filter(|one| one.is_stale(wanted, &before)).collect()
         } else {
             let before = unsettled.before(wanted);
             let found = self.datapath.stale_connections(wanted, &before);
@@ -275,16 +278,12 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
 }
 
 impl Unsettled {
-    fn is_stale(&self, connection: &Connection, wanted: &State) -> bool {
-        let Some(firewall) = &wanted.firewall else { return false };
-        if connection.is_stale(wanted, &State::default()) {
-            return true;
-        }
-        // It wears an egress IP, and should wear the node's own address.
-        let eip = Key::Eip(connection.wears);
-        let was_eip = self.before.get(&eip).is_some_and(Option::is_some);
-        (was_eip || firewall.elements.contains_key(&eip))
-            && firewall.way_out(connection.source, connection.peer) == WayOut::Here(None)
+    /// What tells of the egress IPs that there were, and of nothing else.
+    fn spoken(&self) -> State {
+        let eips = self.before.iter().filter(|(key, _)| matches!(key, Key::Eip(_)));
+        let eips = eips.filter_map(|(key, value)| Some((*key, value.clone()?)));
+        let firewall = Firewall { elements: eips.collect(), ..Firewall::default() };
+        State { firewall: Some(firewall), ..State::default() }
     }
 
     /// What was wanted before.
@@ -307,10 +306,19 @@ fn merged(
         all
     });
     for (key, value) in before {
-        // What was there first is what connections were made by.
-        unsettled.before.entry(key).or_insert(value);
+        // What was there first is what connections were made by; an egress IP may have come and
+        // gone since.
+        let first = unsettled.before.entry(key).or_insert_with(|| value.clone());
+        if matches!(key, Key::Eip(_)) && first.is_none() {
+            *first = value;
+        }
     }
     unsettled
+}
+
+/// Whether it takes an egress IP away.
+const fn takes_egress_ip(op: &Op) -> bool {
+    matches!(op, Op::DeleteElement(Key::Eip(_), _))
 }
 
 /// Changes a state; says what changed of its elements, with the values before and after.

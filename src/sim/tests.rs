@@ -170,6 +170,26 @@ fn what_was_open_before_ends_with_the_change() {
 }
 
 #[test]
+fn no_connection_keeps_an_egress_ip_over_a_policy_that_was_closed() {
+    for shared in [true, false] {
+        let mut sims = sims();
+        let other = EgressPolicy {
+            id: PolicyId::new("q").unwrap(),
+            sources: vec!["10.244.1.11/32".parse().unwrap()],
+            ..policy("b")
+        };
+        let others = if shared { &[other][..] } else { &[] };
+        let with = |policy: EgressPolicy| [&[policy], others].concat();
+        apply(&mut sims, &with(policy("b")));
+        assert_eq!(left(&sims.send(asked())), Some(("b", ip(EIP))));
+        apply(&mut sims, &with(EgressPolicy { gateway: None, ..policy("b") }));
+        assert_eq!(left(&sims.send(asked())), None);
+        apply(&mut sims, &with(EgressPolicy { egress_ip: EgressIp::Node, ..policy("b") }));
+        assert_eq!(left(&sims.send(asked())), Some(("b", ip("10.10.0.12"))), "shared: {shared}");
+    }
+}
+
+#[test]
 fn the_guards_hold_what_was_ours_and_is_not_steered_any_more() {
     let mut sims = sims();
     apply(&mut sims, &[policy("b")]);

@@ -9,10 +9,10 @@ use egress_datapath::{
     Outcome, Packet, PolicyId, Sim, SimCluster, TableId,
 };
 
-use crate::fleet::node;
 use crate::lab::{
     self, EIP_B, EIP_C, NODE_B, OTHER_SERVER, POD_A, POD_B, POD_C, Pair, SERVER, STRANGER, hosts,
 };
+use crate::nodes::node;
 use crate::world;
 
 pub(crate) type Mutate = fn(&mut State);

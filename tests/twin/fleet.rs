@@ -2,38 +2,21 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::process::Command;
 use std::time::{Duration, Instant};
 use std::{io, mem, thread};
 
 use egress_datapath::state::State;
 use egress_datapath::{
-    Changes, Cluster, Datapath, EgressPolicy, Fate, Journey, KernelDatapath, MarkLayout, MarkPool,
-    Node, Outcome, Packet, Reconciler, Sim, SimCluster, SimNode, Surroundings, TablePool,
-    TableRange, explain, explain_received,
+    Changes, Cluster, Datapath, EgressPolicy, Fate, Journey, KernelDatapath, MarkLayout, Node,
+    Outcome, Packet, Reconciler, Sim, SimCluster, explain, explain_received,
 };
 
-use crate::lab::{
-    EIP_B, EIP_C, Host, Lab, NODE_B_OUTSIDE, NODE_C_OUTSIDE, POD_A, POD_B, POD_C, PORT, Pair,
-    Preference, SERVER, STRANGER, net,
-};
+use crate::lab::{Lab, NODE_B_OUTSIDE, NODE_C_OUTSIDE, POD_A, POD_B, POD_C, PORT, STRANGER};
+use crate::nodes::{self, datapath, kernel, node, simulated};
 use crate::random::Random;
 use crate::wire::{Seen, Tap, send};
-use crate::{Result, difference, world};
-
-const OUTSIDE: [&str; 12] = [
-    "198.51.100.10",
-    "198.51.100.20",
-    "198.51.100.21",
-    "198.51.100.40",
-    "203.0.113.5",
-    "203.0.113.200",
-    "2001:db8:51::10",
-    "2001:db8:51::20",
-    "2001:db8:51::21",
-    "2001:db8:51::40",
-    "2001:db8:113::5",
-    "2001:db8:7::7",
-];
+use crate::{Result, connections, difference, world};
 
 type Kernel = Reconciler<KernelDatapath>;
 type Simulated = Reconciler<Sim>;
@@ -68,7 +51,7 @@ pub(crate) struct Fleet {
 impl Fleet {
     pub(crate) fn new(layout: MarkLayout, caching: bool) -> io::Result<Self> {
         let lab = Lab::new()?;
-        outside(&lab)?;
+        nodes::outside(&lab)?;
         let mut clusters = Vec::new();
         for host in lab.nodes() {
             let mut cluster = lab.cluster(host).map_err(io::Error::other)?;
@@ -77,14 +60,15 @@ impl Fleet {
             clusters.push(cluster);
             // So that connections are tracked and translated whether our table is there or not,
             // as on every node of a cluster, and last for the whole test.
-            crate::nft(&host.netns, FOREIGN)?;
+            crate::nft(&host.netns, nodes::FOREIGN)?;
             host.netns.sysctl(&[
                 ("netfilter/nf_conntrack_udp_timeout", "7200"),
                 ("netfilter/nf_conntrack_udp_timeout_stream", "7200"),
             ])?;
         }
-        let taps = [&lab.server, &lab.pod_a, &lab.stranger, &lab.pod_b, &lab.pod_c];
-        let taps = taps.into_iter().map(Tap::open).collect::<io::Result<_>>()?;
+        let hosts = [&lab.server, &lab.pod_a, &lab.stranger, &lab.pod_b, &lab.pod_c];
+        hosts.iter().try_for_each(|netns| crate::nft(netns, nodes::QUIET))?;
+        let taps = hosts.into_iter().map(Tap::open).collect::<io::Result<_>>()?;
         let kernels =
             lab.nodes().into_iter().zip(&clusters).map(|(host, cluster)| kernel(host, cluster));
         Ok(Self {
@@ -157,10 +141,37 @@ impl Fleet {
         Ok(changes.to_string())
     }
 
+    /// Empties a node's table of connections, in both worlds.
+    pub(crate) fn forget(&mut self, at: usize) -> Result {
+        let netns = &self.lab.nodes()[at].netns;
+        let output = netns.run(|| Command::new("conntrack").arg("-F").output())??;
+        if !output.status.success() {
+            return Err(String::from_utf8_lossy(&output.stderr).into());
+        }
+        self.sims.node_mut(&self.clusters[at].node).unwrap().sim.forget_connections();
+        self.compare(at)
+    }
+
     fn compare(&mut self, at: usize) -> Result {
         let kernel = self.others[at].observe()?;
         let sim = self.in_sim(at, |egress, _| egress.datapath().observe())?;
-        difference(&sim, &kernel)
+        difference(&sim, &kernel)?;
+        self.compare_connections(at)
+    }
+
+    fn compare_connections(&mut self, at: usize) -> Result {
+        let node = self.sims.node_mut(&self.clusters[at].node).unwrap();
+        // A packet that nobody waits for, because it is dropped in the end, may be under way.
+        let deadline = Instant::now() + Duration::from_millis(500);
+        loop {
+            match connections::difference(&mut node.sim, &mut self.others[at]) {
+                Ok(()) => return Ok(()),
+                Err(error) if Instant::now() > deadline => {
+                    return Err(format!("node {at}: {error}").into());
+                }
+                Err(_) => thread::sleep(Duration::from_millis(10)),
+            }
+        }
     }
 
     /// Random packets, each with the number of the tap of who sends it.
@@ -220,6 +231,9 @@ impl Fleet {
         }
         for (number, seen) in mem::take(&mut self.late) {
             wrong.push(format!("packet {number} came late: {seen:?}"));
+        }
+        for at in 0..self.clusters.len() {
+            wrong.extend(self.compare_connections(at).err().map(|error| error.to_string()));
         }
         let count = wrong.len();
         let first = wrong.into_iter().next();
@@ -338,7 +352,7 @@ impl Fleet {
                 let pod = random.of(&pods);
                 let source = random.of(&pod);
                 let of_family = |to: &IpAddr| to.is_ipv4() == source.is_ipv4() && *to != source;
-                let outside = OUTSIDE.iter().map(|to| to.parse().unwrap());
+                let outside = nodes::OUTSIDE.iter().map(|to| to.parse().unwrap());
                 let inside = pods.concat().into_iter();
                 let all: Vec<IpAddr> = outside.clone().chain(outside).chain(inside).collect();
                 let all: Vec<IpAddr> = all.into_iter().filter(of_family).collect();
@@ -414,77 +428,4 @@ fn sender(packet: Packet) -> Option<usize> {
 fn without_connections(changes: &Changes) -> Vec<String> {
     let ops = changes.ops().map(ToString::to_string);
     ops.filter(|op| !op.starts_with("conntrack ")).collect()
-}
-
-const FOREIGN: &str = "table inet foreign {
-    chain prerouting {
-        type filter hook prerouting priority 0;
-        ct state new counter
-    }
-    chain postrouting {
-        type nat hook postrouting priority 200;
-    }
-}";
-
-/// More addresses outside.
-fn outside(lab: &Lab) -> io::Result<()> {
-    const UPLINK: u32 = 10;
-    const OUTSIDE_BRIDGE: u32 = 11;
-    lab.server.link(|link| {
-        for text in OUTSIDE {
-            let address: IpAddr = text.parse().unwrap();
-            let full = if address.is_ipv4() { 32 } else { 128 };
-            let _known = link.address(UPLINK, net(address, full), Preference::Deprecated);
-        }
-        Ok(())
-    })?;
-    lab.router.link(|link| {
-        for (text, via) in [
-            ("203.0.113.0/24", SERVER[0]),
-            ("2001:db8:113::/48", SERVER[1]),
-            ("2001:db8:7::/48", SERVER[1]),
-        ] {
-            link.route(text.parse().unwrap(), Some(via), OUTSIDE_BRIDGE)?;
-        }
-        Ok(())
-    })
-}
-
-fn datapath(host: &Host) -> io::Result<KernelDatapath> {
-    host.netns.run(KernelDatapath::open)?.map_err(io::Error::other)
-}
-
-fn kernel(host: &Host, cluster: &Cluster) -> io::Result<Kernel> {
-    let datapath = datapath(host)?;
-    let tables = TablePool::new(TableRange::default()).with_dice(|_| 0);
-    Ok(Reconciler::with_allocators(datapath, MarkPool::new(cluster.marks), tables))
-}
-
-fn simulated(cluster: &Cluster) -> Simulated {
-    let tables = TablePool::new(TableRange::default()).with_dice(|_| 0);
-    Reconciler::with_allocators(Sim::new(), MarkPool::new(cluster.marks), tables)
-}
-
-/// The twin of the lab's node of this number.
-pub(crate) fn node(number: u8, cluster: &Cluster) -> SimNode {
-    let here = cluster.nodes.iter().find(|node| node.name == cluster.node).unwrap();
-    let mut around = Surroundings { local: here.underlay.clone(), own: Vec::new() };
-    let everything = ["0.0.0.0/0", "::/0"].map(|net| net.parse().unwrap());
-    around.own.extend(everything.into_iter().zip(here.underlay.iter().copied()));
-    let (outside, eip): (Pair, Pair) = match number {
-        2 => (NODE_B_OUTSIDE, EIP_B),
-        3 => (NODE_C_OUTSIDE, EIP_C),
-        _ => (POD_A, POD_A),
-    };
-    if number > 1 {
-        around.local.extend([outside, eip].concat());
-        let segment = ["198.51.100.0/24", "2001:db8:51::/64"].map(|net| net.parse().unwrap());
-        around.own.extend(segment.into_iter().zip(outside));
-    }
-    let pods = [format!("10.244.{number}.0/24"), format!("fd44:{number}::/64")];
-    SimNode {
-        name: cluster.node.clone(),
-        sim: Sim::new().surrounded_by(around),
-        pods: pods.iter().map(|net| net.parse().unwrap()).collect(),
-    }
 }

@@ -17,10 +17,12 @@ mod lab;
 
 mod changes;
 mod checks;
+mod connections;
 mod contract;
 mod drift;
 mod fleet;
 mod mutants;
+mod nodes;
 mod packets;
 mod random;
 mod shrink;

@@ -78,6 +78,8 @@ enum Step {
     Edit(usize, u64),
     /// A node's reconciler forgets what it knew; how it begins anew, a seed decides.
     Restart(usize, u64),
+    /// Somebody empties a node's table of connections.
+    Forget(usize),
     /// A node is made right.
     Reconcile(usize, Vec<EgressPolicy>),
     /// Packets are sent, each by the tap of this number.
@@ -97,6 +99,7 @@ impl Step {
                 fleet.restart(*at, &mut Random::new(*seed))?;
                 nothing
             }
+            Self::Forget(at) => fleet.forget(*at).and(nothing),
             Self::Reconcile(at, policies) => fleet.reconcile(*at, policies).and(nothing),
             Self::Send(packets) => fleet.send(packets),
         }
@@ -122,15 +125,18 @@ fn shrunk(seed: u64, new: impl Fn() -> io::Result<Fleet>, steps: &[Step]) -> Str
 /// Changes of something in both worlds.
 fn changes(random: &mut Random, policies: &mut Vec<EgressPolicy>) -> Vec<Step> {
     let at = random.below(3);
-    match random.below(8) {
-        0 | 1 => return vec![Step::Edit(at, random.seed())],
-        2 => return vec![Step::Restart(at, random.seed()), Step::Reconcile(at, policies.clone())],
+    match random.below(17) {
+        0..=3 => return vec![Step::Edit(at, random.seed())],
+        4 | 5 => {
+            return vec![Step::Restart(at, random.seed()), Step::Reconcile(at, policies.clone())];
+        }
+        6 => return vec![Step::Forget(at)],
         // Only one node knows of it, for a while.
-        3 => {
+        7 | 8 => {
             *policies = changed(random, policies);
             return vec![Step::Reconcile(at, policies.clone())];
         }
-        4 => *policies = world::policies(random, 6),
+        9 | 10 => *policies = world::policies(random, 6),
         _ => *policies = changed(random, policies),
     }
     (0..3).map(|turn| Step::Reconcile((at + turn) % 3, policies.clone())).collect()

@@ -421,6 +421,25 @@ fn who_wears_an_egress_ip_that_is_not_wanted_any_more_is_ended() {
 }
 
 #[test]
+fn a_closed_policy_keeps_its_connections_as_long_as_their_egress_ip_is_known() {
+    let mut egress = Reconciler::new(Known::default());
+    let policy = EgressPolicy { gateway: Some(name("a")), ..one_policy() };
+    let other = EgressPolicy { id: id("q"), sources: vec![net("10.0.0.2/32")], ..policy.clone() };
+    egress.reconcile(&cluster(), [&policy, &other]).unwrap();
+    let firewall = egress.wanted.as_ref().and_then(|wanted| wanted.firewall.as_ref()).unwrap();
+    let mark = firewall.connection_mark().unwrap().value;
+    let eip = Connection { mark, wears: [203, 0, 113, 1].into(), ..connection("10.0.0.1") };
+    egress.datapath.connections = vec![eip];
+    let settled = |egress: &mut Egress, update: Update| {
+        let _report = egress.update([update]).unwrap();
+        let ended = egress.settle().unwrap().changes;
+        ended.ops().filter_map(Op::ended).count()
+    };
+    assert_eq!(settled(&mut egress, Update::Move { policy: policy.id, gateway: None }), 0);
+    assert_eq!(settled(&mut egress, Update::Remove(other.id)), 1);
+}
+
+#[test]
 fn a_contradiction_changes_nothing() {
     let mut egress = Reconciler::new(Known::default());
     egress.reconcile(&cluster(), [one_policy()]).unwrap();
