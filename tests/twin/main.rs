@@ -20,6 +20,7 @@ mod checks;
 mod contract;
 mod drift;
 mod fleet;
+mod foreign;
 mod mutants;
 mod packets;
 mod random;
