@@ -13,15 +13,12 @@ use std::time::Instant;
 use std::{env, io, thread};
 
 use egress_datapath::faults::{Call, Fault, Faults, Subsystem};
-use egress_datapath::{
-    Changes, Error, MarkPool, Reconciler, Report, SharedSim, SimDatapath, State,
-};
+use egress_datapath::{Changes, Error, Reconciler, Report, SharedSim, SimDatapath, State};
 
-use nodes::{Nodes, Progress};
+use nodes::{Nodes, Progress, send_all};
 use scenarios::{Scenario, Wanted, scenarios};
 
 use crate::numbered::numbered;
-use crate::pools;
 
 /// Of other faults than a death one in so many is tried.
 const SELDOM: usize = 6;
@@ -147,10 +144,7 @@ impl Bench<'_> {
     }
 
     fn open(&self, kernel: &SharedSim, faults: &Faults) -> Egress {
-        let cluster = self.begin.cluster(self.node());
-        let (_, tables) = pools(cluster);
-        let marks = MarkPool::new(cluster.marks);
-        Reconciler::with_allocators(kernel.open_with_faults(faults), marks, tables)
+        self.begin.egress(kernel.open_with_faults(faults))
     }
 
     fn make(&self, egress: &mut Egress, wanted: &Wanted) -> Result<Report, Error> {
@@ -224,8 +218,8 @@ impl Bench<'_> {
         }
         let mut packets = 0;
         if !kind.opens() {
-            let sims = self.begin.with(self.node(), &kernel);
-            packets += sims.send_all(self.scenario, self.turn, Progress::Under(&kernel))?;
+            let sims = self.begin.sims(Some((self.node(), &kernel)));
+            packets += send_all(sims, self.scenario, self.turn, Progress::Under(&kernel))?;
         }
         if kind.is_death() || at % 2 == 1 {
             egress = self.open(&kernel, &faults);
@@ -244,9 +238,9 @@ impl Bench<'_> {
         if !again.is_empty() {
             return Err(format!("it wrote again:\n{again}"));
         }
-        let sims = self.begin.with(self.node(), &kernel);
+        let sims = self.begin.sims(Some((self.node(), &kernel)));
         let remembered = kind != Kind::Foreign(What::TakesAll);
-        Ok(packets + sims.send_all(self.scenario, self.turn, Progress::Done { remembered })?)
+        Ok(packets + send_all(sims, self.scenario, self.turn, Progress::Done { remembered })?)
     }
 }
 

@@ -3,12 +3,12 @@
 use std::net::IpAddr;
 
 use egress_datapath::{
-    Cluster, Datapath, Mark, MarkPool, Outcome, Packet, Reconciler, SharedSim, Sim, SimCluster,
-    SimNode, Surroundings,
+    Cluster, Datapath, Mark, MarkLayout, MarkPool, Outcome, Packet, Reconciler, SharedSim, Sim,
+    SimCluster, SimNode, Surroundings, TablePool, TableRange,
 };
 
 use super::scenarios::{Scenario, Source, Talk};
-use crate::{cluster, name, net, pools};
+use crate::{cluster, name, net};
 
 const NAMES: [&str; 3] = ["a", "b", "c"];
 const SERVER: [&str; 2] = ["198.51.100.10", "2001:db8:51::10"];
@@ -35,9 +35,9 @@ pub(super) enum Progress<'a> {
 }
 
 /// The nodes of a scenario.
-#[derive(Clone)]
 pub(super) struct Nodes {
     clusters: Vec<Cluster>,
+    marks: MarkPool,
     sims: Vec<Sim>,
 }
 
@@ -60,11 +60,12 @@ impl Nodes {
             let local = underlay.underlay.clone();
             Sim::new().surrounded_by(Surroundings { local, own: Vec::new() })
         });
-        let mut nodes = Self { sims: sims.collect(), clusters: clusters.to_vec() };
+        let marks = MarkPool::new(MarkLayout::SEED);
+        let mut nodes = Self { sims: sims.collect(), clusters: clusters.to_vec(), marks };
         for at in 0..NAMES.len() {
             nodes.reconcile(at, scenario, false);
         }
-        let mut sims = nodes.sims();
+        let mut sims = nodes.sims(None);
         for packet in packets(scenario, OPEN) {
             if let Outcome::Left { node, packet } = sims.send(packet).outcome {
                 let _answered = sims.send_to(&node, packet.reply());
@@ -72,6 +73,13 @@ impl Nodes {
         }
         nodes.sims = sims.nodes().iter().map(|node| node.sim.clone()).collect();
         nodes
+    }
+
+    /// A reconciler that knows nothing, with the same numbers every time.
+    pub(super) fn egress<D: Datapath>(&self, datapath: D) -> Reconciler<D> {
+        let tables = TablePool::new(TableRange::default()).with_dice(|_| 0);
+        // To make one takes longer than all the rest.
+        Reconciler::with_allocators(datapath, self.marks.clone(), tables)
     }
 
     pub(super) fn cluster(&self, node: usize) -> &Cluster {
@@ -82,13 +90,6 @@ impl Nodes {
         &self.sims[node]
     }
 
-    /// The same with another kernel on a node.
-    pub(super) fn with(&self, node: usize, kernel: &SharedSim) -> Self {
-        let mut nodes = self.clone();
-        nodes.sims[node] = kernel.lock().clone();
-        nodes
-    }
-
     /// Makes the change of a node.
     pub(super) fn make(&mut self, scenario: &Scenario, turn: usize) {
         self.reconcile(scenario.order[turn], scenario, true);
@@ -96,54 +97,30 @@ impl Nodes {
 
     fn reconcile(&mut self, node: usize, scenario: &Scenario, after: bool) {
         let wanted = if after { &scenario.after } else { &scenario.before };
-        let (_, tables) = pools(&self.clusters[node]);
-        let marks = MarkPool::new(self.clusters[node].marks);
-        let sim = &mut self.sims[node];
-        let mut egress = Reconciler::with_allocators(sim, marks, tables);
-        let _report = wanted[node].make(&self.clusters[node], &mut egress).unwrap();
+        let mut sim = std::mem::take(&mut self.sims[node]);
+        let _report = wanted[node].make(&self.clusters[node], &mut self.egress(&mut sim)).unwrap();
+        self.sims[node] = sim;
     }
 
-    fn sims(&self) -> SimCluster {
-        let nodes = (1..).zip(NAMES).zip(&self.sims);
-        SimCluster::new(nodes.map(|((number, of), sim)| SimNode {
-            name: name(of),
-            sim: sim.clone(),
-            pods: vec![net(&format!("10.244.{number}.0/24")), net(&format!("fd44:{number}::/64"))],
-        }))
-    }
-
-    /// Sends a packet of every connection, and what opens new ones; how many, or which left as
-    /// somebody that it must not be.
-    pub(super) fn send_all(
-        &self,
-        scenario: &Scenario,
-        turn: usize,
-        progress: Progress<'_>,
-    ) -> Result<usize, String> {
-        let mut sims = self.sims();
-        let mut sent = 0;
-        for port in [OPEN, NEW] {
-            for (talk, packet) in scenario.talks.iter().flat_map(|talk| of(talk, port)) {
-                let allowed = allowed(scenario, turn, progress, talk, &packet);
-                let journey = sims.send(packet);
-                if let Outcome::Left { packet: left, .. } = journey.outcome {
-                    if !allowed.contains(&left.source) {
-                        let what = if port == OPEN { "open" } else { "new" };
-                        return Err(format!(
-                            "{what}: {packet} left as {}, not as one of {allowed:?}:\n{}",
-                            left.source, journey.trace
-                        ));
-                    }
-                }
-                sent += 1;
+    /// The nodes, perhaps one of them with another kernel, and the packets between them.
+    pub(super) fn sims(&self, other: Option<(usize, &SharedSim)>) -> SimCluster {
+        SimCluster::new((0..NAMES.len()).map(|at| {
+            SimNode {
+                name: name(NAMES[at]),
+                sim: match other {
+                    Some((node, kernel)) if node == at => kernel.lock().clone(),
+                    _ => self.sims[at].clone(),
+                },
+                pods: ["10.244.N.0/24", "fd44:N::/64"]
+                    .map(|pods| net(&pods.replace('N', &(at + 1).to_string())))
+                    .to_vec(),
             }
-        }
-        Ok(sent)
+        }))
     }
 
     /// Whether new connections are what they should be in the end, and no open one is wrong.
     pub(super) fn check_the_end(&self, scenario: &Scenario) -> Result<(), String> {
-        let mut sims = self.sims();
+        let mut sims = self.sims(None);
         for port in [OPEN, NEW] {
             for (talk, packet) in scenario.talks.iter().flat_map(|talk| of(talk, port)) {
                 let journey = sims.send(packet);
@@ -163,6 +140,34 @@ impl Nodes {
         }
         Ok(())
     }
+}
+
+/// Sends a packet of every connection, and what opens new ones; how many, or which left as
+/// somebody that it must not be.
+pub(super) fn send_all(
+    mut sims: SimCluster,
+    scenario: &Scenario,
+    turn: usize,
+    progress: Progress<'_>,
+) -> Result<usize, String> {
+    let mut sent = 0;
+    for port in [OPEN, NEW] {
+        for (talk, packet) in scenario.talks.iter().flat_map(|talk| of(talk, port)) {
+            let allowed = allowed(scenario, turn, progress, talk, &packet);
+            let journey = sims.send(packet);
+            if let Outcome::Left { packet: left, .. } = journey.outcome {
+                if !allowed.contains(&left.source) {
+                    let what = if port == OPEN { "open" } else { "new" };
+                    return Err(format!(
+                        "{what}: {packet} left as {}, not as one of {allowed:?}:\n{}",
+                        left.source, journey.trace
+                    ));
+                }
+            }
+            sent += 1;
+        }
+    }
+    Ok(sent)
 }
 
 /// A packet of each family.
