@@ -25,6 +25,8 @@
 //! - [`Reconciler`] does all of this in one call.
 //! - [`explain()`] says where a packet goes and which objects decided it; [`SimCluster`] carries
 //!   packets between simulated nodes.
+//! - [`SharedSim`] is a simulated kernel that others write to, too, and that [`faults`] can be
+//!   planned for.
 //! - [`preflight`] looks beforehand at what on the host may be in the way.
 //! - [`Watch`] is readable when somebody else touched what is ours, and [`Reconciler::repair`] puts
 //!   it right.
