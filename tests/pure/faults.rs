@@ -39,23 +39,22 @@ enum Kind {
     CutReply,
     TornDump,
     AckWithoutCommit,
-    /// Somebody else does this.
+    /// Somebody else takes this away.
     Foreign(What),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum What {
-    TakesRouting,
-    TakesTheDeviceDown,
-    TakesElements,
-    TakesAll,
+    Routing,
+    Device,
+    Elements,
+    Everything,
 }
 
 impl Kind {
     /// All that can happen to a call.
     fn of(call: Call) -> Vec<Self> {
-        let what =
-            [What::TakesRouting, What::TakesTheDeviceDown, What::TakesElements, What::TakesAll];
+        let what = [What::Routing, What::Device, What::Elements, What::Everything];
         let mut kinds = vec![Self::KillBefore, Self::KillAfter];
         kinds.extend([Self::Errno, Self::Refuse, Self::LoseReply, Self::CutReply]);
         kinds.extend((!call.writes).then_some(Self::TornDump));
@@ -71,7 +70,7 @@ impl Kind {
 
     /// Whether what keeps packets from leaving is gone with it.
     fn opens(self) -> bool {
-        matches!(self, Self::Foreign(What::TakesAll | What::TakesElements))
+        matches!(self, Self::Foreign(What::Everything | What::Elements))
     }
 
     fn fault(self, kernel: &SharedSim) -> Fault {
@@ -86,26 +85,26 @@ impl Kind {
             Self::AckWithoutCommit => Fault::AckWithoutCommit,
             Self::Foreign(what) => {
                 let kernel = kernel.clone();
-                Fault::ForeignWrite(Box::new(move || kernel.edit(|state| what.happens(state))))
+                Fault::ForeignWrite(Box::new(move || kernel.edit(|state| what.goes(state))))
             }
         }
     }
 }
 
 impl What {
-    fn happens(self, state: &mut State) {
+    fn goes(self, state: &mut State) {
         match self {
-            Self::TakesRouting => {
+            Self::Routing => {
                 state.routes.clear();
                 state.rules.clear();
             }
-            Self::TakesTheDeviceDown => {
+            Self::Device => {
                 state.link.iter_mut().for_each(|link| link.up = false);
             }
-            Self::TakesElements => {
+            Self::Elements => {
                 state.firewall.iter_mut().for_each(|table| table.elements.retain(|_, _| false));
             }
-            Self::TakesAll => *state = State::default(),
+            Self::Everything => *state = State::default(),
         }
     }
 }
@@ -239,7 +238,7 @@ impl Bench<'_> {
             return Err(format!("it wrote again:\n{again}"));
         }
         let sims = self.begin.sims(Some((self.node(), &kernel)));
-        let remembered = kind != Kind::Foreign(What::TakesAll);
+        let remembered = kind != Kind::Foreign(What::Everything);
         Ok(packets + send_all(sims, self.scenario, self.turn, Progress::Done { remembered })?)
     }
 }
@@ -294,13 +293,13 @@ fn a_wrong_source_is_noticed() {
     for scenario in scenarios().iter().filter(|one| one.name.starts_with("change the egress")) {
         let nodes = Nodes::new(scenario, false);
         let kernel = SharedSim::new(nodes.sim(0).clone());
-        kernel.edit(|state| What::TakesRouting.happens(state));
+        kernel.edit(|state| What::Routing.goes(state));
         let sent = |kernel: &SharedSim| {
             let sims = nodes.sims(Some((0, kernel)));
             send_all(sims, scenario, 1, Progress::Under(kernel))
         };
         assert_eq!(sent(&kernel), Ok(16), "the guards hold them");
-        kernel.edit(|state| What::TakesAll.happens(state));
+        kernel.edit(|state| What::Everything.goes(state));
         assert!(sent(&kernel).unwrap_err().contains("left as 10.244.1.1"));
     }
 }

@@ -155,7 +155,7 @@ fn the_dead_do_nothing() {
         let then = kernel.state();
         let still = egress.reconcile(&cluster("a"), [policy("c")]).unwrap_err();
         assert!(matches!(still, crate::Error::Observe(_)), "{still}");
-        assert!(egress.remove().is_err() && egress.settle().is_err());
+        assert!(egress.settle().is_err() && egress.remove().is_err());
         assert_eq!((kernel.state() == then, faults.pending()), (true, 0));
         let mut next = Reconciler::new(kernel.open());
         assert!(!next.reconcile(&cluster("a"), [policy("c")]).unwrap().changes.is_empty());

@@ -93,6 +93,7 @@ fn but(mut wanted: [Wanted; 3], node: usize) -> [Wanted; 3] {
 
 /// All of them. `p` is the policy that changes; `other`, where there is one, stays, and a pod
 /// without a policy is always there.
+#[expect(clippy::too_many_lines, reason = "a list")]
 pub(super) fn scenarios() -> Vec<Scenario> {
     use Source::{Eip, Nothing, Plain};
     let both = [POD_A, POD_B];
