@@ -358,7 +358,10 @@ fn firewall(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
         steps.add(Phase::EmptyVerdicts, Op::DeleteStray(stray.clone()));
     }
     for set in observed.sets.difference(&desired.sets) {
-        steps.add(Phase::EmptyVerdicts, Op::DeleteSet(*set));
+        // Guards that are about to retire look into that one.
+        let guards = matches!(set, Set::Gateway);
+        let phase = if guards { Phase::RetireGuards } else { Phase::EmptyVerdicts };
+        steps.add(phase, Op::DeleteSet(*set));
     }
     // A chain that goes at the start makes room for the one that takes its place.
     sort(steps, Phase::Skeleton, |op| match op {
@@ -379,8 +382,10 @@ fn rank(op: &Op) -> u8 {
         // A range that is cut in two must be gone before its parts come.
         Op::DeleteElement(..) => 5,
         Op::AddElement(..) => 6,
-        Op::DeleteChain(_) | Op::DeleteStray(Stray::Chain(_)) => 7,
-        _ => 8,
+        // Its elements go to chains.
+        Op::DeleteSet(Set::Connection) => 7,
+        Op::DeleteChain(_) | Op::DeleteStray(Stray::Chain(_)) => 8,
+        _ => 9,
     }
 }
 
@@ -390,10 +395,14 @@ fn chains(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
         match found.filter(|(found, _)| found == base) {
             Some((_, found)) if found == rules => {}
             Some((_, found)) => {
-                let between = transitional(found, rules);
-                if between != *rules {
+                let guarded = guarded(found, rules);
+                let between = transitional(found, &guarded);
+                if guarded != *rules {
                     let last = Op::SetRules(*chain, rules.clone());
-                    steps.add(Phase::EmptyVerdicts, last);
+                    steps.add(Phase::RetireGuards, last);
+                }
+                if between != guarded {
+                    steps.add(Phase::EmptyVerdicts, Op::SetRules(*chain, guarded));
                 }
                 if between != *found {
                     steps.add(Phase::Chains, Op::SetRules(*chain, between));
@@ -411,6 +420,40 @@ fn chains(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
     for chain in observed.chains.keys().filter(|chain| !desired.chains.contains_key(chain)) {
         steps.add(Phase::EmptyVerdicts, Op::DeleteChain(*chain));
     }
+}
+
+/// The rules wanted, each guard also for the marks that the one found holds back: for as long as
+/// packets and connections have them, nothing else would.
+fn guarded(found: &[NftRule], wanted: &[NftRule]) -> Vec<NftRule> {
+    let mut rules = Vec::with_capacity(wanted.len());
+    for rule in wanted {
+        let also = found.iter().filter_map(|found| with_marks_of(found, rule));
+        rules.extend(also.filter(|rule| !wanted.contains(rule)));
+        rules.push(rule.clone());
+    }
+    rules
+}
+
+/// A guard, for the mark that another one of its kind asks for.
+fn with_marks_of(other: &NftRule, guard: &NftRule) -> Option<NftRule> {
+    let (Some(Stmt::Drop), Some(Stmt::Drop)) = (other.0.last(), guard.0.last()) else {
+        return None;
+    };
+    let asked = |rule: &NftRule| rule.0.iter().position(is_mark_of_ours);
+    let (theirs, ours) = (asked(other)?, asked(guard)?);
+    let theirs = other.0.get(theirs)?;
+    let mut rule = guard.clone();
+    let asks = rule.0.get_mut(ours)?;
+    if matches!(theirs, Stmt::CtMarkIs(_)) != matches!(asks, Stmt::CtMarkIs(_)) {
+        return None;
+    }
+    asks.clone_from(theirs);
+    Some(rule)
+}
+
+/// Whether it is the test of a mark that only we give.
+const fn is_mark_of_ours(statement: &Stmt) -> bool {
+    matches!(statement, Stmt::MarkIs { .. } | Stmt::MarkIn { .. } | Stmt::CtMarkIs(_))
 }
 
 /// The rules wanted, and those found that look up a source or a destination: for as long as
