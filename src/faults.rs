@@ -23,7 +23,7 @@
 //!
 //! let kernel = SharedSim::default();
 //! let faults = Faults::new().at_write(3, Fault::KillAfter);
-//! let mut egress = Reconciler::new(kernel.open_with_faults(&faults));
+//! let mut egress = Reconciler::new(kernel.open().with_faults(&faults));
 //! let died = egress.reconcile(&cluster, [&policy]);
 //! assert!(matches!(died, Err(Error::Apply(_))));
 //! assert_eq!(faults.pending(), 0, "all that was planned has happened");

@@ -44,13 +44,21 @@ enum Answer<T> {
 }
 
 impl SimDatapath {
-    pub(super) fn new(kernel: SharedSim, faults: Faults) -> Self {
+    pub(super) fn new(kernel: SharedSim) -> Self {
         let mut sim = kernel.lock();
         let writer = sim.bulletin.writer();
         let ears = Listener::new(writer, None);
         sim.bulletin.add(&ears);
         drop(sim);
-        Self { kernel, faults, writer, ears, trust: Trust::default(), dead: false }
+        let (faults, trust) = (Faults::new(), Trust::default());
+        Self { kernel, faults, writer, ears, trust, dead: false }
+    }
+
+    /// The same datapath, with faults from its next call on.
+    #[must_use]
+    pub fn with_faults(mut self, faults: &Faults) -> Self {
+        self.faults = faults.clone();
+        self
     }
 
     /// Begins to listen for changes that others make.

@@ -3,7 +3,6 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{Sim, SimDatapath};
-use crate::faults::Faults;
 use crate::state::State;
 
 /// A [`Sim`] that several programs have open, as they have a kernel: the one under test, its
@@ -48,12 +47,7 @@ impl SharedSim {
 
     /// Opens it, as a process opens the kernel that it runs on.
     pub fn open(&self) -> SimDatapath {
-        self.open_with_faults(&Faults::new())
-    }
-
-    /// The same, with faults between the two.
-    pub fn open_with_faults(&self, faults: &Faults) -> SimDatapath {
-        SimDatapath::new(self.clone(), faults.clone())
+        SimDatapath::new(self.clone())
     }
 
     /// Changes what is there behind everybody's back: [`Sim::edit`].

@@ -143,7 +143,7 @@ impl Bench<'_> {
     }
 
     fn open(&self, kernel: &SharedSim, faults: &Faults) -> Egress {
-        self.begin.egress(kernel.open_with_faults(faults))
+        self.begin.egress(kernel.open().with_faults(faults))
     }
 
     fn make(&self, egress: &mut Egress, wanted: &Wanted) -> Result<Report, Error> {

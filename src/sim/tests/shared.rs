@@ -13,7 +13,7 @@ const READ: Call = Call { subsystem: Subsystem::Firewall, writes: false };
 /// A node that is as it should be, the calls of its program, and that.
 fn right() -> (SharedSim, Faults, Reconciler<SimDatapath>) {
     let (kernel, faults) = (SharedSim::default(), Faults::new());
-    let mut egress = Reconciler::new(kernel.open_with_faults(&faults));
+    let mut egress = Reconciler::new(kernel.open().with_faults(&faults));
     let _report = egress.reconcile(&cluster("a"), [policy("b")]).unwrap();
     (kernel, faults, egress)
 }
@@ -114,13 +114,13 @@ fn a_table_that_changes_while_it_is_read_is_read_again() {
     let mut again = 0;
     for edit in edits {
         let usual = Faults::new();
-        let _state = SharedSim::new(before.clone()).open_with_faults(&usual).observe().unwrap();
+        let _state = SharedSim::new(before.clone()).open().with_faults(&usual).observe().unwrap();
         for call in 0..usual.calls().len() {
             let kernel = SharedSim::new(before.clone());
             let other = kernel.clone();
             let write = Fault::ForeignWrite(Box::new(move || other.edit(edit)));
             let faults = Faults::new().at_call(call, write);
-            let mut datapath = kernel.open_with_faults(&faults);
+            let mut datapath = kernel.open().with_faults(&faults);
             let seen = datapath.observe().unwrap();
             assert_eq!(faults.pending(), 0);
             assert_eq!(seen.firewall, kernel.state().firewall, "call {call}");
@@ -137,7 +137,7 @@ fn what_never_stays_as_it_is_is_an_error() {
     for first in [0, 6] {
         let torn =
             (first..40).fold(Faults::new(), |faults, read| faults.at_read(read, Fault::TornDump));
-        let error = kernel.open_with_faults(&torn).observe().unwrap_err();
+        let error = kernel.open().with_faults(&torn).observe().unwrap_err();
         let calls = torn.calls().len();
         assert!(error.to_string().contains("chang"), "{error}");
         assert!(calls < 40, "{calls}");
@@ -149,7 +149,7 @@ fn the_dead_do_nothing() {
     for fault in [Fault::KillBefore, Fault::KillAfter] {
         let (kernel, ..) = right();
         let faults = Faults::new().at_write(0, fault);
-        let mut egress = Reconciler::new(kernel.open_with_faults(&faults));
+        let mut egress = Reconciler::new(kernel.open().with_faults(&faults));
         let died = egress.reconcile(&cluster("a"), [policy("c")]).unwrap_err();
         assert!(died.to_string().contains("killed"), "{died}");
         let then = kernel.state();
@@ -176,7 +176,7 @@ fn an_answer_that_was_lost_belongs_to_what_was_done() {
         let wanted =
             State { firewall: Some(crate::state::Firewall::default()), ..State::default() };
         let changes = Changes::between(&State::default(), &wanted);
-        let mut datapath = kernel.open_with_faults(&faults);
+        let mut datapath = kernel.open().with_faults(&faults);
         assert!(datapath.apply(&changes).is_err());
         assert_eq!((kernel.state() == wanted, faults.pending()), (done, 0));
         assert_eq!(datapath.drift(), Drift::Unknown);
