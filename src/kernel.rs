@@ -4,7 +4,7 @@ mod address;
 mod conntrack;
 mod facts;
 #[cfg(feature = "testing")]
-pub(crate) mod faults;
+mod faults;
 mod fdb;
 mod ipset;
 mod link;
@@ -55,7 +55,7 @@ use route_socket::RouteSocket;
 use socket::Socket;
 pub use tables::KernelTables;
 use trust::Trust;
-pub use watch::{News, Part, Process, Watch};
+pub use watch::Watch;
 pub use xtables::IptablesDatapath;
 
 /// The kernel of the network namespace that the opening thread was in.

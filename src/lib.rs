@@ -25,6 +25,8 @@
 //! - [`Reconciler`] does all of this in one call.
 //! - [`explain()`] says where a packet goes and which objects decided it; [`SimCluster`] carries
 //!   packets between simulated nodes.
+//! - [`SharedSim`] is a simulated kernel that others write to, too, and that [`faults`] can be
+//!   planned for.
 //! - [`preflight`] looks beforehand at what on the host may be in the way.
 //! - [`Watch`] is readable when somebody else touched what is ours, and [`Reconciler::repair`] puts
 //!   it right.
@@ -99,12 +101,14 @@ mod datapath;
 mod diff;
 mod error;
 mod explain;
+pub mod faults;
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 mod kernel;
 #[cfg(all(feature = "ipset-sys", target_os = "linux"))]
 pub mod libipset;
 mod lookup;
 mod mark;
+mod news;
 mod op;
 mod packet;
 mod plan;
@@ -138,11 +142,9 @@ pub use datapath::{Datapath, Drift};
 pub use error::{ApplyError, KernelError};
 pub use explain::{explain, explain_received};
 #[cfg(all(feature = "kernel", target_os = "linux"))]
-pub use kernel::{
-    IptablesDatapath, KernelDatapath, KernelTables, News, Ownership, Part, Predecessor, Process,
-    Watch,
-};
+pub use kernel::{IptablesDatapath, KernelDatapath, KernelTables, Ownership, Predecessor, Watch};
 pub use mark::{LayoutError, MarkLayout};
+pub use news::{News, Part, Process};
 pub use op::Op;
 pub use packet::{Frame, Packet};
 pub use plan::{Closed, Finding, Plan, PlanError, PolicyError, Update, plan};
@@ -151,7 +153,7 @@ pub use policy::MockPolicy;
 pub use policy::{Destinations, EgressIp, EgressPolicy, Policy, Unavailable};
 pub use range::IpRange;
 pub use reconciler::{Error, Reconciler, Report};
-pub use sim::{Journey, Outcome, Sim, SimCluster, SimNode};
+pub use sim::{Journey, Outcome, SharedSim, Sim, SimCluster, SimDatapath, SimNode, SimWatch};
 pub use state::State;
 pub use trace::{Decision, Fate, Reason, Trace};
 pub use types::{

@@ -68,7 +68,6 @@ impl State {
     }
 
     /// Whether there is nothing that marks or translates.
-    #[cfg(all(feature = "kernel", target_os = "linux"))]
     pub(crate) fn decides_nothing(&self) -> bool {
         self.firewall.is_none() && self.xtables.is_empty()
     }

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use crate::changes::{Changes, Made, Step};
 use crate::connection::Connection;
-use crate::datapath::Datapath;
+use crate::datapath::{Datapath, Drift};
 use crate::error::{ApplyError, KernelError};
+use crate::news::Part;
 use crate::op::Op;
 use crate::packet::{Frame, Packet};
 use crate::state::{Set, State};
@@ -15,20 +16,39 @@ use crate::trace::{Fate, Trace};
 use crate::walk::conntrack::Conntrack;
 use crate::walk::{Surroundings, Walk};
 
+mod aftermath;
+mod bulletin;
 mod cluster;
+mod datapath;
 mod ops;
+mod shared;
+mod watch;
 
+use aftermath::{Footing, follow};
+use bulletin::{Bulletin, Trust, Writer, Written};
 pub use cluster::{Journey, Outcome, SimCluster, SimNode};
+pub use datapath::SimDatapath;
 use ops::{Errno, make};
+pub use shared::SharedSim;
+pub use watch::SimWatch;
 
 /// A [`Datapath`] in memory that refuses what the kernel refuses.
 ///
 /// What is added must not exist, what is deleted must, what is referred to cannot go, and an
-/// nf_tables transaction is all or nothing. A device takes along what was on it.
+/// nf_tables transaction is all or nothing. A device takes along what was on it: addresses,
+/// forwarding entries, neighbours and routes with the device; routes, neighbours and IPv6 addresses
+/// when it goes down; neighbours when its Ethernet address changes; all of IPv6 where the MTU
+/// becomes too small for that; IPv4 routes and neighbours with the last IPv4 address.
 ///
 /// It also carries packets: [`send`](Self::send) walks one through the rules that it holds, and
 /// keeps track of connections. Nobody around it answers unasked, and it has no errors (RFC 792,
 /// RFC 4443), which to the kernel are packets of the connection that they are about.
+///
+/// A test of a program that lives on while others write, or that dies half-way, gives it to a
+/// [`SharedSim`].
+///
+/// What it has of a kernel is what is ours: no other tables, rules, routes or devices, no sysctls but
+/// `rp_filter`, no underlay. No connection expires, and no packet is lost or late.
 ///
 /// ```
 /// use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, NodeName, PolicyId};
@@ -62,6 +82,11 @@ pub struct Sim {
     fault: Option<(usize, Fault)>,
     conntrack: Conntrack,
     around: Surroundings,
+    /// Number of transactions and edits of the nf_tables table.
+    generation: u32,
+    /// What its own datapath knows.
+    trust: Trust,
+    bulletin: Bulletin,
 }
 
 impl Sim {
@@ -105,6 +130,17 @@ impl Sim {
         self.conntrack.connections().filter(|found| !self.around.local.contains(&found.peer))
     }
 
+    /// Those of one source, or of all.
+    fn forwarded_of(&self, source: Option<IpAddr>) -> Vec<Connection> {
+        let of_source = |found: &Connection| source.is_none_or(|source| found.source == source);
+        self.forwarded().filter(of_source).collect()
+    }
+
+    /// Those that are not translated as wanted.
+    fn stale(&self, wanted: &State, before: &State) -> BTreeSet<Connection> {
+        self.forwarded().filter(|connection| connection.is_stale(wanted, before)).collect()
+    }
+
     /// Forgets all connections, as `conntrack -F` does.
     pub fn forget_connections(&mut self) {
         self.conntrack.clear();
@@ -136,9 +172,92 @@ impl Sim {
         &self.state
     }
 
-    /// What it holds, to be changed behind the library's back.
-    pub const fn state_mut(&mut self) -> &mut State {
+    /// What it holds, to be changed behind the library's back and that of the kernel, which adds
+    /// nothing of its own.
+    ///
+    /// Who listens is told that news was lost; [`edit`](Self::edit) does what another program
+    /// would.
+    pub fn state_mut(&mut self) -> &mut State {
+        self.generation = self.generation.wrapping_add(1);
+        self.tell(
+            Writer::Stranger,
+            &Written { anything: true, untold: true, ..Written::default() },
+        );
         &mut self.state
+    }
+
+    /// Changes what it holds as another program would: with what the kernel does along with that,
+    /// such as to forget the routes of a device that goes down.
+    ///
+    /// ```
+    /// use egress_datapath::{Datapath, Drift, Sim};
+    /// # use egress_datapath::state::Vxlan;
+    /// # let link = Vxlan {
+    /// #     name: "egress.vxlan".parse()?, vni: 100, port: 7789, local: "10.10.0.11".parse()?,
+    /// #     underlay: None, mac: "66:00:00:00:00:01".parse()?, mtu: 1450, rp_filter: 2, up: true,
+    /// #     intact: true,
+    /// # };
+    /// # let mut held = egress_datapath::State { link: Some(link), ..Default::default() };
+    /// # held.addresses = ["172.31.0.11/16".parse()?, "fd11::11/112".parse()?].into();
+    /// let mut kernel = Sim::with_state(held);
+    /// let before = kernel.observe()?;
+    /// assert_eq!((before.addresses.len(), kernel.drift()), (2, Drift::None));
+    /// // `ip link set egress.vxlan down`
+    /// kernel.edit(|state| state.link.iter_mut().for_each(|link| link.up = false));
+    /// assert_eq!(kernel.state().addresses.len(), 1, "IPv6 addresses went along");
+    /// assert_eq!(kernel.drift(), Drift::Rest);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn edit(&mut self, edit: impl FnOnce(&mut State)) {
+        let before = self.state.clone();
+        edit(&mut self.state);
+        follow(&Footing::of(&before), &mut self.state);
+        let mut written = Written::between(&before, &self.state);
+        if before.firewall != self.state.firewall {
+            self.generation = self.generation.wrapping_add(1);
+            self.keep_held();
+            written.parts.insert(Part::Firewall);
+        }
+        written.untold = before.ipsets != self.state.ipsets || before.xtables != self.state.xtables;
+        self.tell(Writer::Stranger, &written);
+    }
+
+    /// Tells who listens that there was more news than could be kept, as a kernel does whose
+    /// listeners are slow.
+    pub fn lose_news(&mut self) {
+        self.tell(Writer::Stranger, &Written { anything: true, ..Written::default() });
+    }
+
+    /// Lets somebody write, and tells the others.
+    fn write_as(&mut self, writer: Writer, write: impl FnOnce(&mut Self) -> Made) -> Made {
+        if !self.bulletin.is_read() && writer == Writer::Own {
+            return write(self);
+        }
+        let (before, generation) = (self.state.routing(), self.generation);
+        let made = write(self);
+        let mut written = Written::between(&before, &self.state);
+        if generation != self.generation {
+            written.parts.insert(Part::Firewall);
+        }
+        written.untold = self.has_iptables();
+        self.tell(writer, &written);
+        made
+    }
+
+    fn tell(&mut self, writer: Writer, written: &Written) {
+        if writer != Writer::Own {
+            self.trust.hear(written);
+        }
+        self.bulletin.tell(writer, written);
+    }
+
+    fn has_iptables(&self) -> bool {
+        !self.state.ipsets.is_empty() || !self.state.xtables.is_empty()
+    }
+
+    /// What may have changed, to somebody who has heard so much; of iptables nobody is told.
+    fn drift_by(&self, trust: Trust) -> Drift {
+        if self.has_iptables() { Drift::Unknown } else { trust.drift() }
     }
 
     /// Refuses one operation with an error number (positive), however good it is: the one that
@@ -208,13 +327,18 @@ impl Sim {
             op => {
                 let made = make(&mut self.state, op);
                 if let Op::DeleteTable | Op::DeleteSet(_) = op {
-                    let firewall = self.state.firewall.as_ref();
-                    let sets = |set| firewall.is_some_and(|table| table.sets.contains(&set));
-                    self.conntrack.held.keep(sets);
+                    self.keep_held();
                 }
                 made
             }
         }
+    }
+
+    /// What sets with timeouts hold goes with them.
+    fn keep_held(&mut self) {
+        let firewall = self.state.firewall.as_ref();
+        let sets = |set| firewall.is_some_and(|table| table.sets.contains(&set));
+        self.conntrack.held.keep(sets);
     }
 
     fn has(&self, set: Set) -> bool {
@@ -246,6 +370,9 @@ impl Sim {
                 ended = message;
                 refused.push((op.clone(), KernelError::refused(op, errno)));
             }
+        }
+        if transaction && refused.is_empty() {
+            self.generation = self.generation.wrapping_add(1);
         }
         if let (true, Some(lost)) = (refused.is_empty(), lost) {
             let known = if transaction { 0 } else { step.ops.len() - 1 };
@@ -282,7 +409,17 @@ fn elements(op: &Op) -> Option<(Set, bool)> {
 
 impl Datapath for Sim {
     fn observe(&mut self) -> Result<State, KernelError> {
+        self.trust = Trust { table: true, rest: true };
         Ok(self.state.clone())
+    }
+
+    fn drift(&mut self) -> Drift {
+        self.drift_by(self.trust)
+    }
+
+    fn observe_rest(&mut self) -> Result<State, KernelError> {
+        self.trust.rest = true;
+        Ok(self.state.routing())
     }
 
     fn stale_connections(
@@ -290,19 +427,22 @@ impl Datapath for Sim {
         wanted: &State,
         before: &State,
     ) -> Result<BTreeSet<Connection>, KernelError> {
-        Ok(self.forwarded().filter(|connection| connection.is_stale(wanted, before)).collect())
+        Ok(self.stale(wanted, before))
     }
 
     fn connections(
         &mut self,
         source: Option<IpAddr>,
     ) -> Result<Option<Vec<Connection>>, KernelError> {
-        let of_source = |found: &Connection| source.is_none_or(|source| found.source == source);
-        Ok(Some(self.forwarded().filter(of_source).collect()))
+        Ok(Some(self.forwarded_of(source)))
     }
 
     fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {
-        changes.make(|step| self.step(step))
+        let made = changes.make(|step| self.write_as(Writer::Own, |sim| sim.step(step)));
+        if made.is_err() {
+            self.trust = Trust::default();
+        }
+        made
     }
 }
 

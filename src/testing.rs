@@ -1,9 +1,8 @@
 //! For tests of programs that embed the crate: faults, a lab, and the cases to pass in it; exempt
 //! from semantic versioning.
 //!
-//! - [`Faults`] let calls to the kernel fail that a test names. A call is one datagram that a
-//!   socket of the datapath sends, or one run of a tool of iptables: a read asks for something, a
-//!   write changes something.
+//! - [`Faults`] let calls to the kernel fail that a test names: the same [plans](crate::faults) as for
+//!   a simulated datapath.
 //! - [`lab`] builds nodes, pods and a server out of network namespaces.
 //! - [`conformance`] runs this project's own cases there, against whatever makes nodes carry out
 //!   policies.
@@ -22,4 +21,4 @@
 pub mod conformance;
 pub mod lab;
 
-pub use crate::kernel::faults::{Call, Fault, Faults, Subsystem};
+pub use crate::faults::{Call, Fault, Faults, Subsystem};

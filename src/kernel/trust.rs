@@ -2,8 +2,9 @@
 
 use super::nft::{self, Between};
 use super::socket::Socket;
-use super::watch::{Part, Shared, Watch, lock};
+use super::watch::{Shared, Watch, lock};
 use crate::datapath::Drift;
+use crate::news::Part;
 
 /// Ears of the datapath's own, and what is certain by them.
 ///

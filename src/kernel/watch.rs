@@ -6,11 +6,11 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use super::socket::Epoll;
 use super::wire::Messages;
 use crate::error::{KernelError, errno};
+use crate::news::News;
 
 mod ears;
 mod expected;
 mod filter;
-mod news;
 mod recognise;
 #[cfg(test)]
 pub(super) mod tests;
@@ -18,7 +18,6 @@ pub(super) mod tests;
 use ears::Ears;
 pub(super) use ears::{Shared, lock};
 pub(super) use expected::Expected;
-pub use news::{News, Part, Process};
 
 /// Bytes of news that wait to be read; what does not fit is lost, and that is said.
 const UNREAD: usize = 1 << 20;

@@ -132,7 +132,7 @@ impl IptablesDatapath {
 
     /// Lets a plan of faults have a say in which tools run.
     #[cfg(feature = "testing")]
-    pub(super) fn tap(&mut self, faults: &super::faults::Faults) {
+    pub(super) fn tap(&mut self, faults: &crate::faults::Faults) {
         self.tools.set_faults(faults.clone());
     }
 

@@ -1,8 +1,8 @@
 //! Operations, with the kernel's manners.
 
 use std::collections::btree_map::Entry;
-use std::net::IpAddr;
 
+use super::aftermath::{Footing, follow, has_ipv6};
 use crate::error::errno;
 use crate::op::Op;
 use crate::state::{
@@ -32,6 +32,13 @@ pub(super) fn make(state: &mut State, op: &Op) -> Result<(), Errno> {
 }
 
 fn rtnetlink(state: &mut State, op: &Op) -> Result<(), Errno> {
+    let was = Footing::of(state);
+    request(state, op)?;
+    follow(&was, state);
+    Ok(())
+}
+
+fn request(state: &mut State, op: &Op) -> Result<(), Errno> {
     let has = |device: &DeviceName| {
         state.link.as_ref().filter(|link| link.name == *device).ok_or(errno::ENODEV)
     };
@@ -44,30 +51,23 @@ fn rtnetlink(state: &mut State, op: &Op) -> Result<(), Errno> {
             state.link = Some(link.clone());
         }
         Op::SetLink(link) => {
-            let old = has(&link.name)?.clone();
+            let old = has(&link.name)?;
+            let fixed = (old.vni, old.port) == (link.vni, link.port);
             possible(link)?;
-            if (old.vni, old.port) != (link.vni, link.port) {
+            if !fixed {
                 return Err(errno::EOPNOTSUPP);
-            }
-            if old.mac != link.mac {
-                state.neighbours.clear();
-            }
-            if old.up && !link.up {
-                gone_with_device(state, |_| true);
-                // IPv6 addresses go with it (`addrconf_ifdown`), IPv4 addresses stay.
-                state.addresses.retain(|net| net.addr().is_ipv4());
             }
             state.link = Some(link.clone());
         }
         Op::DeleteLink(device) => {
             has(device)?;
             state.link = None;
-            state.addresses.clear();
-            state.fdb.clear();
-            gone_with_device(state, |_| true);
         }
         Op::AddAddress(device, net) => {
-            has(device)?;
+            let link = has(device)?;
+            if net.addr().is_ipv6() && !has_ipv6(link) {
+                return Err(errno::EINVAL);
+            }
             if !state.addresses.insert(*net) {
                 return Err(errno::EEXIST);
             }
@@ -76,11 +76,6 @@ fn rtnetlink(state: &mut State, op: &Op) -> Result<(), Errno> {
             has(device)?;
             if !state.addresses.remove(net) {
                 return Err(errno::EADDRNOTAVAIL);
-            }
-            let is_v4 = |net: &ipnet::IpNet| net.addr().is_ipv4();
-            if is_v4(net) && !state.addresses.iter().any(is_v4) {
-                // The device's IPv4 ends with its last address (`fib_inetaddr_event`).
-                gone_with_device(state, |address| address.is_ipv4());
             }
         }
         Op::PutFdb(device, mac, node) => {
@@ -97,7 +92,10 @@ fn rtnetlink(state: &mut State, op: &Op) -> Result<(), Errno> {
             }
         }
         Op::PutNeighbour(device, address, mac) => {
-            has(device)?;
+            let link = has(device)?;
+            if address.is_ipv6() && !has_ipv6(link) {
+                return Err(errno::EINVAL);
+            }
             state.neighbours.insert(*address, *mac);
         }
         Op::DeleteNeighbour(device, address) => {
@@ -105,8 +103,14 @@ fn rtnetlink(state: &mut State, op: &Op) -> Result<(), Errno> {
             state.neighbours.remove(address).ok_or(errno::ENOENT)?;
         }
         Op::PutRoute(device, key, route) => {
-            if matches!(route, Route::Via(_)) && !has(device)?.up {
-                return Err(errno::ENETDOWN);
+            if let Route::Via(via) = route {
+                let link = has(device)?;
+                if via.is_ipv6() && !has_ipv6(link) {
+                    return Err(errno::ENODEV);
+                }
+                if !link.up {
+                    return Err(errno::ENETDOWN);
+                }
             }
             state.routes.insert(*key, *route);
         }
@@ -159,12 +163,6 @@ fn possible(link: &Vxlan) -> Result<(), Errno> {
         return Err(errno::ERANGE);
     }
     if link.mtu < 68 { Err(errno::EINVAL) } else { Ok(()) }
-}
-
-/// Routes and neighbours do not outlive the device, nor do they come back when it is up again.
-fn gone_with_device(state: &mut State, of: impl Fn(IpAddr) -> bool) {
-    state.neighbours.retain(|address, _| !of(*address));
-    state.routes.retain(|_, route| !matches!(route, Route::Via(via) if of(*via)));
 }
 
 fn nft(firewall: &mut Firewall, op: &Op) -> Result<(), Errno> {

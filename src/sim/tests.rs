@@ -9,6 +9,8 @@ use crate::reconciler::Reconciler;
 use crate::state::ChainId;
 use crate::types::{NodeName, PolicyId};
 
+mod shared;
+
 const OUTSIDE: &str = "192.0.2.1";
 const POD: &str = "10.244.1.10";
 const EIP: &str = "198.51.100.200";

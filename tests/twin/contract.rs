@@ -30,7 +30,7 @@ type Case = (&'static str, [Edit; 3], Option<i32>);
 
 const AS_IS: Edit = |_| {};
 
-const CASES: [Case; 45] = [
+const CASES: [Case; 50] = [
     ("all of it is added", [nothing, nothing, AS_IS], None),
     ("all of it is deleted", [AS_IS, AS_IS, nothing], None),
     ("all of it is added again", [AS_IS, nothing, AS_IS], Some(EEXIST)),
@@ -73,6 +73,11 @@ const CASES: [Case; 45] = [
     ("the last addresses go", [AS_IS, AS_IS, no_addresses], None),
     ("a device goes down", [AS_IS, AS_IS, only_down], None),
     ("a device gets another address", [AS_IS, AS_IS, other_mac], None),
+    ("a device becomes too small for IPv6", [AS_IS, AS_IS, only_small], None),
+    ("a device becomes large enough for IPv6", [small, small, large], None),
+    ("an IPv6 address where there is no IPv6", [small, small, small_addresses], Some(EINVAL)),
+    ("an IPv6 neighbour where there is no IPv6", [small, small, small_neighbours], Some(EINVAL)),
+    ("an IPv6 route where there is no IPv6", [small, small, small_routes], Some(ENODEV)),
     ("a device with an impossible address", [AS_IS, AS_IS, group_mac], Some(EADDRNOTAVAIL)),
     ("a device with an impossible MTU", [AS_IS, AS_IS, small_mtu], Some(EINVAL)),
     ("a device with an impossible number", [AS_IS, AS_IS, large_vni], Some(ERANGE)),
@@ -217,6 +222,41 @@ fn up_neighbours(state: &mut State) {
     let neighbours = std::mem::take(&mut state.neighbours);
     down(state);
     state.neighbours = neighbours;
+}
+
+/// What a device that is too small for IPv6 leaves.
+fn small(state: &mut State) {
+    only_small(state);
+    state.addresses.retain(|net| net.addr().is_ipv4());
+    state.neighbours.retain(|address, _| address.is_ipv4());
+    state.routes.retain(|_, route| !matches!(route, Route::Via(via) if via.is_ipv6()));
+}
+
+fn only_small(state: &mut State) {
+    state.link.as_mut().unwrap().mtu = 1279;
+}
+
+fn large(state: &mut State) {
+    small(state);
+    state.link.as_mut().unwrap().mtu = 1280;
+}
+
+fn small_addresses(state: &mut State) {
+    let addresses = std::mem::take(&mut state.addresses);
+    small(state);
+    state.addresses = addresses;
+}
+
+fn small_neighbours(state: &mut State) {
+    let neighbours = std::mem::take(&mut state.neighbours);
+    small(state);
+    state.neighbours = neighbours;
+}
+
+fn small_routes(state: &mut State) {
+    let routes = std::mem::take(&mut state.routes);
+    small(state);
+    state.routes = routes;
 }
 
 fn no_device(state: &mut State) {

@@ -21,6 +21,7 @@ mod connections;
 mod contract;
 mod drift;
 mod fleet;
+mod foreign;
 mod mutants;
 mod nodes;
 mod packets;

@@ -1,7 +1,7 @@
 //! Datagrams to and from the kernel, as far as faults must know them.
 
-use super::{Call, Subsystem};
 use crate::error::errno;
+use crate::faults::{Call, Subsystem};
 use crate::kernel::wire::{HEADER, NLMSG_DONE, NLMSG_ERROR, Writer, flag};
 
 /// First message of a transaction (`NFNL_MSG_BATCH_BEGIN`).

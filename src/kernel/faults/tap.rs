@@ -4,8 +4,8 @@ use std::io;
 use std::time::Instant;
 
 use super::datagram::{aborted, netfilter_call, refused, routing_call, torn, without_end};
-use super::{Call, Fault, Faults, Subsystem};
 use crate::error::errno;
+use crate::faults::{Call, Fault, Faults, Subsystem};
 
 /// The faults of one socket.
 #[derive(Debug)]

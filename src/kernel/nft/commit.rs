@@ -214,7 +214,8 @@ mod tests {
     #[cfg(feature = "testing")]
     #[test]
     fn a_transaction_that_lost_its_end_is_not_taken_for_made() {
-        use crate::kernel::faults::{Fault, Faults, Tap};
+        use crate::faults::{Fault, Faults};
+        use crate::kernel::faults::Tap;
         in_netns(|socket| {
             let faults = Faults::new().at_write(0, Fault::AckWithoutCommit);
             socket.set_tap(Tap::of_netfilter(faults.clone()));

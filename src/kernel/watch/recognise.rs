@@ -7,11 +7,11 @@ use netlink_packet_route::{AddressFamily, link::LinkMessage};
 
 use super::expected::Expected;
 use super::filter::{DELROUTE, NEWROUTE, OWN_TABLES, REPLACE};
-use super::news::{News, Part, Process};
 use crate::kernel::address::{self, is_link_local};
 use crate::kernel::link::Device;
 use crate::kernel::wire::{Attribute, Attributes, Message};
 use crate::kernel::{fdb, neighbour};
+use crate::news::{News, Part, Process};
 use crate::state::{LINK_ALIAS, NFT_TABLE, PROTOCOL};
 
 // Types of messages, with the lengths of the structures that they begin with.

@@ -9,8 +9,8 @@ use super::*;
 use crate::kernel::KernelDatapath;
 use crate::kernel::rtnl_kernel_tests::{in_namespace, sh};
 use crate::{
-    Cluster, EgressIp, EgressPolicy, MarkLayout, Node, NodeName, PolicyId, Reconciler, Report,
-    TableRange,
+    Cluster, EgressIp, EgressPolicy, MarkLayout, Node, NodeName, Part, PolicyId, Reconciler,
+    Report, TableRange,
 };
 
 pub(in crate::kernel) mod edits;

@@ -7,7 +7,7 @@ use std::process::{Command, Output, Stdio};
 
 use crate::error::{KernelError, errno};
 #[cfg(feature = "testing")]
-use crate::kernel::faults::Faults;
+use crate::faults::Faults;
 use crate::state::Variant;
 use crate::types::Family;
 

@@ -4,9 +4,9 @@ use crate::kernel::mutate;
 use crate::kernel::mutated::notifications;
 use crate::kernel::rtnl_wire_tests::golden;
 use crate::kernel::watch::expected::Expected;
-use crate::kernel::watch::news::{News, Process};
 use crate::kernel::watch::recognise;
 use crate::kernel::wire::Messages;
+use crate::news::{News, Process};
 
 /// Index that a device of ours may have.
 const INDICES: [u32; 3] = [2, 3, 4];

@@ -181,7 +181,8 @@ fn a_large_table_reads_the_same_whatever_is_expected() {
 #[cfg(feature = "testing")]
 #[test]
 fn whatever_goes_wrong_the_table_is_read() {
-    use crate::kernel::faults::{Fault, Faults, Tap};
+    use crate::faults::{Fault, Faults};
+    use crate::kernel::faults::Tap;
     /// The call that asks for the table; the generation is asked for first.
     const TABLE: usize = 1;
     in_netns(|socket| {

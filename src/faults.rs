@@ -1,0 +1,238 @@
+//! What goes wrong by plan, and when: of a simulated datapath, and with the feature `testing` of the
+//! kernel's.
+//!
+//! A call is what the kernel is asked at once: a read asks for something, a write changes
+//! something. Of a [`SimDatapath`](crate::SimDatapath) that is each kind of object that is listed,
+//! each nf_tables transaction, and each other operation; of a kernel one datagram that a socket of
+//! the datapath sends, or one run of a tool of iptables.
+//!
+//! ```
+//! use egress_datapath::faults::{Fault, Faults};
+//! # use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, NodeName, PolicyId};
+//! use egress_datapath::{Error, Reconciler, SharedSim};
+//! # let node = Node::new(NodeName::new("a")?, vec!["10.10.0.11".parse()?], vec!["172.31.0.11/16".parse()?]);
+//! # let cluster = Cluster::new(NodeName::new("a")?, vec![node], vec!["10.244.0.0/16".parse()?]);
+//! # let policy = EgressPolicy {
+//! #     gateway: Some(NodeName::new("a")?),
+//! #     ..EgressPolicy::new(
+//! #         PolicyId::new("p")?,
+//! #         vec!["10.244.1.10/32".parse()?],
+//! #         EgressIp::V4("198.51.100.200".parse()?),
+//! #     )
+//! # };
+//!
+//! let kernel = SharedSim::default();
+//! let faults = Faults::new().at_write(3, Fault::KillAfter);
+//! let mut egress = Reconciler::new(kernel.open().with_faults(&faults));
+//! let died = egress.reconcile(&cluster, [&policy]);
+//! assert!(matches!(died, Err(Error::Apply(_))));
+//! assert_eq!(faults.pending(), 0, "all that was planned has happened");
+//!
+//! let mut successor = Reconciler::new(kernel.open());
+//! successor.reconcile(&cluster, [&policy])?;
+//! assert!(successor.reconcile(&cluster, [&policy])?.changes.is_empty());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// What goes wrong at a call.
+pub enum Fault {
+    /// The system call fails with this error number; the kernel gets nothing.
+    Errno(i32),
+    /// The kernel answers with this error number, and has done nothing.
+    Refuse(i32),
+    /// The kernel does what it is asked, and the first datagram of its answer is lost for want of
+    /// memory (`ENOBUFS`).
+    LoseReply,
+    /// A transaction loses its end on the way: the kernel accepts all operations and acknowledges
+    /// them, and commits nothing.
+    AckWithoutCommit,
+    /// Somebody changes the objects while they are listed: one is missing, and the answer says so
+    /// in the way that the kernel has for them.
+    TornDump,
+    /// The first datagram of the answer ends in the middle.
+    CutReply,
+    /// Somebody else does this right before the call.
+    ForeignWrite(Box<dyn FnOnce() + Send>),
+    /// The process is killed right before the call.
+    ///
+    /// A simulated datapath does nothing any more then, and says so: drop it, and
+    /// [open](crate::SharedSim::open) another.
+    KillBefore,
+    /// The process is killed right after the call.
+    KillAfter,
+}
+
+impl fmt::Debug for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Errno(errno) => f.debug_tuple("Errno").field(errno).finish(),
+            Self::Refuse(errno) => f.debug_tuple("Refuse").field(errno).finish(),
+            Self::LoseReply => f.write_str("LoseReply"),
+            Self::AckWithoutCommit => f.write_str("AckWithoutCommit"),
+            Self::TornDump => f.write_str("TornDump"),
+            Self::CutReply => f.write_str("CutReply"),
+            Self::ForeignWrite(_) => f.write_str("ForeignWrite"),
+            Self::KillBefore => f.write_str("KillBefore"),
+            Self::KillAfter => f.write_str("KillAfter"),
+        }
+    }
+}
+
+/// The part of the kernel that a call goes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Subsystem {
+    /// Links, addresses, neighbours, routes and rules.
+    Routing,
+    /// The table of `nf_tables`.
+    Firewall,
+    /// The connections that the kernel tracks.
+    Connections,
+    /// The sets of `ipset`.
+    Sets,
+    /// A run of `iptables-save` or `iptables-restore`; of faults only error numbers and deaths
+    /// happen there.
+    Iptables,
+}
+
+/// What the kernel is asked at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Call {
+    /// To whom.
+    pub subsystem: Subsystem,
+    /// Whether it changes something.
+    pub writes: bool,
+}
+
+/// The faults of one datapath, and the calls that it has made.
+///
+/// Clones are the same plan. A fault happens once; one at a call that never comes, or that does
+/// not fit the call, stays [pending](Self::pending).
+#[derive(Clone, Debug, Default)]
+pub struct Faults(Arc<Mutex<Plan>>);
+
+#[derive(Debug, Default)]
+struct Plan {
+    calls: Vec<Call>,
+    writes: usize,
+    sending: Duration,
+    planned: Vec<(At, Fault)>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum At {
+    Call(usize),
+    Read(usize),
+    Write(usize),
+}
+
+impl Faults {
+    /// No fault yet; calls are counted.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// With a fault at the call of this number, counted from 0.
+    #[must_use]
+    pub fn at_call(self, number: usize, fault: Fault) -> Self {
+        self.add(At::Call(number), fault)
+    }
+
+    /// With a fault at the read of this number, counted from 0.
+    #[must_use]
+    pub fn at_read(self, number: usize, fault: Fault) -> Self {
+        self.add(At::Read(number), fault)
+    }
+
+    /// With a fault at the write of this number, counted from 0.
+    #[must_use]
+    pub fn at_write(self, number: usize, fault: Fault) -> Self {
+        self.add(At::Write(number), fault)
+    }
+
+    /// All calls so far, in order.
+    pub fn calls(&self) -> Vec<Call> {
+        self.plan().calls.clone()
+    }
+
+    /// How many of them were writes.
+    pub fn writes(&self) -> usize {
+        self.plan().writes
+    }
+
+    /// How long the kernel took to take the writes: what they would cost a caller who had them
+    /// ready, because the kernel carries a write out before it lets the sender go on.
+    pub fn sending(&self) -> Duration {
+        self.plan().sending
+    }
+
+    /// How many faults have not happened.
+    pub fn pending(&self) -> usize {
+        self.plan().planned.len()
+    }
+
+    #[cfg(feature = "testing")]
+    pub(crate) fn sent(&self, call: Call, took: Duration) {
+        if call.writes {
+            self.plan().sending += took;
+        }
+    }
+
+    fn add(self, at: At, fault: Fault) -> Self {
+        self.plan().planned.push((at, fault));
+        self
+    }
+
+    fn plan(&self) -> MutexGuard<'_, Plan> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts a call, and says what goes wrong with it.
+    pub(crate) fn next(&self, call: Call) -> Option<Fault> {
+        let mut plan = self.plan();
+        let (number, writes) = (plan.calls.len(), plan.writes);
+        plan.calls.push(call);
+        plan.writes += usize::from(call.writes);
+        let kind = if call.writes { At::Write(writes) } else { At::Read(number - writes) };
+        let due = |(at, fault): &(At, Fault)| {
+            (*at == At::Call(number) || *at == kind) && fits(fault, call)
+        };
+        let found = plan.planned.iter().position(due)?;
+        Some(plan.planned.remove(found).1)
+    }
+}
+
+const fn fits(fault: &Fault, call: Call) -> bool {
+    match fault {
+        Fault::LoseReply | Fault::CutReply => !matches!(call.subsystem, Subsystem::Iptables),
+        Fault::TornDump if matches!(call.subsystem, Subsystem::Iptables) => false,
+        Fault::AckWithoutCommit => call.writes && matches!(call.subsystem, Subsystem::Firewall),
+        Fault::TornDump => !call.writes,
+        _ => true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fault_happens_once_and_only_where_it_fits() {
+        let read = Call { subsystem: Subsystem::Firewall, writes: false };
+        let write = Call { writes: true, ..read };
+        let faults = Faults::new()
+            .at_write(1, Fault::LoseReply)
+            .at_call(0, Fault::TornDump)
+            .at_read(1, Fault::AckWithoutCommit);
+        assert!(matches!(faults.next(read), Some(Fault::TornDump)));
+        assert!(faults.next(write).is_none());
+        assert!(faults.next(read).is_none());
+        assert!(matches!(faults.next(write), Some(Fault::LoseReply)));
+        assert!(faults.next(write).is_none());
+        assert_eq!(faults.calls(), [read, write, read, write, write]);
+        assert_eq!((faults.writes(), faults.pending()), (3, 1));
+    }
+}

@@ -1,0 +1,67 @@
+//! What the kernel does by itself where a device changes.
+
+use std::net::IpAddr;
+
+use crate::state::{Route, State, Vxlan};
+
+/// Smallest MTU that IPv6 works with, in bytes (RFC 8200).
+const IPV6_MIN_MTU: u32 = 1280;
+
+/// Whether IPv6 works on a device (`ipv6_add_dev`).
+pub(super) const fn has_ipv6(link: &Vxlan) -> bool {
+    link.mtu >= IPV6_MIN_MTU
+}
+
+/// The device, and whether it has an IPv4 address: what other objects depend on.
+#[derive(Clone, Debug)]
+pub(super) struct Footing {
+    link: Option<Vxlan>,
+    ipv4: bool,
+}
+
+impl Footing {
+    pub(super) fn of(state: &State) -> Self {
+        let ipv4 = state.addresses.iter().any(|net| net.addr().is_ipv4());
+        Self { link: state.link.clone(), ipv4 }
+    }
+}
+
+/// Takes away what a change of the device, or of its last address, takes along; `was` is from
+/// before.
+///
+/// What is gone does not come back when the device is as it was.
+pub(super) fn follow(was: &Footing, state: &mut State) {
+    match (&was.link, state.link.clone()) {
+        (Some(_), None) => {
+            state.addresses.clear();
+            state.fdb.clear();
+            gone_with_device(state, |_| true);
+        }
+        (Some(old), Some(new)) => {
+            if old.mac != new.mac {
+                state.neighbours.clear();
+            }
+            if old.up && !new.up {
+                gone_with_device(state, |_| true);
+                // IPv6 addresses go with it (`addrconf_ifdown`), IPv4 addresses stay.
+                state.addresses.retain(|net| net.addr().is_ipv4());
+            }
+            if has_ipv6(old) && !has_ipv6(&new) {
+                // `addrconf_notify` on `NETDEV_CHANGEMTU`.
+                gone_with_device(state, |address| address.is_ipv6());
+                state.addresses.retain(|net| net.addr().is_ipv4());
+            }
+        }
+        (None, _) => {}
+    }
+    if was.ipv4 && !Footing::of(state).ipv4 {
+        // The device's IPv4 ends with its last address (`fib_inetaddr_event`).
+        gone_with_device(state, |address| address.is_ipv4());
+    }
+}
+
+/// Routes and neighbours do not outlive the device, nor do they come back when it is up again.
+fn gone_with_device(state: &mut State, of: impl Fn(IpAddr) -> bool) {
+    state.neighbours.retain(|address, _| !of(*address));
+    state.routes.retain(|_, route| !matches!(route, Route::Via(via) if of(*via)));
+}

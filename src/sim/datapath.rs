@@ -1,0 +1,316 @@
+//! One of those who have a simulated kernel open.
+
+use std::collections::BTreeSet;
+use std::fmt::Display;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use super::bulletin::{Listener, Trust, Writer};
+use super::{LOST, SharedSim, Sim, SimWatch};
+use crate::changes::{Changes, Made, Step};
+use crate::connection::Connection;
+use crate::datapath::{Datapath, Drift};
+use crate::error::{ApplyError, KernelError, errno};
+use crate::faults::{Call, Fault, Faults, Subsystem};
+use crate::op::Op;
+use crate::state::{Firewall, NFT_TABLE, State, StrayKind};
+
+/// Times that what changes meanwhile is read, as the kernel's datapath does.
+const ATTEMPTS: usize = 5;
+
+const DEAD: &str = "the process was killed by a fault";
+const CUT: &str = "the answer ends in the middle";
+
+/// A [`Datapath`] to a simulated kernel that others may write to, too.
+///
+/// Made by [`SharedSim::open`]. As the kernel's does, it reads one kind of object after the other,
+/// hears what others write meanwhile, reads the nf_tables table under one generation of the rules
+/// or again, and reads nothing that nobody can have changed.
+#[derive(Debug)]
+pub struct SimDatapath {
+    kernel: SharedSim,
+    faults: Faults,
+    writer: Writer,
+    ears: Arc<Listener>,
+    trust: Trust,
+    dead: bool,
+}
+
+/// What came of a call to read.
+enum Answer<T> {
+    Whole(T),
+    /// What was listed changed meanwhile, or part of the answer was lost.
+    Torn,
+}
+
+impl SimDatapath {
+    pub(super) fn new(kernel: SharedSim) -> Self {
+        let mut sim = kernel.lock();
+        let writer = sim.bulletin.writer();
+        let ears = Listener::new(writer, None);
+        sim.bulletin.add(&ears);
+        drop(sim);
+        let (faults, trust) = (Faults::new(), Trust::default());
+        Self { kernel, faults, writer, ears, trust, dead: false }
+    }
+
+    /// The same datapath, with faults from its next call on.
+    #[must_use]
+    pub fn with_faults(mut self, faults: &Faults) -> Self {
+        self.faults = faults.clone();
+        self
+    }
+
+    /// Begins to listen for changes that others make.
+    ///
+    /// # Errors
+    ///
+    /// `EBUSY` while another watch of this datapath lives; or there is no descriptor left.
+    pub fn watch(&self) -> Result<SimWatch, KernelError> {
+        let what = "watch the simulated kernel";
+        let mut sim = self.kernel.lock();
+        if sim.bulletin.has_watch(self.writer) {
+            return Err(KernelError::refused(what, errno::EBUSY));
+        }
+        let made = SimWatch::of(self.writer).map_err(|error| match error.raw_os_error() {
+            Some(errno) => KernelError::refused(what, errno),
+            None => KernelError::answer(what, "no descriptor could be made"),
+        });
+        let (watch, listener) = made?;
+        sim.bulletin.add(&listener);
+        Ok(watch)
+    }
+
+    /// What goes wrong with the next call before it is made; an error if it is not made at all.
+    fn fault(&mut self, call: Call, what: &dyn Display) -> Result<Option<Fault>, KernelError> {
+        if self.dead {
+            return Err(KernelError::answer(what, DEAD));
+        }
+        match self.faults.next(call) {
+            Some(Fault::Errno(errno) | Fault::Refuse(errno)) => {
+                Err(KernelError::refused(what, errno))
+            }
+            Some(Fault::AckWithoutCommit) => Err(KernelError::answer(what, LOST)),
+            Some(Fault::KillBefore) => {
+                self.dead = true;
+                Err(KernelError::answer(what, DEAD))
+            }
+            Some(Fault::ForeignWrite(write)) => {
+                write();
+                Ok(None)
+            }
+            other => Ok(other),
+        }
+    }
+
+    /// What goes wrong with a call after it was made, where nothing can be asked again.
+    fn after(&mut self, fault: Option<&Fault>, what: &dyn Display) -> Result<(), KernelError> {
+        match fault {
+            Some(Fault::LoseReply) => {
+                Err(KernelError::refused(what, errno::ENOBUFS)
+                    .with_remedy("read whether it was made"))
+            }
+            Some(Fault::CutReply) => Err(KernelError::answer(what, CUT)),
+            Some(Fault::KillAfter) => {
+                self.dead = true;
+                Err(KernelError::answer(what, DEAD))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn ask<T>(
+        &mut self,
+        subsystem: Subsystem,
+        what: &dyn Display,
+        take: impl FnOnce(&Sim) -> T,
+    ) -> Result<Answer<T>, KernelError> {
+        let fault = self.fault(Call { subsystem, writes: false }, what)?;
+        let taken = take(&self.kernel.lock());
+        match fault {
+            Some(Fault::TornDump) => Ok(Answer::Torn),
+            // What routing loses it is asked for again.
+            Some(Fault::LoseReply) if subsystem == Subsystem::Routing => Ok(Answer::Torn),
+            fault => self.after(fault.as_ref(), what).map(|()| Answer::Whole(taken)),
+        }
+    }
+
+    /// Lists objects of one kind until they stay as they are meanwhile.
+    fn list<T>(
+        &mut self,
+        subsystem: Subsystem,
+        what: &str,
+        mut take: impl FnMut(&Sim) -> T,
+    ) -> Result<T, KernelError> {
+        for _ in 0..ATTEMPTS {
+            if let Answer::Whole(taken) = self.ask(subsystem, &what, &mut take)? {
+                return Ok(taken);
+            }
+        }
+        Err(KernelError::refused(what, errno::EAGAIN)
+            .with_words(Some("the objects changed while they were read".to_owned())))
+    }
+
+    fn routing<T>(&mut self, what: &str, take: fn(&State) -> T) -> Result<T, KernelError> {
+        self.list(Subsystem::Routing, what, |sim| take(sim.state()))
+    }
+
+    fn read_rest(&mut self) -> Result<State, KernelError> {
+        let mut state = State {
+            link: self.routing("ip link show", |all| all.link.clone())?,
+            ..State::default()
+        };
+        if state.link.is_some() {
+            state.addresses = self.routing("ip address show", |all| all.addresses.clone())?;
+            state.fdb = self.routing("bridge fdb show", |all| all.fdb.clone())?;
+            state.neighbours = self.routing("ip neighbour show", |all| all.neighbours.clone())?;
+        }
+        let strays = |all: &State, kind| {
+            all.strays.iter().filter(|stray| stray.kind == kind).cloned().collect::<BTreeSet<_>>()
+        };
+        (state.routes, state.strays) = self.list(Subsystem::Routing, "ip route show", |sim| {
+            (sim.state.routes.clone(), strays(&sim.state, StrayKind::Route))
+        })?;
+        let (rules, more) = self.list(Subsystem::Routing, "ip rule show", |sim| {
+            (sim.state.rules.clone(), strays(&sim.state, StrayKind::Rule))
+        })?;
+        state.rules = rules;
+        state.strays.extend(more);
+        self.trust.rest = true;
+        Ok(state)
+    }
+
+    fn generation(&mut self) -> Result<u32, KernelError> {
+        self.list(Subsystem::Firewall, "nft list ruleset", |sim| sim.generation)
+    }
+
+    /// Reads the table under one generation of the rules, or again.
+    fn read_table(&mut self) -> Result<Option<Firewall>, KernelError> {
+        let what = format!("nft list table inet {NFT_TABLE}");
+        for _ in 0..ATTEMPTS {
+            let before = self.generation()?;
+            let chains = self.ask(Subsystem::Firewall, &what, |sim| {
+                sim.state.firewall.as_ref().map(|table| Firewall {
+                    chains: table.chains.clone(),
+                    strays: table.strays.clone(),
+                    dormant: table.dormant,
+                    ..Firewall::default()
+                })
+            })?;
+            let sets = self.ask(Subsystem::Firewall, &what, |sim| {
+                let table = sim.state.firewall.as_ref();
+                table.map(|table| (table.sets.clone(), table.elements.clone()))
+            })?;
+            let (Answer::Whole(table), Answer::Whole(sets)) = (chains, sets) else { continue };
+            if self.generation()? == before {
+                let whole = table.zip(sets);
+                return Ok(whole.map(|(rules, (sets, elements))| Firewall {
+                    sets,
+                    elements,
+                    ..rules
+                }));
+            }
+        }
+        Err(KernelError::answer(what, "somebody changes nf_tables faster than it can be read"))
+    }
+
+    fn read(&mut self) -> Result<State, KernelError> {
+        // What others wrote before does not matter.
+        let _heard = self.ears.take();
+        self.trust = Trust::default();
+        let mut state = self.read_rest()?;
+        state.firewall = self.read_table()?;
+        if self.kernel.lock().has_iptables() {
+            let what = "ipset list";
+            state.ipsets = self.list(Subsystem::Sets, what, |sim| sim.state.ipsets.clone())?;
+            let what = "iptables-save";
+            state.xtables =
+                self.list(Subsystem::Iptables, what, |sim| sim.state.xtables.clone())?;
+        }
+        self.trust.table = true;
+        Ok(state)
+    }
+
+    /// Makes a step: one transaction, or every request in turn.
+    fn step(&mut self, step: &Step) -> Made {
+        let made = match step.ops.first() {
+            Some(first) if first.is_nft() => self.write(Subsystem::Firewall, first, step),
+            _ => {
+                let mut refused = Vec::new();
+                for op in &step.ops {
+                    let alone = Step { phase: step.phase, ops: vec![op.clone()] };
+                    refused.extend(self.write(subsystem(op), op, &alone).1);
+                }
+                (step.ops.len() - refused.len(), refused)
+            }
+        };
+        if !made.1.is_empty() {
+            self.trust = Trust::default();
+        }
+        made
+    }
+
+    /// One call to write; `first` is what an error of all of it is told of.
+    fn write(&mut self, subsystem: Subsystem, first: &Op, step: &Step) -> Made {
+        let fault = match self.fault(Call { subsystem, writes: true }, first) {
+            Ok(fault) => fault,
+            Err(error) => return (0, vec![(first.clone(), error)]),
+        };
+        let made = self.kernel.lock().write_as(self.writer, |sim| sim.step(step));
+        match self.after(fault.as_ref(), first) {
+            Err(error) if made.1.is_empty() => (0, vec![(first.clone(), error)]),
+            _ => made,
+        }
+    }
+}
+
+const fn subsystem(op: &Op) -> Subsystem {
+    match op {
+        Op::MarkConnection(..) | Op::EndConnection(_) => Subsystem::Connections,
+        Op::AddXtChain(..) | Op::DeleteXtChain(..) | Op::EditXtChain(..) => Subsystem::Iptables,
+        op if op.is_xtables() => Subsystem::Sets,
+        op if op.is_nft() => Subsystem::Firewall,
+        _ => Subsystem::Routing,
+    }
+}
+
+impl Datapath for SimDatapath {
+    fn observe(&mut self) -> Result<State, KernelError> {
+        self.read()
+    }
+
+    fn drift(&mut self) -> Drift {
+        if self.trust.table && self.generation().is_err() {
+            self.trust.table = false;
+        }
+        // What happened before the answer was told before it.
+        self.trust.hear(&self.ears.take());
+        self.kernel.lock().drift_by(self.trust)
+    }
+
+    fn observe_rest(&mut self) -> Result<State, KernelError> {
+        self.read_rest()
+    }
+
+    fn stale_connections(
+        &mut self,
+        wanted: &State,
+        before: &State,
+    ) -> Result<BTreeSet<Connection>, KernelError> {
+        if wanted.decides_nothing() && before.decides_nothing() {
+            return Ok(BTreeSet::new());
+        }
+        self.list(Subsystem::Connections, "conntrack -L", |sim| sim.stale(wanted, before))
+    }
+
+    fn connections(
+        &mut self,
+        source: Option<IpAddr>,
+    ) -> Result<Option<Vec<Connection>>, KernelError> {
+        self.list(Subsystem::Connections, "conntrack -L", |sim| Some(sim.forwarded_of(source)))
+    }
+
+    fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {
+        changes.make(|step| self.step(step))
+    }
+}

@@ -1,0 +1,68 @@
+//! A simulated kernel that several have open.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::{Sim, SimDatapath};
+use crate::state::State;
+
+/// A [`Sim`] that several programs have open, as they have a kernel: the one under test, its
+/// successor, and others that write to what is ours.
+///
+/// A clone is the same kernel. Who repairs what others change can be tested like this:
+///
+/// ```
+/// # use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, NodeName, PolicyId};
+/// use egress_datapath::{Part, Reconciler, SharedSim};
+/// # let node = Node::new(NodeName::new("a")?, vec!["10.10.0.11".parse()?], vec!["172.31.0.11/16".parse()?]);
+/// # let cluster = Cluster::new(NodeName::new("a")?, vec![node], vec!["10.244.0.0/16".parse()?]);
+/// # let policy = EgressPolicy::new(
+/// #     PolicyId::new("p")?,
+/// #     vec!["10.244.1.10/32".parse()?],
+/// #     EgressIp::V4("198.51.100.200".parse()?),
+/// # );
+///
+/// let kernel = SharedSim::default();
+/// let mut egress = Reconciler::new(kernel.open());
+/// let mut watch = egress.datapath().watch()?;
+/// egress.reconcile(&cluster, [&policy])?;
+/// assert!(watch.drain()?.is_empty(), "nobody else has written");
+///
+/// kernel.edit(|state| state.firewall = None); // as `nft flush ruleset` does
+/// let news = watch.drain()?; // a loop waits for `watch.as_fd()` before
+/// assert_eq!(news.changed, [Part::Firewall].into());
+/// assert!(!egress.repair()?.changes.is_empty());
+/// assert!(watch.drain()?.is_empty());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// [`faults`](crate::faults) has an example of a process that dies.
+#[derive(Clone, Debug, Default)]
+pub struct SharedSim(Arc<Mutex<Sim>>);
+
+impl SharedSim {
+    /// A kernel that holds what the simulator holds.
+    pub fn new(sim: Sim) -> Self {
+        Self(Arc::new(Mutex::new(sim)))
+    }
+
+    /// Opens it, as a process opens the kernel that it runs on.
+    pub fn open(&self) -> SimDatapath {
+        SimDatapath::new(self.clone())
+    }
+
+    /// Changes what is there behind everybody's back: [`Sim::edit`].
+    pub fn edit(&self, edit: impl FnOnce(&mut State)) {
+        self.lock().edit(edit);
+    }
+
+    /// Everything that it holds now.
+    pub fn state(&self) -> State {
+        self.lock().state().clone()
+    }
+
+    /// The simulator itself, to send packets through; everybody else waits meanwhile.
+    pub fn lock(&self) -> MutexGuard<'_, Sim> {
+        // What a panicking test did not finish is no worse than what a fault leaves.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,153 @@
+//! Others write: what goes along with that, and what is told of it, is the same of both.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::process::Command;
+
+use egress_datapath::state::{Key, NftRule, State, Stmt};
+use egress_datapath::{
+    Changes, Datapath, Drift, KernelDatapath, Part, SharedSim, SimDatapath, SimWatch, Watch,
+};
+
+use crate::checks::policies;
+use crate::lab::Netns;
+use crate::{Result, Twins, difference, given, lab, say, world};
+
+/// What others type, and what that changes in a state; what goes along with it is the kernel's and
+/// the simulator's own affair.
+type Edit = (&'static str, fn(&mut State));
+
+const EDITS: [Edit; 24] = [
+    ("ip link set egress.vxlan down", |state| link(state).up = false),
+    ("ip link set egress.vxlan mtu 1300", |state| link(state).mtu = 1300),
+    ("ip link set egress.vxlan mtu 1200", |state| link(state).mtu = 1200),
+    ("ip link set egress.vxlan address 66:00:00:00:00:99", |state| {
+        link(state).mac = "66:00:00:00:00:99".parse().unwrap();
+    }),
+    ("ip link set egress.vxlan alias mine", |state| link(state).intact = false),
+    ("sysctl -qw net/ipv4/conf/egress.vxlan/rp_filter=1", |state| link(state).rp_filter = 1),
+    ("ip link del egress.vxlan", |state| state.link = None),
+    ("ip addr flush dev egress.vxlan", |state| state.addresses.clear()),
+    ("ip -4 addr flush dev egress.vxlan", |state| {
+        state.addresses.retain(|net| net.addr().is_ipv6());
+    }),
+    ("ip -6 addr flush dev egress.vxlan", |state| {
+        state.addresses.retain(|net| net.addr().is_ipv4());
+    }),
+    ("ip addr add 9.9.9.9/32 dev egress.vxlan", |state| {
+        state.addresses.insert("9.9.9.9/32".parse().unwrap());
+    }),
+    ("bridge fdb flush dev egress.vxlan", |state| state.fdb.clear()),
+    ("ip neigh flush dev egress.vxlan nud permanent", |state| state.neighbours.clear()),
+    ("ip -4 route flush table all proto 69", |state| {
+        state.routes.retain(|key, _| key.dst.addr().is_ipv6());
+    }),
+    ("ip -6 route flush table all proto 69", |state| {
+        state.routes.retain(|key, _| key.dst.addr().is_ipv4());
+    }),
+    ("ip rule flush protocol 69; ip -6 rule flush protocol 69", |state| state.rules.clear()),
+    ("ip rule del pref 101; ip -6 rule del pref 101", |state| {
+        state.rules.retain(|rule| rule.priority != 101);
+    }),
+    ("nft delete table inet egress_datapath", |state| state.firewall = None),
+    ("nft flush ruleset", |state| state.firewall = None),
+    ("nft 'add table inet egress_datapath { flags dormant; }'", |state| {
+        table(state).dormant = true;
+    }),
+    ("nft delete element inet egress_datapath source4 '{ 10.244.1.10 }'", |state| {
+        table(state).elements.remove(&Key::Source(lab::POD_A[0]));
+    }),
+    ("nft flush table inet egress_datapath", |state| {
+        table(state).chains.values_mut().for_each(|(_, rules)| rules.clear());
+    }),
+    ("nft add rule inet egress_datapath prerouting counter", |state| {
+        let (_, rules) =
+            table(state).chains.get_mut(&egress_datapath::state::ChainId::Prerouting).unwrap();
+        rules.push(NftRule(vec![Stmt::Counter]));
+    }),
+    ("nft add table inet other; nft delete table inet other", |_| {}),
+];
+
+fn link(state: &mut State) -> &mut egress_datapath::state::Vxlan {
+    state.link.as_mut().unwrap()
+}
+
+fn table(state: &mut State) -> &mut egress_datapath::state::Firewall {
+    state.firewall.as_mut().unwrap()
+}
+
+/// What one datapath hears and knows.
+#[derive(Debug, PartialEq, Eq)]
+struct Told {
+    changed: BTreeSet<Part>,
+    lost: bool,
+    drift: Drift,
+}
+
+const NOTHING: Told = Told { changed: BTreeSet::new(), lost: false, drift: Drift::None };
+
+/// One datapath to each, with its watch.
+struct Both {
+    sim: SharedSim,
+    datapath: SimDatapath,
+    sim_watch: SimWatch,
+    kernel: KernelDatapath,
+    watch: Watch,
+    netns: [Netns; 2],
+}
+
+impl Both {
+    fn new() -> io::Result<Self> {
+        let Twins { sim, kernel, _netns: netns, .. } = Twins::new()?;
+        let sim = SharedSim::new(sim);
+        let datapath = sim.open();
+        let sim_watch = datapath.watch().map_err(io::Error::other)?;
+        let watch = kernel.watch().map_err(io::Error::other)?;
+        Ok(Self { sim, datapath, sim_watch, kernel, watch, netns })
+    }
+
+    /// Makes both hold a state; what they write themselves is not told.
+    fn hold(&mut self, wanted: &State) -> Result {
+        for _ in 0..2 {
+            let twins: [&mut dyn Datapath; 2] = [&mut self.datapath, &mut self.kernel];
+            for twin in twins {
+                let now = twin.observe()?;
+                twin.apply(&Changes::between(&now, wanted))?;
+            }
+        }
+        self.observe()
+    }
+
+    fn observe(&mut self) -> Result {
+        difference(&self.datapath.observe()?, &self.kernel.observe()?)
+    }
+
+    fn told(&mut self) -> Result<[Told; 2]> {
+        let drifts = [self.datapath.drift(), self.kernel.drift()];
+        let news = [self.sim_watch.drain()?, self.watch.drain()?];
+        let [sim, kernel] = news.map(|news| (news.changed, news.lost));
+        Ok([
+            Told { changed: sim.0, lost: sim.1, drift: drifts[0] },
+            Told { changed: kernel.0, lost: kernel.1, drift: drifts[1] },
+        ])
+    }
+}
+
+#[test]
+fn what_others_write_has_the_same_effects_and_is_told() -> Result {
+    let Some(mut both) = given(Both::new())? else { return Ok(()) };
+    let usual = world::planned(&lab::cluster("node-a")?, &policies());
+    for (script, edit) in EDITS {
+        both.hold(&usual).map_err(|error| format!("{script}: {error}"))?;
+        let [sim, _] = both.told()?;
+        assert_eq!(sim, NOTHING, "what it wrote itself is no news");
+        let done = both.netns[0].run(|| Command::new("sh").args(["-ec", script]).output())??;
+        assert!(done.status.success(), "{script}: {}", String::from_utf8_lossy(&done.stderr));
+        both.sim.edit(edit);
+        let [sim, kernel] = both.told()?;
+        assert_eq!(sim, kernel, "{script}");
+        both.observe().map_err(|error| format!("{script}: {error}"))?;
+    }
+    say(&format!("{} edits by others on the simulator and the kernel, told the same", EDITS.len()));
+    Ok(())
+}
