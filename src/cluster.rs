@@ -46,9 +46,28 @@ pub struct Cluster {
     /// behind it; until then they go on to their old gateway, which translates or drops them.
     ///
     /// Nothing comes of it in a layout without prefix, where the marks of connections cannot be
-    /// told from other people's, and with iptables.
+    /// told from other people's, and with iptables. It cannot be had together with
+    /// [`policy_counters`](Self::policy_counters).
     #[cfg_attr(feature = "serde", serde(default))]
     pub connection_caching: bool,
+    /// Whether packets and bytes are counted for each policy; default no, because it costs every
+    /// steered packet a look-up.
+    ///
+    /// A node counts the packets of its own pods: those of connections that the pods opened, in
+    /// that direction and with ICMP errors about answers, whatever becomes of them. What is dropped
+    /// because the policy is closed counts, too, what is dropped because no policy has been asked
+    /// does not. A packet is what the kernel handles as one, which may be several segments put
+    /// together (GRO), and its bytes are those of IP.
+    ///
+    /// [`Reconciler::counts`](crate::Reconciler::counts) reads them. They go on over changes of the
+    /// policy, moves and restarts, and end with the policy, or with its last source of the family;
+    /// those of all end when everything is removed, or when this is switched off.
+    ///
+    /// It cannot be had together with [`connection_caching`](Self::connection_caching), where most
+    /// packets come by no policy and some policies would count everything and others hardly
+    /// anything, nor with iptables, where a policy is no rule of its own. It needs Linux 5.7.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub policy_counters: bool,
     /// Where packets are marked and translated; default nf_tables.
     #[cfg_attr(feature = "serde", serde(default))]
     pub backend: Backend,
@@ -137,6 +156,7 @@ impl Cluster {
             marks: MarkLayout::SEED,
             rule_priority: Self::RULE_PRIORITY,
             connection_caching: false,
+            policy_counters: false,
             backend: Backend::default(),
         }
     }

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use crate::changes::Changes;
 use crate::connection::Connection;
+use crate::count::Counts;
 use crate::error::{ApplyError, KernelError};
 use crate::state::{Elements, State};
 
@@ -90,6 +91,20 @@ pub trait Datapath: Send {
         Ok(None)
     }
 
+    /// What the counters of policies stand at, of all that are there.
+    ///
+    /// Asked for by [`Reconciler::counts`](crate::Reconciler::counts) where
+    /// [`Cluster::policy_counters`](crate::Cluster::policy_counters) is on. They are part of no
+    /// state: what was counted is no difference. A datapath that counts nothing has none, which is
+    /// the default.
+    ///
+    /// # Errors
+    ///
+    /// As for [`observe`](Self::observe).
+    fn counts(&mut self) -> Result<Counts, KernelError> {
+        Ok(Counts::new())
+    }
+
     /// Makes the changes, step by step.
     ///
     /// A step in which an operation is refused is finished, and is the last: the steps are in
@@ -133,6 +148,10 @@ macro_rules! delegate {
                 source: Option<IpAddr>,
             ) -> Result<Option<Vec<Connection>>, KernelError> {
                 (**self).connections(source)
+            }
+
+            fn counts(&mut self) -> Result<Counts, KernelError> {
+                (**self).counts()
             }
 
             fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {

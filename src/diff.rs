@@ -499,7 +499,9 @@ const fn filled_in(key: &Key) -> Phase {
         | Key::Gateway(_)
         | Key::Connection(_)
         | Key::Verdict(_) => Phase::FillVerdicts,
-        Key::Steer(..) | Key::Snat(..) | Key::Masquerade(..) => Phase::FillPolicies,
+        Key::Steer(..) | Key::Snat(..) | Key::Masquerade(..) | Key::Count(..) => {
+            Phase::FillPolicies
+        }
         Key::Any(..) | Key::Destination(..) => Phase::FillClasses,
         Key::Source(_) | Key::SourceNet(_) => Phase::FillSources,
     }

@@ -1,5 +1,6 @@
 //! Why a packet goes where it goes.
 
+use crate::count::Counts;
 use crate::packet::{Frame, Packet};
 use crate::state::State;
 use crate::trace::{Decision, Reason, Trace};
@@ -73,7 +74,13 @@ fn alone(
         decision: Decision::Unknown,
     });
     let reasons = unread.collect();
-    let mut walk = Walk { state, conntrack: &mut conntrack, around: &around, reasons };
+    let mut walk = Walk {
+        state,
+        conntrack: &mut conntrack,
+        counts: &mut Counts::new(),
+        around: &around,
+        reasons,
+    };
     let fate = go(&mut walk);
     Trace { packet, reasons: walk.reasons, fate }
 }

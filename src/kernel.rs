@@ -41,6 +41,7 @@ use std::sync::Arc;
 
 use crate::changes::{Changes, Made, Step};
 use crate::connection::Connection;
+use crate::count::Counts;
 use crate::datapath::{Datapath, Drift};
 use crate::error::{ApplyError, KernelError};
 use crate::op::Op;
@@ -237,6 +238,10 @@ impl Datapath for KernelDatapath {
             found.retain(|connection| is_forwarded(connection, &local));
         }
         Ok(Some(found))
+    }
+
+    fn counts(&mut self) -> Result<Counts, KernelError> {
+        nft::counts(&mut self.netfilter)
     }
 
     fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {

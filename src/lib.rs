@@ -27,6 +27,7 @@
 //!   packets between simulated nodes.
 //! - [`SharedSim`] is a simulated kernel that others write to, too, and that [`faults`] can be
 //!   planned for.
+//! - [`Reconciler::counts`] says how much each policy has taken, with [`Cluster::policy_counters`].
 //! - [`preflight`] looks beforehand at what on the host may be in the way.
 //! - [`Watch`] is readable when somebody else touched what is ours, and [`Reconciler::repair`] puts
 //!   it right.
@@ -97,6 +98,7 @@ mod alloc;
 mod changes;
 mod cluster;
 mod connection;
+mod count;
 mod datapath;
 mod diff;
 mod error;
@@ -136,6 +138,7 @@ pub use alloc::{MockMarkAllocator, MockTableAllocator};
 pub use changes::{Changes, Phase, Step};
 pub use cluster::{Backend, Cluster, Iptables, Node, Tunnel};
 pub use connection::Connection;
+pub use count::{Count, Counts, PolicyCount};
 #[cfg(feature = "mock")]
 pub use datapath::MockDatapath;
 pub use datapath::{Datapath, Drift};

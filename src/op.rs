@@ -257,7 +257,9 @@ fn nft_command(f: &mut fmt::Formatter<'_>, op: &Op) -> fmt::Result {
             rules.iter().try_for_each(|rule| write!(f, "\nnft add rule inet {T} {chain} {rule}"))
         }
         Op::AddElement(key, value) => {
-            write!(f, "nft create element inet {T} {} {{ {key}{value} }}", key.set())
+            let set = key.set();
+            let counter = if set.is_counting() { " counter" } else { "" };
+            write!(f, "nft create element inet {T} {set} {{ {key}{counter}{value} }}")
         }
         Op::DeleteElement(key, _) => {
             write!(f, "nft delete element inet {T} {} {{ {key} }}", key.set())
@@ -291,10 +293,14 @@ fn add_set(f: &mut fmt::Formatter<'_>, set: Set) -> fmt::Result {
     if let Some(data) = set.data() {
         write!(f, " : {}", data.name())?;
     }
-    f.write_str(match (set.is_interval(), set.is_fleeting()) {
-        (true, _) => "; flags interval; }",
-        (_, true) => "; flags timeout; }",
-        _ => "; }",
+    f.write_str(if set.is_interval() {
+        "; flags interval; }"
+    } else if set.is_fleeting() {
+        "; flags timeout; }"
+    } else if set.is_counting() {
+        "; counter; }"
+    } else {
+        "; }"
     })
 }
 

@@ -69,6 +69,19 @@ impl Packet {
         Self { protocol, source, source_port: identifier, destination, destination_port }
     }
 
+    /// Bytes of its headers: those of IP, without options, and those behind it.
+    pub(crate) const fn headers(&self) -> u64 {
+        let ip = match self.source {
+            IpAddr::V4(_) => 20,
+            IpAddr::V6(_) => 40,
+        };
+        ip + match self.protocol {
+            Self::TCP => 20,
+            Self::UDP | Self::ICMP | Self::ICMP6 => 8,
+            _ => 0,
+        }
+    }
+
     /// The packet that answers it.
     #[must_use]
     pub const fn reply(self) -> Self {

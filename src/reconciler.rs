@@ -12,6 +12,7 @@ use crate::state::{Elements, Firewall, State};
 use crate::types::NodeName;
 
 mod adopt;
+mod counts;
 mod follow;
 
 use adopt::adopt;

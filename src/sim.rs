@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use crate::changes::{Changes, Made, Step};
 use crate::connection::Connection;
+use crate::count::Counts;
 use crate::datapath::{Datapath, Drift};
 use crate::error::{ApplyError, KernelError};
 use crate::news::Part;
 use crate::op::Op;
 use crate::packet::{Frame, Packet};
-use crate::state::{Set, State};
+use crate::state::{Elements, Key, Set, State};
 use crate::trace::{Fate, Trace};
 use crate::walk::conntrack::Conntrack;
 use crate::walk::{Surroundings, Walk};
@@ -42,7 +43,8 @@ pub use watch::SimWatch;
 ///
 /// It also carries packets: [`send`](Self::send) walks one through the rules that it holds, and
 /// keeps track of connections. Nobody around it answers unasked, and it has no errors (RFC 792,
-/// RFC 4443), which to the kernel are packets of the connection that they are about.
+/// RFC 4443), which to the kernel are packets of the connection that they are about. Its packets are
+/// nothing but headers, without options: so many bytes are counted.
 ///
 /// A test of a program that lives on while others write, or that dies half-way, gives it to a
 /// [`SharedSim`].
@@ -81,6 +83,8 @@ pub struct Sim {
     /// How many operations to make before one fails, and how.
     fault: Option<(usize, Fault)>,
     conntrack: Conntrack,
+    /// What the counters stand at that are not at zero, and perhaps some that are not there.
+    counts: Counts,
     around: Surroundings,
     /// Number of transactions and edits of the nf_tables table.
     generation: u32,
@@ -130,6 +134,17 @@ impl Sim {
         self.conntrack.connections().filter(|found| !self.around.local.contains(&found.peer))
     }
 
+    /// What the counters stand at that the table has.
+    fn counted(&self) -> Counts {
+        let elements = self.state.elements().into_iter().flat_map(Elements::rest);
+        let counted = elements.filter_map(|(key, _)| match *key {
+            Key::Count(family, policy) => Some((family, policy)),
+            _ => None,
+        });
+        let stands = |one| self.counts.get(&one).copied().unwrap_or_default();
+        counted.map(|one| (one, stands(one))).collect()
+    }
+
     /// Those of one source, or of all.
     fn forwarded_of(&self, source: Option<IpAddr>) -> Vec<Connection> {
         let of_source = |found: &Connection| source.is_none_or(|source| found.source == source);
@@ -160,6 +175,7 @@ impl Sim {
         let mut walk = Walk {
             state: &self.state,
             conntrack: &mut self.conntrack,
+            counts: &mut self.counts,
             around: &self.around,
             reasons: Vec::new(),
         };
@@ -329,6 +345,10 @@ impl Sim {
                 if let Op::DeleteTable | Op::DeleteSet(_) = op {
                     self.keep_held();
                 }
+                if let (Op::AddElement(Key::Count(family, policy), _), Ok(())) = (op, made) {
+                    // A new one, whatever was there before.
+                    self.counts.remove(&(*family, *policy));
+                }
                 made
             }
         }
@@ -348,7 +368,8 @@ impl Sim {
     /// Makes a step; of a transaction all or nothing, of other requests those that are accepted.
     fn step(&mut self, step: &Step) -> Made {
         let transaction = step.ops.first().is_some_and(Op::is_nft);
-        let before = transaction.then(|| (self.state.clone(), self.conntrack.held.clone()));
+        let now = || (self.state.clone(), self.conntrack.held.clone(), self.counts.clone());
+        let before = transaction.then(now);
         let (mut refused, mut lost) = (Vec::new(), None);
         let mut ended = None;
         for op in &step.ops {
@@ -380,7 +401,7 @@ impl Sim {
         }
         match before {
             Some(before) if !refused.is_empty() => {
-                (self.state, self.conntrack.held) = before;
+                (self.state, self.conntrack.held, self.counts) = before;
                 (0, refused)
             }
             _ => (step.ops.len() - refused.len(), refused),
@@ -435,6 +456,10 @@ impl Datapath for Sim {
         source: Option<IpAddr>,
     ) -> Result<Option<Vec<Connection>>, KernelError> {
         Ok(Some(self.forwarded_of(source)))
+    }
+
+    fn counts(&mut self) -> Result<Counts, KernelError> {
+        Ok(self.counted())
     }
 
     fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {

@@ -7,6 +7,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
+use crate::count::Counts;
 use crate::packet::{Frame, Packet};
 use crate::state::{Hook, State, Vxlan};
 use crate::trace::{Decision, Fate, Reason};
@@ -44,6 +45,7 @@ impl Surroundings {
 pub(crate) struct Walk<'a> {
     pub(crate) state: &'a State,
     pub(crate) conntrack: &'a mut Conntrack,
+    pub(crate) counts: &'a mut Counts,
     pub(crate) around: &'a Surroundings,
     pub(crate) reasons: Vec<Reason>,
 }
@@ -145,6 +147,7 @@ impl Walk<'_> {
                 Some((link, via))
             }
         };
+        skb.routed = true;
         if skb.packet.destination.is_ipv4() {
             // Forwarding sets the priority by the type of service (`ip_forward`).
             skb.priority = 0;
@@ -209,6 +212,7 @@ impl Walk<'_> {
                 return false;
             }
         }
+        skb.routed = true;
         [Hook::Output, Hook::Postrouting]
             .into_iter()
             .all(|hook| self.hook(hook, &mut skb, true) != End::Dropped)

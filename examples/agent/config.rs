@@ -53,6 +53,7 @@ impl Config {
             PlanError::Port => "tunnel.port",
             PlanError::Mtu { .. } => "tunnel.underlay_device",
             PlanError::RulePriority { .. } => "rule_priority",
+            PlanError::CachedCounters | PlanError::IptablesCounters => "policy_counters",
             PlanError::NothingExcluded | PlanError::Excluded { .. } => "excluded",
             PlanError::Mark(_) => "marks",
             PlanError::Table(_) => "tables",
@@ -126,6 +127,8 @@ struct File {
     rule_priority: Option<u32>,
     #[serde(default)]
     connection_caching: bool,
+    #[serde(default)]
+    policy_counters: bool,
     nodes: Vec<NodeForm>,
     policies: Vec<PolicyForm>,
 }
@@ -181,6 +184,7 @@ impl File {
             marks: self.marks,
             rule_priority: self.rule_priority.unwrap_or(Cluster::RULE_PRIORITY),
             connection_caching: self.connection_caching,
+            policy_counters: self.policy_counters,
             backend: Backend::default(),
         };
         Config {

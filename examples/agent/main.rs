@@ -15,8 +15,8 @@ use backend::{Choice, Egress, datapath, reconciler};
 use config::Config;
 use egress_datapath::preflight::{Preflight, Severity};
 use egress_datapath::{
-    AllocError, Backend, Connection, Error, IptablesDatapath, KernelDatapath, MarkLayout, MarkPool,
-    Op, PlanError, Report, TablePool, TableRange, plan,
+    AllocError, Backend, Connection, Counts, Error, IptablesDatapath, KernelDatapath, MarkLayout,
+    MarkPool, Op, PlanError, Report, State, TablePool, TableRange, plan,
 };
 
 const USAGE: &str = "\
@@ -79,8 +79,8 @@ fn run(arguments: &[&str]) -> Result<(), Failure> {
         ["takeover", ref options @ ..] => reconcile(options, Mode::TakeOver),
         ["doctor", ref options @ ..] => doctor(options),
         ["explain", ref options @ ..] => explain::run(options),
-        ["show"] => Ok(show::people(&observe()?)?),
-        ["show", "--json"] => Ok(show::json(&observe()?)?),
+        ["show"] => show(show::people),
+        ["show", "--json"] => show(show::json),
         ["remove"] => remove(Connection::ANSWERS_HELD),
         ["remove", "--now"] => remove(Duration::ZERO),
         ["--help" | "-h"] => Ok(writeln!(io::stdout(), "{USAGE}")?),
@@ -306,9 +306,16 @@ fn failure(file: &str, config: &Config, error: Error) -> Failure {
     }
 }
 
-fn observe() -> Result<egress_datapath::State, Failure> {
+fn observe() -> Result<State, Failure> {
     let mut kernel = datapath(Backend::Nftables).map_err(Failure::kernel)?;
     kernel.observe().map_err(Failure::kernel)
+}
+
+fn show(write: impl Fn(&State, &Counts) -> io::Result<()>) -> Result<(), Failure> {
+    let mut kernel = datapath(Backend::Nftables).map_err(Failure::kernel)?;
+    let state = kernel.observe().map_err(Failure::kernel)?;
+    let counts = kernel.counts().map_err(Failure::kernel)?;
+    Ok(write(&state, &counts)?)
 }
 
 fn remove(patience: Duration) -> Result<(), Failure> {

@@ -8,7 +8,7 @@ use std::io::{self, Write};
 use egress_datapath::state::{
     ChainId, Data, Firewall, Key, RuleAction, Tag, Value, Variant, Verdict, Xtables,
 };
-use egress_datapath::{Family, State};
+use egress_datapath::{Count, Counts, Family, State};
 use serde::Serialize;
 
 /// The document.
@@ -77,6 +77,9 @@ struct Steered {
     gateway: Option<String>,
     /// The address it wears, or `node`; null unless `way_out` is `here`.
     egress_ip: Option<String>,
+    /// `packets` and `bytes` of this node's pods; not there where policies are not counted.
+    #[serde(flatten)]
+    count: Option<Count>,
 }
 
 /// Elements that say which policies a source has.
@@ -102,16 +105,16 @@ impl<T> PerFamily<T> {
 }
 
 /// Writes one JSON document.
-pub(crate) fn json(state: &State) -> io::Result<()> {
+pub(crate) fn json(state: &State, counts: &Counts) -> io::Result<()> {
     let mut out = io::stdout().lock();
-    serde_json::to_writer_pretty(&mut out, &document(state))?;
+    serde_json::to_writer_pretty(&mut out, &document(state, counts))?;
     writeln!(out)
 }
 
 /// Writes lines for people.
-pub(crate) fn people(state: &State) -> io::Result<()> {
+pub(crate) fn people(state: &State, counts: &Counts) -> io::Result<()> {
     let mut out = io::stdout().lock();
-    let document = document(state);
+    let document = document(state, counts);
     match &document.link {
         None => writeln!(out, "link: none")?,
         Some(link) => {
@@ -138,6 +141,9 @@ pub(crate) fn people(state: &State) -> io::Result<()> {
             if let Some(egress_ip) = &steered.egress_ip {
                 write!(out, " as {egress_ip}")?;
             }
+            if let Some(Count { packets, bytes }) = steered.count {
+                write!(out, ", {packets} packets {bytes} bytes")?;
+            }
             writeln!(out)?;
         }
     }
@@ -154,7 +160,7 @@ pub(crate) fn people(state: &State) -> io::Result<()> {
     Ok(())
 }
 
-fn document(state: &State) -> Document {
+fn document(state: &State, counts: &Counts) -> Document {
     let link = state.link.as_ref().map(|link| Link {
         name: link.name.to_string(),
         vni: link.vni,
@@ -188,7 +194,7 @@ fn document(state: &State) -> Document {
             }
         }
         document.gateways = gateways(state, firewall);
-        document.policies = policies(firewall);
+        document.policies = policies(firewall, counts);
     }
     document
 }
@@ -228,12 +234,14 @@ fn gateways(state: &State, firewall: &Firewall) -> Vec<Gateway> {
     gateways
 }
 
-fn policies(firewall: &Firewall) -> Vec<Policy> {
+fn policies(firewall: &Firewall, counts: &Counts) -> Vec<Policy> {
     let mut policies: BTreeMap<String, PerFamily<Option<Steered>>> = BTreeMap::new();
     for (key, value) in &firewall.elements {
         if let (Key::Steer(family, policy), Data::Tag(way_out)) = (key, value.data) {
             let families = policies.entry(comment(&value)).or_default();
-            *families.of(family) = Some(steered(firewall, family, policy, way_out));
+            let count = counts.get(&(family, policy)).copied();
+            let steered = steered(firewall, family, policy, way_out);
+            *families.of(family) = Some(Steered { count, ..steered });
         }
     }
     let policy = |(id, families)| Policy { id, families };
@@ -241,7 +249,7 @@ fn policies(firewall: &Firewall) -> Vec<Policy> {
 }
 
 fn steered(firewall: &Firewall, family: Family, policy: Tag, way_out: Tag) -> Steered {
-    let mut steered = Steered { way_out: "closed", gateway: None, egress_ip: None };
+    let mut steered = Steered { way_out: "closed", gateway: None, egress_ip: None, count: None };
     let elements = &firewall.elements;
     match elements.get(&Key::Verdict(way_out)) {
         Some(Value { data: Data::Verdict(Verdict::Goto(ChainId::Here)), .. }) => {

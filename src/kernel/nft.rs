@@ -28,7 +28,7 @@ pub(super) use commit::{Between, Refused, commit_as};
 pub(super) use foreign::foreign;
 #[cfg(test)]
 pub(super) use observe::observe;
-pub(super) use observe::observe_at;
+pub(super) use observe::{counts, observe_at};
 pub(super) use probe::{is_absent, missing};
 pub(super) use table::{adopt, flags_and_owner, takes_flags};
 

@@ -12,6 +12,7 @@ use super::ipset::{self, Ipsets};
 use super::nft;
 use crate::changes::{Changes, Made, Step};
 use crate::connection::Connection;
+use crate::count::Counts;
 use crate::datapath::Datapath;
 use crate::error::{ApplyError, KernelError};
 #[cfg(feature = "ipset-sys")]
@@ -257,6 +258,10 @@ impl Datapath for IptablesDatapath {
         before: &State,
     ) -> Result<BTreeSet<Connection>, KernelError> {
         self.kernel.stale_connections(wanted, before)
+    }
+
+    fn counts(&mut self) -> Result<Counts, KernelError> {
+        self.kernel.counts()
     }
 
     fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {

@@ -33,6 +33,8 @@ pub(super) struct Skeleton<'a> {
     /// Families in which there are ranges of sources: to look for them costs every packet more
     /// than all the rest of what an unselected one is asked.
     pub(super) ranges: BTreeSet<Family>,
+    /// Whether the packets of each policy are counted.
+    pub(super) counting: bool,
 }
 
 type Chains = BTreeMap<ChainId, (Option<Base>, Vec<NftRule>)>;
@@ -64,6 +66,9 @@ impl Skeleton<'_> {
         }
         if self.caching.is_some() {
             sets.insert(Set::Connection);
+        }
+        if self.counting {
+            sets.extend(Family::BOTH.map(Set::Count));
         }
         sets.extend(Family::BOTH.into_iter().flat_map(Set::of));
         sets.extend(self.lengths.iter().map(|(family, length)| Set::Destination(*family, *length)));
@@ -108,7 +113,7 @@ impl Skeleton<'_> {
             add(ChainId::Answering(family), None, self.answering(family));
             add(ChainId::Admit(family), None, self.admit(family));
             add(ChainId::Pick(family), None, self.pick(family));
-            add(ChainId::Steer(family), None, steer(family));
+            add(ChainId::Steer(family), None, self.steer(family));
             add(ChainId::Translate(family), None, self.translate(family));
             add(ChainId::Wear(family), None, self.wear(family));
         }
@@ -220,6 +225,18 @@ impl Skeleton<'_> {
     fn pick(&self, family: Family) -> Vec<Vec<Stmt>> {
         let mut rules = self.by_destination(family, ChainId::Steer(family));
         rules.push(vec![Stmt::ClearTag]);
+        rules
+    }
+
+    fn steer(&self, family: Family) -> Vec<Vec<Stmt>> {
+        let mut rules = vec![
+            vec![Stmt::TagByTag(Set::Steer(family)), Stmt::VerdictByTag(Set::Verdict)],
+            vec![Stmt::Counter, Stmt::Drop],
+        ];
+        if self.counting {
+            // Not those that are decided about once more ahead of source NAT.
+            rules.insert(0, vec![Stmt::HasNoOutput, Stmt::TagIn(Set::Count(family))]);
+        }
         rules
     }
 
@@ -385,11 +402,4 @@ fn injected() -> Vec<Vec<Stmt>> {
         ]
     };
     Family::BOTH.map(from_stranger).into()
-}
-
-fn steer(family: Family) -> Vec<Vec<Stmt>> {
-    vec![
-        vec![Stmt::TagByTag(Set::Steer(family)), Stmt::VerdictByTag(Set::Verdict)],
-        vec![Stmt::Counter, Stmt::Drop],
-    ]
 }

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv6Addr};
 use ipnet::IpNet;
 
 use super::{PlanError, PolicyError};
-use crate::cluster::{Cluster, Node, RulePriorities};
+use crate::cluster::{Backend, Cluster, Node, RulePriorities};
 use crate::types::{Family, MacAddr, Mark, NodeName};
 
 /// Destinations that are never steered: link-local (cloud metadata, node-local DNS) and multicast.
@@ -132,6 +132,12 @@ fn check_settings(cluster: &Cluster) -> Result<(), PlanError> {
     }
     if tunnel.port == 0 {
         return Err(PlanError::Port);
+    }
+    if cluster.policy_counters && cluster.connection_caching {
+        return Err(PlanError::CachedCounters);
+    }
+    if cluster.policy_counters && cluster.backend != Backend::Nftables {
+        return Err(PlanError::IptablesCounters);
     }
     // 0 is the kernel's rule for local addresses.
     if cluster.rule_priority == 0 || cluster.rule_priority > RulePriorities::LAST {

@@ -124,6 +124,14 @@ pub enum PlanError {
         /// The priority.
         priority: u32,
     },
+    /// Packets that are led by their connection's mark come by no policy that could count them.
+    #[error(
+        "policy_counters and connection_caching cannot both be on: cached packets are not counted"
+    )]
+    CachedCounters,
+    /// In iptables no rule stands for a policy.
+    #[error("policy_counters need nf_tables: with iptables packets are not counted")]
+    IptablesCounters,
     /// No excluded prefix: everything would be external, also other pods.
     #[error("no excluded prefix is given: name at least the prefix of the pods")]
     NothingExcluded,

@@ -44,6 +44,7 @@ pub(super) fn skeleton(
         prefix: prefix.then_some((layout.prefix(), layout.prefix_mask())),
         lengths,
         ranges,
+        counting: world.cluster.policy_counters,
         gateways: marks,
     };
     let (chains, sets) = (skeleton.chains(), skeleton.sets());
@@ -80,7 +81,7 @@ fn fixed(world: &World, gateways: &Gateways) -> BTreeMap<Key, Value> {
     elements
 }
 
-/// What becomes of a policy's packets, and what they wear if they leave from here.
+/// What becomes of a policy's packets, what they wear if they leave from here, and their count.
 pub(super) fn ways_out(
     world: &World,
     policy: &Kept,
@@ -103,7 +104,10 @@ pub(super) fn ways_out(
             Some(address) => (Key::Snat(family, policy.tag), value(Data::Address(address))),
             None => (Key::Masquerade(family, policy.tag), value(Data::None)),
         });
-        [Some(steer), worn].into_iter().flatten()
+        // Of the policy alone, so that what it has counted outlives any change of it.
+        let counted = world.cluster.policy_counters;
+        let count = counted.then(|| (Key::Count(family, policy.tag), value(Data::None)));
+        [Some(steer), worn, count].into_iter().flatten()
     })
 }
 

@@ -14,8 +14,8 @@ use super::{
 use crate::alloc::{MarkAllocator, TableAllocator};
 use crate::cluster::{Backend, Cluster};
 use crate::policy::{Policy, Unavailable};
-use crate::state::{Data, Elements, Key, State, Value};
-use crate::types::{Family, Mark, NodeName, TableId};
+use crate::state::{Data, Elements, Key, State, Tag, Value};
+use crate::types::{Family, Mark, NodeName, PolicyId, TableId};
 
 /// The policies that are wanted, and what the plan for them rests on.
 #[derive(Debug)]
@@ -207,6 +207,16 @@ impl Index {
     /// Whether this node steers to a gateway.
     pub(crate) fn steers_to(&self, node: &NodeName) -> bool {
         self.gateways.contains_key(node)
+    }
+
+    /// The policies in the order of their ids, with what their counters are known by.
+    pub(crate) fn counted(&self) -> Vec<(&PolicyId, Family, Tag)> {
+        let all = self.policies.iter().flat_map(|(_, kept)| {
+            roles(kept, &self.world).map(move |(family, _)| (&kept.id, family, kept.tag))
+        });
+        let mut all: Vec<_> = all.collect();
+        all.sort_unstable();
+        all
     }
 
     /// What is as asked, but perhaps not as meant.

@@ -9,6 +9,7 @@ use super::bulletin::{Listener, Trust, Writer};
 use super::{LOST, SharedSim, Sim, SimWatch};
 use crate::changes::{Changes, Made, Step};
 use crate::connection::Connection;
+use crate::count::Counts;
 use crate::datapath::{Datapath, Drift};
 use crate::error::{ApplyError, KernelError, errno};
 use crate::faults::{Call, Fault, Faults, Subsystem};
@@ -308,6 +309,10 @@ impl Datapath for SimDatapath {
         source: Option<IpAddr>,
     ) -> Result<Option<Vec<Connection>>, KernelError> {
         self.list(Subsystem::Connections, "conntrack -L", |sim| Some(sim.forwarded_of(source)))
+    }
+
+    fn counts(&mut self) -> Result<Counts, KernelError> {
+        self.list(Subsystem::Firewall, "nft list sets", Sim::counted)
     }
 
     fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {

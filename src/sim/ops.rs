@@ -258,6 +258,7 @@ fn set_of(statement: &Stmt) -> Option<Set> {
         }
         Stmt::SnatByTag(family) => Some(Set::Snat(*family)),
         Stmt::HasInput
+        | Stmt::HasNoOutput
         | Stmt::InputDevice(_)
         | Stmt::OutputDevice(_)
         | Stmt::MarkIs { .. }

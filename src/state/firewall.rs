@@ -123,6 +123,8 @@ pub enum Key {
     Snat(Family, Tag),
     /// In [`Set::Masquerade`].
     Masquerade(Family, Tag),
+    /// In [`Set::Count`].
+    Count(Family, Tag),
     /// In [`Set::Any`].
     Any(Family, Tag),
     /// In [`Set::Destination`]: the destination prefix and the class.
@@ -147,6 +149,7 @@ impl Key {
             Self::Steer(family, _) => Set::Steer(family),
             Self::Snat(family, _) => Set::Snat(family),
             Self::Masquerade(family, _) => Set::Masquerade(family),
+            Self::Count(family, _) => Set::Count(family),
             Self::Any(family, _) => Set::Any(family),
             Self::Destination(net, _) => Set::Destination(Family::of_net(&net), net.prefix_len()),
             Self::Source(address) => Set::Source(Family::of(address)),
@@ -168,6 +171,7 @@ impl fmt::Display for Key {
             | Self::Steer(_, tag)
             | Self::Snat(_, tag)
             | Self::Masquerade(_, tag)
+            | Self::Count(_, tag)
             | Self::Any(_, tag) => tag.fmt(f),
             Self::Destination(net, class) => write!(f, "{} . {class}", net.addr()),
         }

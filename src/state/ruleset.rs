@@ -196,6 +196,8 @@ impl MarkBits {
 pub enum Stmt {
     /// `iif != 0`: the packet came in by a device, from where it is routed on
     HasInput,
+    /// `oif 0`: it is not known yet by which device the packet leaves, as before routing
+    HasNoOutput,
     /// `iifname "…"`
     InputDevice(DeviceName),
     /// `oifname "…"`
@@ -278,7 +280,7 @@ pub enum Stmt {
     TagBySender(Family, u8),
     /// `meta priority set meta priority map @set`
     TagByTag(Set),
-    /// `meta priority @set`
+    /// `meta priority @set`; where the set's elements have counters, they count the packet
     TagIn(Set),
     /// `meta priority vmap @set`
     VerdictByTag(Set),
@@ -341,6 +343,7 @@ impl fmt::Display for Stmt {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::HasInput => f.write_str("iif != 0"),
+            Self::HasNoOutput => f.write_str("oif 0"),
             Self::InputDevice(name) => write!(f, "iifname \"{name}\""),
             Self::OutputDevice(name) => write!(f, "oifname \"{name}\""),
             Self::MarkIs { mask, value } => write!(f, "meta mark & {mask:#010x} == {value:#010x}"),

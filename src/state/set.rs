@@ -76,6 +76,9 @@ pub enum Set {
     Snat(Family),
     /// Policies that wear the node's own address.
     Masquerade(Family),
+    /// Policies whose packets are counted: each element has a counter, which counts what is looked
+    /// up. Where it stands is part of no state.
+    Count(Family),
     /// Class → policy for every external destination.
     Any(Family),
     /// Destination cut to this prefix length, and class → policy.
@@ -120,6 +123,7 @@ impl Set {
             Self::Steer(family) => format!("steer{}", family.digit()),
             Self::Snat(family) => format!("snat{}", family.digit()),
             Self::Masquerade(family) => format!("masquerade{}", family.digit()),
+            Self::Count(family) => format!("count{}", family.digit()),
             Self::Any(family) => format!("any{}", family.digit()),
             Self::Destination(family, length) => format!("dest{}_{length}", family.digit()),
             Self::Source(family) => format!("source{}", family.digit()),
@@ -152,6 +156,8 @@ impl Set {
             "snat6" => Self::Snat(V6),
             "masquerade4" => Self::Masquerade(V4),
             "masquerade6" => Self::Masquerade(V6),
+            "count4" => Self::Count(V4),
+            "count6" => Self::Count(V6),
             "any4" => Self::Any(V4),
             "any6" => Self::Any(V6),
             "source4" => Self::Source(V4),
@@ -201,9 +207,12 @@ impl Set {
             Self::PortlessAnswer(family) => pick(PORTLESS, family),
             Self::Gateway | Self::Connection => &[Datum::Mark],
             Self::Destination(family, _) => pick(IP_CLASS, family),
-            Self::Verdict | Self::Steer(_) | Self::Snat(_) | Self::Masquerade(_) | Self::Any(_) => {
-                &[Datum::ClassId]
-            }
+            Self::Verdict
+            | Self::Steer(_)
+            | Self::Snat(_)
+            | Self::Masquerade(_)
+            | Self::Count(_)
+            | Self::Any(_) => &[Datum::ClassId],
         }
     }
 
@@ -226,7 +235,8 @@ impl Set {
             | Self::Answer(_)
             | Self::PortlessAnswer(_)
             | Self::Gateway
-            | Self::Masquerade(_) => None,
+            | Self::Masquerade(_)
+            | Self::Count(_) => None,
             Self::Connection | Self::Verdict => Some(Datum::Verdict),
             Self::Snat(family) => Some(Datum::of(family)),
             Self::Steer(_)
@@ -240,6 +250,11 @@ impl Set {
     /// Whether it holds ranges.
     pub(crate) const fn is_interval(self) -> bool {
         matches!(self, Self::Excluded(_) | Self::SourceNet(_))
+    }
+
+    /// Whether each of its elements has a counter.
+    pub(crate) const fn is_counting(self) -> bool {
+        matches!(self, Self::Count(_))
     }
 
     /// Whether its elements go by themselves after a while.
@@ -263,6 +278,7 @@ mod tests {
         let mut sets = vec![Set::Gateway, Set::Connection, Set::Verdict];
         for family in Family::BOTH {
             sets.extend(Set::of(family));
+            sets.push(Set::Count(family));
             sets.extend((1..=family.bits()).map(|length| Set::Destination(family, length)));
         }
         for set in sets {

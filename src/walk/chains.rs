@@ -189,7 +189,8 @@ impl Walk<'_> {
                 *of == family && self.tag_by_net(firewall, source, *length, skb)
             }
             Stmt::TagByTag(set) => self.tag_by_tag(firewall, *set, skb),
-            Stmt::TagIn(set) => by_tag(*set, skb.priority).is_some_and(|key| holds(firewall, &key)),
+            Stmt::TagIn(set) => self.has_tag(firewall, *set, skb),
+            Stmt::HasNoOutput => !skb.routed,
             Stmt::VerdictByTag(set) => return self.verdict_by_tag(firewall, *set, skb, here),
             Stmt::SnatToSource(of) => {
                 if *of != family {
@@ -227,6 +228,17 @@ impl Walk<'_> {
             }
         };
         if holds { Next::Statement } else { Next::Rule }
+    }
+
+    /// Whether the packet's tag is in a set, which counts it if it does.
+    fn has_tag(&mut self, firewall: &Firewall, set: Set, skb: &Skb) -> bool {
+        let key = by_tag(set, skb.priority).filter(|key| holds(firewall, key));
+        if let Some(Key::Count(family, policy)) = key {
+            let count = self.counts.entry((family, policy)).or_default();
+            count.packets += 1;
+            count.bytes += skb.packet.headers();
+        }
+        key.is_some()
     }
 
     fn verdict_by_tag(

@@ -46,6 +46,7 @@ pub(super) fn by_address(firewall: &Firewall, set: Set, address: IpAddr) -> Opti
         | Set::Steer(_)
         | Set::Snat(_)
         | Set::Masquerade(_)
+        | Set::Count(_)
         | Set::Any(_)
         | Set::Destination(..) => None,
     }
@@ -64,6 +65,7 @@ pub(super) const fn by_tag(set: Set, priority: u32) -> Option<Key> {
         Set::Steer(family) => Some(Key::Steer(family, tag)),
         Set::Snat(family) => Some(Key::Snat(family, tag)),
         Set::Masquerade(family) => Some(Key::Masquerade(family, tag)),
+        Set::Count(family) => Some(Key::Count(family, tag)),
         Set::Any(family) => Some(Key::Any(family, tag)),
         Set::Peer(_)
         | Set::Underlay(_)

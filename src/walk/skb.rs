@@ -14,6 +14,8 @@ pub(super) struct Skb {
     pub(super) input: Option<DeviceName>,
     /// The tunnel device if it goes out by it.
     pub(super) output: Option<DeviceName>,
+    /// Whether it is known by which device it goes out.
+    pub(super) routed: bool,
     pub(super) tracking: Tracking,
 }
 
@@ -41,7 +43,7 @@ pub(super) struct Facts {
 
 impl Skb {
     pub(super) const fn new(packet: Packet, tracking: Tracking) -> Self {
-        Self { packet, mark: 0, priority: 0, input: None, output: None, tracking }
+        Self { packet, mark: 0, priority: 0, input: None, output: None, routed: false, tracking }
     }
 
     pub(super) const fn facts_mut(&mut self) -> Option<&mut Facts> {

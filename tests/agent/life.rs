@@ -100,6 +100,15 @@ fn a_whole_life() {
         let people = done(&["show"]);
         assert!(people.contains("\npolicy: default/p1 IPv4 here as 203.0.113.200\n"), "{people}");
 
+        let counted = File::new(&changed("/policy_counters", json!(true)));
+        done(&["apply", "--node", "a", "--cluster", counted.path()]);
+        let people = done(&["show"]);
+        let line = "\npolicy: default/p1 IPv4 gateway b, 0 packets 0 bytes\n";
+        assert!(people.contains(line), "{people}");
+        let shown: Value = serde_json::from_str(&done(&["show", "--json"])).unwrap();
+        let policy = &shown["policies"][0]["ipv4"];
+        assert_eq!((&policy["packets"], &policy["bytes"]), (&json!(0), &json!(0)), "{shown}");
+
         // Bad input leaves everything where it is.
         let before = done(&["show", "--json"]);
         refusal("a", &changed("/tunnel/vni", json!(0)));

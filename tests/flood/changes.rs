@@ -50,6 +50,8 @@ const LATE_BIT: &str = "table inet foreign { chain late {
     }
 }";
 
+pub(crate) const COUNTERS: &str = "counters";
+
 const EVERYBODY: &[&str] = &["node-c", "node-b", "node-a"];
 const GATEWAY_FIRST: &[&str] = &["node-b", "node-a"];
 
@@ -121,6 +123,7 @@ pub(crate) const ALL: &[Change] = &[
         round: everything,
         ..USUAL
     },
+    Change { name: COUNTERS, round: counters, ..USUAL },
     Change { name: "cached: same again", idle: true, round: same, caching: true, ..USUAL },
     Change { name: "cached: restart", idle: true, round: restart, caching: true, ..USUAL },
     Change { name: "cached: members", round: members, caching: true, ..USUAL },
@@ -225,6 +228,14 @@ fn same(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
 
 fn restart(lab: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
     nodes.restart(lab)?;
+    make(nodes, round, GATEWAY_FIRST, &[p()?])
+}
+
+/// On and off.
+fn counters(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+    for name in EVERYBODY {
+        nodes.node(name)?.0.policy_counters = round % 2 == 0;
+    }
     make(nodes, round, GATEWAY_FIRST, &[p()?])
 }
 

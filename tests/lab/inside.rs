@@ -6,8 +6,8 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use egress_datapath::state::{Elements, Variant};
 use egress_datapath::{
-    ApplyError, Backend, Changes, Connection, Datapath, Iptables, IptablesDatapath, KernelDatapath,
-    KernelError, State,
+    ApplyError, Backend, Changes, Connection, Counts, Datapath, Iptables, IptablesDatapath,
+    KernelDatapath, KernelError, State,
 };
 
 use super::kit::Netns;
@@ -64,6 +64,10 @@ impl<D: Datapath> Datapath for Inside<D> {
         before: &State,
     ) -> Result<BTreeSet<Connection>, KernelError> {
         self.inner.stale_connections(wanted, before)
+    }
+
+    fn counts(&mut self) -> Result<Counts, KernelError> {
+        self.inner.counts()
     }
 
     fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {

@@ -1,6 +1,6 @@
 //! What every test here does: a lab, a reconciler on each node, probes.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
 use std::io::{self, Write};
 use std::net::IpAddr;
@@ -9,8 +9,8 @@ use std::time::Duration;
 use std::{env, thread};
 
 use egress_datapath::{
-    Backend, Cluster, Datapath, EgressPolicy, KernelDatapath, KernelTables, MarkLayout, MarkPool,
-    Reconciler, Report, TablePool, TableRange,
+    Backend, Cluster, Count, Datapath, EgressPolicy, Family, KernelDatapath, KernelTables,
+    MarkLayout, MarkPool, Reconciler, Report, TablePool, TableRange,
 };
 
 use crate::lab::inside::{backend, datapath};
@@ -141,6 +141,19 @@ impl Fleet {
             reconciler.drain().map_err(|error| format!("{}: {error}", cluster.node))?;
         }
         Ok(())
+    }
+
+    /// What a node has counted, by policy and family.
+    pub(crate) fn counts(&mut self, name: &str) -> Result<BTreeMap<(String, Family), Count>> {
+        let node = self.nodes.iter_mut().find(|(cluster, _)| cluster.node.as_str() == name);
+        let (_, reconciler) = node.ok_or("no such node")?;
+        let counts = reconciler.counts()?.into_iter();
+        Ok(counts.map(|one| ((one.policy.to_string(), one.family), one.count)).collect())
+    }
+
+    /// Configures every node otherwise, from its next reconciliation on.
+    pub(crate) fn change(&mut self, change: impl Fn(&mut Cluster)) {
+        self.nodes.iter_mut().for_each(|(cluster, _)| change(cluster));
     }
 
     /// Removes everything of ours from every node, the rules when no node needs them any more.

@@ -11,6 +11,7 @@ mod answers;
 mod closed;
 mod conforms;
 mod connections;
+mod counts;
 mod decoys;
 mod explained;
 #[cfg(feature = "testing")]

@@ -82,6 +82,7 @@ fn nft_reads_its_own_listing_of_ours() -> Result {
         for host in lab.nodes() {
             let mut cluster = lab.cluster(host)?;
             cluster.marks = layout;
+            cluster.policy_counters = layout == MarkLayout::SEED;
             open(host, layout)?.reconcile(&cluster, policies()?)?;
             let listing = tool(&host.netns, "nft list ruleset")?;
             nft(&host.netns, &["--check"], &listing)?;
@@ -288,7 +289,8 @@ fn policies() -> Result<Vec<EgressPolicy>> {
 }
 
 fn applied(lab: &Lab, host: &crate::lab::Host) -> Result<(egress_datapath::Cluster, State)> {
-    let cluster = lab.cluster(host)?;
+    let mut cluster = lab.cluster(host)?;
+    cluster.policy_counters = true;
     let mut node: Reconciler<_> = open(host, cluster.marks)?;
     node.reconcile(&cluster, policies()?)?;
     let state = node.datapath().observe()?;

@@ -81,6 +81,14 @@ fn dual_stack_on_the_gateway() {
 }
 
 #[test]
+fn counters_are_a_set_and_a_rule_of_each_family() {
+    let mut counting = cluster("a");
+    counting.policy_counters = true;
+    let before = planned(&cluster("a"), both()).unwrap();
+    check("counters.txt", &planned(&counting, both()).unwrap(), &before.state);
+}
+
+#[test]
 fn closed_policies_drop() {
     let sources = ["10.244.1.10/32", "fd44:1::10/128"];
     let closed = policy("shop/closed", &sources, None, EgressIp::Node);

@@ -8,6 +8,7 @@
 )]
 
 mod convergence;
+mod counts;
 mod faults;
 mod golden;
 mod hostile;

@@ -88,7 +88,7 @@ prop_compose! {
         (port, mtu, priority) in (7789..7791_u16, select(vec![1500, 9000]), 101..103_u32),
         (vni, device) in (100..102_u32, select(vec!["egress.vxlan", "egress1"])),
         under in select(vec![None, Some("eth0"), Some("eth1")]),
-        up_v4 in prop::bool::weighted(0.9),
+        (up_v4, counting) in (prop::bool::weighted(0.9), any::<bool>()),
         caching in any::<bool>(),
         excluded in select(vec![
             vec!["10.244.0.0/16", "fd44::/16"],
@@ -107,6 +107,7 @@ prop_compose! {
         cluster.tunnel.underlay_device = under.map(|name| DeviceName::new(name).unwrap());
         cluster.rule_priority = priority;
         cluster.excluded = nets(&excluded);
+        cluster.policy_counters = counting && !caching;
         for (number, node) in cluster.nodes.iter_mut().enumerate() {
             if !v6[number] {
                 node.tunnel.retain(|net| matches!(net, IpNet::V4(_)));

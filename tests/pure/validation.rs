@@ -1,9 +1,10 @@
 //! Bad input: which error it gives, and the sentence.
 
+use egress_datapath::state::Variant;
 use egress_datapath::{
-    Cluster, Destinations, DeviceName, EgressIp, EgressPolicy, LayoutError, MacAddr, Mark,
-    MarkLayout, MarkPool, NameError, Node, NodeName, PlanError, PolicyError, PolicyId, TablePool,
-    TableRange, plan,
+    Backend, Cluster, Destinations, DeviceName, EgressIp, EgressPolicy, Iptables, LayoutError,
+    MacAddr, Mark, MarkLayout, MarkPool, NameError, Node, NodeName, PlanError, PolicyError,
+    PolicyId, TablePool, TableRange, plan,
 };
 
 use crate::{cluster, dual, name, net, nets, planned, policy, v4};
@@ -155,6 +156,22 @@ fn settings() {
             format!("rule priority {priority} is not between 1 and 32763").as_str()
         );
     }
+    refused!(
+        of_cluster(|cluster| {
+            cluster.policy_counters = true;
+            cluster.connection_caching = true;
+        }),
+        E::CachedCounters,
+        "policy_counters and connection_caching cannot both be on: cached packets are not counted"
+    );
+    refused!(
+        of_cluster(|cluster| {
+            cluster.policy_counters = true;
+            cluster.backend = Backend::Iptables(Iptables::new(Variant::Nft));
+        }),
+        E::IptablesCounters,
+        "policy_counters need nf_tables: with iptables packets are not counted"
+    );
     refused!(
         of_cluster(|cluster| cluster.excluded.clear()),
         E::NothingExcluded,

@@ -15,6 +15,7 @@ use crate::{cluster_v4, nets, planned, policy, v4};
 
 fn with(mut cluster: Cluster, iptables: Iptables) -> Cluster {
     cluster.backend = Backend::Iptables(iptables);
+    cluster.policy_counters = false;
     cluster
 }
 
@@ -89,6 +90,7 @@ fn backends() -> impl Strategy<Value = Backend> {
 fn states() -> impl Strategy<Value = State> {
     (clusters(), policies(), backends()).prop_map(|(mut cluster, policies, backend)| {
         cluster.backend = backend;
+        cluster.policy_counters &= backend == Backend::Nftables;
         planned(&cluster, policies).unwrap().state
     })
 }

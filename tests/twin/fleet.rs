@@ -15,7 +15,7 @@ use egress_datapath::{
 use crate::lab::{Lab, NODE_B_OUTSIDE, NODE_C_OUTSIDE, POD_A, POD_B, POD_C, PORT, STRANGER};
 use crate::nodes::{self, datapath, kernel, node, simulated};
 use crate::random::Random;
-use crate::wire::{Seen, Tap, send};
+use crate::wire::{PAYLOAD, Seen, Tap, send};
 use crate::{Result, connections, difference, world};
 
 type Kernel = Reconciler<KernelDatapath>;
@@ -57,6 +57,7 @@ impl Fleet {
             let mut cluster = lab.cluster(host).map_err(io::Error::other)?;
             cluster.marks = layout;
             cluster.connection_caching = caching;
+            cluster.policy_counters = !caching;
             clusters.push(cluster);
             // So that connections are tracked and translated whether our table is there or not,
             // as on every node of a cluster, and last for the whole test.
@@ -94,8 +95,10 @@ impl Fleet {
 
     /// Forgets what the reconciler of a node knew, which may be configured otherwise then.
     pub(crate) fn restart(&mut self, at: usize, random: &mut Random) -> io::Result<()> {
-        let caching = &mut self.clusters[at].connection_caching;
+        let cluster = &mut self.clusters[at];
+        let caching = &mut cluster.connection_caching;
         *caching = self.caching && (*caching || random.once_in(2)) && !random.once_in(4);
+        cluster.policy_counters = !*caching && !random.once_in(4);
         self.kernels[at] = kernel(self.lab.nodes()[at], &self.clusters[at])?;
         self.simulated[at] = simulated(&self.clusters[at]);
         Ok(())
@@ -232,6 +235,7 @@ impl Fleet {
         for (number, seen) in mem::take(&mut self.late) {
             wrong.push(format!("packet {number} came late: {seen:?}"));
         }
+        wrong.extend(self.miscounted()?);
         for at in 0..self.clusters.len() {
             wrong.extend(self.compare_connections(at).err().map(|error| error.to_string()));
         }
@@ -310,6 +314,24 @@ impl Fleet {
         let known = seen.split_off(&first);
         self.late.append(&mut seen);
         Ok(known)
+    }
+
+    /// Counters of policies that do not stand where those of the other world do.
+    fn miscounted(&mut self) -> Result<Vec<String>> {
+        let mut wrong = Vec::new();
+        for (other, cluster) in self.others.iter_mut().zip(&self.clusters) {
+            let node = self.sims.node_mut(&cluster.node).ok_or("no such node")?;
+            let mut sim = node.sim.counts()?;
+            for count in sim.values_mut() {
+                // What the kernel's packets have behind their headers.
+                count.bytes += count.packets * PAYLOAD;
+            }
+            let kernel = other.counts()?;
+            if kernel != sim {
+                wrong.push(format!("{} counted {kernel:?} instead of {sim:?}", cluster.node));
+            }
+        }
+        Ok(wrong)
     }
 
     /// What became of earlier packets with the same ports.

@@ -11,6 +11,8 @@ use rustix::net::{AddressFamily, Protocol, RecvFlags, SocketFlags, SocketType, e
 use crate::lab::Netns;
 
 const MAGIC: &[u8] = b"twin";
+/// Bytes of a datagram behind its header.
+pub(crate) const PAYLOAD: u64 = 8;
 
 /// What was seen of a datagram where it arrived.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

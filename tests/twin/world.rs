@@ -92,6 +92,7 @@ pub(crate) fn cluster(random: &mut Random, of: &str) -> Cluster {
     let mut cluster = lab::cluster(of).unwrap();
     cluster.marks = random.of(&[MarkLayout::SEED, MarkLayout::COMPACT]);
     cluster.connection_caching = random.once_in(2);
+    cluster.policy_counters = !cluster.connection_caching && random.once_in(2);
     cluster.tunnel.port = random.of(&[7789, 7789, 7790]);
     cluster.tunnel.vni = random.of(&[100, 100, 101]);
     cluster.tunnel.underlay_mtu = random.of(&[1500, 1400]);

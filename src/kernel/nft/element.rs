@@ -4,8 +4,9 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::expr::{self, Verdict, verdict};
+use super::expr::{self, Expr, Verdict, verdict};
 use crate::connection::Connection;
+use crate::count::Count;
 use crate::kernel::wire::{Attribute, Malformed, Writer};
 use crate::range::{address, number};
 use crate::state::{ChainId, Comment, Data, Datum, Key, Set, Tag, Value};
@@ -13,6 +14,9 @@ use crate::types::{Family, Mark};
 
 /// `NFT_SET_ELEM_INTERVAL_END`: the first key behind a range.
 const END: u32 = 1;
+
+/// `NFTA_SET_ELEM_EXPR`: what is run when the element is looked up.
+const EXPR: u16 = 7;
 
 /// Writes an element: one attribute, or two where it is a range.
 pub(super) fn write(writer: &mut Writer, key: &Key, value: Option<&Value>) {
@@ -24,6 +28,10 @@ pub(super) fn write(writer: &mut Writer, key: &Key, value: Option<&Value>) {
         writer.nest(1, |writer| writer.attribute(1, &first));
         if let Some(value) = value {
             write_value(writer, value);
+            if key.set().is_counting() {
+                // Not every kernel that has them gives an element those of its set.
+                Expr::Counter.write_as(writer, EXPR);
+            }
         }
     });
     if let Some(behind) = behind {
@@ -94,6 +102,7 @@ fn key_bytes(key: &Key) -> (Vec<u8>, Option<Vec<u8>>) {
         | Key::Steer(_, tag)
         | Key::Snat(_, tag)
         | Key::Masquerade(_, tag)
+        | Key::Count(_, tag)
         | Key::Any(_, tag) => tag.get().to_ne_bytes().to_vec(),
         Key::Destination(net, tag) => {
             let mut bytes = octets(net.addr());
@@ -129,7 +138,7 @@ pub(super) struct Found {
 
 /// Reads one element of a set; `None` if it has no key, as a catch-all has none.
 pub(super) fn read(element: &Attribute<'_>, set: Set) -> Result<Option<Found>, Malformed> {
-    let (mut key, mut data, mut flags, mut comment) = (None, None, 0, None);
+    let (mut key, mut data, mut flags, mut comment, mut counts) = (None, None, 0, None, false);
     for attribute in element.nested() {
         let attribute = attribute?;
         match attribute.kind {
@@ -137,11 +146,13 @@ pub(super) fn read(element: &Attribute<'_>, set: Set) -> Result<Option<Found>, M
             2 => data = Some(attribute),
             3 => flags = attribute.be32()?,
             6 => comment = note(attribute.bytes()),
+            EXPR => counts = Expr::read(&attribute) == Expr::Counter,
             _ => {}
         }
     }
     let Some(key) = key else { return Ok(None) };
     let data = match (set.data(), &data) {
+        (None, _) if set.is_counting() && !counts => None,
         (None, _) => Some(Data::None),
         (Some(datum), Some(data)) => read_data(data, datum)?,
         (Some(_), None) => None,
@@ -151,6 +162,23 @@ pub(super) fn read(element: &Attribute<'_>, set: Set) -> Result<Option<Found>, M
         is_end: flags & END != 0,
         value: data.map(|data| Value { data, comment }),
     }))
+}
+
+/// Reads what an element of a counting set has counted; `None` if it is not one that we write.
+pub(super) fn read_count(
+    element: &Attribute<'_>,
+    set: Set,
+) -> Result<Option<(Key, Count)>, Malformed> {
+    let (mut found, mut count) = (None, None);
+    for attribute in element.nested() {
+        let attribute = attribute?;
+        match attribute.kind {
+            1 => found = expr::value(&attribute)?.and_then(|bytes| key(set, bytes)),
+            EXPR => count = expr::count(&attribute)?,
+            _ => {}
+        }
+    }
+    Ok(found.zip(count))
 }
 
 fn read_data(data: &Attribute<'_>, datum: Datum) -> Result<Option<Data>, Malformed> {
@@ -199,6 +227,7 @@ pub(super) fn key(set: Set, bytes: &[u8]) -> Option<Key> {
         Set::Steer(family) => Key::Steer(family, tag(bytes)?),
         Set::Snat(family) => Key::Snat(family, tag(bytes)?),
         Set::Masquerade(family) => Key::Masquerade(family, tag(bytes)?),
+        Set::Count(family) => Key::Count(family, tag(bytes)?),
         Set::Any(family) => Key::Any(family, tag(bytes)?),
         Set::Destination(family, length) => {
             let (head, class) = bytes.split_at_checked(bytes.len().checked_sub(4)?)?;
@@ -274,6 +303,32 @@ mod tests {
               \x1c\0\x02\x80\x18\0\x02\x80\x08\0\x01\0\xff\xff\xff\xfc\
               \x09\0\x02\0here\0\0\0\0"
         );
+    }
+
+    #[test]
+    fn a_counter_has_the_bytes_that_nft_sends_and_is_read_from_those_that_it_gets() {
+        // nft add element inet t c '{ 1:2 counter comment "x" }'
+        let value = Value { data: Data::None, comment: Some(Comment::of_name("x")) };
+        let key = Key::Count(Family::V4, tag(0x0001_0002));
+        assert_eq!(
+            bytes(&key, &value),
+            b"\x2c\0\x01\x80\x0c\0\x01\x80\x08\0\x01\0\x02\0\x01\0\x08\0\x06\0\0\x02x\0\
+              \x14\0\x07\x80\x0c\0\x01\0counter\0\x04\0\x02\x80"
+        );
+        let listed = b"\x44\0\x01\0\x0c\0\x01\0\x08\0\x01\0\x02\0\x01\0\
+            \x2c\0\x07\0\x0c\0\x01\0counter\0\
+            \x1c\0\x02\0\x0c\0\x01\0\0\0\0\0\0\0\x01\x0e\x0c\0\x02\0\0\0\0\0\0\0\0\x06\
+            \x08\0\x06\0\0\x02x\0";
+        let set = key.set();
+        let element = Attributes::new(listed).next().unwrap().unwrap();
+        assert_eq!(read(&element, set).unwrap().unwrap().value, Some(value));
+        let count = Count { packets: 6, bytes: 270 };
+        assert_eq!(read_count(&element, set).unwrap(), Some((key, count)));
+        // Without a counter it is nobody's.
+        let bare = b"\x10\0\x01\0\x0c\0\x01\0\x08\0\x01\0\x02\0\x01\0";
+        let element = Attributes::new(bare).next().unwrap().unwrap();
+        assert_eq!(read(&element, set).unwrap().unwrap().value, None);
+        assert_eq!(read_count(&element, set).unwrap(), None);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use crate::types::fnv1a;
 
 mod read;
 
-pub(super) use read::{Verdict, value};
+pub(super) use read::{Verdict, count, value};
 
 pub(super) const ELEMENT: u16 = 1;
 
@@ -40,6 +40,7 @@ pub(super) mod meta {
     pub(crate) const PRIORITY: u32 = 2;
     pub(crate) const MARK: u32 = 3;
     pub(crate) const IIF: u32 = 4;
+    pub(crate) const OIF: u32 = 5;
     pub(crate) const IIFNAME: u32 = 6;
     pub(crate) const OIFNAME: u32 = 7;
     pub(crate) const NFPROTO: u32 = 15;
@@ -106,6 +107,11 @@ pub(super) mod verdict {
 impl Expr {
     /// Writes the expression as an element of a rule's list.
     pub(super) fn write(&self, writer: &mut Writer) {
+        self.write_as(writer, ELEMENT);
+    }
+
+    /// Writes the expression as an attribute of this type.
+    pub(super) fn write_as(&self, writer: &mut Writer, kind: u16) {
         let name = match self {
             Self::MetaLoad { .. } | Self::MetaSet { .. } => "meta",
             Self::Payload { .. } => "payload",
@@ -121,7 +127,7 @@ impl Expr {
             // Not an expression of any kernel, so that a rule with one is refused, not weakened.
             Self::Other(_) => "unknown",
         };
-        writer.nest(ELEMENT, |writer| {
+        writer.nest(kind, |writer| {
             writer.string(1, name);
             if *self != Self::NoTrack {
                 writer.nest(2, |writer| self.write_data(writer));
@@ -189,7 +195,7 @@ impl Expr {
         }
     }
 
-    /// Reads an element of a rule's list.
+    /// Reads an element of a rule's list, or an attribute with a single expression.
     ///
     /// What has another form than ours is not malformed but somebody else's: the direction in
     /// `ct original packets` is a single byte.

@@ -6,10 +6,13 @@ use std::time::Duration;
 use super::{Answered, Request, ask, chain, element, expr, generation, kind, range, set, table};
 use crate::error::{KernelError, errno};
 use crate::kernel::socket::Socket;
-use crate::kernel::wire::{Attributes, Malformed, Writer, flag};
+use crate::kernel::wire::{Attribute, Attributes, Malformed, Writer, flag};
 use crate::state::{ChainId, Elements, Firewall, Key, NFT_TABLE, Set, Stray, Value};
 
+mod counts;
 mod proof;
+
+pub(in super::super) use counts::counts;
 
 /// Times that the table is read until nobody changes anything meanwhile.
 const ATTEMPTS: usize = 5;
@@ -33,17 +36,27 @@ pub(in super::super) fn observe(socket: &mut Socket) -> Result<Option<Firewall>,
 
 /// The same, and the generation of the rules that it was read in; `expected` is what its sets
 /// probably hold.
+#[expect(clippy::redundant_closure_for_method_calls, reason = "a path has no lifetime of its own")]
 pub(in super::super) fn observe_at(
     socket: &mut Socket,
     expected: Option<&Elements>,
 ) -> Result<(Option<Firewall>, u32), KernelError> {
+    steady(socket, expected, |reader| reader.table())
+}
+
+/// Reads something, again and again until nobody has changed anything meanwhile.
+fn steady<T>(
+    socket: &mut Socket,
+    expected: Option<&Elements>,
+    mut read: impl FnMut(&mut Reader<'_>) -> Result<T, KernelError>,
+) -> Result<(T, u32), KernelError> {
     for _ in 0..ATTEMPTS {
         let generation_before = generation(socket)?;
         let mut reader = Reader::new(&mut *socket, generation_before, expected);
-        let read = reader.table();
+        let read = read(&mut reader);
         let moved = reader.moved;
         if generation(socket)? == generation_before && !moved {
-            return read.map(|firewall| (firewall, generation_before));
+            return read.map(|found| (found, generation_before));
         }
     }
     Err(KernelError::answer(
@@ -187,22 +200,28 @@ impl<'a> Reader<'a> {
             }
             pause *= 2;
         }
-        Err(KernelError::answer(
-            format!("nft list set inet {NFT_TABLE} {set}"),
-            "the kernel keeps listing some elements twice and others not at all",
-        ))
+        Err(torn(set))
     }
 
     /// Lists the elements of a set once.
     fn list(&mut self, set: Set) -> Result<List, KernelError> {
+        let mut elements = Some(Vec::new());
+        self.list_with(set, |attributes| add_elements(attributes, set, &mut elements))?;
+        Ok(elements.map_or(List::NotOurs, |elements| decode(set, elements)))
+    }
+
+    /// Gives every message of a listing of a set's elements to `take`.
+    fn list_with(
+        &mut self,
+        set: Set,
+        take: impl FnMut(Attributes<'_>) -> Result<(), Malformed>,
+    ) -> Result<(), KernelError> {
         let request = Request {
             text: &format!("nft list set inet {NFT_TABLE} {set}"),
             kind: kind::GETSETELEM,
             flags: flag::DUMP,
             answer: kind::NEWSETELEM,
         };
-        let mut elements = Some(Vec::new());
-        let take = |attributes: Attributes<'_>| add_elements(attributes, set, &mut elements);
         let write = |writer: &mut Writer| {
             writer.string(1, NFT_TABLE);
             writer.string(2, &set.name());
@@ -211,12 +230,18 @@ impl<'a> Reader<'a> {
             // Deleted since the sets were listed; the generation says so, too.
             Err(error) if error.errno() == Some(errno::ENOENT) => {
                 self.moved = true;
-                return Ok(List::Elements(Listed::new()));
+                Ok(())
             }
-            other => other?,
+            other => other,
         }
-        Ok(elements.map_or(List::NotOurs, |elements| decode(set, elements)))
     }
+}
+
+fn torn(set: Set) -> KernelError {
+    KernelError::answer(
+        format!("nft list set inet {NFT_TABLE} {set}"),
+        "the kernel keeps listing some elements twice and others not at all",
+    )
 }
 
 /// Adds a listed chain.
@@ -286,6 +311,17 @@ fn add_elements(
     set: Set,
     list: &mut Option<Vec<element::Found>>,
 ) -> Result<(), Malformed> {
+    each_element(attributes, |found| {
+        collect(list, element::read(found, set)?);
+        Ok(())
+    })
+}
+
+/// Calls it with each element in one message of a listing.
+fn each_element(
+    attributes: Attributes<'_>,
+    mut each: impl FnMut(&Attribute<'_>) -> Result<(), Malformed>,
+) -> Result<(), Malformed> {
     for attribute in attributes {
         let attribute = attribute?;
         if attribute.kind != 3 {
@@ -294,7 +330,7 @@ fn add_elements(
         for found in attribute.nested() {
             let found = found?;
             if found.kind == expr::ELEMENT {
-                collect(list, element::read(&found, set)?);
+                each(&found)?;
             }
         }
     }

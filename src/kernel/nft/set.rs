@@ -1,5 +1,6 @@
 //! Sets and maps: what the kernel is told of one, and whether one it has is ours.
 
+use super::expr::Expr;
 use crate::kernel::wire::{Attributes, Malformed, Writer};
 use crate::state::{Datum, NFT_TABLE, Set};
 
@@ -7,6 +8,11 @@ use crate::state::{Datum, NFT_TABLE, Set};
 const INTERVAL: u32 = 0x4;
 const MAP: u32 = 0x8;
 const TIMEOUT: u32 = 0x10;
+
+/// `NFTA_SET_EXPR` and `NFTA_SET_EXPRESSIONS`: what every element runs when it is looked up, one
+/// expression or a list of several.
+const EXPR: u16 = 17;
+const EXPRESSIONS: u16 = 18;
 
 /// Data type of a verdict (`NFT_DATA_VERDICT`).
 const VERDICT: u32 = 0xffff_ff00;
@@ -41,6 +47,7 @@ struct Shape {
     key_len: u32,
     data_type: u32,
     data_len: u32,
+    runs: Option<Expr>,
 }
 
 impl Shape {
@@ -56,6 +63,7 @@ impl Shape {
             key_len: u32::try_from(key_len).unwrap_or(u32::MAX),
             data_type: data.map_or(0, type_of),
             data_len: data.map_or(0, |data| u32::try_from(data.len()).unwrap_or(u32::MAX)),
+            runs: set.is_counting().then_some(Expr::Counter),
         }
     }
 }
@@ -74,6 +82,9 @@ pub(super) fn write(writer: &mut Writer, set: Set, id: u32) {
     }
     writer.be32(10, id);
     writer.attribute(13, &userdata(set));
+    if let Some(expr) = &shape.runs {
+        expr.write_as(writer, EXPR);
+    }
 }
 
 /// Notes for `nft`, as it writes them itself: without them it prints numbers turned around.
@@ -139,6 +150,8 @@ pub(super) fn read(attributes: Attributes<'_>) -> Result<Option<Found>, Malforme
             5 => shape.key_len = attribute.be32()?,
             6 => shape.data_type = attribute.be32()?,
             7 => shape.data_len = attribute.be32()?,
+            // One of several is none of ours.
+            EXPR | EXPRESSIONS => shape.runs = Some(Expr::read(&attribute)),
             20 => count = Some(attribute.be32()?),
             _ => {}
         }
@@ -232,6 +245,19 @@ mod tests {
         ]
         .concat();
         assert_eq!(bytes(Set::Answer(Family::V4), 1), expected);
+
+        // nft add set inet t c '{ type classid; counter; }'
+        let expected = [
+            attribute(2, b"count4\0"),
+            attribute(3, &[0, 0, 0, 0]),
+            attribute(4, &[0, 0, 0, 0x17]),
+            attribute(5, &[0, 0, 0, 4]),
+            attribute(10, &[0, 0, 0, 1]),
+            attribute(13, b"\0\x04\x01\0\0\0"),
+            b"\x14\0\x11\x80\x0c\0\x01\0counter\0\x04\0\x02\x80".to_vec(),
+        ]
+        .concat();
+        assert_eq!(bytes(Set::Count(Family::V4), 1), expected);
 
         // nft add set inet t g '{ type mark; }'
         let expected = [

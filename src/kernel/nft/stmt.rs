@@ -164,6 +164,7 @@ fn body(statement: &Stmt) -> Vec<Expr> {
     let on_mark = |mask: u32, then: Expr| vec![load(meta::MARK), masked(mask), then];
     match statement {
         Stmt::HasInput => vec![load(meta::IIF), cmp(false, host(0))],
+        Stmt::HasNoOutput => vec![load(meta::OIF), is(host(0))],
         Stmt::InputDevice(name) => vec![load(meta::IIFNAME), is(device(name.as_str()))],
         Stmt::OutputDevice(name) => vec![load(meta::OIFNAME), is(device(name.as_str()))],
         Stmt::MarkIs { mask, value } => on_mark(*mask, is(host(*value))),

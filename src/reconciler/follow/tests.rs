@@ -34,7 +34,8 @@ fn cluster() -> Cluster {
     };
     let mut nodes = vec![node("a", 11), node("b", 12), node("c", 13), node("d", 14)];
     nodes[3].tunnel.pop();
-    Cluster::new(name("a"), nodes, vec![net("10.244.0.0/16")])
+    let cluster = Cluster::new(name("a"), nodes, vec![net("10.244.0.0/16")]);
+    Cluster { policy_counters: true, ..cluster }
 }
 
 /// A kernel in memory that knows whether it was touched, and counts what it is asked.

@@ -1,6 +1,7 @@
 //! Reading expressions.
 
 use super::{Expr, reg};
+use crate::count::Count;
 use crate::kernel::wire::{Attribute, Attributes, Malformed, Writer};
 use crate::state::ChainId;
 
@@ -51,6 +52,18 @@ impl Verdict {
 /// The bytes in a data attribute, `None` if that holds a verdict.
 pub(in super::super) fn value<'a>(data: &Attribute<'a>) -> Result<Option<&'a [u8]>, Malformed> {
     Ok(find(data.nested(), 1)?.map(|value| value.bytes()))
+}
+
+/// What a counter has counted; `None` if it is another expression.
+pub(in super::super) fn count(expr: &Attribute<'_>) -> Result<Option<Count>, Malformed> {
+    let name = find(expr.nested(), 1)?;
+    let data = find(expr.nested(), 2)?;
+    let (Some(_), Some(data)) = (name.filter(|name| name.is("counter")), data) else {
+        return Ok(None);
+    };
+    let number = |kind| find(data.nested(), kind)?.map(|found| found.be64()).transpose();
+    let (bytes, packets) = (number(1)?, number(2)?);
+    Ok(packets.zip(bytes).map(|(packets, bytes)| Count { packets, bytes }))
 }
 
 fn find(list: Attributes<'_>, kind: u16) -> Result<Option<Attribute<'_>>, Malformed> {

@@ -103,6 +103,7 @@ fn mutated_elements() {
         Set::SourceNet(V6),
         Set::Steer(V4),
         Set::Snat(V6),
+        Set::Count(V4),
         Set::Any(V4),
         Set::Destination(V4, 24),
         Set::Destination(V6, 64),

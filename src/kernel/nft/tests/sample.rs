@@ -142,6 +142,7 @@ pub(super) fn chains() -> Vec<Chain> {
                 ChainId::Steer(family),
                 None,
                 rules(vec![
+                    vec![HasNoOutput, TagIn(Set::Count(family))],
                     vec![TagByTag(Set::Steer(family)), VerdictByTag(Set::Verdict)],
                     vec![Drop],
                 ]),
@@ -172,6 +173,7 @@ pub(super) fn sets() -> Vec<Set> {
             Set::Steer(family),
             Set::Snat(family),
             Set::Masquerade(family),
+            Set::Count(family),
             Set::Any(family),
             Set::Source(family),
             Set::SourceNet(family),
@@ -223,6 +225,7 @@ pub(super) fn elements() -> Vec<(Key, Value)> {
             (Key::Steer(family, tag(8)), note(Data::Tag(Tag::HERE), "default/p2")),
             (Key::Snat(family, tag(8)), note(Data::Address(address(eip)), "default/p2")),
             (Key::Masquerade(family, tag(9)), plain()),
+            (Key::Count(family, tag(8)), note(Data::None, "default/p2")),
         ]);
     }
     list

@@ -1,0 +1,64 @@
+//! What the counters of our policies stand at.
+
+use std::time::Duration;
+
+use super::{LONGEST_PAUSE, Reader, each_element, steady};
+use crate::count::{Count, Counts};
+use crate::error::{KernelError, errno};
+use crate::kernel::nft::element;
+use crate::kernel::socket::Socket;
+use crate::kernel::wire::{Attributes, Malformed};
+use crate::state::{Firewall, Key, Set};
+
+/// Reads the counters of our table; none if there is no table.
+///
+/// All are listed under one generation of the rules, not at one time: packets go on meanwhile.
+#[expect(clippy::redundant_closure_for_method_calls, reason = "a path has no lifetime of its own")]
+pub(in super::super::super) fn counts(socket: &mut Socket) -> Result<Counts, KernelError> {
+    steady(socket, None, |reader| reader.counts()).map(|(counts, _)| counts)
+}
+
+impl Reader<'_> {
+    fn counts(&mut self) -> Result<Counts, KernelError> {
+        let sets = match self.sets(&mut Firewall::default()) {
+            Err(error) if error.errno() == Some(errno::ENOENT) => return Ok(Counts::new()),
+            other => other?,
+        };
+        let mut counts = Counts::new();
+        for (set, least) in sets.into_iter().filter(|(set, _)| set.is_counting()) {
+            counts.extend(self.counts_of(set, least)?);
+        }
+        Ok(counts)
+    }
+
+    /// The counters of a set that has at least so many.
+    fn counts_of(&mut self, set: Set, least: usize) -> Result<Counts, KernelError> {
+        let mut pause = Duration::from_millis(1);
+        while pause < LONGEST_PAUSE {
+            let mut counts = Counts::new();
+            self.list_with(set, |attributes| add_counts(attributes, set, &mut counts))?;
+            // As of elements: when the kernel makes the set larger meanwhile, some come twice and
+            // others not at all.
+            if counts.len() >= least || self.moved {
+                return Ok(counts);
+            }
+            std::thread::sleep(pause);
+            pause *= 2;
+        }
+        Err(super::torn(set))
+    }
+}
+
+/// Adds the counters in one message of a listing.
+fn add_counts(attributes: Attributes<'_>, set: Set, counts: &mut Counts) -> Result<(), Malformed> {
+    each_element(attributes, |found| {
+        let counter: Option<(Key, Count)> = element::read_count(found, set)?;
+        if let Some((Key::Count(family, policy), count)) = counter {
+            counts.insert((family, policy), count);
+        }
+        Ok(())
+    })
+}
+
+#[cfg(test)]
+mod tests;

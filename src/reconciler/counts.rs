@@ -1,0 +1,59 @@
+//! What the policies' counters stand at.
+
+use super::{Error, Reconciler};
+use crate::alloc::{MarkAllocator, TableAllocator};
+use crate::count::PolicyCount;
+use crate::datapath::Datapath;
+
+impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
+    /// The packets and bytes that this node has counted for each policy that is wanted, in the
+    /// order of their ids, once for each family that the policy has sources of.
+    ///
+    /// There are none without [`Cluster::policy_counters`](crate::Cluster::policy_counters), which
+    /// says what is counted, none before the first [`reconcile`](Self::reconcile), and none of a
+    /// policy whose counter somebody has taken away until it is put back. Nothing is changed, and
+    /// no counter is set to zero.
+    ///
+    /// ```
+    /// # use egress_datapath::{Cluster, Count, EgressIp, EgressPolicy, Node, NodeName, Packet};
+    /// # use egress_datapath::{PolicyId, Reconciler, Sim};
+    /// # let node = |name, underlay: &str, tunnel: &str| -> Result<Node, Box<dyn std::error::Error>> {
+    /// #     Ok(Node::new(NodeName::new(name)?, vec![underlay.parse()?], vec![tunnel.parse()?]))
+    /// # };
+    /// # let mut cluster = Cluster::new(
+    /// #     NodeName::new("a")?,
+    /// #     vec![node("a", "10.10.0.11", "172.31.0.11/16")?, node("b", "10.10.0.12", "172.31.0.12/16")?],
+    /// #     vec!["10.244.0.0/16".parse()?],
+    /// # );
+    /// # let eip = EgressIp::V4("198.51.100.200".parse()?);
+    /// # let id = PolicyId::new("default/p1")?;
+    /// # let policy = EgressPolicy::new(id.clone(), vec!["10.244.1.10/32".parse()?], eip);
+    /// # let mut egress = Reconciler::new(Sim::new());
+    /// cluster.policy_counters = true;
+    /// egress.reconcile(&cluster, [&policy])?;
+    /// # egress.datapath().send(Packet::udp("10.244.1.10".parse()?, 7, "192.0.2.1".parse()?, 53));
+    ///
+    /// for counted in egress.counts()? {
+    ///     let Count { packets, bytes } = counted.count;
+    ///     println!("{} {}: {packets} packets, {bytes} bytes", counted.policy, counted.family);
+    /// #   assert_eq!((packets, bytes), (1, 28));
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Observe`].
+    pub fn counts(&mut self) -> Result<Vec<PolicyCount>, Error> {
+        let Some(index) = self.index.as_ref().filter(|index| index.cluster().policy_counters)
+        else {
+            return Ok(Vec::new());
+        };
+        let counts = self.datapath.counts().map_err(Error::Observe)?;
+        let found = index.counted().into_iter().filter_map(|(policy, family, tag)| {
+            let count = *counts.get(&(family, tag))?;
+            Some(PolicyCount { policy: policy.clone(), family, count })
+        });
+        Ok(found.collect())
+    }
+}
