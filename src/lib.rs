@@ -130,7 +130,7 @@ pub use alloc::{
 #[cfg(feature = "mock")]
 pub use alloc::{MockMarkAllocator, MockTableAllocator};
 pub use changes::{Changes, Phase, Step};
-pub use cluster::{Backend, Cluster, Iptables, Node, Tunnel};
+pub use cluster::{Backend, Cluster, Iptables, Node, Steering, Tunnel};
 pub use connection::Connection;
 #[cfg(feature = "mock")]
 pub use datapath::MockDatapath;

@@ -206,7 +206,7 @@ impl Sim {
             op if op.is_xtables() => crate::state::xtables::make(&mut self.state, op),
             op => {
                 let made = make(&mut self.state, op);
-                if let Op::DeleteTable | Op::DeleteSet(_) = op {
+                if let Op::DeleteTable(_) | Op::DeleteSet(_) = op {
                     let firewall = self.state.firewall.as_ref();
                     let sets = |set| firewall.is_some_and(|table| table.sets.contains(&set));
                     self.conntrack.held.keep(sets);

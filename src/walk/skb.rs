@@ -2,7 +2,7 @@
 
 use crate::packet::Packet;
 use crate::state::{Direction, Stmt};
-use crate::types::DeviceName;
+use crate::types::{DeviceName, MacAddr};
 
 /// A packet in the kernel (`struct sk_buff`).
 #[derive(Clone, Debug)]
@@ -14,6 +14,8 @@ pub(super) struct Skb {
     pub(super) input: Option<DeviceName>,
     /// The tunnel device if it goes out by it.
     pub(super) output: Option<DeviceName>,
+    /// Where the frame goes, once it is one.
+    pub(super) ethernet: Option<MacAddr>,
     pub(super) tracking: Tracking,
 }
 
@@ -41,7 +43,7 @@ pub(super) struct Facts {
 
 impl Skb {
     pub(super) const fn new(packet: Packet, tracking: Tracking) -> Self {
-        Self { packet, mark: 0, priority: 0, input: None, output: None, tracking }
+        Self { packet, mark: 0, priority: 0, input: None, output: None, ethernet: None, tracking }
     }
 
     pub(super) const fn facts_mut(&mut self) -> Option<&mut Facts> {

@@ -10,7 +10,8 @@ use egress_datapath::{
     Reconciler, Report, TablePool, TableRange,
 };
 
-use crate::lab::{Host, cluster, inside::backend};
+use crate::lab::inside::{backend, steering};
+use crate::lab::{Host, cluster};
 use crate::scenarios::{Wanted, scenarios};
 use crate::{NODES, Result};
 
@@ -74,6 +75,7 @@ pub(crate) fn main(arguments: &[String]) -> Result {
     let wanted = scenario.after.get(node).ok_or("no such node")?;
     let mut cluster = cluster(NODES.get(node).ok_or("no such node")?)?;
     cluster.backend = backend();
+    cluster.steering = steering(&cluster.marks);
     let mut reconciler = open(&cluster, &faults)?;
     let first = make(&mut reconciler, &cluster, wanted)?.changes.len();
     let calls = faults.calls();

@@ -7,7 +7,7 @@ use egress_datapath::{Backend, Changes, Datapath, Family, State};
 
 use crate::allowed::{At, Cni, Progress, allowed};
 use crate::child::{Done, Moment, make, open, run};
-use crate::lab::inside::{backend, datapath};
+use crate::lab::inside::{backend, datapath, steering};
 use crate::lab::{Host, Lab, Netns, numbered};
 use crate::scenarios::{Pod, Scenario, Source, Talk, Wanted};
 use crate::wire::{Flow, Wire, by_port};
@@ -106,6 +106,7 @@ impl<'a> Matrix<'a> {
     fn bring(&self, host: &Host, wanted: &Wanted) -> Result<State> {
         let mut cluster = self.lab.cluster(host)?;
         cluster.backend = backend();
+        cluster.steering = steering(&cluster.marks);
         let brought = host.netns.run(|| {
             let brought = || -> Result<State> {
                 let mut node = open(&cluster, &Faults::new())?;

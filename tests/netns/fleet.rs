@@ -10,10 +10,10 @@ use std::{env, thread};
 
 use egress_datapath::{
     Backend, Cluster, Datapath, EgressIp, EgressPolicy, KernelDatapath, KernelTables, MarkLayout,
-    MarkPool, NodeName, PolicyId, Reconciler, Report, TablePool, TableRange,
+    MarkPool, NodeName, PolicyId, Reconciler, Report, Steering, TablePool, TableRange,
 };
 
-use crate::lab::inside::{backend, datapath};
+use crate::lab::inside::{backend, datapath, steering};
 use crate::lab::{Host, Lab, Netns, Pair, Proto, hosts, probe};
 
 pub(crate) type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
@@ -104,6 +104,9 @@ impl Fleet {
             let mut cluster = lab.cluster(host)?;
             cluster.backend = backend();
             change(&mut cluster);
+            if cluster.steering == Steering::Tables {
+                cluster.steering = steering(&cluster.marks);
+            }
             let datapath = datapath(&host.netns, cluster.backend)?;
             let tables = host.netns.run(KernelTables::open)??;
             let tables = TablePool::with_probe(TableRange::default(), tables);

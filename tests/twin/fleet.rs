@@ -12,6 +12,7 @@ use egress_datapath::{
     TableRange, explain, explain_received,
 };
 
+use crate::lab::inside::steering;
 use crate::lab::{
     EIP_B, EIP_C, Host, Lab, NODE_B_OUTSIDE, NODE_C_OUTSIDE, POD_A, POD_B, POD_C, PORT, Pair,
     Preference, SERVER, STRANGER, net,
@@ -74,6 +75,7 @@ impl Fleet {
             let mut cluster = lab.cluster(host).map_err(io::Error::other)?;
             cluster.marks = layout;
             cluster.connection_caching = caching;
+            cluster.steering = steering(&layout);
             clusters.push(cluster);
             // So that connections are tracked and translated whether our table is there or not,
             // as on every node of a cluster, and last for the whole test.

@@ -7,7 +7,7 @@ use super::{Answered, Request, ask, chain, element, expr, generation, kind, rang
 use crate::error::{KernelError, errno};
 use crate::kernel::socket::Socket;
 use crate::kernel::wire::{Attributes, Malformed, Writer, flag};
-use crate::state::{ChainId, Elements, Firewall, Key, NFT_TABLE, Set, Stray, Value};
+use crate::state::{ChainId, Elements, Firewall, Key, NFT_TABLE, Set, Stray, TableFamily, Value};
 
 mod proof;
 
@@ -37,9 +37,27 @@ pub(in super::super) fn observe_at(
     socket: &mut Socket,
     expected: Option<&Elements>,
 ) -> Result<(Option<Firewall>, u32), KernelError> {
+    read(socket, TableFamily::Inet, expected)
+}
+
+/// Reads the table at the egress hook; `None` if there is none.
+pub(in super::super) fn observe_hook(socket: &mut Socket) -> Result<Option<Firewall>, KernelError> {
+    // Most nodes have none.
+    let table = table::flags_and_owner(socket, TableFamily::Netdev)?;
+    if table.is_none() {
+        return Ok(None);
+    }
+    read(socket, TableFamily::Netdev, None).map(|(table, _)| table)
+}
+
+fn read(
+    socket: &mut Socket,
+    family: TableFamily,
+    expected: Option<&Elements>,
+) -> Result<(Option<Firewall>, u32), KernelError> {
     for _ in 0..ATTEMPTS {
         let generation_before = generation(socket)?;
-        let mut reader = Reader::new(&mut *socket, generation_before, expected);
+        let mut reader = Reader::new(&mut *socket, family, generation_before, expected);
         let read = reader.table();
         let moved = reader.moved;
         if generation(socket)? == generation_before && !moved {
@@ -47,7 +65,7 @@ pub(in super::super) fn observe_at(
         }
     }
     Err(KernelError::answer(
-        format!("nft list table inet {NFT_TABLE}"),
+        format!("nft list table {family} {NFT_TABLE}"),
         "somebody changes nf_tables faster than it can be read",
     ))
 }
@@ -59,6 +77,7 @@ const fn low_half(generation: u32) -> u16 {
 
 struct Reader<'a> {
     socket: &'a mut Socket,
+    family: TableFamily,
     generation: u16,
     /// What the sets probably hold.
     expected: Option<&'a Elements>,
@@ -67,8 +86,13 @@ struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    const fn new(socket: &'a mut Socket, generation: u32, expected: Option<&'a Elements>) -> Self {
-        Self { socket, generation: low_half(generation), expected, moved: false }
+    const fn new(
+        socket: &'a mut Socket,
+        family: TableFamily,
+        generation: u32,
+        expected: Option<&'a Elements>,
+    ) -> Self {
+        Self { socket, family, generation: low_half(generation), expected, moved: false }
     }
 
     fn ask(
@@ -78,17 +102,18 @@ impl<'a> Reader<'a> {
         mut take: impl FnMut(Attributes<'_>) -> Result<(), Malformed>,
     ) -> Result<(), KernelError> {
         let (generation, mut moved) = (self.generation, false);
-        let Answered { interrupted } = ask(self.socket, request, write, |resource, body| {
-            moved |= resource != generation;
-            take(Attributes::new(body))
-        })?;
+        let Answered { interrupted } =
+            ask(self.socket, self.family, request, write, |resource, body| {
+                moved |= resource != generation;
+                take(Attributes::new(body))
+            })?;
         self.moved |= moved || interrupted;
         Ok(())
     }
 
     fn table(&mut self) -> Result<Option<Firewall>, KernelError> {
         let request = Request {
-            text: &format!("nft list table inet {NFT_TABLE}"),
+            text: &format!("nft list table {} {NFT_TABLE}", self.family),
             kind: kind::GETTABLE,
             flags: 0,
             answer: kind::NEWTABLE,
@@ -113,18 +138,19 @@ impl<'a> Reader<'a> {
 
     fn chains(&mut self, firewall: &mut Firewall) -> Result<(), KernelError> {
         let request = Request {
-            text: "nft list chains inet",
+            text: &format!("nft list chains {}", self.family),
             kind: kind::GETCHAIN,
             flags: flag::DUMP,
             answer: kind::NEWCHAIN,
         };
-        let take = |attributes: Attributes<'_>| add_chain(attributes, firewall);
+        let family = self.family;
+        let take = |attributes: Attributes<'_>| add_chain(attributes, family, firewall);
         self.ask(&request, |writer| writer.string(1, NFT_TABLE), take)
     }
 
     fn rules(&mut self, firewall: &mut Firewall) -> Result<(), KernelError> {
         let request = Request {
-            text: &format!("nft list table inet {NFT_TABLE}"),
+            text: &format!("nft list table {} {NFT_TABLE}", self.family),
             kind: kind::GETRULE,
             flags: flag::DUMP,
             answer: kind::NEWRULE,
@@ -137,12 +163,13 @@ impl<'a> Reader<'a> {
     fn sets(&mut self, firewall: &mut Firewall) -> Result<BTreeMap<Set, usize>, KernelError> {
         let mut counts = BTreeMap::new();
         let request = Request {
-            text: "nft list sets inet",
+            text: &format!("nft list sets {}", self.family),
             kind: kind::GETSET,
             flags: flag::DUMP,
             answer: kind::NEWSET,
         };
-        let take = |attributes: Attributes<'_>| add_set(attributes, &mut counts, firewall);
+        let family = self.family;
+        let take = |attributes: Attributes<'_>| add_set(attributes, family, &mut counts, firewall);
         self.ask(&request, |writer| writer.string(1, NFT_TABLE), take)?;
         Ok(counts)
     }
@@ -188,7 +215,7 @@ impl<'a> Reader<'a> {
             pause *= 2;
         }
         Err(KernelError::answer(
-            format!("nft list set inet {NFT_TABLE} {set}"),
+            format!("nft list set {} {NFT_TABLE} {set}", self.family),
             "the kernel keeps listing some elements twice and others not at all",
         ))
     }
@@ -196,7 +223,7 @@ impl<'a> Reader<'a> {
     /// Lists the elements of a set once.
     fn list(&mut self, set: Set) -> Result<List, KernelError> {
         let request = Request {
-            text: &format!("nft list set inet {NFT_TABLE} {set}"),
+            text: &format!("nft list set {} {NFT_TABLE} {set}", self.family),
             kind: kind::GETSETELEM,
             flags: flag::DUMP,
             answer: kind::NEWSETELEM,
@@ -220,11 +247,15 @@ impl<'a> Reader<'a> {
 }
 
 /// Adds a listed chain.
-fn add_chain(attributes: Attributes<'_>, firewall: &mut Firewall) -> Result<(), Malformed> {
-    let Some(found) = chain::read(attributes)? else {
+fn add_chain(
+    attributes: Attributes<'_>,
+    family: TableFamily,
+    firewall: &mut Firewall,
+) -> Result<(), Malformed> {
+    let Some(found) = chain::read(attributes, family)? else {
         return Ok(());
     };
-    match found.ours() {
+    match found.ours(family) {
         Some((id, base)) => {
             firewall.chains.insert(id, (base, Vec::new()));
         }
@@ -256,13 +287,14 @@ fn add_rule(
 /// Adds a listed set, and how many elements it has.
 fn add_set(
     attributes: Attributes<'_>,
+    family: TableFamily,
     counts: &mut BTreeMap<Set, usize>,
     firewall: &mut Firewall,
 ) -> Result<(), Malformed> {
     let Some(found) = set::read(attributes)? else {
         return Ok(());
     };
-    match found.ours() {
+    match found.ours(family) {
         Some(set) => {
             firewall.sets.insert(set);
             // Elements that go by themselves are part of no state.

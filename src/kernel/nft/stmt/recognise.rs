@@ -100,6 +100,9 @@ fn guess(exprs: &[Expr]) -> Option<Stmt> {
 fn guess_meta(key: u32, rest: &[Expr]) -> Option<Stmt> {
     match (key, rest) {
         (meta::IIF, _) => Some(Stmt::HasInput),
+        (meta::IIFTYPE, [_, _, Expr::Bitwise { mask, .. }, ..]) => {
+            Some(Stmt::SetNextHop { mask: host(mask)? })
+        }
         (meta::IIFNAME, [Expr::Cmp { data, .. }, ..]) => Some(Stmt::InputDevice(device(data)?)),
         (meta::OIFNAME, [Expr::Cmp { data, .. }, ..]) => Some(Stmt::OutputDevice(device(data)?)),
         (meta::MARK, [Expr::Bitwise { mask, xor, .. }, then, ..]) => {

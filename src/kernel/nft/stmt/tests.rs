@@ -124,9 +124,10 @@ fn registers_have_one_name() {
 
 fn read_all(bytes: &[u8]) {
     let _ = read(bytes).map(|exprs| recognise(&exprs));
-    let _ = chain::read(Attributes::new(bytes));
+    let _ = chain::read(Attributes::new(bytes), TableFamily::Netdev);
     let _ = chain::read_rule(Attributes::new(bytes));
-    let _ = set::read(Attributes::new(bytes)).map(|found| found.map(|found| found.ours()));
+    let _ = set::read(Attributes::new(bytes))
+        .map(|found| found.map(|found| found.ours(TableFamily::Inet)));
     for set in [
         Set::Gateway,
         Set::Verdict,
