@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use egress_datapath::{
     Backend, Cluster, Destinations, DeviceName, EgressIp, EgressPolicy, MacAddr, Mark, MarkLayout,
-    Node, NodeName, PlanError, PolicyError, PolicyId, TableRange, Tunnel, Unavailable,
+    Node, NodeName, PlanError, PolicyError, PolicyId, Steering, TableRange, Tunnel, Unavailable,
 };
 use ipnet::IpNet;
 use serde::Deserialize;
@@ -54,6 +54,7 @@ impl Config {
             PlanError::Mtu { .. } => "tunnel.underlay_device",
             PlanError::RulePriority { .. } => "rule_priority",
             PlanError::NothingExcluded | PlanError::Excluded { .. } => "excluded",
+            PlanError::EgressHookPrefix | PlanError::EgressHookBackend => "steering",
             PlanError::Mark(_) => "marks",
             PlanError::Table(_) => "tables",
             PlanError::DuplicatePolicy { .. } => "policies",
@@ -126,6 +127,8 @@ struct File {
     rule_priority: Option<u32>,
     #[serde(default)]
     connection_caching: bool,
+    #[serde(default)]
+    steering: Steering,
     nodes: Vec<NodeForm>,
     policies: Vec<PolicyForm>,
 }
@@ -182,6 +185,7 @@ impl File {
             rule_priority: self.rule_priority.unwrap_or(Cluster::RULE_PRIORITY),
             connection_caching: self.connection_caching,
             backend: Backend::default(),
+            steering: self.steering,
         };
         Config {
             cluster,

@@ -180,15 +180,7 @@ impl Walk<'_> {
                 self.say(here(), Decision::Mark(Mark::new(skb.mark)));
                 true
             }
-            Stmt::SetNextHop { mask } => {
-                let key = Key::NextHop(Mark::new(skb.mark & mask));
-                let Some(Value { data: Data::Ethernet(mac), .. }) = found(firewall, &key) else {
-                    return Next::Rule;
-                };
-                skb.ethernet = Some(mac);
-                self.say(shown(firewall, &key), Decision::Ethernet(mac));
-                true
-            }
+            Stmt::SetNextHop { mask } => self.next_hop(firewall, *mask, skb),
             Stmt::ClearTag => {
                 skb.priority = 0;
                 true
@@ -240,6 +232,16 @@ impl Walk<'_> {
             }
         };
         if holds { Next::Statement } else { Next::Rule }
+    }
+
+    fn next_hop(&mut self, firewall: &Firewall, mask: u32, skb: &mut Skb) -> bool {
+        let key = Key::NextHop(Mark::new(skb.mark & mask));
+        let Some(Value { data: Data::Ethernet(mac), .. }) = found(firewall, &key) else {
+            return false;
+        };
+        skb.ethernet = Some(mac);
+        self.say(shown(firewall, &key), Decision::Ethernet(mac));
+        true
     }
 
     fn verdict_by_tag(
