@@ -45,6 +45,8 @@ struct Extent {
     iptables: u32,
     /// Numbers of policies of a gateway that translates.
     gateway: [u32; 2],
+    /// Numbers of gateways that are found by the egress hook.
+    hook: [u32; 2],
 }
 
 const FULL: Extent = Extent {
@@ -54,6 +56,7 @@ const FULL: Extent = Extent {
     seed: &[1, 10, 100, 1_000],
     iptables: 1_000,
     gateway: [10, 10_000],
+    hook: [1, 1_000],
 };
 const QUICK: Extent = Extent {
     rounds: 21,
@@ -62,6 +65,7 @@ const QUICK: Extent = Extent {
     seed: &[1, 10],
     iptables: 1_000,
     gateway: [10, 100],
+    hook: [1, 1_000],
 };
 
 fn main() -> Result {
@@ -101,6 +105,9 @@ fn variants(extent: &Extent) -> Result<Vec<Variant>> {
     }
     // One of the policies is there for each gateway.
     variants.extend(Variant::ours(100, 100, false)?);
+    for gateways in extent.hook {
+        variants.extend(Variant::hook(gateways)?);
+    }
     for policies in extent.seed {
         variants.extend(Variant::seed(*policies)?);
     }

@@ -124,8 +124,11 @@ fn the_egress_hook_instead_of_tables() {
 
 #[test]
 fn the_way_to_the_egress_hook_and_back() {
-    let by_tables = planned(&cluster("a"), both()).unwrap();
-    let by_hook = planned(&by_hook("a"), both()).unwrap();
+    let (tables, hook) = (cluster("a"), by_hook("a"));
+    let (mut marks, mut ids) = crate::pools(&tables);
+    // The tables of before, as a running agent would have them.
+    let mut plan = |cluster| egress_datapath::plan(cluster, both(), &mut marks, &mut ids).unwrap();
+    let (by_tables, by_hook) = (plan(&tables), plan(&hook));
     check("to_egress_hook.txt", &by_hook, &by_tables.state);
     check("from_egress_hook.txt", &by_tables, &by_hook.state);
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use egress_datapath::state::{Ipset, IpsetContents, Variant, XtRule, XtTarget};
 use egress_datapath::{
-    Backend, Changes, Cluster, Datapath, Destinations, EgressPolicy, Iptables, Sim, State,
+    Backend, Changes, Cluster, Datapath, Destinations, EgressPolicy, Iptables, Sim, State, Steering,
 };
 use proptest::prelude::*;
 use proptest::sample::Index;
@@ -75,6 +75,9 @@ fn backends() -> impl Strategy<Value = Backend> {
 fn states() -> impl Strategy<Value = State> {
     (clusters(), policies(), backends()).prop_map(|(mut cluster, policies, backend)| {
         cluster.backend = backend;
+        if backend != Backend::Nftables {
+            cluster.steering = Steering::Tables;
+        }
         planned(&cluster, policies).unwrap().state
     })
 }

@@ -43,7 +43,7 @@ fn a_table_with_everything_reads_back() {
 
 /// Makes the device of the sample's hook.
 fn make_device(name: &DeviceName) {
-    let args = ["link", "add", name.as_str(), "type", "dummy"];
+    let args = ["link", "add", name.as_str(), "type", "bridge"];
     assert!(std::process::Command::new("ip").args(args).status().unwrap().success());
 }
 
