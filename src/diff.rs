@@ -11,6 +11,7 @@ use crate::state::{
     Vxlan,
 };
 
+mod tables;
 mod xtables;
 
 impl Changes {
@@ -22,7 +23,7 @@ impl Changes {
         rtnetlink(observed, desired, &mut steps);
         xtables::xtables(observed, desired, &mut steps);
         for family in TableFamily::BOTH {
-            table(family, observed, desired, &mut steps);
+            tables::table(family, observed, desired, &mut steps);
         }
         order_nft(&mut steps);
         Self::new(steps.finish())
@@ -42,7 +43,7 @@ impl Changes {
         if let Some((before, after)) = parts {
             rtnetlink(before, after, &mut steps);
             for family in TableFamily::BOTH {
-                table(family, before, after, &mut steps);
+                tables::table(family, before, after, &mut steps);
             }
             sets = after.firewall.as_ref().map(|after| &after.sets);
         }
@@ -336,36 +337,6 @@ fn routes(observed: &State, desired: &State, steps: &mut Steps) {
     sort(steps, Phase::DeleteRoutes, |op| !sends(op));
 }
 
-/// Brings one of the two nf_tables tables about.
-fn table(family: TableFamily, observed: &State, desired: &State, steps: &mut Steps) {
-    match (observed.table(family), desired.table(family)) {
-        (None, None) => {}
-        (Some(_), None) => {
-            let phase = match family {
-                TableFamily::Inet => Phase::DeleteTable,
-                TableFamily::Netdev => Phase::DeleteHook,
-            };
-            steps.add(phase, Op::DeleteTable(family));
-        }
-        (None, Some(desired)) => {
-            steps.add(Phase::Skeleton, Op::AddTable(family));
-            firewall(family, &Firewall::default(), desired, steps);
-        }
-        (Some(found), Some(wanted)) if family == TableFamily::Netdev => {
-            // A device that goes takes the chains at its hooks along, before Linux 6.16: they are
-            // made anew.
-            let mut found = found.clone();
-            if steps.has(Phase::Tunnel, |op| matches!(op, Op::DeleteLink(_))) {
-                for (chain, _) in std::mem::take(&mut found.chains) {
-                    steps.add(Phase::Skeleton, Op::DeleteChain(chain));
-                }
-            }
-            firewall(family, &found, wanted, steps);
-        }
-        (Some(found), Some(wanted)) => firewall(family, found, wanted, steps),
-    }
-}
-
 fn firewall(family: TableFamily, observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
     // What has a name of ours and another shape cannot be changed, and our rules hold on to it.
     let misshapen = |stray: &Stray| match stray {
@@ -422,13 +393,7 @@ fn chains(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
             Some((_, found)) if found == rules => {}
             Some((_, found)) => {
                 let between = transitional(*chain, found, rules);
-                let (first, last) = match (chain, keeps_mark(found), keeps_mark(rules)) {
-                    // The hook must be there, and routes that need it are not yet.
-                    (ChainId::Forward, false, true) => (Phase::Hook, Phase::EmptyVerdicts),
-                    // The routes that need the hook must have gone.
-                    (ChainId::Forward, true, false) => (Phase::Chains, Phase::EmptyGuards),
-                    _ => (Phase::Chains, Phase::EmptyVerdicts),
-                };
+                let (first, last) = tables::phases(*chain, found, rules);
                 if between != *rules {
                     steps.add(last, Op::SetRules(*chain, rules.clone()));
                 }
@@ -454,12 +419,6 @@ fn chains(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
     }
 }
 
-/// Whether a chain lets what enters the tunnel pass with its mark.
-fn keeps_mark(rules: &[NftRule]) -> bool {
-    let enters = rules.first().map(|NftRule(rule)| rule.as_slice());
-    matches!(enters, Some([Stmt::OutputDevice(_), Stmt::Return]))
-}
-
 /// The rules wanted, and those found that look up a source or a destination: for as long as
 /// sources still have the old classes, both are needed. What enters the tunnel keeps its mark for
 /// as long as a route may need it.
@@ -470,7 +429,7 @@ fn transitional(chain: ChainId, found: &[NftRule], wanted: &[NftRule]) -> Vec<Nf
         _ => None,
     };
     let mut rules = wanted.to_vec();
-    if chain == ChainId::Forward && keeps_mark(found) && !keeps_mark(wanted) {
+    if chain == ChainId::Forward && tables::keeps_mark(found) && !tables::keeps_mark(wanted) {
         rules.splice(..1, found.first().cloned());
     }
     for rule in found.iter().filter(|rule| !wanted.contains(rule)) {

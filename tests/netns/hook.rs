@@ -151,7 +151,7 @@ fn a_node_goes_from_one_steering_to_the_other_and_its_successor_finds_it_so() ->
         open(host, MarkLayout::SEED)?.remove()?;
     }
     for (host, before) in lab.nodes().into_iter().zip(before) {
-        assert_same(host.name, &before, &settled(&host.netns)?);
+        assert_same(&before, &settled(&host.netns)?);
     }
     Ok(())
 }
