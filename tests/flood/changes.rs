@@ -472,7 +472,12 @@ fn backends(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
         _ => iptables(Variant::Nft),
     };
     for name in EVERYBODY {
-        nodes.node(name)?.0.backend = backend;
+        let cluster = &mut nodes.node(name)?.0;
+        cluster.backend = backend;
+        cluster.steering = match backend {
+            Backend::Nftables => steering(&cluster.marks),
+            _ => Steering::Tables,
+        };
     }
     make(nodes, round, GATEWAY_FIRST, &[p()?])
 }
