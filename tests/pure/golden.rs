@@ -5,7 +5,7 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use egress_datapath::state::Key;
+use egress_datapath::state::{ChainId, Key};
 use egress_datapath::{
     Changes, Cluster, Destinations, EgressIp, EgressPolicy, MarkLayout, Op, Plan, State, Steering,
 };
@@ -144,6 +144,24 @@ fn another_gateway_at_the_egress_hook_is_no_rule_route_or_neighbour() {
     assert!(changes.ops().all(|op| op.to_string().starts_with("nft ")), "{changes}");
     let hops = changes.ops().filter(|op| matches!(op, Op::AddElement(Key::NextHop(_), _)));
     assert_eq!(hops.count(), 1, "{changes}");
+}
+
+#[test]
+fn the_chain_at_the_hook_goes_before_its_device_and_comes_after_it() {
+    let mut cluster = by_hook("a");
+    let before = planned(&cluster, both()).unwrap();
+    cluster.tunnel.vni += 1;
+    let after = planned(&cluster, both()).unwrap();
+    let changes = Changes::between(&before.state, &after.state);
+    let place = |wanted: fn(&Op) -> bool| changes.ops().position(wanted).unwrap();
+    let order = [
+        place(|op| matches!(op, Op::DeleteChain(ChainId::Egress))),
+        place(|op| matches!(op, Op::DeleteLink(_))),
+        place(|op| matches!(op, Op::AddLink(_))),
+        place(|op| matches!(op, Op::AddChain(ChainId::Egress, _))),
+        place(|op| matches!(op, Op::PutRoute(..))),
+    ];
+    assert!(order.is_sorted(), "{changes}");
 }
 
 #[test]
