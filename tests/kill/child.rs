@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use egress_datapath::testing::{Fault, Faults, Subsystem};
 use egress_datapath::{
     Backend, Cluster, Datapath, Error, IptablesDatapath, KernelDatapath, KernelTables, MarkPool,
-    Reconciler, Report, TablePool, TableRange,
+    Reconciler, Report, Steering, TablePool, TableRange,
 };
 
 use crate::lab::inside::{backend, steering};
@@ -55,6 +55,13 @@ pub(crate) fn make(
 ) -> std::result::Result<Report, Error> {
     match wanted {
         Wanted::Policies(policies) => node.reconcile(cluster, policies),
+        Wanted::Otherwise(policies) => {
+            let steering = match (cluster.backend, cluster.steering) {
+                (Backend::Nftables, Steering::Tables) => Steering::EgressHook,
+                _ => Steering::Tables,
+            };
+            node.reconcile(&Cluster { steering, ..cluster.clone() }, policies)
+        }
         Wanted::Nothing => node.remove(),
     }
 }

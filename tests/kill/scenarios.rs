@@ -11,6 +11,9 @@ use crate::{NODES, Result};
 #[derive(Clone)]
 pub(crate) enum Wanted {
     Policies(Vec<EgressPolicy>),
+    /// The same, and packets find their gateways in the other way than the run is about, if the
+    /// backend has another.
+    Otherwise(Vec<EgressPolicy>),
     Nothing,
 }
 
@@ -255,6 +258,13 @@ pub(crate) fn scenarios() -> Result<Vec<Scenario>> {
             &pods(eip_b, Plain, eip_c),
         ),
         scenario("restart", with(&p), with(&p), &[A, B, C], &pods(eip_b, eip_b, eip_c)),
+        scenario(
+            "change steering",
+            with(&p),
+            [(); 3].map(|()| Wanted::Otherwise(vec![p.clone(), other.clone()])),
+            &[B, A, C],
+            &pods(eip_b, eip_b, eip_c),
+        ),
         scenario(
             "uninstall client",
             with(&p),
