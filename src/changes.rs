@@ -76,6 +76,9 @@ pub enum Phase {
     HoldAnswers,
     /// Connections that the table would now treat otherwise.
     EndConnections,
+    /// Guards that hold marks of packets and connections back which are made no more, now that
+    /// there are none left: the bits of the marks were changed, or what connections' marks say.
+    RetireGuards,
     /// The table, last of all: its guards hold until nothing is left to guard.
     DeleteTable,
 }
@@ -153,9 +156,9 @@ impl Changes {
         Ok(())
     }
 
-    /// Parts the changes before the table's guards go.
-    pub(crate) fn before_table_goes(mut self) -> (Self, Self) {
-        let at = self.steps.partition_point(|step| step.phase < Phase::DeleteTable);
+    /// Parts the changes before guards go that may still be needed.
+    pub(crate) fn before_guards_go(mut self) -> (Self, Self) {
+        let at = self.steps.partition_point(|step| step.phase < Phase::RetireGuards);
         let last = self.steps.split_off(at);
         (self, Self { steps: last })
     }

@@ -133,7 +133,7 @@ impl Connection {
 
     /// Whether a state's rules have translated or bound it.
     fn is_of(&self, state: &State) -> bool {
-        self.has(state.connection_mark()) || self.is_cached(state)
+        self.has(state.connection_mark()) || self.is_cached(state) || state.holds_back(self.mark)
     }
 
     /// Whether its mark says which gateway it goes to.

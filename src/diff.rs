@@ -366,7 +366,10 @@ fn firewall(family: TableFamily, observed: &Firewall, desired: &Firewall, steps:
         steps.add(Phase::EmptyVerdicts, Op::DeleteStray(family, stray.clone()));
     }
     for set in observed.sets.difference(&desired.sets) {
-        steps.add(Phase::EmptyVerdicts, Op::DeleteSet(*set));
+        // Guards that are about to retire look into that one.
+        let guards = matches!(set, Set::Gateway);
+        let phase = if guards { Phase::RetireGuards } else { Phase::EmptyVerdicts };
+        steps.add(phase, Op::DeleteSet(*set));
     }
 }
 
@@ -381,8 +384,10 @@ fn rank(op: &Op) -> u8 {
         // A range that is cut in two must be gone before its parts come.
         Op::DeleteElement(..) => 5,
         Op::AddElement(..) => 6,
-        Op::DeleteChain(_) | Op::DeleteStray(_, Stray::Chain(_)) => 7,
-        _ => 8,
+        // Its elements go to chains.
+        Op::DeleteSet(Set::Connection) => 7,
+        Op::DeleteChain(_) | Op::DeleteStray(_, Stray::Chain(_)) => 8,
+        _ => 9,
     }
 }
 
@@ -392,10 +397,15 @@ fn chains(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
         match found.filter(|(found, _)| found == base) {
             Some((_, found)) if found == rules => {}
             Some((_, found)) => {
-                let between = transitional(*chain, found, rules);
+                let guarded = guarded(found, rules);
+                let between = tables::transitional(*chain, found, &guarded);
                 let (first, last) = tables::phases(*chain, found, rules);
-                if between != *rules {
-                    steps.add(last, Op::SetRules(*chain, rules.clone()));
+                if guarded != *rules {
+                    let last = Op::SetRules(*chain, rules.clone());
+                    steps.add(Phase::RetireGuards, last);
+                }
+                if between != guarded {
+                    steps.add(last, Op::SetRules(*chain, guarded));
                 }
                 if between != *found {
                     steps.add(first, Op::SetRules(*chain, between));
@@ -419,42 +429,38 @@ fn chains(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
     }
 }
 
-/// The rules wanted, and those found that look up a source or a destination: for as long as
-/// sources still have the old classes, both are needed. What enters the tunnel keeps its mark for
-/// as long as a route may need it.
-fn transitional(chain: ChainId, found: &[NftRule], wanted: &[NftRule]) -> Vec<NftRule> {
-    let length = |rule: &NftRule| match rule.0.first() {
-        Some(Stmt::TagByDestination(_, length) | Stmt::TagBySender(_, length)) => Some(*length),
-        Some(Stmt::TagByTag(Set::Any(_))) => Some(0),
-        _ => None,
-    };
-    let mut rules = wanted.to_vec();
-    if chain == ChainId::Forward && tables::keeps_mark(found) && !tables::keeps_mark(wanted) {
-        rules.splice(..1, found.first().cloned());
-    }
-    for rule in found.iter().filter(|rule| !wanted.contains(rule)) {
-        let at = match rule.0.first() {
-            Some(Stmt::TagByDestination(..) | Stmt::TagBySender(..)) => rules
-                .iter()
-                .position(|other| length(other).is_some_and(|l| Some(l) <= length(rule))),
-            Some(Stmt::TagBySource(Set::SourceNet(family))) => {
-                behind(&rules, &Stmt::TagBySource(Set::Source(*family)))
-            }
-            Some(Stmt::TagByReceiver(Set::SourceNet(family))) => {
-                behind(&rules, &Stmt::TagByReceiver(Set::Source(*family)))
-            }
-            _ => None,
-        };
-        if let Some(at) = at {
-            rules.insert(at, rule.clone());
-        }
+/// The rules wanted, each guard also for the marks that the one found holds back: for as long as
+/// packets and connections have them, nothing else would.
+fn guarded(found: &[NftRule], wanted: &[NftRule]) -> Vec<NftRule> {
+    let mut rules = Vec::with_capacity(wanted.len());
+    for rule in wanted {
+        let also = found.iter().filter_map(|found| with_marks_of(found, rule));
+        rules.extend(also.filter(|rule| !wanted.contains(rule)));
+        rules.push(rule.clone());
     }
     rules
 }
 
-/// The place behind the rule that begins like this.
-fn behind(rules: &[NftRule], first: &Stmt) -> Option<usize> {
-    rules.iter().position(|rule| rule.0.first() == Some(first)).map(|at| at + 1)
+/// A guard, for the mark that another one of its kind asks for.
+fn with_marks_of(other: &NftRule, guard: &NftRule) -> Option<NftRule> {
+    let (Some(Stmt::Drop), Some(Stmt::Drop)) = (other.0.last(), guard.0.last()) else {
+        return None;
+    };
+    let asked = |rule: &NftRule| rule.0.iter().position(is_mark_of_ours);
+    let (theirs, ours) = (asked(other)?, asked(guard)?);
+    let theirs = other.0.get(theirs)?;
+    let mut rule = guard.clone();
+    let asks = rule.0.get_mut(ours)?;
+    if matches!(theirs, Stmt::CtMarkIs(_)) != matches!(asks, Stmt::CtMarkIs(_)) {
+        return None;
+    }
+    asks.clone_from(theirs);
+    Some(rule)
+}
+
+/// Whether it is the test of a mark that only we give.
+const fn is_mark_of_ours(statement: &Stmt) -> bool {
+    matches!(statement, Stmt::MarkIs { .. } | Stmt::MarkIn { .. } | Stmt::CtMarkIs(_))
 }
 
 const fn filled_in(key: &Key) -> Phase {

@@ -50,6 +50,12 @@ impl State {
         self.firewall.as_ref().and_then(Firewall::connection_mark).or_else(tables)
     }
 
+    /// Whether a guard holds a connection with this mark back where no way of ours is open to it,
+    /// and so whether it was ours, also if connections get other marks now.
+    pub(crate) fn holds_back(&self, mark: u32) -> bool {
+        self.firewall.as_ref().is_some_and(|firewall| firewall.holds_back(mark))
+    }
+
     /// What the marks of connections say of the gateway, where the first packet decides for all.
     pub(crate) fn cached(&self) -> Option<Cached> {
         self.firewall.as_ref().and_then(Firewall::cached)
@@ -135,6 +141,14 @@ impl Firewall {
         rules.iter().flat_map(|rule| &rule.0).find_map(|statement| match statement {
             Stmt::CtMarkIsNot(bits) => Some(*bits),
             _ => None,
+        })
+    }
+
+    fn holds_back(&self, mark: u32) -> bool {
+        let rules = self.chains.get(&ChainId::Forward).map_or(&[][..], |(_, rules)| rules);
+        rules.iter().any(|rule| {
+            let ours = |one: &Stmt| matches!(one, Stmt::CtMarkIs(bits) if bits.are_in(mark));
+            rule.0.last() == Some(&Stmt::Drop) && rule.0.iter().any(ours)
         })
     }
 }

@@ -313,7 +313,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
             return self.make_quietly(changes);
         }
         (self.settled, self.in_step) = (false, false);
-        let (mut made, last) = changes.before_table_goes();
+        let (mut made, last) = changes.before_guards_go();
         self.datapath.apply(&made)?;
         let stale = self.datapath.stale_connections(wanted, before).map_err(Error::Observe)?;
         // Where all goes, the table that was there is there until its guards are not needed.

@@ -13,7 +13,7 @@
 //! use egress_datapath::{KernelDatapath, Reconciler};
 //!
 //! let faults = Faults::new().at_write(2, Fault::LoseReply);
-//! let egress = Reconciler::new(KernelDatapath::open_with_faults(&faults)?);
+//! let egress = Reconciler::new(KernelDatapath::open()?.with_faults(&faults));
 //! // … reconcile, see what becomes of it …
 //! assert_eq!(faults.pending(), 0);
 //! # Ok::<(), egress_datapath::KernelError>(())

@@ -80,7 +80,7 @@ fn size(count: u32, sources: u32, restore: bool) {
     let mut peak = 0.0;
     for _ in 0..cold_rounds {
         let faults = Faults::new();
-        let mut egress = Reconciler::new(KernelDatapath::open_with_faults(&faults).unwrap());
+        let mut egress = Reconciler::new(KernelDatapath::open().unwrap().with_faults(&faults));
         memory::begin();
         let (took, report) = timed(|| egress.reconcile(&cluster, &policies).unwrap());
         peak = memory::peak().max(peak);

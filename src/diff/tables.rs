@@ -3,7 +3,7 @@
 use super::{Steps, firewall};
 use crate::changes::Phase;
 use crate::op::Op;
-use crate::state::{ChainId, Firewall, NftRule, State, Stmt, TableFamily};
+use crate::state::{ChainId, NftRule, Set, State, Stmt, TableFamily};
 
 /// Brings one of the two nf_tables tables about.
 pub(super) fn table(family: TableFamily, observed: &State, desired: &State, steps: &mut Steps) {
@@ -47,7 +47,45 @@ pub(super) fn phases(chain: ChainId, found: &[NftRule], wanted: &[NftRule]) -> (
 }
 
 /// Whether a chain lets what enters the tunnel pass with its mark.
-pub(super) fn keeps_mark(rules: &[NftRule]) -> bool {
+fn keeps_mark(rules: &[NftRule]) -> bool {
     let enters = rules.first().map(|NftRule(rule)| rule.as_slice());
     matches!(enters, Some([Stmt::OutputDevice(_), Stmt::Return]))
+}
+
+/// The rules wanted, and those found that look up a source or a destination: for as long as
+/// sources still have the old classes, both are needed. What enters the tunnel keeps its mark for
+/// as long as a route may need it.
+pub(super) fn transitional(chain: ChainId, found: &[NftRule], wanted: &[NftRule]) -> Vec<NftRule> {
+    let length = |rule: &NftRule| match rule.0.first() {
+        Some(Stmt::TagByDestination(_, length) | Stmt::TagBySender(_, length)) => Some(*length),
+        Some(Stmt::TagByTag(Set::Any(_))) => Some(0),
+        _ => None,
+    };
+    let mut rules = wanted.to_vec();
+    if chain == ChainId::Forward && keeps_mark(found) && !keeps_mark(wanted) {
+        rules.splice(..1, found.first().cloned());
+    }
+    for rule in found.iter().filter(|rule| !wanted.contains(rule)) {
+        let at = match rule.0.first() {
+            Some(Stmt::TagByDestination(..) | Stmt::TagBySender(..)) => rules
+                .iter()
+                .position(|other| length(other).is_some_and(|l| Some(l) <= length(rule))),
+            Some(Stmt::TagBySource(Set::SourceNet(family))) => {
+                behind(&rules, &Stmt::TagBySource(Set::Source(*family)))
+            }
+            Some(Stmt::TagByReceiver(Set::SourceNet(family))) => {
+                behind(&rules, &Stmt::TagByReceiver(Set::Source(*family)))
+            }
+            _ => None,
+        };
+        if let Some(at) = at {
+            rules.insert(at, rule.clone());
+        }
+    }
+    rules
+}
+
+/// The place behind the rule that begins like this.
+fn behind(rules: &[NftRule], first: &Stmt) -> Option<usize> {
+    rules.iter().position(|rule| rule.0.first() == Some(first)).map(|at| at + 1)
 }

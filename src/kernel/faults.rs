@@ -13,33 +13,26 @@ mod tap;
 pub(super) use tap::Tap;
 
 impl KernelDatapath {
-    /// Opens sockets in the network namespace of the calling thread, with faults.
-    ///
-    /// # Errors
-    ///
-    /// As for [`open`](Self::open); opening is no call.
-    pub fn open_with_faults(faults: &Faults) -> Result<Self, KernelError> {
-        let mut opened = Self::open()?;
-        opened.routing.socket().set_tap(Tap::of_routing(faults.clone()));
-        opened.netfilter.set_tap(Tap::of_netfilter(faults.clone()));
-        Ok(opened)
+    /// The same datapath, with faults from its next call on.
+    #[must_use]
+    pub fn with_faults(mut self, faults: &Faults) -> Self {
+        self.tap(faults);
+        self
+    }
+
+    fn tap(&mut self, faults: &Faults) {
+        self.routing.socket().set_tap(Tap::of_routing(faults.clone()));
+        self.netfilter.set_tap(Tap::of_netfilter(faults.clone()));
     }
 }
 
 impl IptablesDatapath {
-    /// Opens sockets in the network namespace of the calling thread and looks for the tools, with
-    /// faults.
-    ///
-    /// # Errors
-    ///
-    /// As for [`open`](Self::open); opening is no call.
-    pub fn open_with_faults(faults: &Faults) -> Result<Self, KernelError> {
-        let mut opened = Self::open()?;
-        opened.tap(faults);
-        let kernel = opened.kernel();
-        kernel.routing.socket().set_tap(Tap::of_routing(faults.clone()));
-        kernel.netfilter.set_tap(Tap::of_netfilter(faults.clone()));
-        Ok(opened)
+    /// The same datapath, with faults from its next call or run of a tool on.
+    #[must_use]
+    pub fn with_faults(mut self, faults: &Faults) -> Self {
+        self.tap(faults);
+        self.kernel().tap(faults);
+        self
     }
 }
 

@@ -11,8 +11,9 @@ use crate::nodes::Nodes;
 pub(crate) enum Loss {
     /// Not one.
     None,
-    /// One now and then, that was between two hooks when its policy left this node: the first
-    /// lookup found it and the second did not.
+    /// One now and then, that was between two hooks when its policy came or left this node: what
+    /// the two lookups found does not fit together, and a rule holds it back. None is lost
+    /// otherwise.
     Few,
     /// No more than that of the pod on the client; the other's connections are translated on its
     /// node, and have to be ended before they can go to another.

@@ -117,21 +117,22 @@ fn flood(lab: &Lab, change: &Change, size: &Size) -> Result<Vec<String>> {
     let (done, tally) = stream::during(to, &pods, flows, u64::from(PER_SECOND), rounds)?;
     let took = begin.elapsed();
     let (rounds, commits) = done?;
+    let held_back = held_back(lab)?;
     nodes.remove()?;
     for host in lab.nodes() {
         if !change.foreign.is_empty() {
             tool(&host.netns, "nft delete table inet foreign")?;
         }
     }
-    Ok(judge(change, &tally, &rounds, commits, took)?)
+    Ok(judge(change, &tally, held_back, &rounds, (commits, took))?)
 }
 
 fn judge(
     change: &Change,
     tally: &Tally,
+    held_back: u64,
     rounds: &[u64],
-    commits: u64,
-    took: Duration,
+    (commits, took): (u64, Duration),
 ) -> io::Result<Vec<String>> {
     let mut leaked: BTreeMap<IpAddr, u64> = BTreeMap::new();
     for (source, _) in &tally.leaked {
@@ -142,7 +143,7 @@ fn judge(
     writeln!(
         io::stderr(),
         "flood {name:<32} {sent:>7} packets {:>6} rounds {commits:>6} commits \
-         {leaks:>3} leaked {lost:>5} lost {:>5.1} s",
+         {leaks:>3} leaked {lost:>5} lost, {held_back:>5} held back {:>5.1} s",
         rounds.len(),
         took.as_secs_f64(),
     )?;
@@ -165,9 +166,15 @@ fn judge(
         Loss::Few | Loss::OnGateway => 5 + tally.sent / 2_000,
         Loss::Any => u64::MAX,
     };
-    if u64::try_from(counted.saturating_sub(tally.overflowed)).is_ok_and(|lost| lost > excused) {
+    let counted = u64::try_from(counted.saturating_sub(tally.overflowed)).unwrap_or(u64::MAX);
+    if counted > excused {
         let lost: Vec<_> = tally.lost.iter().map(|number| (number, round(*number))).collect();
         wrong.push(format!("{name}: lost packets, each with the round it was sent in: {lost:?}"));
+    }
+    let by_rule = matches!(change.loss, Loss::Few | Loss::OnGateway);
+    let silently = lost.saturating_sub(tally.overflowed + usize::try_from(held_back).unwrap_or(0));
+    if by_rule && silently > 0 && backend() == Backend::Nftables {
+        wrong.push(format!("{name}: {silently} packets lost that no rule has held back"));
     }
     if sent == 0 || commits == 0 && !change.idle {
         wrong.push(format!("{name}: nothing happened"));
@@ -193,4 +200,18 @@ fn transactions(report: &Report) -> u64 {
         }
     }
     count
+}
+
+/// Packets that our rules on all nodes have dropped since they were put there.
+fn held_back(lab: &Lab) -> Result<u64> {
+    let mut count = 0;
+    for host in lab.nodes() {
+        // Some kinds of changes end without a table, or with rules of another backend.
+        let Ok(rules) = tool(&host.netns, "nft list table inet egress_datapath") else { continue };
+        let mut words = rules.split_whitespace();
+        while words.any(|word| word == "packets") {
+            count += words.next().ok_or("no number of packets")?.parse::<u64>()?;
+        }
+    }
+    Ok(count)
 }

@@ -3,20 +3,24 @@
 use std::io::{self, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use egress_datapath::testing::{Fault, Faults, Subsystem};
 use egress_datapath::{
-    Backend, Cluster, Datapath, Error, IptablesDatapath, KernelDatapath, KernelTables, MarkPool,
-    Reconciler, Report, Steering, TablePool, TableRange,
+    Backend, Cluster, Datapath, Error, IptablesDatapath, KernelDatapath, KernelError, KernelTables,
+    MarkPool, Ownership, Reconciler, Report, Steering, TablePool, TableRange,
 };
 
-use crate::lab::inside::{backend, steering};
 use crate::lab::{Host, cluster};
 use crate::scenarios::{Wanted, scenarios};
 use crate::{NODES, Result};
 
 /// The signal that a process is killed with.
 const KILL: i32 = 9;
+
+/// How long somebody else may have the lock.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// A moment at which a process dies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,13 +42,29 @@ pub(crate) struct Done {
 type Node = Reconciler<Box<dyn Datapath>, MarkPool, TablePool>;
 
 /// Opens a reconciler in the calling thread's network.
-pub(crate) fn open(cluster: &Cluster, faults: &Faults) -> Result<Node> {
+pub(crate) fn open(cluster: &Cluster, ownership: Ownership, faults: &Faults) -> Result<Node> {
     let datapath: Box<dyn Datapath> = match cluster.backend {
-        Backend::Iptables(_) => Box::new(IptablesDatapath::open_with_faults(faults)?),
-        _ => Box::new(KernelDatapath::open_with_faults(faults)?),
+        Backend::Iptables(_) => Box::new(IptablesDatapath::open()?.with_faults(faults)),
+        _ => Box::new(open_kernel(ownership)?.with_faults(faults)),
     };
     let tables = TablePool::with_probe(TableRange::default(), KernelTables::open()?);
     Ok(Reconciler::with_allocators(datapath, MarkPool::new(cluster.marks), tables))
+}
+
+/// Opens the kernel of the calling thread's network, also where a process that another thread
+/// just forked holds the lock until it becomes another program.
+pub(crate) fn open_kernel(
+    ownership: Ownership,
+) -> std::result::Result<KernelDatapath, KernelError> {
+    let begin = Instant::now();
+    loop {
+        match KernelDatapath::open_as(ownership) {
+            Err(error) if error.holder().is_some() && begin.elapsed() < PATIENCE => {
+                thread::sleep(Duration::from_millis(1));
+            }
+            opened => return opened,
+        }
+    }
 }
 
 /// Makes a node hold what it should.
@@ -80,10 +100,8 @@ pub(crate) fn main(arguments: &[String]) -> Result {
     let scenarios = scenarios()?;
     let scenario = scenarios.get(scenario.parse::<usize>()?).ok_or("no such scenario")?;
     let wanted = scenario.after.get(node).ok_or("no such node")?;
-    let mut cluster = cluster(NODES.get(node).ok_or("no such node")?)?;
-    cluster.backend = backend();
-    cluster.steering = steering(&cluster.marks);
-    let mut reconciler = open(&cluster, &faults)?;
+    let cluster = scenario.marks[1].of(cluster(NODES.get(node).ok_or("no such node")?)?);
+    let mut reconciler = open(&cluster, scenario.ownership, &faults)?;
     let first = make(&mut reconciler, &cluster, wanted)?.changes.len();
     let calls = faults.calls();
     let mut writes = calls.iter().filter(|call| call.writes);

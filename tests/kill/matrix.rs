@@ -3,13 +3,13 @@
 use std::fmt;
 
 use egress_datapath::testing::Faults;
-use egress_datapath::{Backend, Changes, Datapath, Family, State};
+use egress_datapath::{Backend, Changes, Datapath, Family, Ownership, State};
 
 use crate::allowed::{At, Cni, Progress, allowed};
-use crate::child::{Done, Moment, make, open, run};
-use crate::lab::inside::{backend, datapath, steering};
+use crate::child::{Done, Moment, make, open, open_kernel, run};
+use crate::lab::inside::{backend, datapath};
 use crate::lab::{Host, Lab, Netns, numbered};
-use crate::scenarios::{Pod, Scenario, Source, Talk, Wanted};
+use crate::scenarios::{Marks, Pod, Scenario, Source, Talk, Wanted};
 use crate::wire::{Flow, Wire, by_port};
 use crate::{Result, feed};
 
@@ -92,24 +92,23 @@ impl<'a> Matrix<'a> {
                 masquerade(&host.netns)?;
             }
         }
-        matrix.before = matrix.rehearse(&scenario.before)?;
-        matrix.after = matrix.rehearse(&scenario.after)?;
+        let [before, after] = scenario.marks;
+        matrix.before = matrix.rehearse(&scenario.before, before)?;
+        matrix.after = matrix.rehearse(&scenario.after, after)?;
         Ok(matrix)
     }
 
-    fn rehearse(&self, wanted: &[Wanted]) -> Result<Vec<State>> {
-        let hosts = self.lab.nodes();
-        hosts.into_iter().zip(wanted).map(|(host, wanted)| self.bring(host, wanted)).collect()
+    fn rehearse(&self, wanted: &[Wanted], marks: Marks) -> Result<Vec<State>> {
+        let hosts = self.lab.nodes().into_iter().zip(wanted);
+        hosts.map(|(host, wanted)| self.bring(host, wanted, marks)).collect()
     }
 
     /// Brings a node to hold what it should, and says what that is.
-    fn bring(&self, host: &Host, wanted: &Wanted) -> Result<State> {
-        let mut cluster = self.lab.cluster(host)?;
-        cluster.backend = backend();
-        cluster.steering = steering(&cluster.marks);
+    fn bring(&self, host: &Host, wanted: &Wanted, marks: Marks) -> Result<State> {
+        let cluster = marks.of(self.lab.cluster(host)?);
         let brought = host.netns.run(|| {
             let brought = || -> Result<State> {
-                let mut node = open(&cluster, &Faults::new())?;
+                let mut node = open(&cluster, self.scenario.ownership, &Faults::new())?;
                 make(&mut node, &cluster, wanted)?;
                 Ok(node.datapath().observe()?)
             };
@@ -148,7 +147,8 @@ impl<'a> Matrix<'a> {
         let node = *order.get(step).ok_or("no such step")?;
         for earlier in order.get(..step).unwrap_or_default() {
             let host = self.host(*earlier)?;
-            self.bring(host, self.scenario.after.get(*earlier).ok_or("no such node")?)?;
+            let [_, marks] = self.scenario.marks;
+            self.bring(host, self.scenario.after.get(*earlier).ok_or("no such node")?, marks)?;
         }
         self.counts.points += 1;
         let mut done = run(self.host(node)?, self.number, node, moment)?;
@@ -177,11 +177,19 @@ impl<'a> Matrix<'a> {
     /// All nodes as they were before, whatever they are.
     fn reset(&self) -> Result {
         for (host, before) in self.lab.nodes().into_iter().zip(&self.before) {
-            let mut datapath = datapath(&host.netns, backend())?;
+            let mut datapath = self.datapath(host)?;
             let found = datapath.observe()?;
             datapath.apply(&Changes::between(&found, before))?;
         }
         Ok(())
+    }
+
+    fn datapath(&self, host: &Host) -> Result<Box<dyn Datapath>> {
+        if self.scenario.ownership == Ownership::Exclusive {
+            let opened = host.netns.run(|| open_kernel(Ownership::Exclusive))??;
+            return Ok(Box::new(opened));
+        }
+        Ok(datapath(&host.netns, backend())?)
     }
 
     /// Flows that are there before the change, and two times new ones.
@@ -209,7 +217,8 @@ impl<'a> Matrix<'a> {
         let must = |flow: &Flow| {
             let arrives = |talk: &Talk| {
                 let opens = over && !flow.established && talk.after != Source::Nothing;
-                opens || scenario.must_arrive(talk, flow.established)
+                let is_killed = matches!(at.progress, Progress::Killed { .. });
+                opens || scenario.must_arrive(talk, flow.established, is_killed)
             };
             scenario.talks.get(flow.talk).is_some_and(arrives)
         };
@@ -243,7 +252,7 @@ impl<'a> Matrix<'a> {
 
     /// Whether the node holds what it should and nothing else of ours.
     fn compare(&mut self, step: usize, node: usize, moment: Option<Moment>) -> Result {
-        let mut datapath = datapath(&self.host(node)?.netns, backend())?;
+        let mut datapath = self.datapath(self.host(node)?)?;
         let found = numbered(datapath.observe()?);
         let wanted = numbered(self.after.get(node).cloned().unwrap_or_default());
         if found != wanted {

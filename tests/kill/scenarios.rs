@@ -2,8 +2,12 @@
 
 use std::slice::from_ref;
 
-use egress_datapath::{Destinations, EgressIp, EgressPolicy, NodeName, PolicyId};
+use egress_datapath::{
+    Backend, Cluster, Destinations, EgressIp, EgressPolicy, MarkLayout, NodeName, Ownership,
+    PolicyId,
+};
 
+use crate::lab::inside::{backend, steering};
 use crate::lab::{EIP_B, EIP_C, OTHER_SERVER, POD_A, POD_B, Pair, SERVER, STRANGER, hosts};
 use crate::{NODES, Result};
 
@@ -66,7 +70,27 @@ pub(crate) struct Scenario {
     /// Which nodes change, in turn.
     pub(crate) order: Vec<usize>,
     pub(crate) talks: Vec<Talk>,
+    /// The bits of the marks, at first and at last.
+    pub(crate) marks: [Marks; 2],
+    pub(crate) ownership: Ownership,
     pauses: Pauses,
+}
+
+/// What the marks of packets and connections say.
+#[derive(Clone, Copy)]
+pub(crate) struct Marks {
+    layout: MarkLayout,
+    caching: bool,
+}
+
+impl Marks {
+    const USUAL: Self = Self { layout: MarkLayout::SEED, caching: false };
+
+    pub(crate) fn of(self, cluster: Cluster) -> Cluster {
+        let Self { layout: marks, caching: connection_caching } = self;
+        let (backend, steering) = (backend(), steering(&marks));
+        Cluster { marks, connection_caching, backend, steering, ..cluster }
+    }
 }
 
 /// What may not get through for a while although nothing changes for it.
@@ -78,13 +102,16 @@ enum Pauses {
     OldGateway,
     /// All of the policy: the order of the nodes leaves it no way.
     Policy,
+    /// All policies, on a node that has begun and not ended: a mark is routed in one layout only.
+    HalfWay,
 }
 
 impl Scenario {
     /// Whether nothing changes for a pod's flow, so that it must go on without a pause.
-    pub(crate) fn must_arrive(&self, talk: &Talk, established: bool) -> bool {
+    pub(crate) fn must_arrive(&self, talk: &Talk, established: bool, is_killed: bool) -> bool {
         let pauses = match self.pauses {
             Pauses::Nothing => false,
+            Pauses::HalfWay => is_killed,
             Pauses::OldGateway => established && talk.pod == Pod::B,
             Pauses::Policy => matches!(talk.pod, Pod::A | Pod::B),
         };
@@ -142,6 +169,8 @@ pub(crate) fn scenarios() -> Result<Vec<Scenario>> {
         after,
         order: order.to_vec(),
         talks: [talks, &[talk(Pod::C, Plain, Plain)]].concat(),
+        marks: [Marks::USUAL; 2],
+        ownership: Ownership::Shared,
         pauses: Pauses::Nothing,
     };
     let pods = |before, after, other| {
@@ -155,7 +184,18 @@ pub(crate) fn scenarios() -> Result<Vec<Scenario>> {
     let elsewhere = policy("p", &both, C, EIP_B)?;
     let fresh = policy("p", &both, B, EIP_C)?;
     let moved = policy("p", &both, C, EIP_C)?;
-    Ok(vec![
+    let same = |name, marks| Scenario {
+        marks,
+        ..scenario(name, with(&p), with(&p), &[B, C, A], &pods(eip_b, eip_b, eip_c))
+    };
+    let ends = |name, marks| Scenario {
+        marks,
+        ..scenario(name, with(&p), alone.clone(), &[A, B, C], &pods(eip_b, Plain, eip_c))
+    };
+    let half_way = |scenario| Scenario { pauses: Pauses::HalfWay, ..scenario };
+    let compact = Marks { layout: MarkLayout::COMPACT, ..Marks::USUAL };
+    let caching = Marks { caching: true, ..Marks::USUAL };
+    let mut all = vec![
         scenario(
             "bootstrap client",
             but(with(&p), A),
@@ -253,7 +293,7 @@ pub(crate) fn scenarios() -> Result<Vec<Scenario>> {
         scenario(
             "remove policy, gateway first",
             with(&p),
-            alone,
+            alone.clone(),
             &[B, C, A],
             &pods(eip_b, Plain, eip_c),
         ),
@@ -287,5 +327,30 @@ pub(crate) fn scenarios() -> Result<Vec<Scenario>> {
                 talk(Pod::Stranger, eip_c, eip_c),
             ],
         ),
-    ])
+    ];
+    if backend() != Backend::Nftables {
+        return Ok(all);
+    }
+    let exclusive = |name, scenario| Scenario { name, ownership: Ownership::Exclusive, ..scenario };
+    all.extend([
+        half_way(same("layout of the marks", [Marks::USUAL, compact])),
+        half_way(same("layout of the marks, back", [compact, Marks::USUAL])),
+        half_way(ends("layout of the marks, and a policy goes", [Marks::USUAL, compact])),
+        half_way(ends("layout of the marks, back, and a policy goes", [compact, Marks::USUAL])),
+        same("connections cached", [Marks::USUAL, caching]),
+        same("connections cached no more", [caching, Marks::USUAL]),
+        ends("connections cached, and a policy goes", [Marks::USUAL, caching]),
+        ends("connections cached no more, and a policy goes", [caching, Marks::USUAL]),
+        exclusive(
+            "add policy, alone in charge",
+            scenario("", alone.clone(), with(&p), &[B, C, A], &pods(Plain, eip_b, eip_c)),
+        ),
+        exclusive(
+            "move gateway, alone in charge",
+            scenario("", with(&p), with(&moved), &[C, A, B], &pods(eip_b, eip_c, eip_c)),
+        ),
+        exclusive("remove policy, alone in charge", ends("", [Marks::USUAL; 2])),
+        exclusive("restart, alone in charge", same("", [Marks::USUAL; 2])),
+    ]);
+    Ok(all)
 }

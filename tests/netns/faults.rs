@@ -181,7 +181,7 @@ struct Bench<'a> {
 impl Bench<'_> {
     /// A reconciler that knows nothing, with the same numbers every time.
     fn open(&self, faults: &Faults) -> Result<Node> {
-        let open = || Ok((KernelDatapath::open_with_faults(faults)?, KernelTables::open()?));
+        let open = || Ok((KernelDatapath::open()?.with_faults(faults), KernelTables::open()?));
         let opened: std::result::Result<_, egress_datapath::KernelError> =
             self.host.netns.run(open)?;
         let (datapath, in_use) = opened?;

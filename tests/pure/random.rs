@@ -94,6 +94,7 @@ prop_compose! {
         (vni, device) in (100..102_u32, select(vec!["egress.vxlan", "egress1"])),
         under in select(vec![None, Some("eth0"), Some("eth1")]),
         up_v4 in prop::bool::weighted(0.9),
+        caching in any::<bool>(),
         excluded in select(vec![
             vec!["10.244.0.0/16", "fd44::/16"],
             vec!["10.244.0.0/16"],
@@ -104,6 +105,7 @@ prop_compose! {
         let mut cluster = cluster("a");
         cluster.marks = layout;
         cluster.steering = steering;
+        cluster.connection_caching = caching;
         cluster.tunnel.port = port;
         cluster.tunnel.underlay_mtu = mtu;
         cluster.tunnel.vni = vni;
