@@ -222,10 +222,11 @@ fn a_packet_stays_closed_whatever_is_lost() {
 
 #[test]
 fn at_the_egress_hook_a_packet_stays_closed_whatever_is_lost() {
+    type Lose<'a> = &'a dyn Fn(&mut State);
     let hook =
         |lose: fn(&mut Firewall)| move |state: &mut State| lose(state.hook.as_mut().unwrap());
     let by_hook = |of: &str| Cluster { steering: Steering::EgressHook, ..cluster(of) };
-    let losses: [(&str, &dyn Fn(&mut State)); 9] = [
+    let losses: [(&str, Lose<'_>); 9] = [
         ("hook", &|state| state.hook = None),
         ("chain", &hook(|table| table.chains.clear())),
         ("rules", &hook(|table| table.chains.values_mut().for_each(|chain| chain.1.clear()))),
