@@ -3,7 +3,7 @@
 use super::{Steps, firewall};
 use crate::changes::Phase;
 use crate::op::Op;
-use crate::state::{ChainId, NftRule, Set, State, Stmt, TableFamily};
+use crate::state::{ChainId, Firewall, NftRule, Set, State, Stmt, TableFamily};
 
 /// Brings one of the two nf_tables tables about.
 pub(super) fn table(family: TableFamily, observed: &State, desired: &State, steps: &mut Steps) {
