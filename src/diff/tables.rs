@@ -21,8 +21,8 @@ pub(super) fn table(family: TableFamily, observed: &State, desired: &State, step
             firewall(family, &Firewall::default(), desired, steps);
         }
         (Some(found), Some(wanted)) if family == TableFamily::Netdev => {
-            // A device that goes takes the chains at its hooks along, before Linux 6.16: they are
-            // made anew.
+            // On older kernels a device that goes takes the chains at its hooks along: they are made
+            // anew.
             let mut found = found.clone();
             if steps.has(Phase::Tunnel, |op| matches!(op, Op::DeleteLink(_))) {
                 for (chain, _) in std::mem::take(&mut found.chains) {
