@@ -259,12 +259,15 @@ mod tests {
             tell(NEWGEN, &end, &mut news, &mut unsigned);
             assert!(news.is_empty());
         }
-        tell(0xa06, &table(1, NFT_TABLE), &mut news, &mut unsigned);
-        assert!(news.is_empty() && unsigned);
-        tell(NEWGEN, &end, &mut news, &mut unsigned);
-        assert!(!unsigned);
-        assert_eq!(news.changed, [Part::Firewall].into());
-        assert_eq!(news.writers, [Process { pid: 77, name: "nft".into() }].into());
+        for family in [1, 5] {
+            news = News::default();
+            tell(0xa06, &table(family, NFT_TABLE), &mut news, &mut unsigned);
+            assert!(news.is_empty() && unsigned);
+            tell(NEWGEN, &end, &mut news, &mut unsigned);
+            assert!(!unsigned);
+            assert_eq!(news.changed, [Part::Firewall].into());
+            assert_eq!(news.writers, [Process { pid: 77, name: "nft".into() }].into());
+        }
     }
 
     proptest! {
