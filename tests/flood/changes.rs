@@ -188,7 +188,7 @@ fn make(
 
 /// The policy of the flooding pods.
 fn p() -> Result<EgressPolicy> {
-    policy("p", &[POD_A, POD_B], Some("node-b"), dual(EIP_B))
+    Ok(policy("p", &[POD_A, POD_B], Some("node-b"), dual(EIP_B))?)
 }
 
 /// Pods that are not there.

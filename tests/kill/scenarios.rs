@@ -2,13 +2,12 @@
 
 use std::slice::from_ref;
 
-use egress_datapath::{
-    Backend, Cluster, Destinations, EgressIp, EgressPolicy, MarkLayout, NodeName, Ownership,
-    PolicyId,
-};
+use egress_datapath::{Backend, Cluster, Destinations, EgressPolicy, MarkLayout, Ownership};
 
 use crate::lab::inside::{backend, steering};
-use crate::lab::{EIP_B, EIP_C, OTHER_SERVER, POD_A, POD_B, Pair, SERVER, STRANGER, hosts};
+use crate::lab::{
+    self, EIP_B, EIP_C, OTHER_SERVER, POD_A, POD_B, Pair, SERVER, STRANGER, dual, hosts,
+};
 use crate::{NODES, Result};
 
 /// What a node should hold.
@@ -124,15 +123,8 @@ const B: usize = 1;
 const C: usize = 2;
 
 fn policy(id: &str, sources: &[Pair], gateway: usize, eip: Pair) -> Result<EgressPolicy> {
-    let [std::net::IpAddr::V4(v4), std::net::IpAddr::V6(v6)] = eip else {
-        return Err("an egress IP is a pair".into());
-    };
-    let eip = EgressIp::Dual(v4, v6);
-    let gateway = NODES.get(gateway).copied().ok_or("no such node")?;
-    Ok(EgressPolicy {
-        gateway: Some(NodeName::new(gateway)?),
-        ..EgressPolicy::new(PolicyId::new(id)?, hosts(sources), eip)
-    })
+    let gateway = NODES.get(gateway).copied();
+    Ok(lab::policy(id, sources, gateway, dual(eip))?)
 }
 
 fn everywhere(policies: &[EgressPolicy]) -> [Wanted; 3] {

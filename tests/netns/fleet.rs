@@ -9,12 +9,13 @@ use std::time::Duration;
 use std::{env, thread};
 
 use egress_datapath::{
-    Backend, Cluster, Datapath, EgressIp, EgressPolicy, KernelDatapath, KernelTables, MarkLayout,
-    MarkPool, NodeName, PolicyId, Reconciler, Report, Steering, TablePool, TableRange,
+    Backend, Cluster, Datapath, EgressPolicy, KernelDatapath, KernelTables, MarkLayout, MarkPool,
+    Reconciler, Report, Steering, TablePool, TableRange,
 };
 
 use crate::lab::inside::{backend, datapath, steering};
-use crate::lab::{Host, Lab, Netns, Pair, Proto, hosts, probe};
+use crate::lab::{Host, Lab, Netns, Pair, Proto, probe};
+pub(crate) use crate::lab::{dual, policy};
 
 pub(crate) type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
 
@@ -152,27 +153,6 @@ impl Fleet {
 /// A reconciler of a node's namespace.
 pub(crate) fn open(host: &Host, marks: MarkLayout) -> Result<Reconciler<KernelDatapath>> {
     Ok(host.netns.run(|| Reconciler::open(marks, TableRange::default()))??)
-}
-
-/// A policy for everything external.
-pub(crate) fn policy(
-    id: &str,
-    sources: &[Pair],
-    gateway: Option<&str>,
-    egress_ip: EgressIp,
-) -> Result<EgressPolicy> {
-    Ok(EgressPolicy {
-        gateway: gateway.map(NodeName::new).transpose()?,
-        ..EgressPolicy::new(PolicyId::new(id)?, hosts(sources), egress_ip)
-    })
-}
-
-/// Both addresses of a pair.
-pub(crate) fn dual(pair: Pair) -> EgressIp {
-    match pair {
-        [IpAddr::V4(v4), IpAddr::V6(v6)] => EgressIp::Dual(v4, v6),
-        _ => EgressIp::Node,
-    }
 }
 
 /// Who asks, whom, and with which source the question must arrive, if at all.

@@ -5,9 +5,10 @@ use std::io::{self, Write};
 use std::net::IpAddr;
 use std::process::{Command, Stdio};
 
-use egress_datapath::{Cluster, EgressIp, EgressPolicy, NodeName, PolicyId};
+use egress_datapath::{Cluster, EgressPolicy};
 
-use super::super::lab::{Host, Lab, Netns, Pair, hosts};
+use super::super::lab::{Host, Lab, Netns, Pair};
+pub(super) use super::super::lab::{dual, policy};
 use super::{BoxError, Failure, Integration};
 
 pub(super) type Result<T = ()> = std::result::Result<T, Failure>;
@@ -149,27 +150,6 @@ fn failed(cluster: &Cluster, doing: &'static str, error: BoxError) -> Failure {
 
 pub(super) fn set(pairs: &[Pair]) -> BTreeSet<IpAddr> {
     pairs.as_flattened().iter().copied().collect()
-}
-
-/// A policy for everything external.
-pub(super) fn policy(
-    id: &str,
-    sources: &[Pair],
-    gateway: Option<&str>,
-    egress_ip: EgressIp,
-) -> Result<EgressPolicy> {
-    Ok(EgressPolicy {
-        gateway: gateway.map(NodeName::new).transpose()?,
-        ..EgressPolicy::new(PolicyId::new(id)?, hosts(sources), egress_ip)
-    })
-}
-
-/// Both addresses of a pair.
-pub(super) fn dual(pair: Pair) -> EgressIp {
-    match pair {
-        [IpAddr::V4(v4), IpAddr::V6(v6)] => EgressIp::Dual(v4, v6),
-        _ => EgressIp::Node,
-    }
 }
 
 /// Whether `nft` can be run.

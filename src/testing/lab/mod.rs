@@ -37,7 +37,9 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsFd;
 
-use egress_datapath::{Cluster, DeviceName, NameError, Node, NodeName};
+use egress_datapath::{
+    Cluster, DeviceName, EgressIp, EgressPolicy, NameError, Node, NodeName, PolicyId,
+};
 use ipnet::IpNet;
 
 pub use echo::{Echo, PORT, Proto, probe};
@@ -379,4 +381,29 @@ pub fn net(address: IpAddr, length: u8) -> IpNet {
 /// The addresses as prefixes of full length.
 pub fn hosts(pairs: &[Pair]) -> Vec<IpNet> {
     pairs.concat().into_iter().map(IpNet::from).collect()
+}
+
+/// Both addresses of a pair as egress IPs.
+pub fn dual(pair: Pair) -> EgressIp {
+    match pair {
+        [IpAddr::V4(v4), IpAddr::V6(v6)] => EgressIp::Dual(v4, v6),
+        _ => EgressIp::Node,
+    }
+}
+
+/// A policy of single pods, for everything external.
+///
+/// # Errors
+///
+/// A name that is none.
+pub fn policy(
+    id: &str,
+    sources: &[Pair],
+    gateway: Option<&str>,
+    egress_ip: EgressIp,
+) -> Result<EgressPolicy, NameError> {
+    Ok(EgressPolicy {
+        gateway: gateway.map(NodeName::new).transpose()?,
+        ..EgressPolicy::new(PolicyId::new(id)?, hosts(sources), egress_ip)
+    })
 }

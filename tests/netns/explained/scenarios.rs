@@ -26,7 +26,7 @@ const C: Option<&str> = Some("node-c");
 
 /// The policy of most scenarios.
 pub(super) fn by_b() -> Result<EgressPolicy> {
-    policy("p", &[POD_A, POD_B], B, dual(EIP_B))
+    Ok(policy("p", &[POD_A, POD_B], B, dual(EIP_B))?)
 }
 
 fn pair(v4: &str, v6: &str) -> Result<Pair> {
