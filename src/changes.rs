@@ -30,6 +30,9 @@ pub enum Phase {
     Skeleton,
     /// The tunnel device, its addresses, forwarding entries and neighbours.
     Tunnel,
+    /// The chain at the device's egress hook, and the gateways' Ethernet addresses that it looks
+    /// up; what enters the tunnel keeps its mark from then on.
+    Hook,
     /// Routes: those that are not of our making go, then the ones that refuse come, then the ones
     /// that send.
     Routes,
@@ -60,8 +63,11 @@ pub enum Phase {
     DeleteRules,
     /// Routes that left, the ones that send before the ones that refuse.
     DeleteRoutes,
-    /// Marks that the guards hold back, now that no packet is under way that a rule had to catch.
+    /// Marks that the guards hold back or the hook looks up, now that no packet is under way that a
+    /// rule had to catch; if there is to be no hook, what enters the tunnel loses its mark.
     EmptyGuards,
+    /// The table at the device's egress hook, now that nothing comes by that needs it.
+    DeleteHook,
     /// Neighbours, forwarding entries and addresses that left.
     DeletePeers,
     /// Connections that go on to another gateway.

@@ -71,6 +71,33 @@ pub struct Cluster {
     /// Where packets are marked and translated; default nf_tables.
     #[cfg_attr(feature = "serde", serde(default))]
     pub backend: Backend,
+    /// How a marked packet finds its gateway; default by a routing table for each.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub steering: Steering,
+}
+
+/// What leads a marked packet to its gateway.
+///
+/// Both close when something is lost, and a node may change from one to the other while packets
+/// flow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
+#[non_exhaustive]
+pub enum Steering {
+    /// A routing rule and a table for each gateway, as many gateways as there are tables.
+    ///
+    /// The kernel asks the rules in turn, twice for each packet.
+    #[default]
+    Tables,
+    /// One rule and one table for all gateways, as many as there are marks: a chain at the egress
+    /// hook of the tunnel device looks up the Ethernet address of a mark's gateway.
+    ///
+    /// It needs a kernel with `CONFIG_NETFILTER_EGRESS` (Linux 5.16), which
+    /// [`Preflight`](crate::preflight::Preflight) looks for, a layout of marks with a prefix, and
+    /// nf_tables as backend. Packets keep their mark through postrouting. The tunnel addresses of
+    /// other nodes are no neighbours of this one, so that its own packets do not get there.
+    EgressHook,
 }
 
 /// What marks and translates packets on a node.
@@ -158,6 +185,7 @@ impl Cluster {
             connection_caching: false,
             policy_counters: false,
             backend: Backend::default(),
+            steering: Steering::default(),
         }
     }
 }

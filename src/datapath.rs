@@ -14,7 +14,7 @@ use crate::state::{Elements, State};
 pub enum Drift {
     /// Nothing: that is certain.
     None,
-    /// Everything but the nf_tables table, which certainly is as it was.
+    /// Everything but the nf_tables table of family `inet`, which certainly is as it was.
     Rest,
     /// Everything.
     Unknown,
@@ -53,7 +53,7 @@ pub trait Datapath: Send {
         Drift::Unknown
     }
 
-    /// Reads back everything of ours but the nf_tables table.
+    /// Reads back everything of ours but the nf_tables table of family `inet`.
     ///
     /// Asked for where [`drift`](Self::drift) says [`Drift::Rest`].
     ///

@@ -7,9 +7,11 @@ use crate::changes::{Changes, Phase, Step};
 use crate::cluster::Tunnel;
 use crate::op::Op;
 use crate::state::{
-    ChainId, Firewall, Key, NftRule, Route, Set, State, Stmt, Stray, StrayKind, Value, Vxlan,
+    ChainId, Firewall, Key, NftRule, Route, Set, State, Stmt, Stray, StrayKind, TableFamily, Value,
+    Vxlan,
 };
 
+mod tables;
 mod xtables;
 
 impl Changes {
@@ -20,15 +22,10 @@ impl Changes {
         let mut steps = Steps::default();
         rtnetlink(observed, desired, &mut steps);
         xtables::xtables(observed, desired, &mut steps);
-        match (&observed.firewall, &desired.firewall) {
-            (None, None) => {}
-            (Some(_), None) => steps.add(Phase::DeleteTable, Op::DeleteTable),
-            (None, Some(desired)) => {
-                steps.add(Phase::Skeleton, Op::AddTable);
-                firewall(&Firewall::default(), desired, &mut steps);
-            }
-            (Some(observed), Some(desired)) => firewall(observed, desired, &mut steps),
+        for family in TableFamily::BOTH {
+            tables::table(family, observed, desired, &mut steps);
         }
+        order_nft(&mut steps);
         Self::new(steps.finish())
     }
 
@@ -45,16 +42,16 @@ impl Changes {
         let mut sets = None;
         if let Some((before, after)) = parts {
             rtnetlink(before, after, &mut steps);
-            if let (Some(before), Some(after)) = (&before.firewall, &after.firewall) {
-                firewall(before, after, &mut steps);
-                sets = Some(&after.sets);
+            for family in TableFamily::BOTH {
+                tables::table(family, before, after, &mut steps);
             }
+            sets = after.firewall.as_ref().map(|after| &after.sets);
         }
         let stays = |key: &Key| sets.is_none_or(|sets| sets.contains(&key.set()));
         for (key, was, is) in elements {
             element(Change::of(key, was, is), stays, |_| false, &mut steps);
         }
-        order_elements(&mut steps);
+        order_nft(&mut steps);
         Self::new(steps.finish())
     }
 }
@@ -82,6 +79,10 @@ impl Steps {
             Some(part) if part.len() < SOURCES_AT_ONCE => part.push(op),
             _ => parts.push(vec![op]),
         }
+    }
+
+    fn has(&self, phase: Phase, is: impl Fn(&Op) -> bool) -> bool {
+        self.phases.get(&phase).is_some_and(|ops| ops.iter().any(is))
     }
 
     fn finish(mut self) -> Vec<Step> {
@@ -177,8 +178,15 @@ fn element(
     }
 }
 
-fn order_elements(steps: &mut Steps) {
+/// Puts the operations of each transaction in order.
+fn order_nft(steps: &mut Steps) {
+    // A chain that goes at the start makes room for the one that takes its place.
+    sort(steps, Phase::Skeleton, |op| match op {
+        Op::DeleteChain(_) => 0,
+        op => rank(op),
+    });
     for phase in [
+        Phase::Hook,
         Phase::FillVerdicts,
         Phase::FillPolicies,
         Phase::FillClasses,
@@ -329,19 +337,19 @@ fn routes(observed: &State, desired: &State, steps: &mut Steps) {
     sort(steps, Phase::DeleteRoutes, |op| !sends(op));
 }
 
-fn firewall(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
+fn firewall(family: TableFamily, observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
     // What has a name of ours and another shape cannot be changed, and our rules hold on to it.
     let misshapen = |stray: &Stray| match stray {
-        Stray::Set(name) => Set::from_name(name).is_some(),
-        Stray::Chain(name) => ChainId::from_name(name).is_some(),
+        Stray::Set(name) => Set::from_name(name).is_some_and(|set| set.table() == family),
+        Stray::Chain(name) => ChainId::from_name(name).is_some_and(|chain| chain.table() == family),
     };
     if observed.strays.iter().any(misshapen) {
-        steps.add(Phase::Skeleton, Op::DeleteTable);
-        steps.add(Phase::Skeleton, Op::AddTable);
-        return firewall(&Firewall::default(), desired, steps);
+        steps.add(Phase::Skeleton, Op::DeleteTable(family));
+        steps.add(Phase::Skeleton, Op::AddTable(family));
+        return firewall(family, &Firewall::default(), desired, steps);
     }
     if observed.dormant && !desired.dormant {
-        steps.add(Phase::Wake, Op::WakeTable);
+        steps.add(Phase::Wake, Op::WakeTable(family));
     }
     for set in desired.sets.difference(&observed.sets) {
         steps.add(Phase::Skeleton, Op::AddSet(*set));
@@ -355,7 +363,7 @@ fn firewall(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
         element(change, stays, overlapped, steps);
     });
     for stray in &observed.strays {
-        steps.add(Phase::EmptyVerdicts, Op::DeleteStray(stray.clone()));
+        steps.add(Phase::EmptyVerdicts, Op::DeleteStray(family, stray.clone()));
     }
     for set in observed.sets.difference(&desired.sets) {
         // Guards that are about to retire look into that one.
@@ -363,19 +371,13 @@ fn firewall(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
         let phase = if guards { Phase::RetireGuards } else { Phase::EmptyVerdicts };
         steps.add(phase, Op::DeleteSet(*set));
     }
-    // A chain that goes at the start makes room for the one that takes its place.
-    sort(steps, Phase::Skeleton, |op| match op {
-        Op::DeleteChain(_) => 0,
-        op => rank(op),
-    });
-    order_elements(steps);
 }
 
 /// Order within a transaction: nothing is made before what it refers to, nor deleted after.
 fn rank(op: &Op) -> u8 {
     match op {
-        Op::DeleteTable => 0,
-        Op::AddTable => 1,
+        Op::DeleteTable(_) => 0,
+        Op::AddTable(_) => 1,
         Op::AddSet(_) => 2,
         Op::AddChain(..) => 3,
         Op::SetRules(..) => 4,
@@ -384,7 +386,7 @@ fn rank(op: &Op) -> u8 {
         Op::AddElement(..) => 6,
         // Its elements go to chains.
         Op::DeleteSet(Set::Connection) => 7,
-        Op::DeleteChain(_) | Op::DeleteStray(Stray::Chain(_)) => 8,
+        Op::DeleteChain(_) | Op::DeleteStray(_, Stray::Chain(_)) => 8,
         _ => 9,
     }
 }
@@ -396,24 +398,29 @@ fn chains(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
             Some((_, found)) if found == rules => {}
             Some((_, found)) => {
                 let guarded = guarded(found, rules);
-                let between = transitional(found, &guarded);
+                let between = tables::transitional(*chain, found, &guarded);
+                let (first, last) = tables::phases(*chain, found, rules);
                 if guarded != *rules {
                     let last = Op::SetRules(*chain, rules.clone());
                     steps.add(Phase::RetireGuards, last);
                 }
                 if between != guarded {
-                    steps.add(Phase::EmptyVerdicts, Op::SetRules(*chain, guarded));
+                    steps.add(last, Op::SetRules(*chain, guarded));
                 }
                 if between != *found {
-                    steps.add(Phase::Chains, Op::SetRules(*chain, between));
+                    steps.add(first, Op::SetRules(*chain, between));
                 }
             }
             None => {
                 if found.is_some() {
                     steps.add(Phase::Skeleton, Op::DeleteChain(*chain));
                 }
-                steps.add(Phase::Skeleton, Op::AddChain(*chain, *base));
-                steps.add(Phase::Skeleton, Op::SetRules(*chain, rules.clone()));
+                let phase = match chain.table() {
+                    TableFamily::Inet => Phase::Skeleton,
+                    TableFamily::Netdev => Phase::Hook,
+                };
+                steps.add(phase, Op::AddChain(*chain, base.clone()));
+                steps.add(phase, Op::SetRules(*chain, rules.clone()));
             }
         }
     }
@@ -456,40 +463,6 @@ const fn is_mark_of_ours(statement: &Stmt) -> bool {
     matches!(statement, Stmt::MarkIs { .. } | Stmt::MarkIn { .. } | Stmt::CtMarkIs(_))
 }
 
-/// The rules wanted, and those found that look up a source or a destination: for as long as
-/// sources still have the old classes, both are needed.
-fn transitional(found: &[NftRule], wanted: &[NftRule]) -> Vec<NftRule> {
-    let length = |rule: &NftRule| match rule.0.first() {
-        Some(Stmt::TagByDestination(_, length) | Stmt::TagBySender(_, length)) => Some(*length),
-        Some(Stmt::TagByTag(Set::Any(_))) => Some(0),
-        _ => None,
-    };
-    let mut rules = wanted.to_vec();
-    for rule in found.iter().filter(|rule| !wanted.contains(rule)) {
-        let at = match rule.0.first() {
-            Some(Stmt::TagByDestination(..) | Stmt::TagBySender(..)) => rules
-                .iter()
-                .position(|other| length(other).is_some_and(|l| Some(l) <= length(rule))),
-            Some(Stmt::TagBySource(Set::SourceNet(family))) => {
-                behind(&rules, &Stmt::TagBySource(Set::Source(*family)))
-            }
-            Some(Stmt::TagByReceiver(Set::SourceNet(family))) => {
-                behind(&rules, &Stmt::TagByReceiver(Set::Source(*family)))
-            }
-            _ => None,
-        };
-        if let Some(at) = at {
-            rules.insert(at, rule.clone());
-        }
-    }
-    rules
-}
-
-/// The place behind the rule that begins like this.
-fn behind(rules: &[NftRule], first: &Stmt) -> Option<usize> {
-    rules.iter().position(|rule| rule.0.first() == Some(first)).map(|at| at + 1)
-}
-
 const fn filled_in(key: &Key) -> Phase {
     match key {
         Key::Peer(_)
@@ -504,12 +477,13 @@ const fn filled_in(key: &Key) -> Phase {
         }
         Key::Any(..) | Key::Destination(..) => Phase::FillClasses,
         Key::Source(_) | Key::SourceNet(_) => Phase::FillSources,
+        Key::NextHop(_) => Phase::Hook,
     }
 }
 
 const fn emptied_in(key: &Key) -> Phase {
     // A packet that was marked before its rule went must still be known when it comes by.
-    if let Key::Gateway(_) = key {
+    if let Key::Gateway(_) | Key::NextHop(_) = key {
         return Phase::EmptyGuards;
     }
     match filled_in(key) {

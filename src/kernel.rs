@@ -45,7 +45,7 @@ use crate::count::Counts;
 use crate::datapath::{Datapath, Drift};
 use crate::error::{ApplyError, KernelError};
 use crate::op::Op;
-use crate::state::{Elements, State};
+use crate::state::{Elements, State, TableFamily};
 use crate::types::DeviceName;
 
 pub(crate) use facts::facts;
@@ -138,7 +138,9 @@ impl KernelDatapath {
         if !refused.iter().any(|(_, error)| error.is_denied()) {
             return refused;
         }
-        let Ok(Some((_, Some(owner)))) = nft::flags_and_owner(&mut self.netfilter) else {
+        let Ok(Some((_, Some(owner)))) =
+            nft::flags_and_owner(&mut self.netfilter, TableFamily::Inet)
+        else {
             return refused;
         };
         // The port is a process's number if it has but one such socket; a name tells better.
@@ -210,6 +212,7 @@ impl Datapath for KernelDatapath {
     fn observe_rest(&mut self) -> Result<State, KernelError> {
         let mut state = State::default();
         self.routing.observe(&mut state)?;
+        state.hook = nft::observe_hook(&mut self.netfilter)?;
         self.trust.routing_known();
         Ok(state)
     }

@@ -136,7 +136,7 @@ pub use alloc::{
 #[cfg(feature = "mock")]
 pub use alloc::{MockMarkAllocator, MockTableAllocator};
 pub use changes::{Changes, Phase, Step};
-pub use cluster::{Backend, Cluster, Iptables, Node, Tunnel};
+pub use cluster::{Backend, Cluster, Iptables, Node, Steering, Tunnel};
 pub use connection::Connection;
 pub use count::{Count, Counts, PolicyCount};
 #[cfg(feature = "mock")]

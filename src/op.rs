@@ -8,8 +8,8 @@ use ipnet::IpNet;
 use crate::connection::Connection;
 use crate::state::{
     Base, ChainId, Ipset, IpsetContents, Key, LINK_ALIAS, LINK_GROUP, MarkBits, Member, NFT_TABLE,
-    NftRule, PROTOCOL, Route, RouteKey, Rule, Set, Stray, StrayKind, StrayRouting, Value, Variant,
-    Vxlan, XtChain, XtEdit,
+    NftRule, PROTOCOL, Route, RouteKey, Rule, Set, Stray, StrayKind, StrayRouting, TableFamily,
+    Value, Variant, Vxlan, XtChain, XtEdit,
 };
 use crate::types::{DeviceName, Family, MacAddr};
 
@@ -49,12 +49,12 @@ pub enum Op {
     DeleteRule(Rule),
     /// Deletes a route or a rule that has our protocol number and is not of our making.
     DeleteStrayRouting(StrayRouting),
-    /// Has the kernel ask the chains of our table again.
-    WakeTable,
-    /// Creates our nf_tables table.
-    AddTable,
-    /// Deletes our nf_tables table with all that is in it.
-    DeleteTable,
+    /// Has the kernel ask the chains of a table again.
+    WakeTable(TableFamily),
+    /// Creates an nf_tables table of ours.
+    AddTable(TableFamily),
+    /// Deletes an nf_tables table of ours with all that is in it.
+    DeleteTable(TableFamily),
     /// Creates an empty set or map.
     AddSet(Set),
     /// Deletes a set or map.
@@ -69,8 +69,8 @@ pub enum Op {
     AddElement(Key, Value),
     /// Deletes an element.
     DeleteElement(Key, Value),
-    /// Deletes something in our table that we never make.
-    DeleteStray(Stray),
+    /// Deletes something in a table of ours that we never make.
+    DeleteStray(TableFamily, Stray),
     /// Creates a set with these members.
     AddIpset(Ipset, IpsetContents),
     /// Gives a set that is there another capacity and these members instead, all at once.
@@ -128,9 +128,9 @@ impl Op {
     pub(crate) const fn is_nft(&self) -> bool {
         matches!(
             self,
-            Self::WakeTable
-                | Self::AddTable
-                | Self::DeleteTable
+            Self::WakeTable(_)
+                | Self::AddTable(_)
+                | Self::DeleteTable(_)
                 | Self::AddSet(_)
                 | Self::DeleteSet(_)
                 | Self::AddChain(..)
@@ -138,9 +138,25 @@ impl Op {
                 | Self::SetRules(..)
                 | Self::AddElement(..)
                 | Self::DeleteElement(..)
-                | Self::DeleteStray(_)
+                | Self::DeleteStray(..)
                 | Self::HoldAnswers(_)
         )
+    }
+
+    /// The table that an operation on tables, sets, chains and elements is about.
+    pub(crate) fn table(&self) -> TableFamily {
+        match self {
+            Self::WakeTable(family)
+            | Self::AddTable(family)
+            | Self::DeleteTable(family)
+            | Self::DeleteStray(family, _) => *family,
+            Self::AddSet(set) | Self::DeleteSet(set) => set.table(),
+            Self::AddChain(chain, _) | Self::DeleteChain(chain) | Self::SetRules(chain, _) => {
+                chain.table()
+            }
+            Self::AddElement(key, _) | Self::DeleteElement(key, _) => key.set().table(),
+            _ => TableFamily::Inet,
+        }
     }
 }
 
@@ -240,40 +256,40 @@ fn rp_filter(f: &mut fmt::Formatter<'_>, link: &Vxlan) -> fmt::Result {
 }
 
 fn nft_command(f: &mut fmt::Formatter<'_>, op: &Op) -> fmt::Result {
-    const T: &str = NFT_TABLE;
+    let table = format_args!("{} {NFT_TABLE}", op.table());
     match op {
-        Op::WakeTable => write!(f, "nft add table inet {T}"),
-        Op::AddTable => write!(f, "nft create table inet {T}"),
-        Op::DeleteTable => write!(f, "nft delete table inet {T}"),
+        Op::WakeTable(_) => write!(f, "nft add table {table}"),
+        Op::AddTable(_) => write!(f, "nft create table {table}"),
+        Op::DeleteTable(_) => write!(f, "nft delete table {table}"),
         Op::AddSet(set) => add_set(f, *set),
-        Op::DeleteSet(set) => write!(f, "nft delete {} inet {T} {set}", noun(*set)),
-        Op::AddChain(chain, None) => write!(f, "nft create chain inet {T} {chain}"),
+        Op::DeleteSet(set) => write!(f, "nft delete {} {table} {set}", noun(*set)),
+        Op::AddChain(chain, None) => write!(f, "nft create chain {table} {chain}"),
         Op::AddChain(chain, Some(base)) => {
-            write!(f, "nft create chain inet {T} {chain} {{ {base} }}")
+            write!(f, "nft create chain {table} {chain} {{ {base} }}")
         }
-        Op::DeleteChain(chain) => write!(f, "nft delete chain inet {T} {chain}"),
+        Op::DeleteChain(chain) => write!(f, "nft delete chain {table} {chain}"),
         Op::SetRules(chain, rules) => {
-            write!(f, "nft flush chain inet {T} {chain}")?;
-            rules.iter().try_for_each(|rule| write!(f, "\nnft add rule inet {T} {chain} {rule}"))
+            write!(f, "nft flush chain {table} {chain}")?;
+            rules.iter().try_for_each(|rule| write!(f, "\nnft add rule {table} {chain} {rule}"))
         }
         Op::AddElement(key, value) => {
             let set = key.set();
             let counter = if set.is_counting() { " counter" } else { "" };
-            write!(f, "nft create element inet {T} {set} {{ {key}{counter}{value} }}")
+            write!(f, "nft create element {table} {set} {{ {key}{counter}{value} }}")
         }
         Op::DeleteElement(key, _) => {
-            write!(f, "nft delete element inet {T} {} {{ {key} }}", key.set())
+            write!(f, "nft delete element {table} {} {{ {key} }}", key.set())
         }
-        Op::DeleteStray(Stray::Chain(name)) => {
-            write!(f, "nft delete chain inet {T} {}", name.escape_default())
+        Op::DeleteStray(_, Stray::Chain(name)) => {
+            write!(f, "nft delete chain {table} {}", name.escape_default())
         }
-        Op::DeleteStray(Stray::Set(name)) => {
-            write!(f, "nft delete set inet {T} {}", name.escape_default())
+        Op::DeleteStray(_, Stray::Set(name)) => {
+            write!(f, "nft delete set {table} {}", name.escape_default())
         }
         Op::HoldAnswers(connection) => {
             let Connection { peer, wears, protocol, peer_port, wears_port, .. } = connection;
             let set = connection.answers();
-            write!(f, "nft add element inet {T} {set} {{ {peer} . {wears} . {protocol}")?;
+            write!(f, "nft add element {table} {set} {{ {peer} . {wears} . {protocol}")?;
             if let Set::Answer(_) = set {
                 write!(f, " . {peer_port} . {wears_port}")?;
             }
@@ -289,7 +305,8 @@ fn noun(set: Set) -> &'static str {
 
 fn add_set(f: &mut fmt::Formatter<'_>, set: Set) -> fmt::Result {
     let key: Vec<_> = set.key().iter().map(|part| part.name()).collect();
-    write!(f, "nft create {} inet {NFT_TABLE} {set} {{ type {}", noun(set), key.join(" . "))?;
+    write!(f, "nft create {} {} {NFT_TABLE} {set} ", noun(set), set.table())?;
+    write!(f, "{{ type {}", key.join(" . "))?;
     if let Some(data) = set.data() {
         write!(f, " : {}", data.name())?;
     }

@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 
 use crate::alloc::{AllocError, MarkAllocator, TableAllocator};
-use crate::cluster::Cluster;
 #[cfg(doc)]
 use crate::cluster::Node;
+use crate::cluster::{Cluster, Steering};
 use crate::policy::Policy;
 use crate::state::State;
 use crate::types::{Family, Mark, NodeName, TableId};
@@ -18,6 +18,7 @@ mod delta;
 mod error;
 mod finding;
 mod firewall;
+mod hook;
 mod index;
 mod kept;
 mod numbers;
@@ -53,7 +54,7 @@ pub struct Plan {
 /// The order of the input never matters. Gateways that this node steers to get their mark and
 /// their table from the allocators; a mark given with a [`Node`] is reserved first. In a layout
 /// with a prefix this node gets a table too, for marked packets that find no gateway's, as long as
-/// the gateways leave one.
+/// the gateways leave one; with [`Steering::EgressHook`] it is the only one, and all gateways'.
 ///
 /// # Errors
 ///
@@ -193,6 +194,14 @@ fn numbered(
 ) -> Result<Gateways, PlanError> {
     let named = used.into_iter().filter_map(|place| Some((&world.node(place)?.name, place)));
     let used: BTreeMap<_, _> = named.collect();
+    let everybodys = match world.cluster.steering {
+        Steering::EgressHook if !used.is_empty() => {
+            let cluster = &world.cluster;
+            let table = table_for(&cluster.node, cluster, |_| true, tables);
+            Some(table.map_err(PlanError::Table)?)
+        }
+        _ => None,
+    };
     let mut gateways = Gateways::new();
     for (&name, &place) in &used {
         let mark = marks.allocate(name).map_err(PlanError::Mark)?;
@@ -202,7 +211,8 @@ fn numbered(
             .value(mark)
             .ok_or_else(|| PlanError::ForeignMark { node: name.clone(), mark })?;
         let idle = |node: &NodeName| !used.contains_key(node);
-        let table = table_for(name, &world.cluster, idle, tables).map_err(PlanError::Table)?;
+        let own = || table_for(name, &world.cluster, idle, tables).map_err(PlanError::Table);
+        let table = everybodys.map_or_else(own, Ok)?;
         gateways.insert(name.clone(), Gateway { place, mark, value, table });
     }
     Ok(gateways)

@@ -2,14 +2,13 @@
 
 use crate::alloc::{MarkAllocator, MarkPool, TableAllocator, TablePool};
 use crate::changes::Changes;
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, Steering};
 use crate::datapath::{Datapath, Drift};
 use crate::error::{ApplyError, KernelError};
 use crate::op::Op;
 use crate::plan::{Draft, Finding, Index, PlanError};
 use crate::policy::Policy;
 use crate::state::{Elements, Firewall, State};
-use crate::types::NodeName;
 
 mod adopt;
 mod counts;
@@ -351,12 +350,13 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     fn release(&mut self) {
         let Some(index) = &self.index else { return };
         let cluster = index.cluster();
-        let idle = |name: &NodeName| *name != cluster.node && !index.steers_to(name);
-        for node in cluster.nodes.iter().filter(|node| idle(&node.name)) {
-            if node.mark.is_none() && self.marks.get(&node.name).is_some() {
+        let one_table = cluster.steering == Steering::EgressHook;
+        for node in cluster.nodes.iter().filter(|node| node.name != cluster.node) {
+            let idle = !index.steers_to(&node.name);
+            if idle && node.mark.is_none() && self.marks.get(&node.name).is_some() {
                 let _freed = self.marks.release(&node.name);
             }
-            if self.tables.get(&node.name).is_some() {
+            if (idle || one_table) && self.tables.get(&node.name).is_some() {
                 let _freed = self.tables.release(&node.name);
             }
         }
@@ -369,7 +369,7 @@ mod tests {
 
     use super::*;
     use crate::cluster::Node;
-    use crate::{EgressIp, EgressPolicy, PolicyId, Sim};
+    use crate::{EgressIp, EgressPolicy, NodeName, PolicyId, Sim};
 
     #[test]
     fn a_repair_restores_what_was_wanted_last_with_the_smallest_write() {

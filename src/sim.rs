@@ -229,7 +229,7 @@ impl Sim {
         edit(&mut self.state);
         follow(&Footing::of(&before), &mut self.state);
         let mut written = Written::between(&before, &self.state);
-        if before.firewall != self.state.firewall {
+        if (&before.firewall, &before.hook) != (&self.state.firewall, &self.state.hook) {
             self.generation = self.generation.wrapping_add(1);
             self.keep_held();
             written.parts.insert(Part::Firewall);
@@ -342,7 +342,7 @@ impl Sim {
             op if op.is_xtables() => crate::state::xtables::make(&mut self.state, op),
             op => {
                 let made = make(&mut self.state, op);
-                if let Op::DeleteTable | Op::DeleteSet(_) = op {
+                if let Op::DeleteTable(_) | Op::DeleteSet(_) = op {
                     self.keep_held();
                 }
                 if let (Op::AddElement(Key::Count(family, policy), _), Ok(())) = (op, made) {

@@ -12,7 +12,7 @@
 //! | address, forwarding entry, neighbour | it is on our device |
 //! | route | its protocol is [`PROTOCOL`] and its table is not one of the kernel's own |
 //! | rule | its protocol is [`PROTOCOL`] |
-//! | set, chain, element | it is in the nf_tables table `inet egress_datapath` |
+//! | set, chain, element | it is in the nf_tables table `inet egress_datapath` or `netdev egress_datapath` |
 //! | ipset | its name is one that [`Ipset`] prints |
 //! | iptables chain, rule | the chain's name is one that [`XtName`] prints, or it leads to one |
 
@@ -35,7 +35,9 @@ pub(crate) mod xtables;
 pub use elements::{Elements, Iter as ElementsIter};
 pub use firewall::{Comment, Data, Firewall, Key, Stray, Tag, Value, Verdict};
 pub use ipset::{Ipset, IpsetContents, Member};
-pub use ruleset::{Base, ChainId, ChainType, Direction, Hook, MarkBits, NftRule, Stmt};
+pub use ruleset::{
+    Base, ChainId, ChainType, Direction, Hook, MarkBits, NftRule, Stmt, TableFamily,
+};
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 pub(crate) use set::Datum;
 pub use set::Set;
@@ -59,7 +61,8 @@ pub const LINK_ALIAS: &str = "egress-datapath";
 /// died in between is known by it, and so is one whose alias others have used for their own ends.
 pub const LINK_GROUP: u32 = 0x6567_7278;
 
-/// Name of our nf_tables table, of family `inet`.
+/// Name of our nf_tables tables, one of family `inet` and, where
+/// [`Steering::EgressHook`](crate::Steering::EgressHook) asks for it, one of family `netdev`.
 pub const NFT_TABLE: &str = "egress_datapath";
 
 /// Metric of the `unreachable` route in each of our tables: the highest that anybody would use
@@ -77,14 +80,16 @@ pub struct State {
     pub fdb: BTreeMap<MacAddr, IpAddr>,
     /// Ethernet addresses of the other nodes' tunnel addresses.
     pub neighbours: BTreeMap<IpAddr, MacAddr>,
-    /// Routes in the gateways' tables.
+    /// Routes in our tables.
     pub routes: BTreeMap<RouteKey, Route>,
-    /// Rules that send marked packets to a gateway's table.
+    /// Rules that send marked packets to our tables.
     pub rules: BTreeSet<Rule>,
     /// Routes and rules found with our protocol number that we never make.
     pub strays: BTreeSet<StrayRouting>,
-    /// The nf_tables table.
+    /// The nf_tables table of family `inet`.
     pub firewall: Option<Firewall>,
+    /// The nf_tables table of family `netdev`, at the egress hook of the tunnel device.
+    pub hook: Option<Firewall>,
     /// Sets that iptables rules look into.
     pub ipsets: BTreeMap<Ipset, IpsetContents>,
     /// Chains in iptables, by its variant.
@@ -92,7 +97,7 @@ pub struct State {
 }
 
 impl State {
-    /// The half that rtnetlink is asked for: a million elements may be in the other.
+    /// What is little to read: a million elements may be in the rest.
     pub(crate) fn routing(&self) -> Self {
         Self {
             link: self.link.clone(),
@@ -102,7 +107,24 @@ impl State {
             routes: self.routes.clone(),
             rules: self.rules.clone(),
             strays: self.strays.clone(),
+            hook: self.hook.clone(),
             ..Self::default()
+        }
+    }
+
+    /// One of the two nf_tables tables.
+    pub const fn table(&self, family: TableFamily) -> Option<&Firewall> {
+        match family {
+            TableFamily::Inet => self.firewall.as_ref(),
+            TableFamily::Netdev => self.hook.as_ref(),
+        }
+    }
+
+    /// The place of one of the two nf_tables tables.
+    pub(crate) const fn table_mut(&mut self, family: TableFamily) -> &mut Option<Firewall> {
+        match family {
+            TableFamily::Inet => &mut self.firewall,
+            TableFamily::Netdev => &mut self.hook,
         }
     }
 

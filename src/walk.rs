@@ -76,7 +76,7 @@ impl Walk<'_> {
         let packet = frame.packet;
         let outer = Packet::udp(frame.from, u16::MAX, frame.to, frame.port);
         let mut skb = Skb::new(outer, Tracking::fresh());
-        if let End::Dropped = self.hook(Hook::Input, &mut skb, false) {
+        if let End::Dropped = self.hook(&Hook::Input, &mut skb, false) {
             return (Fate::Dropped, packet);
         }
         let link = self.state.link.as_ref().filter(|link| link.up);
@@ -129,11 +129,11 @@ impl Walk<'_> {
         if let (Arrival::Tunnel, Some(link)) = (arrival, &self.state.link) {
             skb.input = Some(link.name.clone());
         }
-        if let End::Dropped = self.hook(Hook::Prerouting, skb, false) {
+        if let End::Dropped = self.hook(&Hook::Prerouting, skb, false) {
             return Fate::Dropped;
         }
         if self.around.local.contains(&skb.packet.destination) {
-            if let End::Dropped = self.hook(Hook::Input, skb, false) {
+            if let End::Dropped = self.hook(&Hook::Input, skb, false) {
                 return Fate::Dropped;
             }
             self.confirm(skb, seen, None);
@@ -152,13 +152,13 @@ impl Walk<'_> {
             // Forwarding sets the priority by the type of service (`ip_forward`).
             skb.priority = 0;
         }
-        if let End::Dropped = self.hook(Hook::Forward, skb, false) {
+        if let End::Dropped = self.hook(&Hook::Forward, skb, false) {
             return Fate::Dropped;
         }
         let open = seen.as_ref().is_some_and(Seen::is_untranslated);
         let before = skb.packet.source;
         let mut nat = None;
-        match self.hook(Hook::Postrouting, skb, open) {
+        match self.hook(&Hook::Postrouting, skb, open) {
             End::Dropped => return Fate::Dropped,
             End::Accepted => {}
             End::Nat(done) => nat = Some(done),
@@ -172,7 +172,7 @@ impl Walk<'_> {
     }
 
     /// Sends a packet off: through the tunnel, or by the host's own routes.
-    fn leave(&mut self, skb: &Skb, nat: Option<Nat>, tunnel: Option<(&Vxlan, IpAddr)>) -> Fate {
+    fn leave(&mut self, skb: &mut Skb, nat: Option<Nat>, tunnel: Option<(&Vxlan, IpAddr)>) -> Fate {
         let Some((link, via)) = tunnel else {
             let unknown =
                 nat == Some(Nat::Masquerade) && self.around.own(skb.packet.destination).is_none();
@@ -183,6 +183,11 @@ impl Walk<'_> {
             return Fate::Dropped;
         };
         self.say(format!("neighbour {via} dev {}", link.name), Decision::Ethernet(mac));
+        skb.ethernet = Some(mac);
+        if let End::Dropped = self.hook(&Hook::Egress(link.name.clone()), skb, false) {
+            return Fate::Dropped;
+        }
+        let mac = skb.ethernet.unwrap_or(mac);
         let Some(to) = self.state.fdb.get(&mac).copied() else {
             self.say(format!("no fdb {mac} dev {}", link.name), Decision::Dropped);
             return Fate::Dropped;
@@ -215,7 +220,7 @@ impl Walk<'_> {
         skb.routed = true;
         [Hook::Output, Hook::Postrouting]
             .into_iter()
-            .all(|hook| self.hook(hook, &mut skb, true) != End::Dropped)
+            .all(|hook| self.hook(&hook, &mut skb, true) != End::Dropped)
     }
 
     /// Notes what has become of the connection, and translates the packet's source.

@@ -45,6 +45,8 @@ struct Extent {
     iptables: u32,
     /// Numbers of policies of a gateway that translates.
     gateway: &'static [u32],
+    /// Numbers of gateways that are found by the egress hook.
+    hook: &'static [u32],
 }
 
 const FULL: Extent = Extent {
@@ -54,6 +56,7 @@ const FULL: Extent = Extent {
     seed: &[1, 10, 100, 1_000],
     iptables: 1_000,
     gateway: &[10, 10_000],
+    hook: &[1, 1_000],
 };
 const QUICK: Extent = Extent {
     rounds: 21,
@@ -62,10 +65,18 @@ const QUICK: Extent = Extent {
     seed: &[1, 10],
     iptables: 1_000,
     gateway: &[10, 100],
+    hook: &[1, 1_000],
 };
 /// Both variants of iptables, and what they are compared with.
-const IPTABLES: Extent =
-    Extent { rounds: 151, ours: &[1_000], cached: &[], seed: &[], iptables: 1_000, gateway: &[] };
+const IPTABLES: Extent = Extent {
+    rounds: 151,
+    ours: &[1_000],
+    cached: &[],
+    seed: &[],
+    iptables: 1_000,
+    gateway: &[],
+    hook: &[],
+};
 
 fn main() -> Result {
     let asked = |form| std::env::args().any(|argument| argument == form);
@@ -108,6 +119,9 @@ fn variants(extent: &Extent) -> Result<Vec<Variant>> {
     }
     // One of the policies is there for each gateway.
     variants.extend(Variant::ours(100, 100, false)?);
+    for gateways in extent.hook {
+        variants.extend(Variant::hook(*gateways)?);
+    }
     for policies in extent.seed {
         variants.extend(Variant::seed(*policies)?);
     }

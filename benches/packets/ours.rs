@@ -59,9 +59,15 @@ pub(crate) fn cluster(gateways: u32) -> Result<Cluster> {
 }
 
 /// Programs a router as a client of some gateways, or as the gateway if there are none.
-pub(crate) fn program(path: &Path, policies: u32, gateways: u32, caching: bool) -> Result {
+pub(crate) fn program(
+    path: &Path,
+    policies: u32,
+    gateways: u32,
+    options: impl FnOnce(&mut Cluster),
+) -> Result {
     // A gateway has one peer that tunnels to it.
-    let cluster = Cluster { connection_caching: caching, ..cluster(gateways.max(1))? };
+    let mut cluster = cluster(gateways.max(1))?;
+    options(&mut cluster);
     let policy = |number: u32| -> Result<EgressPolicy> {
         let sources = (0..SOURCES).map(|n| IpNet::from(Ipv4Net::from(pod(number * SOURCES + n))));
         let id = PolicyId::new(format!("bench/policy-{number}"))?;

@@ -29,6 +29,10 @@ const fn among(gateways: u32, selected: bool) -> Kind {
     Kind::Ours { policies: 100, gateways, selected, caching: false }
 }
 
+const fn hook(gateways: u32, selected: bool) -> Kind {
+    Kind::Hook { gateways, selected }
+}
+
 const fn seed(policies: u32, selected: bool) -> Kind {
     Kind::Seed { policies, selected }
 }
@@ -37,7 +41,7 @@ const fn flat(variant: Tables, selected: bool) -> Kind {
     Kind::Iptables { policies: 1_000, variant, selected }
 }
 
-const TARGETS: [Target; 21] = [
+const TARGETS: [Target; 23] = [
     Target {
         what: "10 000 policies to 1, steered",
         of: ours(10_000, true),
@@ -127,6 +131,18 @@ const TARGETS: [Target; 21] = [
         what: "100 gateways to 1, unselected",
         of: among(100, false),
         to: among(1, false),
+        most: 1.1,
+    },
+    Target {
+        what: "1 000 gateways to 1, egress hook, steered",
+        of: hook(1_000, true),
+        to: hook(1, true),
+        most: 1.1,
+    },
+    Target {
+        what: "1 000 gateways to 1, egress hook, unselected",
+        of: hook(1_000, false),
+        to: hook(1, false),
         most: 1.1,
     },
     Target {

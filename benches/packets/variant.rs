@@ -5,8 +5,8 @@ use std::net::Ipv4Addr;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use egress_datapath::Family;
 use egress_datapath::state::Variant as Tables;
+use egress_datapath::{Family, Steering};
 
 use crate::frame::{self, Flow};
 use crate::path::Path;
@@ -24,6 +24,9 @@ const LEAST: u64 = 3 * BATCH as u64;
 /// Packets of the kernel's own that a receiver may see in a round.
 const STRAY: u64 = 8;
 
+/// Policies of a client that steers by the egress hook, as many as it has gateways at most.
+const HOOKED: u32 = 1_000;
+
 /// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -37,6 +40,8 @@ pub(crate) enum Kind {
     Bound,
     /// As this crate programs a client; packets of selected pods or of others.
     Ours { policies: u32, gateways: u32, selected: bool, caching: bool },
+    /// As this crate programs a client of 1 000 policies that steers by the egress hook.
+    Hook { gateways: u32, selected: bool },
     /// As the origin does.
     Seed { policies: u32, selected: bool },
     /// As this crate programs a client with iptables, for policies that take every destination.
@@ -60,6 +65,11 @@ impl fmt::Display for Kind {
             }
             Self::Ours { policies, gateways, selected, .. } => {
                 write!(f, "{}, {policies} policies, {gateways} gateways", which(selected))
+            }
+            Self::Hook { gateways, selected } => {
+                let ays = if gateways == 1 { "" } else { "s" };
+                write!(f, "{}, egress hook, {HOOKED} policies, ", which(selected))?;
+                write!(f, "{gateways} gateway{ays}")
             }
             Self::Seed { policies, selected } => {
                 write!(f, "origin {}, {policies} polic{}", which(selected), ies(policies))
@@ -137,9 +147,15 @@ impl Variant {
     /// The same router twice: for selected pods and for others.
     pub(crate) fn ours(policies: u32, gateways: u32, caching: bool) -> Result<[Self; 2]> {
         let path = Path::new()?;
-        ours::program(&path, policies, gateways, caching)?;
+        ours::program(&path, policies, gateways, |cluster| cluster.connection_caching = caching)?;
         let kind = |selected| Kind::Ours { policies, gateways, selected, caching };
         Ok(Self::both(Rc::new(path), policies, kind))
+    }
+
+    pub(crate) fn hook(gateways: u32) -> Result<[Self; 2]> {
+        let path = Path::new()?;
+        ours::program(&path, HOOKED, gateways, |cluster| cluster.steering = Steering::EgressHook)?;
+        Ok(Self::both(Rc::new(path), HOOKED, |selected| Kind::Hook { gateways, selected }))
     }
 
     pub(crate) fn seed(policies: u32) -> Result<[Self; 2]> {
@@ -171,7 +187,7 @@ impl Variant {
 
     pub(crate) fn gateway(policies: u32) -> Result<Self> {
         let path = Path::new()?;
-        ours::program(&path, policies, 0, false)?;
+        ours::program(&path, policies, 0, |_| {})?;
         let nodes =
             Flow { source: ours::gateway(0), destination: crate::path::NODE, ports: (50_000, 0) };
         let device = ours::cluster(1)?.nodes.first().map(|node| node.mac().octets());
@@ -198,7 +214,8 @@ impl Variant {
             Kind::Bound
             | Kind::Seed { selected: true, .. }
             | Kind::Iptables { selected: true, .. } => Some(1),
-            Kind::Ours { gateways, selected: true, .. } => Some(gateways),
+            Kind::Ours { gateways, selected: true, .. }
+            | Kind::Hook { gateways, selected: true } => Some(gateways),
             _ => None,
         }
     }

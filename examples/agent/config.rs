@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use egress_datapath::{
     Backend, Cluster, Destinations, DeviceName, EgressIp, EgressPolicy, MacAddr, Mark, MarkLayout,
-    Node, NodeName, PlanError, PolicyError, PolicyId, TableRange, Tunnel, Unavailable,
+    Node, NodeName, PlanError, PolicyError, PolicyId, Steering, TableRange, Tunnel, Unavailable,
 };
 use ipnet::IpNet;
 use serde::Deserialize;
@@ -55,6 +55,7 @@ impl Config {
             PlanError::RulePriority { .. } => "rule_priority",
             PlanError::CachedCounters | PlanError::IptablesCounters => "policy_counters",
             PlanError::NothingExcluded | PlanError::Excluded { .. } => "excluded",
+            PlanError::EgressHookPrefix | PlanError::EgressHookBackend => "steering",
             PlanError::Mark(_) => "marks",
             PlanError::Table(_) => "tables",
             PlanError::DuplicatePolicy { .. } => "policies",
@@ -129,6 +130,8 @@ struct File {
     connection_caching: bool,
     #[serde(default)]
     policy_counters: bool,
+    #[serde(default)]
+    steering: Steering,
     nodes: Vec<NodeForm>,
     policies: Vec<PolicyForm>,
 }
@@ -186,6 +189,7 @@ impl File {
             connection_caching: self.connection_caching,
             policy_counters: self.policy_counters,
             backend: Backend::default(),
+            steering: self.steering,
         };
         Config {
             cluster,

@@ -6,6 +6,7 @@ use super::socket::Socket;
 use super::wire::{Ack, Malformed, Messages, NLMSG_DONE, NLMSG_ERROR, Writer, flag};
 use crate::error::{KernelError, errno};
 use crate::op::Op;
+use crate::state::TableFamily;
 
 mod batch;
 mod chain;
@@ -22,13 +23,14 @@ mod table;
 #[cfg(test)]
 pub(super) mod tests;
 
+pub(super) use batch::number as family_number;
 #[cfg(test)]
 pub(super) use commit::commit;
 pub(super) use commit::{Between, Refused, commit_as};
 pub(super) use foreign::foreign;
 #[cfg(test)]
 pub(super) use observe::observe;
-pub(super) use observe::{counts, observe_at};
+pub(super) use observe::{counts, observe_at, observe_hook};
 pub(super) use probe::{is_absent, missing};
 pub(super) use table::{adopt, flags_and_owner, takes_flags};
 
@@ -94,12 +96,13 @@ pub(super) struct Answered {
 /// attributes.
 fn ask(
     socket: &mut Socket,
+    family: TableFamily,
     request: &Request<'_>,
     write: impl FnOnce(&mut Writer),
     take: impl FnMut(u16, &[u8]) -> Result<(), Malformed>,
 ) -> Result<Answered, KernelError> {
     let header = |writer: &mut Writer| {
-        writer.nfgen(batch::INET, 0);
+        writer.nfgen(batch::number(family), 0);
         write(writer);
     };
     ask_any(socket, request, header, take)
@@ -203,7 +206,7 @@ pub(super) fn generation(socket: &mut Socket) -> Result<u32, KernelError> {
         }
         Ok(())
     };
-    let answered = ask(socket, &request, |_| {}, take);
+    let answered = ask(socket, TableFamily::Inet, &request, |_| {}, take);
     answered.map_err(|error| match error.errno() {
         Some(errno::EINVAL | errno::EOPNOTSUPP | errno::EPROTONOSUPPORT) => {
             error.with_remedy(NO_NF_TABLES)

@@ -7,6 +7,7 @@ use std::os::unix::net::{SocketAddr, UnixListener};
 use super::nft;
 use super::socket::Socket;
 use crate::error::{KernelError, errno};
+use crate::state::TableFamily;
 
 /// Whether other programs may change our nf_tables table.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -54,17 +55,19 @@ impl Hold {
         if !nft::takes_flags(socket, OWNED)? {
             return Ok(Self { table_flags: 0, _names: names });
         }
-        match nft::flags_and_owner(socket)? {
-            None => {}
-            Some((flags, _)) if flags & OWNED == 0 => {
-                let error = KernelError::refused("own the nf_tables table", errno::EOPNOTSUPP);
-                return Err(error.with_remedy(PLAIN_TABLE));
+        for family in TableFamily::BOTH {
+            match nft::flags_and_owner(socket, family)? {
+                None => {}
+                Some((flags, _)) if flags & OWNED == 0 => {
+                    let error = KernelError::refused("own the nf_tables table", errno::EOPNOTSUPP);
+                    return Err(error.with_remedy(PLAIN_TABLE));
+                }
+                Some((_, Some(owner))) => {
+                    let error = KernelError::refused("own the nf_tables table", errno::EPERM);
+                    return Err(error.with_holder(owner));
+                }
+                Some((_, None)) => nft::adopt(socket, family, OWNED)?,
             }
-            Some((_, Some(owner))) => {
-                let error = KernelError::refused("own the nf_tables table", errno::EPERM);
-                return Err(error.with_holder(owner));
-            }
-            Some((_, None)) => nft::adopt(socket, OWNED)?,
         }
         Ok(Self { table_flags: OWNED, _names: names })
     }

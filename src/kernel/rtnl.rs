@@ -55,9 +55,9 @@ impl RouteSocket {
             Op::AddRule(rule) => self.add_rule(op, rule),
             Op::DeleteRule(rule) => self.delete_rule(op, rule),
             Op::DeleteStrayRouting(stray) => self.delete_stray(op, stray),
-            Op::WakeTable
-            | Op::AddTable
-            | Op::DeleteTable
+            Op::WakeTable(_)
+            | Op::AddTable(_)
+            | Op::DeleteTable(_)
             | Op::AddSet(_)
             | Op::DeleteSet(_)
             | Op::AddChain(..)
@@ -65,7 +65,7 @@ impl RouteSocket {
             | Op::SetRules(..)
             | Op::AddElement(..)
             | Op::DeleteElement(..)
-            | Op::DeleteStray(_)
+            | Op::DeleteStray(..)
             | Op::HoldAnswers(_)
             | Op::MarkConnection(..)
             | Op::EndConnection(_) => {

@@ -26,6 +26,8 @@ pub(super) struct Skeleton<'a> {
     pub(super) caching: Option<MarkBits>,
     /// Prefix of gateways' marks and its bits; `None` in layouts without.
     pub(super) prefix: Option<(u32, u32)>,
+    /// Whether what enters the tunnel keeps its mark, because a chain at the device needs it.
+    pub(super) keeps_mark: bool,
     /// Marks of the gateways.
     pub(super) gateways: BTreeSet<Mark>,
     /// Destination prefix lengths in use.
@@ -263,9 +265,11 @@ impl Skeleton<'_> {
     }
 
     fn forward(&self) -> Vec<Vec<Stmt>> {
+        // The outer packet inherits the mark; routed by it, it would enter the tunnel again.
+        let take_off = (!self.keeps_mark).then(|| self.set_mark(0));
+        let enter = [Some(self.to_tunnel()), take_off, Some(Stmt::Return)];
         vec![
-            // The outer packet inherits the mark; routed by it, it would enter the tunnel again.
-            vec![self.to_tunnel(), self.set_mark(0), Stmt::Return],
+            enter.into_iter().flatten().collect(),
             vec![Stmt::UdpPort(self.port), Stmt::Jump(ChainId::Injected)],
             // Of a connection that was ours, and on no way of ours any more: its policy has gone.
             // The kernel would send it on with the address it once got, the pod's own.

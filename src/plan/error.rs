@@ -25,6 +25,15 @@ pub enum PlanError {
         /// The device.
         device: DeviceName,
     },
+    /// Steering by the egress hook, in a layout of marks without prefix.
+    #[error(
+        "steering by the egress hook needs a layout of marks with a prefix: one routing rule must \
+         tell them all"
+    )]
+    EgressHookPrefix,
+    /// Steering by the egress hook, and iptables as backend.
+    #[error("steering by the egress hook needs nf_tables as backend: iptables has no such hook")]
+    EgressHookBackend,
     /// A name occurs twice.
     #[error("node {node} is listed twice")]
     DuplicateNode {

@@ -7,6 +7,7 @@ use super::chains::Skeleton;
 use super::check::World;
 use super::kept::Kept;
 use super::{Gateways, Role, roles};
+use crate::cluster::Steering;
 use crate::policy::Unavailable;
 use crate::range::IpRange;
 use crate::state::{ChainId, Comment, Data, Firewall, Key, Tag, Value, Verdict};
@@ -42,6 +43,7 @@ pub(super) fn skeleton(
         connection: layout.connection(),
         caching: caching.then(|| layout.bound()),
         prefix: prefix.then_some((layout.prefix(), layout.prefix_mask())),
+        keeps_mark: world.cluster.steering == Steering::EgressHook,
         lengths,
         ranges,
         counting: world.cluster.policy_counters,

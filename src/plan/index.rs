@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use super::check::World;
 use super::classes::Classes;
 use super::firewall::{skeleton, spoken, ways_out};
+use super::hook::{self, hook};
 use super::kept::{Handle, Kept, Policies};
 use super::{
     Finding, Gateways, PlanError, Role, Update, closing_table, numbered, reserve_given, roles,
@@ -55,6 +56,7 @@ impl Draft {
     ) -> Result<Self, PlanError> {
         let world = World::new(cluster)?;
         xtables::check(&world)?;
+        hook::check(&world)?;
         let policies = Policies::new(policies, &world)?;
         let (mut used, mut speaks) = (BTreeMap::new(), BTreeMap::new());
         for (_, kept) in policies.iter() {
@@ -144,6 +146,7 @@ impl Index {
         let ranges = ranges.into_iter().filter_map(|(family, has)| has.then_some(family)).collect();
         let (firewall, fixed) = skeleton(&self.world, &self.gateways, lengths, ranges);
         state.firewall = Some(firewall);
+        state.hook = hook(&self.world, &self.gateways);
         (state, fixed)
     }
 

@@ -6,7 +6,8 @@ use ipnet::IpNet;
 
 use super::Gateways;
 use super::check::{World, tunnel_of};
-use crate::cluster::{Node, RulePriorities};
+use super::hook::next_hop;
+use crate::cluster::{Node, RulePriorities, Steering};
 use crate::state::{BACKSTOP_METRIC, Route, RouteKey, Rule, RuleAction, State, Vxlan};
 use crate::types::{Family, Mark, TableId};
 
@@ -37,12 +38,14 @@ pub(super) fn routing(
         up: true,
         intact: true,
     });
+    let one_for_all = world.cluster.steering == Steering::EgressHook;
     state.addresses = world.here.tunnel.iter().copied().collect();
     for peer in world.peers() {
         if let Some(address) = world.underlay(peer) {
             state.fdb.insert(peer.mac(), address);
         }
-        for family in Family::BOTH.into_iter().filter(|family| carries(world, peer, *family)) {
+        let families = Family::BOTH.into_iter().filter(|family| carries(world, peer, *family));
+        for family in families.filter(|_| !one_for_all) {
             state.neighbours.extend(tunnel_of(peer, family).map(|address| (address, peer.mac())));
         }
     }
@@ -50,7 +53,7 @@ pub(super) fn routing(
     let mask = layout.tested(gateways.values().map(|gateway| gateway.mark));
     for family in Family::BOTH {
         let priorities = RulePriorities::of(&world.cluster);
-        for gateway in gateways.values() {
+        for gateway in gateways.values().filter(|_| !one_for_all) {
             let Some(node) = world.node(gateway.place) else { continue };
             let via = tunnel_of(node, family);
             if let Some(via) = via.filter(|_| carries(world, node, family)) {
@@ -80,6 +83,14 @@ pub(super) fn routing(
                 action: RuleAction::Lookup(table),
             };
             state.rules.insert(closing);
+            if one_for_all {
+                // The same once more, so that where one is lost the other leads on.
+                state.rules.insert(Rule { priority: priorities.gateways, ..closing });
+                let via = next_hop(family);
+                state.routes.insert(default_route(table, family), Route::Via(via));
+                state.neighbours.insert(via, world.here.mac());
+                continue;
+            }
             // Whatever carries no prefix of ours need not be asked about every gateway.
             state.rules.insert(Rule {
                 priority: priorities.guard,
@@ -97,8 +108,11 @@ fn table(world: &World, gateway: &Node, table: TableId, via: IpAddr, state: &mut
     // The outer packet to the gateway has lost the mark by then; should it not have, it must
     // still find another way than into the tunnel.
     inside(world, table, family, world.underlay(gateway), state);
-    let key = RouteKey { table, dst: everything(family), metric: RouteKey::default_metric(family) };
-    state.routes.insert(key, Route::Via(via));
+    state.routes.insert(default_route(table, family), Route::Via(via));
+}
+
+fn default_route(table: TableId, family: Family) -> RouteKey {
+    RouteKey { table, dst: everything(family), metric: RouteKey::default_metric(family) }
 }
 
 /// The routes of a table that leave what stays inside to the main table, and refuse the rest.

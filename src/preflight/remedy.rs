@@ -64,6 +64,9 @@ impl Problem {
             Self::Missing { part: KernelPart::Ipv6 } => {
                 "boot without ipv6.disable=1, or leave IPv6 out of the policies"
             }
+            Self::Missing { part: KernelPart::EgressHook } => {
+                "steer by tables, or use a kernel from 5.16 on that was built with it"
+            }
             Self::Missing { .. } => "load the module, or use a kernel that was built with it",
             Self::NotForwarding { family: Family::V4 } => "sysctl -w net.ipv4.ip_forward=1",
             Self::NotForwarding { family: Family::V6 } => {

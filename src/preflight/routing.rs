@@ -2,7 +2,7 @@
 
 use super::facts::{Action, Facts, Rule};
 use super::{Preflight, Problem};
-use crate::cluster::RulePriorities;
+use crate::cluster::{RulePriorities, Steering};
 use crate::types::Family;
 
 /// The kernel's table of local addresses.
@@ -28,7 +28,10 @@ impl Preflight<'_> {
         let taken = range.iter().filter(|table| facts.tables.contains(&table.get())).count();
         let taken = u32::try_from(taken).unwrap_or(u32::MAX);
         let free = range.len().saturating_sub(taken);
-        let gateways = u32::try_from(self.gateways.len()).unwrap_or(u32::MAX);
+        let gateways = match self.cluster.steering {
+            Steering::Tables => u32::try_from(self.gateways.len()).unwrap_or(u32::MAX),
+            Steering::EgressHook => u32::from(!self.gateways.is_empty()),
+        };
         if free < gateways {
             let (start, end) = (range.start(), range.end());
             problems.push(Problem::TablesFew { start, end, free, gateways });

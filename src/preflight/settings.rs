@@ -2,6 +2,7 @@
 
 use super::facts::Facts;
 use super::{KernelPart, Preflight, Problem};
+use crate::cluster::Steering;
 use crate::types::Family;
 
 /// `rp_filter` where packets must come in by the device that the host would answer by.
@@ -12,7 +13,11 @@ impl Preflight<'_> {
         if facts.denied {
             problems.push(Problem::Denied);
         }
-        problems.extend(facts.missing.iter().map(|part| Problem::Missing { part: *part }));
+        let needed = |part: &&KernelPart| {
+            **part != KernelPart::EgressHook || self.cluster.steering == Steering::EgressHook
+        };
+        let missing = facts.missing.iter().filter(needed);
+        problems.extend(missing.map(|part| Problem::Missing { part: *part }));
         self.judge_forwarding(facts, problems);
         self.judge_tunnel_ipv6(facts, problems);
         self.judge_reverse_path(facts, problems);

@@ -48,6 +48,9 @@ pub enum KernelPart {
     /// Counters in rules.
     #[error("the counter expression of nf_tables (CONFIG_NF_TABLES)")]
     Counter,
+    /// Chains where a device sends, for [`Steering::EgressHook`](crate::Steering::EgressHook).
+    #[error("the egress hook of nf_tables (CONFIG_NFT_NETDEV, CONFIG_NETFILTER_EGRESS)")]
+    EgressHook,
     /// VXLAN devices.
     #[error("VXLAN (CONFIG_VXLAN)")]
     Vxlan,

@@ -3,14 +3,14 @@
 use std::net::IpAddr;
 
 use crate::alloc::{MarkAllocator, TableAllocator};
-use crate::cluster::{Cluster, Node};
-use crate::state::{ChainId, Comment, Data, Route, Rule, RuleAction, State, Verdict};
+use crate::cluster::{Cluster, Node, Steering};
+use crate::state::{ChainId, Comment, Data, Key, Route, Rule, RuleAction, State, Verdict};
 use crate::types::{Mark, NodeName, TableId};
 
 /// Recovers which gateway has which mark and table from what a previous run left in the kernel.
 ///
-/// The way out to a gateway has the node's name and leads to the chain that sets its mark, and a
-/// rule says which table a mark has. Where the firewall is gone, the table's default route says
+/// The way out to a gateway has the node's name and leads to the chain that sets its mark, the
+/// Ethernet address of a mark has the node's name, too, and a rule says which table a mark has. Where the firewall is gone, the table's default route says
 /// whose it is. What cannot be adopted, because the range or the layout has changed, is allocated
 /// anew and the old removed.
 pub(super) fn adopt(
@@ -27,17 +27,19 @@ pub(super) fn adopt(
             let _refused = tables.reserve(&cluster.node, table);
         }
     }
-    let mut found: Vec<(&NodeName, Mark, TableId)> = Vec::new();
-    for (node, mark) in marks_of(cluster, observed) {
-        found.extend(table_of(observed, mark).map(|table| (node, mark, table)));
-    }
+    let mut found: Vec<(&NodeName, Mark, Option<TableId>)> = Vec::new();
+    found.extend(
+        marks_of(cluster, observed).map(|(node, mark)| (node, mark, table_of(observed, mark))),
+    );
     for (node, table) in tables_of(cluster, observed) {
         let rules = observed.rules.iter();
         let to = rules.filter(|rule| rule.action == RuleAction::Lookup(table));
-        found.extend(to.map(|rule| (node, rule.mark, table)));
+        found.extend(to.map(|rule| (node, rule.mark, Some(table))));
     }
     for (node, mark, table) in found {
-        if tables.get(node).is_none() {
+        // With one table for all it is this node's.
+        let table = table.filter(|_| cluster.steering == Steering::Tables);
+        if let (Some(table), None) = (table, tables.get(node)) {
             let _refused = tables.reserve(node, table);
         }
         if marks.get(node).is_none() {
@@ -50,13 +52,17 @@ fn marks_of<'a>(
     cluster: &'a Cluster,
     observed: &'a State,
 ) -> impl Iterator<Item = (&'a NodeName, Mark)> {
-    let elements = observed.firewall.iter().flat_map(|firewall| firewall.elements.rest());
-    elements.filter_map(|(_, value)| match (value.data, &value.comment) {
-        (Data::Verdict(Verdict::Goto(ChainId::To(mark))), Some(comment)) => {
-            let named = |node: &&Node| Comment::of_name(node.name.as_str()) == *comment;
-            cluster.nodes.iter().find(named).map(|node| (&node.name, mark))
-        }
-        _ => None,
+    let tables = [&observed.firewall, &observed.hook].into_iter().flatten();
+    let elements = tables.flat_map(|table| table.elements.rest());
+    elements.filter_map(|(key, value)| {
+        let mark = match (key, value.data) {
+            (_, Data::Verdict(Verdict::Goto(ChainId::To(mark)))) => mark,
+            (Key::NextHop(mark), _) => *mark,
+            _ => return None,
+        };
+        let comment = value.comment.as_ref()?;
+        let named = |node: &&Node| Comment::of_name(node.name.as_str()) == *comment;
+        cluster.nodes.iter().find(named).map(|node| (&node.name, mark))
     })
 }
 

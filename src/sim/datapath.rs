@@ -177,6 +177,8 @@ impl SimDatapath {
         })?;
         state.rules = rules;
         state.strays.extend(more);
+        let what = format!("nft list table netdev {NFT_TABLE}");
+        state.hook = self.list(Subsystem::Firewall, &what, |sim| sim.state.hook.clone())?;
         self.trust.rest = true;
         Ok(state)
     }

@@ -16,17 +16,20 @@ pub(super) type Errno = i32;
 /// Makes an operation, or refuses it.
 pub(super) fn make(state: &mut State, op: &Op) -> Result<(), Errno> {
     match op {
-        Op::AddTable if state.firewall.is_some() => Err(errno::EEXIST),
-        Op::AddTable => {
-            state.firewall = Some(Firewall::default());
+        Op::AddTable(family) => {
+            let table = state.table_mut(*family);
+            if table.is_some() {
+                return Err(errno::EEXIST);
+            }
+            *table = Some(Firewall::default());
             Ok(())
         }
-        Op::DeleteTable => state.firewall.take().map(drop).ok_or(errno::ENOENT),
-        Op::WakeTable => {
-            state.firewall.as_mut().ok_or(errno::ENOENT)?.dormant = false;
+        Op::DeleteTable(family) => state.table_mut(*family).take().map(drop).ok_or(errno::ENOENT),
+        Op::WakeTable(family) => {
+            state.table_mut(*family).as_mut().ok_or(errno::ENOENT)?.dormant = false;
             Ok(())
         }
-        op if op.is_nft() => nft(state.firewall.as_mut().ok_or(errno::ENOENT)?, op),
+        op if op.is_nft() => nft(state.table_mut(op.table()).as_mut().ok_or(errno::ENOENT)?, op),
         op => rtnetlink(state, op),
     }
 }
@@ -182,7 +185,7 @@ fn nft(firewall: &mut Firewall, op: &Op) -> Result<(), Errno> {
         Op::AddChain(chain, base) => match firewall.chains.entry(*chain) {
             Entry::Occupied(_) => Err(errno::EEXIST),
             Entry::Vacant(entry) => {
-                entry.insert((*base, Vec::new()));
+                entry.insert((base.clone(), Vec::new()));
                 Ok(())
             }
         },
@@ -221,7 +224,9 @@ fn nft(firewall: &mut Firewall, op: &Op) -> Result<(), Errno> {
             Ok(())
         }
         Op::DeleteElement(key, _) => firewall.elements.remove(key).map(drop).ok_or(errno::ENOENT),
-        Op::DeleteStray(stray) => firewall.strays.remove(stray).then_some(()).ok_or(errno::ENOENT),
+        Op::DeleteStray(_, stray) => {
+            firewall.strays.remove(stray).then_some(()).ok_or(errno::ENOENT)
+        }
         // Its set is not there.
         Op::HoldAnswers(_) => Err(errno::ENOENT),
         _ => Err(errno::EINVAL),
@@ -257,6 +262,7 @@ fn set_of(statement: &Stmt) -> Option<Set> {
             Some(Set::Destination(*family, *length))
         }
         Stmt::SnatByTag(family) => Some(Set::Snat(*family)),
+        Stmt::SetNextHop { .. } => Some(Set::NextHop),
         Stmt::HasInput
         | Stmt::HasNoOutput
         | Stmt::InputDevice(_)

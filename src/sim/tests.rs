@@ -3,10 +3,10 @@
 use std::net::IpAddr;
 
 use super::*;
-use crate::cluster::{Cluster, Node};
+use crate::cluster::{Cluster, Node, Steering};
 use crate::policy::{EgressIp, EgressPolicy};
 use crate::reconciler::Reconciler;
-use crate::state::ChainId;
+use crate::state::{ChainId, Firewall};
 use crate::types::{NodeName, PolicyId};
 
 mod shared;
@@ -239,6 +239,43 @@ fn a_packet_stays_closed_whatever_is_lost() {
         let journey = sims.send(asked());
         let outcome = Outcome::Dropped { node: Some(name("a")) };
         assert_eq!(journey.outcome, outcome, "{lost}: {}", journey.trace);
+    }
+}
+
+#[test]
+fn at_the_egress_hook_a_packet_stays_closed_whatever_is_lost() {
+    type Lose<'a> = &'a dyn Fn(&mut State);
+    let hook =
+        |lose: fn(&mut Firewall)| move |state: &mut State| lose(state.hook.as_mut().unwrap());
+    let by_hook = |of: &str| Cluster { steering: Steering::EgressHook, ..cluster(of) };
+    let losses: [(&str, Lose<'_>); 9] = [
+        ("hook", &|state| state.hook = None),
+        ("chain", &hook(|table| table.chains.clear())),
+        ("rules", &hook(|table| table.chains.values_mut().for_each(|chain| chain.1.clear()))),
+        ("address", &hook(|table| table.elements = Elements::default())),
+        ("hook that sleeps", &hook(|table| table.dormant = true)),
+        ("all rules", &|state| state.rules.clear()),
+        ("route", &|state| {
+            state.routes.retain(|_, route| !matches!(route, crate::state::Route::Via(_)));
+        }),
+        ("neighbour", &|state| state.neighbours.clear()),
+        ("forwarding entry", &|state| state.fdb.clear()),
+    ];
+    for (lost, lose) in losses {
+        let mut sims = sims();
+        for of in ["c", "b", "a"] {
+            let sim = &mut sims.node_mut(&name(of)).unwrap().sim;
+            let _report = Reconciler::new(sim).reconcile(&by_hook(of), [policy("b")]).unwrap();
+        }
+        assert_eq!(left(&sims.clone().send(asked())), Some(("b", ip(EIP))), "{lost}");
+        let node = sim(&mut sims, "a");
+        lose(node.state_mut());
+        let journey = sims.send(asked());
+        let outcome = Outcome::Dropped { node: Some(name("a")) };
+        assert_eq!(journey.outcome, outcome, "{lost}: {}", journey.trace);
+        let sim = sim(&mut sims, "a");
+        let _report = Reconciler::new(sim).reconcile(&by_hook("a"), [policy("b")]).unwrap();
+        assert_eq!(left(&sims.send(asked())), Some(("b", ip(EIP))), "{lost}");
     }
 }
 

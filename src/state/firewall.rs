@@ -1,4 +1,4 @@
-//! The contents of the nf_tables table: sets, maps and their elements.
+//! The contents of an nf_tables table: sets, maps and their elements.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -11,10 +11,10 @@ use super::elements::Elements;
 use super::ruleset::{Base, ChainId, NftRule};
 use super::set::Set;
 use crate::range::IpRange;
-use crate::types::{Family, Mark, PolicyId, fnv1a};
+use crate::types::{Family, MacAddr, Mark, PolicyId, fnv1a};
 
-/// The nf_tables table of ours: chains that never change in steady state, and the elements of
-/// the maps they look into.
+/// An nf_tables table of ours: chains that never change in steady state, and the elements of the
+/// maps they look into.
 ///
 /// A packet walks down the maps: its source gives a class (a distinct ordered combination of
 /// policies), class and destination give a policy, the policy gives a way out, the way out a
@@ -133,6 +133,8 @@ pub enum Key {
     Source(IpAddr),
     /// In [`Set::SourceNet`].
     SourceNet(IpRange),
+    /// In [`Set::NextHop`].
+    NextHop(Mark),
 }
 
 impl Key {
@@ -154,6 +156,7 @@ impl Key {
             Self::Destination(net, _) => Set::Destination(Family::of_net(&net), net.prefix_len()),
             Self::Source(address) => Set::Source(Family::of(address)),
             Self::SourceNet(range) => Set::SourceNet(range.family()),
+            Self::NextHop(_) => Set::NextHop,
         }
     }
 }
@@ -166,7 +169,7 @@ impl fmt::Display for Key {
             | Self::Eip(address)
             | Self::Source(address) => address.fmt(f),
             Self::Excluded(range) | Self::SourceNet(range) => range.fmt(f),
-            Self::Gateway(mark) | Self::Connection(mark) => mark.fmt(f),
+            Self::Gateway(mark) | Self::Connection(mark) | Self::NextHop(mark) => mark.fmt(f),
             Self::Verdict(tag)
             | Self::Steer(_, tag)
             | Self::Snat(_, tag)
@@ -187,6 +190,8 @@ pub enum Data {
     Tag(Tag),
     /// An egress IP.
     Address(IpAddr),
+    /// The address of a gateway's tunnel device.
+    Ethernet(MacAddr),
     /// What happens to the packet.
     Verdict(Verdict),
 }
@@ -259,6 +264,7 @@ impl fmt::Display for Value {
             Data::None => Ok(()),
             Data::Tag(tag) => write!(f, " : {tag}"),
             Data::Address(address) => write!(f, " : {address}"),
+            Data::Ethernet(mac) => write!(f, " : {mac}"),
             Data::Verdict(Verdict::Drop) => f.write_str(" : drop"),
             Data::Verdict(Verdict::Goto(chain)) => write!(f, " : goto {chain}"),
         }

@@ -7,7 +7,31 @@ use ipnet::IpNet;
 use super::set::Set;
 use crate::types::{DeviceName, Family, Mark};
 
-/// A chain of our table; its name follows from which one it is.
+/// Which of our two tables something is in: they have the same name, and nf_tables tells them
+/// apart by their family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum TableFamily {
+    /// `inet`: IPv4 and IPv6 on their way through the host.
+    Inet,
+    /// `netdev`: frames on a device.
+    Netdev,
+}
+
+impl TableFamily {
+    /// Both.
+    pub const BOTH: [Self; 2] = [Self::Inet, Self::Netdev];
+}
+
+impl fmt::Display for TableFamily {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Inet => "inet",
+            Self::Netdev => "netdev",
+        })
+    }
+}
+
+/// A chain of our tables; its name follows from which one it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ChainId {
     /// Puts a pod's packet on its way, after destination NAT and before routing.
@@ -48,9 +72,19 @@ pub enum ChainId {
     Translate(Family),
     /// From a policy to the address it wears.
     Wear(Family),
+    /// Gives a frame the Ethernet address of its gateway, and takes the mark off.
+    Egress,
 }
 
 impl ChainId {
+    /// The table it is in.
+    pub const fn table(self) -> TableFamily {
+        match self {
+            Self::Egress => TableFamily::Netdev,
+            _ => TableFamily::Inet,
+        }
+    }
+
     /// The chain with this name.
     pub fn from_name(name: &str) -> Option<Self> {
         use Family::{V4, V6};
@@ -79,6 +113,7 @@ impl ChainId {
             "translate6" => Self::Translate(V6),
             "wear4" => Self::Wear(V4),
             "wear6" => Self::Wear(V6),
+            "egress" => Self::Egress,
             _ => {
                 let digits = name.strip_prefix("to_")?;
                 let chain = Self::To(Mark::new(u32::from_str_radix(digits, 16).ok()?));
@@ -110,12 +145,13 @@ impl fmt::Display for ChainId {
             Self::To(mark) => write!(f, "to_{:08x}", mark.get()),
             Self::Translate(family) => write!(f, "translate{}", family.digit()),
             Self::Wear(family) => write!(f, "wear{}", family.digit()),
+            Self::Egress => f.write_str("egress"),
         }
     }
 }
 
 /// Where the kernel calls a base chain; its policy is always `accept`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Base {
     /// Filter or NAT.
     pub kind: ChainType,
@@ -134,19 +170,22 @@ pub enum ChainType {
     Nat,
 }
 
-/// A netfilter hook (`include/uapi/linux/netfilter.h`, `enum nf_inet_hooks`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+/// A netfilter hook (`include/uapi/linux/netfilter.h`, `enum nf_inet_hooks` and
+/// `enum nf_dev_hooks`).
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Hook {
     /// Before routing.
-    Prerouting = 0,
+    Prerouting,
     /// Delivered to this host.
-    Input = 1,
+    Input,
     /// Routed through this host.
-    Forward = 2,
+    Forward,
     /// Sent by this host.
-    Output = 3,
+    Output,
     /// On the way out.
-    Postrouting = 4,
+    Postrouting,
+    /// Handed to this device to be sent; Linux 5.16.
+    Egress(DeviceName),
 }
 
 impl fmt::Display for Base {
@@ -155,14 +194,16 @@ impl fmt::Display for Base {
             ChainType::Filter => "filter",
             ChainType::Nat => "nat",
         };
-        let hook = match self.hook {
-            Hook::Prerouting => "prerouting",
-            Hook::Input => "input",
-            Hook::Forward => "forward",
-            Hook::Output => "output",
-            Hook::Postrouting => "postrouting",
-        };
-        write!(f, "type {kind} hook {hook} priority {}; policy accept;", self.priority)
+        write!(f, "type {kind} hook ")?;
+        match &self.hook {
+            Hook::Prerouting => f.write_str("prerouting")?,
+            Hook::Input => f.write_str("input")?,
+            Hook::Forward => f.write_str("forward")?,
+            Hook::Output => f.write_str("output")?,
+            Hook::Postrouting => f.write_str("postrouting")?,
+            Hook::Egress(device) => write!(f, "egress device \"{device}\"")?,
+        }
+        write!(f, " priority {}; policy accept;", self.priority)
     }
 }
 
@@ -267,6 +308,11 @@ pub enum Stmt {
         keep: u32,
         /// Bits that are set; none of them in `keep`.
         value: u32,
+    },
+    /// `ether daddr set meta mark & mask map @next_hop`
+    SetNextHop {
+        /// Bits compared.
+        mask: u32,
     },
     /// `meta priority set none`
     ClearTag,
@@ -402,6 +448,9 @@ impl fmt::Display for Stmt {
             }
             Self::SetMark { keep, value } => {
                 write!(f, "meta mark set meta mark & {keep:#010x} | {value:#010x}")
+            }
+            Self::SetNextHop { mask } => {
+                write!(f, "ether daddr set meta mark & {mask:#010x} map @{}", Set::NextHop)
             }
             Self::ClearTag => f.write_str("meta priority set none"),
             Self::TagBySource(set) => {

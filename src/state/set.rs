@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use super::ruleset::TableFamily;
 use crate::types::Family;
 
 /// Type of a key part or of a map's value, as `nft` names it.
@@ -9,6 +10,7 @@ use crate::types::Family;
 pub(crate) enum Datum {
     Ipv4,
     Ipv6,
+    Ethernet,
     Mark,
     ClassId,
     Protocol,
@@ -28,6 +30,7 @@ impl Datum {
         match self {
             Self::Ipv4 => "ipv4_addr",
             Self::Ipv6 => "ipv6_addr",
+            Self::Ethernet => "ether_addr",
             Self::Mark => "mark",
             Self::ClassId => "classid",
             Self::Protocol => "inet_proto",
@@ -36,19 +39,20 @@ impl Datum {
         }
     }
 
-    /// Bytes of the value in a key, whose parts fill whole registers; a verdict has no length
-    /// of its own.
+    /// Bytes of the value; a part of a key fills whole registers, and a verdict has no length of
+    /// its own.
     #[cfg(all(feature = "kernel", target_os = "linux"))]
     pub(crate) const fn len(self) -> usize {
         match self {
             Self::Ipv6 => 16,
+            Self::Ethernet => 6,
             Self::Verdict => 0,
             _ => 4,
         }
     }
 }
 
-/// A set or map of our table; its name, types and flags follow from which one it is.
+/// A set or map of our tables; its name, types and flags follow from which one it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Set {
     /// Underlay addresses of the other nodes: who may send tunnel packets.
@@ -87,9 +91,19 @@ pub enum Set {
     Source(Family),
     /// Range of source addresses → class.
     SourceNet(Family),
+    /// Mark → Ethernet address of the gateway.
+    NextHop,
 }
 
 impl Set {
+    /// The table it is in.
+    pub const fn table(self) -> TableFamily {
+        match self {
+            Self::NextHop => TableFamily::Netdev,
+            _ => TableFamily::Inet,
+        }
+    }
+
     /// Those that every table has for a family.
     pub(crate) const fn of(family: Family) -> [Self; 12] {
         [
@@ -128,6 +142,7 @@ impl Set {
             Self::Destination(family, length) => format!("dest{}_{length}", family.digit()),
             Self::Source(family) => format!("source{}", family.digit()),
             Self::SourceNet(family) => format!("source_net{}", family.digit()),
+            Self::NextHop => "next_hop".into(),
         }
     }
 
@@ -164,6 +179,7 @@ impl Set {
             "source6" => Self::Source(V6),
             "source_net4" => Self::SourceNet(V4),
             "source_net6" => Self::SourceNet(V6),
+            "next_hop" => Self::NextHop,
             _ => {
                 let (family, length) = match name.split_once('_')? {
                     ("dest4", length) => (V4, length),
@@ -205,7 +221,7 @@ impl Set {
             | Self::SourceNet(family) => pick(IP, family),
             Self::Answer(family) => pick(ANSWER, family),
             Self::PortlessAnswer(family) => pick(PORTLESS, family),
-            Self::Gateway | Self::Connection => &[Datum::Mark],
+            Self::Gateway | Self::Connection | Self::NextHop => &[Datum::Mark],
             Self::Destination(family, _) => pick(IP_CLASS, family),
             Self::Verdict
             | Self::Steer(_)
@@ -238,6 +254,7 @@ impl Set {
             | Self::Masquerade(_)
             | Self::Count(_) => None,
             Self::Connection | Self::Verdict => Some(Datum::Verdict),
+            Self::NextHop => Some(Datum::Ethernet),
             Self::Snat(family) => Some(Datum::of(family)),
             Self::Steer(_)
             | Self::Any(_)
@@ -275,7 +292,7 @@ mod tests {
 
     #[test]
     fn set_names_read_back() {
-        let mut sets = vec![Set::Gateway, Set::Connection, Set::Verdict];
+        let mut sets = vec![Set::Gateway, Set::Connection, Set::Verdict, Set::NextHop];
         for family in Family::BOTH {
             sets.extend(Set::of(family));
             sets.push(Set::Count(family));

@@ -48,8 +48,8 @@ const JUMPS: usize = 16;
 
 /// Where a base chain really runs: the kernel calls all NAT chains of a hook together, at one
 /// place (`NF_IP_PRI_NAT_DST`, `NF_IP_PRI_NAT_SRC`), and there in the order of their priorities.
-const fn place(base: Base) -> (i32, i32) {
-    match (base.kind, base.hook) {
+const fn place(base: &Base) -> (i32, i32) {
+    match (base.kind, &base.hook) {
         (ChainType::Filter, _) => (base.priority, base.priority),
         (ChainType::Nat, Hook::Prerouting) => (-100, base.priority),
         (ChainType::Nat, _) => (100, base.priority),
@@ -58,14 +58,18 @@ const fn place(base: Base) -> (i32, i32) {
 
 impl Walk<'_> {
     /// Runs the base chains of a hook; NAT chains only while the connection's source is open.
-    pub(super) fn hook(&mut self, hook: Hook, skb: &mut Skb, mut open: bool) -> End {
+    pub(super) fn hook(&mut self, hook: &Hook, skb: &mut Skb, mut open: bool) -> End {
         let state = self.state;
-        let awake = state.firewall.as_ref().filter(|firewall| !firewall.dormant);
+        let table = match hook {
+            Hook::Egress(_) => &state.hook,
+            _ => &state.firewall,
+        };
+        let awake = table.as_ref().filter(|firewall| !firewall.dormant);
         let Some(firewall) = awake else { return End::Accepted };
         let bases =
-            firewall.chains.iter().filter_map(|(id, (base, _))| Some((*id, *base.as_ref()?)));
-        let mut bases: Vec<_> = bases.filter(|(_, base)| base.hook == hook).collect();
-        bases.sort_by_key(|(_, base)| place(*base));
+            firewall.chains.iter().filter_map(|(id, (base, _))| Some((*id, base.as_ref()?)));
+        let mut bases: Vec<_> = bases.filter(|(_, base)| base.hook == *hook).collect();
+        bases.sort_by_key(|(_, base)| place(base));
         let mut done = End::Accepted;
         for (chain, base) in bases {
             if base.kind == ChainType::Nat && !(open && skb.tracking.facts().is_some()) {
@@ -176,6 +180,7 @@ impl Walk<'_> {
                 self.say(here(), Decision::Mark(Mark::new(skb.mark)));
                 true
             }
+            Stmt::SetNextHop { mask } => self.next_hop(firewall, *mask, skb),
             Stmt::ClearTag => {
                 skb.priority = 0;
                 true
@@ -241,6 +246,16 @@ impl Walk<'_> {
         key.is_some()
     }
 
+    fn next_hop(&mut self, firewall: &Firewall, mask: u32, skb: &mut Skb) -> bool {
+        let key = Key::NextHop(Mark::new(skb.mark & mask));
+        let Some(Value { data: Data::Ethernet(mac), .. }) = found(firewall, &key) else {
+            return false;
+        };
+        skb.ethernet = Some(mac);
+        self.say(shown(firewall, &key), Decision::Ethernet(mac));
+        true
+    }
+
     fn verdict_by_tag(
         &mut self,
         firewall: &Firewall,
@@ -255,7 +270,9 @@ impl Walk<'_> {
                 Next::End(End::Dropped)
             }
             Some(Data::Verdict(Verdict::Goto(chain))) => Next::Goto(chain),
-            Some(Data::None | Data::Tag(_) | Data::Address(_)) | None => Next::Rule,
+            Some(Data::None | Data::Tag(_) | Data::Address(_) | Data::Ethernet(_)) | None => {
+                Next::Rule
+            }
         }
     }
 
@@ -373,13 +390,17 @@ fn way_out(firewall: &Firewall, way_out: Tag) -> Option<Decision> {
         Data::Verdict(Verdict::Goto(ChainId::Here)) => Some(Decision::Here),
         Data::Verdict(Verdict::Goto(ChainId::Bypass)) => Some(Decision::LeftAlone),
         Data::Verdict(Verdict::Goto(_)) => Some(Decision::Gateway(comment)),
-        Data::Verdict(Verdict::Drop) | Data::None | Data::Tag(_) | Data::Address(_) => None,
+        Data::Verdict(Verdict::Drop)
+        | Data::None
+        | Data::Tag(_)
+        | Data::Address(_)
+        | Data::Ethernet(_) => None,
     }
 }
 
 fn tag(firewall: &Firewall, key: &Key) -> Option<Tag> {
     match found(firewall, key)?.data {
         Data::Tag(tag) => Some(tag),
-        Data::None | Data::Address(_) | Data::Verdict(_) => None,
+        Data::None | Data::Address(_) | Data::Ethernet(_) | Data::Verdict(_) => None,
     }
 }

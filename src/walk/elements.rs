@@ -48,7 +48,8 @@ pub(super) fn by_address(firewall: &Firewall, set: Set, address: IpAddr) -> Opti
         | Set::Masquerade(_)
         | Set::Count(_)
         | Set::Any(_)
-        | Set::Destination(..) => None,
+        | Set::Destination(..)
+        | Set::NextHop => None,
     }
 }
 
@@ -77,7 +78,8 @@ pub(super) const fn by_tag(set: Set, priority: u32) -> Option<Key> {
         | Set::PortlessAnswer(_)
         | Set::Destination(..)
         | Set::Source(_)
-        | Set::SourceNet(_) => None,
+        | Set::SourceNet(_)
+        | Set::NextHop => None,
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::packet::Packet;
 use crate::state::{Direction, Stmt};
-use crate::types::DeviceName;
+use crate::types::{DeviceName, MacAddr};
 
 /// A packet in the kernel (`struct sk_buff`).
 #[derive(Clone, Debug)]
@@ -16,6 +16,8 @@ pub(super) struct Skb {
     pub(super) output: Option<DeviceName>,
     /// Whether it is known by which device it goes out.
     pub(super) routed: bool,
+    /// Where the frame goes, once it is one.
+    pub(super) ethernet: Option<MacAddr>,
     pub(super) tracking: Tracking,
 }
 
@@ -43,7 +45,16 @@ pub(super) struct Facts {
 
 impl Skb {
     pub(super) const fn new(packet: Packet, tracking: Tracking) -> Self {
-        Self { packet, mark: 0, priority: 0, input: None, output: None, routed: false, tracking }
+        Self {
+            packet,
+            mark: 0,
+            priority: 0,
+            input: None,
+            output: None,
+            routed: false,
+            ethernet: None,
+            tracking,
+        }
     }
 
     pub(super) const fn facts_mut(&mut self) -> Option<&mut Facts> {

@@ -5,12 +5,13 @@ use std::net::IpAddr;
 use egress_datapath::state::Variant;
 use egress_datapath::{
     Backend, Destinations, EgressIp, EgressPolicy, Iptables, Mark, MarkLayout, Node, NodeName,
-    PolicyId, Report,
+    PolicyId, Report, Steering,
 };
 use ipnet::IpNet;
 
 use crate::change::{Change, Loss, To};
 use crate::fleet::{Result, dual, policy};
+use crate::lab::inside::steering;
 use crate::lab::{
     EIP_B, EIP_C, Lab, NODE_A, NODE_B_OUTSIDE, OTHER_SERVER, POD_A, POD_B, Pair, SERVER, hosts, net,
 };
@@ -51,6 +52,8 @@ const LATE_BIT: &str = "table inet foreign { chain late {
 }";
 
 pub(crate) const COUNTERS: &str = "counters";
+/// Of one backend only.
+pub(crate) const STEERING: &str = "steering";
 
 const EVERYBODY: &[&str] = &["node-c", "node-b", "node-a"];
 const GATEWAY_FIRST: &[&str] = &["node-b", "node-a"];
@@ -83,6 +86,7 @@ pub(crate) const ALL: &[Change] = &[
     },
     Change { name: "egress IP", wears: EITHER, round: egress_ip, ..USUAL },
     Change { name: "gateways", round: gateways, ..USUAL },
+    Change { name: STEERING, round: steerings, ..USUAL },
     Change { name: "nodes", round: known, ..USUAL },
     Change { name: "marks among foreign bits", foreign: EARLY_BIT, round: marks, ..USUAL },
     Change {
@@ -412,9 +416,20 @@ fn marks(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
 fn layouts(lab: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
     for name in EVERYBODY {
         let marks = if round % 2 == 0 { MarkLayout::SEED } else { MarkLayout::COMPACT };
-        nodes.node(name)?.0.marks = marks;
+        let cluster = &mut nodes.node(name)?.0;
+        (cluster.marks, cluster.steering) = (marks, steering(&marks));
     }
     nodes.restart(lab)?;
+    make(nodes, round, if round % 4 < 2 { GATEWAY_FIRST } else { &["node-a", "node-b"] }, &[p()?])
+}
+
+/// From tables to the egress hook and back.
+fn steerings(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+    for name in EVERYBODY {
+        let by_hook = round % 2 == 0;
+        nodes.node(name)?.0.steering =
+            if by_hook { Steering::EgressHook } else { Steering::Tables };
+    }
     make(nodes, round, if round % 4 < 2 { GATEWAY_FIRST } else { &["node-a", "node-b"] }, &[p()?])
 }
 
@@ -467,7 +482,12 @@ fn backends(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
         _ => iptables(Variant::Nft),
     };
     for name in EVERYBODY {
-        nodes.node(name)?.0.backend = backend;
+        let cluster = &mut nodes.node(name)?.0;
+        cluster.backend = backend;
+        cluster.steering = match backend {
+            Backend::Nftables => steering(&cluster.marks),
+            _ => Steering::Tables,
+        };
     }
     make(nodes, round, GATEWAY_FIRST, &[p()?])
 }

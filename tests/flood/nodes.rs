@@ -10,7 +10,7 @@ use egress_datapath::{
 
 use crate::change::Change;
 use crate::fleet::Result;
-use crate::lab::inside::{backend, datapath};
+use crate::lab::inside::{backend, datapath, steering};
 use crate::lab::{Host, Lab};
 
 /// The kernel, whose connections are listed now and then only.
@@ -59,6 +59,7 @@ impl Nodes {
             let cluster = Cluster {
                 marks,
                 backend: backend(),
+                steering: steering(&marks),
                 connection_caching: caching,
                 ..lab.cluster(host)?
             };

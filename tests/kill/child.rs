@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use egress_datapath::testing::{Fault, Faults, Subsystem};
 use egress_datapath::{
     Backend, Cluster, Datapath, Error, IptablesDatapath, KernelDatapath, KernelError, KernelTables,
-    MarkPool, Ownership, Reconciler, Report, TablePool, TableRange,
+    MarkPool, Ownership, Reconciler, Report, Steering, TablePool, TableRange,
 };
 
 use crate::lab::{Host, cluster};
@@ -75,6 +75,13 @@ pub(crate) fn make(
 ) -> std::result::Result<Report, Error> {
     match wanted {
         Wanted::Policies(policies) => node.reconcile(cluster, policies),
+        Wanted::Otherwise(policies) => {
+            let steering = match (cluster.backend, cluster.steering) {
+                (Backend::Nftables, Steering::Tables) => Steering::EgressHook,
+                _ => Steering::Tables,
+            };
+            node.reconcile(&Cluster { steering, ..cluster.clone() }, policies)
+        }
         Wanted::Nothing => node.remove(),
     }
 }

@@ -4,7 +4,7 @@ use std::slice::from_ref;
 
 use egress_datapath::{Backend, Cluster, Destinations, EgressPolicy, MarkLayout, Ownership};
 
-use crate::lab::inside::backend;
+use crate::lab::inside::{backend, steering};
 use crate::lab::{
     self, EIP_B, EIP_C, OTHER_SERVER, POD_A, POD_B, Pair, SERVER, STRANGER, dual, hosts,
 };
@@ -14,6 +14,9 @@ use crate::{NODES, Result};
 #[derive(Clone)]
 pub(crate) enum Wanted {
     Policies(Vec<EgressPolicy>),
+    /// The same, and packets find their gateways in the other way than the run is about, if the
+    /// backend has another.
+    Otherwise(Vec<EgressPolicy>),
     Nothing,
 }
 
@@ -84,7 +87,8 @@ impl Marks {
 
     pub(crate) fn of(self, cluster: Cluster) -> Cluster {
         let Self { layout: marks, caching: connection_caching } = self;
-        Cluster { marks, connection_caching, backend: backend(), ..cluster }
+        let (backend, steering) = (backend(), steering(&marks));
+        Cluster { marks, connection_caching, backend, steering, ..cluster }
     }
 }
 
@@ -286,6 +290,13 @@ pub(crate) fn scenarios() -> Result<Vec<Scenario>> {
             &pods(eip_b, Plain, eip_c),
         ),
         scenario("restart", with(&p), with(&p), &[A, B, C], &pods(eip_b, eip_b, eip_c)),
+        scenario(
+            "change steering",
+            with(&p),
+            [(); 3].map(|()| Wanted::Otherwise(vec![p.clone(), other.clone()])),
+            &[B, A, C],
+            &pods(eip_b, eip_b, eip_c),
+        ),
         scenario(
             "uninstall client",
             with(&p),

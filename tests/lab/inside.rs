@@ -1,4 +1,4 @@
-//! The backend that a run of the tests is about.
+//! The backend and the steering that a run of the tests is about.
 
 use std::collections::BTreeSet;
 use std::env;
@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use egress_datapath::state::{Elements, Variant};
 use egress_datapath::{
     ApplyError, Backend, Changes, Connection, Counts, Datapath, Iptables, IptablesDatapath,
-    KernelDatapath, KernelError, State,
+    KernelDatapath, KernelError, MarkLayout, State, Steering,
 };
 
 use super::kit::Netns;
@@ -19,6 +19,15 @@ pub(crate) fn backend() -> Backend {
         Ok("iptables-legacy") => Backend::Iptables(Iptables::new(Variant::Legacy)),
         Ok("iptables-nft") => Backend::Iptables(Iptables::new(Variant::Nft)),
         _ => Backend::Nftables,
+    }
+}
+
+/// The steering that `EGRESS_STEERING` names as the agent does, where the layout of the marks
+/// allows it; without it by tables.
+pub(crate) fn steering(marks: &MarkLayout) -> Steering {
+    match env::var("EGRESS_STEERING").as_deref() {
+        Ok("egress-hook") if marks.prefix_mask() != 0 => Steering::EgressHook,
+        _ => Steering::Tables,
     }
 }
 

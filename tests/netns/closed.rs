@@ -3,9 +3,12 @@
 use std::collections::BTreeSet;
 use std::thread;
 
+use egress_datapath::{MarkLayout, Steering};
+
 use crate::fleet::{
     Fleet, Result, check, dual, expect, have, is_beyond, lab, policy, sources, tool,
 };
+use crate::lab::inside::steering;
 use crate::lab::{EIP_B, POD_A, POD_B, Proto, SERVER, probe};
 
 const B: Option<&str> = Some("node-b");
@@ -52,6 +55,11 @@ fn nothing_gets_out_while_a_piece_is_missing_and_it_is_put_back() -> Result {
         &["ip link set egress.vxlan alias uplink", "ip link set egress.vxlan down"],
         &["ip link set egress.vxlan master bridge"],
     ] {
+        let hook = steering(&MarkLayout::SEED) == Steering::EgressHook;
+        if hook && damage.iter().any(|line| line.ends_with("pref 101")) {
+            // There is no guard where there is but one rule to be spared.
+            continue;
+        }
         let rules = tool(&lab.node_a.netns, "ip -4 rule show pref 102")?;
         let table = rules.split_whitespace().skip_while(|word| *word != "lookup").nth(1);
         for line in damage {

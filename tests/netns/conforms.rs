@@ -11,7 +11,7 @@ use egress_datapath::{
 use crate::conformance::{BoxError, CASES, Integration, Outcome};
 use crate::fleet::{Result, is_beyond};
 use crate::lab::Host;
-use crate::lab::inside::{backend, datapath};
+use crate::lab::inside::{backend, datapath, steering};
 
 /// A reconciler of the backend that this run is about.
 struct Ours(Reconciler<Box<dyn Datapath>>);
@@ -31,7 +31,8 @@ impl Integration for Ours {
         cluster: &Cluster,
         policies: &[EgressPolicy],
     ) -> std::result::Result<(), BoxError> {
-        let cluster = Cluster { backend: backend(), ..cluster.clone() };
+        let steering = steering(&cluster.marks);
+        let cluster = Cluster { backend: backend(), steering, ..cluster.clone() };
         self.0.apply(&cluster, policies)
     }
 

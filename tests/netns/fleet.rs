@@ -10,10 +10,10 @@ use std::{env, thread};
 
 use egress_datapath::{
     Backend, Cluster, Count, Datapath, EgressPolicy, Family, KernelDatapath, KernelTables,
-    MarkLayout, MarkPool, Reconciler, Report, TablePool, TableRange,
+    MarkLayout, MarkPool, Reconciler, Report, Steering, TablePool, TableRange,
 };
 
-use crate::lab::inside::{backend, datapath};
+use crate::lab::inside::{backend, datapath, steering};
 use crate::lab::{Host, Lab, Netns, Pair, Proto, probe};
 pub(crate) use crate::lab::{dual, policy};
 
@@ -105,6 +105,9 @@ impl Fleet {
             let mut cluster = lab.cluster(host)?;
             cluster.backend = backend();
             change(&mut cluster);
+            if cluster.steering == Steering::Tables {
+                cluster.steering = steering(&cluster.marks);
+            }
             let datapath = datapath(&host.netns, cluster.backend)?;
             let tables = host.netns.run(KernelTables::open)??;
             let tables = TablePool::with_probe(TableRange::default(), tables);

@@ -20,6 +20,7 @@ mod fleet;
 mod flows;
 #[cfg(feature = "testing")]
 mod foreign;
+mod hook;
 mod lookalikes;
 mod odd_flows;
 mod overwritten;

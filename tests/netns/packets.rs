@@ -79,8 +79,9 @@ fn a_foreign_bit_survives_and_one_set_after_ours_does_not_unsteer() -> Result {
         chain last {
             type filter hook postrouting priority 300;
             meta l4proto != { tcp, udp } return
-            oifname egress.vxlan iifname pod10 meta mark 0x4040 counter
-            oifname { egress.vxlan, eth1 } meta mark != 0x4040 counter name stranger
+            oifname egress.vxlan iifname pod10 meta mark & 0x4040 == 0x4040 counter
+            oifname eth1 meta mark != 0x4040 counter name stranger
+            oifname eth0 udp dport 7789 meta mark != 0x4040 counter name stranger
         }
     }";
     for layout in [MarkLayout::SEED, MarkLayout::COMPACT] {

@@ -1,9 +1,12 @@
 //! From any state to any other, in one go, and in two if something is refused on the way.
 
 use egress_datapath::state::{
-    Base, ChainId, ChainType, Hook, Key, NftRule, Set, Stmt, Stray, StrayKind, StrayRouting,
+    Base, ChainId, ChainType, Firewall, Hook, Key, NftRule, Set, Stmt, Stray, StrayKind,
+    StrayRouting,
 };
-use egress_datapath::{Changes, Datapath, Destinations, Family, MacAddr, Reconciler, Sim, State};
+use egress_datapath::{
+    Changes, Datapath, Destinations, DeviceName, Family, MacAddr, Reconciler, Sim, State,
+};
 use proptest::prelude::*;
 use proptest::sample::Index;
 
@@ -37,6 +40,20 @@ enum Drift {
     LinkTouched,
     StrayRoute,
     StrayRule,
+    Hook(HookDrift),
+}
+
+/// The same of the table at the device's egress hook.
+#[derive(Clone, Copy, Debug)]
+enum HookDrift {
+    Gone,
+    ChainGone,
+    ElementGone(Index),
+    OtherDevice,
+    OtherRules,
+    Asleep,
+    Stray,
+    Misshapen,
 }
 
 fn drifts() -> impl Strategy<Value = Drift> {
@@ -59,7 +76,52 @@ fn drifts() -> impl Strategy<Value = Drift> {
         Just(LinkTouched),
         Just(StrayRoute),
         Just(StrayRule),
+        hook_drifts().prop_map(Hook),
     ]
+}
+
+fn hook_drifts() -> impl Strategy<Value = HookDrift> {
+    use HookDrift::*;
+    prop_oneof![
+        Just(Gone),
+        Just(ChainGone),
+        any::<Index>().prop_map(ElementGone),
+        Just(OtherDevice),
+        Just(OtherRules),
+        Just(Asleep),
+        Just(Stray),
+        Just(Misshapen),
+    ]
+}
+
+fn drift_hook(hook: &mut Option<Firewall>, drift: HookDrift) {
+    let Some(table) = hook else { return };
+    match drift {
+        HookDrift::Gone => *hook = None,
+        HookDrift::ChainGone => table.chains.clear(),
+        HookDrift::ElementGone(index) => {
+            if let Some(key) = pick(index, table.elements.keys()) {
+                table.elements.remove(&key);
+            }
+        }
+        HookDrift::OtherDevice => {
+            for (base, _) in table.chains.values_mut() {
+                let hook = Hook::Egress(DeviceName::new("eth7").unwrap());
+                *base = Some(Base { kind: ChainType::Filter, hook, priority: 0 });
+            }
+        }
+        HookDrift::OtherRules => {
+            for (_, rules) in table.chains.values_mut() {
+                rules.truncate(1);
+            }
+        }
+        HookDrift::Asleep => table.dormant = true,
+        HookDrift::Stray => drop(table.strays.insert(Stray::Chain("debug".into()))),
+        HookDrift::Misshapen => {
+            table.chains.clear();
+            table.strays.insert(Stray::Chain("egress".into()));
+        }
+    }
 }
 
 fn pick<T: Clone>(index: Index, all: impl Iterator<Item = T>) -> Option<T> {
@@ -121,6 +183,7 @@ fn drift(state: &mut State, drift: &Drift) {
         Drift::StrayRule => drop(state.strays.insert(stray(StrayKind::Rule))),
         Drift::AddressGone => state.addresses.clear(),
         Drift::TableGone => state.firewall = None,
+        Drift::Hook(drift) => drift_hook(&mut state.hook, *drift),
         _ => {}
     }
     let Some(firewall) = &mut state.firewall else { return };

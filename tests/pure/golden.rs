@@ -5,8 +5,10 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use egress_datapath::state::Key;
-use egress_datapath::{Changes, Destinations, EgressIp, EgressPolicy, MarkLayout, Op, Plan, State};
+use egress_datapath::state::{ChainId, Key};
+use egress_datapath::{
+    Changes, Cluster, Destinations, EgressIp, EgressPolicy, MarkLayout, Op, Plan, State, Steering,
+};
 
 use crate::{cluster, cluster_v4, dual, nets, planned, policy, v4};
 
@@ -116,6 +118,58 @@ fn removal_takes_the_guards_away_last() {
     let nothing =
         Plan { state: State::default(), gateways: before.gateways.clone(), findings: Vec::new() };
     check("removal.txt", &nothing, &before.state);
+}
+
+fn by_hook(here: &str) -> Cluster {
+    Cluster { steering: Steering::EgressHook, ..cluster(here) }
+}
+
+#[test]
+fn the_egress_hook_instead_of_tables() {
+    let plan = planned(&by_hook("a"), both()).unwrap();
+    check("egress_hook.txt", &plan, &State::default());
+}
+
+#[test]
+fn the_way_to_the_egress_hook_and_back() {
+    let (tables, hook) = (cluster("a"), by_hook("a"));
+    let (mut marks, mut ids) = crate::pools(&tables);
+    // The tables of before, as a running agent would have them.
+    let mut plan = |cluster| egress_datapath::plan(cluster, both(), &mut marks, &mut ids).unwrap();
+    let (by_tables, by_hook) = (plan(&tables), plan(&hook));
+    check("to_egress_hook.txt", &by_hook, &by_tables.state);
+    check("from_egress_hook.txt", &by_tables, &by_hook.state);
+}
+
+#[test]
+fn another_gateway_at_the_egress_hook_is_no_rule_route_or_neighbour() {
+    let cluster = by_hook("a");
+    let one = planned(&cluster, both().split_off(1)).unwrap();
+    let (mut marks, mut tables) = crate::pools(&cluster);
+    egress_datapath::plan(&cluster, both().split_off(1), &mut marks, &mut tables).unwrap();
+    let two = egress_datapath::plan(&cluster, both(), &mut marks, &mut tables).unwrap();
+    let changes = Changes::between(&one.state, &two.state);
+    assert!(changes.ops().all(|op| op.to_string().starts_with("nft ")), "{changes}");
+    let hops = changes.ops().filter(|op| matches!(op, Op::AddElement(Key::NextHop(_), _)));
+    assert_eq!(hops.count(), 1, "{changes}");
+}
+
+#[test]
+fn the_chain_at_the_hook_goes_before_its_device_and_comes_after_it() {
+    let mut cluster = by_hook("a");
+    let before = planned(&cluster, both()).unwrap();
+    cluster.tunnel.vni += 1;
+    let after = planned(&cluster, both()).unwrap();
+    let changes = Changes::between(&before.state, &after.state);
+    let place = |wanted: fn(&Op) -> bool| changes.ops().position(wanted).unwrap();
+    let order = [
+        place(|op| matches!(op, Op::DeleteChain(ChainId::Egress))),
+        place(|op| matches!(op, Op::DeleteLink(_))),
+        place(|op| matches!(op, Op::AddLink(_))),
+        place(|op| matches!(op, Op::AddChain(ChainId::Egress, _))),
+        place(|op| matches!(op, Op::PutRoute(..))),
+    ];
+    assert!(order.is_sorted(), "{changes}");
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use egress_datapath::{
     Cluster, Destinations, DeviceName, EgressIp, EgressPolicy, MacAddr, MarkLayout, PolicyId,
+    Steering,
 };
 use ipnet::IpNet;
 use proptest::prelude::*;
@@ -81,7 +82,11 @@ pub(crate) fn policies() -> impl Strategy<Value = Vec<EgressPolicy>> {
 prop_compose! {
     /// Node a's view, of two nodes or three, some without IPv6 in the tunnel.
     pub(crate) fn clusters()(
-        layout in select(vec![MarkLayout::SEED, MarkLayout::COMPACT]),
+        (layout, steering) in select(vec![
+            (MarkLayout::SEED, Steering::Tables),
+            (MarkLayout::SEED, Steering::EgressHook),
+            (MarkLayout::COMPACT, Steering::Tables),
+        ]),
         v6 in prop::array::uniform3(prop::bool::weighted(0.8)),
         macs in prop::array::uniform3(prop::option::weighted(0.3, 0..4_u8)),
         marks in prop::array::uniform3(prop::option::weighted(0.3, 0..3_u16)),
@@ -99,6 +104,7 @@ prop_compose! {
     ) -> Cluster {
         let mut cluster = cluster("a");
         cluster.marks = layout;
+        cluster.steering = steering;
         cluster.connection_caching = caching;
         cluster.tunnel.port = port;
         cluster.tunnel.underlay_mtu = mtu;

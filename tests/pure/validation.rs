@@ -47,6 +47,47 @@ fn good() -> EgressPolicy {
 }
 
 #[test]
+fn steering() {
+    use PlanError as E;
+    let hook = egress_datapath::Steering::EgressHook;
+    of_cluster(|cluster| cluster.steering = hook).unwrap();
+    refused!(
+        of_cluster(|cluster| (cluster.steering, cluster.marks) = (hook, MarkLayout::COMPACT)),
+        E::EgressHookPrefix,
+        "steering by the egress hook needs a layout of marks with a prefix: one routing rule must \
+         tell them all"
+    );
+    let iptables = Iptables::new(Variant::Nft);
+    let backend = Backend::Iptables(iptables);
+    refused!(
+        of_cluster(|cluster| (cluster.steering, cluster.backend) = (hook, backend)),
+        E::EgressHookBackend,
+        "steering by the egress hook needs nf_tables as backend: iptables has no such hook"
+    );
+}
+
+#[test]
+fn one_table_serves_all_gateways_of_the_egress_hook() {
+    let policies = || {
+        let to = |id: &str, source: &str, gateway| {
+            policy(id, &[source], Some(gateway), v4("198.51.100.200"))
+        };
+        [to("shop/b", "10.244.1.1/32", "b"), to("shop/c", "10.244.1.2/32", "c")]
+    };
+    let plan = |cluster: &Cluster| {
+        let mut tables = TablePool::new(TableRange::new(3000, 0).unwrap());
+        plan(cluster, policies(), &mut MarkPool::new(cluster.marks), &mut tables)
+    };
+    let mut cluster = cluster("a");
+    assert!(matches!(plan(&cluster), Err(PlanError::Table(_))));
+    cluster.steering = egress_datapath::Steering::EgressHook;
+    let planned = plan(&cluster).unwrap();
+    let tables: Vec<_> = planned.gateways.values().map(|(_, table)| table.get()).collect();
+    assert_eq!(tables, [3000, 3000]);
+    assert!(planned.findings.is_empty());
+}
+
+#[test]
 fn nodes() {
     use PlanError as E;
     of_cluster(|_| {}).unwrap();

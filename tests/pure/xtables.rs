@@ -5,7 +5,7 @@ use std::path::Path;
 use egress_datapath::state::{Ipset, IpsetContents, Variant, XtRule, XtTarget};
 use egress_datapath::{
     Backend, Changes, Cluster, Datapath, Decision, Destinations, EgressPolicy, Iptables, Packet,
-    Sim, State, explain,
+    Sim, State, Steering, explain,
 };
 use proptest::prelude::*;
 use proptest::sample::Index;
@@ -91,6 +91,9 @@ fn states() -> impl Strategy<Value = State> {
     (clusters(), policies(), backends()).prop_map(|(mut cluster, policies, backend)| {
         cluster.backend = backend;
         cluster.policy_counters &= backend == Backend::Nftables;
+        if backend != Backend::Nftables {
+            cluster.steering = Steering::Tables;
+        }
         planned(&cluster, policies).unwrap().state
     })
 }

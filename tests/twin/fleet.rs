@@ -12,6 +12,7 @@ use egress_datapath::{
     Outcome, Packet, Reconciler, Sim, SimCluster, explain, explain_received,
 };
 
+use crate::lab::inside::steering;
 use crate::lab::{Lab, NODE_B_OUTSIDE, NODE_C_OUTSIDE, POD_A, POD_B, POD_C, PORT, STRANGER};
 use crate::nodes::{self, datapath, kernel, node, simulated};
 use crate::random::Random;
@@ -58,6 +59,7 @@ impl Fleet {
             cluster.marks = layout;
             cluster.connection_caching = caching;
             cluster.policy_counters = !caching;
+            cluster.steering = steering(&layout);
             clusters.push(cluster);
             // So that connections are tracked and translated whether our table is there or not,
             // as on every node of a cluster, and last for the whole test.

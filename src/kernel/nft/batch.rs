@@ -6,13 +6,21 @@ use super::kind;
 use super::{chain, element, set};
 use crate::kernel::wire::{Open, Writer, flag};
 use crate::op::Op;
-use crate::state::{Key, NFT_TABLE, Set, Stray, Value};
+use crate::state::{Key, NFT_TABLE, Set, Stray, TableFamily, Value};
 
 /// `NFNL_SUBSYS_NFTABLES`, as the resource that a transaction is for.
 pub(super) const NF_TABLES: u16 = 10;
 
-/// `NFPROTO_INET`, the family of our table.
+/// `NFPROTO_INET`.
 pub(super) const INET: u8 = 1;
+
+/// The family of a table as the kernel numbers it (`NFPROTO_*`).
+pub(in super::super) const fn number(family: TableFamily) -> u8 {
+    match family {
+        TableFamily::Inet => INET,
+        TableFamily::Netdev => 5,
+    }
+}
 
 /// Bytes of elements in one message: an attribute has at most 65 535, an element far fewer
 /// than what is left free.
@@ -142,18 +150,25 @@ impl Builder<'_> {
     }
 
     /// Begins a message for an operation.
-    fn begin(&mut self, op: usize, kind: u16, flags: u16) -> (Open, u32) {
+    fn begin(&mut self, op: usize, table: TableFamily, kind: u16, flags: u16) -> (Open, u32) {
         let sequence = self.sequence();
         let message = self.writer.message(kind, flag::REQUEST | flags, sequence);
-        self.writer.nfgen(INET, 0);
+        self.writer.nfgen(number(table), 0);
         self.origins.insert(sequence, vec![(0, op)]);
         self.last = Some((message, sequence));
         (message, sequence)
     }
 
-    fn message(&mut self, op: usize, kind: u16, flags: u16, write: impl FnOnce(&mut Writer)) {
+    fn message(
+        &mut self,
+        op: (usize, TableFamily),
+        kind: u16,
+        flags: u16,
+        write: impl FnOnce(&mut Writer),
+    ) {
         self.flush();
-        let (message, _) = self.begin(op, kind, flags);
+        let (index, table) = op;
+        let (message, _) = self.begin(index, table, kind, flags);
         write(&mut self.writer);
         self.writer.end(message);
     }
@@ -188,7 +203,7 @@ impl Builder<'_> {
     fn begin_elements(&mut self, index: usize, set: Set, verb: Verb) -> Elements {
         self.flush();
         let (kind, flags) = verb.kind_and_flags();
-        let (message, sequence) = self.begin(index, kind, flags);
+        let (message, sequence) = self.begin(index, set.table(), kind, flags);
         self.writer.string(1, NFT_TABLE);
         self.writer.string(2, &set.name());
         let elements = Elements { message, list: self.writer.open(3), sequence, set, verb };
@@ -204,37 +219,38 @@ impl Builder<'_> {
                 writer.string(kind, &name);
             }
         };
+        let at = (index, op.table());
         match op {
-            Op::WakeTable | Op::AddTable => {
+            Op::WakeTable(_) | Op::AddTable(_) => {
                 let flags = self.table_flags;
-                let new = if *op == Op::AddTable { NEW } else { 0 };
-                self.message(index, kind::NEWTABLE, new, |writer| {
+                let new = if let Op::AddTable(_) = op { NEW } else { 0 };
+                self.message(at, kind::NEWTABLE, new, |writer| {
                     writer.string(1, NFT_TABLE);
                     writer.be32(2, flags);
                 });
             }
-            Op::DeleteTable => self.message(index, kind::DELTABLE, 0, |writer| {
+            Op::DeleteTable(_) => self.message(at, kind::DELTABLE, 0, |writer| {
                 writer.string(1, NFT_TABLE);
             }),
             Op::AddSet(set) => {
                 self.sets += 1;
                 let id = self.sets;
-                self.message(index, kind::NEWSET, NEW, |writer| {
+                self.message(at, kind::NEWSET, NEW, |writer| {
                     set::write(writer, *set, id);
                 });
             }
-            Op::DeleteSet(set) => self.message(index, kind::DELSET, 0, named(set.name(), 2)),
-            Op::AddChain(chain, base) => self.message(index, kind::NEWCHAIN, NEW, |writer| {
+            Op::DeleteSet(set) => self.message(at, kind::DELSET, 0, named(set.name(), 2)),
+            Op::AddChain(chain, base) => self.message(at, kind::NEWCHAIN, NEW, |writer| {
                 chain::write(writer, *chain, base.as_ref());
             }),
             Op::DeleteChain(chain) => {
-                self.message(index, kind::DELCHAIN, 0, named(chain.to_string(), 3));
+                self.message(at, kind::DELCHAIN, 0, named(chain.to_string(), 3));
             }
             Op::SetRules(chain, rules) => {
-                self.message(index, kind::DELRULE, 0, named(chain.to_string(), 2));
+                self.message(at, kind::DELRULE, 0, named(chain.to_string(), 2));
                 for rule in rules {
                     let flags = flag::CREATE | flag::APPEND;
-                    self.message(index, kind::NEWRULE, flags, |writer| {
+                    self.message(at, kind::NEWRULE, flags, |writer| {
                         chain::write_rule(writer, *chain, rule);
                     });
                 }
@@ -245,11 +261,11 @@ impl Builder<'_> {
                 self.open_elements(index, connection.answers(), Verb::Add);
                 element::write_answer(&mut self.writer, connection);
             }
-            Op::DeleteStray(Stray::Chain(name)) => {
-                self.message(index, kind::DELCHAIN, 0, named(name.clone(), 3));
+            Op::DeleteStray(_, Stray::Chain(name)) => {
+                self.message(at, kind::DELCHAIN, 0, named(name.clone(), 3));
             }
-            Op::DeleteStray(Stray::Set(name)) => {
-                self.message(index, kind::DELSET, 0, named(name.clone(), 2));
+            Op::DeleteStray(_, Stray::Set(name)) => {
+                self.message(at, kind::DELSET, 0, named(name.clone(), 2));
             }
             _ => {}
         }
@@ -308,7 +324,7 @@ mod tests {
 
     #[test]
     fn only_the_last_operation_and_the_end_are_acknowledged() {
-        let ops = [Op::AddTable, Op::AddSet(Set::Gateway), peer(1), peer(2)];
+        let ops = [Op::AddTable(TableFamily::Inet), Op::AddSet(Set::Gateway), peer(1), peer(2)];
         let mut batch = build(&ops, 0, &mut sequences()).unwrap();
         let datagram = batch.datagram(0).to_vec();
         let acknowledged: Vec<_> = Messages::new(&datagram)

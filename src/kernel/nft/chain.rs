@@ -3,10 +3,15 @@
 use super::expr::Expr;
 use super::stmt;
 use crate::kernel::wire::{Attributes, Malformed, Writer};
-use crate::state::{Base, ChainId, ChainType, Hook, NFT_TABLE, NftRule};
+use crate::state::{Base, ChainId, ChainType, Hook, NFT_TABLE, NftRule, TableFamily};
+use crate::types::DeviceName;
 
 /// `NF_ACCEPT`, the policy of every base chain of ours.
 const ACCEPT: u32 = 1;
+
+/// `NFTA_HOOK_DEV`, and `NFTA_HOOK_DEVS`, of which the kernel lists a single one, too.
+const DEVICE: u16 = 3;
+const DEVICES: u16 = 4;
 
 /// Writes a new chain.
 pub(super) fn write(writer: &mut Writer, chain: ChainId, base: Option<&Base>) {
@@ -26,13 +31,16 @@ pub(super) fn write(writer: &mut Writer, chain: ChainId, base: Option<&Base>) {
             1,
             match base.hook {
                 Hook::Prerouting => 0,
-                Hook::Input => 1,
+                Hook::Input | Hook::Egress(_) => 1,
                 Hook::Forward => 2,
                 Hook::Output => 3,
                 Hook::Postrouting => 4,
             },
         );
         writer.attribute(2, &base.priority.to_be_bytes());
+        if let Hook::Egress(device) = &base.hook {
+            writer.string(DEVICE, device.as_str());
+        }
     });
 }
 
@@ -48,7 +56,7 @@ pub(super) fn write_rule(writer: &mut Writer, chain: ChainId, rule: &NftRule) {
 }
 
 /// By whom a chain is called.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 enum Called {
     ByRules,
     ByHook(Base),
@@ -64,19 +72,24 @@ pub(super) struct Found {
 }
 
 impl Found {
-    /// Which of our chains it is; `None` if it is none, or is called in a way we never say.
-    pub(super) fn ours(&self) -> Option<(ChainId, Option<Base>)> {
-        let base = match self.called {
+    /// Which of our chains it is; `None` if it is none of the table's, or is called in a way we
+    /// never say.
+    pub(super) fn ours(&self, table: TableFamily) -> Option<(ChainId, Option<Base>)> {
+        let base = match &self.called {
             Called::ByRules => None,
-            Called::ByHook(base) => Some(base),
+            Called::ByHook(base) => Some(base.clone()),
             Called::Otherwise => return None,
         };
-        Some((ChainId::from_name(&self.name)?, base))
+        let id = ChainId::from_name(&self.name).filter(|id| id.table() == table)?;
+        Some((id, base))
     }
 }
 
-/// Reads a listed chain; `None` if it is in another table.
-pub(super) fn read(attributes: Attributes<'_>) -> Result<Option<Found>, Malformed> {
+/// Reads a listed chain; `None` if it is in a table of another name.
+pub(super) fn read(
+    attributes: Attributes<'_>,
+    table: TableFamily,
+) -> Result<Option<Found>, Malformed> {
     let (mut ours, mut name, mut kind, mut policy) = (false, None, None, ACCEPT);
     let mut hook = None;
     for attribute in attributes {
@@ -84,7 +97,7 @@ pub(super) fn read(attributes: Attributes<'_>) -> Result<Option<Found>, Malforme
         match attribute.kind {
             1 => ours = attribute.is(NFT_TABLE),
             3 => name = Some(attribute),
-            4 => hook = Some(read_hook(attribute.nested())?),
+            4 => hook = Some((read_hook(attribute.nested())?, device(attribute.nested())?)),
             5 => policy = attribute.be32()?,
             7 => kind = Some(attribute),
             _ => {}
@@ -97,8 +110,9 @@ pub(super) fn read(attributes: Attributes<'_>) -> Result<Option<Found>, Malforme
     let kind = kind.map_or(Ok(""), |kind| kind.text())?;
     let called = match hook {
         None => Called::ByRules,
-        Some((number, priority)) => {
-            base(kind, number, priority, policy).map_or(Called::Otherwise, Called::ByHook)
+        Some((place, device)) => {
+            let hook = hook_of(table, place.0, device);
+            base(kind, hook, place.1, policy).map_or(Called::Otherwise, Called::ByHook)
         }
     };
     let name = name.ok_or(Malformed("a chain has no name"))?.text()?.to_owned();
@@ -119,21 +133,40 @@ pub(super) fn read_hook(attributes: Attributes<'_>) -> Result<(u32, i32), Malfor
     Ok((number, priority))
 }
 
-fn base(kind: &str, hook: u32, priority: i32, policy: u32) -> Option<Base> {
+/// The one device that a chain is called for, if there is one and no other.
+fn device(attributes: Attributes<'_>) -> Result<Option<DeviceName>, Malformed> {
+    let (mut one, mut count) = (None, 0);
+    for attribute in attributes {
+        let attribute = attribute?;
+        match attribute.kind {
+            DEVICE => one = DeviceName::new(attribute.text()?).ok(),
+            DEVICES => count = attribute.nested().count(),
+            _ => {}
+        }
+    }
+    Ok(one.filter(|_| count <= 1))
+}
+
+/// The hook with this number, which a device's chains have of their own.
+fn hook_of(table: TableFamily, number: u32, device: Option<DeviceName>) -> Option<Hook> {
+    match (table, number) {
+        (TableFamily::Inet, 0) => Some(Hook::Prerouting),
+        (TableFamily::Inet, 1) => Some(Hook::Input),
+        (TableFamily::Inet, 2) => Some(Hook::Forward),
+        (TableFamily::Inet, 3) => Some(Hook::Output),
+        (TableFamily::Inet, 4) => Some(Hook::Postrouting),
+        (TableFamily::Netdev, 1) => device.map(Hook::Egress),
+        _ => None,
+    }
+}
+
+fn base(kind: &str, hook: Option<Hook>, priority: i32, policy: u32) -> Option<Base> {
     let kind = match kind {
         "filter" => ChainType::Filter,
         "nat" => ChainType::Nat,
         _ => return None,
     };
-    let hook = match hook {
-        0 => Hook::Prerouting,
-        1 => Hook::Input,
-        2 => Hook::Forward,
-        3 => Hook::Output,
-        4 => Hook::Postrouting,
-        _ => return None,
-    };
-    (policy == ACCEPT).then_some(Base { kind, hook, priority })
+    hook.filter(|_| policy == ACCEPT).map(|hook| Base { kind, hook, priority })
 }
 
 /// A rule as the kernel lists it.

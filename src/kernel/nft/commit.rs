@@ -192,12 +192,12 @@ fn refusal(
 mod tests {
     use super::*;
     use crate::kernel::nft::{observe, tests::netns::in_netns};
-    use crate::state::Firewall;
+    use crate::state::{Firewall, TableFamily};
 
     #[test]
     fn a_transaction_for_another_generation_does_nothing() {
         in_netns(|socket| {
-            let ops = [Op::AddTable];
+            let ops = [Op::AddTable(TableFamily::Inet)];
             let whole = Whole { first: 0, count: 1 };
             let mut batch = build(&ops, 0, &mut || socket.next_sequence()).unwrap();
             let current = generation(socket).unwrap();
@@ -219,10 +219,10 @@ mod tests {
         in_netns(|socket| {
             let faults = Faults::new().at_write(0, Fault::AckWithoutCommit);
             socket.set_tap(Tap::of_netfilter(faults.clone()));
-            let refused = commit(socket, &[Op::AddTable]).unwrap_err();
+            let refused = commit(socket, &[Op::AddTable(TableFamily::Inet)]).unwrap_err();
             assert_eq!((refused.len(), refused[0].1.errno()), (1, None), "{refused:?}");
             assert_eq!((observe(socket), faults.pending()), (Ok(None), 0));
-            commit(socket, &[Op::AddTable]).unwrap();
+            commit(socket, &[Op::AddTable(TableFamily::Inet)]).unwrap();
             assert_eq!(observe(socket), Ok(Some(Firewall::default())));
         });
     }
@@ -236,7 +236,7 @@ mod tests {
             set_capabilities(None, ours).unwrap();
             // The kernel asks for the privilege of who opened the socket, too.
             let mut bare = crate::kernel::nft::open().unwrap();
-            let refused = commit(&mut bare, &[Op::AddTable]).unwrap_err();
+            let refused = commit(&mut bare, &[Op::AddTable(TableFamily::Inet)]).unwrap_err();
             assert_eq!(refused.len(), 1);
             assert!(refused[0].1.is_denied(), "{refused:?}");
             assert!(refused[0].1.remedy().is_some());

@@ -10,7 +10,7 @@ use crate::count::Count;
 use crate::kernel::wire::{Attribute, Malformed, Writer};
 use crate::range::{address, number};
 use crate::state::{ChainId, Comment, Data, Datum, Key, Set, Tag, Value};
-use crate::types::{Family, Mark};
+use crate::types::{Family, MacAddr, Mark};
 
 /// `NFT_SET_ELEM_INTERVAL_END`: the first key behind a range.
 const END: u32 = 1;
@@ -72,6 +72,9 @@ fn write_value(writer: &mut Writer, value: &Value) {
         Data::Address(address) => {
             writer.nest(2, |writer| writer.attribute(1, &octets(address)));
         }
+        Data::Ethernet(mac) => {
+            writer.nest(2, |writer| writer.attribute(1, &mac.octets()));
+        }
         Data::Verdict(way) => {
             let verdict = match way {
                 crate::state::Verdict::Drop => Verdict::plain(verdict::DROP),
@@ -97,7 +100,9 @@ fn key_bytes(key: &Key) -> (Vec<u8>, Option<Vec<u8>>) {
         Key::Peer(address) | Key::Underlay(address) | Key::Eip(address) | Key::Source(address) => {
             octets(*address)
         }
-        Key::Gateway(mark) | Key::Connection(mark) => mark.get().to_ne_bytes().to_vec(),
+        Key::Gateway(mark) | Key::Connection(mark) | Key::NextHop(mark) => {
+            mark.get().to_ne_bytes().to_vec()
+        }
         Key::Verdict(tag)
         | Key::Steer(_, tag)
         | Key::Snat(_, tag)
@@ -197,6 +202,9 @@ fn read_data(data: &Attribute<'_>, datum: Datum) -> Result<Option<Data>, Malform
         Datum::Ipv4 => ip(Family::V4, bytes).map(Data::Address),
         Datum::Ipv6 => ip(Family::V6, bytes).map(Data::Address),
         Datum::ClassId => tag(bytes).map(Data::Tag),
+        Datum::Ethernet => {
+            <[u8; 6]>::try_from(bytes).ok().map(|mac| Data::Ethernet(MacAddr::new(mac)))
+        }
         Datum::Mark | Datum::Protocol | Datum::Service | Datum::Verdict => None,
     })
 }
@@ -223,6 +231,7 @@ pub(super) fn key(set: Set, bytes: &[u8]) -> Option<Key> {
         Set::Source(family) => Key::Source(ip(family, bytes)?),
         Set::Gateway => Key::Gateway(mark(bytes)?),
         Set::Connection => Key::Connection(mark(bytes)?),
+        Set::NextHop => Key::NextHop(mark(bytes)?),
         Set::Verdict => Key::Verdict(tag(bytes)?),
         Set::Steer(family) => Key::Steer(family, tag(bytes)?),
         Set::Snat(family) => Key::Snat(family, tag(bytes)?),

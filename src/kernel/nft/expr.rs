@@ -42,6 +42,7 @@ pub(super) mod meta {
     pub(crate) const IIF: u32 = 4;
     pub(crate) const OIF: u32 = 5;
     pub(crate) const IIFNAME: u32 = 6;
+    pub(crate) const IIFTYPE: u32 = 8;
     pub(crate) const OIFNAME: u32 = 7;
     pub(crate) const NFPROTO: u32 = 15;
     pub(crate) const L4PROTO: u32 = 16;
@@ -57,6 +58,7 @@ pub(super) mod ct {
 
 /// Headers that `payload` counts from.
 pub(super) mod base {
+    pub(crate) const LINK: u32 = 0;
     pub(crate) const NETWORK: u32 = 1;
     pub(crate) const TRANSPORT: u32 = 2;
 }
@@ -70,6 +72,8 @@ pub(super) enum Expr {
     MetaSet { key: u32, sreg: u32 },
     /// Loads bytes of the packet.
     Payload { base: u32, offset: u32, len: u32, dreg: u32 },
+    /// Sets bytes of the packet that no checksum covers.
+    PayloadSet { base: u32, offset: u32, len: u32, sreg: u32 },
     /// Ends the rule unless a register has, or has not, this value.
     Cmp { sreg: u32, equal: bool, data: Vec<u8> },
     /// Masks a register, then turns bits over.
@@ -114,7 +118,7 @@ impl Expr {
     pub(super) fn write_as(&self, writer: &mut Writer, kind: u16) {
         let name = match self {
             Self::MetaLoad { .. } | Self::MetaSet { .. } => "meta",
-            Self::Payload { .. } => "payload",
+            Self::Payload { .. } | Self::PayloadSet { .. } => "payload",
             Self::Cmp { .. } => "cmp",
             Self::Bitwise { .. } => "bitwise",
             Self::Lookup { .. } => "lookup",
@@ -154,6 +158,15 @@ impl Expr {
                 writer.be32(2, *base);
                 writer.be32(3, *offset);
                 writer.be32(4, *len);
+            }
+            Self::PayloadSet { base, offset, len, sreg } => {
+                writer.be32(5, *sreg);
+                writer.be32(2, *base);
+                writer.be32(3, *offset);
+                writer.be32(4, *len);
+                writer.be32(6, 0);
+                writer.be32(7, 0);
+                writer.be32(8, 0);
             }
             Self::Cmp { sreg, equal, data } => {
                 writer.be32(1, *sreg);

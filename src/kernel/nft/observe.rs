@@ -7,7 +7,7 @@ use super::{Answered, Request, ask, chain, element, expr, generation, kind, rang
 use crate::error::{KernelError, errno};
 use crate::kernel::socket::Socket;
 use crate::kernel::wire::{Attribute, Attributes, Malformed, Writer, flag};
-use crate::state::{ChainId, Elements, Firewall, Key, NFT_TABLE, Set, Stray, Value};
+use crate::state::{ChainId, Elements, Firewall, Key, NFT_TABLE, Set, Stray, TableFamily, Value};
 
 mod counts;
 mod proof;
@@ -36,23 +36,42 @@ pub(in super::super) fn observe(socket: &mut Socket) -> Result<Option<Firewall>,
 
 /// The same, and the generation of the rules that it was read in; `expected` is what its sets
 /// probably hold.
-#[expect(clippy::redundant_closure_for_method_calls, reason = "a path has no lifetime of its own")]
 pub(in super::super) fn observe_at(
     socket: &mut Socket,
     expected: Option<&Elements>,
 ) -> Result<(Option<Firewall>, u32), KernelError> {
-    steady(socket, expected, |reader| reader.table())
+    whole(socket, TableFamily::Inet, expected)
 }
 
-/// Reads something, again and again until nobody has changed anything meanwhile.
+/// Reads the table at the egress hook; `None` if there is none.
+pub(in super::super) fn observe_hook(socket: &mut Socket) -> Result<Option<Firewall>, KernelError> {
+    // Most nodes have none.
+    let table = table::flags_and_owner(socket, TableFamily::Netdev)?;
+    if table.is_none() {
+        return Ok(None);
+    }
+    whole(socket, TableFamily::Netdev, None).map(|(table, _)| table)
+}
+
+#[expect(clippy::redundant_closure_for_method_calls, reason = "a path has no lifetime of its own")]
+fn whole(
+    socket: &mut Socket,
+    family: TableFamily,
+    expected: Option<&Elements>,
+) -> Result<(Option<Firewall>, u32), KernelError> {
+    steady(socket, family, expected, |reader| reader.table())
+}
+
+/// Reads something of a table, again and again until nobody has changed anything meanwhile.
 fn steady<T>(
     socket: &mut Socket,
+    family: TableFamily,
     expected: Option<&Elements>,
     mut read: impl FnMut(&mut Reader<'_>) -> Result<T, KernelError>,
 ) -> Result<(T, u32), KernelError> {
     for _ in 0..ATTEMPTS {
         let generation_before = generation(socket)?;
-        let mut reader = Reader::new(&mut *socket, generation_before, expected);
+        let mut reader = Reader::new(&mut *socket, family, generation_before, expected);
         let read = read(&mut reader);
         let moved = reader.moved;
         if generation(socket)? == generation_before && !moved {
@@ -60,7 +79,7 @@ fn steady<T>(
         }
     }
     Err(KernelError::answer(
-        format!("nft list table inet {NFT_TABLE}"),
+        format!("nft list table {family} {NFT_TABLE}"),
         "somebody changes nf_tables faster than it can be read",
     ))
 }
@@ -72,6 +91,7 @@ const fn low_half(generation: u32) -> u16 {
 
 struct Reader<'a> {
     socket: &'a mut Socket,
+    family: TableFamily,
     generation: u16,
     /// What the sets probably hold.
     expected: Option<&'a Elements>,
@@ -80,8 +100,13 @@ struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    const fn new(socket: &'a mut Socket, generation: u32, expected: Option<&'a Elements>) -> Self {
-        Self { socket, generation: low_half(generation), expected, moved: false }
+    const fn new(
+        socket: &'a mut Socket,
+        family: TableFamily,
+        generation: u32,
+        expected: Option<&'a Elements>,
+    ) -> Self {
+        Self { socket, family, generation: low_half(generation), expected, moved: false }
     }
 
     fn ask(
@@ -91,17 +116,18 @@ impl<'a> Reader<'a> {
         mut take: impl FnMut(Attributes<'_>) -> Result<(), Malformed>,
     ) -> Result<(), KernelError> {
         let (generation, mut moved) = (self.generation, false);
-        let Answered { interrupted } = ask(self.socket, request, write, |resource, body| {
-            moved |= resource != generation;
-            take(Attributes::new(body))
-        })?;
+        let Answered { interrupted } =
+            ask(self.socket, self.family, request, write, |resource, body| {
+                moved |= resource != generation;
+                take(Attributes::new(body))
+            })?;
         self.moved |= moved || interrupted;
         Ok(())
     }
 
     fn table(&mut self) -> Result<Option<Firewall>, KernelError> {
         let request = Request {
-            text: &format!("nft list table inet {NFT_TABLE}"),
+            text: &format!("nft list table {} {NFT_TABLE}", self.family),
             kind: kind::GETTABLE,
             flags: 0,
             answer: kind::NEWTABLE,
@@ -126,18 +152,19 @@ impl<'a> Reader<'a> {
 
     fn chains(&mut self, firewall: &mut Firewall) -> Result<(), KernelError> {
         let request = Request {
-            text: "nft list chains inet",
+            text: &format!("nft list chains {}", self.family),
             kind: kind::GETCHAIN,
             flags: flag::DUMP,
             answer: kind::NEWCHAIN,
         };
-        let take = |attributes: Attributes<'_>| add_chain(attributes, firewall);
+        let family = self.family;
+        let take = |attributes: Attributes<'_>| add_chain(attributes, family, firewall);
         self.ask(&request, |writer| writer.string(1, NFT_TABLE), take)
     }
 
     fn rules(&mut self, firewall: &mut Firewall) -> Result<(), KernelError> {
         let request = Request {
-            text: &format!("nft list table inet {NFT_TABLE}"),
+            text: &format!("nft list table {} {NFT_TABLE}", self.family),
             kind: kind::GETRULE,
             flags: flag::DUMP,
             answer: kind::NEWRULE,
@@ -150,12 +177,13 @@ impl<'a> Reader<'a> {
     fn sets(&mut self, firewall: &mut Firewall) -> Result<BTreeMap<Set, usize>, KernelError> {
         let mut counts = BTreeMap::new();
         let request = Request {
-            text: "nft list sets inet",
+            text: &format!("nft list sets {}", self.family),
             kind: kind::GETSET,
             flags: flag::DUMP,
             answer: kind::NEWSET,
         };
-        let take = |attributes: Attributes<'_>| add_set(attributes, &mut counts, firewall);
+        let family = self.family;
+        let take = |attributes: Attributes<'_>| add_set(attributes, family, &mut counts, firewall);
         self.ask(&request, |writer| writer.string(1, NFT_TABLE), take)?;
         Ok(counts)
     }
@@ -200,7 +228,7 @@ impl<'a> Reader<'a> {
             }
             pause *= 2;
         }
-        Err(torn(set))
+        Err(torn(self.family, set))
     }
 
     /// Lists the elements of a set once.
@@ -217,7 +245,7 @@ impl<'a> Reader<'a> {
         take: impl FnMut(Attributes<'_>) -> Result<(), Malformed>,
     ) -> Result<(), KernelError> {
         let request = Request {
-            text: &format!("nft list set inet {NFT_TABLE} {set}"),
+            text: &format!("nft list set {} {NFT_TABLE} {set}", self.family),
             kind: kind::GETSETELEM,
             flags: flag::DUMP,
             answer: kind::NEWSETELEM,
@@ -237,19 +265,23 @@ impl<'a> Reader<'a> {
     }
 }
 
-fn torn(set: Set) -> KernelError {
+fn torn(family: TableFamily, set: Set) -> KernelError {
     KernelError::answer(
-        format!("nft list set inet {NFT_TABLE} {set}"),
+        format!("nft list set {family} {NFT_TABLE} {set}"),
         "the kernel keeps listing some elements twice and others not at all",
     )
 }
 
 /// Adds a listed chain.
-fn add_chain(attributes: Attributes<'_>, firewall: &mut Firewall) -> Result<(), Malformed> {
-    let Some(found) = chain::read(attributes)? else {
+fn add_chain(
+    attributes: Attributes<'_>,
+    family: TableFamily,
+    firewall: &mut Firewall,
+) -> Result<(), Malformed> {
+    let Some(found) = chain::read(attributes, family)? else {
         return Ok(());
     };
-    match found.ours() {
+    match found.ours(family) {
         Some((id, base)) => {
             firewall.chains.insert(id, (base, Vec::new()));
         }
@@ -281,13 +313,14 @@ fn add_rule(
 /// Adds a listed set, and how many elements it has.
 fn add_set(
     attributes: Attributes<'_>,
+    family: TableFamily,
     counts: &mut BTreeMap<Set, usize>,
     firewall: &mut Firewall,
 ) -> Result<(), Malformed> {
     let Some(found) = set::read(attributes)? else {
         return Ok(());
     };
-    match found.ours() {
+    match found.ours(family) {
         Some(set) => {
             firewall.sets.insert(set);
             // Elements that go by themselves are part of no state.

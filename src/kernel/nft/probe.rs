@@ -8,6 +8,7 @@ use crate::error::{KernelError, errno};
 use crate::kernel::socket::Socket;
 use crate::kernel::wire::{Ack, Messages, NLMSG_ERROR, Writer, flag};
 use crate::preflight::KernelPart;
+use crate::state::TableFamily;
 
 /// Name of a table that never comes to be.
 const SCRATCH: &str = "egress_datapath_probe";
@@ -35,6 +36,7 @@ pub(in super::super) fn is_absent(error: &KernelError) -> bool {
 enum Trial {
     Table,
     NatChain,
+    EgressChain,
     Rule(Expr),
 }
 
@@ -47,6 +49,7 @@ fn parts() -> Vec<(KernelPart, Trial)> {
         rule(KernelPart::Masquerade, Expr::Masquerade),
         rule(KernelPart::Nat, Expr::Snat { family: 2, sreg: reg::R1 }),
         rule(KernelPart::Counter, Expr::Counter),
+        (KernelPart::EgressHook, Trial::EgressChain),
     ]
 }
 
@@ -84,8 +87,8 @@ fn try_out(
             let ack = Ack::read(&message).map_err(malformed)?;
             let part = sequences.iter().find(|(sequence, _)| *sequence == message.sequence);
             match (ack.errno, part) {
-                // The second follows from another refusal.
-                (0, _) | (errno::ENOENT, None) => {}
+                // The others follow from one refusal, or lead to one.
+                (0, _) | (errno::ENOENT | errno::EOPNOTSUPP, None) => {}
                 // There in part is not there: it is tried in the way that it will be used.
                 (
                     errno::ENOENT | errno::EOPNOTSUPP | errno::EPROTONOSUPPORT | errno::EINVAL,
@@ -105,9 +108,13 @@ fn try_out(
 }
 
 fn write(writer: &mut Writer, sequence: u32, trial: &Trial, next: &mut dyn FnMut() -> u32) {
+    let family = match trial {
+        Trial::EgressChain => TableFamily::Netdev,
+        Trial::Table | Trial::NatChain | Trial::Rule(_) => TableFamily::Inet,
+    };
     let begin = |writer: &mut Writer, kind, flags, sequence| {
         let message = writer.message(kind, flag::REQUEST | flags, sequence);
-        writer.nfgen(batch::INET, 0);
+        writer.nfgen(batch::number(family), 0);
         writer.string(1, SCRATCH);
         message
     };
@@ -128,6 +135,20 @@ fn write(writer: &mut Writer, sequence: u32, trial: &Trial, next: &mut dyn FnMut
             writer.nest(4, |writer| {
                 writer.be32(1, 4);
                 writer.be32(2, 99);
+            });
+            writer.end(message);
+        }
+        Trial::EgressChain => {
+            let message = begin(writer, kind::NEWTABLE, new, next());
+            writer.end(message);
+            let message = begin(writer, kind::NEWCHAIN, new, sequence);
+            writer.string(3, "egress");
+            writer.string(7, "filter");
+            writer.nest(4, |writer| {
+                writer.be32(1, 1);
+                writer.be32(2, 0);
+                // There is one in every network namespace.
+                writer.string(3, "lo");
             });
             writer.end(message);
         }

@@ -2,7 +2,7 @@
 
 use super::expr::Expr;
 use crate::kernel::wire::{Attributes, Malformed, Writer};
-use crate::state::{Datum, NFT_TABLE, Set};
+use crate::state::{Datum, NFT_TABLE, Set, TableFamily};
 
 /// Flags of a set (`enum nft_set_flags`).
 const INTERVAL: u32 = 0x4;
@@ -22,6 +22,7 @@ const fn type_of(datum: Datum) -> u32 {
     match datum {
         Datum::Ipv4 => 7,
         Datum::Ipv6 => 8,
+        Datum::Ethernet => 9,
         Datum::Protocol => 12,
         Datum::Service => 13,
         Datum::Mark => 19,
@@ -33,7 +34,7 @@ const fn type_of(datum: Datum) -> u32 {
 /// Byte order as `nft` notes it: 0 for none, 1 for the host's, 2 for the network's.
 const fn byte_order(datum: Datum) -> u8 {
     match datum {
-        Datum::Ipv4 | Datum::Ipv6 | Datum::Service => 2,
+        Datum::Ipv4 | Datum::Ipv6 | Datum::Ethernet | Datum::Service => 2,
         Datum::Mark | Datum::ClassId => 1,
         Datum::Protocol | Datum::Verdict => 0,
     }
@@ -125,9 +126,10 @@ pub(super) struct Found {
 }
 
 impl Found {
-    /// Which of our sets it is; `None` if it is none, or has the name of one and another type.
-    pub(super) fn ours(&self) -> Option<Set> {
-        let set = Set::from_name(&self.name)?;
+    /// Which of our sets it is; `None` if it is none of the table's, or has the name of one and
+    /// another type.
+    pub(super) fn ours(&self, table: TableFamily) -> Option<Set> {
+        let set = Set::from_name(&self.name).filter(|set| set.table() == table)?;
         (Shape::of(set) == self.shape).then_some(set)
     }
 
@@ -277,9 +279,10 @@ mod tests {
         let mut writer = Writer::default();
         write(&mut writer, Set::Gateway, 1);
         let found = read(Attributes::new(writer.bytes())).unwrap().unwrap();
-        assert_eq!(found.ours(), Some(Set::Gateway));
+        assert_eq!(found.ours(TableFamily::Inet), Some(Set::Gateway));
+        assert_eq!(found.ours(TableFamily::Netdev), None);
         let mut other = found;
         other.shape.flags |= INTERVAL;
-        assert_eq!(other.ours(), None);
+        assert_eq!(other.ours(TableFamily::Inet), None);
     }
 }

@@ -15,6 +15,9 @@ const TCP: u8 = 6;
 const UDP: u8 = 17;
 const ICMP6: u8 = 58;
 
+/// `ARPHRD_ETHER`, as the tunnel device is.
+const ETHERNET: u16 = 1;
+
 /// SYN among the flags of a TCP segment, which are its 14th byte (RFC 9293 section 3.1).
 const SYN: u8 = 1 << 1;
 const TCP_FLAGS: u32 = 13;
@@ -219,6 +222,15 @@ fn body(statement: &Stmt) -> Vec<Expr> {
             load(meta::MARK),
             bits(host(*keep), host(*value)),
             Expr::MetaSet { key: meta::MARK, sreg: reg::R1 },
+        ],
+        // At this hook the device counts as the one that the packet came in by.
+        Stmt::SetNextHop { mask } => vec![
+            load(meta::IIFTYPE),
+            is(ETHERNET.to_ne_bytes().to_vec()),
+            load(meta::MARK),
+            masked(*mask),
+            lookup(Set::NextHop, Some(reg::R1), false),
+            Expr::PayloadSet { base: base::LINK, offset: 0, len: 6, sreg: reg::R1 },
         ],
         Stmt::ClearTag => vec![Expr::Load { dreg: reg::R1, data: host(0) }, set_tag()],
         Stmt::TagBySource(set) => {

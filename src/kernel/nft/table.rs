@@ -4,7 +4,7 @@ use super::{Request, ask, batch, drain, kind};
 use crate::error::{KernelError, errno};
 use crate::kernel::socket::Socket;
 use crate::kernel::wire::{Ack, Attributes, Malformed, Messages, NLMSG_ERROR, Writer, flag};
-use crate::state::NFT_TABLE;
+use crate::state::{NFT_TABLE, TableFamily};
 
 const NAME: u16 = 1;
 const FLAGS: u16 = 2;
@@ -19,9 +19,10 @@ const PROBE: &str = "egress_datapath_probe";
 /// The flags of our table, and the port of its owner's socket; `None` if there is no table.
 pub(in super::super) fn flags_and_owner(
     socket: &mut Socket,
+    family: TableFamily,
 ) -> Result<Option<(u32, Option<u32>)>, KernelError> {
     let request = Request {
-        text: &format!("nft list table inet {NFT_TABLE}"),
+        text: &format!("nft list table {family} {NFT_TABLE}"),
         kind: kind::GETTABLE,
         flags: 0,
         answer: kind::NEWTABLE,
@@ -31,7 +32,7 @@ pub(in super::super) fn flags_and_owner(
         found = read(Attributes::new(body))?;
         Ok(())
     };
-    match ask(socket, &request, |writer| writer.string(NAME, NFT_TABLE), take) {
+    match ask(socket, family, &request, |writer| writer.string(NAME, NFT_TABLE), take) {
         Ok(_) => Ok(Some(found)),
         Err(error) if error.errno() == Some(errno::ENOENT) => Ok(None),
         Err(error) => Err(error),
@@ -56,22 +57,26 @@ pub(super) fn read(attributes: Attributes<'_>) -> Result<(u32, Option<u32>), Mal
 pub(in super::super) fn takes_flags(socket: &mut Socket, flags: u32) -> Result<bool, KernelError> {
     // A transaction without an end is checked and acknowledged, but never made.
     let text = "nft -c add table with an owner";
-    match table(socket, text, PROBE, flags, false) {
+    match table(socket, text, (TableFamily::Inet, PROBE), flags, false) {
         Ok(()) => Ok(true),
         Err(error) if matches!(error.errno(), Some(errno::EOPNOTSUPP | errno::EINVAL)) => Ok(false),
         Err(error) => Err(error),
     }
 }
 
-/// Becomes the owner of our table, which lost its last one.
-pub(in super::super) fn adopt(socket: &mut Socket, flags: u32) -> Result<(), KernelError> {
-    table(socket, "take over the nf_tables table", NFT_TABLE, flags, true)
+/// Becomes the owner of a table of ours, which lost its last one.
+pub(in super::super) fn adopt(
+    socket: &mut Socket,
+    family: TableFamily,
+    flags: u32,
+) -> Result<(), KernelError> {
+    table(socket, "take over the nf_tables table", (family, NFT_TABLE), flags, true)
 }
 
 fn table(
     socket: &mut Socket,
     text: &str,
-    name: &str,
+    (family, name): (TableFamily, &str),
     flags: u32,
     end: bool,
 ) -> Result<(), KernelError> {
@@ -79,7 +84,7 @@ fn table(
     let mut writer = Writer::default();
     edge(&mut writer, kind::BEGIN, socket.next_sequence());
     let message = writer.message(kind::NEWTABLE, flag::REQUEST | flag::ACK, socket.next_sequence());
-    writer.nfgen(batch::INET, 0);
+    writer.nfgen(batch::number(family), 0);
     writer.string(NAME, name);
     writer.be32(FLAGS, flags);
     writer.end(message);

@@ -10,9 +10,9 @@ use super::filter::{DELROUTE, NEWROUTE, OWN_TABLES, REPLACE};
 use crate::kernel::address::{self, is_link_local};
 use crate::kernel::link::Device;
 use crate::kernel::wire::{Attribute, Attributes, Message};
-use crate::kernel::{fdb, neighbour};
+use crate::kernel::{fdb, neighbour, nft};
 use crate::news::{News, Part, Process};
-use crate::state::{LINK_ALIAS, NFT_TABLE, PROTOCOL};
+use crate::state::{LINK_ALIAS, NFT_TABLE, PROTOCOL, TableFamily};
 
 // Types of messages, with the lengths of the structures that they begin with.
 const NEWLINK: u16 = 16;
@@ -38,7 +38,6 @@ const NETCONFA_RP_FILTER: u16 = 3;
 /// Subsystem 10 of netfilter, and the message that ends each of its transactions.
 const NF_TABLES: u16 = 10;
 const NEWGEN: u16 = 0xa0f;
-const NFPROTO_INET: u8 = 1;
 
 /// Adds what a message tells to the news.
 ///
@@ -71,7 +70,8 @@ pub(super) fn generation(message: &Message<'_>) -> Option<u32> {
 fn is_our_table(message: &Message<'_>) -> bool {
     let body = message.payload();
     // In every kind of message about tables the first attribute is the table's name.
-    body.first() == Some(&NFPROTO_INET)
+    let families = TableFamily::BOTH.map(nft::family_number);
+    body.first().is_some_and(|family| families.contains(family))
         && attribute(body, 4, 1).is_some_and(|name| name.text() == Ok(NFT_TABLE))
 }
 
@@ -259,12 +259,15 @@ mod tests {
             tell(NEWGEN, &end, &mut news, &mut unsigned);
             assert!(news.is_empty());
         }
-        tell(0xa06, &table(1, NFT_TABLE), &mut news, &mut unsigned);
-        assert!(news.is_empty() && unsigned);
-        tell(NEWGEN, &end, &mut news, &mut unsigned);
-        assert!(!unsigned);
-        assert_eq!(news.changed, [Part::Firewall].into());
-        assert_eq!(news.writers, [Process { pid: 77, name: "nft".into() }].into());
+        for family in [1, 5] {
+            news = News::default();
+            tell(0xa06, &table(family, NFT_TABLE), &mut news, &mut unsigned);
+            assert!(news.is_empty() && unsigned);
+            tell(NEWGEN, &end, &mut news, &mut unsigned);
+            assert!(!unsigned);
+            assert_eq!(news.changed, [Part::Firewall].into());
+            assert_eq!(news.writers, [Process { pid: 77, name: "nft".into() }].into());
+        }
     }
 
     proptest! {

@@ -12,6 +12,19 @@ fn a_missing_privilege_and_missing_parts() {
 }
 
 #[test]
+fn the_egress_hook_is_missed_where_it_is_asked_for() {
+    let mut facts = facts();
+    facts.missing = vec![KernelPart::EgressHook];
+    assert_eq!(judge(&facts), []);
+    let steering = crate::Steering::EgressHook;
+    let cluster = Cluster { steering, ..cluster() };
+    let problems = judge_for(&cluster, &policy("node-b", EIP), &facts);
+    assert_eq!(problems, [Problem::Missing { part: KernelPart::EgressHook }]);
+    assert!(problems[0].to_string().contains("CONFIG_NETFILTER_EGRESS"), "{}", problems[0]);
+    assert!(problems[0].remedy().contains("5.16"));
+}
+
+#[test]
 fn forwarding_of_each_family_in_use() {
     let mut facts = facts();
     set(&mut facts, "ipv4/ip_forward", 0);

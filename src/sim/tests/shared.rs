@@ -173,8 +173,7 @@ fn an_answer_that_was_lost_belongs_to_what_was_done() {
     ] {
         let faults = Faults::new().at_write(0, fault);
         let kernel = SharedSim::default();
-        let wanted =
-            State { firewall: Some(crate::state::Firewall::default()), ..State::default() };
+        let wanted = State { firewall: Some(Firewall::default()), ..State::default() };
         let changes = Changes::between(&State::default(), &wanted);
         let mut datapath = kernel.open().with_faults(&faults);
         assert!(datapath.apply(&changes).is_err());

@@ -153,6 +153,10 @@ fn payload(fields: &Fields<'_>) -> Result<Option<Expr>, Malformed> {
         (Some(dreg), None, (Some(base), Some(offset), Some(len))) => {
             Some(Expr::Payload { base, offset, len, dreg })
         }
+        // No checksum is made good.
+        (None, Some(sreg), (Some(base), Some(offset), Some(len))) if fields.none(&[6, 8])? => {
+            Some(Expr::PayloadSet { base, offset, len, sreg })
+        }
         _ => None,
     })
 }

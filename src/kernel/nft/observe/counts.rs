@@ -8,14 +8,14 @@ use crate::error::{KernelError, errno};
 use crate::kernel::nft::element;
 use crate::kernel::socket::Socket;
 use crate::kernel::wire::{Attributes, Malformed};
-use crate::state::{Firewall, Key, Set};
+use crate::state::{Firewall, Key, Set, TableFamily};
 
 /// Reads the counters of our table; none if there is no table.
 ///
 /// All are listed under one generation of the rules, not at one time: packets go on meanwhile.
 #[expect(clippy::redundant_closure_for_method_calls, reason = "a path has no lifetime of its own")]
 pub(in super::super::super) fn counts(socket: &mut Socket) -> Result<Counts, KernelError> {
-    steady(socket, None, |reader| reader.counts()).map(|(counts, _)| counts)
+    steady(socket, TableFamily::Inet, None, |reader| reader.counts()).map(|(counts, _)| counts)
 }
 
 impl Reader<'_> {
@@ -45,7 +45,7 @@ impl Reader<'_> {
             std::thread::sleep(pause);
             pause *= 2;
         }
-        Err(super::torn(set))
+        Err(super::torn(TableFamily::Inet, set))
     }
 }
 

@@ -51,7 +51,7 @@ fn mutated_tables() {
 fn mutated_chains() {
     mutate::messages("nf_tables chains", 8, &corpus(&[(kind::GETCHAIN, DUMP, None)]), |input| {
         let mut found = Firewall::default();
-        each(input, kind::NEWCHAIN, |body| add_chain(body, &mut found).is_ok())?;
+        each(input, kind::NEWCHAIN, |body| add_chain(body, TableFamily::Inet, &mut found).is_ok())?;
         for id in found.chains.keys() {
             assert_eq!(ChainId::from_name(&id.to_string()), Some(*id));
         }
@@ -85,7 +85,9 @@ fn mutated_rules() {
 fn mutated_sets() {
     mutate::messages("nf_tables sets", 8, &corpus(&[(kind::GETSET, DUMP, None)]), |input| {
         let (mut found, mut counts) = (Firewall::default(), BTreeMap::new());
-        each(input, kind::NEWSET, |body| add_set(body, &mut counts, &mut found).is_ok())?;
+        each(input, kind::NEWSET, |body| {
+            add_set(body, TableFamily::Inet, &mut counts, &mut found).is_ok()
+        })?;
         Some(found.sets.len() * size_of::<Set>() + names(&found))
     });
 }

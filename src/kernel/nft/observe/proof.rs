@@ -206,7 +206,7 @@ const fn plain(value: &Value) -> Option<Tag> {
 
 fn begin(writer: &mut Writer, kind: u16, flags: u16, sequence: u32, set: Set) -> Open {
     let message = writer.message(kind, flags, sequence);
-    writer.nfgen(batch::INET, 0);
+    writer.nfgen(batch::number(set.table()), 0);
     writer.string(1, NFT_TABLE);
     writer.string(2, &set.name());
     message

@@ -101,6 +101,9 @@ fn guess_meta(key: u32, rest: &[Expr]) -> Option<Stmt> {
     match (key, rest) {
         (meta::IIF, _) => Some(Stmt::HasInput),
         (meta::OIF, _) => Some(Stmt::HasNoOutput),
+        (meta::IIFTYPE, [_, _, Expr::Bitwise { mask, .. }, ..]) => {
+            Some(Stmt::SetNextHop { mask: host(mask)? })
+        }
         (meta::IIFNAME, [Expr::Cmp { data, .. }, ..]) => Some(Stmt::InputDevice(device(data)?)),
         (meta::OIFNAME, [Expr::Cmp { data, .. }, ..]) => Some(Stmt::OutputDevice(device(data)?)),
         (meta::MARK, [Expr::Bitwise { mask, xor, .. }, then, ..]) => {

@@ -6,7 +6,7 @@ use super::{compile, recognise};
 use crate::kernel::nft::expr::Expr;
 use crate::kernel::nft::{chain, element, set};
 use crate::kernel::wire::{Attributes, Malformed, Writer};
-use crate::state::{NftRule, Set, Stmt};
+use crate::state::{NftRule, Set, Stmt, TableFamily};
 use crate::types::Family;
 
 /// Rules and the bytes that `nft` sends for them.
@@ -17,7 +17,7 @@ fn golden() -> Vec<(&'static str, Vec<u8>)> {
         let byte = |at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap();
         list.push((rule, (0..hex.len()).step_by(2).map(byte).collect()));
     }
-    assert_eq!(list.len(), 44);
+    assert_eq!(list.len(), 45);
     list
 }
 
@@ -124,9 +124,10 @@ fn registers_have_one_name() {
 
 fn read_all(bytes: &[u8]) {
     let _ = read(bytes).map(|exprs| recognise(&exprs));
-    let _ = chain::read(Attributes::new(bytes));
+    let _ = chain::read(Attributes::new(bytes), TableFamily::Netdev);
     let _ = chain::read_rule(Attributes::new(bytes));
-    let _ = set::read(Attributes::new(bytes)).map(|found| found.map(|found| found.ours()));
+    let _ = set::read(Attributes::new(bytes))
+        .map(|found| found.map(|found| found.ours(TableFamily::Inet)));
     for set in [
         Set::Gateway,
         Set::Verdict,

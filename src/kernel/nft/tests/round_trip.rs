@@ -2,10 +2,10 @@
 
 use super::netns::{has_nft, in_netns, nft};
 use super::sample;
-use crate::kernel::nft::{commit, observe};
+use crate::kernel::nft::{commit, observe, observe_hook};
 use crate::op::Op;
-use crate::state::{ChainId, Data, Firewall, Key, NFT_TABLE, Set, Stray, Value};
-use crate::types::Family;
+use crate::state::{ChainId, Data, Firewall, Key, NFT_TABLE, Set, Stray, TableFamily, Value};
+use crate::types::{DeviceName, Family};
 
 #[track_caller]
 fn assert_same(found: Option<Firewall>) {
@@ -26,9 +26,9 @@ fn there_is_no_table_until_it_is_made_and_after_it_is_deleted() {
     in_netns(|socket| {
         assert_eq!(observe(socket), Ok(None));
         assert_eq!(commit(socket, &[]), Ok(()));
-        assert_eq!(commit(socket, &[Op::AddTable]), Ok(()));
+        assert_eq!(commit(socket, &[Op::AddTable(TableFamily::Inet)]), Ok(()));
         assert_eq!(observe(socket), Ok(Some(Firewall::default())));
-        assert_eq!(commit(socket, &[Op::DeleteTable]), Ok(()));
+        assert_eq!(commit(socket, &[Op::DeleteTable(TableFamily::Inet)]), Ok(()));
         assert_eq!(observe(socket), Ok(None));
     });
 }
@@ -38,6 +38,83 @@ fn a_table_with_everything_reads_back() {
     in_netns(|socket| {
         assert_eq!(commit(socket, &sample::ops()), Ok(()));
         assert_same(observe(socket).unwrap());
+    });
+}
+
+/// Makes the device of the sample's hook.
+fn make_device(name: &DeviceName) {
+    let args = ["link", "add", name.as_str(), "type", "bridge"];
+    assert!(std::process::Command::new("ip").args(args).status().unwrap().success());
+}
+
+#[test]
+fn the_table_at_the_hook_is_one_of_its_own_and_reads_back() {
+    if !has_nft() {
+        return;
+    }
+    in_netns(|socket| {
+        make_device(&sample::device());
+        let (ops, wanted) = (sample::hook_ops(), sample::hook());
+        commit(socket, &sample::ops()).unwrap();
+        assert_eq!(observe_hook(socket), Ok(None));
+        commit(socket, &ops).unwrap();
+        assert_eq!(observe_hook(socket), Ok(Some(wanted.clone())));
+        assert_same(observe(socket).unwrap());
+
+        let listed = nft(&["-nn", "list", "ruleset"], "").unwrap();
+        for rule in &wanted.chains[&ChainId::Egress].1[1..2] {
+            assert!(listed.contains(&format!("\t{rule}\n")), "{rule} in {listed}");
+        }
+        for part in [
+            "0x26000100 comment \"node-1\" : 02:00:00:00:00:01",
+            "type filter hook egress device \"egress.vxlan\" priority 0; policy accept;",
+        ] {
+            assert!(listed.contains(part), "{part} in {listed}");
+        }
+        for again in [listed, script(&ops)] {
+            nft(&["delete", "table", "netdev", NFT_TABLE], "").unwrap();
+            assert_same(observe(socket).unwrap());
+            let inet = again.find("table inet").unwrap_or(again.len());
+            let netdev = again.find("table netdev").unwrap_or(0);
+            let end = if inet > netdev { inet } else { again.len() };
+            nft(&["-f", "-"], &again[netdev.min(end)..end]).unwrap();
+            assert_eq!(observe_hook(socket), Ok(Some(wanted.clone())));
+        }
+        let script = format!("add table netdev {NFT_TABLE} {{ flags dormant; }}");
+        nft(&["-f", "-"], &script).unwrap();
+        let asleep = Firewall { dormant: true, ..wanted.clone() };
+        assert_eq!(observe_hook(socket), Ok(Some(asleep)));
+        commit(socket, &[Op::WakeTable(TableFamily::Netdev)]).unwrap();
+        assert_eq!(observe_hook(socket), Ok(Some(wanted)));
+        commit(socket, &[Op::DeleteTable(TableFamily::Netdev)]).unwrap();
+        assert_eq!(observe_hook(socket), Ok(None));
+        assert_same(observe(socket).unwrap());
+    });
+}
+
+#[test]
+fn a_chain_at_other_devices_and_names_of_the_other_table_are_not_ours() {
+    if !has_nft() {
+        return;
+    }
+    in_netns(|socket| {
+        make_device(&sample::device());
+        let script = format!(
+            "table netdev {NFT_TABLE} {{
+                 set peer4 {{ type ipv4_addr; }}
+                 chain forward {{ }}
+                 chain egress {{
+                     type filter hook egress devices = {{ lo, {} }} priority 0;
+                 }}
+             }}",
+            sample::device()
+        );
+        nft(&["-f", "-"], &script).unwrap();
+        let found = observe_hook(socket).unwrap().unwrap();
+        assert!(found.chains.is_empty() && found.sets.is_empty());
+        let strays: Vec<_> = found.strays.into_iter().collect();
+        let chain = |name: &str| Stray::Chain(name.into());
+        assert_eq!(strays, [chain("egress"), chain("forward"), Stray::Set("peer4".into())]);
     });
 }
 
@@ -176,7 +253,7 @@ fn a_set_of_another_type_is_a_stray_that_can_be_made_anew() {
         return;
     }
     in_netns(|socket| {
-        commit(socket, &[Op::AddTable]).unwrap();
+        commit(socket, &[Op::AddTable(TableFamily::Inet)]).unwrap();
         nft(&["add", "set", "inet", NFT_TABLE, "peer4 { type ipv4_addr; flags interval; }"], "")
             .unwrap();
         let found = observe(socket).unwrap().unwrap();
@@ -184,7 +261,7 @@ fn a_set_of_another_type_is_a_stray_that_can_be_made_anew() {
         assert_eq!(found.strays, [stray.clone()].into());
         assert_eq!(found.sets, [].into());
         let peer = Set::Peer(Family::V4);
-        commit(socket, &[Op::DeleteStray(stray), Op::AddSet(peer)]).unwrap();
+        commit(socket, &[Op::DeleteStray(TableFamily::Inet, stray), Op::AddSet(peer)]).unwrap();
         let found = observe(socket).unwrap().unwrap();
         assert_eq!(found.sets, [peer].into());
         assert!(found.strays.is_empty());
@@ -202,7 +279,7 @@ fn a_table_that_sleeps_is_seen_and_woken() {
         nft(&["-f", "-"], &script).unwrap();
         let found = observe(socket).unwrap().unwrap();
         assert_eq!(found, Firewall { dormant: true, ..sample::firewall() });
-        commit(socket, &[Op::WakeTable]).unwrap();
+        commit(socket, &[Op::WakeTable(TableFamily::Inet)]).unwrap();
         assert_same(observe(socket).unwrap());
         assert!(!nft(&["list", "tables", "inet"], "").unwrap().contains("dormant"));
     });
@@ -212,7 +289,7 @@ fn a_table_that_sleeps_is_seen_and_woken() {
 fn a_hundred_thousand_elements_are_one_transaction() {
     in_netns(|socket| {
         let any = Set::Source(Family::V4);
-        let mut ops = vec![Op::AddTable, Op::AddSet(any)];
+        let mut ops = vec![Op::AddTable(TableFamily::Inet), Op::AddSet(any)];
         let value = Value::plain(Data::Tag(sample::tag(1)));
         let keys = (0..100_000).map(|n: u32| Key::Source((0x0a00_0000 + n).to_be_bytes().into()));
         ops.extend(keys.map(|key| Op::AddElement(key, value.clone())));
@@ -229,13 +306,13 @@ fn elements_are_all_read_while_the_kernel_makes_their_table_larger() {
         let source = Set::Source(Family::V4);
         let value = Value::plain(Data::Tag(sample::tag(1)));
         for count in [50, 700, 6_000, 17_000, 3_000, 24_000] {
-            let mut ops = vec![Op::AddTable, Op::AddSet(source)];
+            let mut ops = vec![Op::AddTable(TableFamily::Inet), Op::AddSet(source)];
             let keys = (0..count).map(|n: u32| Key::Source((n * 7 + 1).to_be_bytes().into()));
             ops.extend(keys.map(|key| Op::AddElement(key, value.clone())));
             commit(socket, &ops).unwrap();
             let found = observe(socket).unwrap().unwrap();
             assert_eq!(found.elements.len(), count as usize);
-            commit(socket, &[Op::DeleteTable]).unwrap();
+            commit(socket, &[Op::DeleteTable(TableFamily::Inet)]).unwrap();
         }
     });
 }

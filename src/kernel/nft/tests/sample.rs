@@ -6,15 +6,15 @@ use crate::op::Op;
 use crate::range::IpRange;
 use crate::state::{
     Base, ChainId, ChainType, Comment, Data, Direction, Firewall, Hook, Key, MarkBits, NftRule,
-    Set, Stmt, Tag, Value, Verdict,
+    Set, Stmt, TableFamily, Tag, Value, Verdict,
 };
-use crate::types::{DeviceName, Family, Mark};
+use crate::types::{DeviceName, Family, MacAddr, Mark};
 
 use Family::{V4, V6};
 
 const GATEWAY: Mark = Mark::new(0x2600_0100);
 
-fn device() -> DeviceName {
+pub(super) fn device() -> DeviceName {
     DeviceName::new("egress.vxlan").unwrap()
 }
 
@@ -233,12 +233,45 @@ pub(super) fn elements() -> Vec<(Key, Value)> {
 
 /// The operations that make the table from nothing.
 pub(super) fn ops() -> Vec<Op> {
-    let mut ops = vec![Op::AddTable];
+    let mut ops = vec![Op::AddTable(TableFamily::Inet)];
     ops.extend(sets().into_iter().map(Op::AddSet));
     let chains = chains();
-    ops.extend(chains.iter().map(|(id, base, _)| Op::AddChain(*id, *base)));
+    ops.extend(chains.iter().map(|(id, base, _)| Op::AddChain(*id, base.clone())));
     ops.extend(elements().into_iter().map(|(key, value)| Op::AddElement(key, value)));
     ops.extend(chains.into_iter().map(|(id, _, rules)| Op::SetRules(id, rules)));
+    ops
+}
+
+/// A table at the hook of a device.
+pub(super) fn hook() -> Firewall {
+    let chain = rules(vec![
+        vec![Stmt::MarkIsNot { mask: 0xff00_0000, value: 0x2600_0000 }, Stmt::Return],
+        vec![Stmt::SetNextHop { mask: MASK }, UNMARK, Stmt::Return],
+        vec![Stmt::Counter, Stmt::Drop],
+    ]);
+    let base = base(ChainType::Filter, Hook::Egress(device()), 0);
+    let elements = [1, 2].map(|n| {
+        let mac = MacAddr::new([2, 0, 0, 0, 0, n]);
+        let key = Key::NextHop(Mark::new(0x2600_0000 | u32::from(n) << 8));
+        let comment = Some(Comment::of_name(&format!("node-{n}")));
+        (key, Value { data: Data::Ethernet(mac), comment })
+    });
+    Firewall {
+        chains: [(ChainId::Egress, (Some(base), chain))].into(),
+        sets: [Set::NextHop].into(),
+        elements: elements.into_iter().collect(),
+        ..Firewall::default()
+    }
+}
+
+/// The operations that make it.
+pub(super) fn hook_ops() -> Vec<Op> {
+    let hook = hook();
+    let mut ops = vec![Op::AddTable(TableFamily::Netdev), Op::AddSet(Set::NextHop)];
+    for (id, (base, rules)) in hook.chains {
+        ops.extend([Op::AddChain(id, base), Op::SetRules(id, rules)]);
+    }
+    ops.extend(hook.elements.iter().map(|(key, value)| Op::AddElement(key, value)));
     ops
 }
 

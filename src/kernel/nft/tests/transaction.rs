@@ -9,7 +9,7 @@ use super::sample::{self, tag};
 use crate::error::errno;
 use crate::kernel::nft::{commit, observe};
 use crate::op::Op;
-use crate::state::{Data, Key, Set, Value};
+use crate::state::{Data, Key, Set, TableFamily, Value};
 use crate::types::{DeviceName, Family};
 
 const V4: Family = Family::V4;
@@ -31,7 +31,8 @@ fn delete(number: u16) -> Op {
 #[test]
 fn a_refused_operation_is_named_and_nothing_is_done() {
     in_netns(|socket| {
-        commit(socket, &[Op::AddTable, Op::AddSet(Set::Any(V4)), add(1)]).unwrap();
+        commit(socket, &[Op::AddTable(TableFamily::Inet), Op::AddSet(Set::Any(V4)), add(1)])
+            .unwrap();
         let before = observe(socket).unwrap();
         let ops = [
             Op::DeleteLink(DeviceName::new("not-nft").unwrap()),
@@ -63,7 +64,11 @@ fn a_refused_operation_is_named_and_nothing_is_done() {
 #[test]
 fn a_value_changes_by_deleting_and_adding_its_key() {
     in_netns(|socket| {
-        commit(socket, &[Op::AddTable, Op::AddSet(Set::Any(V4)), add(1), add(2)]).unwrap();
+        commit(
+            socket,
+            &[Op::AddTable(TableFamily::Inet), Op::AddSet(Set::Any(V4)), add(1), add(2)],
+        )
+        .unwrap();
         let (key, value) = any(1, 77);
         commit(socket, &[delete(1), Op::AddElement(key, value.clone())]).unwrap();
         let found = observe(socket).unwrap().unwrap();
@@ -99,7 +104,7 @@ fn other_writers_delay_but_do_not_stop_us() {
         return;
     }
     in_netns(|socket| {
-        commit(socket, &[Op::AddTable, Op::AddSet(Set::Any(V4))]).unwrap();
+        commit(socket, &[Op::AddTable(TableFamily::Inet), Op::AddSet(Set::Any(V4))]).unwrap();
         let stop = Arc::new(AtomicBool::new(false));
         std::thread::scope(|scope| {
             // A thread inherits the network namespace of the one that starts it.

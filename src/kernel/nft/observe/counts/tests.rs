@@ -6,7 +6,7 @@ use crate::kernel::nft::observe::{observe, observe_at};
 use crate::kernel::nft::tests::netns::{has_nft, in_netns};
 use crate::kernel::nft::{commit, generation};
 use crate::op::Op;
-use crate::state::{Comment, Data, Elements, Key, Set, Tag, Value};
+use crate::state::{Comment, Data, Elements, Key, Set, TableFamily, Tag, Value};
 use crate::types::Family;
 
 const BOTH: [Set; 2] = [Set::Count(Family::V4), Set::Count(Family::V6)];
@@ -24,7 +24,7 @@ fn element(number: u32) -> (Key, Value) {
 fn what_was_counted_is_read_and_is_no_difference() {
     in_netns(|socket| {
         assert_eq!(counts(socket).unwrap(), Counts::new(), "there is no table");
-        let mut ops = vec![Op::AddTable];
+        let mut ops = vec![Op::AddTable(TableFamily::Inet)];
         ops.extend(BOTH.map(Op::AddSet));
         let (key, value) = element(1);
         ops.push(Op::AddElement(key, value));
@@ -48,7 +48,7 @@ fn what_was_counted_is_read_and_is_no_difference() {
 #[test]
 fn a_set_of_the_same_name_that_counts_nothing_is_not_ours() {
     in_netns(|socket| {
-        commit(socket, &[Op::AddTable]).unwrap();
+        commit(socket, &[Op::AddTable(TableFamily::Inet)]).unwrap();
         if !has_nft() {
             return;
         }
@@ -70,7 +70,7 @@ fn a_set_of_the_same_name_that_counts_nothing_is_not_ours() {
 fn many_counters_are_all_read_and_known_without_a_difference() {
     in_netns(|socket| {
         let all: Elements = (0..10_000).map(element).collect();
-        let mut ops = vec![Op::AddTable, Op::AddSet(BOTH[0])];
+        let mut ops = vec![Op::AddTable(TableFamily::Inet), Op::AddSet(BOTH[0])];
         ops.extend(all.iter().map(|(key, value)| Op::AddElement(key, value)));
         commit(socket, &ops).unwrap();
         assert_eq!(counts(socket).unwrap().len(), 10_000);

@@ -7,7 +7,7 @@ use crate::kernel::nft::{commit, generation, observe};
 use crate::kernel::socket::Socket;
 use crate::kernel::socket::program::tests::run;
 use crate::op::Op;
-use crate::state::Comment;
+use crate::state::{Comment, TableFamily};
 use crate::types::Family;
 
 const SETS: [Set; 4] = [
@@ -44,8 +44,8 @@ fn value(class: u32) -> Value {
 
 /// Puts elements into a new table.
 fn put(socket: &mut Socket, elements: &Elements) {
-    let _absent = commit(socket, &[Op::DeleteTable]);
-    let mut ops = vec![Op::AddTable];
+    let _absent = commit(socket, &[Op::DeleteTable(TableFamily::Inet)]);
+    let mut ops = vec![Op::AddTable(TableFamily::Inet)];
     ops.extend(SETS.map(Op::AddSet));
     ops.extend(elements.iter().map(|(key, value)| Op::AddElement(key, value)));
     commit(socket, &ops).unwrap();
@@ -54,7 +54,7 @@ fn put(socket: &mut Socket, elements: &Elements) {
 fn differences(socket: &mut Socket, set: Set, expected: &Elements) -> Option<Vec<Difference>> {
     let count = observe(socket).unwrap().unwrap().elements.of(set).count();
     let now = generation(socket).unwrap();
-    let mut reader = Reader::new(socket, now, Some(expected));
+    let mut reader = Reader::new(socket, TableFamily::Inet, now, Some(expected));
     let found = reader.differences(set, count, expected).unwrap();
     assert!(!reader.moved);
     assert!(socket.unfilter().is_err(), "a filter was left");

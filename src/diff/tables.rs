@@ -1,0 +1,91 @@
+//! The two nf_tables tables, and the mark that the one leaves to the other.
+
+use super::{Steps, firewall};
+use crate::changes::Phase;
+use crate::op::Op;
+use crate::state::{ChainId, Firewall, NftRule, Set, State, Stmt, TableFamily};
+
+/// Brings one of the two nf_tables tables about.
+pub(super) fn table(family: TableFamily, observed: &State, desired: &State, steps: &mut Steps) {
+    match (observed.table(family), desired.table(family)) {
+        (None, None) => {}
+        (Some(_), None) => {
+            let phase = match family {
+                TableFamily::Inet => Phase::DeleteTable,
+                TableFamily::Netdev => Phase::DeleteHook,
+            };
+            steps.add(phase, Op::DeleteTable(family));
+        }
+        (None, Some(desired)) => {
+            steps.add(Phase::Skeleton, Op::AddTable(family));
+            firewall(family, &Firewall::default(), desired, steps);
+        }
+        (Some(found), Some(wanted)) if family == TableFamily::Netdev => {
+            // On older kernels a device that goes takes the chains at its hooks along: they are made
+            // anew.
+            let mut found = found.clone();
+            if steps.has(Phase::Tunnel, |op| matches!(op, Op::DeleteLink(_))) {
+                for (chain, _) in std::mem::take(&mut found.chains) {
+                    steps.add(Phase::Skeleton, Op::DeleteChain(chain));
+                }
+            }
+            firewall(family, &found, wanted, steps);
+        }
+        (Some(found), Some(wanted)) => firewall(family, found, wanted, steps),
+    }
+}
+
+/// When the rules of a chain change, and when to the last of what they are to be.
+pub(super) fn phases(chain: ChainId, found: &[NftRule], wanted: &[NftRule]) -> (Phase, Phase) {
+    match (chain, keeps_mark(found), keeps_mark(wanted)) {
+        // The hook must be there, and routes that need it are not yet.
+        (ChainId::Forward, false, true) => (Phase::Hook, Phase::EmptyVerdicts),
+        // The routes that need the hook must have gone.
+        (ChainId::Forward, true, false) => (Phase::Chains, Phase::EmptyGuards),
+        _ => (Phase::Chains, Phase::EmptyVerdicts),
+    }
+}
+
+/// Whether a chain lets what enters the tunnel pass with its mark.
+fn keeps_mark(rules: &[NftRule]) -> bool {
+    let enters = rules.first().map(|NftRule(rule)| rule.as_slice());
+    matches!(enters, Some([Stmt::OutputDevice(_), Stmt::Return]))
+}
+
+/// The rules wanted, and those found that look up a source or a destination: for as long as
+/// sources still have the old classes, both are needed. What enters the tunnel keeps its mark for
+/// as long as a route may need it.
+pub(super) fn transitional(chain: ChainId, found: &[NftRule], wanted: &[NftRule]) -> Vec<NftRule> {
+    let length = |rule: &NftRule| match rule.0.first() {
+        Some(Stmt::TagByDestination(_, length) | Stmt::TagBySender(_, length)) => Some(*length),
+        Some(Stmt::TagByTag(Set::Any(_))) => Some(0),
+        _ => None,
+    };
+    let mut rules = wanted.to_vec();
+    if chain == ChainId::Forward && keeps_mark(found) && !keeps_mark(wanted) {
+        rules.splice(..1, found.first().cloned());
+    }
+    for rule in found.iter().filter(|rule| !wanted.contains(rule)) {
+        let at = match rule.0.first() {
+            Some(Stmt::TagByDestination(..) | Stmt::TagBySender(..)) => rules
+                .iter()
+                .position(|other| length(other).is_some_and(|l| Some(l) <= length(rule))),
+            Some(Stmt::TagBySource(Set::SourceNet(family))) => {
+                behind(&rules, &Stmt::TagBySource(Set::Source(*family)))
+            }
+            Some(Stmt::TagByReceiver(Set::SourceNet(family))) => {
+                behind(&rules, &Stmt::TagByReceiver(Set::Source(*family)))
+            }
+            _ => None,
+        };
+        if let Some(at) = at {
+            rules.insert(at, rule.clone());
+        }
+    }
+    rules
+}
+
+/// The place behind the rule that begins like this.
+fn behind(rules: &[NftRule], first: &Stmt) -> Option<usize> {
+    rules.iter().position(|rule| rule.0.first() == Some(first)).map(|at| at + 1)
+}

@@ -1,0 +1,194 @@
+//! Steering by the egress hook: what it closes, and who comes and goes.
+
+use std::collections::BTreeSet;
+use std::thread;
+
+use egress_datapath::{
+    Backend, Cluster, Datapath, KernelDatapath, MarkLayout, Ownership, Reconciler, Steering,
+    TableRange,
+};
+
+use crate::fleet::{
+    Fleet, Result, assert_same, check, dual, expect, have, lab, open, policy, settled, sources,
+    tool,
+};
+use crate::lab::{EIP_B, EIP_C, Host, POD_A, Proto, SERVER, STRANGER, probe};
+
+const B: Option<&str> = Some("node-b");
+
+fn by_hook(cluster: &mut Cluster) {
+    (cluster.backend, cluster.steering) = (Backend::Nftables, Steering::EgressHook);
+}
+
+/// What is there of either way of steering.
+fn steers_by(host: &Host) -> Result<[usize; 3]> {
+    let tables = tool(&host.netns, "nft list tables netdev")?.matches("egress_datapath").count();
+    let rules = tool(&host.netns, "ip -4 rule show")?.matches("fwmark 0x26").count();
+    let neighbours = tool(&host.netns, "ip -4 neigh show dev egress.vxlan")?.lines().count();
+    Ok([tables, rules, neighbours])
+}
+
+#[test]
+fn nothing_gets_out_while_a_piece_of_the_hook_is_missing_and_it_is_put_back() -> Result {
+    let Some(lab) = lab()? else { return Ok(()) };
+    if !have("ip")? || !have("nft")? {
+        return Ok(());
+    }
+    let policies = [policy("p", &[POD_A], B, dual(EIP_B))?];
+    let mut fleet = Fleet::with(&lab, by_hook)?;
+    fleet.apply(&policies)?;
+    check(&[expect(&lab.pod_a, SERVER, EIP_B)]);
+    assert_eq!(steers_by(&lab.node_a)?, [1, 2, 1]);
+    let wearing: BTreeSet<_> = EIP_B.into_iter().collect();
+    sources(&lab);
+    for (damage, closed) in [
+        (&["nft delete table netdev egress_datapath"][..], true),
+        (&["nft flush chain netdev egress_datapath egress"], true),
+        (&["nft insert rule netdev egress_datapath egress return"], true),
+        (&["nft flush map netdev egress_datapath next_hop"], true),
+        (&["nft add table netdev egress_datapath { flags dormant ; }"], true),
+        (
+            &[
+                "nft flush chain netdev egress_datapath egress",
+                "nft delete chain netdev egress_datapath egress",
+            ],
+            true,
+        ),
+        (&["nft add chain netdev egress_datapath stray"], false),
+        (&["nft flush ruleset"], false),
+        (&["ip link set egress.vxlan down"], true),
+        (&["ip link del egress.vxlan"], true),
+        (&["ip link set egress.vxlan down", "ip link set egress.vxlan name other"], true),
+        (&["ip neigh flush all dev egress.vxlan nud permanent"], true),
+        (&["ip -4 rule del pref 102", "ip -6 rule del pref 102"], false),
+        (&["ip -4 rule del pref 103", "ip -6 rule del pref 103"], false),
+        (&["ip -4 rule flush proto 69", "ip -6 rule flush proto 69"], true),
+        (&["ip -4 route flush table all proto 69", "ip -6 route flush table all proto 69"], true),
+    ] {
+        for line in damage {
+            tool(&lab.node_a.netns, line)?;
+        }
+        let pod = &lab.pod_a;
+        if damage != ["nft flush ruleset"] {
+            let answered = thread::scope(|scope| {
+                let asked = SERVER.map(|to| scope.spawn(move || probe(pod, Proto::Udp, to)));
+                asked.map(|asked| asked.join().is_ok_and(|answer| answer.is_ok()))
+            });
+            assert_eq!(answered, [!closed; 2], "after {damage:?}");
+        }
+        let seen = sources(&lab);
+        assert!(seen.is_subset(&wearing), "after {damage:?}: {seen:?}");
+        fleet.apply(&policies).map_err(|error| format!("after {damage:?}: {error}"))?;
+        let again = fleet.apply(&policies)?;
+        let changes = again.iter().map(|report| report.changes.to_string()).collect::<String>();
+        assert_eq!(changes, "", "after {damage:?}");
+        check(&[expect(&lab.pod_a, SERVER, EIP_B)]);
+        sources(&lab);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_frame_for_the_next_hop_of_all_goes_nowhere() -> Result {
+    let Some(lab) = lab()? else { return Ok(()) };
+    if !have("ip")? || !have("nft")? {
+        return Ok(());
+    }
+    let mut fleet = Fleet::with(&lab, by_hook)?;
+    fleet.apply(&[policy("p", &[POD_A], B, dual(EIP_B))?])?;
+    let node = &lab.node_a.netns;
+    let sent = || -> Result<Vec<u64>> {
+        let said = tool(node, "ip -s -o link show egress.vxlan")?;
+        let behind = said.split("TX:").nth(1).and_then(|tx| tx.split('\\').nth(1));
+        let numbers = behind.unwrap_or_default().split_whitespace();
+        Ok(numbers.map(str::parse).collect::<std::result::Result<_, _>>()?)
+    };
+    // As if nothing looked at what the device is given.
+    tool(node, "nft insert rule netdev egress_datapath egress return")?;
+    let [_, before, _, dropped, ..] = sent()?[..] else { return Err("no counters".into()) };
+    for to in SERVER {
+        assert!(probe(&lab.pod_a, Proto::Udp, to).is_err());
+    }
+    let [_, after, _, dropped_after, ..] = sent()?[..] else { return Err("no counters".into()) };
+    assert_eq!(after, before, "frames were sent");
+    assert!(dropped_after >= dropped + 2, "{dropped} to {dropped_after} frames were dropped");
+    Ok(())
+}
+
+#[test]
+fn a_node_goes_from_one_steering_to_the_other_and_its_successor_finds_it_so() -> Result {
+    let Some(lab) = lab()? else { return Ok(()) };
+    if !have("ip")? || !have("nft")? {
+        return Ok(());
+    }
+    let mut before = Vec::new();
+    for host in lab.nodes() {
+        before.push(settled(&host.netns)?);
+    }
+    let policies = [
+        policy("p", &[POD_A], B, dual(EIP_B))?,
+        policy("q", &[STRANGER], Some("node-c"), dual(EIP_C))?,
+    ];
+    let ask = || {
+        check(&[expect(&lab.pod_a, SERVER, EIP_B), expect(&lab.stranger, SERVER, EIP_C)]);
+    };
+    for steering in [Steering::Tables, Steering::EgressHook, Steering::Tables, Steering::EgressHook]
+    {
+        for host in lab.nodes().into_iter().rev() {
+            let cluster = Cluster { steering, ..lab.cluster(host)? };
+            open(host, MarkLayout::SEED)?.reconcile(&cluster, &policies)?;
+            let again = open(host, MarkLayout::SEED)?.reconcile(&cluster, &policies)?.changes;
+            assert!(again.is_empty(), "{steering:?}: {again}");
+        }
+        ask();
+        // With tables the guard, a rule for each gateway and the closing one.
+        let wanted = if steering == Steering::Tables { [0, 4, 2] } else { [1, 2, 1] };
+        assert_eq!(steers_by(&lab.node_a)?, wanted, "{steering:?}");
+    }
+    for host in lab.nodes() {
+        open(host, MarkLayout::SEED)?.remove()?;
+    }
+    // The hosts know each other now, and their pods.
+    let ours = |text: &str| -> String {
+        text.lines()
+            .filter(|line| !line.contains(" lladdr "))
+            .flat_map(|line| [line, "\n"])
+            .collect()
+    };
+    for (host, before) in lab.nodes().into_iter().zip(before) {
+        assert_same(&ours(&before), &ours(&settled(&host.netns)?));
+    }
+    Ok(())
+}
+
+#[test]
+fn nobody_else_can_touch_an_owned_hook_and_the_next_owner_takes_it_over() -> Result {
+    let Some(lab) = lab()? else { return Ok(()) };
+    if !have("nft")? {
+        return Ok(());
+    }
+    let host = &lab.node_a;
+    let policies = [policy("p", &[POD_A], B, dual(EIP_B))?];
+    let mut cluster = lab.cluster(host)?;
+    by_hook(&mut cluster);
+    let exclusive = || -> Result<Reconciler<KernelDatapath>> {
+        let (marks, tables) = (MarkLayout::SEED, TableRange::default());
+        Ok(host.netns.run(|| Reconciler::open_as(Ownership::Exclusive, marks, tables))??)
+    };
+    for first in [true, false] {
+        let mut owner = exclusive()?;
+        let changes = owner.reconcile(&cluster, &policies)?.changes;
+        assert_eq!(changes.is_empty(), !first, "{changes}");
+        for line in [
+            "nft delete table netdev egress_datapath",
+            "nft flush map netdev egress_datapath next_hop",
+        ] {
+            let refused = tool(&host.netns, line).unwrap_err().to_string();
+            assert!(refused.contains("not permitted"), "{refused}");
+        }
+    }
+    let mut last = exclusive()?;
+    last.remove()?;
+    assert!(last.datapath().observe()?.is_empty());
+    Ok(())
+}
