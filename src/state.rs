@@ -24,6 +24,7 @@ use ipnet::IpNet;
 
 use crate::types::{DeviceName, Family, MacAddr, Mark, TableId};
 
+mod chain;
 mod elements;
 mod firewall;
 mod ipset;
@@ -32,12 +33,11 @@ mod set;
 mod stray;
 pub(crate) mod xtables;
 
+pub use chain::{Base, ChainId, ChainType, Hook, TableFamily};
 pub use elements::{Elements, Iter as ElementsIter};
 pub use firewall::{Comment, Data, Firewall, Key, Stray, Tag, Value, Verdict};
 pub use ipset::{Ipset, IpsetContents, Member};
-pub use ruleset::{
-    Base, ChainId, ChainType, Direction, Hook, MarkBits, NftRule, Stmt, TableFamily,
-};
+pub use ruleset::{Direction, MarkBits, NftRule, Stmt};
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 pub(crate) use set::Datum;
 pub use set::Set;

@@ -7,8 +7,9 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
+use super::chain::{Base, ChainId};
 use super::elements::Elements;
-use super::ruleset::{Base, ChainId, NftRule};
+use super::ruleset::NftRule;
 use super::set::Set;
 use crate::range::IpRange;
 use crate::types::{Family, MacAddr, Mark, PolicyId, fnv1a};

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::ruleset::TableFamily;
+use super::chain::TableFamily;
 use crate::types::Family;
 
 /// Type of a key part or of a map's value, as `nft` names it.

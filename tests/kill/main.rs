@@ -9,9 +9,10 @@
 //!
 //! With `all` every scenario runs also on nodes that masquerade what pods send, as most CNI
 //! plugins have them do; otherwise the scenarios take turns. `EGRESS_BACKEND=iptables-legacy` and
-//! `iptables-nft` kill those, before and after every write to a set and every run of a tool; these
-//! take longer, and without `all` one moment of `SAMPLE` is tried, another in each scenario. A word
-//! after `--` is looked for in the scenarios' names.
+//! `iptables-nft` kill those, before and after every write to a set and every run of a tool, and
+//! `EGRESS_STEERING=egress-hook` those that steer by it; without `all` one moment of
+//! `OF_IPTABLES` or `OF_HOOK` is tried then, another in each scenario. A word after `--` is looked
+//! for in the scenarios' names.
 
 #[path = "../lab/mod.rs"]
 mod lab;
@@ -31,15 +32,17 @@ use std::time::Instant;
 use std::{env, thread};
 
 use allowed::Cni;
-use egress_datapath::Backend;
+use egress_datapath::{Backend, MarkLayout, Steering};
+use lab::inside::{backend, steering};
 use lab::{Lab, Netns};
 use matrix::{Counts, Matrix};
 use scenarios::{Scenario, scenarios};
 
 type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
 
-/// Of all moments to die at under iptables, one of so many.
-const SAMPLE: usize = 17;
+/// Of all moments to die at under iptables, one of so many; and of those with an egress hook.
+const OF_IPTABLES: usize = 17;
+const OF_HOOK: usize = 5;
 
 const NODES: [&str; 3] = ["node-a", "node-b", "node-c"];
 
@@ -109,7 +112,12 @@ fn is_whole() -> bool {
 
 /// Of all moments to die at, one of so many.
 fn every() -> usize {
-    if is_whole() || lab::inside::backend() == Backend::Nftables { 1 } else { SAMPLE }
+    match (backend(), steering(&MarkLayout::SEED)) {
+        _ if is_whole() => 1,
+        (Backend::Nftables, Steering::Tables) => 1,
+        (Backend::Nftables, _) => OF_HOOK,
+        _ => OF_IPTABLES,
+    }
 }
 
 /// What runs, and where.
