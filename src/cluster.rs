@@ -54,10 +54,10 @@ pub struct Cluster {
     /// steered packet a look-up.
     ///
     /// A node counts the packets of its own pods: those of connections that the pods opened, in
-    /// that direction and with ICMP errors about answers, whatever becomes of them. What is dropped
-    /// because the policy is closed counts, too, what is dropped because no policy has been asked
-    /// does not. A packet is what the kernel handles as one, which may be several segments put
-    /// together (GRO), and its bytes are those of IP.
+    /// that direction and with ICMP errors about answers, whatever becomes of them. What is
+    /// dropped because the policy is closed counts, too; what is dropped because no policy has
+    /// been asked does not. A packet is what the kernel handles as one, which may be several
+    /// segments put together (GRO), and its bytes are those of IP.
     ///
     /// [`Reconciler::counts`](crate::Reconciler::counts) reads them. They go on over changes of the
     /// policy, moves and restarts, and end with the policy, or with its last source of the family;
