@@ -4,7 +4,9 @@
 //! selected sources first: it is filled last and emptied first. A rule that is replaced stays
 //! behind the new one until no source leads to it any more.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use ipnet::IpNet;
 
 use super::{Change, Steps, changes};
 use crate::changes::Phase;
@@ -104,25 +106,50 @@ fn sets(observed: &State, desired: &State, steps: &mut Steps) {
             steps.add(Phase::Skeleton, Op::AddIpset(*set, contents.clone()));
             members_of(*set, &contents, desired.ipsets.get(set), steps);
         }
-        Change::Replaced(set, was, is) if was.can_hold(is) => {
+        Change::Replaced(set, was, is) if was.can_hold(is) && !loses_a_length(was, is) => {
             members_of(*set, was, Some(is), steps);
         }
         Change::Replaced(set, was, is) => {
-            // Both, for what leaves leaves later.
-            let mut both = is.clone();
-            for (net, member) in was.members.iter().filter(|_| was.with_marks == is.with_marks) {
-                both.members.entry(*net).or_insert(*member);
-            }
-            both = IpsetContents::new(both.with_marks, both.members);
-            both.capacity = both.capacity.max(is.capacity);
+            let both = both(was, is);
             steps.add(filled_in(*set), Op::PutIpset(*set, both.clone()));
-            members_of(*set, &both, Some(is), steps);
+            if loses_a_length(&both, is) {
+                steps.add(emptied_in(*set), Op::PutIpset(*set, is.clone()));
+            } else {
+                members_of(*set, &both, Some(is), steps);
+            }
         }
         Change::Removed(set @ Ipset::Temporary(_), _) => {
             steps.add(Phase::Skeleton, Op::DeleteIpset(*set));
         }
         Change::Removed(set, _) => steps.add(gone, Op::DeleteIpset(*set)),
     });
+}
+
+/// Whether the last member of a prefix length leaves, and others stay.
+///
+/// The kernel then moves the lengths that are left in the list that look-ups go through without a
+/// lock (`mtype_del_cidr` in `ip_set_hash_gen.h`), and one of them may be passed over: the packet
+/// would be taken for one that is in no set. A set that takes the place of the old one is safe.
+fn loses_a_length(was: &IpsetContents, is: &IpsetContents) -> bool {
+    let lengths = |contents: &IpsetContents| {
+        contents.members.keys().map(IpNet::prefix_len).collect::<BTreeSet<_>>()
+    };
+    let (was, is) = (lengths(was), lengths(is));
+    !is.is_empty() && !was.is_subset(&is)
+}
+
+/// Whatever is in one of them: what leaves leaves later, and so do exceptions come.
+fn both(was: &IpsetContents, is: &IpsetContents) -> IpsetContents {
+    let stays = |net: &IpNet| was.members.get(net) == Some(&Member::Not);
+    let new = is.members.iter().filter(|(net, member)| **member != Member::Not || stays(net));
+    let mut members: BTreeMap<_, _> = new.map(|(net, member)| (*net, *member)).collect();
+    if was.with_marks == is.with_marks {
+        for (net, member) in was.members.iter().filter(|(_, member)| **member != Member::Not) {
+            members.entry(*net).or_insert(*member);
+        }
+    }
+    let both = IpsetContents::new(is.with_marks, members);
+    IpsetContents { capacity: both.capacity.max(is.capacity), ..both }
 }
 
 fn members_of(set: Ipset, was: &IpsetContents, is: Option<&IpsetContents>, steps: &mut Steps) {

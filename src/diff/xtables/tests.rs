@@ -16,7 +16,7 @@ use crate::{
 fn rule(number: u8) -> XtRule {
     let bits = MarkBits { mask: 0xff, value: number.into() };
     XtRule {
-        matches: std::collections::BTreeSet::new(),
+        matches: BTreeSet::new(),
         target: XtTarget::SetMark(bits),
         comment: "".into(),
     }
