@@ -15,11 +15,7 @@ use crate::{
 
 fn rule(number: u8) -> XtRule {
     let bits = MarkBits { mask: 0xff, value: number.into() };
-    XtRule {
-        matches: BTreeSet::new(),
-        target: XtTarget::SetMark(bits),
-        comment: "".into(),
-    }
+    XtRule { matches: BTreeSet::new(), target: XtTarget::SetMark(bits), comment: "".into() }
 }
 
 fn apply(rules: &mut Vec<XtRule>, edits: &[XtEdit]) {
