@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
+use std::fmt::Debug;
 use std::io::{self, Write};
 use std::net::IpAddr;
 use std::process::{Command, Stdio};
@@ -143,6 +144,15 @@ impl Fleet {
         for (cluster, reconciler) in &mut self.nodes {
             reconciler.drain().map_err(|error| format!("{}: {error}", cluster.node))?;
         }
+        Ok(())
+    }
+
+    /// Has every node put right what was done to it, after which nothing is left to do.
+    pub(crate) fn mend(&mut self, policies: &[EgressPolicy], damage: &impl Debug) -> Result {
+        self.apply(policies).map_err(|error| format!("after {damage:?}: {error}"))?;
+        let again = self.apply(policies)?;
+        let changes = again.iter().map(|report| report.changes.to_string()).collect::<String>();
+        assert_eq!(changes, "", "after {damage:?}");
         Ok(())
     }
 
