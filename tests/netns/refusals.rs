@@ -62,7 +62,7 @@ fn no_closed_set(state: &mut State) {
 }
 
 fn member(state: &mut State, member: Member) {
-    if let (Some(set), Ok(net)) = (state.ipsets.get_mut(&Ipset::Peers(V4)), "192.0.2.0/24".parse())
+    if let (Some(set), Ok(net)) = (state.ipsets.get_mut(&Ipset::Peers(V4)), "192.0.2.77/32".parse())
     {
         set.members.insert(net, member);
     }
