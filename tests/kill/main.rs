@@ -8,11 +8,11 @@
 //! ```
 //!
 //! With `all` every scenario runs also on nodes that masquerade what pods send, as most CNI
-//! plugins have them do; otherwise the scenarios take turns. `EGRESS_BACKEND=iptables-legacy` and
-//! `iptables-nft` kill those, before and after every write to a set and every run of a tool, and
+//! plugins have them do; otherwise the scenarios take turns, and of all moments to die at one of
+//! `OF` is tried, another in each scenario. `EGRESS_BACKEND=iptables-legacy` and `iptables-nft`
+//! kill those, before and after every write to a set and every run of a tool, and
 //! `EGRESS_STEERING=egress-hook` those that steer by it; without `all` one moment of
-//! `OF_IPTABLES` or `OF_HOOK` is tried then, another in each scenario. A word after `--` is looked
-//! for in the scenarios' names.
+//! `OF_IPTABLES` or `OF_HOOK` is tried then. A word after `--` is looked for in the scenarios' names.
 
 #[path = "../lab/mod.rs"]
 mod lab;
@@ -40,7 +40,9 @@ use scenarios::{Scenario, scenarios};
 
 type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
 
-/// Of all moments to die at under iptables, one of so many; and of those with an egress hook.
+/// Of all moments to die at, one of so many; under iptables; and with an egress hook. Who dies
+/// after a write leaves what one leaves who dies before the next, so two lose nothing but ends.
+const OF: usize = 2;
 const OF_IPTABLES: usize = 17;
 const OF_HOOK: usize = 5;
 
@@ -114,7 +116,7 @@ fn is_whole() -> bool {
 fn every() -> usize {
     match (backend(), steering(&MarkLayout::SEED)) {
         _ if is_whole() => 1,
-        (Backend::Nftables, Steering::Tables) => 1,
+        (Backend::Nftables, Steering::Tables) => OF,
         (Backend::Nftables, _) => OF_HOOK,
         _ => OF_IPTABLES,
     }
