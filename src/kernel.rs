@@ -170,11 +170,12 @@ impl KernelDatapath {
     /// Makes a step: one transaction, or every request in turn.
     fn attempt(&mut self, step: &Step) -> Made {
         if step.ops.first().is_some_and(Op::is_nft) {
-            return match nft::commit_as(&mut self.netfilter, &step.ops, self.hold.table_flags) {
-                Ok(between) => {
-                    self.trust.committed(between);
-                    (step.ops.len(), Vec::new())
-                }
+            self.trust.will_commit(step.ops.len(), self.device_index());
+            let made = nft::commit_as(&mut self.netfilter, &step.ops, self.hold.table_flags);
+            let between = made.as_ref().ok().copied().flatten();
+            self.trust.committed(&mut self.netfilter, between);
+            return match made {
+                Ok(_) => (step.ops.len(), Vec::new()),
                 Err(refused) => {
                     let refused = self.name_the_owner(refused).into_iter();
                     let op = |index: usize| step.ops.get(index).or(step.ops.first()).cloned();

@@ -22,12 +22,18 @@ pub(super) struct Trust {
     generation: Option<u32>,
     /// Whether everything else is known.
     routing: bool,
+    /// Whether nothing is heard of the rules for the time of a transaction.
+    is_deaf: bool,
 }
+
+/// Operations that make a transaction a large one: what it saves is a millisecond then, a hundred
+/// times what it costs.
+const LARGE: usize = 1_000;
 
 impl Trust {
     /// Trusts nothing until the kernel is read; the ports are those of our own writes.
     pub(super) const fn new(shared: Shared, ports: [u32; 2]) -> Self {
-        Self { shared, ports, watch: None, generation: None, routing: false }
+        Self { shared, ports, watch: None, generation: None, routing: false, is_deaf: false }
     }
 
     /// Everything is about to be read: what happened before does not matter.
@@ -53,10 +59,34 @@ impl Trust {
         self.routing = true;
     }
 
-    /// A transaction of ours was made.
-    pub(super) fn committed(&mut self, between: Option<Between>) {
+    /// A transaction of ours of this many operations is about to be made.
+    ///
+    /// For every listener in the network namespace the kernel writes a message about every element
+    /// that changes, and only then asks the filter that drops it: that is half of what a large
+    /// change costs it. So for the time of one nobody listens here; the generations on either side
+    /// of it tell whether something was missed.
+    pub(super) fn will_commit(&mut self, operations: usize, index: u32) {
+        if operations >= LARGE {
+            self.is_deaf = self.watch.as_mut().is_some_and(Watch::deafen);
+            // Also the beginning of what is being told just now, for its end is not heard.
+            self.listen(index);
+        }
+    }
+
+    /// It was made between these generations; nothing if it was not, or they are not known.
+    pub(super) fn committed(&mut self, netfilter: &mut Socket, between: Option<Between>) {
         let known = between.filter(|between| self.generation == Some(between.before));
         self.generation = known.map(|between| between.after);
+        if !std::mem::take(&mut self.is_deaf) {
+            return;
+        }
+        if self.watch.as_mut().is_some_and(|watch| watch.hear_again().is_err()) {
+            self.watch = None;
+            return self.end();
+        }
+        // What others have done since is heard of from here on, but not what they did before.
+        let current = nft::generation(netfilter).ok();
+        self.generation = self.generation.filter(|known| current == Some(*known));
     }
 
     /// Nothing is certain any more.

@@ -70,8 +70,8 @@ const UNREAD: usize = 1 << 20;
 ///
 /// A foreign change that must be looked at costs microseconds and a wake-up; 2000 neighbours of
 /// other devices were drained in 15 ms without optimisation. The kernel writes a message for each
-/// nf_tables object that is changed, ours too, before the filter drops it. Up to 1 MiB of news
-/// waits to be read, less without `CAP_NET_ADMIN` in the first user namespace; what does not fit
+/// nf_tables object that is changed, ours too, before the filter drops it: while a watch lives, a
+/// change of many thousand elements takes twice as long. Up to 1 MiB of news waits to be read, less without `CAP_NET_ADMIN` in the first user namespace; what does not fit
 /// is [`News::lost`].
 ///
 /// It is no substitute for reconciling now and then: what the kernel tells nobody, nobody hears.
@@ -144,6 +144,18 @@ impl Watch {
             expected.begin();
         }
         Ok(news)
+    }
+
+    /// Hears nothing of the rules until [told to again](Self::hear_again); whether that is so.
+    pub(in crate::kernel) fn deafen(&mut self) -> bool {
+        self.ears.as_ref().is_some_and(|ears| ears.hear_rules(false).is_ok())
+    }
+
+    /// Hears of the rules again; whoever asks knows by other means what happened meanwhile.
+    pub(in crate::kernel) fn hear_again(&mut self) -> io::Result<()> {
+        // The end of what was being told may never come.
+        self.unsigned = false;
+        self.ears.as_ref().map_or(Ok(()), |ears| ears.hear_rules(true))
     }
 
     /// Generation of the rules that the last foreign transaction of those drained led to.

@@ -1,3 +1,4 @@
+use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
 use ipnet::IpNet;
@@ -105,7 +106,7 @@ fn what_another_datapath_writes_is_not_ours() {
 }
 
 fn source(number: u8) -> IpNet {
-    IpNet::from(std::net::IpAddr::from([10, 244, 7, number]))
+    IpNet::from(IpAddr::from([10, 244, 7, number]))
 }
 
 /// The same policies with the sources that were added, planned and read from the kernel.
@@ -148,5 +149,60 @@ fn updates_among_others_transactions_are_made_without_reading() {
         assert!(host.egress.settle().unwrap().settled);
         let cluster = host.cluster.clone();
         check(&mut host, &cluster);
+    });
+}
+
+#[test]
+fn what_happens_while_nobody_listens_is_not_taken_for_ours() {
+    const EDIT: &str = "nft add element inet egress_datapath peer4 '{ 192.0.2.77 }'";
+    const OTHERS: &str = "nft add table ip other";
+    const NO_MORE: &str = "nft delete table ip other";
+    const BOTH: &str = "nft add table ip other
+        nft add element inet egress_datapath peer4 '{ 192.0.2.77 }'";
+    // What is done meanwhile, what stands for our own transaction, and what is done afterwards.
+    let cases: [([&str; 3], Drift); 6] = [
+        (["", OTHERS, ""], Drift::None),
+        (["", OTHERS, NO_MORE], Drift::None),
+        (["", OTHERS, EDIT], Drift::Unknown),
+        ([EDIT, OTHERS, ""], Drift::Unknown),
+        ([EDIT, OTHERS, NO_MORE], Drift::Unknown),
+        (["", BOTH, NO_MORE], Drift::Unknown),
+    ];
+    in_namespace(move || {
+        let mut host = Host::new();
+        for ([before, ours, after], expected) in cases {
+            let kernel = host.egress.datapath();
+            known(kernel);
+            let index = kernel.device_index();
+            kernel.trust.will_commit(LARGE, index);
+            sh(before);
+            let before = nft::generation(&mut kernel.netfilter).unwrap();
+            sh(ours);
+            let between = Between { before, after: before + 1 };
+            kernel.trust.committed(&mut kernel.netfilter, Some(between));
+            sh(after);
+            assert_eq!(kernel.drift(), expected, "{ours}, {after}");
+            sh("nft delete table ip other 2>&1 || true");
+            host.egress.repair().unwrap();
+        }
+    });
+}
+
+#[test]
+fn a_large_change_of_ours_leaves_everything_certain() {
+    in_namespace(|| {
+        let mut host = Host::new();
+        known(host.egress.datapath());
+        host.egress.repair().unwrap();
+        let address = |number: u32| IpAddr::V4(Ipv4Addr::from_bits(0x0af5_0000 + number));
+        let many =
+            (0..2 * u32::try_from(LARGE).unwrap()).map(|number| IpNet::from(address(number)));
+        host.policies[0].sources.extend(many);
+        let cluster = host.cluster.clone();
+        let made = host.egress.reconcile(&cluster, &host.policies).unwrap().changes;
+        assert!(made.len() > LARGE, "{}", made.len());
+        assert_eq!(host.egress.datapath().drift(), Drift::None);
+        sh("nft delete element inet egress_datapath source4 '{ 10.245.0.7 }'");
+        assert_eq!(host.egress.repair().unwrap().changes.len(), 1);
     });
 }

@@ -71,6 +71,12 @@ impl Ears {
     pub(super) fn each(&mut self) -> [(&mut Socket, &'static [u32]); 2] {
         [(&mut self.routing, &ROUTING), (&mut self.netfilter, &NETFILTER)]
     }
+
+    /// Begins to hear of the rules, or ends it.
+    pub(super) fn hear_rules(&self, is_to: bool) -> io::Result<()> {
+        let change = if is_to { Socket::join } else { Socket::leave };
+        NETFILTER.iter().try_for_each(|group| change(&self.netfilter, *group))
+    }
 }
 
 pub(in crate::kernel) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
