@@ -1,14 +1,12 @@
 //! The kinds of changes; in each the flooding pods stay selected by policy `p`.
 
-use std::net::{IpAddr, Ipv4Addr};
-
-use std::thread::sleep;
+use std::net::IpAddr;
 use std::time::Duration;
 
 use egress_datapath::state::Variant;
 use egress_datapath::{
     Backend, Destinations, EgressIp, EgressPolicy, Iptables, Mark, MarkLayout, Node, NodeName,
-    PolicyId, Report, Steering, Update,
+    PolicyId, Report, Steering,
 };
 use ipnet::IpNet;
 
@@ -18,6 +16,7 @@ use crate::lab::inside::steering;
 use crate::lab::{
     EIP_B, EIP_C, Lab, NODE_A, NODE_B_OUTSIDE, OTHER_SERVER, POD_A, POD_B, Pair, SERVER, hosts, net,
 };
+use crate::moves::{egress_ip, moved, moved_otherwise, moved_with_many};
 use crate::nodes::Nodes;
 
 const FULL: Size =
@@ -66,7 +65,7 @@ pub(crate) const COUNTERS: &str = "counters";
 pub(crate) const STEERING: &str = "steering";
 
 const EVERYBODY: &[&str] = &["node-c", "node-b", "node-a"];
-const GATEWAY_FIRST: &[&str] = &["node-b", "node-a"];
+pub(crate) const GATEWAY_FIRST: &[&str] = &["node-b", "node-a"];
 
 pub(crate) const ALL: &[Change] = &[
     Change { name: "same again", idle: true, round: same, ..USUAL },
@@ -195,7 +194,7 @@ pub(crate) const ALL: &[Change] = &[
     Change { name: "backend", backends: true, loss: Loss::Any, round: backends, ..USUAL },
 ];
 
-fn make(
+pub(crate) fn make(
     nodes: &mut Nodes,
     round: u64,
     order: &[&str],
@@ -206,12 +205,12 @@ fn make(
 }
 
 /// The policy of the flooding pods.
-fn p() -> Result<EgressPolicy> {
+pub(crate) fn p() -> Result<EgressPolicy> {
     Ok(policy("p", &[POD_A, POD_B], Some("node-b"), dual(EIP_B))?)
 }
 
 /// Pods that are not there.
-fn pods(first: u64, count: u64) -> Vec<Pair> {
+pub(crate) fn pods(first: u64, count: u64) -> Vec<Pair> {
     let pod = |number: u64| {
         let last = 20 + u8::try_from(number % 200).unwrap_or_default();
         [
@@ -337,62 +336,6 @@ fn address_or_prefix(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Repor
         _ => wide.chain(narrow.clone()).collect(),
     };
     make(nodes, round, GATEWAY_FIRST, &[p])
-}
-
-/// The new gateway, who sends to it, and the old one.
-const fn order(round: u64) -> (&'static str, &'static [&'static str]) {
-    if round % 2 == 0 {
-        ("node-b", &["node-b", "node-a", "node-c"])
-    } else {
-        ("node-c", &["node-c", "node-a", "node-b"])
-    }
-}
-
-fn moved(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
-    let (gateway, order) = order(round);
-    let p = EgressPolicy { gateway: Some(NodeName::new(gateway)?), ..p()? };
-    make(nodes, round, order, &[p])
-}
-
-/// For so long the old gateway goes on after nothing more is sent to it: what is under way by then
-/// has arrived.
-const UNDER_WAY: Duration = Duration::from_millis(5);
-
-/// The policy has many sources more, and both gateways have others, so that nothing changes but
-/// where it leads.
-fn moved_with_many(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
-    let (gateway, order) = order(round);
-    let p = p()?;
-    if round == 0 {
-        let count = if crate::is_full() { 100_000 } else { 2_000 };
-        let many =
-            (0..count).map(|number| net(Ipv4Addr::from_bits(0x0b00_0000 + number).into(), 32));
-        let p = EgressPolicy { sources: p.sources.into_iter().chain(many).collect(), ..p };
-        let stays = |id, gateway| policy(id, &pods(0, 3), Some(gateway), dual(EIP_B));
-        let all = [p, stays("stays-b", "node-b")?, stays("stays-c", "node-c")?];
-        return make(nodes, round, order, &all);
-    }
-    let mut reports = Vec::new();
-    for name in order {
-        if order.last() == Some(name) {
-            sleep(UNDER_WAY);
-        }
-        let gateway = Some(NodeName::new(gateway)?);
-        reports.push(nodes.update(name, Update::Move { policy: p.id.clone(), gateway })?);
-    }
-    Ok(reports)
-}
-
-fn moved_otherwise(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
-    let (gateway, order) = order(round);
-    let egress_ip = dual(if round % 2 == 0 { EIP_B } else { EIP_C });
-    let p = EgressPolicy { gateway: Some(NodeName::new(gateway)?), egress_ip, ..p()? };
-    make(nodes, round, order, &[p])
-}
-
-fn egress_ip(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
-    let egress_ip = dual(if round % 2 == 0 { EIP_B } else { EIP_C });
-    make(nodes, round, GATEWAY_FIRST, &[EgressPolicy { egress_ip, ..p()? }])
 }
 
 /// A node that is not there, by its number.

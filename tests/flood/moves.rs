@@ -1,0 +1,68 @@
+//! Moves to another gateway, and to another egress IP.
+
+use std::net::Ipv4Addr;
+use std::thread::sleep;
+use std::time::Duration;
+
+use egress_datapath::{EgressPolicy, NodeName, Report, Update};
+
+use crate::changes::{GATEWAY_FIRST, make, p, pods};
+use crate::fleet::{Result, dual, policy};
+use crate::lab::{EIP_B, EIP_C, Lab, net};
+use crate::nodes::Nodes;
+
+/// The new gateway, who sends to it, and the old one.
+const fn order(round: u64) -> (&'static str, &'static [&'static str]) {
+    if round % 2 == 0 {
+        ("node-b", &["node-b", "node-a", "node-c"])
+    } else {
+        ("node-c", &["node-c", "node-a", "node-b"])
+    }
+}
+
+pub(crate) fn moved(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+    let (gateway, order) = order(round);
+    let p = EgressPolicy { gateway: Some(NodeName::new(gateway)?), ..p()? };
+    make(nodes, round, order, &[p])
+}
+
+/// For so long the old gateway goes on after nothing more is sent to it: what is under way by then
+/// has arrived.
+const UNDER_WAY: Duration = Duration::from_millis(5);
+
+/// The policy has many sources more, and both gateways have others, so that nothing changes but
+/// where it leads.
+pub(crate) fn moved_with_many(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+    let (gateway, order) = order(round);
+    let p = p()?;
+    if round == 0 {
+        let count = if crate::is_full() { 100_000 } else { 2_000 };
+        let many =
+            (0..count).map(|number| net(Ipv4Addr::from_bits(0x0b00_0000 + number).into(), 32));
+        let p = EgressPolicy { sources: p.sources.into_iter().chain(many).collect(), ..p };
+        let stays = |id, gateway| policy(id, &pods(0, 3), Some(gateway), dual(EIP_B));
+        let all = [p, stays("stays-b", "node-b")?, stays("stays-c", "node-c")?];
+        return make(nodes, round, order, &all);
+    }
+    let mut reports = Vec::new();
+    for name in order {
+        if order.last() == Some(name) {
+            sleep(UNDER_WAY);
+        }
+        let gateway = Some(NodeName::new(gateway)?);
+        reports.push(nodes.update(name, Update::Move { policy: p.id.clone(), gateway })?);
+    }
+    Ok(reports)
+}
+
+pub(crate) fn moved_otherwise(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+    let (gateway, order) = order(round);
+    let egress_ip = dual(if round % 2 == 0 { EIP_B } else { EIP_C });
+    let p = EgressPolicy { gateway: Some(NodeName::new(gateway)?), egress_ip, ..p()? };
+    make(nodes, round, order, &[p])
+}
+
+pub(crate) fn egress_ip(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+    let egress_ip = dual(if round % 2 == 0 { EIP_B } else { EIP_C });
+    make(nodes, round, GATEWAY_FIRST, &[EgressPolicy { egress_ip, ..p()? }])
+}
