@@ -114,7 +114,8 @@ impl<A: Address> Classes<A> {
     /// The classes of all policies, with the elements they come to, apart from single sources.
     pub(super) fn new(policies: &Policies, elements: &mut BTreeMap<Key, Value>) -> Self {
         let mut new = Self::empty();
-        let (mut hosts, mut nets) = (Vec::new(), Vec::new());
+        let singles = policies.iter().map(|(_, kept)| A::of(&kept.sources).len()).sum();
+        let (mut hosts, mut nets) = (Vec::with_capacity(singles), Vec::new());
         for (handle, kept) in policies.iter() {
             let own = kept.sources.cover.iter().filter(|net| Family::of_net(net) == A::FAMILY);
             nets.extend(own.map(|net| (*net, handle)));
