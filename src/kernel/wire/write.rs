@@ -28,6 +28,11 @@ pub(crate) struct Writer {
 pub(crate) struct Open(usize);
 
 impl Writer {
+    /// A writer with room for about this many bytes.
+    pub(crate) fn with_capacity(bytes: usize) -> Self {
+        Self { bytes: Vec::with_capacity(bytes), overflow: false }
+    }
+
     /// Begins a message.
     pub(crate) fn message(&mut self, kind: u16, flags: u16, sequence: u32) -> Open {
         let open = Open(self.bytes.len());
@@ -65,8 +70,7 @@ impl Writer {
     pub(crate) fn attribute(&mut self, kind: u16, value: &[u8]) {
         let length = u16::try_from(ATTRIBUTE + value.len());
         self.overflow |= length.is_err();
-        self.raw(&length.unwrap_or_default().to_ne_bytes());
-        self.raw(&kind.to_ne_bytes());
+        self.header(length.unwrap_or_default(), kind);
         self.raw(value);
         self.bytes.resize(align(self.bytes.len()), 0);
     }
@@ -94,9 +98,14 @@ impl Writer {
     /// Begins an attribute that holds attributes.
     pub(crate) fn open(&mut self, kind: u16) -> Open {
         let open = Open(self.bytes.len());
-        self.raw(&0_u16.to_ne_bytes());
-        self.raw(&(kind | NESTED).to_ne_bytes());
+        self.header(0, kind | NESTED);
         open
+    }
+
+    /// The header of an attribute, `struct nlattr`.
+    fn header(&mut self, length: u16, kind: u16) {
+        let ([a, b], [c, d]) = (length.to_ne_bytes(), kind.to_ne_bytes());
+        self.raw(&[a, b, c, d]);
     }
 
     /// Ends an attribute that holds attributes.
