@@ -103,7 +103,8 @@ impl KernelDatapath {
         };
         let watching = ears(routing.share_expected())?;
         // What our own requests bring about is news to these.
-        let trust = Trust::new(ears(Arc::default())?, [routing.port(), netfilter.port()]);
+        let ports = [routing.port(), netfilter.port()];
+        let trust = Trust::new(ears(Arc::default())?, watching.clone(), ports);
         Ok(Self { routing, netfilter, hold, watching, trust })
     }
 

@@ -188,6 +188,15 @@ pub(super) fn drain(socket: &mut Socket) {
     } {}
 }
 
+/// Asks for the generation of the rules and leaves the answer unread.
+pub(super) fn ask_generation(socket: &mut Socket) -> io::Result<()> {
+    let mut writer = Writer::default();
+    let message = writer.message(kind::GETGEN, flag::REQUEST, socket.next_sequence());
+    writer.nfgen(batch::number(TableFamily::Inet), 0);
+    writer.end(message);
+    writer.finish().map_or(Ok(()), |datagram| socket.send(&datagram))
+}
+
 /// The generation of the rules: the kernel counts transactions, of whomever.
 pub(super) fn generation(socket: &mut Socket) -> Result<u32, KernelError> {
     let request = Request {

@@ -16,6 +16,8 @@ use crate::news::Part;
 #[derive(Debug)]
 pub(super) struct Trust {
     shared: Shared,
+    /// Those of the caller's watch.
+    others: Shared,
     ports: [u32; 2],
     watch: Option<Watch>,
     /// Generation of the rules at which our table was known.
@@ -32,8 +34,16 @@ const LARGE: usize = 1_000;
 
 impl Trust {
     /// Trusts nothing until the kernel is read; the ports are those of our own writes.
-    pub(super) const fn new(shared: Shared, ports: [u32; 2]) -> Self {
-        Self { shared, ports, watch: None, generation: None, routing: false, is_deaf: false }
+    pub(super) const fn new(shared: Shared, others: Shared, ports: [u32; 2]) -> Self {
+        Self {
+            shared,
+            others,
+            ports,
+            watch: None,
+            generation: None,
+            routing: false,
+            is_deaf: false,
+        }
     }
 
     /// Everything is about to be read: what happened before does not matter.
@@ -66,8 +76,10 @@ impl Trust {
     /// change costs it. So for the time of one nobody listens here; the generations on either side
     /// of it tell whether something was missed.
     pub(super) fn will_commit(&mut self, operations: usize, index: u32) {
-        if operations >= LARGE {
-            self.is_deaf = self.watch.as_mut().is_some_and(Watch::deafen);
+        self.is_deaf = operations >= LARGE;
+        if self.is_deaf {
+            self.shared.deafen();
+            self.others.deafen();
             // Also the beginning of what is being told just now, for its end is not heard.
             self.listen(index);
         }
@@ -80,13 +92,20 @@ impl Trust {
         if !std::mem::take(&mut self.is_deaf) {
             return;
         }
-        if self.watch.as_mut().is_some_and(|watch| watch.hear_again().is_err()) {
-            self.watch = None;
-            return self.end();
-        }
+        let (ours, others) = (self.shared.hear_again(), self.others.hear_again());
         // What others have done since is heard of from here on, but not what they did before.
         let current = nft::generation(netfilter).ok();
         self.generation = self.generation.filter(|known| current == Some(*known));
+        if let Some(watch) = &mut self.watch {
+            watch.forget_beginning();
+        }
+        if self.generation.is_none() || others.is_err() {
+            self.others.missed();
+        }
+        if ours.is_err() {
+            self.watch = None;
+            self.end();
+        }
     }
 
     /// Nothing is certain any more.

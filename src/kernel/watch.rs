@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
-use super::socket::Epoll;
+use super::socket::{Epoll, Instruction, Socket};
 use super::wire::Messages;
 use crate::error::{KernelError, errno};
 use crate::news::News;
@@ -15,7 +15,7 @@ mod recognise;
 #[cfg(test)]
 pub(super) mod tests;
 
-use ears::Ears;
+use ears::{NETFILTER, ROUTING};
 pub(super) use ears::{Shared, lock};
 pub(super) use expected::Expected;
 
@@ -70,8 +70,9 @@ const UNREAD: usize = 1 << 20;
 ///
 /// A foreign change that must be looked at costs microseconds and a wake-up; 2000 neighbours of
 /// other devices were drained in 15 ms without optimisation. The kernel writes a message for each
-/// nf_tables object that is changed, ours too, before the filter drops it: while a watch lives, a
-/// change of many thousand elements takes twice as long. Up to 1 MiB of news waits to be read, less without `CAP_NET_ADMIN` in the first user namespace; what does not fit
+/// nf_tables object that is changed, ours too, before the filter drops it; for
+/// the time of a large one the watch does not listen, and the datapath sees to it that nothing is
+/// missed unsaid. Up to 1 MiB of news waits to be read, less without `CAP_NET_ADMIN` in the first user namespace; what does not fit
 /// is [`News::lost`].
 ///
 /// It is no substitute for reconciling now and then: what the kernel tells nobody, nobody hears.
@@ -80,7 +81,7 @@ const UNREAD: usize = 1 << 20;
 pub struct Watch {
     poll: Epoll,
     /// Only nothing while it is dropped.
-    ears: Option<Ears>,
+    routing: Option<Socket>,
     shared: Shared,
     /// Part of a foreign transaction was read that touched our table, but not its end.
     unsigned: bool,
@@ -90,18 +91,12 @@ pub struct Watch {
 
 impl Watch {
     fn begin(&mut self, routing: u32, netfilter: u32) -> io::Result<()> {
-        let Some(ears) = &mut self.ears else { return Ok(()) };
         lock(&self.shared.expected).begin();
-        ears.routing.filter(&filter::routing(routing))?;
-        ears.netfilter.filter(&filter::netfilter(netfilter))?;
-        for (socket, groups) in ears.each() {
-            // Left from an earlier watch.
-            while may_have_more(&socket.receive().map(drop)) {}
-            socket.reserve_unread(UNREAD);
-            self.poll.add(socket.as_fd())?;
-            groups.iter().try_for_each(|group| socket.join(*group))?;
+        if let Some(socket) = &mut self.routing {
+            listen(&self.poll, socket, &filter::routing(routing), &ROUTING)?;
         }
-        Ok(())
+        let mut rules = lock(&self.shared.rules);
+        listen(&self.poll, &mut rules, &filter::netfilter(netfilter), &[NETFILTER])
     }
 
     /// Takes all news out; afterwards it is not readable until there is more.
@@ -110,9 +105,12 @@ impl Watch {
     /// was lost is [`News::lost`], not an error.
     pub fn drain(&mut self) -> Result<News, KernelError> {
         let mut news = News::default();
-        let Self { ears: Some(ears), shared, unsigned, heard, .. } = self else { return Ok(news) };
+        let Self { routing: Some(routing), shared, unsigned, heard, .. } = self else {
+            return Ok(news);
+        };
         let mut expected = lock(&shared.expected);
-        for (socket, _) in ears.each() {
+        let mut rules = lock(&shared.rules);
+        for socket in [routing, &mut *rules] {
             loop {
                 match socket.receive() {
                     Ok(datagram) => {
@@ -139,6 +137,7 @@ impl Watch {
                 }
             }
         }
+        news.lost |= expected.has_missed();
         if news.lost {
             *unsigned = false;
             expected.begin();
@@ -146,16 +145,9 @@ impl Watch {
         Ok(news)
     }
 
-    /// Hears nothing of the rules until [told to again](Self::hear_again); whether that is so.
-    pub(in crate::kernel) fn deafen(&mut self) -> bool {
-        self.ears.as_ref().is_some_and(|ears| ears.hear_rules(false).is_ok())
-    }
-
-    /// Hears of the rules again; whoever asks knows by other means what happened meanwhile.
-    pub(in crate::kernel) fn hear_again(&mut self) -> io::Result<()> {
-        // The end of what was being told may never come.
+    /// Nothing that was being told is waited for any more.
+    pub(in crate::kernel) const fn forget_beginning(&mut self) {
         self.unsigned = false;
-        self.ears.as_ref().map_or(Ok(()), |ears| ears.hear_rules(true))
     }
 
     /// Generation of the rules that the last foreign transaction of those drained led to.
@@ -171,10 +163,24 @@ impl Watch {
     /// The sockets with a receive buffer of this many bytes, to have them overflow.
     #[cfg(test)]
     pub(super) fn shrink(&mut self, bytes: usize) {
-        for (socket, _) in self.ears.as_mut().unwrap().each() {
-            socket.reserve_unread(bytes);
-        }
+        self.routing.as_ref().unwrap().reserve_unread(bytes);
+        lock(&self.shared.rules).reserve_unread(bytes);
     }
+}
+
+/// Has a socket hear what the kernel tells these groups, but for what a program drops.
+fn listen(
+    poll: &Epoll,
+    socket: &mut Socket,
+    program: &[Instruction],
+    groups: &[u32],
+) -> io::Result<()> {
+    socket.filter(program)?;
+    // Left from an earlier watch.
+    while may_have_more(&socket.receive().map(drop)) {}
+    socket.reserve_unread(UNREAD);
+    poll.add(socket.as_fd())?;
+    groups.iter().try_for_each(|group| socket.join(*group))
 }
 
 /// Whether to read on: something was there, or was lost, or is too large.
@@ -204,13 +210,12 @@ impl Drop for Watch {
     /// Gives the sockets back, so that the datapath can be watched again.
     fn drop(&mut self) {
         lock(&self.shared.expected).end();
-        if let Some(mut ears) = self.ears.take() {
-            for (socket, groups) in ears.each() {
-                for group in groups {
-                    let _not_joined = socket.leave(*group);
-                }
+        let _not_joined = lock(&self.shared.rules).leave(NETFILTER);
+        if let Some(routing) = self.routing.take() {
+            for group in ROUTING {
+                let _not_joined = routing.leave(group);
             }
-            self.shared.put_back(ears);
+            self.shared.put_back(routing);
         }
     }
 }

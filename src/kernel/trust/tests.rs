@@ -10,7 +10,7 @@ use crate::kernel::rtnl_kernel_tests::{in_namespace, sh};
 use crate::kernel::watch::tests::edits::EDITS;
 use crate::kernel::watch::tests::noise::NOISE;
 use crate::kernel::watch::tests::{Host, node};
-use crate::{Changes, Cluster, MarkPool, Reconciler, State, TablePool, Update, plan};
+use crate::{Changes, Cluster, MarkPool, News, Reconciler, State, TablePool, Update, plan};
 
 /// Reads until nothing more is told: new devices go on telling of themselves for a while.
 fn known(kernel: &mut KernelDatapath) -> State {
@@ -182,6 +182,9 @@ fn what_happens_while_nobody_listens_is_not_taken_for_ours() {
             kernel.trust.committed(&mut kernel.netfilter, Some(between));
             sh(after);
             assert_eq!(kernel.drift(), expected, "{ours}, {after}");
+            // So is it for whoever waits for news.
+            let is_told = host.is_readable(0) && !host.drain().is_empty();
+            assert_eq!(is_told, expected == Drift::Unknown, "{ours}, {after}");
             sh("nft delete table ip other 2>&1 || true");
             host.egress.repair().unwrap();
         }
@@ -202,7 +205,9 @@ fn a_large_change_of_ours_leaves_everything_certain() {
         let made = host.egress.reconcile(&cluster, &host.policies).unwrap().changes;
         assert!(made.len() > LARGE, "{}", made.len());
         assert_eq!(host.egress.datapath().drift(), Drift::None);
+        assert_eq!(host.drain(), News::default());
         sh("nft delete element inet egress_datapath source4 '{ 10.245.0.7 }'");
+        assert_eq!(host.drain().changed, [Part::Firewall].into());
         assert_eq!(host.egress.repair().unwrap().changes.len(), 1);
     });
 }

@@ -5,30 +5,27 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{Expected, Watch, filter};
 use crate::error::{KernelError, errno};
+use crate::kernel::nft;
 use crate::kernel::socket::{Epoll, Socket};
 
 /// Groups of the routing subsystem (`enum rtnetlink_groups`): links, neighbours with forwarding
 /// entries, IPv4 addresses, routes, rules, the same of IPv6, and settings of IPv4.
-const ROUTING: [u32; 9] = [1, 3, 5, 7, 8, 9, 11, 19, 24];
+pub(super) const ROUTING: [u32; 9] = [1, 3, 5, 7, 8, 9, 11, 19, 24];
 
 /// `NFNLGRP_NFTABLES`.
-const NETFILTER: [u32; 1] = [7];
+pub(super) const NETFILTER: u32 = 7;
 
 const BUSY: &str = "drop the other watch of this datapath first";
 
 /// What a datapath and its watch have in common.
 #[derive(Clone, Debug)]
 pub(in crate::kernel) struct Shared {
-    idle: Arc<Mutex<Option<Ears>>>,
+    /// The socket that hears of routing while there is no watch; opened with the datapath, because
+    /// a socket belongs to the network namespace that its thread was in then.
+    idle: Arc<Mutex<Option<Socket>>>,
+    /// The one that hears of the rules.
+    pub(super) rules: Arc<Mutex<Socket>>,
     pub(in crate::kernel) expected: Arc<Mutex<Expected>>,
-}
-
-/// Sockets that hear what the kernel tells; opened with the datapath, because a socket belongs to
-/// the network namespace that its thread was in then.
-#[derive(Debug)]
-pub(super) struct Ears {
-    pub(super) routing: Socket,
-    pub(super) netfilter: Socket,
 }
 
 impl Shared {
@@ -38,8 +35,8 @@ impl Shared {
         netfilter: Socket,
     ) -> io::Result<Self> {
         let routing = Socket::open(filter::ROUTE)?;
-        let ears = Ears { routing, netfilter };
-        Ok(Self { idle: Arc::new(Mutex::new(Some(ears))), expected })
+        let (idle, rules) = (Mutex::new(Some(routing)), Mutex::new(netfilter));
+        Ok(Self { idle: Arc::new(idle), rules: Arc::new(rules), expected })
     }
 
     /// Begins to watch; what is asked for from these ports is no news.
@@ -51,31 +48,43 @@ impl Shared {
         let what = "watch the kernel's state";
         let failed = |error: io::Error| KernelError::io(what, &error);
         let poll = Epoll::new().map_err(failed)?;
-        let ears = lock(&self.idle).take();
-        let ears =
-            ears.ok_or_else(|| KernelError::refused(what, errno::EBUSY).with_remedy(BUSY))?;
+        let ear = lock(&self.idle).take();
+        let ear = ear.ok_or_else(|| KernelError::refused(what, errno::EBUSY).with_remedy(BUSY))?;
         let shared = self.clone();
-        let mut watch = Watch { poll, ears: Some(ears), shared, unsigned: false, heard: None };
+        let mut watch = Watch { poll, routing: Some(ear), shared, unsigned: false, heard: None };
         watch.begin(routing, netfilter).map_err(failed)?;
         Ok(watch)
     }
 
-    /// Takes the sockets back, so that the datapath can be watched again.
-    pub(super) fn put_back(&self, ears: Ears) {
-        *lock(&self.idle) = Some(ears);
-    }
-}
-
-impl Ears {
-    /// The sockets with the groups that each is to join.
-    pub(super) fn each(&mut self) -> [(&mut Socket, &'static [u32]); 2] {
-        [(&mut self.routing, &ROUTING), (&mut self.netfilter, &NETFILTER)]
+    /// Takes the socket back, so that the datapath can be watched again.
+    pub(super) fn put_back(&self, routing: Socket) {
+        *lock(&self.idle) = Some(routing);
     }
 
-    /// Begins to hear of the rules, or ends it.
-    pub(super) fn hear_rules(&self, is_to: bool) -> io::Result<()> {
-        let change = if is_to { Socket::join } else { Socket::leave };
-        NETFILTER.iter().try_for_each(|group| change(&self.netfilter, *group))
+    /// Has the watch hear nothing of the rules until [told to again](Self::hear_again).
+    pub(in crate::kernel) fn deafen(&self) {
+        if lock(&self.expected).is_active() {
+            let _still_hears = lock(&self.rules).leave(NETFILTER);
+        }
+    }
+
+    /// Has the watch hear of the rules again.
+    ///
+    /// # Errors
+    ///
+    /// It hears no more of them.
+    pub(in crate::kernel) fn hear_again(&self) -> io::Result<()> {
+        if lock(&self.expected).is_active() { lock(&self.rules).join(NETFILTER) } else { Ok(()) }
+    }
+
+    /// Has the watch become readable, and say that it missed something.
+    pub(in crate::kernel) fn missed(&self) {
+        let mut expected = lock(&self.expected);
+        if expected.is_active() {
+            expected.missed();
+            // Whatever is answered, it is something to read.
+            let _asked = nft::ask_generation(&mut lock(&self.rules));
+        }
     }
 }
 

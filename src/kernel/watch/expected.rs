@@ -17,6 +17,8 @@ use crate::types::MacAddr;
 pub(in crate::kernel) struct Expected {
     /// Whether anybody listens.
     active: bool,
+    /// Whether something was not told.
+    missed: bool,
     /// Index of our device, the last one known; 0 for none. The kernel gives out no index twice.
     index: u32,
     /// Index of our device that we are deleting; 0 for none.
@@ -39,6 +41,21 @@ impl Expected {
     /// Expects nothing any more.
     pub(super) fn end(&mut self) {
         *self = Self { index: self.index, ..Self::default() };
+    }
+
+    /// Whether anybody listens.
+    pub(super) const fn is_active(&self) -> bool {
+        self.active
+    }
+
+    /// Something was not told.
+    pub(super) const fn missed(&mut self) {
+        self.missed = true;
+    }
+
+    /// Whether something was not told since this was asked last.
+    pub(super) fn has_missed(&mut self) -> bool {
+        std::mem::take(&mut self.missed)
     }
 
     /// Our device has this index.

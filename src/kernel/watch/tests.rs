@@ -66,7 +66,7 @@ impl Host {
     }
 
     #[track_caller]
-    fn drain(&mut self) -> News {
+    pub(in crate::kernel) fn drain(&mut self) -> News {
         self.watch.drain().unwrap()
     }
 
@@ -96,7 +96,7 @@ impl Host {
         assert_eq!(news, News::default(), "{what}: {news}");
     }
 
-    fn is_readable(&self, milliseconds: u32) -> bool {
+    pub(in crate::kernel) fn is_readable(&self, milliseconds: u32) -> bool {
         is_readable(&self.watch, milliseconds)
     }
 }
