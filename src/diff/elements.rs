@@ -20,16 +20,16 @@ pub(super) fn elements(
     }
     let source = |address: IpAddr| Key::Source(address);
     changes(observed.v4_apart_from(desired), desired.v4_apart_from(observed), |change| {
-        each(change.map(|v4| source(Ipv4Addr::from_bits(*v4).into()), class));
+        each(change.map(|v4| source(Ipv4Addr::from_bits(*v4).into()), |tag| class(*tag)));
     });
     changes(observed.v6_apart_from(desired), desired.v6_apart_from(observed), |change| {
-        each(change.map(|v6| source(Ipv6Addr::from_bits(*v6).into()), class));
+        each(change.map(|v6| source(Ipv6Addr::from_bits(*v6).into()), |tag| class(*tag)));
     });
     changes(observed.rest(), desired.rest(), |change| each(change.map(|key| *key, Value::clone)));
 }
 
-const fn class(tag: &Tag) -> Value {
-    Value::plain(Data::Tag(*tag))
+const fn class(tag: Tag) -> Value {
+    Value::plain(Data::Tag(tag))
 }
 
 impl<K, V> Change<K, V> {

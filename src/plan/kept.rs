@@ -277,15 +277,9 @@ impl Policies {
 
     /// Gives all their numbers, which depend on the ids alone.
     pub(super) fn number(&mut self) {
-        self.numbers = Numbers::default();
-        let mut sorted: Vec<_> = self.by_id.iter().collect();
-        sorted.sort_unstable();
-        for (id, handle) in sorted {
-            let tag = self.numbers.take([id]);
-            if let Some(kept) = slot(*handle).and_then(|at| self.slots.get_mut(at)?.as_mut()) {
-                kept.tag = tag;
-            }
-        }
+        let kept = self.slots.iter_mut().flatten();
+        let mut all: Vec<_> = kept.map(|Kept { id, tag, .. }| (&*id, tag)).collect();
+        self.numbers = Numbers::of_all(&mut all, |id| std::iter::once(*id));
     }
 
     pub(super) fn insert(&mut self, kept: Kept) -> Handle {

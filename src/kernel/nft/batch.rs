@@ -201,24 +201,26 @@ impl Builder<'_> {
 
     /// Makes room for an element of an operation.
     fn open_elements(&mut self, index: usize, set: Set, verb: Verb) {
-        let open = self.elements.filter(|open| {
+        let fits = self.elements.is_some_and(|open| {
             let room = self.writer.since(open.list) < ELEMENTS;
             open.set == set && open.verb == verb && room
         });
-        let open = open.unwrap_or_else(|| self.begin_elements(index, set, verb));
-        let start = self.writer.since(open.message);
-        self.origins.push(Origin { sequence: open.sequence, start, op: index });
+        if !fits {
+            self.begin_elements(index, set, verb);
+        }
+        if let Some(Elements { message, sequence, .. }) = self.elements {
+            let start = self.writer.since(message);
+            self.origins.push(Origin { sequence, start, op: index });
+        }
     }
 
-    fn begin_elements(&mut self, index: usize, set: Set, verb: Verb) -> Elements {
+    fn begin_elements(&mut self, index: usize, set: Set, verb: Verb) {
         self.flush();
         let (kind, flags) = verb.kind_and_flags();
         let (message, sequence) = self.begin(index, set.table(), kind, flags);
         self.writer.string(1, NFT_TABLE);
         self.writer.string(2, &set.name());
-        let elements = Elements { message, list: self.writer.open(3), sequence, set, verb };
-        self.elements = Some(elements);
-        elements
+        self.elements = Some(Elements { message, list: self.writer.open(3), sequence, set, verb });
     }
 
     fn op(&mut self, index: usize, op: &Op) {
