@@ -79,8 +79,8 @@ impl Steps {
         match parts.last_mut() {
             Some(part) if part.len() < SOURCES_AT_ONCE => part.push(op),
             Some(_) => {
-                // Where there are so many, there are mostly as many again.
-                let mut part = Vec::with_capacity(SOURCES_AT_ONCE);
+                // Where there are so many, there are mostly some more.
+                let mut part = Vec::with_capacity(SOURCES_AT_ONCE / 8);
                 part.push(op);
                 parts.push(part);
             }
@@ -103,7 +103,6 @@ impl Steps {
             parted.extend(parts.into_iter().map(|ops| Step { phase, ops }));
             let with = self.phases.entry(phase).or_default();
             last.append(with);
-            last.shrink_to_fit();
             last.sort_by_key(rank);
             *with = last;
         }
