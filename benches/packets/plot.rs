@@ -48,15 +48,15 @@ pub(crate) fn svg(report: &Report) -> Result<String, std::fmt::Error> {
          <rect width=\"100%\" height=\"100%\" fill=\"white\"/>"
     )?;
     axes(&mut svg)?;
-    if let Some(nanoseconds) = report.of(Kind::Plain) {
-        let y = y(nanoseconds);
+    if let Some(cost) = report.of(Kind::Plain) {
+        let y = y(cost.warm);
         line(&mut svg, ("no rules", 4.0), "#7f8c8d", &[(x(1.0), y), (x(10_000.0), y)])?;
     }
     for (name, lower, colour, policies) in LINES {
         let on_it = report
             .all()
             .iter()
-            .filter_map(|(kind, nanoseconds)| Some((x(policies(*kind)?.into()), y(*nanoseconds))));
+            .filter_map(|(kind, cost)| Some((x(policies(*kind)?.into()), y(cost.warm))));
         let points: Vec<_> = on_it.collect();
         line(&mut svg, (name, lower), colour, &points)?;
         for (x, y) in points {

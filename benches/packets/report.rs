@@ -4,10 +4,10 @@ use std::fmt;
 
 use egress_datapath::state::Variant as Tables;
 
-use crate::variant::{Kind, Variant};
+use crate::variant::{Cost, Kind, Variant};
 
 /// Nanoseconds of a packet of every variant.
-pub(crate) struct Report(Vec<(Kind, f64)>);
+pub(crate) struct Report(Vec<(Kind, Cost)>);
 
 /// A ratio of two variants and what it should be at most.
 struct Target {
@@ -183,28 +183,29 @@ impl Report {
     }
 
     /// Nanoseconds of a packet of a variant, if it was measured.
-    pub(crate) fn of(&self, kind: Kind) -> Option<f64> {
-        self.0.iter().find(|(other, _)| *other == kind).map(|(_, nanoseconds)| *nanoseconds)
+    pub(crate) fn of(&self, kind: Kind) -> Option<Cost> {
+        self.0.iter().find(|(other, _)| *other == kind).map(|(_, cost)| *cost)
     }
 
     /// All that was measured.
-    pub(crate) fn all(&self) -> &[(Kind, f64)] {
+    pub(crate) fn all(&self) -> &[(Kind, Cost)] {
         &self.0
     }
 }
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let plain = self.of(Kind::Plain).unwrap_or(f64::NAN);
-        writeln!(f, "| what | ns/packet | × no rules |\n|---|---:|---:|")?;
-        for (kind, nanoseconds) in &self.0 {
-            writeln!(f, "| {kind} | {nanoseconds:.0} | {:.2} |", nanoseconds / plain)?;
+        let plain = self.of(Kind::Plain).map_or(f64::NAN, |cost| cost.warm);
+        writeln!(f, "| what | ns/packet | × no rules | cold |\n|---|---:|---:|---:|")?;
+        for (kind, Cost { warm, cold }) in &self.0 {
+            writeln!(f, "| {kind} | {warm:.0} | {:.2} | {cold:.0} |", warm / plain)?;
         }
-        writeln!(f, "\n| ratio | found | at most |\n|---|---:|---:|")?;
-        for target in TARGETS {
-            if let (Some(of), Some(to)) = (self.of(target.of), self.of(target.to)) {
-                let missed = if of / to > target.most { " missed" } else { "" };
-                writeln!(f, "| {} | {:.3}{missed} | {:.3} |", target.what, of / to, target.most)?;
+        writeln!(f, "\n| ratio | found | at most | cold |\n|---|---:|---:|---:|")?;
+        for Target { what, of, to, most } in TARGETS {
+            if let (Some(of), Some(to)) = (self.of(of), self.of(to)) {
+                let (warm, cold) = (of.warm / to.warm, of.cold / to.cold);
+                let missed = if warm > most { " missed" } else { "" };
+                writeln!(f, "| {what} | {warm:.3}{missed} | {most:.3} | {cold:.3} |")?;
             }
         }
         Ok(())
