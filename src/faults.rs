@@ -3,8 +3,10 @@
 //!
 //! A call is what the kernel is asked at once: a read asks for something, a write changes
 //! something. Of a [`SimDatapath`](crate::SimDatapath) that is each kind of object that is listed,
-//! each nf_tables transaction, and each other operation; of a kernel one datagram that a socket of
-//! the datapath sends, or one run of a tool of iptables.
+//! each nf_tables transaction, and each other operation; of a kernel one request to the
+//! routing subsystem, though many go in one datagram, one other datagram that a socket of the
+//! datapath sends, or one run of a tool of iptables. Of a datagram that the kernel does not get
+//! ([`Fault::Errno`]) it gets no request.
 //!
 //! ```
 //! use egress_datapath::faults::{Fault, Faults};

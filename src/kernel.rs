@@ -20,6 +20,7 @@ mod ownership;
 pub(crate) mod predecessor;
 mod route;
 mod route_answer;
+mod route_requests;
 mod route_socket;
 mod rtnl;
 #[cfg(test)]
@@ -191,8 +192,10 @@ impl KernelDatapath {
                 .collect();
             return (step.ops.len() - refused.len(), refused);
         }
-        let refuse = |op: &Op| self.routing.make(op).err().map(|error| (op.clone(), error));
-        let refused: Vec<_> = step.ops.iter().filter_map(refuse).collect();
+        let refused = self.routing.make(&step.ops).into_iter();
+        let refused: Vec<_> = refused
+            .filter_map(|(index, error)| Some((step.ops.get(index)?.clone(), error)))
+            .collect();
         (step.ops.len() - refused.len(), refused)
     }
 }

@@ -1,7 +1,8 @@
 //! What it costs to change a node's kernel: ours, the tools, and the kernel's own floor.
 //!
 //! `cargo bench --bench apply --features testing -- --quick`, as root; compare figures of one run
-//! with each other; `-- sets` is the row about ipset alone. Everything is made in a network namespace that ends with the process.
+//! with each other; `-- gateways`, `-- moves` and `-- sets` are those rows alone. Everything is made in
+//! a network namespace that ends with the process.
 
 #![allow(
     clippy::unwrap_used,
@@ -10,6 +11,7 @@
     reason = "a bench that is set up wrongly should stop"
 )]
 
+mod gateways;
 mod memory;
 mod sets;
 mod tools;
@@ -41,8 +43,12 @@ fn main() {
     for (_, (count, sources)) in sizes {
         size(*count, *sources, restore && !(quick && count * sources > 10_000));
     }
-    if named.is_empty() || named.iter().any(|name| name == "sets") {
-        sets::sets();
+    let parts: [(&str, fn()); 3] =
+        [("gateways", gateways::gateways), ("moves", gateways::moving), ("sets", sets::sets)];
+    for (name, part) in parts {
+        if named.is_empty() || named.iter().any(|one| one == name) {
+            part();
+        }
     }
 }
 

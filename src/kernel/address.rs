@@ -9,6 +9,7 @@ use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
+use super::route_requests::Request;
 use super::route_socket::RouteSocket;
 use crate::error::{KernelError, errno};
 use crate::types::{DeviceName, Family};
@@ -55,42 +56,33 @@ pub(super) fn parse(message: &AddressMessage) -> Option<(u32, IpNet)> {
     Some((message.header.index, net))
 }
 
+/// Adds an address to a device.
+pub(super) fn add(index: u32, net: IpNet) -> Request {
+    let mut message = message(index, net);
+    if matches!(net, IpNet::V6(_)) {
+        // Nobody else can have it, and until the check ends it cannot be used.
+        message.header.flags = AddressHeaderFlags::Nodad;
+    }
+    let message = RouteNetlinkMessage::NewAddress(message);
+    Request { message, flags: NLM_F_CREATE | NLM_F_EXCL }
+}
+
+/// Why an address was not added.
+pub(super) fn not_added(net: IpNet, error: KernelError) -> KernelError {
+    // Not for want of a privilege, although the error number says so.
+    if error.errno() == Some(errno::EACCES) && matches!(net, IpNet::V6(_)) {
+        error.with_remedy(NO_IPV6)
+    } else {
+        error
+    }
+}
+
+/// Takes an address off a device.
+pub(super) fn delete(index: u32, net: IpNet) -> Request {
+    Request { message: RouteNetlinkMessage::DelAddress(message(index, net)), flags: 0 }
+}
+
 impl RouteSocket {
-    pub(super) fn add_address(
-        &mut self,
-        what: &dyn Display,
-        device: &DeviceName,
-        net: IpNet,
-    ) -> Result<(), KernelError> {
-        let index = self.our_device(what, device)?.index;
-        let mut message = message(index, net);
-        if matches!(net, IpNet::V6(_)) {
-            // Nobody else can have it, and until the check ends it cannot be used.
-            message.header.flags = AddressHeaderFlags::Nodad;
-        }
-        let flags = NLM_F_CREATE | NLM_F_EXCL;
-        let message = RouteNetlinkMessage::NewAddress(message);
-        self.request(what, message, flags).map_err(|error| {
-            // Not for want of a privilege, although the error number says so.
-            if error.errno() == Some(errno::EACCES) && matches!(net, IpNet::V6(_)) {
-                error.with_remedy(NO_IPV6)
-            } else {
-                error
-            }
-        })
-    }
-
-    pub(super) fn delete_address(
-        &mut self,
-        what: &dyn Display,
-        device: &DeviceName,
-        net: IpNet,
-    ) -> Result<(), KernelError> {
-        let index = self.our_device(what, device)?.index;
-        let message = message(index, net);
-        self.request(what, RouteNetlinkMessage::DelAddress(message), 0)
-    }
-
     /// Addresses of the device with this index, without link-local ones.
     pub(super) fn addresses(&mut self, index: u32) -> Result<BTreeSet<IpNet>, KernelError> {
         let what = format_args!("ip addr show dev index {index}");

@@ -1,7 +1,6 @@
 //! Forwarding entries of the tunnel device: which node a frame goes to.
 
 use std::collections::BTreeMap;
-use std::fmt::Display;
 use std::net::{IpAddr, Ipv4Addr};
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
@@ -11,9 +10,10 @@ use netlink_packet_route::neighbour::{
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::neighbour::{destination, lladdr};
+use super::route_requests::Request;
 use super::route_socket::RouteSocket;
 use crate::error::KernelError;
-use crate::types::{DeviceName, MacAddr};
+use crate::types::MacAddr;
 
 /// `NUD_NOARP | NUD_PERMANENT` of `linux/neighbour.h`, as `bridge` sends them.
 const KEPT: u16 = 0xc0;
@@ -64,36 +64,23 @@ fn is_for_many(mac: MacAddr) -> bool {
     mac.octets() == [0; 6] || !mac.is_unicast()
 }
 
+/// Makes an entry, or leads it elsewhere.
+pub(super) fn put(index: u32, mac: MacAddr, node: IpAddr) -> Request {
+    let message = RouteNetlinkMessage::NewNeighbour(message(index, mac, node));
+    Request { message, flags: NLM_F_CREATE | NLM_F_REPLACE }
+}
+
+/// Deletes an entry.
+pub(super) fn delete(index: u32, mac: MacAddr, node: IpAddr) -> Request {
+    let mut message = message(index, mac, node);
+    if node == NOWHERE || is_for_many(mac) {
+        // Without one all destinations go, of which such an entry may have several.
+        message.attributes.truncate(1);
+    }
+    Request { message: RouteNetlinkMessage::DelNeighbour(message), flags: 0 }
+}
+
 impl RouteSocket {
-    pub(super) fn put_fdb(
-        &mut self,
-        what: &dyn Display,
-        device: &DeviceName,
-        mac: MacAddr,
-        node: IpAddr,
-    ) -> Result<(), KernelError> {
-        let index = self.our_device(what, device)?.index;
-        let message = RouteNetlinkMessage::NewNeighbour(message(index, mac, node));
-        self.request(what, message, NLM_F_CREATE | NLM_F_REPLACE)
-    }
-
-    pub(super) fn delete_fdb(
-        &mut self,
-        what: &dyn Display,
-        device: &DeviceName,
-        mac: MacAddr,
-        node: IpAddr,
-    ) -> Result<(), KernelError> {
-        let index = self.our_device(what, device)?.index;
-        let mut message = message(index, mac, node);
-        if node == NOWHERE || is_for_many(mac) {
-            // Without one all destinations go, of which such an entry may have several.
-            message.attributes.truncate(1);
-        }
-        let message = RouteNetlinkMessage::DelNeighbour(message);
-        self.request(what, message, 0)
-    }
-
     /// Forwarding entries of the device with this index that do not age.
     pub(super) fn fdb(&mut self, index: u32) -> Result<BTreeMap<MacAddr, IpAddr>, KernelError> {
         let what = format_args!("bridge fdb show dev index {index}");

@@ -1,7 +1,6 @@
 //! Permanent neighbours of the tunnel device.
 
 use std::collections::BTreeMap;
-use std::fmt::Display;
 use std::net::IpAddr;
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
@@ -13,10 +12,11 @@ use netlink_packet_route::route::RouteProtocol;
 
 use super::address::{is_link_local, kernel_family};
 use super::link::mac;
+use super::route_requests::Request;
 use super::route_socket::RouteSocket;
 use crate::error::KernelError;
 use crate::state::PROTOCOL;
-use crate::types::{DeviceName, Family, MacAddr};
+use crate::types::{Family, MacAddr};
 
 pub(super) fn message(index: u32, address: IpAddr) -> NeighbourMessage {
     let mut message = NeighbourMessage::default();
@@ -74,30 +74,18 @@ pub(super) fn parse(message: &NeighbourMessage) -> Option<(IpAddr, MacAddr)> {
     Some((address, lladdr(&message.attributes)?))
 }
 
+/// Makes a permanent neighbour, or changes its address.
+pub(super) fn put(index: u32, address: IpAddr, mac: MacAddr) -> Request {
+    let message = RouteNetlinkMessage::NewNeighbour(permanent(index, address, mac));
+    Request { message, flags: NLM_F_CREATE | NLM_F_REPLACE }
+}
+
+/// Deletes a neighbour.
+pub(super) fn delete(index: u32, address: IpAddr) -> Request {
+    Request { message: RouteNetlinkMessage::DelNeighbour(message(index, address)), flags: 0 }
+}
+
 impl RouteSocket {
-    pub(super) fn put_neighbour(
-        &mut self,
-        what: &dyn Display,
-        device: &DeviceName,
-        address: IpAddr,
-        mac: MacAddr,
-    ) -> Result<(), KernelError> {
-        let index = self.our_device(what, device)?.index;
-        let message = RouteNetlinkMessage::NewNeighbour(permanent(index, address, mac));
-        self.request(what, message, NLM_F_CREATE | NLM_F_REPLACE)
-    }
-
-    pub(super) fn delete_neighbour(
-        &mut self,
-        what: &dyn Display,
-        device: &DeviceName,
-        address: IpAddr,
-    ) -> Result<(), KernelError> {
-        let index = self.our_device(what, device)?.index;
-        let message = RouteNetlinkMessage::DelNeighbour(message(index, address));
-        self.request(what, message, 0)
-    }
-
     /// Permanent neighbours on the device with this index, without multicast and link-local ones.
     pub(super) fn neighbours(
         &mut self,

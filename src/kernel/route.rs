@@ -13,10 +13,11 @@ use netlink_packet_route::route::{
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::address::kernel_family;
+use super::route_requests::Request;
 use super::route_socket::RouteSocket;
 use crate::error::KernelError;
 use crate::state::{PROTOCOL, Route, RouteKey, StrayKind, StrayRouting};
-use crate::types::{DeviceName, Family, TableId};
+use crate::types::{Family, TableId};
 
 /// The route; `oif` is the index of the device that one via a gateway leaves by.
 pub(super) fn message(key: &RouteKey, route: Route, oif: u32) -> RouteMessage {
@@ -183,46 +184,21 @@ pub(super) fn table(message: &RouteMessage) -> u32 {
         .unwrap_or(u32::from(message.header.table))
 }
 
+/// Makes a route, or takes the place of the one with its key.
+pub(super) fn put(key: &RouteKey, route: Route, oif: u32) -> Request {
+    let message = RouteNetlinkMessage::NewRoute(message(key, route, oif));
+    Request { message, flags: NLM_F_CREATE | NLM_F_REPLACE }
+}
+
+/// Deletes by all that the kernel compares; in IPv4 a metric of 0 means any to it, but it takes
+/// the lowest first, and the kind of the route is compared too.
+pub(super) fn delete(key: &RouteKey, route: Route, oif: u32) -> Request {
+    let mut message = message(key, route, oif);
+    message.header.scope = RouteScope::NoWhere;
+    Request { message: RouteNetlinkMessage::DelRoute(message), flags: 0 }
+}
+
 impl RouteSocket {
-    pub(super) fn put_route(
-        &mut self,
-        what: &dyn Display,
-        device: &DeviceName,
-        key: &RouteKey,
-        route: Route,
-    ) -> Result<(), KernelError> {
-        let oif = self.oif(what, device, route)?;
-        let message = RouteNetlinkMessage::NewRoute(message(key, route, oif));
-        self.request(what, message, NLM_F_CREATE | NLM_F_REPLACE)
-    }
-
-    /// Deletes by all that the kernel compares; in IPv4 a metric of 0 means any to it, but it
-    /// takes the lowest first, and the kind of the route is compared too.
-    pub(super) fn delete_route(
-        &mut self,
-        what: &dyn Display,
-        device: &DeviceName,
-        key: &RouteKey,
-        route: Route,
-    ) -> Result<(), KernelError> {
-        let oif = self.oif(what, device, route)?;
-        let mut message = message(key, route, oif);
-        message.header.scope = RouteScope::NoWhere;
-        self.request(what, RouteNetlinkMessage::DelRoute(message), 0)
-    }
-
-    fn oif(
-        &mut self,
-        what: &dyn Display,
-        device: &DeviceName,
-        route: Route,
-    ) -> Result<u32, KernelError> {
-        match route {
-            Route::Via(_) => Ok(self.our_device(what, device)?.index),
-            Route::Throw | Route::Unreachable => Ok(0),
-        }
-    }
-
     /// Routes of ours, by our protocol number, outside the kernel's own tables, and those with the
     /// number that we never write.
     pub(super) fn routes(

@@ -151,7 +151,17 @@ impl RouteSocket {
         }
     }
 
-    fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
+    /// The next sequence number.
+    pub(super) fn next_sequence(&mut self) -> u32 {
+        self.socket.next_sequence()
+    }
+
+    /// Receives one datagram; an error of kind `WouldBlock` says there is none.
+    pub(super) fn receive(&mut self) -> io::Result<&[u8]> {
+        self.socket.receive()
+    }
+
+    pub(super) fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
         loop {
             match self.socket.send(bytes) {
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}

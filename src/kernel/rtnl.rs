@@ -1,12 +1,15 @@
 //! The part of the state that the kernel's routing subsystem holds.
 
 use std::collections::BTreeSet;
+use std::mem;
 
+use super::route_requests::{Request, Run};
 use super::route_socket::RouteSocket;
+use super::{address, fdb, neighbour, route, rule, stray};
 use crate::error::{KernelError, errno};
 use crate::op::Op;
-use crate::state::State;
-use crate::types::Family;
+use crate::state::{Route, State};
+use crate::types::{DeviceName, Family};
 
 /// Not among the error numbers that callers ask about.
 pub(super) const EAFNOSUPPORT: i32 = 97;
@@ -27,34 +30,108 @@ pub(super) fn unless_absent<T>(
     }
 }
 
+/// What a refusal means to the operation; nothing if it comes to the same as success.
+fn explained(op: &Op, error: KernelError) -> Option<KernelError> {
+    match op {
+        Op::AddAddress(_, net) => Some(address::not_added(*net, error)),
+        Op::DeleteStrayRouting(_) if stray::is_gone(&error) => None,
+        _ => Some(error),
+    }
+}
+
 impl RouteSocket {
-    /// Makes one change, of those that are not part of an nf_tables transaction.
-    pub(crate) fn make(&mut self, op: &Op) -> Result<(), KernelError> {
-        // Before it is made, for a watch may hear of it before the answer is read.
+    /// Makes changes one after another, of those that are not part of an nf_tables transaction;
+    /// all of them are tried. Says which were refused, in order.
+    pub(crate) fn make(&mut self, ops: &[Op]) -> Vec<(usize, KernelError)> {
+        let (mut refused, mut run, mut ours) = (Vec::new(), Run::default(), None);
+        for (place, op) in ops.iter().enumerate() {
+            if matches!(op, Op::AddLink(_) | Op::SetLink(_) | Op::DeleteLink(_)) {
+                // Several requests, each of which depends on the answers to those before; and our
+                // device may be another one afterwards.
+                refused.extend(self.make_run(mem::take(&mut run)));
+                refused.extend(self.make_link(op).err().map(|error| (place, error)));
+                ours = None;
+                continue;
+            }
+            match self.request_of(op, &mut ours) {
+                Ok(request) => run.push(place, op, request, self.next_sequence()),
+                Err(error) => refused.push((place, error)),
+            }
+            if run.is_full() {
+                refused.extend(self.make_run(mem::take(&mut run)));
+            }
+        }
+        refused.extend(self.make_run(run));
+        refused.sort_by_key(|(place, _)| *place);
+        refused
+    }
+
+    /// Makes one change.
+    #[cfg(test)]
+    pub(crate) fn make_one(&mut self, op: &Op) -> Result<(), KernelError> {
+        self.make(std::slice::from_ref(op)).pop().map_or(Ok(()), |(_, error)| Err(error))
+    }
+
+    /// Makes what is one request each.
+    fn make_run(&mut self, run: Run<'_>) -> Vec<(usize, KernelError)> {
+        // Before they are made, for a watch may hear of one before the answer is read.
+        run.ops().for_each(|op| self.expected().will_make(op));
+        let refused = self.request_all(run).into_iter().filter_map(|(place, op, error)| {
+            let error = explained(op, error)?;
+            self.expected().refused(op);
+            Some((place, error))
+        });
+        refused.collect()
+    }
+
+    fn make_link(&mut self, op: &Op) -> Result<(), KernelError> {
         self.expected().will_make(op);
-        let made = self.request_op(op);
+        let made = match op {
+            Op::AddLink(link) => self.add_link(op, link),
+            Op::SetLink(link) => self.set_link(op, link),
+            Op::DeleteLink(name) => self.delete_link(op, name),
+            _ => Ok(()),
+        };
         if made.is_err() {
             self.expected().refused(op);
         }
         made
     }
 
-    fn request_op(&mut self, op: &Op) -> Result<(), KernelError> {
-        match op {
-            Op::AddLink(link) => self.add_link(op, link),
-            Op::SetLink(link) => self.set_link(op, link),
-            Op::DeleteLink(name) => self.delete_link(op, name),
-            Op::AddAddress(device, net) => self.add_address(op, device, *net),
-            Op::DeleteAddress(device, net) => self.delete_address(op, device, *net),
-            Op::PutFdb(device, mac, node) => self.put_fdb(op, device, *mac, *node),
-            Op::DeleteFdb(device, mac, node) => self.delete_fdb(op, device, *mac, *node),
-            Op::PutNeighbour(device, ip, mac) => self.put_neighbour(op, device, *ip, *mac),
-            Op::DeleteNeighbour(device, ip) => self.delete_neighbour(op, device, *ip),
-            Op::PutRoute(device, key, route) => self.put_route(op, device, key, *route),
-            Op::DeleteRoute(device, key, route) => self.delete_route(op, device, key, *route),
-            Op::AddRule(rule) => self.add_rule(op, rule),
-            Op::DeleteRule(rule) => self.delete_rule(op, rule),
-            Op::DeleteStrayRouting(stray) => self.delete_stray(op, stray),
+    /// What an operation asks of the kernel; `ours` is our device and its index, once known.
+    fn request_of(
+        &mut self,
+        op: &Op,
+        ours: &mut Option<(DeviceName, u32)>,
+    ) -> Result<Request, KernelError> {
+        let mut index = |device: &DeviceName| match ours {
+            // The kernel gives no index to another device: were it gone, it would say so.
+            Some((name, index)) if name == device => Ok(*index),
+            _ => {
+                let index = self.our_device(op, device)?.index;
+                *ours = Some((device.clone(), index));
+                Ok(index)
+            }
+        };
+        let mut oif = |device: &DeviceName, route: &Route| match route {
+            Route::Via(_) => index(device),
+            Route::Throw | Route::Unreachable => Ok(0),
+        };
+        Ok(match op {
+            Op::PutRoute(device, key, route) => route::put(key, *route, oif(device, route)?),
+            Op::DeleteRoute(device, key, route) => route::delete(key, *route, oif(device, route)?),
+            Op::AddAddress(device, net) => address::add(index(device)?, *net),
+            Op::DeleteAddress(device, net) => address::delete(index(device)?, *net),
+            Op::PutFdb(device, mac, node) => fdb::put(index(device)?, *mac, *node),
+            Op::DeleteFdb(device, mac, node) => fdb::delete(index(device)?, *mac, *node),
+            Op::PutNeighbour(device, ip, mac) => neighbour::put(index(device)?, *ip, *mac),
+            Op::DeleteNeighbour(device, ip) => neighbour::delete(index(device)?, *ip),
+            Op::AddRule(rule) => rule::add(rule),
+            Op::DeleteRule(rule) => rule::delete(rule),
+            Op::DeleteStrayRouting(stray) => return stray::delete(op, stray),
+            Op::AddLink(_) | Op::SetLink(_) | Op::DeleteLink(_) => {
+                return Err(KernelError::answer(op, "a device takes more than one request"));
+            }
             Op::WakeTable(_)
             | Op::AddTable(_)
             | Op::DeleteTable(_)
@@ -69,7 +146,10 @@ impl RouteSocket {
             | Op::HoldAnswers(_)
             | Op::MarkConnection(..)
             | Op::EndConnection(_) => {
-                Err(KernelError::answer(op, "operations of netfilter go by the other socket"))
+                return Err(KernelError::answer(
+                    op,
+                    "operations of netfilter go by the other socket",
+                ));
             }
             Op::AddIpset(..)
             | Op::PutIpset(..)
@@ -79,9 +159,12 @@ impl RouteSocket {
             | Op::AddXtChain(..)
             | Op::DeleteXtChain(..)
             | Op::EditXtChain(..) => {
-                Err(KernelError::answer(op, "this needs a datapath that was opened for iptables"))
+                return Err(KernelError::answer(
+                    op,
+                    "this needs a datapath that was opened for iptables",
+                ));
             }
-        }
+        })
     }
 
     /// Reads back the tunnel device with what is on it, the routes and the rules.

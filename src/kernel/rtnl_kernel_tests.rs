@@ -184,7 +184,7 @@ fn deletions(state: &State) -> Vec<Op> {
 
 #[track_caller]
 fn make(socket: &mut RouteSocket, op: &Op) {
-    socket.make(op).unwrap_or_else(|error| panic!("{error}"));
+    socket.make_one(op).unwrap_or_else(|error| panic!("{error}"));
 }
 
 #[track_caller]

@@ -1,7 +1,6 @@
 //! Routing rules.
 
 use std::collections::BTreeSet;
-use std::fmt::Display;
 
 use netlink_packet_core::{Emitable, NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::RouteNetlinkMessage;
@@ -11,6 +10,7 @@ use netlink_packet_route::rule::{
 };
 
 use super::address::kernel_family;
+use super::route_requests::Request;
 use super::route_socket::RouteSocket;
 use crate::error::KernelError;
 use crate::state::{PROTOCOL, Rule, RuleAction, StrayKind, StrayRouting};
@@ -116,22 +116,19 @@ pub(super) fn table(message: &RuleMessage) -> u32 {
         .unwrap_or(u32::from(message.header.table))
 }
 
+/// Adds a rule.
+pub(super) fn add(rule: &Rule) -> Request {
+    // Without "exclusive" the kernel adds the same rule as often as it is asked.
+    let message = RouteNetlinkMessage::NewRule(message(rule));
+    Request { message, flags: NLM_F_CREATE | NLM_F_EXCL }
+}
+
+/// Deletes by all attributes; what is not said matches every rule, and the first one goes.
+pub(super) fn delete(rule: &Rule) -> Request {
+    Request { message: RouteNetlinkMessage::DelRule(message(rule)), flags: 0 }
+}
+
 impl RouteSocket {
-    pub(super) fn add_rule(&mut self, what: &dyn Display, rule: &Rule) -> Result<(), KernelError> {
-        let message = RouteNetlinkMessage::NewRule(message(rule));
-        // Without "exclusive" the kernel adds the same rule as often as it is asked.
-        self.request(what, message, NLM_F_CREATE | NLM_F_EXCL)
-    }
-
-    /// Deletes by all attributes; what is not said matches every rule, and the first one goes.
-    pub(super) fn delete_rule(
-        &mut self,
-        what: &dyn Display,
-        rule: &Rule,
-    ) -> Result<(), KernelError> {
-        self.request(what, RouteNetlinkMessage::DelRule(message(rule)), 0)
-    }
-
     /// Rules of ours, by our protocol number, and those with it that we never write.
     pub(super) fn rules(
         &mut self,

@@ -1,10 +1,20 @@
 //! What a kind of change is.
 
+use std::time::Duration;
+
 use egress_datapath::{MarkLayout, Report};
 
 use crate::fleet::Result;
 use crate::lab::{Lab, Pair};
 use crate::nodes::Nodes;
+
+/// How much of a kind.
+pub(crate) struct Size {
+    pub(crate) packets: u32,
+    pub(crate) per_second: u32,
+    pub(crate) commits: u64,
+    pub(crate) at_most: Duration,
+}
 
 /// Whether packets may get lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,6 +30,15 @@ pub(crate) enum Loss {
     OnGateway,
     /// What they need is taken away for a while.
     Any,
+}
+
+/// What a node reads of what it has ahead of a change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reads {
+    /// All of it.
+    Everything,
+    /// What may have drifted, which mostly is nothing.
+    Drift,
 }
 
 /// Where the packets go.
@@ -43,6 +62,8 @@ pub(crate) struct Change {
     pub(crate) to: To,
     /// Whether packets may get lost.
     pub(crate) loss: Loss,
+    /// How much of it there is in a full run.
+    pub(crate) in_full: Size,
     /// Whether nothing is to be written.
     pub(crate) idle: bool,
     /// Rules of other software on every node, in a table `foreign`.
@@ -51,6 +72,8 @@ pub(crate) struct Change {
     pub(crate) backends: bool,
     /// Whether the first packet of a connection decides for all, and connections go on.
     pub(crate) caching: bool,
+    /// What the nodes read ahead of every change.
+    pub(crate) reads: Reads,
     /// Makes the change for the so-manieth time; round 0 is what it starts from.
     pub(crate) round: fn(&Lab, &mut Nodes, u64) -> Result<Vec<Report>>,
 }

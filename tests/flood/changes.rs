@@ -1,15 +1,18 @@
 //! The kinds of changes; in each the flooding pods stay selected by policy `p`.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
+
+use std::thread::sleep;
+use std::time::Duration;
 
 use egress_datapath::state::Variant;
 use egress_datapath::{
     Backend, Destinations, EgressIp, EgressPolicy, Iptables, Mark, MarkLayout, Node, NodeName,
-    PolicyId, Report, Steering,
+    PolicyId, Report, Steering, Update,
 };
 use ipnet::IpNet;
 
-use crate::change::{Change, Loss, To};
+use crate::change::{Change, Loss, Reads, Size, To};
 use crate::fleet::{Result, dual, policy};
 use crate::lab::inside::steering;
 use crate::lab::{
@@ -17,16 +20,22 @@ use crate::lab::{
 };
 use crate::nodes::Nodes;
 
+const FULL: Size =
+    Size { packets: 100_000, per_second: 4_000, commits: 5_000, at_most: Duration::from_secs(300) };
+/// As many as a machine of two cores carries while it changes.
+const A_MILLION: Size = Size { packets: 1_000_000, per_second: 20_000, ..FULL };
 const USUAL: Change = Change {
     name: "",
     wears: [&[EIP_B]; 2],
     marks: MarkLayout::SEED,
     to: To::Server,
     loss: Loss::None,
+    in_full: FULL,
     idle: false,
     foreign: "",
     backends: false,
     caching: false,
+    reads: Reads::Everything,
     round: |_, _, _| Ok(Vec::new()),
 };
 const EITHER: [&[Pair]; 2] = [&[EIP_B, EIP_C]; 2];
@@ -51,6 +60,7 @@ const LATE_BIT: &str = "table inet foreign { chain late {
     }
 }";
 
+const MOVE_OF_MANY: &str = "move of 100 000 sources";
 pub(crate) const COUNTERS: &str = "counters";
 /// Of one backend only.
 pub(crate) const STEERING: &str = "steering";
@@ -69,6 +79,13 @@ pub(crate) const ALL: &[Change] = &[
     Change { name: "ranges of sources", round: ranges, ..USUAL },
     Change { name: "source as address or prefix", round: address_or_prefix, ..USUAL },
     Change { name: "move, same egress IP", loss: Loss::Few, round: moved, ..USUAL },
+    Change {
+        name: MOVE_OF_MANY,
+        in_full: A_MILLION,
+        reads: Reads::Drift,
+        round: moved_with_many,
+        ..USUAL
+    },
     Change {
         name: "move, other egress IP",
         loss: Loss::Few,
@@ -335,6 +352,35 @@ fn moved(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
     let (gateway, order) = order(round);
     let p = EgressPolicy { gateway: Some(NodeName::new(gateway)?), ..p()? };
     make(nodes, round, order, &[p])
+}
+
+/// For so long the old gateway goes on after nothing more is sent to it: what is under way by then
+/// has arrived.
+const UNDER_WAY: Duration = Duration::from_millis(5);
+
+/// The policy has many sources more, and both gateways have others, so that nothing changes but
+/// where it leads.
+fn moved_with_many(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+    let (gateway, order) = order(round);
+    let p = p()?;
+    if round == 0 {
+        let count = if crate::is_full() { 100_000 } else { 2_000 };
+        let many =
+            (0..count).map(|number| net(Ipv4Addr::from_bits(0x0b00_0000 + number).into(), 32));
+        let p = EgressPolicy { sources: p.sources.into_iter().chain(many).collect(), ..p };
+        let stays = |id, gateway| policy(id, &pods(0, 3), Some(gateway), dual(EIP_B));
+        let all = [p, stays("stays-b", "node-b")?, stays("stays-c", "node-c")?];
+        return make(nodes, round, order, &all);
+    }
+    let mut reports = Vec::new();
+    for name in order {
+        if order.last() == Some(name) {
+            sleep(UNDER_WAY);
+        }
+        let gateway = Some(NodeName::new(gateway)?);
+        reports.push(nodes.update(name, Update::Move { policy: p.id.clone(), gateway })?);
+    }
+    Ok(reports)
 }
 
 fn moved_otherwise(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {

@@ -2,8 +2,9 @@
 //! where nothing that it needs is taken away.
 //!
 //! `EGRESS_FLOOD=full` makes it at least 100 000 packets and 5 000 transactions of each kind of
-//! change, and takes a quarter of an hour; another word runs only the kinds that begin with it,
-//! and `full,move` does both. `EGRESS_BACKEND=iptables-legacy` and `iptables-nft` flood those.
+//! change, a million packets where many sources move, and takes a quarter of an hour; another word
+//! runs only the kinds that begin with it, and `full,move` does both.
+//! `EGRESS_BACKEND=iptables-legacy` and `iptables-nft` flood those.
 
 #[path = "../lab/mod.rs"]
 mod lab;
@@ -25,30 +26,21 @@ use std::time::{Duration, Instant};
 
 use egress_datapath::{Backend, Phase, Report};
 
-use change::{Change, Loss, To};
+use change::{Change, Loss, Size, To};
 use fleet::{Result, have, nft, tool};
 use lab::inside::backend;
 use lab::{Lab, POD_A, POD_B, POD_C, SERVER};
 use nodes::Nodes;
 use stream::{Pod, Progress, Tally};
 
-/// How much of each kind.
-struct Size {
-    packets: u32,
-    commits: u64,
-    at_most: Duration,
-}
-
-const SMALL: Size = Size { packets: 4_000, commits: 0, at_most: Duration::from_secs(4) };
-const FULL: Size = Size { packets: 100_000, commits: 5_000, at_most: Duration::from_secs(300) };
+const SMALL: Size =
+    Size { packets: 4_000, per_second: 4_000, commits: 0, at_most: Duration::from_secs(4) };
 const LAYOUT: &str = "layout of the marks";
-const PER_SECOND: u32 = 4_000;
 
 #[test]
 fn no_packet_gets_out_wrong_while_things_change() -> Result {
     let Some(lab) = fleet::lab()? else { return Ok(()) };
     let wish = env::var("EGRESS_FLOOD").unwrap_or_default();
-    let size = if wish.starts_with("full") { FULL } else { SMALL };
     let only = wish.trim_start_matches("full").trim_start_matches(',');
     let mut wrong = Vec::new();
     for change in changes::ALL.iter().filter(|change| change.name.starts_with(only)) {
@@ -61,11 +53,17 @@ fn no_packet_gets_out_wrong_while_things_change() -> Result {
             writeln!(io::stderr(), "LIMIT of iptables: not changed there, {}", change.name)?;
             continue;
         }
-        let found = flood(&lab, change, &size);
+        let size = if is_full() { &change.in_full } else { &SMALL };
+        let found = flood(&lab, change, size);
         wrong.extend(found.map_err(|error| format!("{}: {error}", change.name))?);
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     Ok(())
+}
+
+/// Whether it is the large run.
+fn is_full() -> bool {
+    env::var("EGRESS_FLOOD").is_ok_and(|wish| wish.starts_with("full"))
 }
 
 /// So few flows that each goes on all the time.
@@ -100,13 +98,15 @@ fn flood(lab: &Lab, change: &Change, size: &Size) -> Result<Vec<String>> {
         To::Server => (&lab.server, SERVER),
         To::PodC => (&lab.pod_c, POD_C),
     };
-    let least = Duration::from_secs(1) * size.packets / PER_SECOND * 11 / 10;
+    let least = Duration::from_secs(1) * size.packets / size.per_second * 11 / 10;
     let begin = Instant::now();
     let rounds = |progress: &Progress| -> std::result::Result<_, String> {
         let (mut rounds, mut commits) = (Vec::new(), 0);
-        while begin.elapsed() < size.at_most
-            && (begin.elapsed() < least || commits < size.commits && !change.idle)
-        {
+        let is_enough = |commits| {
+            let packets = progress.sent() >= u64::from(size.packets) && begin.elapsed() >= least;
+            packets && (commits >= size.commits || change.idle)
+        };
+        while begin.elapsed() < size.at_most && !is_enough(commits) {
             rounds.push(progress.sent());
             let number = u64::try_from(rounds.len()).unwrap_or_default();
             let made = (change.round)(lab, &mut nodes, number);
@@ -116,7 +116,7 @@ fn flood(lab: &Lab, change: &Change, size: &Size) -> Result<Vec<String>> {
         Ok((rounds, commits))
     };
     let flows = if change.caching { FEW } else { stream::MANY };
-    let (done, tally) = stream::during(to, &pods, flows, u64::from(PER_SECOND), rounds)?;
+    let (done, tally) = stream::during(to, &pods, flows, u64::from(size.per_second), rounds)?;
     let took = begin.elapsed();
     let (rounds, commits) = done?;
     let held_back = held_back(lab)?;
@@ -204,15 +204,25 @@ fn transactions(report: &Report) -> u64 {
     count
 }
 
-/// Packets that our rules on all nodes have dropped since they were put there.
+/// Packets that our rules on all nodes have dropped since they were put there; prints which.
 fn held_back(lab: &Lab) -> Result<u64> {
     let mut count = 0;
     for host in lab.nodes() {
         // Some kinds of changes end without a table, or with rules of another backend.
-        let Ok(rules) = tool(&host.netns, "nft list table inet egress_datapath") else { continue };
-        let mut words = rules.split_whitespace();
-        while words.any(|word| word == "packets") {
-            count += words.next().ok_or("no number of packets")?.parse::<u64>()?;
+        let Ok(rules) = tool(&host.netns, "nft --terse list table inet egress_datapath") else {
+            continue;
+        };
+        let mut chain = "";
+        for line in rules.lines().map(str::trim) {
+            let mut words = line.split_whitespace();
+            chain = line.strip_prefix("chain ").map_or(chain, |name| name.trim_end_matches(" {"));
+            if words.any(|word| word == "packets") {
+                let packets = words.next().ok_or("no number of packets")?.parse::<u64>()?;
+                count += packets;
+                if packets > 0 {
+                    writeln!(io::stderr(), "  held back on {}, {chain}: {line}", host.name)?;
+                }
+            }
         }
     }
     Ok(count)

@@ -4,11 +4,11 @@ use std::collections::BTreeSet;
 
 use egress_datapath::state::Variant;
 use egress_datapath::{
-    ApplyError, Backend, Changes, Cluster, Connection, Datapath, EgressPolicy, Iptables,
-    KernelError, KernelTables, MarkPool, Reconciler, Report, State, TablePool, TableRange,
+    ApplyError, Backend, Changes, Cluster, Connection, Datapath, Drift, EgressPolicy, Iptables,
+    KernelError, KernelTables, MarkPool, Reconciler, Report, State, TablePool, TableRange, Update,
 };
 
-use crate::change::Change;
+use crate::change::{Change, Reads};
 use crate::fleet::Result;
 use crate::lab::inside::{backend, datapath, steering};
 use crate::lab::{Host, Lab};
@@ -22,11 +22,24 @@ pub(crate) struct Hasty {
     /// Every so-manieth time.
     every: u32,
     asked: u32,
+    /// If everything is read, it is not asked what has drifted.
+    reads: Reads,
 }
 
 impl Datapath for Hasty {
     fn observe(&mut self) -> std::result::Result<State, KernelError> {
         self.kernel.observe()
+    }
+
+    fn observe_rest(&mut self) -> std::result::Result<State, KernelError> {
+        self.kernel.observe_rest()
+    }
+
+    fn drift(&mut self) -> Drift {
+        match self.reads {
+            Reads::Drift => self.kernel.drift(),
+            Reads::Everything => Drift::Unknown,
+        }
     }
 
     fn stale_connections(
@@ -54,7 +67,7 @@ pub(crate) struct Nodes(Vec<Node>);
 
 impl Nodes {
     pub(crate) fn open(lab: &Lab, change: &Change) -> Result<Self> {
-        let Change { marks, backends, caching, .. } = *change;
+        let Change { marks, backends, caching, reads, .. } = *change;
         let open = |host: &&Host| {
             let cluster = Cluster {
                 marks,
@@ -64,7 +77,8 @@ impl Nodes {
                 ..lab.cluster(host)?
             };
             let both = Backend::Iptables(Iptables::new(Variant::Nft));
-            let hasty = hasty(host, &cluster, if backends { both } else { backend() })?;
+            let backend = if backends { both } else { backend() };
+            let hasty = hasty(host, &cluster, backend, reads)?;
             Ok((cluster, hasty))
         };
         Ok(Self(lab.nodes().iter().map(open).collect::<Result<_>>()?))
@@ -73,7 +87,7 @@ impl Nodes {
     /// Gives every node a new reconciler, which remembers nothing.
     pub(crate) fn restart(&mut self, lab: &Lab) -> Result {
         for (host, (cluster, reconciler)) in lab.nodes().into_iter().zip(&mut self.0) {
-            *reconciler = hasty(host, cluster, cluster.backend)?;
+            *reconciler = hasty(host, cluster, cluster.backend, Reads::Everything)?;
         }
         Ok(())
     }
@@ -81,6 +95,14 @@ impl Nodes {
     pub(crate) fn apply_to(&mut self, name: &str, policies: &[EgressPolicy]) -> Result<Report> {
         let (cluster, reconciler) = self.node(name)?;
         Ok(reconciler.reconcile(cluster, policies)?)
+    }
+
+    /// Changes what is wanted of a node, and ends the connections that this leaves behind.
+    pub(crate) fn update(&mut self, name: &str, update: Update) -> Result<Report> {
+        let (_, reconciler) = self.node(name)?;
+        let mut report = reconciler.update([update])?;
+        report.changes.extend(reconciler.settle()?.changes);
+        Ok(report)
     }
 
     /// A node's cluster and its reconciler.
@@ -97,11 +119,16 @@ impl Nodes {
     }
 }
 
-fn hasty(host: &Host, cluster: &Cluster, backend: Backend) -> Result<Reconciler<Hasty>> {
+fn hasty(
+    host: &Host,
+    cluster: &Cluster,
+    backend: Backend,
+    reads: Reads,
+) -> Result<Reconciler<Hasty>> {
     let kernel = datapath(&host.netns, backend)?;
     let in_use = host.netns.run(KernelTables::open)??;
     let tables = TablePool::with_probe(TableRange::default(), in_use);
     let every = if cluster.connection_caching { 1 } else { 16 };
-    let hasty = Hasty { kernel, every, asked: 0 };
+    let hasty = Hasty { kernel, every, asked: 0, reads };
     Ok(Reconciler::with_allocators(hasty, MarkPool::new(cluster.marks), tables))
 }

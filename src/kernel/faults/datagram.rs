@@ -1,5 +1,7 @@
 //! Datagrams to and from the kernel, as far as faults must know them.
 
+use std::ops::Range;
+
 use crate::error::errno;
 use crate::faults::{Call, Subsystem};
 use crate::kernel::wire::{HEADER, NLMSG_DONE, NLMSG_ERROR, Writer, flag};
@@ -58,6 +60,18 @@ fn messages(datagram: &[u8]) -> Vec<Found> {
         start = end.next_multiple_of(4);
     }
     found
+}
+
+/// All of a datagram.
+pub(super) fn whole(datagram: &[u8]) -> Vec<Range<usize>> {
+    std::iter::once(0..datagram.len()).collect()
+}
+
+/// Every message of a datagram.
+pub(super) fn each(datagram: &[u8]) -> Vec<Range<usize>> {
+    let aligned = |end: usize| end.next_multiple_of(4).min(datagram.len());
+    let messages = messages(datagram).into_iter();
+    messages.map(|message| message.start..aligned(message.end)).collect()
 }
 
 /// What a datagram of a routing socket is about.

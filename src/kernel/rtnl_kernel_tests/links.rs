@@ -15,7 +15,7 @@ fn a_device_that_is_not_ours_is_left_alone() {
         ] {
             sh(make_it);
             let before = snapshot();
-            let error = socket.make(&Op::AddLink(vxlan())).unwrap_err();
+            let error = socket.make_one(&Op::AddLink(vxlan())).unwrap_err();
             assert!(error.is_exists(), "{kind}: {error}");
             assert!(error.remedy().unwrap().contains("somebody else"), "{error}");
             let peer = "66:00:00:00:00:02".parse().unwrap();
@@ -26,7 +26,7 @@ fn a_device_that_is_not_ours_is_left_alone() {
                 Op::PutFdb(name("e0"), peer, [192, 0, 2, 2].into()),
                 Op::PutNeighbour(name("e0"), [10, 9, 0, 9].into(), peer),
             ] {
-                let error = socket.make(&op).unwrap_err();
+                let error = socket.make_one(&op).unwrap_err();
                 assert!(error.is_not_found(), "{kind}: {error}");
             }
             assert!(observe(&mut socket).is_empty());
@@ -41,7 +41,7 @@ fn a_vni_that_is_taken_is_said() {
     in_namespace(|| {
         let mut socket = RouteSocket::open().unwrap();
         let link = Vxlan { vni: 99, ..vxlan() };
-        let error = socket.make(&Op::AddLink(link)).unwrap_err();
+        let error = socket.make_one(&Op::AddLink(link)).unwrap_err();
         assert!(error.is_exists(), "{error}");
         assert!(error.remedy().unwrap().contains("VNI"), "{error}");
     });
@@ -64,14 +64,14 @@ fn a_half_made_device_is_finished_or_deleted_and_a_refused_one_is_removed() {
         assert_eq!(snapshot(), before);
 
         let link = Vxlan { underlay: Some(name("missing")), ..vxlan() };
-        let error = socket.make(&Op::AddLink(link)).unwrap_err();
+        let error = socket.make_one(&Op::AddLink(link)).unwrap_err();
         assert!(error.is_not_found(), "{error}");
         assert!(error.remedy().unwrap().contains("underlay"), "{error}");
 
         // Created and named ours, but it cannot come up where somebody has the port.
         let _taken = UdpSocket::bind("0.0.0.0:4999").unwrap();
         let link = Vxlan { port: 4999, ..vxlan() };
-        let error = socket.make(&Op::AddLink(link)).unwrap_err();
+        let error = socket.make_one(&Op::AddLink(link)).unwrap_err();
         assert_eq!(error.errno(), Some(98), "EADDRINUSE: {error}");
         assert_eq!(snapshot(), before);
     });
@@ -113,7 +113,7 @@ fn the_device_is_changed_without_being_made_anew() {
         for change in unchangeable {
             let mut link = vxlan();
             change(&mut link);
-            let error = socket.make(&Op::SetLink(link)).unwrap_err();
+            let error = socket.make_one(&Op::SetLink(link)).unwrap_err();
             assert!(error.remedy().unwrap().contains("delete the device"), "{error}");
         }
     });
@@ -181,7 +181,7 @@ fn an_ipv6_underlay_and_a_device_that_stays_down() {
 
         let via = Route::Via([10, 9, 0, 9].into());
         let op = Op::PutRoute(name("e0"), key(3000, "0.0.0.0/0", 0), via);
-        let error = socket.make(&op).unwrap_err();
+        let error = socket.make_one(&op).unwrap_err();
         assert_eq!(error.errno(), Some(100), "ENETDOWN: {error}");
         make(&mut socket, &Op::SetLink(Vxlan { up: true, ..link }));
         make(&mut socket, &op);
@@ -215,7 +215,7 @@ fn an_ipv6_address_where_ipv6_is_off_is_refused_with_the_way_out() {
         make(&mut socket, &Op::AddLink(vxlan()));
         fs::write("/proc/sys/net/ipv6/conf/e0/disable_ipv6", "1").unwrap();
         let op = Op::AddAddress(name("e0"), "fd09::1/64".parse().unwrap());
-        let error = socket.make(&op).unwrap_err();
+        let error = socket.make_one(&op).unwrap_err();
         assert!(error.remedy().unwrap().contains("disable_ipv6"), "{error}");
     });
 }
@@ -229,7 +229,7 @@ fn without_the_privilege_the_error_names_it() {
         sets.effective.remove(rustix::thread::CapabilitySet::NET_ADMIN);
         rustix::thread::set_capabilities(None, sets).unwrap();
         let op = Op::AddRule(rule(Family::V4, 100, lookup(3000)));
-        let error = socket.make(&op).unwrap_err();
+        let error = socket.make_one(&op).unwrap_err();
         assert!(error.is_denied(), "{error}");
         assert!(error.to_string().contains("CAP_NET_ADMIN"), "{error}");
         assert_eq!(observe(&mut socket).link, Some(vxlan()), "reading needs none");

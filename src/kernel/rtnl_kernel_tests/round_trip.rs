@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::*;
+use crate::error::errno;
 
 /// Removes from a state what an operation removes from the kernel.
 fn forget(state: &mut State, op: &Op) {
@@ -47,7 +48,7 @@ fn deleting_a_second_time_says_that_it_was_not_found() {
         }
         for op in deletions(&state) {
             make(&mut socket, &op);
-            let error = socket.make(&op).unwrap_err();
+            let error = socket.make_one(&op).unwrap_err();
             assert!(error.is_not_found(), "{error}");
             assert_eq!(error.request(), op.to_string());
         }
@@ -61,7 +62,7 @@ fn adding_twice_is_refused_and_putting_twice_is_not() {
         let state = full();
         for op in additions(&state) {
             make(&mut socket, &op);
-            let again = socket.make(&op);
+            let again = socket.make_one(&op);
             match op {
                 Op::AddLink(_) | Op::AddAddress(..) | Op::AddRule(_) => {
                     let error = again.unwrap_err();
@@ -107,7 +108,7 @@ fn decoys_stay() {
         assert_eq!(found, state);
         for op in deletions(&state) {
             make(&mut socket, &op);
-            socket.make(&op).unwrap_err();
+            socket.make_one(&op).unwrap_err();
         }
         assert_eq!(snapshot(), before);
     });
@@ -132,7 +133,7 @@ fn what_goes_with_the_device_is_seen_to_be_gone() {
         assert_eq!((gone.link, gone.addresses.len(), gone.fdb.len()), (None, 0, 0));
         let op =
             Op::PutRoute(name("e0"), key(3000, "0.0.0.0/0", 0), Route::Via([10, 9, 0, 9].into()));
-        let error = socket.make(&op).unwrap_err();
+        let error = socket.make_one(&op).unwrap_err();
         assert!(error.is_not_found());
         assert!(error.to_string().contains("dev e0"), "{error}");
         assert!(error.to_string().contains("No such device"), "{error}");
@@ -171,5 +172,31 @@ fn many_objects_are_read_whole() {
         }
         let state = observe(&mut socket);
         assert_eq!((state.routes.len(), state.fdb.len()), (3000, 3000));
+    });
+}
+
+#[test]
+fn each_of_many_changes_has_an_answer_of_its_own() {
+    in_namespace(|| {
+        let mut socket = RouteSocket::open().unwrap();
+        make(&mut socket, &Op::AddLink(vxlan()));
+        let add = |priority| Op::AddRule(rule(Family::V4, priority, RuleAction::Unreachable));
+        // More than go into one datagram.
+        let mut ops: Vec<_> = (1_000..1_300).map(add).collect();
+        ops.insert(7, add(1_003));
+        ops.insert(150, Op::AddLink(vxlan()));
+        let mac = "66:f7:06:23:81:6c".parse().unwrap();
+        ops.insert(200, Op::PutFdb(name("nowhere"), mac, [192, 0, 2, 9].into()));
+        ops.push(Op::PutFdb(name("e0"), mac, [192, 0, 2, 9].into()));
+        ops.push(add(1_299));
+        let refused = socket.make(&ops);
+        let errnos: Vec<_> = refused.iter().map(|(at, error)| (*at, error.errno())).collect();
+        let (exists, no_device) = (Some(errno::EEXIST), Some(errno::ENODEV));
+        assert_eq!(errnos, [(7, exists), (150, exists), (200, no_device), (304, exists)]);
+        for (at, error) in refused {
+            assert_eq!(error.request(), ops[at].to_string());
+        }
+        let found = observe(&mut socket);
+        assert_eq!((found.rules.len(), found.fdb.len()), (300, 1));
     });
 }

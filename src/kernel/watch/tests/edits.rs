@@ -176,12 +176,12 @@ fn how_long_it_takes() {
                 });
                 std::thread::sleep(Duration::from_millis(20));
                 let begin = Instant::now();
-                other.make(&Op::AddRule(RULE)).unwrap();
+                other.make_one(&Op::AddRule(RULE)).unwrap();
                 let written = begin.elapsed();
                 (written, sleeper.join().unwrap() - begin)
             });
             times.push((written, woken));
-            other.make(&Op::DeleteRule(RULE)).unwrap();
+            other.make_one(&Op::DeleteRule(RULE)).unwrap();
             assert_eq!(host.drain().changed, [Rule].into());
         }
         println!("from a foreign request to its answer, and to a woken thread: {times:?}");
