@@ -11,6 +11,7 @@ use crate::state::{
     Vxlan,
 };
 
+mod elements;
 mod tables;
 mod xtables;
 
@@ -77,7 +78,13 @@ impl Steps {
         };
         match parts.last_mut() {
             Some(part) if part.len() < SOURCES_AT_ONCE => part.push(op),
-            _ => parts.push(vec![op]),
+            Some(_) => {
+                // Where there are so many, there are mostly some more.
+                let mut part = Vec::with_capacity(SOURCES_AT_ONCE / 8);
+                part.push(op);
+                parts.push(part);
+            }
+            None => parts.push(vec![op]),
         }
     }
 
@@ -357,9 +364,7 @@ fn firewall(family: TableFamily, observed: &Firewall, desired: &Firewall, steps:
     chains(observed, desired, steps);
     let stays = |key: &Key| desired.sets.contains(&key.set());
     let overlapped = |key: &Key| desired.overlapping(key).is_some();
-    let was = observed.elements.apart_from(&desired.elements);
-    let is = desired.elements.apart_from(&observed.elements);
-    changes(was, is, |change| {
+    elements::elements(&observed.elements, &desired.elements, |change| {
         element(change, stays, overlapped, steps);
     });
     for stray in &observed.strays {

@@ -34,6 +34,8 @@ pub(super) struct World {
     pub(super) inside: Vec<IpNet>,
     /// Places in the cluster's list, by name.
     nodes: BTreeMap<NodeName, usize>,
+    /// The same by address.
+    addresses: BTreeMap<IpAddr, usize>,
 }
 
 impl World {
@@ -46,7 +48,7 @@ impl World {
                 return Err(PlanError::DuplicateNode { node: node.name.clone() });
             }
         }
-        check_distinct(&cluster.nodes)?;
+        let addresses = check_distinct(&cluster.nodes)?;
         let here = nodes
             .get(&cluster.node)
             .and_then(|place| cluster.nodes.get(*place))
@@ -83,7 +85,7 @@ impl World {
         let inside = disjoint(cluster.excluded.iter().copied().chain(never_steered()).collect());
         let own = cluster.nodes.iter().flat_map(own_addresses).map(IpNet::from);
         let excluded = disjoint(inside.iter().copied().chain(own).collect());
-        Ok(Self { cluster: cluster.clone(), here, underlay, excluded, inside, nodes })
+        Ok(Self { cluster: cluster.clone(), here, underlay, excluded, inside, nodes, addresses })
     }
 
     /// The place of a node in the cluster's list.
@@ -180,15 +182,17 @@ fn check_node(node: &Node, cluster: &Cluster) -> Result<(), PlanError> {
     }
 }
 
-/// No two nodes share an address, an Ethernet address or a mark.
-fn check_distinct(nodes: &[Node]) -> Result<(), PlanError> {
-    let mut addresses: BTreeMap<IpAddr, &NodeName> = BTreeMap::new();
+/// No two nodes share an address, an Ethernet address or a mark; gives whose address is whose, by
+/// their places.
+fn check_distinct(nodes: &[Node]) -> Result<BTreeMap<IpAddr, usize>, PlanError> {
+    let mut addresses: BTreeMap<IpAddr, usize> = BTreeMap::new();
     let mut macs: BTreeMap<MacAddr, &NodeName> = BTreeMap::new();
     let mut marks: BTreeMap<Mark, &NodeName> = BTreeMap::new();
-    for node in nodes {
+    for (place, node) in nodes.iter().enumerate() {
         for address in own_addresses(node) {
-            if let Some(other) = addresses.insert(address, &node.name) {
-                return Err(shared(&address, other, &node.name));
+            let other = addresses.insert(address, place).and_then(|other| nodes.get(other));
+            if let Some(other) = other {
+                return Err(shared(&address, &other.name, &node.name));
             }
         }
         if let Some(other) = macs.insert(node.mac(), &node.name) {
@@ -200,7 +204,7 @@ fn check_distinct(nodes: &[Node]) -> Result<(), PlanError> {
             }
         }
     }
-    Ok(())
+    Ok(addresses)
 }
 
 fn shared(what: &dyn std::fmt::Display, one: &NodeName, other: &NodeName) -> PlanError {
@@ -228,6 +232,13 @@ pub(super) fn disjoint(mut nets: Vec<IpNet>) -> Vec<IpNet> {
     nets
 }
 
+/// The one of disjoint prefixes in order that an address is in.
+pub(super) fn around(nets: &[IpNet], address: IpAddr) -> Option<&IpNet> {
+    let behind = nets.partition_point(|net| net.network() <= address);
+    let last = behind.checked_sub(1).and_then(|last| nets.get(last));
+    last.filter(|net| net.contains(&address))
+}
+
 pub(super) fn check_net(net: &IpNet) -> Result<(), PolicyError> {
     if net.addr() != net.network() {
         return Err(PolicyError::HostBits { net: *net, meant: net.trunc() });
@@ -243,12 +254,11 @@ pub(super) fn check_egress_ip(address: IpAddr, world: &World) -> Result<(), Poli
     if is_mapped(address) || !is_host(address) {
         return Err(PolicyError::EgressIpNotUnicast { address });
     }
-    for node in &world.cluster.nodes {
-        if own_addresses(node).any(|own| own == address) {
-            return Err(PolicyError::EgressIpOfNode { address, node: node.name.clone() });
-        }
+    let owner = world.addresses.get(&address).and_then(|place| world.node(*place));
+    if let Some(node) = owner {
+        return Err(PolicyError::EgressIpOfNode { address, node: node.name.clone() });
     }
-    match world.excluded.iter().find(|net| net.contains(&address)) {
+    match around(&world.excluded, address) {
         Some(net) => Err(PolicyError::EgressIpExcluded { address, net: *net }),
         None => Ok(()),
     }

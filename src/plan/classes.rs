@@ -16,7 +16,7 @@ use super::delta::Delta;
 use super::kept::{Handle, Policies, Sources};
 use super::numbers::Numbers;
 use crate::range::IpRange;
-use crate::state::{Data, Key, Tag, Value};
+use crate::state::{Data, Elements, Key, Tag, Value};
 use crate::types::Family;
 
 /// An address of one family, as a number.
@@ -112,9 +112,10 @@ impl<A: Address> Classes<A> {
     }
 
     /// The classes of all policies, with the elements they come to, apart from single sources.
-    pub(super) fn new(policies: &Policies, elements: &mut BTreeMap<Key, Value>) -> Self {
+    pub(super) fn new(policies: &Policies, elements: &mut Elements) -> Self {
         let mut new = Self::empty();
-        let (mut hosts, mut nets) = (Vec::new(), Vec::new());
+        let singles = policies.iter().map(|(_, kept)| A::of(&kept.sources).len()).sum();
+        let (mut hosts, mut nets) = (Vec::with_capacity(singles), Vec::new());
         for (handle, kept) in policies.iter() {
             let own = kept.sources.cover.iter().filter(|net| Family::of_net(net) == A::FAMILY);
             nets.extend(own.map(|net| (*net, handle)));
@@ -165,15 +166,9 @@ impl<A: Address> Classes<A> {
 
     /// Numbers all classes, in an order that depends on nothing but the ids of their policies.
     fn number(&mut self, policies: &Policies) {
-        let mut lists: Vec<_> = self
-            .numbered
-            .iter_mut()
-            .map(|(members, class)| (ids(members, policies).collect::<Vec<_>>(), class))
-            .collect();
-        lists.sort_unstable_by(|(one, _), (other, _)| one.cmp(other));
-        for (ids, class) in lists {
-            class.tag = self.numbers.take(ids);
-        }
+        let classes = self.numbered.iter_mut();
+        let mut all: Vec<_> = classes.map(|(members, class)| (members, &mut class.tag)).collect();
+        self.numbers = Numbers::of_all(&mut all, |members| ids(members, policies));
         for combination in self.combinations.iter_mut().flatten() {
             if let Some(class) = self.numbered.get(&combination.class) {
                 combination.tag = class.tag;
@@ -182,7 +177,7 @@ impl<A: Address> Classes<A> {
     }
 
     /// Writes the elements of all classes and ranges down.
-    fn describe(&mut self, policies: &Policies, elements: &mut BTreeMap<Key, Value>) {
+    fn describe(&mut self, policies: &Policies, elements: &mut Elements) {
         for (members, class) in &self.numbered {
             for (key, value) in class_elements::<A>(members, class.tag, policies) {
                 if let Key::Destination(net, _) = key {

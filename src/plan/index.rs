@@ -96,10 +96,9 @@ impl Draft {
 
 /// The classes of all policies, and the elements of their sets.
 fn classes(policies: &Policies) -> (Classes<u32>, Classes<u128>, Elements) {
-    let mut elements = BTreeMap::new();
+    let mut elements = Elements::default();
     let v4 = Classes::new(policies, &mut elements);
     let v6 = Classes::new(policies, &mut elements);
-    let mut elements: Elements = elements.into_iter().collect();
     elements.fill_sources(v4.sources(), v6.sources());
     (v4, v6, elements)
 }

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 
-use super::check::{World, canonical, check_egress_ip, check_net, disjoint};
+use super::check::{World, around, canonical, check_egress_ip, check_net, disjoint};
 use super::numbers::Numbers;
 use super::{PlanError, PolicyError};
 use crate::policy::{Destinations, EgressIp, Policy, Unavailable};
@@ -49,13 +49,18 @@ impl Sources {
         if nets.is_empty() {
             return Err(PolicyError::NoSources);
         }
-        nets.iter().try_for_each(check_net)?;
-        let (mut v4, mut v6, mut wide) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut v4, mut v6, mut wide) = (Vec::with_capacity(nets.len()), Vec::new(), Vec::new());
         for net in nets {
             match net {
+                // A single IPv4 address is never wrong.
                 IpNet::V4(net) if net.prefix_len() == 32 => v4.push(net.addr().to_bits()),
-                IpNet::V6(net) if net.prefix_len() == 128 => v6.push(net.addr().to_bits()),
-                net => wide.push(*net),
+                net => {
+                    check_net(net)?;
+                    match net {
+                        IpNet::V6(net) if net.prefix_len() == 128 => v6.push(net.addr().to_bits()),
+                        net => wide.push(*net),
+                    }
+                }
             }
         }
         wide.sort_unstable();
@@ -159,9 +164,7 @@ impl Sources {
 
     /// Whether an address is in one of the prefixes.
     pub(super) fn covers(&self, address: IpAddr) -> bool {
-        let behind = self.cover.partition_point(|net| net.network() <= address);
-        let last = behind.checked_sub(1).and_then(|last| self.cover.get(last));
-        last.is_some_and(|net| net.contains(&address))
+        around(&self.cover, address).is_some()
     }
 }
 
@@ -274,15 +277,9 @@ impl Policies {
 
     /// Gives all their numbers, which depend on the ids alone.
     pub(super) fn number(&mut self) {
-        self.numbers = Numbers::default();
-        let mut sorted: Vec<_> = self.by_id.iter().collect();
-        sorted.sort_unstable();
-        for (id, handle) in sorted {
-            let tag = self.numbers.take([id]);
-            if let Some(kept) = slot(*handle).and_then(|at| self.slots.get_mut(at)?.as_mut()) {
-                kept.tag = tag;
-            }
-        }
+        let kept = self.slots.iter_mut().flatten();
+        let mut all: Vec<_> = kept.map(|Kept { id, tag, .. }| (&*id, tag)).collect();
+        self.numbers = Numbers::of_all(&mut all, |id| std::iter::once(*id));
     }
 
     pub(super) fn insert(&mut self, kept: Kept) -> Handle {

@@ -14,8 +14,30 @@ pub(super) struct Numbers {
 }
 
 impl Numbers {
+    /// Gives everything a tag by the ids that it has, and by nothing else.
+    pub(super) fn of_all<'a, N, I>(all: &mut [(N, &mut Tag)], ids: impl Fn(&N) -> I) -> Self
+    where
+        I: Iterator<Item = &'a PolicyId>,
+    {
+        let mut numbers = Self::default();
+        let undisputed = all.iter_mut().all(|(named, tag)| {
+            let own = numbers.take_alone(ids(named));
+            **tag = own.unwrap_or(**tag);
+            own.is_some()
+        });
+        if !undisputed {
+            // Who gets a tag that several want is decided by the order of the ids.
+            numbers = Self::default();
+            all.sort_by_cached_key(|(named, _)| ids(named).collect::<Vec<_>>());
+            for (named, tag) in all {
+                **tag = numbers.take(ids(named));
+            }
+        }
+        numbers
+    }
+
     /// A tag for these ids; they must come in order, so that the same ones get the same tags.
-    pub(super) fn take<'a>(&mut self, ids: impl IntoIterator<Item = &'a PolicyId>) -> Tag {
+    fn take<'a>(&mut self, ids: impl IntoIterator<Item = &'a PolicyId>) -> Tag {
         let mut text = text(ids);
         loop {
             let tag = first(&mut text);
@@ -44,7 +66,7 @@ impl Numbers {
 }
 
 fn text<'a>(ids: impl IntoIterator<Item = &'a PolicyId>) -> Vec<u8> {
-    let mut text = Vec::new();
+    let mut text = Vec::with_capacity(64);
     for id in ids {
         text.extend_from_slice(id.as_str().as_bytes());
         text.push(0);

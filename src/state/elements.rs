@@ -118,26 +118,28 @@ impl Elements {
 
     /// The elements in the order of their keys.
     pub fn iter(&self) -> Iter<'_> {
-        Self::walk(&self.v4, &self.v6, &self.rest)
+        let small: Small<'_, u32> = self.v4.iter().map(v4);
+        let small = small.chain(self.v6.iter().map(v6 as fn(_) -> _)).peekable();
+        Iter { small, rest: self.rest.iter().peekable(), left: self.len() }
     }
 
-    fn walk<'a>(
-        small4: &'a BTreeMap<u32, Tag>,
-        small6: &'a BTreeMap<u128, Tag>,
-        rest: &'a BTreeMap<Key, Value>,
-    ) -> Iter<'a> {
-        let left = small4.len() + small6.len() + rest.len();
-        let small: Small<'_, u32> = small4.iter().map(v4);
-        let small = small.chain(small6.iter().map(v6 as fn(_) -> _)).peekable();
-        Iter { small, rest: rest.iter().peekable(), left }
+    /// Whether somebody commented a source; all others are kept as numbers.
+    pub(crate) fn has_noted_sources(&self) -> bool {
+        let lowest = Key::Source(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+        let next = self.rest.range(lowest..).next();
+        next.is_some_and(|(key, _)| matches!(key, Key::Source(_)))
     }
 
-    /// The elements, without those of which the other is known to have the same.
-    pub(crate) fn apart_from(&self, other: &Self) -> Iter<'_> {
-        static NONE: (BTreeMap<u32, Tag>, BTreeMap<u128, Tag>) = (BTreeMap::new(), BTreeMap::new());
-        let small4 = if Arc::ptr_eq(&self.v4, &other.v4) { &NONE.0 } else { &*self.v4 };
-        let small6 = if Arc::ptr_eq(&self.v6, &other.v6) { &NONE.1 } else { &*self.v6 };
-        Self::walk(small4, small6, &self.rest)
+    /// The IPv4 sources without comment; none if the other shares them.
+    pub(crate) fn v4_apart_from(&self, other: &Self) -> btree_map::Iter<'_, u32, Tag> {
+        static NONE: BTreeMap<u32, Tag> = BTreeMap::new();
+        if Arc::ptr_eq(&self.v4, &other.v4) { NONE.iter() } else { self.v4.iter() }
+    }
+
+    /// The IPv6 sources without comment; none if the other shares them.
+    pub(crate) fn v6_apart_from(&self, other: &Self) -> btree_map::Iter<'_, u128, Tag> {
+        static NONE: BTreeMap<u128, Tag> = BTreeMap::new();
+        if Arc::ptr_eq(&self.v6, &other.v6) { NONE.iter() } else { self.v6.iter() }
     }
 
     /// The elements of one set, in no order that means anything.
@@ -332,9 +334,14 @@ mod tests {
                 prop_assert_eq!(of, plain.collect::<BTreeMap<_, _>>());
             }
             prop_assert_eq!(&parted, &ours);
-            prop_assert!(parted.apart_from(&ours).all(|(key, value)| small(&value).is_none()
-                || !matches!(key, Key::Source(_))));
-            prop_assert!(ours.apart_from(&Elements::default()).eq(ours.iter()));
+            let numbers = [parted.v4_apart_from(&ours).len(), parted.v6_apart_from(&ours).len()];
+            prop_assert_eq!(numbers, [0, 0]);
+            let nothing = Elements::default();
+            let (v4s, v6s) = (ours.v4_apart_from(&nothing), ours.v6_apart_from(&nothing));
+            let all = v4s.map(v4).chain(v6s.map(v6)).chain(ours.rest().map(|(k, v)| (*k, v.clone())));
+            prop_assert!(all.collect::<BTreeMap<_, _>>().into_iter().eq(ours.iter()));
+            let noted = ours.rest().any(|(key, _)| matches!(key, Key::Source(_)));
+            prop_assert_eq!(ours.has_noted_sources(), noted);
             let copy = ours.clone();
             parted.insert(Key::Source(Ipv4Addr::new(1, 2, 3, 4).into()), large(Tag::HERE));
             prop_assert_eq!(&copy, &ours);

@@ -1,7 +1,5 @@
 //! Operations as one transaction, and which of them the kernel complains about.
 
-use std::collections::BTreeMap;
-
 use super::kind;
 use super::{chain, element, set};
 use crate::kernel::wire::{Open, Writer, flag};
@@ -26,6 +24,9 @@ pub(in super::super) const fn number(family: TableFamily) -> u8 {
 /// than what is left free.
 const ELEMENTS: usize = 64_000;
 
+/// Bytes that a single IPv4 source takes: what there may be many of.
+const SOURCE: usize = 44;
+
 /// A transaction ready to be sent.
 #[derive(Debug)]
 pub(super) struct Batch {
@@ -35,8 +36,18 @@ pub(super) struct Batch {
     pub(super) begin: u32,
     /// Sequence numbers of the messages that are acknowledged: the last operation, the end.
     pub(super) acknowledged: [u32; 2],
-    /// By sequence number: where in the message which operation begins.
-    origins: BTreeMap<u32, Vec<(usize, usize)>>,
+    origins: Vec<Origin>,
+}
+
+/// What an operation became.
+#[derive(Clone, Copy, Debug)]
+struct Origin {
+    /// Sequence number of the message.
+    sequence: u32,
+    /// Where in the message it begins.
+    start: usize,
+    /// The operation.
+    op: usize,
 }
 
 impl Batch {
@@ -51,10 +62,11 @@ impl Batch {
 
     /// The operation that a message, or the attribute at an offset of it, was made from.
     pub(super) fn origin(&self, sequence: u32, offset: Option<usize>) -> Option<usize> {
-        let parts = self.origins.get(&sequence)?;
         let at = offset.unwrap_or(0);
-        let part = parts.iter().rev().find(|(start, _)| *start <= at);
-        part.or(parts.first()).map(|(_, op)| *op)
+        let mut parts = self.origins.iter().filter(|part| part.sequence == sequence);
+        let first = parts.next()?;
+        let found = parts.take_while(|part| part.start <= at).last();
+        Some(found.unwrap_or(first).op)
     }
 }
 
@@ -91,7 +103,7 @@ struct Elements {
 
 struct Builder<'a> {
     writer: Writer,
-    origins: BTreeMap<u32, Vec<(usize, usize)>>,
+    origins: Vec<Origin>,
     next_sequence: &'a mut dyn FnMut() -> u32,
     last: Option<(Open, u32)>,
     elements: Option<Elements>,
@@ -107,8 +119,8 @@ pub(super) fn build(
     next_sequence: &mut dyn FnMut() -> u32,
 ) -> Option<Batch> {
     let mut builder = Builder {
-        writer: Writer::default(),
-        origins: BTreeMap::new(),
+        writer: Writer::with_capacity(ops.len().saturating_mul(SOURCE)),
+        origins: Vec::with_capacity(ops.len()),
         last: None,
         next_sequence,
         elements: None,
@@ -154,7 +166,7 @@ impl Builder<'_> {
         let sequence = self.sequence();
         let message = self.writer.message(kind, flag::REQUEST | flags, sequence);
         self.writer.nfgen(number(table), 0);
-        self.origins.insert(sequence, vec![(0, op)]);
+        self.origins.push(Origin { sequence, start: 0, op });
         self.last = Some((message, sequence));
         (message, sequence)
     }
@@ -189,26 +201,26 @@ impl Builder<'_> {
 
     /// Makes room for an element of an operation.
     fn open_elements(&mut self, index: usize, set: Set, verb: Verb) {
-        let open = self.elements.filter(|open| {
+        let fits = self.elements.is_some_and(|open| {
             let room = self.writer.since(open.list) < ELEMENTS;
             open.set == set && open.verb == verb && room
         });
-        let open = open.unwrap_or_else(|| self.begin_elements(index, set, verb));
-        let start = self.writer.since(open.message);
-        if let Some(parts) = self.origins.get_mut(&open.sequence) {
-            parts.push((start, index));
+        if !fits {
+            self.begin_elements(index, set, verb);
+        }
+        if let Some(Elements { message, sequence, .. }) = self.elements {
+            let start = self.writer.since(message);
+            self.origins.push(Origin { sequence, start, op: index });
         }
     }
 
-    fn begin_elements(&mut self, index: usize, set: Set, verb: Verb) -> Elements {
+    fn begin_elements(&mut self, index: usize, set: Set, verb: Verb) {
         self.flush();
         let (kind, flags) = verb.kind_and_flags();
         let (message, sequence) = self.begin(index, set.table(), kind, flags);
         self.writer.string(1, NFT_TABLE);
         self.writer.string(2, &set.name());
-        let elements = Elements { message, list: self.writer.open(3), sequence, set, verb };
-        self.elements = Some(elements);
-        elements
+        self.elements = Some(Elements { message, list: self.writer.open(3), sequence, set, verb });
     }
 
     fn op(&mut self, index: usize, op: &Op) {

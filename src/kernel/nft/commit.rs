@@ -53,8 +53,7 @@ pub(in super::super) fn commit_as(
     let Some(first) = position(ops) else {
         return Ok(None);
     };
-    let count = ops.iter().filter(|op| op.is_nft()).count();
-    let whole = Whole { first, count };
+    let whole = Whole { first, ops };
     let Some(mut batch) = build(ops, table_flags, &mut || socket.next_sequence()) else {
         return Err(
             whole.of(KernelError::answer(whole.text(), "an operation is too large for a message"))
@@ -67,7 +66,7 @@ pub(in super::super) fn commit_as(
         // The kernel counts on from the generation that was demanded, and leaves out 0.
         let between = Between { before, after: before.wrapping_add(1).max(1) };
         let exact = Some(between).filter(|_| demanded != 0);
-        match attempt(socket, ops, whole, &mut batch, demanded)? {
+        match attempt(socket, whole, &mut batch, demanded)? {
             Outcome::Made => return Ok(exact),
             Outcome::Outdated => {}
             Outcome::Accepted => {
@@ -90,14 +89,15 @@ enum Outcome {
 
 /// The transaction as a whole, where an error is of no single operation.
 #[derive(Clone, Copy)]
-struct Whole {
+struct Whole<'a> {
     first: usize,
-    count: usize,
+    ops: &'a [Op],
 }
 
-impl Whole {
+impl Whole<'_> {
     fn text(self) -> String {
-        format!("an nft transaction of {} operations", self.count)
+        let count = self.ops.iter().filter(|op| op.is_nft()).count();
+        format!("an nft transaction of {count} operations")
     }
 
     fn of(self, error: KernelError) -> Refused {
@@ -127,8 +127,7 @@ fn reserve(socket: &Socket, length: usize) {
 
 fn attempt(
     socket: &mut Socket,
-    ops: &[Op],
-    whole: Whole,
+    whole: Whole<'_>,
     batch: &mut Batch,
     generation: u32,
 ) -> Result<Outcome, Refused> {
@@ -157,7 +156,7 @@ fn attempt(
             } else if message.sequence == batch.begin && ack.errno == errno::ERESTART {
                 return Ok(Outcome::Outdated);
             } else {
-                refused.push(refusal(ops, whole, batch, message.sequence, ack));
+                refused.push(refusal(whole, batch, message.sequence, ack));
             }
         }
     }
@@ -173,15 +172,9 @@ fn attempt(
     }
 }
 
-fn refusal(
-    ops: &[Op],
-    whole: Whole,
-    batch: &Batch,
-    sequence: u32,
-    ack: Ack,
-) -> (usize, KernelError) {
+fn refusal(whole: Whole<'_>, batch: &Batch, sequence: u32, ack: Ack) -> (usize, KernelError) {
     let origin = batch.origin(sequence, ack.offset);
-    let (index, error) = match origin.and_then(|index| Some((index, ops.get(index)?))) {
+    let (index, error) = match origin.and_then(|index| Some((index, whole.ops.get(index)?))) {
         Some((index, op)) => (index, KernelError::refused(op, ack.errno)),
         None => (whole.first, KernelError::refused(whole.text(), ack.errno)),
     };
@@ -198,13 +191,13 @@ mod tests {
     fn a_transaction_for_another_generation_does_nothing() {
         in_netns(|socket| {
             let ops = [Op::AddTable(TableFamily::Inet)];
-            let whole = Whole { first: 0, count: 1 };
+            let whole = Whole { first: 0, ops: &ops };
             let mut batch = build(&ops, 0, &mut || socket.next_sequence()).unwrap();
             let current = generation(socket).unwrap();
-            let outcome = attempt(socket, &ops, whole, &mut batch, current + 1);
+            let outcome = attempt(socket, whole, &mut batch, current + 1);
             assert!(matches!(outcome, Ok(Outcome::Outdated)));
             assert_eq!(observe(socket), Ok(None));
-            let outcome = attempt(socket, &ops, whole, &mut batch, current);
+            let outcome = attempt(socket, whole, &mut batch, current);
             assert!(matches!(outcome, Ok(Outcome::Made)));
             assert_eq!(observe(socket), Ok(Some(Firewall::default())));
             assert_eq!(generation(socket), Ok(current + 1));

@@ -20,12 +20,11 @@ const EXPR: u16 = 7;
 
 /// Writes an element: one attribute, or two where it is a range.
 pub(super) fn write(writer: &mut Writer, key: &Key, value: Option<&Value>) {
-    let (first, behind) = key_bytes(key);
     writer.nest(expr::ELEMENT, |writer| {
         if let Key::Excluded(_) | Key::SourceNet(_) = key {
             writer.be32(3, 0);
         }
-        writer.nest(1, |writer| writer.attribute(1, &first));
+        writer.nest(1, |writer| write_key(writer, key));
         if let Some(value) = value {
             write_value(writer, value);
             if key.set().is_counting() {
@@ -34,10 +33,10 @@ pub(super) fn write(writer: &mut Writer, key: &Key, value: Option<&Value>) {
             }
         }
     });
-    if let Some(behind) = behind {
+    if let Some(behind) = behind(key) {
         writer.nest(expr::ELEMENT, |writer| {
             writer.be32(3, END);
-            writer.nest(1, |writer| writer.attribute(1, &behind));
+            writer.nest(1, |writer| write_address(writer, behind));
         });
     }
 }
@@ -70,7 +69,7 @@ fn write_value(writer: &mut Writer, value: &Value) {
             });
         }
         Data::Address(address) => {
-            writer.nest(2, |writer| writer.attribute(1, &octets(address)));
+            writer.nest(2, |writer| write_address(writer, address));
         }
         Data::Ethernet(mac) => {
             writer.nest(2, |writer| writer.attribute(1, &mac.octets()));
@@ -94,34 +93,41 @@ fn write_value(writer: &mut Writer, value: &Value) {
     }
 }
 
-/// The key, and of a range also the first key behind it unless there is none.
-fn key_bytes(key: &Key) -> (Vec<u8>, Option<Vec<u8>>) {
-    let bytes = match key {
+/// Writes the key, of a range its first address.
+fn write_key(writer: &mut Writer, key: &Key) {
+    match key {
         Key::Peer(address) | Key::Underlay(address) | Key::Eip(address) | Key::Source(address) => {
-            octets(*address)
+            write_address(writer, *address);
         }
+        Key::Excluded(range) | Key::SourceNet(range) => write_address(writer, range.first()),
         Key::Gateway(mark) | Key::Connection(mark) | Key::NextHop(mark) => {
-            mark.get().to_ne_bytes().to_vec()
+            writer.attribute(1, &mark.get().to_ne_bytes());
         }
         Key::Verdict(tag)
         | Key::Steer(_, tag)
         | Key::Snat(_, tag)
         | Key::Masquerade(_, tag)
         | Key::Count(_, tag)
-        | Key::Any(_, tag) => tag.get().to_ne_bytes().to_vec(),
+        | Key::Any(_, tag) => writer.attribute(1, &tag.get().to_ne_bytes()),
         Key::Destination(net, tag) => {
             let mut bytes = octets(net.addr());
             bytes.extend(tag.get().to_ne_bytes());
-            bytes
+            writer.attribute(1, &bytes);
         }
-        Key::Excluded(range) | Key::SourceNet(range) => {
-            let behind = number(range.last())
-                .checked_add(1)
-                .and_then(|behind| address(range.family(), behind));
-            return (octets(range.first()), behind.map(octets));
-        }
-    };
-    (bytes, None)
+    }
+}
+
+/// The first address behind a range, unless there is none.
+fn behind(key: &Key) -> Option<IpAddr> {
+    let (Key::Excluded(range) | Key::SourceNet(range)) = key else { return None };
+    address(range.family(), number(range.last()).checked_add(1)?)
+}
+
+fn write_address(writer: &mut Writer, address: IpAddr) {
+    match address {
+        IpAddr::V4(v4) => writer.attribute(1, &v4.octets()),
+        IpAddr::V6(v6) => writer.attribute(1, &v6.octets()),
+    }
 }
 
 fn octets(address: IpAddr) -> Vec<u8> {

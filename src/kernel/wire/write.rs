@@ -28,6 +28,11 @@ pub(crate) struct Writer {
 pub(crate) struct Open(usize);
 
 impl Writer {
+    /// A writer with room for about this many bytes.
+    pub(crate) fn with_capacity(bytes: usize) -> Self {
+        Self { bytes: Vec::with_capacity(bytes), overflow: false }
+    }
+
     /// Begins a message.
     pub(crate) fn message(&mut self, kind: u16, flags: u16, sequence: u32) -> Open {
         let open = Open(self.bytes.len());
@@ -62,13 +67,15 @@ impl Writer {
     }
 
     /// An attribute with these bytes.
+    #[inline]
     pub(crate) fn attribute(&mut self, kind: u16, value: &[u8]) {
         let length = u16::try_from(ATTRIBUTE + value.len());
         self.overflow |= length.is_err();
-        self.raw(&length.unwrap_or_default().to_ne_bytes());
-        self.raw(&kind.to_ne_bytes());
+        self.header(length.unwrap_or_default(), kind);
         self.raw(value);
-        self.bytes.resize(align(self.bytes.len()), 0);
+        if value.len() != align(value.len()) {
+            self.bytes.resize(align(self.bytes.len()), 0);
+        }
     }
 
     /// An attribute with a number in network byte order, as netfilter writes them.
@@ -85,6 +92,7 @@ impl Writer {
     }
 
     /// An attribute with what `inside` writes.
+    #[inline]
     pub(crate) fn nest(&mut self, kind: u16, inside: impl FnOnce(&mut Self)) {
         let open = self.open(kind);
         inside(self);
@@ -92,14 +100,22 @@ impl Writer {
     }
 
     /// Begins an attribute that holds attributes.
+    #[inline]
     pub(crate) fn open(&mut self, kind: u16) -> Open {
         let open = Open(self.bytes.len());
-        self.raw(&0_u16.to_ne_bytes());
-        self.raw(&(kind | NESTED).to_ne_bytes());
+        self.header(0, kind | NESTED);
         open
     }
 
+    /// The header of an attribute, `struct nlattr`.
+    #[inline]
+    fn header(&mut self, length: u16, kind: u16) {
+        let ([a, b], [c, d]) = (length.to_ne_bytes(), kind.to_ne_bytes());
+        self.raw(&[a, b, c, d]);
+    }
+
     /// Ends an attribute that holds attributes.
+    #[inline]
     pub(crate) fn close(&mut self, open: Open) {
         let length = u16::try_from(self.since(open));
         self.overflow |= length.is_err();
@@ -107,11 +123,13 @@ impl Writer {
     }
 
     /// Bytes written since something began.
+    #[inline]
     pub(crate) fn since(&self, open: Open) -> usize {
         self.bytes.len() - open.0
     }
 
     /// Bytes as they are.
+    #[inline]
     pub(crate) fn raw(&mut self, bytes: &[u8]) {
         self.bytes.extend_from_slice(bytes);
     }
@@ -127,6 +145,7 @@ impl Writer {
         (!self.overflow).then_some(self.bytes)
     }
 
+    #[inline]
     fn patch(&mut self, at: usize, value: &[u8]) {
         if let Some(slot) = self.bytes.get_mut(at..at + value.len()) {
             slot.copy_from_slice(value);
