@@ -244,9 +244,10 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     fn empty(&mut self, keep: impl Fn(&Firewall) -> Option<Firewall>) -> Result<Report, Error> {
         let wanted = self.wanted.take();
         (self.index, self.findings, self.unsettled) = (None, None, None);
-        let observed = match (self.drift(), wanted) {
-            (Drift::None, Some(wanted)) => wanted,
-            (_, wanted) => self.observe(wanted.as_ref().and_then(State::elements))?,
+        let drift = self.drift();
+        let observed = match wanted {
+            Some(wanted) => self.current(wanted, drift)?,
+            None => self.observe(None)?,
         };
         let firewall = observed.firewall.as_ref().and_then(keep);
         let nothing = State { firewall, ..State::default() };

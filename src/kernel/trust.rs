@@ -71,10 +71,10 @@ impl Trust {
 
     /// A transaction of ours of this many operations is about to be made.
     ///
-    /// For every listener in the network namespace the kernel writes a message about every element
-    /// that changes, and only then asks the filter that drops it: that is half of what a large
-    /// change costs it. So for the time of one nobody listens here; the generations on either side
-    /// of it tell whether something was missed.
+    /// If anybody on the machine listens (`netlink_has_listeners`), the kernel writes a message
+    /// about every element that changes, and only then asks the filter that drops it: that is half
+    /// of what a large change costs it. So for the time of one we do not listen; the generations on
+    /// either side of it tell whether something was missed.
     pub(super) fn will_commit(&mut self, operations: usize, index: u32) {
         self.is_deaf = operations >= LARGE;
         if self.is_deaf {

@@ -198,18 +198,23 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         wanted: &State,
         drift: Drift,
     ) -> Result<Changes, Error> {
-        let observed = match drift {
-            Drift::Unknown => self.observe(before.elements())?,
+        let observed = self.current(before, drift)?;
+        let changes = Changes::between(&observed, wanted);
+        self.make(changes, &observed, wanted)
+    }
+
+    /// What is there now, where this was before; what may have changed is read.
+    pub(super) fn current(&mut self, before: State, drift: Drift) -> Result<State, Error> {
+        match drift {
+            Drift::Unknown => self.observe(before.elements()),
             Drift::Rest => {
                 self.in_step = false;
                 let rest = self.datapath.observe_rest().map_err(Error::Observe)?;
                 let State { firewall, ipsets, xtables, .. } = before;
-                State { firewall, ipsets, xtables, ..rest }
+                Ok(State { firewall, ipsets, xtables, ..rest })
             }
-            Drift::None => before,
-        };
-        let changes = Changes::between(&observed, wanted);
-        self.make(changes, &observed, wanted)
+            Drift::None => Ok(before),
+        }
     }
 
     /// What makes everything but the table right, after a look at that.
