@@ -90,6 +90,7 @@ fn flood(lab: &Lab, change: &Change, size: &Size) -> Result<Vec<String>> {
     }
     let mut nodes = Nodes::open(lab, change)?;
     (change.round)(lab, &mut nodes, 0)?;
+    let untracked = untracked(lab)?;
     let [by_client, by_gateway] = change.wears;
     let pods = [
         Pod { netns: &lab.pod_a, address: POD_A, wears: by_client },
@@ -120,7 +121,11 @@ fn flood(lab: &Lab, change: &Change, size: &Size) -> Result<Vec<String>> {
     let (done, tally) = stream::during(to, &pods, flows, u64::from(size.per_second), rounds)?;
     let took = begin.elapsed();
     let (rounds, commits) = done?;
-    let held_back = held_back(lab)?;
+    let untracked = self::untracked(lab)?.saturating_sub(untracked);
+    if untracked > 0 {
+        writeln!(io::stderr(), "  {untracked} dropped where connections are tracked")?;
+    }
+    let held_back = held_back(lab)? + untracked;
     nodes.remove()?;
     for host in lab.nodes() {
         if !change.foreign.is_empty() {
@@ -224,6 +229,25 @@ fn held_back(lab: &Lab) -> Result<u64> {
                     writeln!(io::stderr(), "  held back on {}, {chain}: {line}", host.name)?;
                 }
             }
+        }
+    }
+    Ok(count)
+}
+
+/// Packets that the kernel has dropped on all nodes because it could not track their connections,
+/// as those of one that was ended while its first packet was on its way (`insert_failed`).
+fn untracked(lab: &Lab) -> Result<u64> {
+    let mut count = 0;
+    for host in lab.nodes() {
+        let file = "/proc/thread-self/net/stat/nf_conntrack";
+        let table = host.netns.run(|| std::fs::read_to_string(file))?.unwrap_or_default();
+        let mut lines = table.lines().map(str::split_whitespace);
+        let names = lines.next().into_iter().flatten();
+        let Some(column) = names.into_iter().position(|name| name == "insert_failed") else {
+            continue;
+        };
+        for failed in lines.filter_map(|mut line| line.nth(column)) {
+            count += u64::from_str_radix(failed, 16)?;
         }
     }
     Ok(count)

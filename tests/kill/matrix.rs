@@ -10,7 +10,7 @@ use crate::child::{Done, Moment, make, open, open_kernel, run};
 use crate::lab::inside::{backend, datapath};
 use crate::lab::{Host, Lab, Netns, numbered};
 use crate::scenarios::{Marks, Pod, Scenario, Source, Talk, Wanted};
-use crate::wire::{Flow, Wire, by_port};
+use crate::wire::{Flow, Wire, by_port, take_answers};
 use crate::{Result, feed};
 
 const MASQUERADE: &str = "table inet cni {
@@ -224,6 +224,7 @@ impl<'a> Matrix<'a> {
         };
         let seen = self.wire.probe(flows, must)?;
         let ports = by_port(&seen);
+        take_answers(flows.iter().filter(|flow| ports.contains_key(&flow.port)))?;
         let (mut leaks, mut lost) = (Vec::new(), Vec::new());
         for flow in flows {
             let Some(talk) = scenario.talks.get(flow.talk) else { continue };

@@ -24,6 +24,8 @@ const TCP_PORT: u16 = 7001;
 /// How long a packet may take that need not arrive, one that must, and an answer.
 const SOON: Duration = Duration::from_millis(15);
 const LATE: Duration = Duration::from_millis(500);
+/// How long all answers together are waited for: some are held back.
+const ANSWERED: Duration = Duration::from_millis(50);
 
 /// A flow of a pod: known on the wire by its port, which translation keeps if it can.
 pub(crate) struct Flow {
@@ -156,6 +158,17 @@ impl Wire {
         }
         seen
     }
+}
+
+/// Takes the answers to what has arrived. Where nobody has tracked the connection yet, one that
+/// came behind new rules would open it the other way round.
+pub(crate) fn take_answers<'a>(flows: impl Iterator<Item = &'a &'a Flow>) -> Result {
+    let start = Instant::now();
+    for flow in flows.filter(|flow| flow.proto == Proto::Udp) {
+        wait(&flow.socket, PollFlags::IN, ANSWERED.saturating_sub(start.elapsed()))?;
+        let _answer = recv(&flow.socket, &mut [0; 64][..], RecvFlags::empty());
+    }
+    Ok(())
 }
 
 impl Flow {
