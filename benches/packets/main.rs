@@ -5,8 +5,8 @@
 //! Every variant has three network namespaces of its own, and all are there at once: a sender, a
 //! router and a receiver. A veth device hands a packet on within the system call that sends it, so
 //! that the time of the call is that of the whole path. All variants take turns for some rounds, in
-//! each of which they send a packet of every flow, which is the cold figure, and then go on sending;
-//! the figure of each is the least of its rounds' medians. Compare figures of one run only.
+//! each of which they send a packet of every flow, which is the cold figure, and then some more of
+//! each; the figure is the least of the medians. Compare figures of one run only.
 
 use std::error::Error;
 use std::path::Path;

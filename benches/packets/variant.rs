@@ -18,10 +18,10 @@ const BATCH: u16 = 16;
 const GLANCE: usize = 64;
 /// Flows that take turns.
 const FLOWS: u32 = 1024;
-/// The end of a round's first turn of the flows, and of those that follow at once: packets or
-/// time, and what there is at least.
-const FIRST: (u64, Duration) = (FLOWS as u64, Duration::from_millis(20));
-const OTHERS: (u64, Duration) = (8 * FLOWS as u64, Duration::from_millis(80));
+/// Turns of the flows in a round: the first one is cold.
+const TURNS: usize = 8;
+/// The end of a turn: packets or time, and what there is at least.
+const ENOUGH: (u64, Duration) = (FLOWS as u64, Duration::from_millis(20));
 const LEAST: u64 = 3 * BATCH as u64;
 /// Packets of the kernel's own that a receiver may see in a round.
 const STRAY: u64 = 8;
@@ -268,13 +268,17 @@ impl Variant {
         }
     }
 
-    /// A round: sends a packet of every flow, then more of them, and keeps the median of either
-    /// if it is the best.
+    /// A round: the flows take some turns, and the median of a turn is kept if it is the best.
     pub(crate) fn measure(&mut self) -> Result {
         let before = self.path.received()?;
-        let (first, cold) = self.send(FIRST)?;
-        let (others, warm) = self.send(OTHERS)?;
-        let (sent, arrived) = (first + others, self.path.received()? - before);
+        let mut sent = 0;
+        for turn in 0..TURNS {
+            let (packets, median) = self.turn()?;
+            sent += packets;
+            let best = if turn == 0 { &mut self.best.cold } else { &mut self.best.warm };
+            *best = best.min(median);
+        }
+        let arrived = self.path.received()? - before;
         if self.fresh.is_some() {
             self.path.forget()?;
         }
@@ -282,16 +286,14 @@ impl Variant {
         if !(due..=due + STRAY).contains(&arrived) {
             return Err(format!("{}: of {sent} packets {arrived} arrived", self.kind).into());
         }
-        let Cost { warm: best_warm, cold: best_cold } = self.best;
-        self.best = Cost { warm: best_warm.min(warm), cold: best_cold.min(cold) };
         Ok(())
     }
 
     /// Sends until it is enough: how many packets, and the median of what they cost.
-    fn send(&mut self, (packets, time): (u64, Duration)) -> Result<(u64, f64)> {
+    fn turn(&mut self) -> Result<(u64, f64)> {
         let begin = Instant::now();
         let (mut sent, mut batches) = (0, Vec::new());
-        while sent < LEAST || sent < packets && begin.elapsed() < time {
+        while sent < LEAST || sent < ENOUGH.0 && begin.elapsed() < ENOUGH.1 {
             let at = self.next;
             let end = at + usize::from(BATCH);
             self.next = end % self.frames.len();
