@@ -185,15 +185,13 @@ impl KernelDatapath {
                 }
             };
         }
-        if step.ops.first().is_some_and(Op::is_conntrack) {
-            let refused = conntrack::make(&mut self.netfilter, &step.ops).into_iter();
-            let refused: Vec<_> = refused
-                .filter_map(|(index, error)| Some((step.ops.get(index)?.clone(), error)))
-                .collect();
-            return (step.ops.len() - refused.len(), refused);
-        }
-        let refused = self.routing.make(&step.ops).into_iter();
+        let refused = if step.ops.first().is_some_and(Op::is_conntrack) {
+            conntrack::make(&mut self.netfilter, &step.ops)
+        } else {
+            self.routing.make(&step.ops)
+        };
         let refused: Vec<_> = refused
+            .into_iter()
             .filter_map(|(index, error)| Some((step.ops.get(index)?.clone(), error)))
             .collect();
         (step.ops.len() - refused.len(), refused)

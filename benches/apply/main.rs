@@ -1,8 +1,8 @@
 //! What it costs to change a node's kernel: ours, the tools, and the kernel's own floor.
 //!
 //! `cargo bench --bench apply --features testing -- --quick`, as root; compare figures of one run
-//! with each other; `-- gateways`, `-- moves` and `-- sets` are those rows alone. Everything is made in
-//! a network namespace that ends with the process.
+//! with each other; `-- gateways`, `-- moves` and `-- sets` are those rows alone. Everything is made
+//! in a network namespace that ends with the process.
 
 #![allow(
     clippy::unwrap_used,

@@ -7,7 +7,7 @@ use std::io;
 use std::net::IpAddr;
 
 use super::nft::{Request, ask_any, drain};
-use super::socket::Socket;
+use super::socket::{AT_ONCE, Socket};
 use super::wire::{Ack, Attribute, Attributes, Malformed, Messages, NLMSG_ERROR, Writer, flag};
 use crate::connection::Connection;
 use crate::error::{KernelError, errno};
@@ -42,32 +42,12 @@ const NO_CONNTRACK: &str = "load nf_conntrack_netlink or use a kernel with CONFI
 /// Times that the table is listed until the kernel lists it in one piece.
 const ATTEMPTS: usize = 5;
 
-/// Requests that are sent at once: their answers fit the buffer of a new socket.
-const AT_ONCE: usize = 128;
-
 /// All connections that the kernel tracks in this network namespace.
 ///
 /// The list is no snapshot: connections come and go while it is made. It costs the kernel a walk
 /// past all buckets of the whole machine, so where it counts none it is not made.
 pub(super) fn connections(socket: &mut Socket) -> Result<Vec<Connection>, KernelError> {
-    if count(socket) == Some(0) {
-        return Ok(Vec::new());
-    }
     connections_of(socket, None)
-}
-
-/// How many connections this network namespace has, those that only begin among them; `None` if
-/// the kernel does not say.
-fn count(socket: &mut Socket) -> Option<u32> {
-    let request = Request { text: "conntrack -C", kind: STATS, flags: 0, answer: STATS };
-    let mut count = None;
-    let take = |_, body: &[u8]| {
-        let entries = Attributes::new(body).flatten().find(|attribute| attribute.kind == 1);
-        count = entries.and_then(|entries| entries.be32().ok());
-        Ok(())
-    };
-    ask_any(socket, &request, |writer| writer.nfgen(0, 0), take).ok()?;
-    count
 }
 
 /// The same, of one source or of all.
@@ -78,6 +58,9 @@ pub(super) fn connections_of(
     socket: &mut Socket,
     source: Option<IpAddr>,
 ) -> Result<Vec<Connection>, KernelError> {
+    if count(socket) == Some(0) {
+        return Ok(Vec::new());
+    }
     let request = Request { text: TEXT, kind: GET, flags: flag::DUMP, answer: NEW };
     for _ in 0..ATTEMPTS {
         let mut list = Vec::new();
@@ -95,6 +78,20 @@ pub(super) fn connections_of(
         }
     }
     Err(KernelError::answer(TEXT, "connections change faster than they can be listed"))
+}
+
+/// How many connections this network namespace has, those that only begin among them; `None` if
+/// the kernel does not say.
+fn count(socket: &mut Socket) -> Option<u32> {
+    let request = Request { text: "conntrack -C", kind: STATS, flags: 0, answer: STATS };
+    let mut count = None;
+    let take = |_, body: &[u8]| {
+        let entries = Attributes::new(body).flatten().find(|attribute| attribute.kind == 1);
+        count = entries.and_then(|entries| entries.be32().ok());
+        Ok(())
+    };
+    ask_any(socket, &request, |writer| writer.nfgen(0, 0), take).ok()?;
+    count
 }
 
 /// Writes what a listing is to be of.

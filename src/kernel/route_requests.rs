@@ -2,16 +2,14 @@
 
 use std::io::ErrorKind;
 
-use netlink_packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage};
+use netlink_packet_core::{NLM_F_ACK, NLM_F_REQUEST};
 use netlink_packet_route::RouteNetlinkMessage;
 
-use super::route_socket::RouteSocket;
+use super::route_socket::{RouteSocket, append};
+use super::socket::AT_ONCE;
 use super::wire::{Ack, Messages, NLMSG_ERROR};
 use crate::error::{KernelError, errno};
 use crate::op::Op;
-
-/// Requests that are sent at once: their answers fit the buffer of a new socket.
-pub(super) const AT_ONCE: usize = 128;
 
 /// A change; `flags` are those beside "request" and "acknowledge".
 #[derive(Debug)]
@@ -38,15 +36,8 @@ struct Asked<'a> {
 impl<'a> Run<'a> {
     /// Appends the operation at this place among all, as the request with this number.
     pub(super) fn push(&mut self, place: usize, op: &'a Op, request: Request, sequence: u32) {
-        let mut message = NetlinkMessage::from(request.message);
-        message.header.flags = NLM_F_REQUEST | NLM_F_ACK | request.flags;
-        message.header.sequence_number = sequence;
-        message.finalize();
-        let begin = self.datagram.len().next_multiple_of(4);
-        self.datagram.resize(begin + message.buffer_len(), 0);
-        if let Some(rest) = self.datagram.get_mut(begin..) {
-            message.serialize(rest);
-        }
+        let flags = NLM_F_REQUEST | NLM_F_ACK | request.flags;
+        append(&mut self.datagram, request.message, flags, sequence);
         self.asked.push(Asked { place, op, sequence, answer: None });
     }
 

@@ -121,12 +121,8 @@ impl RouteSocket {
     ) -> Result<End, KernelError> {
         let sequence = self.socket.next_sequence();
         let port = self.socket.port();
-        let mut message = NetlinkMessage::from(message);
-        message.header.flags = flags;
-        message.header.sequence_number = sequence;
-        message.finalize();
-        let mut bytes = vec![0; message.buffer_len()];
-        message.serialize(&mut bytes);
+        let mut bytes = Vec::new();
+        append(&mut bytes, message, flags, sequence);
         self.send(&bytes).map_err(|error| KernelError::io(what, &error))?;
         let mut exchange = Exchange::new(what, sequence, port, each);
         loop {
@@ -168,5 +164,23 @@ impl RouteSocket {
                 done => return done,
             }
         }
+    }
+}
+
+/// Appends a message to a datagram, where the kernel looks for the next.
+pub(super) fn append(
+    datagram: &mut Vec<u8>,
+    message: RouteNetlinkMessage,
+    flags: u16,
+    sequence: u32,
+) {
+    let mut message = NetlinkMessage::from(message);
+    message.header.flags = flags;
+    message.header.sequence_number = sequence;
+    message.finalize();
+    let begin = datagram.len().next_multiple_of(4);
+    datagram.resize(begin + message.buffer_len(), 0);
+    if let Some(rest) = datagram.get_mut(begin..) {
+        message.serialize(rest);
     }
 }

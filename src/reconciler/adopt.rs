@@ -10,9 +10,9 @@ use crate::types::{Mark, NodeName, TableId};
 /// Recovers which gateway has which mark and table from what a previous run left in the kernel.
 ///
 /// The way out to a gateway has the node's name and leads to the chain that sets its mark, the
-/// Ethernet address of a mark has the node's name, too, and a rule says which table a mark has. Where the firewall is gone, the table's default route says
-/// whose it is. What cannot be adopted, because the range or the layout has changed, is allocated
-/// anew and the old removed.
+/// Ethernet address of a mark has the node's name, too, and a rule says which table a mark has.
+/// Where the firewall is gone, the table's default route says whose it is. What cannot be adopted,
+/// because the range or the layout has changed, is allocated anew and the old removed.
 pub(super) fn adopt(
     cluster: &Cluster,
     observed: &State,

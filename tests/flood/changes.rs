@@ -80,7 +80,6 @@ pub(crate) const ALL: &[Change] = &[
     Change { name: "move, same egress IP", loss: Loss::Few, round: moved, ..USUAL },
     Change {
         name: MOVE_OF_MANY,
-        loss: Loss::Few,
         in_full: A_MILLION,
         reads: Reads::Drift,
         round: moved_with_many,

@@ -2,7 +2,7 @@
 //! where nothing that it needs is taken away.
 //!
 //! `EGRESS_FLOOD=full` makes it at least 100 000 packets and 5 000 transactions of each kind of
-//! change, a million packets where many sources move, and takes a quarter of an hour; another word
+//! change, a million packets where many sources move, and takes half an hour; another word
 //! runs only the kinds that begin with it, and `full,move` does both.
 //! `EGRESS_BACKEND=iptables-legacy` and `iptables-nft` flood those.
 

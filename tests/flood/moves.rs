@@ -28,7 +28,7 @@ pub(crate) fn moved(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report
 
 /// For so long the old gateway goes on after nothing more is sent to it: what is under way by then
 /// has arrived.
-const UNDER_WAY: Duration = Duration::from_millis(5);
+const UNDER_WAY: Duration = Duration::from_millis(20);
 
 /// The policy has many sources more, and both gateways have others, so that nothing changes but
 /// where it leads.

@@ -12,7 +12,8 @@
 //! `OF` is tried, another in each scenario. `EGRESS_BACKEND=iptables-legacy` and `iptables-nft`
 //! kill those, before and after every write to a set and every run of a tool, and
 //! `EGRESS_STEERING=egress-hook` those that steer by it; without `all` one moment of
-//! `OF_IPTABLES` or `OF_HOOK` is tried then. A word after `--` is looked for in the scenarios' names.
+//! `OF_IPTABLES` or `OF_HOOK` is tried then. A word after `--` is looked for in the scenarios'
+//! names.
 
 #[path = "../lab/mod.rs"]
 mod lab;

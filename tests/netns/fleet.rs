@@ -15,7 +15,7 @@ use egress_datapath::{
 };
 
 use crate::lab::inside::{backend, datapath, steering};
-use crate::lab::{Host, Lab, Netns, Pair, Proto, probe};
+use crate::lab::{EIP_B, Host, Lab, Netns, Pair, Proto, SERVER, probe};
 pub(crate) use crate::lab::{dual, policy};
 
 pub(crate) type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
@@ -153,6 +153,21 @@ impl Fleet {
         let again = self.apply(policies)?;
         let changes = again.iter().map(|report| report.changes.to_string()).collect::<String>();
         assert_eq!(changes, "", "after {damage:?}");
+        Ok(())
+    }
+
+    /// The same, of damage through which pod A has got out with its egress IP or not at all.
+    pub(crate) fn mend_unleaked(
+        &mut self,
+        lab: &Lab,
+        policies: &[EgressPolicy],
+        damage: &impl Debug,
+    ) -> Result {
+        let (seen, wearing) = (sources(lab), EIP_B.into_iter().collect());
+        assert!(seen.is_subset(&wearing), "after {damage:?}: {seen:?}");
+        self.mend(policies, damage)?;
+        check(&[expect(&lab.pod_a, SERVER, EIP_B)]);
+        sources(lab);
         Ok(())
     }
 
