@@ -36,6 +36,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -120,7 +121,7 @@ pub struct Faults(Arc<Mutex<Plan>>);
 struct Plan {
     calls: Vec<Call>,
     writes: usize,
-    sending: Duration,
+    sending: HashMap<Subsystem, Duration>,
     planned: Vec<(At, Fault)>,
 }
 
@@ -168,7 +169,12 @@ impl Faults {
     /// How long the kernel took to take the writes: what they would cost a caller who had them
     /// ready, because the kernel carries a write out before it lets the sender go on.
     pub fn sending(&self) -> Duration {
-        self.plan().sending
+        self.plan().sending.values().sum()
+    }
+
+    /// How much of [`sending`](Self::sending) was for one part of the kernel.
+    pub fn sending_to(&self, subsystem: Subsystem) -> Duration {
+        self.plan().sending.get(&subsystem).copied().unwrap_or_default()
     }
 
     /// How many faults have not happened.
@@ -179,7 +185,7 @@ impl Faults {
     #[cfg(feature = "testing")]
     pub(crate) fn sent(&self, call: Call, took: Duration) {
         if call.writes {
-            self.plan().sending += took;
+            *self.plan().sending.entry(call.subsystem).or_default() += took;
         }
     }
 

@@ -70,11 +70,45 @@ pub(crate) fn gateways() {
     line(&format!("floor, {writes} requests"), cold[1], None);
     line("cold apply", cold[0], Some(cold[1]));
     line("allocate a table, with a scan", scan, None);
+    more(&cluster, ["100 gateways more, a table for each", OF_THAT]);
     cluster.steering = Steering::EgressHook;
     let (cold, writes, _) = self::cold(&cluster);
     line(&format!("egress hook: floor, {writes} requests"), cold[1], None);
     line("egress hook: cold apply", cold[0], Some(cold[1]));
+    more(&cluster, ["egress hook: 100 gateways more", OF_THAT]);
     println!();
+}
+
+const OF_THAT: &str = "  of that, rules, routes, neighbours, fdb";
+
+/// What the gateways cost a node that is set up already, with one policy and no way to any of them;
+/// and how much of that the kernel takes for what is not nf_tables.
+fn more(cluster: &Cluster, [all, of_that]: [&str; 2]) {
+    let here = EgressPolicy {
+        gateway: Some(name(0)),
+        ..EgressPolicy::new(
+            PolicyId::new("bench/here").unwrap(),
+            vec![v4(0x0af4_ff01, 0).into(), v6(0xfd44, u32::MAX).into()],
+            EgressIp::Dual(Ipv4Addr::from_bits(0xc633_65ff), Ipv6Addr::from_bits(0xfdc7 << 112)),
+        )
+    };
+    let before = vec![here];
+    let after: Vec<_> = before.iter().cloned().chain(policies()).collect();
+    let (mut reconciled, mut routing) = (Vec::new(), Vec::new());
+    let mut requests = 0;
+    for _ in 0..15 {
+        let faults = Faults::new();
+        let mut egress = open(&faults);
+        egress.reconcile(cluster, &before).unwrap();
+        let (calls, sent) = (faults.calls().len(), faults.sending_to(Subsystem::Routing));
+        reconciled.push(timed(|| egress.reconcile(cluster, &after).unwrap()).0);
+        routing.push(faults.sending_to(Subsystem::Routing) - sent);
+        let made = faults.calls().into_iter().skip(calls);
+        requests = made.filter(|c| c.writes && c.subsystem == Subsystem::Routing).count();
+        egress.remove().unwrap();
+    }
+    line(all, median(reconciled), None);
+    line(&format!("{of_that} ({requests})"), median(routing), None);
 }
 
 /// Medians of a cold apply, its floor, with the number of its requests, and of a scan afterwards.
