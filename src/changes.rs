@@ -36,8 +36,8 @@ pub enum Phase {
     /// Routes: those that are not of our making go, then the ones that refuse come, then the ones
     /// that send.
     Routes,
-    /// Rules: those that are not of our making go, then the one that refuses comes, then the ones
-    /// that send, and the one that passes them by last.
+    /// Rules: those that are not of our making go, then the one that refuses comes, then those that
+    /// lead to it past the ones that send, and these last.
     Rules,
     /// New sets, ways out, peers, egress IPs, exclusions.
     FillVerdicts,
@@ -59,7 +59,7 @@ pub enum Phase {
     EmptyVerdicts,
     /// On removal of everything, the device first: nothing comes in or goes out by the tunnel.
     DeleteTunnel,
-    /// Rules that left.
+    /// Rules that left, the other way round.
     DeleteRules,
     /// Routes that left, the ones that send before the ones that refuse.
     DeleteRoutes,

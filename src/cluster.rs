@@ -30,8 +30,9 @@ pub struct Cluster {
     /// Which bits of a packet's mark are ours.
     #[cfg_attr(feature = "serde", serde(default))]
     pub marks: MarkLayout,
-    /// The first of the three priorities of our routing rules, 1 to 32763: a guard that spares
-    /// packets without our prefix the rest, then the gateways' rules, then the closing one.
+    /// The first of the three priorities of our routing rules, 1 to 32763: guards that lead packets
+    /// without our prefix and this node's own past the gateways, then the gateways' rules, then the
+    /// closing one.
     ///
     /// Default 101: behind the rule for local addresses, also where Cilium has moved it to 100,
     /// and ahead of everything that has a default route.
@@ -193,7 +194,11 @@ impl Cluster {
 /// Priorities of our routing rules.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RulePriorities {
-    /// Leads packets without our prefix past the gateways' rules; only in layouts with a prefix.
+    /// Leads packets without our prefix, this node's own, and lookups of the way back to a sender
+    /// past the gateways' rules; only in layouts with a prefix.
+    ///
+    /// It is for three rules: no packet fits two of them, and all lead to the same, so that it is
+    /// no matter which of them is asked first.
     pub(crate) guard: u32,
     /// Leads packets with a gateway's mark to its table.
     pub(crate) gateways: u32,

@@ -1,14 +1,14 @@
 //! The difference of two states, and the one place that puts it in order.
 
-use std::cmp::Ordering;
+use std::cmp::{Ordering, Reverse};
 use std::collections::BTreeMap;
 
 use crate::changes::{Changes, Phase, Step};
 use crate::cluster::Tunnel;
 use crate::op::Op;
 use crate::state::{
-    ChainId, Firewall, Key, NftRule, Route, Set, State, Stmt, Stray, StrayKind, TableFamily, Value,
-    Vxlan,
+    ChainId, Firewall, Key, NftRule, Route, RuleAction, Set, State, Stmt, Stray, StrayKind,
+    TableFamily, Value, Vxlan,
 };
 
 mod elements;
@@ -248,15 +248,13 @@ fn rtnetlink(observed: &State, desired: &State, steps: &mut Steps) {
     }
     routes(&observed, desired, steps);
     for rule in desired.rules.difference(&observed.rules) {
-        steps.add(Phase::Rules, Op::AddRule(*rule));
+        steps.add(Phase::Rules, Op::AddRule(rule.clone()));
     }
     for rule in observed.rules.difference(&desired.rules) {
-        steps.add(Phase::DeleteRules, Op::DeleteRule(*rule));
+        steps.add(Phase::DeleteRules, Op::DeleteRule(rule.clone()));
     }
-    // The rule that refuses is asked after those that send: made first, taken away last. The rule
-    // that goes there is asked before them: made last, when it has where to go.
-    sort(steps, Phase::Rules, |op| (!is_stray(op), std::cmp::Reverse(rule_priority(op))));
-    sort(steps, Phase::DeleteRules, rule_priority);
+    sort(steps, Phase::Rules, |op| (!is_stray(op), Reverse(rule_order(op))));
+    sort(steps, Phase::DeleteRules, rule_order);
     // The last address of a family takes the neighbours of its network along.
     sort(steps, Phase::DeletePeers, |op| matches!(op, Op::DeleteAddress(..)));
 }
@@ -266,10 +264,19 @@ const fn is_stray(op: &Op) -> bool {
     matches!(op, Op::DeleteStrayRouting(_))
 }
 
-fn rule_priority(op: &Op) -> u32 {
+/// In which order rules go, and the other way round in which they come.
+///
+/// The rule that refuses is made first and taken away last. Those that lead to it, past the ones
+/// that send, are there before these and as long as these are: they keep from the tunnel what is not
+/// to enter it. Of them the one without a device goes last: the kernel takes a request for it for
+/// the others, too.
+fn rule_order(op: &Op) -> (u32, bool, bool) {
     match op {
-        Op::AddRule(rule) | Op::DeleteRule(rule) => rule.priority,
-        _ => 0,
+        Op::AddRule(rule) | Op::DeleteRule(rule) => match rule.action {
+            RuleAction::Goto(target) => (target, false, rule.input.is_none()),
+            _ => (rule.priority, true, true),
+        },
+        _ => (0, false, false),
     }
 }
 

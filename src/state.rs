@@ -82,7 +82,7 @@ pub struct State {
     pub neighbours: BTreeMap<IpAddr, MacAddr>,
     /// Routes in our tables.
     pub routes: BTreeMap<RouteKey, Route>,
-    /// Rules that send marked packets to our tables.
+    /// Rules that send marked packets to our tables, and others past them.
     pub rules: BTreeSet<Rule>,
     /// Routes and rules found with our protocol number that we never make.
     pub strays: BTreeSet<StrayRouting>,
@@ -198,7 +198,7 @@ pub enum Route {
 }
 
 /// A routing rule: what packets with a mark, or without it, are routed by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Rule {
     /// Its family.
     pub family: Family,
@@ -210,8 +210,19 @@ pub struct Rule {
     pub mask: u32,
     /// Whether it is for packets that have another mark.
     pub inverted: bool,
+    /// Only for lookups by which a packet comes in by this device (`iif`).
+    ///
+    /// [`LOOPBACK`](Self::LOOPBACK) is that of the node's own packets. Where the kernel looks the
+    /// way back to a sender up, it is the device by which the packet is about to leave
+    /// (`__fib_validate_source` in `net/ipv4/fib_frontend.c`).
+    pub input: Option<DeviceName>,
     /// What happens to a packet that it is for.
     pub action: RuleAction,
+}
+
+impl Rule {
+    /// The device that a node's own packets come in by, as far as rules can tell.
+    pub const LOOPBACK: &'static str = "lo";
 }
 
 /// What a routing rule does.
@@ -231,6 +242,9 @@ impl fmt::Display for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let not = if self.inverted { "not " } else { "" };
         write!(f, "pref {} {not}fwmark {}/{:#010x} ", self.priority, self.mark, self.mask)?;
+        if let Some(device) = &self.input {
+            write!(f, "iif {device} ")?;
+        }
         match self.action {
             RuleAction::Unreachable => f.write_str("unreachable")?,
             RuleAction::Lookup(table) => write!(f, "lookup {table}")?,

@@ -9,7 +9,7 @@ use ipnet::IpNet;
 
 use crate::count::Counts;
 use crate::packet::{Frame, Packet};
-use crate::state::{Hook, State, Vxlan};
+use crate::state::{Hook, Rule, State, Vxlan};
 use crate::trace::{Decision, Fate, Reason};
 use crate::types::{DeviceName, Family};
 
@@ -139,7 +139,8 @@ impl Walk<'_> {
             self.confirm(skb, seen, None);
             return Fate::Delivered;
         }
-        let tunnel = match self.route(skb.packet.destination, skb.mark) {
+        let input = skb.input.as_ref().map(DeviceName::as_str);
+        let tunnel = match self.route(skb.packet.destination, skb.mark, input) {
             Routed::Refused => return Fate::Dropped,
             Routed::Own => None,
             Routed::Via(link, via) => {
@@ -209,7 +210,7 @@ impl Walk<'_> {
         skb.mark = mark;
         // As postrouting sees it; it is not that device's to send.
         skb.input = Some(device.clone());
-        match self.route(frame.to, mark) {
+        match self.route(frame.to, mark, Some(Rule::LOOPBACK)) {
             Routed::Own => {}
             Routed::Refused => return false,
             Routed::Via(..) => {

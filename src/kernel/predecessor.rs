@@ -366,6 +366,7 @@ mod tests {
             mark: Mark::new(mark),
             mask: 0xffff_ff00,
             inverted: false,
+            input: None,
             action: RuleAction::Lookup(TableId::new(3000).unwrap()),
         };
         assert!(found.takes(&ours(Family::V4, 0x26d9_b700)));

@@ -108,6 +108,7 @@ fn rule(family: Family, priority: u32, action: RuleAction) -> Rule {
         mark: Mark::new(0x0100_0000),
         mask: 0xff00_0000,
         inverted: false,
+        input: None,
         action,
     }
 }
@@ -115,6 +116,11 @@ fn rule(family: Family, priority: u32, action: RuleAction) -> Rule {
 /// A rule that leads what does not carry a mark past others.
 fn past(family: Family) -> Rule {
     Rule { inverted: true, ..rule(family, 99, RuleAction::Goto(101)) }
+}
+
+/// A rule that leads what carries the mark and comes in by a device past others.
+fn past_by(device: &str, family: Family) -> Rule {
+    Rule { input: Some(name(device)), inverted: false, ..past(family) }
 }
 
 fn lookup(table: u32) -> RuleAction {
@@ -151,6 +157,10 @@ pub(super) fn full() -> State {
             rule(Family::V4, 102, lookup(200)),
             past(Family::V4),
             past(Family::V6),
+            past_by("lo", Family::V4),
+            past_by("lo", Family::V6),
+            past_by("e0", Family::V4),
+            past_by("e0", Family::V6),
         ]
         .into(),
         strays: BTreeSet::new(),
@@ -167,13 +177,13 @@ pub(super) fn additions(state: &State) -> Vec<Op> {
     let neighbours = state.neighbours.iter();
     ops.extend(neighbours.map(|(ip, mac)| Op::PutNeighbour(device(), *ip, *mac)));
     ops.extend(state.routes.iter().map(|(key, route)| Op::PutRoute(device(), *key, *route)));
-    ops.extend(state.rules.iter().map(|rule| Op::AddRule(*rule)));
+    ops.extend(state.rules.iter().map(|rule| Op::AddRule(rule.clone())));
     ops
 }
 
 fn deletions(state: &State) -> Vec<Op> {
     let device = || name("e0");
-    let mut ops: Vec<_> = state.rules.iter().map(|rule| Op::DeleteRule(*rule)).collect();
+    let mut ops: Vec<_> = state.rules.iter().map(|rule| Op::DeleteRule(rule.clone())).collect();
     ops.extend(state.routes.iter().map(|(key, route)| Op::DeleteRoute(device(), *key, *route)));
     ops.extend(state.neighbours.keys().map(|ip| Op::DeleteNeighbour(device(), *ip)));
     ops.extend(state.fdb.iter().map(|(mac, node)| Op::DeleteFdb(device(), *mac, *node)));

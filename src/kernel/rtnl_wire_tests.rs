@@ -142,6 +142,11 @@ const RULE_UNREACHABLE: &str = "3c000000 2000 0506 6096036b 00000000 0a000000 00
 const RULE_PAST: &str = "44000000 2000 0506 6096036b 00000000 02000000 00000002 02000000 \
     0800 0600 63000000 0800 0a00 00000001 0800 1000 000000ff 0800 0400 65000000 0500 1500 45000000";
 
+/// `ip rule add pref 99 fwmark 0x01000000/0xff000000 iif lo goto 101 protocol 69`
+const RULE_HERE: &str = "4c000000 2000 0506 6096036b 00000000 02000000 00000002 00000000 \
+    0800 0600 63000000 0800 0a00 00000001 0800 1000 000000ff 0700 0300 6c6f00 00 \
+    0800 0400 65000000 0500 1500 45000000";
+
 /// `bridge fdb replace 66:00:00:00:00:02 dev e0 dst 192.0.2.2 self permanent`
 const FDB: &str = "30000000 1c00 0505 6196036b 00000000 07000000 04000000 c0000200 \
     0a00 0200 660000000002 0000 0800 0100 c0000202";
@@ -227,13 +232,14 @@ fn a_route_of_another_shape_is_not_ours() {
     }
 }
 
-fn rules() -> [(Rule, &'static str); 3] {
+fn rules() -> [(Rule, &'static str); 4] {
     let rule = |family, priority, mark, action| Rule {
         family,
         priority,
         mark: Mark::new(mark),
         mask: 0xff00_0000,
         inverted: false,
+        input: None,
         action,
     };
     let table = TableId::new(3000).unwrap();
@@ -241,6 +247,7 @@ fn rules() -> [(Rule, &'static str); 3] {
     [
         (rule(Family::V4, 100, 0x0100_0000, RuleAction::Lookup(table)), RULE),
         (rule(Family::V6, 101, 0x0200_0000, RuleAction::Unreachable), RULE_UNREACHABLE),
+        (Rule { input: Some("lo".parse().unwrap()), ..past.clone() }, RULE_HERE),
         (Rule { inverted: true, ..past }, RULE_PAST),
     ]
 }
@@ -259,7 +266,7 @@ fn rules_are_written_and_read_as_ip_writes_them() {
 #[test]
 fn a_rule_of_another_shape_is_not_ours() {
     use netlink_packet_route::rule::{RuleAttribute, RuleFlags, RuleMessage};
-    let (ours, _) = rules()[0];
+    let [(ours, _), ..] = rules();
     let spoils: [fn(&mut RuleMessage); 9] = [
         |m| m.attributes.push(RuleAttribute::Goto(101)),
         |m| m.header.flags = RuleFlags::Invert,

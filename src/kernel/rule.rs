@@ -14,7 +14,7 @@ use super::route_requests::Request;
 use super::route_socket::RouteSocket;
 use crate::error::KernelError;
 use crate::state::{PROTOCOL, Rule, RuleAction, StrayKind, StrayRouting};
-use crate::types::{Family, Mark, TableId};
+use crate::types::{DeviceName, Family, Mark, TableId};
 
 pub(super) fn message(rule: &Rule) -> RuleMessage {
     let mut message = RuleMessage::default();
@@ -26,6 +26,9 @@ pub(super) fn message(rule: &Rule) -> RuleMessage {
     ];
     if rule.inverted {
         message.header.flags |= RuleFlags::Invert;
+    }
+    if let Some(device) = &rule.input {
+        message.attributes.push(RuleAttribute::Iifname(device.to_string()));
     }
     match rule.action {
         RuleAction::Unreachable => message.header.action = KernelAction::Unreachable,
@@ -58,6 +61,7 @@ pub(super) fn parse(message: &RuleMessage, family: Family) -> Option<Rule> {
     let mut value = 0;
     let mut mask = None;
     let mut target = None;
+    let mut input = None;
     for attribute in &message.attributes {
         match attribute {
             RuleAttribute::Protocol(number) => protocol = Some(u8::from(*number)),
@@ -65,6 +69,7 @@ pub(super) fn parse(message: &RuleMessage, family: Family) -> Option<Rule> {
             RuleAttribute::FwMark(number) => value = *number,
             RuleAttribute::FwMask(number) => mask = Some(*number),
             RuleAttribute::Goto(priority) => target = Some(*priority),
+            RuleAttribute::Iifname(name) => input = Some(DeviceName::new(name).ok()?),
             // What the kernel says of every rule.
             RuleAttribute::SuppressPrefixLen(u32::MAX) | RuleAttribute::Table(_) => {}
             // A selector or an option that we never ask for.
@@ -74,13 +79,16 @@ pub(super) fn parse(message: &RuleMessage, family: Family) -> Option<Rule> {
     if protocol != Some(PROTOCOL) {
         return None;
     }
-    let action = match (header.action, target, inverted) {
-        (KernelAction::Unreachable, None, false) => RuleAction::Unreachable,
-        (KernelAction::ToTable, None, false) => RuleAction::Lookup(TableId::new(table(message))?),
-        (KernelAction::Goto, Some(priority), true) => RuleAction::Goto(priority),
+    let action = match (header.action, target, inverted, &input) {
+        (KernelAction::Unreachable, None, false, None) => RuleAction::Unreachable,
+        (KernelAction::ToTable, None, false, None) => {
+            RuleAction::Lookup(TableId::new(table(message))?)
+        }
+        (KernelAction::Goto, Some(priority), true, None)
+        | (KernelAction::Goto, Some(priority), false, Some(_)) => RuleAction::Goto(priority),
         _ => return None,
     };
-    Some(Rule { family, priority, mark: Mark::new(value), mask: mask?, inverted, action })
+    Some(Rule { family, priority, mark: Mark::new(value), mask: mask?, inverted, input, action })
 }
 
 /// A rule with our protocol number that we never write.
@@ -124,6 +132,9 @@ pub(super) fn add(rule: &Rule) -> Request {
 }
 
 /// Deletes by all attributes; what is not said matches every rule, and the first one goes.
+///
+/// Nor does the kernel ask whether a rule is inverted, or where it leads (`rule_find` in
+/// `net/core/fib_rules.c`): of several that lead past others, those for a device are to go first.
 pub(super) fn delete(rule: &Rule) -> Request {
     Request { message: RouteNetlinkMessage::DelRule(message(rule)), flags: 0 }
 }

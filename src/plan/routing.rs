@@ -9,7 +9,7 @@ use super::check::{World, tunnel_of};
 use super::hook::next_hop;
 use crate::cluster::{Node, RulePriorities, Steering};
 use crate::state::{BACKSTOP_METRIC, Route, RouteKey, Rule, RuleAction, State, Vxlan};
-use crate::types::{Family, Mark, TableId};
+use crate::types::{DeviceName, Family, Mark, TableId};
 
 /// Whether the tunnel carries a family from this node to another.
 pub(super) fn carries(world: &World, peer: &Node, family: Family) -> bool {
@@ -57,7 +57,7 @@ pub(super) fn routing(
             let Some(node) = world.node(gateway.place) else { continue };
             let via = tunnel_of(node, family);
             if let Some(via) = via.filter(|_| carries(world, node, family)) {
-                table(world, node, gateway.table, via, state);
+                table(world, node, gateway.table, via, closing.is_some(), state);
                 let action = RuleAction::Lookup(gateway.table);
                 state.rules.insert(Rule {
                     family,
@@ -65,6 +65,7 @@ pub(super) fn routing(
                     mark: gateway.mark,
                     mask,
                     inverted: false,
+                    input: None,
                     action,
                 });
             }
@@ -80,34 +81,53 @@ pub(super) fn routing(
                 mark: Mark::new(layout.prefix()),
                 mask: layout.prefix_mask(),
                 inverted: false,
+                input: None,
                 action: RuleAction::Lookup(table),
             };
-            state.rules.insert(closing);
+            state.rules.insert(closing.clone());
             if one_for_all {
                 // The same once more, so that where one is lost the other leads on.
-                state.rules.insert(Rule { priority: priorities.gateways, ..closing });
+                state.rules.insert(Rule { priority: priorities.gateways, ..closing.clone() });
                 let via = next_hop(family);
                 state.routes.insert(default_route(table, family), Route::Via(via));
                 state.neighbours.insert(via, world.here.mac());
                 continue;
             }
-            // Whatever carries no prefix of ours need not be asked about every gateway.
-            state.rules.insert(Rule {
+            let past = Rule {
                 priority: priorities.guard,
-                inverted: true,
                 action: RuleAction::Goto(priorities.closing),
                 ..closing
-            });
+            };
+            // No gateway is for this node's own packets, such as an answer with the mark of what
+            // it answers (`fwmark_reflect`), nor for the way back to the sender of a packet that
+            // is about to enter the tunnel (`src_valid_mark`).
+            for device in [DeviceName::known(Rule::LOOPBACK), tunnel.device.clone()] {
+                state.rules.insert(Rule { input: Some(device), ..past.clone() });
+            }
+            // Whatever carries no prefix of ours need not be asked about every gateway.
+            state.rules.insert(Rule { inverted: true, ..past });
         }
     }
 }
 
-/// The table of one gateway and one family.
-fn table(world: &World, gateway: &Node, table: TableId, via: IpAddr, state: &mut State) {
+/// The table of one gateway and one family; `spared` says that rules lead past it whatever is not
+/// to enter the tunnel.
+fn table(
+    world: &World,
+    gateway: &Node,
+    table: TableId,
+    via: IpAddr,
+    spared: bool,
+    state: &mut State,
+) {
     let family = Family::of(via);
-    // The outer packet to the gateway has lost the mark by then; should it not have, it must
-    // still find another way than into the tunnel.
-    inside(world, table, family, world.underlay(gateway), state);
+    if spared {
+        backstop(table, family, state);
+    } else {
+        // The outer packet to the gateway has lost the mark by then; should it not have, it must
+        // still find another way than into the tunnel.
+        inside(world, table, family, world.underlay(gateway), state);
+    }
     state.routes.insert(default_route(table, family), Route::Via(via));
 }
 
@@ -122,6 +142,10 @@ fn inside(world: &World, table: TableId, family: Family, outer: Option<IpAddr>, 
     for dst in inside.filter(|net| Family::of_net(net) == family) {
         state.routes.insert(RouteKey { table, dst, metric }, Route::Throw);
     }
+    backstop(table, family, state);
+}
+
+fn backstop(table: TableId, family: Family, state: &mut State) {
     // Needs no device, so it is still there when the tunnel's routes have gone with the tunnel;
     // without it the lookup would fall through to the main table.
     let backstop = RouteKey { table, dst: everything(family), metric: BACKSTOP_METRIC };

@@ -138,7 +138,7 @@ fn rules(state: &mut State, op: &Op) -> Result<(), Errno> {
             if matches!(rule.action, RuleAction::Goto(later) if later <= rule.priority) {
                 return Err(errno::EINVAL);
             }
-            if !state.rules.insert(*rule) {
+            if !state.rules.insert(rule.clone()) {
                 return Err(errno::EEXIST);
             }
         }

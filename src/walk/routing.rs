@@ -20,8 +20,14 @@ pub(super) enum Routed<'a> {
 }
 
 impl<'a> Walk<'a> {
-    /// Asks the rules in their order, and the tables that they name.
-    pub(super) fn route(&mut self, destination: IpAddr, mark: u32) -> Routed<'a> {
+    /// Asks the rules in their order, and the tables that they name; `input` is the device that the
+    /// packet came in by, if it is one that a rule of ours may name.
+    pub(super) fn route(
+        &mut self,
+        destination: IpAddr,
+        mark: u32,
+        input: Option<&str>,
+    ) -> Routed<'a> {
         let state = self.state;
         let family = Family::of(destination);
         let mut rules: Vec<_> = state.rules.iter().filter(|rule| rule.family == family).collect();
@@ -29,7 +35,8 @@ impl<'a> Walk<'a> {
         let mut rules = rules.as_slice();
         while let [rule, rest @ ..] = rules {
             rules = rest;
-            if (mark & rule.mask == rule.mark.get()) == rule.inverted {
+            let of_device = rule.input.as_ref().is_none_or(|it| Some(it.as_str()) == input);
+            if (of_device && mark & rule.mask == rule.mark.get()) == rule.inverted {
                 continue;
             }
             let table = match rule.action {

@@ -132,8 +132,8 @@ fn a_node_goes_from_one_steering_to_the_other_and_its_successor_finds_it_so() ->
             assert!(again.is_empty(), "{steering:?}: {again}");
         }
         ask();
-        // With tables the guard, a rule for each gateway and the closing one.
-        let wanted = if steering == Steering::Tables { [0, 4, 2] } else { [1, 2, 1] };
+        // With tables three guards, a rule for each gateway and the closing one.
+        let wanted = if steering == Steering::Tables { [0, 6, 2] } else { [1, 2, 1] };
         assert_eq!(steers_by(&lab.node_a)?, wanted, "{steering:?}");
     }
     for host in lab.nodes() {

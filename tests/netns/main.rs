@@ -30,4 +30,5 @@ mod process;
 mod refusals;
 mod restart;
 mod roundtrip;
+mod way_back;
 mod xtables;

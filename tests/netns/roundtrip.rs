@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use egress_datapath::state::{PROTOCOL, Route, RuleAction, State};
 use egress_datapath::{
-    Datapath, Destinations, EgressIp, EgressPolicy, Family, MarkLayout, PolicyId, Reconciler,
+    Datapath, Destinations, DeviceName, EgressIp, EgressPolicy, Family, MarkLayout, PolicyId,
+    Reconciler,
 };
 use ipnet::IpNet;
 use serde_json::Value;
@@ -147,7 +148,7 @@ fn ip_sees_the_same_rules() -> Result {
                 .filter(|rule| text(&rule["protocol"]) == PROTOCOL.to_string())
                 .map(|rule| {
                     assert!(rule.get("unresolved").is_none(), "{rule} leads nowhere");
-                    let keys = ["priority", "fwmark", "fwmask", "table", "action", "goto"];
+                    let keys = ["priority", "fwmark", "fwmask", "iif", "table", "action", "goto"];
                     let not = if rule.get("not").is_some() { "not " } else { "" };
                     not.to_owned() + &keys.map(|key| text(&rule[key])).join(" ")
                 })
@@ -161,7 +162,8 @@ fn ip_sees_the_same_rules() -> Result {
                 };
                 let not = if rule.inverted { "not " } else { "" };
                 let mark = format!("{:#x} {:#x}", rule.mark.get(), rule.mask);
-                format!("{not}{} {mark} {action}", rule.priority)
+                let iif = rule.input.as_ref().map_or("null", DeviceName::as_str);
+                format!("{not}{} {mark} {iif} {action}", rule.priority)
             });
             assert_eq!(ours.collect::<BTreeSet<_>>(), theirs, "{}", host.name);
         }

@@ -160,7 +160,7 @@ fn drift(state: &mut State, drift: &Drift) {
             }
         }
         Drift::RuleGone(index) => {
-            if let Some(rule) = pick(*index, state.rules.iter().copied()) {
+            if let Some(rule) = pick(*index, state.rules.iter().cloned()) {
                 state.rules.remove(&rule);
             }
         }

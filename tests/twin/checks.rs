@@ -91,7 +91,7 @@ pub(crate) fn gateways(state: &State) -> BTreeSet<Rule> {
         state.routes.iter().any(|(key, route)| key.table == table && matches!(route, Route::Via(_)))
     };
     let leads = |rule: &&Rule| matches!(rule.action, RuleAction::Lookup(table) if sends(table));
-    state.rules.iter().filter(leads).copied().collect()
+    state.rules.iter().filter(leads).cloned().collect()
 }
 
 fn packets(from: Pair, to: Pair) -> impl Iterator<Item = Packet> {

@@ -27,7 +27,7 @@ fn drift(random: &mut Random, state: &mut State) {
             }
         }
         2 => {
-            if let Some(rule) = one(random, state.rules.iter()) {
+            if let Some(rule) = any(random, state.rules.iter().cloned()) {
                 state.rules.remove(&rule);
             }
         }

@@ -135,7 +135,7 @@ fn mutated_rules() {
             let parsed = Family::BOTH.into_iter().filter_map(|family| rule::parse(&found, family));
             parsed
                 .filter(|parsed| {
-                    rule::parse(&rule::message(parsed), parsed.family) == Some(*parsed)
+                    rule::parse(&rule::message(parsed), parsed.family) == Some(parsed.clone())
                 })
                 .count()
                 > 0

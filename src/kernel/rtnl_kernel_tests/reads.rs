@@ -41,14 +41,22 @@ fn ip_and_bridge_agree() {
         for family in ["-4", "-6"] {
             let rules = json(&format!("ip -j {family} rule show"));
             let ours: Vec<_> = rules.iter().filter(|rule| rule["protocol"] == "69").collect();
-            assert_eq!(ours[0]["priority"], 99);
-            assert!(ours[0].get("not").is_some());
-            assert_eq!(ours[0]["goto"], 101);
-            assert_eq!(ours[1]["priority"], 100);
-            assert_eq!(ours[1]["fwmark"], "0x1000000");
-            assert_eq!(ours[1]["fwmask"], "0xff000000");
-            assert_eq!(ours[1]["table"], "3000");
-            assert_eq!(ours[2]["action"], "unreachable");
+            for (past, device) in [(0, "e0"), (1, "lo")] {
+                assert_eq!(
+                    (&ours[past]["priority"], &ours[past]["goto"]),
+                    (&99.into(), &101.into())
+                );
+                assert_eq!(ours[past]["iif"], device);
+                assert!(ours[past].get("not").is_none());
+            }
+            assert_eq!(ours[2]["priority"], 99);
+            assert!(ours[2].get("not").is_some());
+            assert_eq!(ours[2]["goto"], 101);
+            assert_eq!(ours[3]["priority"], 100);
+            assert_eq!(ours[3]["fwmark"], "0x1000000");
+            assert_eq!(ours[3]["fwmask"], "0xff000000");
+            assert_eq!(ours[3]["table"], "3000");
+            assert_eq!(ours[4]["action"], "unreachable");
         }
 
         let entries = json("bridge -j fdb show dev e0");

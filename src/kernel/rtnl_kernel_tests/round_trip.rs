@@ -102,7 +102,7 @@ fn decoys_stay() {
             make(&mut socket, &op);
         }
         let mut found = observe(&mut socket);
-        let extra: BTreeSet<_> = found.rules.difference(&state.rules).copied().collect();
+        let extra: BTreeSet<_> = found.rules.difference(&state.rules).cloned().collect();
         assert_eq!(extra.len(), 4, "those with our protocol are ours");
         found.rules.retain(|rule| state.rules.contains(rule));
         assert_eq!(found, state);

@@ -159,6 +159,7 @@ const RULE: crate::state::Rule = crate::state::Rule {
     mark: Mark::new(9),
     mask: 9,
     inverted: false,
+    input: None,
     action: RuleAction::Unreachable,
 };
 

@@ -1,0 +1,109 @@
+//! The kernel looks up where a packet came from, and where an answer of its own goes, with our
+//! mark; neither is to end in the tunnel.
+
+use std::io;
+
+use egress_datapath::MarkLayout;
+use egress_datapath::Steering;
+
+use crate::fleet::{Fleet, Result, check, dual, expect, have, lab, nft, policy, tool};
+use crate::lab::inside::steering;
+use crate::lab::{EIP_B, EIP_C, Netns, POD_A, POD_C, Proto, SERVER, STRANGER, probe};
+
+const B: Option<&str> = Some("node-b");
+const C: Option<&str> = Some("node-c");
+
+/// Forwarding asks with the packet's mark whether its sender is where it came from.
+fn looks_back(netns: &Netns, filter: &str) -> io::Result<()> {
+    netns.sysctl(&[
+        ("ipv4/conf/all/rp_filter", filter),
+        ("ipv4/conf/all/src_valid_mark", "1"),
+        ("ipv4/fwmark_reflect", "1"),
+        ("ipv6/fwmark_reflect", "1"),
+    ])
+}
+
+fn is_refused(pod: &Netns) -> bool {
+    let refused = |to| {
+        let error = probe(pod, Proto::Udp, to).err();
+        error.is_some_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+    };
+    SERVER.into_iter().all(refused)
+}
+
+#[test]
+fn packets_are_steered_where_their_way_back_is_looked_up_with_the_mark() -> Result {
+    let Some(lab) = lab()? else { return Ok(()) };
+    let policies =
+        [policy("p", &[POD_A], B, dual(EIP_B))?, policy("q", &[STRANGER], C, dual(EIP_C))?];
+    let mut fleet = Fleet::open(&lab)?;
+    fleet.apply(&policies)?;
+    for filter in ["1", "2", "0"] {
+        for node in lab.nodes() {
+            looks_back(&node.netns, filter)?;
+        }
+        check(&[
+            expect(&lab.pod_a, SERVER, EIP_B),
+            expect(&lab.stranger, SERVER, EIP_C),
+            expect(&lab.pod_a, POD_C, POD_A),
+        ]);
+    }
+    // Strictly, a node that is reconciled from the start.
+    fleet.remove()?;
+    looks_back(&lab.node_a.netns, "1")?;
+    fleet.apply(&policies)?;
+    check(&[expect(&lab.pod_a, SERVER, EIP_B), expect(&lab.stranger, SERVER, EIP_C)]);
+    Ok(())
+}
+
+#[test]
+fn an_answer_of_the_node_with_the_mark_of_what_it_answers_reaches_the_pod() -> Result {
+    let Some(lab) = lab()? else { return Ok(()) };
+    if !have("nft")? {
+        return Ok(());
+    }
+    let node = &lab.node_a.netns;
+    let mut fleet = Fleet::open(&lab)?;
+    fleet.apply(&[policy("p", &[POD_A], B, dual(EIP_B))?])?;
+    looks_back(node, "1")?;
+    check(&[expect(&lab.pod_a, SERVER, EIP_B)]);
+    // Where the packet still has its mark.
+    nft(
+        node,
+        &[],
+        "table inet refuse {
+            chain forward {
+                type filter hook forward priority -200;
+                meta mark & 0xff000000 == 0x26000000 counter reject with icmpx port-unreachable
+            }
+        }",
+    )?;
+    assert!(is_refused(&lab.pod_a), "the pod heard nothing of it");
+    if steering(&MarkLayout::SEED) == Steering::Tables && have("ip")? {
+        // So that the test is about the rule: without it the answer is sent to the gateway.
+        for family in ["-4", "-6"] {
+            tool(node, &format!("ip {family} rule del pref 101 iif lo"))?;
+        }
+        assert!(!is_refused(&lab.pod_a), "the answers went another way");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_gateways_table_holds_its_way_and_the_backstop() -> Result {
+    let Some(lab) = lab()? else { return Ok(()) };
+    if steering(&MarkLayout::SEED) != Steering::Tables || !have("ip")? {
+        return Ok(());
+    }
+    Fleet::open(&lab)?.apply(&[policy("p", &[POD_A], B, dual(EIP_B))?])?;
+    let node = &lab.node_a.netns;
+    for family in ["-4", "-6"] {
+        let rules = tool(node, &format!("ip {family} rule show pref 102"))?;
+        let table = rules.split_whitespace().skip_while(|word| *word != "lookup").nth(1);
+        let table = table.ok_or("no rule")?;
+        let routes = tool(node, &format!("ip {family} route show table {table}"))?;
+        let kinds: Vec<_> = routes.lines().map(|line| line.split(' ').next()).collect();
+        assert_eq!(kinds, [Some("default"), Some("unreachable")], "{routes}");
+    }
+    Ok(())
+}
