@@ -96,10 +96,6 @@ ip neigh replace 172.31.0.13 lladdr 66:4c:86:01:ef:f2 dev egress.vxlan nud perma
 
 # Routes
 ip route replace unreachable default table 3000 metric 4278198272 proto 69
-ip route replace throw 10.10.0.12/32 table 3000 proto 69
-ip route replace throw 10.244.0.0/16 table 3000 proto 69
-ip route replace throw 169.254.0.0/16 table 3000 proto 69
-ip route replace throw 224.0.0.0/4 table 3000 proto 69
 ip route replace unreachable default table 3001 metric 4278198272 proto 69
 ip route replace throw 10.244.0.0/16 table 3001 proto 69
 ip route replace throw 169.254.0.0/16 table 3001 proto 69
@@ -108,8 +104,10 @@ ip route replace default via 172.31.0.12 dev egress.vxlan onlink table 3000 prot
 
 # Rules
 ip rule add pref 103 fwmark 0x26000000/0xff000000 lookup 3001 protocol 69
-ip rule add pref 102 fwmark 0x26000000/0xffff1000 lookup 3000 protocol 69
 ip rule add pref 101 not fwmark 0x26000000/0xff000000 goto 103 protocol 69
+ip rule add pref 101 fwmark 0x26000000/0xff000000 iif egress.vxlan goto 103 protocol 69
+ip rule add pref 101 fwmark 0x26000000/0xff000000 iif lo goto 103 protocol 69
+ip rule add pref 102 fwmark 0x26000000/0xffff1000 lookup 3000 protocol 69
 
 # FillSources
 ipset add egress4-selected 172.29.234.173/32
