@@ -1,5 +1,8 @@
 //! Rules and routes.
 
+#[cfg(test)]
+mod tests;
+
 use std::cmp::Reverse;
 use std::net::IpAddr;
 

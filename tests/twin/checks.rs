@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use egress_datapath::state::{Key, Route, Rule, RuleAction, State};
+use egress_datapath::state::{ChainId, Key, Route, Rule, RuleAction, State, Stmt};
 use egress_datapath::{
     Changes, Datapath, Decision, Destinations, EgressPolicy, Fate, Frame, Journey, NodeName,
     Outcome, Packet, PolicyId, Sim, SimCluster, TableId,
@@ -210,13 +210,26 @@ pub(crate) const CHECKS: [(&str, Check); 15] = [
         leaves(&mut sims, POD_A, SERVER, None)
     }),
     ("gateways that disagree do not send it to and fro", |world| {
-        let mut sims = world.cluster();
-        let moved = [policy("wide", POD_A, Some(("node-c", EIP_C)))];
-        *sim(&mut sims, "node-b").state_mut() = world.planned("node-b", &moved);
-        packets(POD_A, SERVER).try_for_each(|packet| {
-            let journey = sims.send(packet);
-            let wanted = Outcome::Dropped { node: Some(name("node-b")) };
-            if journey.outcome == wanted { Ok(()) } else { Err(journey.trace.to_string()) }
+        // The mark of what came out of the tunnel sees to it, and so does a routing rule.
+        let lose: [Mutate; 2] = [
+            |state| state.rules.retain(|rule| rule.input.is_none()),
+            |state| {
+                let chains = &mut state.firewall.as_mut().unwrap().chains;
+                let (_, rules) = chains.get_mut(&ChainId::Prerouting).unwrap();
+                rules.retain(|rule| !matches!(rule.0[..], [Stmt::InputDevice(_), ..]));
+            },
+        ];
+        lose.into_iter().try_for_each(|lose| {
+            let mut sims = world.cluster();
+            let moved = [policy("wide", POD_A, Some(("node-c", EIP_C)))];
+            let mut state = world.planned("node-b", &moved);
+            lose(&mut state);
+            *sim(&mut sims, "node-b").state_mut() = state;
+            packets(POD_A, SERVER).try_for_each(|packet| {
+                let journey = sims.send(packet);
+                let wanted = Outcome::Dropped { node: Some(name("node-b")) };
+                if journey.outcome == wanted { Ok(()) } else { Err(journey.trace.to_string()) }
+            })
         })
     }),
     ("a stranger has no say in the tunnel, and finds nobody at an egress IP", |world| {

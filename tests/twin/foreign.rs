@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::process::Command;
 
-use egress_datapath::state::{Key, NftRule, State, Stmt};
+use egress_datapath::state::{Key, NftRule, Rule, State, Stmt};
 use egress_datapath::{
     Changes, Datapath, Drift, KernelDatapath, Part, SharedSim, SimDatapath, SimWatch, Watch,
 };
@@ -17,7 +17,7 @@ use crate::{Result, Twins, difference, given, lab, say, world};
 /// the simulator's own affair.
 type Edit = (&'static str, fn(&mut State));
 
-const EDITS: [Edit; 24] = [
+const EDITS: [Edit; 25] = [
     ("ip link set egress.vxlan down", |state| link(state).up = false),
     ("ip link set egress.vxlan mtu 1300", |state| link(state).mtu = 1300),
     ("ip link set egress.vxlan mtu 1200", |state| link(state).mtu = 1200),
@@ -46,8 +46,13 @@ const EDITS: [Edit; 24] = [
         state.routes.retain(|key, _| key.dst.addr().is_ipv4());
     }),
     ("ip rule flush protocol 69; ip -6 rule flush protocol 69", |state| state.rules.clear()),
+    // Of the three at that priority the one that was made first.
     ("ip rule del pref 101; ip -6 rule del pref 101", |state| {
-        state.rules.retain(|rule| rule.priority != 101);
+        state.rules.retain(|rule| !rule.inverted);
+    }),
+    ("ip rule del pref 101 iif lo; ip -6 rule del pref 101 iif lo", |state| {
+        let lo = |rule: &Rule| rule.input.as_ref().is_some_and(|it| it.as_str() == Rule::LOOPBACK);
+        state.rules.retain(|rule| !lo(rule));
     }),
     ("nft delete table inet egress_datapath", |state| state.firewall = None),
     ("nft flush ruleset", |state| state.firewall = None),

@@ -39,7 +39,7 @@ fn each(
     }
 }
 
-const MUTANTS: [(&str, Mutate); 24] = [
+const MUTANTS: [(&str, Mutate); 25] = [
     ("wrong mask: a rule compares bits that the mark does not have", |state| {
         let rules = std::mem::take(&mut state.rules).into_iter();
         state.rules = rules
@@ -140,6 +140,9 @@ const MUTANTS: [(&str, Mutate); 24] = [
     }),
     ("no mark on what comes out of the tunnel", |state| {
         forget(state, ChainId::Prerouting, |statement| matches!(statement, Stmt::InputDevice(_)));
+    }),
+    ("nothing leads what came out of the tunnel past the gateways' rules", |state| {
+        state.rules.retain(|rule| rule.input.is_none());
     }),
     ("no binding of what enters the tunnel", |state| {
         forget(state, ChainId::NatPostrouting, |statement| {
