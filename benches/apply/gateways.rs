@@ -102,7 +102,7 @@ fn more(cluster: &Cluster, [all, of_that]: [&str; 2]) {
         egress.reconcile(cluster, &before).unwrap();
         let (calls, sent) = (faults.calls().len(), faults.sending_to(Subsystem::Routing));
         reconciled.push(timed(|| egress.reconcile(cluster, &after).unwrap()).0);
-        routing.push(faults.sending_to(Subsystem::Routing) - sent);
+        routing.push(faults.sending_to(Subsystem::Routing).saturating_sub(sent));
         let made = faults.calls().into_iter().skip(calls);
         requests = made.filter(|c| c.writes && c.subsystem == Subsystem::Routing).count();
         egress.remove().unwrap();
