@@ -7,11 +7,12 @@ use crate::changes::{Changes, Phase, Step};
 use crate::cluster::Tunnel;
 use crate::op::Op;
 use crate::state::{
-    ChainId, Firewall, Key, NftRule, Route, RuleAction, Set, State, Stmt, Stray, StrayKind,
-    TableFamily, Value, Vxlan,
+    ChainId, Firewall, Key, Route, RuleAction, Set, State, Stray, StrayKind, TableFamily, Value,
+    Vxlan,
 };
 
 mod elements;
+mod guards;
 mod tables;
 mod xtables;
 
@@ -404,13 +405,19 @@ fn rank(op: &Op) -> u8 {
 }
 
 fn chains(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
+    let retires = guards::translated(observed).is_some() && guards::translated(desired).is_none();
     for (chain, (base, rules)) in &desired.chains {
         let found = observed.chains.get(chain);
         match found.filter(|(found, _)| found == base) {
             Some((_, found)) if found == rules => {}
             Some((_, found)) => {
-                let guarded = guarded(found, rules);
-                let between = tables::transitional(*chain, found, &guarded);
+                let mut guarded = guards::guarded(found, rules);
+                if let Some(mark) =
+                    guards::translated(desired).filter(|_| *chain == ChainId::Forward)
+                {
+                    guarded.retain(|rule| rules.contains(rule) || !guards::holds(rule, mark));
+                }
+                let between = tables::transitional(*chain, found, &guarded, retires);
                 let (first, last) = tables::phases(*chain, found, rules);
                 if guarded != *rules {
                     let last = Op::SetRules(*chain, rules.clone());
@@ -437,42 +444,11 @@ fn chains(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
         }
     }
     for chain in observed.chains.keys().filter(|chain| !desired.chains.contains_key(chain)) {
-        steps.add(Phase::EmptyVerdicts, Op::DeleteChain(*chain));
+        // What has the mark that it holds back may be under way until then.
+        let guards = matches!(chain, ChainId::Guard);
+        let phase = if guards { Phase::RetireGuards } else { Phase::EmptyVerdicts };
+        steps.add(phase, Op::DeleteChain(*chain));
     }
-}
-
-/// The rules wanted, each guard also for the marks that the one found holds back: for as long as
-/// packets and connections have them, nothing else would.
-fn guarded(found: &[NftRule], wanted: &[NftRule]) -> Vec<NftRule> {
-    let mut rules = Vec::with_capacity(wanted.len());
-    for rule in wanted {
-        let also = found.iter().filter_map(|found| with_marks_of(found, rule));
-        rules.extend(also.filter(|rule| !wanted.contains(rule)));
-        rules.push(rule.clone());
-    }
-    rules
-}
-
-/// A guard, for the mark that another one of its kind asks for.
-fn with_marks_of(other: &NftRule, guard: &NftRule) -> Option<NftRule> {
-    let (Some(Stmt::Drop), Some(Stmt::Drop)) = (other.0.last(), guard.0.last()) else {
-        return None;
-    };
-    let asked = |rule: &NftRule| rule.0.iter().position(is_mark_of_ours);
-    let (theirs, ours) = (asked(other)?, asked(guard)?);
-    let theirs = other.0.get(theirs)?;
-    let mut rule = guard.clone();
-    let asks = rule.0.get_mut(ours)?;
-    if matches!(theirs, Stmt::CtMarkIs(_)) != matches!(asks, Stmt::CtMarkIs(_)) {
-        return None;
-    }
-    asks.clone_from(theirs);
-    Some(rule)
-}
-
-/// Whether it is the test of a mark that only we give.
-const fn is_mark_of_ours(statement: &Stmt) -> bool {
-    matches!(statement, Stmt::MarkIs { .. } | Stmt::MarkIn { .. } | Stmt::CtMarkIs(_))
 }
 
 const fn filled_in(key: &Key) -> Phase {

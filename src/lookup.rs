@@ -142,9 +142,9 @@ impl Firewall {
 
     /// The bits of a connection's mark that say that it was translated, or left alone, by us.
     pub(crate) fn connection_mark(&self) -> Option<MarkBits> {
-        let (_, rules) = self.chains.get(&ChainId::Guard)?;
+        let (_, rules) = self.chains.get(&ChainId::NatPostrouting)?;
         rules.iter().flat_map(|rule| &rule.0).find_map(|statement| match statement {
-            Stmt::CtMarkIsNot(bits) => Some(*bits),
+            Stmt::SetCtMark(bits) => Some(*bits),
             _ => None,
         })
     }
@@ -153,7 +153,7 @@ impl Firewall {
         let rules = self.chains.get(&ChainId::Forward).map_or(&[][..], |(_, rules)| rules);
         rules.iter().any(|rule| {
             let ours = |one: &Stmt| matches!(one, Stmt::CtMarkIs(bits) if bits.are_in(mark));
-            rule.0.last() == Some(&Stmt::Drop) && rule.0.iter().any(ours)
+            rule.0.last() == Some(&Stmt::Goto(ChainId::Bound)) && rule.0.iter().any(ours)
         })
     }
 }

@@ -6,7 +6,7 @@ use egress_datapath::state::Variant as Tables;
 
 use crate::variant::{Cost, Kind, Variant};
 
-/// Nanoseconds of a packet of every variant.
+/// Nanoseconds of a packet of everything that was measured.
 pub(crate) struct Report(Vec<(Kind, Cost)>);
 
 /// A ratio of two variants and what it should be at most.
@@ -178,8 +178,23 @@ const TARGETS: [Target; 23] = [
 ];
 
 impl Report {
+    /// The middle one of the routers of each kind.
     pub(crate) fn new(variants: &[Variant]) -> Self {
-        Self(variants.iter().map(|variant| (variant.kind, variant.best)).collect())
+        let mut kinds: Vec<Kind> = Vec::new();
+        for variant in variants {
+            if !kinds.contains(&variant.kind) {
+                kinds.push(variant.kind);
+            }
+        }
+        let middle = |kind: Kind, of: fn(&Cost) -> f64| {
+            let alike = variants.iter().filter(|variant| variant.kind == kind);
+            let mut all: Vec<_> = alike.map(|variant| of(&variant.best)).collect();
+            all.sort_unstable_by(f64::total_cmp);
+            all.get(all.len() / 2).copied().unwrap_or(f64::NAN)
+        };
+        let cost =
+            |kind| Cost { warm: middle(kind, |cost| cost.warm), cold: middle(kind, |c| c.cold) };
+        Self(kinds.into_iter().map(|kind| (kind, cost(kind))).collect())
     }
 
     /// Nanoseconds of a packet of a variant, if it was measured.

@@ -39,9 +39,9 @@ pub(super) fn table(family: TableFamily, observed: &State, desired: &State, step
 pub(super) fn phases(chain: ChainId, found: &[NftRule], wanted: &[NftRule]) -> (Phase, Phase) {
     match (chain, keeps_mark(found), keeps_mark(wanted)) {
         // The hook must be there, and routes that need it are not yet.
-        (ChainId::Forward, false, true) => (Phase::Hook, Phase::EmptyVerdicts),
+        (ChainId::Marked | ChainId::Bound, false, true) => (Phase::Hook, Phase::EmptyVerdicts),
         // The routes that need the hook must have gone.
-        (ChainId::Forward, true, false) => (Phase::Chains, Phase::EmptyGuards),
+        (ChainId::Marked | ChainId::Bound, true, false) => (Phase::Chains, Phase::EmptyGuards),
         _ => (Phase::Chains, Phase::EmptyVerdicts),
     }
 }
@@ -54,27 +54,36 @@ fn keeps_mark(rules: &[NftRule]) -> bool {
 
 /// The rules wanted, and those found that look up a source or a destination: for as long as
 /// sources still have the old classes, both are needed. What enters the tunnel keeps its mark for
-/// as long as a route may need it.
-pub(super) fn transitional(chain: ChainId, found: &[NftRule], wanted: &[NftRule]) -> Vec<NftRule> {
+/// as long as a route may need it. Where the guard retires, what comes out of the tunnel is
+/// translated for as long as a policy may need that.
+pub(super) fn transitional(
+    chain: ChainId,
+    found: &[NftRule],
+    wanted: &[NftRule],
+    retires: bool,
+) -> Vec<NftRule> {
     let length = |rule: &NftRule| match rule.0.first() {
         Some(Stmt::TagByDestination(_, length) | Stmt::TagBySender(_, length)) => Some(*length),
         Some(Stmt::TagByTag(Set::Any(_))) => Some(0),
         _ => None,
     };
     let mut rules = wanted.to_vec();
-    if chain == ChainId::Forward && keeps_mark(found) && !keeps_mark(wanted) {
+    let enters = matches!(chain, ChainId::Marked | ChainId::Bound);
+    if enters && keeps_mark(found) && !keeps_mark(wanted) {
         rules.splice(..1, found.first().cloned());
+    }
+    if chain == ChainId::Forward && retires {
+        let holds = |rule: &&NftRule| rule.0.last() == Some(&Stmt::Goto(ChainId::Marked));
+        rules.retain(|rule| !holds(&rule));
+        rules.splice(..0, found.iter().filter(holds).cloned());
     }
     for rule in found.iter().filter(|rule| !wanted.contains(rule)) {
         let at = match rule.0.first() {
             Some(Stmt::TagByDestination(..) | Stmt::TagBySender(..)) => rules
                 .iter()
                 .position(|other| length(other).is_some_and(|l| Some(l) <= length(rule))),
-            Some(Stmt::TagBySource(Set::SourceNet(family))) => {
-                behind(&rules, &Stmt::TagBySource(Set::Source(*family)))
-            }
-            Some(Stmt::TagByReceiver(Set::SourceNet(family))) => {
-                behind(&rules, &Stmt::TagByReceiver(Set::Source(*family)))
+            Some(Stmt::TagBySource(_) | Stmt::TagByReceiver(_)) => {
+                Some(behind(&rules, found, rule))
             }
             _ => None,
         };
@@ -85,7 +94,17 @@ pub(super) fn transitional(chain: ChainId, found: &[NftRule], wanted: &[NftRule]
     rules
 }
 
-/// The place behind the rule that begins like this.
-fn behind(rules: &[NftRule], first: &Stmt) -> Option<usize> {
-    rules.iter().position(|rule| rule.0.first() == Some(first)).map(|at| at + 1)
+/// The place of a rule that looks up sources: behind what it was found behind, and ranges behind
+/// single addresses.
+fn behind(rules: &[NftRule], found: &[NftRule], rule: &NftRule) -> usize {
+    let single = rule.0.first().and_then(|first| match first {
+        Stmt::TagBySource(Set::SourceNet(of)) => Some(Stmt::TagBySource(Set::Source(*of))),
+        Stmt::TagByReceiver(Set::SourceNet(of)) => Some(Stmt::TagByReceiver(Set::Source(*of))),
+        _ => None,
+    });
+    let ahead: Vec<_> = found.iter().take_while(|other| *other != rule).collect();
+    let is_ahead = |other: &NftRule| {
+        ahead.contains(&other) || single.is_some() && other.0.first() == single.as_ref()
+    };
+    rules.iter().rposition(is_ahead).map_or(0, |at| at + 1)
 }

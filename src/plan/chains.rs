@@ -24,19 +24,34 @@ pub(super) struct Skeleton<'a> {
     pub(super) connection: MarkBits,
     /// What the mark of any connection of ours has, where the first packet decides for all.
     pub(super) caching: Option<MarkBits>,
+    /// What the marks of gateways and of what must be translated share, and no others have; `None`
+    /// in layouts without prefix.
+    pub(super) shared: Option<MarkBits>,
     /// Prefix of gateways' marks and its bits; `None` in layouts without.
     pub(super) prefix: Option<(u32, u32)>,
     /// Whether what enters the tunnel keeps its mark, because a chain at the device needs it.
     pub(super) keeps_mark: bool,
     /// Marks of the gateways.
     pub(super) gateways: BTreeSet<Mark>,
-    /// Destination prefix lengths in use.
+    /// What is in use of all that policies may ask for.
+    pub(super) used: Used,
+    /// Family of the tunnel's own packets.
+    pub(super) underlay: Family,
+    /// Whether the packets of each policy are counted.
+    pub(super) counting: bool,
+}
+
+/// What policies ask for: the rest would only cost packets time.
+pub(super) struct Used {
+    /// Destination prefix lengths.
     pub(super) lengths: BTreeSet<(Family, u8)>,
+    /// Families in which there are single sources.
+    pub(super) singles: BTreeSet<Family>,
     /// Families in which there are ranges of sources: to look for them costs every packet more
     /// than all the rest of what an unselected one is asked.
     pub(super) ranges: BTreeSet<Family>,
-    /// Whether the packets of each policy are counted.
-    pub(super) counting: bool,
+    /// Whether this node is the gateway of any policy.
+    pub(super) translates: bool,
 }
 
 type Chains = BTreeMap<ChainId, (Option<Base>, Vec<NftRule>)>;
@@ -73,7 +88,9 @@ impl Skeleton<'_> {
             sets.extend(Family::BOTH.map(Set::Count));
         }
         sets.extend(Family::BOTH.into_iter().flat_map(Set::of));
-        sets.extend(self.lengths.iter().map(|(family, length)| Set::Destination(*family, *length)));
+        sets.extend(
+            self.used.lengths.iter().map(|(family, length)| Set::Destination(*family, *length)),
+        );
         sets
     }
 
@@ -97,12 +114,16 @@ impl Skeleton<'_> {
             Some(base(ChainType::Nat, Hook::Postrouting, BEFORE_SNAT)),
             self.nat_postrouting(),
         );
-        add(
-            ChainId::Guard,
-            Some(base(ChainType::Filter, Hook::Postrouting, AFTER_SNAT)),
-            self.guard(),
-        );
-        add(ChainId::Injected, None, injected());
+        if self.used.translates {
+            add(
+                ChainId::Guard,
+                Some(base(ChainType::Filter, Hook::Postrouting, AFTER_SNAT)),
+                self.guard(),
+            );
+        }
+        add(ChainId::Marked, None, self.marked());
+        add(ChainId::Bound, None, self.bound());
+        add(ChainId::Injected, None, self.injected());
         add(ChainId::Arrived, None, self.arrived());
         add(ChainId::Select, None, self.by_source(Stmt::TagBySource, ChainId::Admit));
         add(ChainId::Midway, None, self.by_source(Stmt::TagByReceiver, ChainId::Answering));
@@ -110,6 +131,9 @@ impl Skeleton<'_> {
         add(ChainId::Here, None, self.send(self.tunnel));
         for mark in &self.gateways {
             add(ChainId::To(*mark), None, self.send_to(*mark));
+            if self.caching.is_some() {
+                add(ChainId::Via(*mark), None, vec![vec![self.set_mark(mark.get())]]);
+            }
         }
         for family in Family::BOTH {
             add(ChainId::Answering(family), None, self.answering(family));
@@ -174,8 +198,9 @@ impl Skeleton<'_> {
     /// From a source to its class; the single addresses first.
     fn by_source(&self, find: fn(Set) -> Stmt, next: fn(Family) -> ChainId) -> Vec<Vec<Stmt>> {
         let sets = |family| {
-            let ranges = self.ranges.contains(&family).then_some(Set::SourceNet(family));
-            [Some(Set::Source(family)), ranges].map(|set| (family, set))
+            let singles = self.used.singles.contains(&family).then_some(Set::Source(family));
+            let ranges = self.used.ranges.contains(&family).then_some(Set::SourceNet(family));
+            [singles, ranges].map(|set| (family, set))
         };
         let found = Family::BOTH.into_iter().flat_map(sets);
         found.filter_map(|(family, set)| Some(vec![find(set?), Stmt::Goto(next(family))])).collect()
@@ -188,7 +213,7 @@ impl Skeleton<'_> {
     }
 
     fn by_net(&self, family: Family, find: fn(Family, u8) -> Stmt) -> impl Iterator<Item = Stmt> {
-        let lengths = self.lengths.iter().rev().filter(move |(of, _)| *of == family);
+        let lengths = self.used.lengths.iter().rev().filter(move |(of, _)| *of == family);
         lengths
             .map(move |(_, length)| find(family, *length))
             .chain([Stmt::TagByTag(Set::Any(family))])
@@ -256,6 +281,12 @@ impl Skeleton<'_> {
         vec![vec![self.set_mark(mark.get()), Stmt::ClearTag]]
     }
 
+    /// It has the mark of what this node must translate.
+    fn is_tunnel(&self) -> Stmt {
+        let mask = self.connection.mask & self.mask;
+        Stmt::MarkIs { mask, value: self.tunnel.get() & mask }
+    }
+
     /// It has the mark of a gateway.
     fn is_stray(&self) -> Stmt {
         match self.prefix {
@@ -264,25 +295,52 @@ impl Skeleton<'_> {
         }
     }
 
+    /// In the order of what most packets are spared. Whatever has a mark of ours has it from here.
     fn forward(&self) -> Vec<Vec<Stmt>> {
+        let marked = |is: Stmt| vec![is, Stmt::Goto(ChainId::Marked)];
+        let mut rules = match (self.used.translates, self.shared) {
+            (true, _) => vec![marked(self.is_stray())],
+            // Nobody translates here what comes out of the tunnel.
+            (false, Some(MarkBits { mask, value })) => vec![marked(Stmt::MarkIs { mask, value })],
+            (false, None) => vec![marked(self.is_stray()), marked(self.is_tunnel())],
+        };
+        rules.push(vec![Stmt::Port(self.port), Stmt::Jump(ChainId::Injected)]);
+        rules.push(vec![self.is_ours(), Stmt::Goto(ChainId::Bound)]);
+        rules
+    }
+
+    /// What enters the tunnel is where it belongs.
+    fn enter(&self) -> Vec<Stmt> {
         // The outer packet inherits the mark; routed by it, it would enter the tunnel again.
         let take_off = (!self.keeps_mark).then(|| self.set_mark(0));
-        let enter = [Some(self.to_tunnel()), take_off, Some(Stmt::Return)];
-        vec![
-            enter.into_iter().flatten().collect(),
-            vec![Stmt::UdpPort(self.port), Stmt::Jump(ChainId::Injected)],
-            // Of a connection that was ours, and on no way of ours any more: its policy has gone.
-            // The kernel would send it on with the address it once got, the pod's own.
+        [Some(self.to_tunnel()), take_off, Some(Stmt::Return)].into_iter().flatten().collect()
+    }
+
+    /// Marked, and yet not on its way into the tunnel: link, route or rule is missing.
+    fn marked(&self) -> Vec<Vec<Stmt>> {
+        vec![self.enter(), vec![Stmt::Counter, Stmt::Drop]]
+    }
+
+    /// Of a connection that was ours, and on no way of ours any more: its policy has gone. The
+    /// kernel would send it on with the address it once got, the pod's own. What enters the tunnel
+    /// without our mark has had it overwritten by others since.
+    fn bound(&self) -> Vec<Vec<Stmt>> {
+        let original = Stmt::CtDirection(Direction::Original);
+        vec![self.enter(), vec![original, self.is_not_tunnel(), Stmt::Counter, Stmt::Drop]]
+    }
+
+    /// Masqueraded by this node, a pod's frame would come from a known one.
+    fn injected(&self) -> Vec<Vec<Stmt>> {
+        let from_stranger = |family| {
             vec![
-                self.is_ours(),
-                Stmt::CtDirection(Direction::Original),
-                self.is_not_tunnel(),
+                Stmt::UdpPort(self.port),
+                Stmt::DestinationIn(Set::Peer(family)),
+                Stmt::SourceNotIn(Set::Peer(family)),
                 Stmt::Counter,
                 Stmt::Drop,
-            ],
-            // Marked, and yet not on its way into the tunnel: link, route or rule is missing.
-            vec![self.is_stray(), Stmt::Counter, Stmt::Drop],
-        ]
+            ]
+        };
+        Family::BOTH.map(from_stranger).into()
     }
 
     fn nat_postrouting(&self) -> Vec<Vec<Stmt>> {
@@ -304,14 +362,8 @@ impl Skeleton<'_> {
             // `accept` would not keep a masquerade in another table from binding.
             rules.push(vec![self.to_tunnel(), Stmt::SnatToSource(family)]);
         }
-        for family in Family::BOTH {
-            // The tunnel's own packets seem to have come out of it: they keep its device.
-            rules.push(vec![
-                Stmt::UdpPort(self.port),
-                Stmt::DestinationIn(Set::Peer(family)),
-                Stmt::Return,
-            ]);
-        }
+        // The tunnel's own packets seem to have come out of it: they keep its device.
+        rules.push([self.outer(), vec![Stmt::Return]].concat());
         // Others may have overwritten the mark on the way: what came out of the tunnel is told by
         // the device, and what did not is decided about once more. Before Linux 5.7 there is no
         // device here, and the mark must do.
@@ -358,10 +410,12 @@ impl Skeleton<'_> {
     fn output(&self) -> Vec<Vec<Stmt>> {
         // Nobody's NAT is to touch the outer packets, and their connections, one for each of the
         // pods', would only fill the table.
-        let outer = |family| {
-            vec![Stmt::UdpPort(self.port), Stmt::DestinationIn(Set::Peer(family)), Stmt::NoTrack]
-        };
-        Family::BOTH.map(outer).into()
+        vec![[self.outer(), vec![Stmt::NoTrack]].concat()]
+    }
+
+    /// The tunnel's own packets.
+    fn outer(&self) -> Vec<Stmt> {
+        vec![Stmt::UdpPort(self.port), Stmt::DestinationIn(Set::Peer(self.underlay))]
     }
 
     fn input(&self) -> Vec<Vec<Stmt>> {
@@ -393,17 +447,4 @@ impl Skeleton<'_> {
         }
         rules
     }
-}
-
-/// Masqueraded by this node, a pod's frame would come from a known one.
-fn injected() -> Vec<Vec<Stmt>> {
-    let from_stranger = |family| {
-        vec![
-            Stmt::DestinationIn(Set::Peer(family)),
-            Stmt::SourceNotIn(Set::Peer(family)),
-            Stmt::Counter,
-            Stmt::Drop,
-        ]
-    };
-    Family::BOTH.map(from_stranger).into()
 }

@@ -209,6 +209,11 @@ impl<A: Address> Classes<A> {
         })
     }
 
+    /// Whether there are sources that are single addresses.
+    pub(super) fn has_singles(&self) -> bool {
+        !self.hosts.is_empty()
+    }
+
     /// Whether there are sources that are not single addresses.
     pub(super) fn has_ranges(&self) -> bool {
         !self.ranges.is_empty()
@@ -335,10 +340,12 @@ impl<A: Address> Classes<A> {
         delta: &mut Delta,
     ) {
         let new = members.map(|members| self.combine_numbered(members, policies, delta));
+        let had = self.has_singles();
         let old = match new {
             Some(new) => self.hosts.insert(address, new),
             None => self.hosts.remove(&address),
         };
+        delta.skeleton |= had != self.has_singles();
         let around = self.around(address).and_then(|place| self.tag(place));
         let tag = new.and_then(|new| self.tag(new)).filter(|tag| around != Some(*tag));
         delta.source(address.ip(), tag.map(plain));

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use super::chains::Skeleton;
+use super::chains::{Skeleton, Used};
 use super::check::World;
 use super::kept::Kept;
 use super::{Gateways, Role, roles};
@@ -11,14 +11,12 @@ use crate::cluster::Steering;
 use crate::policy::Unavailable;
 use crate::range::IpRange;
 use crate::state::{ChainId, Comment, Data, Firewall, Key, Tag, Value, Verdict};
-use crate::types::Family;
 
 /// The nf_tables table of this node with everything but what depends on policies one by one.
 pub(super) fn skeleton(
     world: &World,
     gateways: &Gateways,
-    lengths: BTreeSet<(Family, u8)>,
-    ranges: BTreeSet<Family>,
+    used: Used,
 ) -> (Firewall, BTreeMap<Key, Value>) {
     let layout = world.cluster.marks;
     let marks: BTreeSet<_> = gateways.values().map(|gateway| gateway.mark).collect();
@@ -30,7 +28,7 @@ pub(super) fn skeleton(
     let caching = world.cluster.connection_caching && prefix;
     if caching {
         elements.extend(gateways.iter().map(|(name, gateway)| {
-            let data = Data::Verdict(Verdict::Goto(ChainId::To(gateway.mark)));
+            let data = Data::Verdict(Verdict::Goto(ChainId::Via(gateway.mark)));
             let comment = Some(Comment::of_name(name.as_str()));
             (Key::Connection(gateway.mark), Value { data, comment })
         }));
@@ -44,8 +42,9 @@ pub(super) fn skeleton(
         caching: caching.then(|| layout.bound()),
         prefix: prefix.then_some((layout.prefix(), layout.prefix_mask())),
         keeps_mark: world.cluster.steering == Steering::EgressHook,
-        lengths,
-        ranges,
+        shared: prefix.then(|| layout.bound()),
+        used,
+        underlay: world.underlay,
         counting: world.cluster.policy_counters,
         gateways: marks,
     };

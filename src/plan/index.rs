@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use super::chains::Used;
 use super::check::World;
 use super::classes::Classes;
 use super::firewall::{skeleton, spoken, ways_out};
@@ -27,6 +28,8 @@ pub(crate) struct Index {
     pub(super) v6: Classes<u128>,
     /// How many policies are steered to a node, by its place and once for each family.
     pub(super) used: BTreeMap<usize, usize>,
+    /// How many policies this node is the gateway of, once for each family.
+    pub(super) own: usize,
     /// How many policies this node speaks for with an egress IP.
     pub(super) spoken: BTreeMap<IpAddr, usize>,
     pub(super) gateways: Gateways,
@@ -44,6 +47,7 @@ pub(crate) struct Draft {
     v4: Classes<u32>,
     v6: Classes<u128>,
     used: BTreeMap<usize, usize>,
+    own: usize,
     spoken: BTreeMap<IpAddr, usize>,
     elements: Elements,
 }
@@ -58,11 +62,13 @@ impl Draft {
         xtables::check(&world)?;
         hook::check(&world)?;
         let policies = Policies::new(policies, &world)?;
-        let (mut used, mut speaks) = (BTreeMap::new(), BTreeMap::new());
+        let (mut used, mut own, mut speaks) = (BTreeMap::new(), 0, BTreeMap::new());
         for (_, kept) in policies.iter() {
             for (_, role) in roles(kept, &world) {
-                if let Role::Client(place) = role {
-                    *used.entry(place).or_default() += 1;
+                match role {
+                    Role::Client(place) => *used.entry(place).or_default() += 1,
+                    Role::Gateway => own += 1,
+                    Role::Closed(_) => {}
                 }
             }
             for address in spoken(kept, &world) {
@@ -70,7 +76,7 @@ impl Draft {
             }
         }
         let (v4, v6, elements) = classes(&policies);
-        Ok(Self { world, policies, v4, v6, used, spoken: speaks, elements })
+        Ok(Self { world, policies, v4, v6, used, own, spoken: speaks, elements })
     }
 
     /// Elements of the sets of sources and classes, which depend on no mark.
@@ -84,11 +90,12 @@ impl Draft {
         marks: &mut dyn MarkAllocator,
         tables: &mut dyn TableAllocator,
     ) -> Result<(Index, State), PlanError> {
-        let Self { world, policies, v4, v6, used, spoken, elements } = self;
+        let Self { world, policies, v4, v6, used, own, spoken, elements } = self;
         reserve_given(&world.cluster, marks)?;
         let gateways = numbered(used.keys().copied(), &world, marks, tables)?;
         let (closing, no_table) = closing_table(&world.cluster, &gateways, tables)?;
-        let index = Index { world, policies, v4, v6, used, spoken, gateways, closing, no_table };
+        let index =
+            Index { world, policies, v4, v6, used, own, spoken, gateways, closing, no_table };
         let state = index.state(elements);
         Ok((index, state))
     }
@@ -141,12 +148,25 @@ impl Index {
         let lengths: BTreeSet<_> = (self.v4.lengths().map(|length| (Family::V4, length)))
             .chain(self.v6.lengths().map(|length| (Family::V6, length)))
             .collect();
-        let ranges = [(Family::V4, self.v4.has_ranges()), (Family::V6, self.v6.has_ranges())];
-        let ranges = ranges.into_iter().filter_map(|(family, has)| has.then_some(family)).collect();
-        let (firewall, fixed) = skeleton(&self.world, &self.gateways, lengths, ranges);
+        let those = |v4: bool, v6: bool| {
+            let has = [(Family::V4, v4), (Family::V6, v6)].into_iter().filter(|(_, has)| *has);
+            has.map(|(family, _)| family).collect()
+        };
+        let used = Used {
+            lengths,
+            singles: those(self.v4.has_singles(), self.v6.has_singles()),
+            ranges: those(self.v4.has_ranges(), self.v6.has_ranges()),
+            translates: self.translates(),
+        };
+        let (firewall, fixed) = skeleton(&self.world, &self.gateways, used);
         state.firewall = Some(firewall);
         state.hook = hook(&self.world, &self.gateways);
         (state, fixed)
+    }
+
+    /// Whether this node is the gateway of any policy.
+    pub(super) fn translates(&self) -> bool {
+        self.own > 0
     }
 
     /// How a snapshot differs from what is wanted; nothing if in most of it.

@@ -102,6 +102,7 @@ impl Index {
         tables: &mut dyn TableAllocator,
     ) -> Result<(Planned, Vec<Finding>), PlanError> {
         let (mut course, mut undo) = (Course::default(), Vec::new());
+        let translated = self.translates();
         let made = updates.into_iter().try_for_each(|update| {
             if let Some(edit) = self.resolve(update)? {
                 undo.extend(self.edit(edit, &mut course));
@@ -109,6 +110,7 @@ impl Index {
             Ok(())
         });
         self.put_back(&course.touched);
+        course.delta.skeleton |= translated != self.translates();
         match made.and_then(|()| self.allocate(marks, tables, &mut course.delta)) {
             Ok(()) => Ok(self.planned(course)),
             Err(error) => {
@@ -205,8 +207,10 @@ impl Index {
             course.delta.put(key, None);
         }
         for (_, role) in roles(kept, &self.world) {
-            if let Role::Client(place) = role {
-                less(&mut self.used, &place);
+            match role {
+                Role::Client(place) => drop(less(&mut self.used, &place)),
+                Role::Gateway => self.own = self.own.saturating_sub(1),
+                Role::Closed(_) => {}
             }
         }
         for address in spoken(kept, &self.world) {
@@ -220,8 +224,10 @@ impl Index {
     fn put_back(&mut self, touched: &BTreeSet<Handle>) {
         for kept in touched.iter().filter_map(|handle| self.policies.get(*handle)) {
             for (_, role) in roles(kept, &self.world) {
-                if let Role::Client(place) = role {
-                    *self.used.entry(place).or_default() += 1;
+                match role {
+                    Role::Client(place) => *self.used.entry(place).or_default() += 1,
+                    Role::Gateway => self.own += 1,
+                    Role::Closed(_) => {}
                 }
             }
             for address in spoken(kept, &self.world) {

@@ -275,6 +275,7 @@ fn set_of(statement: &Stmt) -> Option<Set> {
         | Stmt::CtMarkIs(_)
         | Stmt::CtMarkIsNot(_)
         | Stmt::SetCtMark(_)
+        | Stmt::Port(_)
         | Stmt::UdpPort(_)
         | Stmt::TcpWithoutSyn
         | Stmt::Icmp6Type(_)

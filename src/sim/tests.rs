@@ -203,7 +203,7 @@ fn the_guards_hold_what_was_ours_and_is_not_steered_any_more() {
     let journey = sims.send(asked());
     assert_eq!(journey.outcome, Outcome::Dropped { node: Some(name("a")) });
     let by = journey.trace.dropped_by().unwrap().object.clone();
-    assert!(by.starts_with("chain forward ct mark & "), "{by}");
+    assert!(by.starts_with("chain bound ct direction original "), "{by}");
 }
 
 #[test]

@@ -37,12 +37,16 @@ pub enum ChainId {
     Input,
     /// Keeps the tunnel's own packets out of the tracking of connections.
     Output,
-    /// Takes the mark off before encapsulation; stops what is marked but not tunnelled.
+    /// Finds what is on a way of ours, or should be.
     Forward,
     /// Translates, ahead of every other masquerade.
     NatPostrouting,
     /// Looks at what was really translated.
     Guard,
+    /// Has a gateway's mark: takes it off before encapsulation, and stops what is not tunnelled.
+    Marked,
+    /// Belongs to a connection of ours: stops what is on no way of ours any more.
+    Bound,
     /// What is made to look like a tunnel packet of this node.
     Injected,
     /// What came out of the tunnel.
@@ -65,6 +69,8 @@ pub enum ChainId {
     Bypass,
     /// Way out: the gateway with this mark.
     To(Mark),
+    /// Way out of a connection that is on its way to the gateway with this mark.
+    Via(Mark),
     /// From a class to a policy, by destination, on the gateway.
     Translate(Family),
     /// From a policy to the address it wears.
@@ -92,6 +98,8 @@ impl ChainId {
             "forward" => Self::Forward,
             "nat_postrouting" => Self::NatPostrouting,
             "guard" => Self::Guard,
+            "marked" => Self::Marked,
+            "bound" => Self::Bound,
             "injected" => Self::Injected,
             "arrived" => Self::Arrived,
             "select" => Self::Select,
@@ -112,8 +120,12 @@ impl ChainId {
             "wear6" => Self::Wear(V6),
             "egress" => Self::Egress,
             _ => {
-                let digits = name.strip_prefix("to_")?;
-                let chain = Self::To(Mark::new(u32::from_str_radix(digits, 16).ok()?));
+                let (way, digits) = name.split_once('_')?;
+                let mark = Mark::new(u32::from_str_radix(digits, 16).ok()?);
+                let chain = match way {
+                    "to" => Self::To(mark),
+                    _ => Self::Via(mark),
+                };
                 return (chain.to_string() == name).then_some(chain);
             }
         })
@@ -129,6 +141,8 @@ impl fmt::Display for ChainId {
             Self::Forward => f.write_str("forward"),
             Self::NatPostrouting => f.write_str("nat_postrouting"),
             Self::Guard => f.write_str("guard"),
+            Self::Marked => f.write_str("marked"),
+            Self::Bound => f.write_str("bound"),
             Self::Injected => f.write_str("injected"),
             Self::Arrived => f.write_str("arrived"),
             Self::Select => f.write_str("select"),
@@ -140,6 +154,7 @@ impl fmt::Display for ChainId {
             Self::Here => f.write_str("here"),
             Self::Bypass => f.write_str("bypass"),
             Self::To(mark) => write!(f, "to_{:08x}", mark.get()),
+            Self::Via(mark) => write!(f, "via_{:08x}", mark.get()),
             Self::Translate(family) => write!(f, "translate{}", family.digit()),
             Self::Wear(family) => write!(f, "wear{}", family.digit()),
             Self::Egress => f.write_str("egress"),

@@ -97,6 +97,8 @@ pub enum Stmt {
     SetCtMark(MarkBits),
     /// `notrack`
     NoTrack,
+    /// `th dport …`, of whatever protocol: cheaper to ask first than [`Stmt::UdpPort`]
+    Port(u16),
     /// `udp dport …`
     UdpPort(u16),
     /// `tcp flags ! syn`: it does not open a connection
@@ -241,6 +243,7 @@ impl fmt::Display for Stmt {
                 write!(f, "ct mark set ct mark & {:#010x} | {value:#010x}", !mask)
             }
             Self::NoTrack => f.write_str("notrack"),
+            Self::Port(port) => write!(f, "th dport {port}"),
             Self::UdpPort(port) => write!(f, "udp dport {port}"),
             Self::TcpWithoutSyn => f.write_str("tcp flags ! syn"),
             Self::Icmp6Type(kind) => write!(f, "icmpv6 type {kind}"),

@@ -171,6 +171,8 @@ impl Walk<'_> {
             Stmt::VerdictByCtMark { mask, set } => {
                 return self.verdict_by_connection(firewall, *mask, *set, skb);
             }
+            // Of a protocol without ports, what comes behind asks for the protocol.
+            Stmt::Port(port) => skb.packet.destination_port == *port,
             Stmt::UdpPort(port) => protocol == Packet::UDP && skb.packet.destination_port == *port,
             Stmt::Icmp6Type(kind) => {
                 protocol == Packet::ICMP6 && skb.packet.destination_port >> 8 == u16::from(*kind)

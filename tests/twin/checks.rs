@@ -179,7 +179,7 @@ pub(crate) const CHECKS: [(&str, Check); 15] = [
         })
     }),
     ("without its rules a packet is stopped by the forward chain", |world| {
-        dropped(&mut world.without(|state| state.rules.clear()), "chain forward")
+        dropped(&mut world.without(|state| state.rules.clear()), "chain marked")
     }),
     ("without the gateway's rule it is refused by the closing table", |world| {
         let lose = |state: &mut State| {

@@ -135,7 +135,7 @@ fn more_chain(state: &mut State) {
 }
 
 fn other_base(state: &mut State) {
-    let (base, _) = table(state).chains.get_mut(&ChainId::Guard).unwrap();
+    let (base, _) = table(state).chains.get_mut(&ChainId::Output).unwrap();
     base.as_mut().unwrap().priority = 150;
 }
 

@@ -8,19 +8,21 @@ use egress_datapath::{Changes, Family, Mark};
 use crate::checks::{CHECKS, Mutate, World, every_point, gateways};
 use crate::{Result, say};
 
-fn rules(state: &mut State, chain: ChainId) -> &mut Vec<NftRule> {
+/// The rules of a chain, if the node has it.
+fn rules(state: &mut State, chain: ChainId) -> Option<&mut Vec<NftRule>> {
     let firewall = state.firewall.as_mut().unwrap();
-    &mut firewall.chains.get_mut(&chain).unwrap().1
+    firewall.chains.get_mut(&chain).map(|(_, rules)| rules)
 }
 
 /// Removes the rules of a chain that have a statement.
 fn forget(state: &mut State, chain: ChainId, has: impl Fn(&Stmt) -> bool) {
-    rules(state, chain).retain(|rule| !rule.0.iter().any(&has));
+    let rules = rules(state, chain).into_iter();
+    rules.for_each(|rules| rules.retain(|rule| !rule.0.iter().any(&has)));
 }
 
 /// Removes a statement from the rules of a chain.
 fn skip(state: &mut State, chain: ChainId, is: impl Fn(&Stmt) -> bool) {
-    for rule in rules(state, chain) {
+    for rule in rules(state, chain).into_iter().flatten() {
         rule.0.retain(|statement| !is(statement));
     }
 }
@@ -64,14 +66,14 @@ const MUTANTS: [(&str, Mutate); 25] = [
         }
     }),
     ("missing guard: marked packets may go anywhere", |state| {
-        forget(state, ChainId::Forward, |statement| matches!(statement, Stmt::MarkIs { .. }));
+        forget(state, ChainId::Marked, |statement| *statement == Stmt::Drop);
     }),
     ("missing guard: connections go on without their policy", |state| {
-        forget(state, ChainId::Forward, |statement| matches!(statement, Stmt::CtMarkIs(_)));
+        forget(state, ChainId::Bound, |statement| *statement == Stmt::Drop);
     }),
     ("missing guard: what comes out of the tunnel may leave untranslated", |state| {
-        rules(state, ChainId::Guard).clear();
-        rules(state, ChainId::NatPostrouting).pop();
+        forget(state, ChainId::Guard, |_| true);
+        rules(state, ChainId::NatPostrouting).unwrap().pop();
     }),
     ("missing guard: anybody may speak VXLAN", |state| {
         forget(state, ChainId::Input, |statement| matches!(statement, Stmt::UdpPort(_)));
@@ -112,8 +114,9 @@ const MUTANTS: [(&str, Mutate); 25] = [
     }),
     ("wrong priority: the guard runs ahead of translation", |state| {
         let firewall = state.firewall.as_mut().unwrap();
-        let (base, _) = firewall.chains.get_mut(&ChainId::Guard).unwrap();
-        base.as_mut().unwrap().priority = 99;
+        if let Some((base, _)) = firewall.chains.get_mut(&ChainId::Guard) {
+            base.as_mut().unwrap().priority = 99;
+        }
     }),
     ("wrong priority: the closing rule is asked first", |state| {
         let gateways = gateways(state);
@@ -133,7 +136,7 @@ const MUTANTS: [(&str, Mutate); 25] = [
         state.rules = std::mem::take(&mut state.rules).into_iter().map(swapped).collect();
     }),
     ("no reset of the mark ahead of the tunnel", |state| {
-        skip(state, ChainId::Forward, |statement| matches!(statement, Stmt::SetMark { .. }));
+        skip(state, ChainId::Marked, |statement| matches!(statement, Stmt::SetMark { .. }));
     }),
     ("no reset of the mark behind the guard", |state| {
         forget(state, ChainId::Guard, |statement| matches!(statement, Stmt::SetMark { .. }));

@@ -202,6 +202,7 @@ fn body(statement: &Stmt) -> Vec<Expr> {
             Expr::CtSet { key: ct::MARK, sreg: reg::R1 },
         ],
         Stmt::NoTrack => vec![Expr::NoTrack],
+        Stmt::Port(port) => vec![transport(2, 2), is(port.to_be_bytes().to_vec())],
         Stmt::UdpPort(port) => vec![
             load(meta::L4PROTO),
             is(vec![UDP]),

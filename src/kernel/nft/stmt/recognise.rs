@@ -3,7 +3,7 @@
 //! A guess is made from what is characteristic of a statement; then the guess is compiled and
 //! compared with what is there. So whatever is recognised compiles to what was found.
 
-use super::super::expr::{Expr, ct, meta, reg, verdict};
+use super::super::expr::{Expr, base, ct, meta, reg, verdict};
 use super::{Needs, TCP, UDP, body, needs, nfproto};
 use crate::state::{ChainId, Direction, MarkBits, NftRule, Set, Stmt};
 use crate::types::{DeviceName, Family};
@@ -56,6 +56,10 @@ fn tested_family(exprs: &[Expr]) -> Option<Family> {
 fn guess(exprs: &[Expr]) -> Option<Stmt> {
     match exprs.first()? {
         Expr::MetaLoad { key, .. } => guess_meta(*key, exprs.get(1..)?),
+        Expr::Payload { base: base::TRANSPORT, .. } => match exprs.get(1)? {
+            Expr::Cmp { data, .. } => Some(Stmt::Port(port(data)?)),
+            _ => None,
+        },
         Expr::Payload { offset, .. } => guess_address(*offset, exprs.get(1..)?),
         Expr::Ct { key, .. } => match (*key, exprs.get(1..)?) {
             (ct::DIRECTION, [Expr::Cmp { data, .. }, ..]) => match data.as_slice() {
@@ -124,7 +128,7 @@ fn guess_meta(key: u32, rest: &[Expr]) -> Option<Stmt> {
         }
         (meta::L4PROTO, [Expr::Cmp { data: proto, .. }, _, Expr::Cmp { data, .. }, ..]) => {
             match (proto.as_slice(), data.as_slice()) {
-                ([UDP], [high, low]) => Some(Stmt::UdpPort(u16::from_be_bytes([*high, *low]))),
+                ([UDP], data @ [_, _]) => Some(Stmt::UdpPort(port(data)?)),
                 (_, [kind]) => Some(Stmt::Icmp6Type(*kind)),
                 _ => None,
             }
@@ -185,6 +189,11 @@ fn guess_address(offset: u32, rest: &[Expr]) -> Option<Stmt> {
 /// A number in host byte order.
 fn host(bytes: &[u8]) -> Option<u32> {
     bytes.try_into().ok().map(u32::from_ne_bytes)
+}
+
+/// A number in network byte order.
+fn port(bytes: &[u8]) -> Option<u16> {
+    bytes.try_into().ok().map(u16::from_be_bytes)
 }
 
 fn device(bytes: &[u8]) -> Option<DeviceName> {

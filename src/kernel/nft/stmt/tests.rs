@@ -56,6 +56,7 @@ fn statements() -> Vec<Stmt> {
         Stmt::SetMark { keep: 0, value: u32::MAX },
         Stmt::CtState(0),
         Stmt::MarkIs { mask: 0, value: 0 },
+        Stmt::Port(7789),
         Stmt::UdpPort(0),
         Stmt::Icmp6Type(255),
     ]);
