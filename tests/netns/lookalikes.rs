@@ -12,6 +12,7 @@ const DECOYS: &[&str] = &[
     "ip -4 rule add pref 102 fwmark 0x26000000/0xff000000 lookup 3000",
     "ip -6 rule add pref 102 fwmark 0x26000000/0xff000000 lookup 3000 protocol static",
     "ip -4 rule add pref 101 not fwmark 0x26000000/0xff000000 goto 103 protocol 70",
+    "ip -4 rule add pref 101 fwmark 0x26000000/0xff000000 iif lo goto 103 protocol 70",
     "ip -4 rule add pref 103 fwmark 0x26000000/0xff000000 unreachable protocol 70",
     "ip -6 rule add pref 103 fwmark 0x27000000/0xff000000 unreachable",
     "ip -4 rule add pref 104 fwmark 0x26000100/0xffffff00 lookup 3001 protocol 68",

@@ -3,8 +3,7 @@
 
 use std::io;
 
-use egress_datapath::MarkLayout;
-use egress_datapath::Steering;
+use egress_datapath::{MarkLayout, Steering};
 
 use crate::fleet::{Fleet, Result, check, dual, expect, have, lab, nft, policy, tool};
 use crate::lab::inside::steering;
@@ -104,6 +103,35 @@ fn a_gateways_table_holds_its_way_and_the_backstop() -> Result {
         let routes = tool(node, &format!("ip {family} route show table {table}"))?;
         let kinds: Vec<_> = routes.lines().map(|line| line.split(' ').next()).collect();
         assert_eq!(kinds, [Some("default"), Some("unreachable")], "{routes}");
+    }
+    Ok(())
+}
+
+#[test]
+fn rules_go_in_whatever_order_they_came() -> Result {
+    let Some(lab) = lab()? else { return Ok(()) };
+    if steering(&MarkLayout::SEED) != Steering::Tables || !have("ip")? {
+        return Ok(());
+    }
+    let policies = [policy("p", &[POD_A], B, dual(EIP_B))?];
+    let mut fleet = Fleet::open(&lab)?;
+    let node = &lab.node_a.netns;
+    let ours = |family| -> Result<usize> {
+        let rules = tool(node, &format!("ip {family} -N rule show"))?;
+        Ok(rules.lines().filter(|line| line.trim_end().ends_with("proto 69")).count())
+    };
+    for gone in ["", "iif lo", "iif egress.vxlan"] {
+        fleet.apply(&policies)?;
+        // What is put back is the last of its priority, and the kernel deletes the first that fits.
+        for family in ["-4", "-6"] {
+            tool(node, &format!("ip {family} rule del pref 101 {gone}"))?;
+            assert_eq!(ours(family)?, 4);
+        }
+        fleet.mend(&policies, &gone)?;
+        fleet.remove()?;
+        for family in ["-4", "-6"] {
+            assert_eq!(ours(family)?, 0, "{gone:?}");
+        }
     }
     Ok(())
 }
