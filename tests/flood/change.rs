@@ -32,6 +32,13 @@ pub(crate) enum Loss {
     Any,
 }
 
+impl Loss {
+    /// Whether each packet that is lost must be one that a rule held back.
+    pub(crate) const fn is_by_rule(self) -> bool {
+        matches!(self, Self::Few | Self::OnGateway)
+    }
+}
+
 /// What a node reads of what it has ahead of a change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Reads {

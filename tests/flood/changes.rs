@@ -100,6 +100,7 @@ pub(crate) const ALL: &[Change] = &[
         round: moved_otherwise,
         ..USUAL
     },
+    Change { name: "move of all there is", loss: Loss::Any, round: moved, ..USUAL },
     Change { name: "egress IP", wears: EITHER, round: egress_ip, ..USUAL },
     Change { name: "gateways", round: gateways, ..USUAL },
     Change { name: STEERING, round: steerings, ..USUAL },
@@ -132,6 +133,14 @@ pub(crate) const ALL: &[Change] = &[
         wears: PLAIN,
         foreign: MASQUERADE,
         loss: Loss::Few,
+        round: comes,
+        ..USUAL
+    },
+    Change {
+        name: "policy, the only one",
+        wears: PLAIN,
+        foreign: MASQUERADE,
+        loss: Loss::Any,
         round: comes,
         ..USUAL
     },

@@ -184,9 +184,8 @@ fn judge(
         let lost: Vec<_> = tally.lost.iter().map(|number| (number, round(*number))).collect();
         wrong.push(format!("{name}: lost packets, each with the round it was sent in: {lost:?}"));
     }
-    let by_rule = matches!(change.loss, Loss::Few | Loss::OnGateway);
     let silently = lost.saturating_sub(tally.overflowed + usize::try_from(held_back).unwrap_or(0));
-    if by_rule && silently > 0 && backend() == Backend::Nftables {
+    if change.loss.is_by_rule() && silently > 0 && backend() == Backend::Nftables {
         wrong.push(format!("{name}: {silently} packets lost that no rule has held back"));
     }
     if sent == 0 || commits == 0 && !change.idle {

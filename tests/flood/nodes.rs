@@ -9,14 +9,16 @@ use egress_datapath::{
 };
 
 use crate::change::{Change, Reads};
-use crate::fleet::Result;
+use crate::changes::pods;
+use crate::fleet::{Result, dual, policy};
 use crate::lab::inside::{backend, datapath, steering};
-use crate::lab::{Host, Lab};
+use crate::lab::{EIP_B, Host, Lab};
 
 /// The kernel, whose connections are listed now and then only.
 ///
-/// The flood's are never stale, being of one packet, unless they go on; but to list them the kernel looks into every
-/// bucket that connections of any namespace may be in, which takes longer than all else.
+/// The flood's are never stale, being of one packet, unless they go on; but to list them the kernel
+/// looks into every bucket that connections of any namespace may be in, which takes longer than all
+/// else.
 pub(crate) struct Hasty {
     kernel: Box<dyn Datapath>,
     /// Every so-manieth time.
@@ -63,7 +65,12 @@ impl Datapath for Hasty {
 type Node = (Cluster, Reconciler<Hasty>);
 
 /// The nodes of a lab.
-pub(crate) struct Nodes(Vec<Node>);
+pub(crate) struct Nodes {
+    all: Vec<Node>,
+    /// Policies that are there all the time, and both gateways have one: with the last of them the
+    /// rules would go that count what they hold back.
+    beside: Vec<EgressPolicy>,
+}
 
 impl Nodes {
     pub(crate) fn open(lab: &Lab, change: &Change) -> Result<Self> {
@@ -81,20 +88,28 @@ impl Nodes {
             let hasty = hasty(host, &cluster, backend, reads)?;
             Ok((cluster, hasty))
         };
-        Ok(Self(lab.nodes().iter().map(open).collect::<Result<_>>()?))
+        let all = lab.nodes().iter().map(open).collect::<Result<_>>()?;
+        let stays = |id, gateway| policy(id, &pods(190, 2), Some(gateway), dual(EIP_B));
+        let beside = if change.loss.is_by_rule() {
+            vec![stays("beside-b", "node-b")?, stays("beside-c", "node-c")?]
+        } else {
+            Vec::new()
+        };
+        Ok(Self { all, beside })
     }
 
     /// Gives every node a new reconciler, which remembers nothing.
     pub(crate) fn restart(&mut self, lab: &Lab) -> Result {
-        for (host, (cluster, reconciler)) in lab.nodes().into_iter().zip(&mut self.0) {
+        for (host, (cluster, reconciler)) in lab.nodes().into_iter().zip(&mut self.all) {
             *reconciler = hasty(host, cluster, cluster.backend, Reads::Everything)?;
         }
         Ok(())
     }
 
     pub(crate) fn apply_to(&mut self, name: &str, policies: &[EgressPolicy]) -> Result<Report> {
+        let policies = [policies, &self.beside].concat();
         let (cluster, reconciler) = self.node(name)?;
-        Ok(reconciler.reconcile(cluster, policies)?)
+        Ok(reconciler.reconcile(cluster, &policies)?)
     }
 
     /// Changes what is wanted of a node, and ends the connections that this leaves behind.
@@ -107,12 +122,12 @@ impl Nodes {
 
     /// A node's cluster and its reconciler.
     pub(crate) fn node(&mut self, name: &str) -> Result<&mut Node> {
-        let named = self.0.iter_mut().find(|(cluster, _)| cluster.node.as_str() == name);
+        let named = self.all.iter_mut().find(|(cluster, _)| cluster.node.as_str() == name);
         Ok(named.ok_or("no such node")?)
     }
 
     pub(crate) fn remove(&mut self) -> Result {
-        for (_, reconciler) in &mut self.0 {
+        for (_, reconciler) in &mut self.all {
             reconciler.remove()?;
         }
         Ok(())
