@@ -97,6 +97,9 @@ impl MarkLayout {
         Self { prefix: 0, prefix_mask: 0, shift: 24, bits: 6, avoid: Self::KNOWN_FOREIGN };
 
     /// A layout of one's own; `prefix_mask` 0 and `prefix` 0 mean a layout without prefix.
+    ///
+    /// A prefix of one bit is in all marks of ours, and tells none of them from another: what asks
+    /// for a layout with a prefix asks for two bits.
     pub fn new(prefix: u32, prefix_mask: u32, shift: u8, bits: u8) -> Result<Self, LayoutError> {
         if bits == 0 || bits > 16 || u32::from(shift) + u32::from(bits) > 32 {
             return Err(LayoutError::Field { shift, bits });
@@ -167,7 +170,7 @@ impl MarkLayout {
     /// How many gateways can have a mark.
     pub const fn capacity(&self) -> usize {
         let values = 1_usize << self.bits;
-        if self.reserves_prefixes() {
+        if self.tells_by_prefix() {
             values
         } else if self.prefix_mask == 0 {
             // Zero is what unmarked packets carry, the two highest are set aside.
@@ -206,7 +209,7 @@ impl MarkLayout {
     /// With a prefix of two bits or more it differs from every gateway's mark in the prefix, so
     /// that all values stay free; otherwise it is the last but one value.
     pub const fn tunnel(&self) -> Mark {
-        if self.reserves_prefixes() {
+        if self.tells_by_prefix() {
             Mark::new(self.other_prefix(0))
         } else {
             Mark::new(self.prefix | (((1 << self.bits) - 2) << self.shift))
@@ -215,7 +218,7 @@ impl MarkLayout {
 
     /// Mark of replies that return to the pod's node through the tunnel.
     pub const fn reply(&self) -> Mark {
-        if self.reserves_prefixes() {
+        if self.tells_by_prefix() {
             Mark::new(self.other_prefix(1))
         } else {
             Mark::new(self.prefix | (((1 << self.bits) - 1) << self.shift))
@@ -225,7 +228,7 @@ impl MarkLayout {
     /// What a connection's mark has that we translated or bound: the tunnel's mark, in the bits
     /// that tell it from others whichever gateways there are.
     pub const fn connection(&self) -> MarkBits {
-        let mask = if self.reserves_prefixes() { self.prefix_mask } else { self.mask() };
+        let mask = if self.tells_by_prefix() { self.prefix_mask } else { self.mask() };
         MarkBits { mask, value: self.tunnel().get() & mask }
     }
 
@@ -256,7 +259,8 @@ impl MarkLayout {
         self.prefix_mask | (self.value_mask() & (!self.avoid | used))
     }
 
-    const fn reserves_prefixes(&self) -> bool {
+    /// Whether the prefix alone tells gateways' marks from the others of ours; it takes two bits.
+    pub(crate) const fn tells_by_prefix(&self) -> bool {
         self.prefix_mask.count_ones() >= 2
     }
 

@@ -100,7 +100,7 @@ fn closing_table(
 ) -> Result<(Option<TableId>, Option<usize>), PlanError> {
     // Without a prefix our marks cannot be told from other people's, so nothing can be closed
     // but what a gateway's mark is on.
-    if cluster.marks.prefix_mask() == 0 {
+    if !cluster.marks.tells_by_prefix() {
         return Ok((None, None));
     }
     let idle = |node: &NodeName| !gateways.contains_key(node);

@@ -119,32 +119,34 @@ fn main() -> Result {
 fn variants(extent: &Extent) -> Result<Vec<Variant>> {
     let mut variants = vec![Variant::sending()?];
     for number in 0..extent.routers {
+        // Those between the least and the most are for the plot.
+        let counts = |all: &'static [u32]| {
+            let ends = [all.first(), all.last()];
+            all.iter().copied().filter(move |count| number == 0 || ends.contains(&Some(count)))
+        };
         variants.extend([Variant::plain()?, Variant::conntrack()?, Variant::bound()?]);
-        let (least, most) = (extent.ours.first(), extent.ours.last());
-        for policies in extent.ours {
-            // Those between are for the plot.
-            if number == 0 || Some(policies) == least || Some(policies) == most {
-                variants.extend(Variant::ours(*policies, 1, false)?);
-            }
+        for policies in counts(extent.ours) {
+            variants.extend(Variant::ours(policies, 1, false)?);
         }
         for policies in extent.cached {
             variants.extend(Variant::ours(*policies, 1, true)?);
         }
         // One of the policies is there for each gateway.
-        variants.extend(Variant::ours(100, 1, false)?);
-        variants.extend(Variant::ours(100, 100, false)?);
+        for gateways in [1, 100] {
+            variants.extend(Variant::ours(100, gateways, false)?);
+        }
         for gateways in extent.hook {
             variants.extend(Variant::hook(*gateways)?);
         }
         for policies in extent.gateway {
             variants.push(Variant::gateway(*policies)?);
         }
+        for policies in counts(extent.seed) {
+            variants.extend(Variant::seed(policies)?);
+        }
         for variant in egress_datapath::state::Variant::BOTH {
             variants.extend(Variant::iptables(extent.iptables, variant)?);
         }
-    }
-    for policies in extent.seed {
-        variants.extend(Variant::seed(*policies)?);
     }
     Ok(variants)
 }

@@ -20,7 +20,7 @@ pub(super) fn skeleton(
 ) -> (Firewall, BTreeMap<Key, Value>) {
     let layout = world.cluster.marks;
     let marks: BTreeSet<_> = gateways.values().map(|gateway| gateway.mark).collect();
-    let prefix = layout.prefix_mask() != 0;
+    let prefix = layout.tells_by_prefix();
     let mut elements = fixed(world, gateways);
     if !prefix {
         elements.extend(marks.iter().map(|mark| (Key::Gateway(*mark), Value::plain(Data::None))));

@@ -33,7 +33,7 @@ pub(super) fn check(world: &World) -> Result<(), PlanError> {
     if cluster.backend != Backend::Nftables {
         return Err(PlanError::EgressHookBackend);
     }
-    if cluster.marks.prefix_mask() == 0 {
+    if !cluster.marks.tells_by_prefix() {
         return Err(PlanError::EgressHookPrefix);
     }
     Ok(())

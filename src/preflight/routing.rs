@@ -65,9 +65,10 @@ impl Preflight<'_> {
         }
         let ours = RulePriorities::of(self.cluster);
         // Without a prefix there is neither a guard nor a closing rule.
-        let ours = match self.cluster.marks.prefix_mask() {
-            0 => ours.gateways..=ours.gateways,
-            _ => ours.guard..=ours.closing,
+        let ours = if self.cluster.marks.tells_by_prefix() {
+            ours.guard..=ours.closing
+        } else {
+            ours.gateways..=ours.gateways
         };
         if ours.contains(&rule.priority) {
             problems.push(Problem::PriorityShared { rule: rule.to_string() });

@@ -3,7 +3,9 @@
 use std::net::IpAddr;
 
 use super::*;
+use crate::alloc::{MarkPool, TablePool};
 use crate::cluster::{Cluster, Node, Steering};
+use crate::mark::MarkLayout;
 use crate::policy::{EgressIp, EgressPolicy};
 use crate::reconciler::Reconciler;
 use crate::state::{ChainId, Firewall};
@@ -153,6 +155,19 @@ fn two_pods_with_the_same_port_are_told_apart() {
         let back = sims.send_to(&node, out.reply()).outcome;
         assert_eq!(back, Outcome::Arrived { node: name("a"), packet: packet.reply() });
     }
+}
+
+#[test]
+fn a_prefix_of_one_bit_is_as_good_as_none() {
+    let mut sims = sims();
+    for of in ["c", "b", "a"] {
+        let marks = MarkLayout::new(1 << 31, 1 << 31, 8, 8).unwrap();
+        let (pool, tables) = (MarkPool::new(marks), TablePool::default());
+        let mut egress = Reconciler::with_allocators(sim(&mut sims, of), pool, tables);
+        let cluster = Cluster { marks, ..cluster(of) };
+        let _report = egress.reconcile(&cluster, &[policy("b")]).unwrap();
+    }
+    assert_eq!(left(&sims.send(asked())), Some(("b", ip(EIP))));
 }
 
 #[test]

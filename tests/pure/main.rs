@@ -18,7 +18,7 @@ mod mutate;
 #[path = "../lab/numbered.rs"]
 mod numbered;
 mod random;
-mod ranges;
+mod rules;
 mod semantics;
 mod tables;
 mod validation;

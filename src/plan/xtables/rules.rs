@@ -230,14 +230,14 @@ impl Rules<'_> {
             rule([XtMatch::Mark(Is::So, bits)], XtTarget::Drop, "egress gateway: way is missing")
         };
         let layout = self.sets.world.cluster.marks;
-        if layout.prefix_mask() == 0 {
+        if layout.tells_by_prefix() {
+            rules.push(stray(MarkBits { mask: layout.prefix_mask(), value: layout.prefix() }));
+        } else {
             let mask = self.sets.mask();
             let gateways = self.sets.gateways.values();
             rules.extend(
                 gateways.map(|gateway| stray(MarkBits { mask, value: gateway.mark.get() })),
             );
-        } else {
-            rules.push(stray(MarkBits { mask: layout.prefix_mask(), value: layout.prefix() }));
         }
         rules
     }

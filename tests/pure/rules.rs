@@ -1,0 +1,104 @@
+//! Rules are there only for what policies ask for, and in time.
+
+use egress_datapath::state::{ChainId, Set, Stmt};
+use egress_datapath::{Changes, EgressPolicy, Family, Op, Phase, Reconciler, Sim};
+
+use crate::{cluster, cluster_v4, dual, policy, v4};
+
+const HOSTS: Stmt = Stmt::TagBySource(Set::Source(Family::V4));
+const HOSTS6: Stmt = Stmt::TagBySource(Set::Source(Family::V6));
+const RANGES: Stmt = Stmt::TagBySource(Set::SourceNet(Family::V4));
+
+/// The chains that find a packet's class, in their order.
+const CHAINS: [ChainId; 3] = [ChainId::Prerouting, ChainId::NatPostrouting, ChainId::Select];
+
+/// What the chains that find a class look for after these operations, in its order.
+fn looking<'a>(ops: impl IntoIterator<Item = &'a Op>) -> Vec<(ChainId, Vec<&'a Stmt>)> {
+    let looks = |first: &&Stmt| matches!(first, Stmt::TagBySource(_));
+    let ops = ops.into_iter();
+    ops.filter_map(|op| match op {
+        Op::SetRules(chain, rules) if CHAINS.contains(chain) => {
+            Some((*chain, rules.iter().filter_map(|rule| rule.0.first()).filter(looks).collect()))
+        }
+        _ => None,
+    })
+    .collect()
+}
+
+/// Makes the changes, which set these rules to look by in these phases and no others.
+fn expect(
+    egress: &mut Reconciler<Sim>,
+    policy: &EgressPolicy,
+    rules: &[(Phase, &[&Stmt])],
+) -> Changes {
+    let cluster = cluster("a");
+    let changes = egress.reconcile(&cluster, [policy]).unwrap().changes;
+    let steps = changes.steps().iter().filter(|step| !looking(&step.ops).is_empty());
+    let found: Vec<_> = steps.map(|step| (step.phase, looking(&step.ops))).collect();
+    let expected: Vec<_> = rules
+        .iter()
+        .map(|(phase, looks)| (*phase, CHAINS.map(|chain| (chain, looks.to_vec())).to_vec()))
+        .collect();
+    assert_eq!(found, expected, "{changes}");
+    changes
+}
+
+fn phases(changes: &Changes) -> Vec<Phase> {
+    changes.steps().iter().map(|step| step.phase).collect()
+}
+
+fn with(sources: &[&str]) -> EgressPolicy {
+    policy("p", sources, Some("b"), dual("198.51.100.200", "2001:db8:51::200"))
+}
+
+#[test]
+fn a_rule_comes_before_the_first_source_that_it_is_for_and_goes_after_the_last() {
+    let host = with(&["10.244.1.1/32"]);
+    for (more, look) in [("10.244.2.0/24", RANGES), ("fd44:1::1/128", HOSTS6)] {
+        let both = with(&["10.244.1.1/32", more]);
+        let mut egress = Reconciler::new(Sim::new());
+        let made = egress.reconcile(&cluster("a"), [&host]).unwrap().changes;
+        let mut seen = looking(made.ops());
+        seen.sort_unstable();
+        assert_eq!(seen, CHAINS.map(|chain| (chain, vec![&HOSTS])));
+        // A packet must find the rule where it finds the source.
+        let come = expect(&mut egress, &both, &[(Phase::Chains, &[&HOSTS, &look])]);
+        assert!(phases(&come).contains(&Phase::FillSources), "{come}");
+        let go = expect(&mut egress, &host, &[(Phase::EmptyVerdicts, &[&HOSTS])]);
+        assert!(phases(&go).contains(&Phase::EmptySources), "{go}");
+    }
+}
+
+#[test]
+fn a_source_that_becomes_a_range_is_found_all_the_time() {
+    let (host, range) = (with(&["10.244.1.1/32"]), with(&["10.244.1.0/24"]));
+    let mut egress = Reconciler::new(Sim::new());
+    let _report = egress.reconcile(&cluster("a"), [&host]).unwrap();
+    let both: &[&Stmt] = &[&HOSTS, &RANGES];
+    for (to, only) in [(&range, RANGES), (&host, HOSTS)] {
+        expect(&mut egress, to, &[(Phase::Chains, both), (Phase::EmptyVerdicts, &[&only])]);
+    }
+}
+
+#[test]
+fn the_guard_is_there_for_as_long_as_anything_is_translated() {
+    let cluster = cluster_v4("a");
+    let by = |gateway| policy("p", &["10.244.1.1/32"], Some(gateway), v4("198.51.100.200"));
+    let mut egress = Reconciler::new(Sim::new());
+    let made = egress.reconcile(&cluster, [by("b")]).unwrap().changes;
+    let guards =
+        |op: &Op| matches!(op, Op::AddChain(ChainId::Guard, _) | Op::DeleteChain(ChainId::Guard));
+    assert!(!made.ops().any(guards), "{made}");
+    let forwards = |op: &Op| matches!(op, Op::SetRules(ChainId::Forward, _));
+    let when = |changes: &Changes, is: &dyn Fn(&Op) -> bool| -> Vec<Phase> {
+        let steps = changes.steps().iter().filter(|step| step.ops.iter().any(is));
+        steps.map(|step| step.phase).collect()
+    };
+    // What comes out of the tunnel is forwarded from then on.
+    let come = egress.reconcile(&cluster, [by("a")]).unwrap().changes;
+    assert_eq!(when(&come, &guards), [Phase::Skeleton], "{come}");
+    assert_eq!(when(&come, &forwards), [Phase::Chains], "{come}");
+    let go = egress.reconcile(&cluster, [by("b")]).unwrap().changes;
+    assert_eq!(when(&go, &forwards), [Phase::EmptyVerdicts], "{go}");
+    assert_eq!(when(&go, &guards), [Phase::RetireGuards], "{go}");
+}
