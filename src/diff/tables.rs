@@ -53,9 +53,10 @@ fn keeps_mark(rules: &[NftRule]) -> bool {
 }
 
 /// The rules wanted, and those found that look up a source or a destination: for as long as
-/// sources still have the old classes, both are needed. What enters the tunnel keeps its mark for
-/// as long as a route may need it. Where the guard retires, what comes out of the tunnel is
-/// translated for as long as a policy may need that.
+/// sources still have the old classes, both are needed; so are the bits of a mark that its next hop
+/// is looked up by. What enters the tunnel keeps its mark for as long as a route may need it. Where
+/// the guard retires, what comes out of the tunnel is translated for as long as a policy may need
+/// that.
 pub(super) fn transitional(
     chain: ChainId,
     found: &[NftRule],
@@ -85,6 +86,8 @@ pub(super) fn transitional(
             Some(Stmt::TagBySource(_) | Stmt::TagByReceiver(_)) => {
                 Some(behind(&rules, found, rule))
             }
+            // By other bits of the mark: what has just got it comes by here in a moment.
+            Some(Stmt::SetNextHop { .. }) => Some(rules.len().saturating_sub(1)),
             _ => None,
         };
         if let Some(at) = at {

@@ -219,9 +219,9 @@ fn held_back(lab: &Lab) -> Result<u64> {
     let mut count = 0;
     for host in lab.nodes() {
         // Some kinds of changes end without a table, or with rules of another backend.
-        let Ok(rules) = tool(&host.netns, "nft --terse list table inet egress_datapath") else {
-            continue;
-        };
+        let list =
+            |family| tool(&host.netns, &format!("nft --terse list table {family} egress_datapath"));
+        let rules = ["inet", "netdev"].map(|family| list(family).unwrap_or_default()).concat();
         let mut chain = "";
         for line in rules.lines().map(str::trim) {
             let mut words = line.split_whitespace();

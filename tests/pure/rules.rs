@@ -1,7 +1,9 @@
 //! Rules are there only for what policies ask for, and in time.
 
 use egress_datapath::state::{ChainId, Set, Stmt};
-use egress_datapath::{Changes, EgressPolicy, Family, Op, Phase, Reconciler, Sim};
+use egress_datapath::{
+    Changes, Cluster, EgressPolicy, Family, Mark, Op, Phase, Reconciler, Sim, Steering,
+};
 
 use crate::{cluster, cluster_v4, dual, policy, v4};
 
@@ -101,4 +103,32 @@ fn the_guard_is_there_for_as_long_as_anything_is_translated() {
     let go = egress.reconcile(&cluster, [by("b")]).unwrap().changes;
     assert_eq!(when(&go, &forwards), [Phase::EmptyVerdicts], "{go}");
     assert_eq!(when(&go, &guards), [Phase::RetireGuards], "{go}");
+}
+
+#[test]
+fn a_next_hop_is_found_by_the_old_bits_of_a_mark_while_packets_may_have_them() {
+    let mut cluster = Cluster { steering: Steering::EgressHook, ..cluster("a") };
+    for (node, mark) in cluster.nodes.iter_mut().skip(1).zip([0x2600_0100, 0x2600_4100]) {
+        node.mark = Some(Mark::new(mark));
+    }
+    let by = |id, pod, gateway| policy(id, &[pod], Some(gateway), v4("198.51.100.200"));
+    let all = [by("p", "10.244.1.1/32", "b"), by("q", "10.244.1.2/32", "c")];
+    let mut egress = Reconciler::new(Sim::new());
+    let _report = egress.reconcile(&cluster, &all[..1]).unwrap();
+    let changes = egress.reconcile(&cluster, &all).unwrap().changes;
+    let looks = changes.steps().iter().flat_map(|step| {
+        let rules = step.ops.iter().filter_map(|op| match op {
+            Op::SetRules(ChainId::Egress, rules) => Some(rules),
+            _ => None,
+        });
+        rules.map(|rules| {
+            let masks = rules.iter().filter_map(|rule| match rule.0.first() {
+                Some(Stmt::SetNextHop { mask }) => Some(mask & 0x4000 != 0),
+                _ => None,
+            });
+            (step.phase, masks.collect::<Vec<_>>())
+        })
+    });
+    let expected = [(Phase::Chains, vec![true, false]), (Phase::EmptyVerdicts, vec![true])];
+    assert_eq!(looks.collect::<Vec<_>>(), expected, "{changes}");
 }
