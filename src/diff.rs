@@ -405,16 +405,15 @@ fn rank(op: &Op) -> u8 {
 }
 
 fn chains(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
-    let retires = guards::translated(observed).is_some() && guards::translated(desired).is_none();
+    let translated = guards::translated(desired);
+    let retires = guards::translated(observed).is_some() && translated.is_none();
     for (chain, (base, rules)) in &desired.chains {
         let found = observed.chains.get(chain);
         match found.filter(|(found, _)| found == base) {
             Some((_, found)) if found == rules => {}
             Some((_, found)) => {
                 let mut guarded = guards::guarded(found, rules);
-                if let Some(mark) =
-                    guards::translated(desired).filter(|_| *chain == ChainId::Forward)
-                {
+                if let Some(mark) = translated.filter(|_| *chain == ChainId::Forward) {
                     guarded.retain(|rule| rules.contains(rule) || !guards::holds(rule, mark));
                 }
                 let between = tables::transitional(*chain, found, &guarded, retires);

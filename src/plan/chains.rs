@@ -22,8 +22,8 @@ pub(super) struct Skeleton<'a> {
     pub(super) tunnel: Mark,
     /// Mark of connections that we translated or bound.
     pub(super) connection: MarkBits,
-    /// What the mark of any connection of ours has, where the first packet decides for all.
-    pub(super) caching: Option<MarkBits>,
+    /// Whether the first packet of a connection decides for all; not in layouts without prefix.
+    pub(super) caching: bool,
     /// What the marks of gateways and of what must be translated share, and no others have; `None`
     /// in layouts without prefix.
     pub(super) shared: Option<MarkBits>,
@@ -81,7 +81,7 @@ impl Skeleton<'_> {
         if self.prefix.is_none() {
             sets.insert(Set::Gateway);
         }
-        if self.caching.is_some() {
+        if self.caching {
             sets.insert(Set::Connection);
         }
         if self.counting {
@@ -131,7 +131,7 @@ impl Skeleton<'_> {
         add(ChainId::Here, None, self.send(self.tunnel));
         for mark in &self.gateways {
             add(ChainId::To(*mark), None, self.send_to(*mark));
-            if self.caching.is_some() {
+            if self.caching {
                 add(ChainId::Via(*mark), None, vec![vec![self.set_mark(mark.get())]]);
             }
         }
@@ -150,11 +150,17 @@ impl Skeleton<'_> {
         Stmt::SetMark { keep: !self.mask, value: mark }
     }
 
-    /// By the bits that tell it from gateways' marks whichever there are: what others set among
-    /// the rest, and what a new gateway has tested from now on, must not let a packet pass.
-    fn is_not_tunnel(&self) -> Stmt {
+    /// The mark of what this node must translate, by the bits that tell it from gateways' whichever
+    /// there are: what others set among the rest, and what a new gateway has tested from now on,
+    /// must not let a packet pass.
+    fn tunnel_bits(&self) -> MarkBits {
         let mask = self.connection.mask & self.mask;
-        Stmt::MarkIsNot { mask, value: self.tunnel.get() & mask }
+        MarkBits { mask, value: self.tunnel.get() & mask }
+    }
+
+    fn is_not_tunnel(&self) -> Stmt {
+        let MarkBits { mask, value } = self.tunnel_bits();
+        Stmt::MarkIsNot { mask, value }
     }
 
     fn out_of_tunnel(&self) -> Stmt {
@@ -167,7 +173,7 @@ impl Skeleton<'_> {
 
     fn prerouting(&self) -> Vec<Vec<Stmt>> {
         let mut rules = vec![vec![self.out_of_tunnel(), Stmt::Goto(ChainId::Arrived)]];
-        if let (Some(_), Some((value, mask))) = (self.caching, self.prefix) {
+        if let (true, Some((value, mask))) = (self.caching, self.prefix) {
             // Its first packet was decided about, and said so in the connection's mark.
             rules.push(vec![
                 Stmt::CtMarkIs(MarkBits { mask, value }),
@@ -181,7 +187,8 @@ impl Skeleton<'_> {
 
     /// Any connection that we translated or bound.
     fn is_ours(&self) -> Stmt {
-        Stmt::CtMarkIs(self.caching.unwrap_or(self.connection))
+        let cached = self.shared.filter(|_| self.caching);
+        Stmt::CtMarkIs(cached.unwrap_or(self.connection))
     }
 
     /// What came out of the tunnel is never put into it again: two nodes that disagree about the
@@ -269,7 +276,7 @@ impl Skeleton<'_> {
 
     fn send_to(&self, mark: Mark) -> Vec<Vec<Stmt>> {
         let mut rules = self.send(mark);
-        if self.caching.is_some() {
+        if self.caching {
             // Also of a connection that was on its way to another gateway.
             let bits = MarkBits { mask: self.mask, value: mark.get() };
             rules.push(vec![Stmt::SetCtMark(bits)]);
@@ -281,10 +288,9 @@ impl Skeleton<'_> {
         vec![vec![self.set_mark(mark.get()), Stmt::ClearTag]]
     }
 
-    /// It has the mark of what this node must translate.
     fn is_tunnel(&self) -> Stmt {
-        let mask = self.connection.mask & self.mask;
-        Stmt::MarkIs { mask, value: self.tunnel.get() & mask }
+        let MarkBits { mask, value } = self.tunnel_bits();
+        Stmt::MarkIs { mask, value }
     }
 
     /// It has the mark of a gateway.
@@ -354,7 +360,7 @@ impl Skeleton<'_> {
         }
         rules.push(vec![Stmt::TcpWithoutSyn, Stmt::HasInput, Stmt::Jump(ChainId::Midway)]);
         let mut bind = vec![self.to_tunnel(), Stmt::SetCtMark(self.connection)];
-        if let (Some(_), Some((value, mask))) = (self.caching, self.prefix) {
+        if let (true, Some((value, mask))) = (self.caching, self.prefix) {
             bind.insert(1, Stmt::CtMarkIsNot(MarkBits { mask, value }));
         }
         rules.push(bind);

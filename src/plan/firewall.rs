@@ -39,7 +39,7 @@ pub(super) fn skeleton(
         mask: layout.tested(marks.iter().copied()),
         tunnel: layout.tunnel(),
         connection: layout.connection(),
-        caching: caching.then(|| layout.bound()),
+        caching,
         prefix: prefix.then_some((layout.prefix(), layout.prefix_mask())),
         keeps_mark: world.cluster.steering == Steering::EgressHook,
         shared: prefix.then(|| layout.bound()),

@@ -218,6 +218,12 @@ pub(crate) fn p() -> Result<EgressPolicy> {
     Ok(policy("p", &[POD_A, POD_B], Some("node-b"), dual(EIP_B))?)
 }
 
+/// Policies of pods that are not there, one for each gateway.
+pub(crate) fn beside() -> Result<[EgressPolicy; 2]> {
+    let stays = |id, gateway| policy(id, &pods(190, 2), Some(gateway), dual(EIP_B));
+    Ok([stays("beside-b", "node-b")?, stays("beside-c", "node-c")?])
+}
+
 /// Pods that are not there.
 pub(crate) fn pods(first: u64, count: u64) -> Vec<Pair> {
     let pod = |number: u64| {

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use egress_datapath::{EgressPolicy, NodeName, Report, Update};
 
-use crate::changes::{GATEWAY_FIRST, make, p, pods};
-use crate::fleet::{Result, dual, policy};
+use crate::changes::{GATEWAY_FIRST, beside, make, p};
+use crate::fleet::{Result, dual};
 use crate::lab::{EIP_B, EIP_C, Lab, net};
 use crate::nodes::Nodes;
 
@@ -40,9 +40,8 @@ pub(crate) fn moved_with_many(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<
         let many =
             (0..count).map(|number| net(Ipv4Addr::from_bits(0x0b00_0000 + number).into(), 32));
         let p = EgressPolicy { sources: p.sources.into_iter().chain(many).collect(), ..p };
-        let stays = |id, gateway| policy(id, &pods(0, 3), Some(gateway), dual(EIP_B));
-        let all = [p, stays("stays-b", "node-b")?, stays("stays-c", "node-c")?];
-        return make(nodes, round, order, &all);
+        let [b, c] = beside()?;
+        return make(nodes, round, order, &[p, b, c]);
     }
     let mut reports = Vec::new();
     for name in order {

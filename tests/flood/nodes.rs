@@ -9,10 +9,10 @@ use egress_datapath::{
 };
 
 use crate::change::{Change, Reads};
-use crate::changes::pods;
-use crate::fleet::{Result, dual, policy};
+use crate::changes::beside;
+use crate::fleet::Result;
 use crate::lab::inside::{backend, datapath, steering};
-use crate::lab::{EIP_B, Host, Lab};
+use crate::lab::{Host, Lab};
 
 /// The kernel, whose connections are listed now and then only.
 ///
@@ -89,12 +89,7 @@ impl Nodes {
             Ok((cluster, hasty))
         };
         let all = lab.nodes().iter().map(open).collect::<Result<_>>()?;
-        let stays = |id, gateway| policy(id, &pods(190, 2), Some(gateway), dual(EIP_B));
-        let beside = if change.loss.is_by_rule() {
-            vec![stays("beside-b", "node-b")?, stays("beside-c", "node-c")?]
-        } else {
-            Vec::new()
-        };
+        let beside = if change.loss.is_by_rule() { beside()?.into() } else { Vec::new() };
         Ok(Self { all, beside })
     }
 
