@@ -39,6 +39,7 @@ pub(crate) mod errno {
     pub(crate) const EEXIST: i32 = 17;
     pub(crate) const ENODEV: i32 = 19;
     pub(crate) const EINVAL: i32 = 22;
+    pub(crate) const ENFILE: i32 = 23;
     pub(crate) const ENOSPC: i32 = 28;
     pub(crate) const ERANGE: i32 = 34;
     pub(crate) const ERESTART: i32 = 85;

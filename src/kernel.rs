@@ -50,6 +50,7 @@ use crate::state::{Elements, State, TableFamily};
 use crate::types::DeviceName;
 
 pub(crate) use facts::facts;
+use nft::{Sizes, Terms};
 use ownership::Hold;
 pub use ownership::Ownership;
 pub use predecessor::Predecessor;
@@ -161,23 +162,39 @@ impl KernelDatapath {
     }
 
     /// Makes a step; what it left behind is not certain where something was refused.
-    fn step(&mut self, step: &Step) -> Made {
-        let made = self.attempt(step);
+    fn step(&mut self, step: &Step, sizes: &Sizes) -> Made {
+        let made = self.attempt(step, sizes);
         if !made.1.is_empty() {
             self.trust.end();
         }
         made
     }
 
+    /// Makes a transaction; a set that is too small for it is made anew before.
+    fn commit(&mut self, ops: &[Op], sizes: &Sizes) -> Result<(), nft::Refused> {
+        let table_flags = self.hold.table_flags;
+        let terms = Terms { table_flags, sizes: Some(sizes), only_at: None };
+        let index = self.device_index();
+        self.trust.will_commit(ops.len(), index);
+        let mut made = nft::commit_as(&mut self.netfilter, ops, &terms);
+        let full = made.as_ref().err().map(|refused| nft::full(ops, refused));
+        if let Some(full) = full.filter(|full| !full.is_empty()) {
+            self.trust.will_commit(usize::MAX, index);
+            made = match nft::enlarge(&mut self.netfilter, &full, sizes) {
+                Some(first) => nft::commit_as(&mut self.netfilter, ops, &terms)
+                    .map(|next| next.and_then(|next| first.and_then(next))),
+                None => made.map_err(nft::too_small),
+            };
+        }
+        self.trust.committed(&mut self.netfilter, made.as_ref().ok().copied().flatten());
+        made.map(drop)
+    }
+
     /// Makes a step: one transaction, or every request in turn.
-    fn attempt(&mut self, step: &Step) -> Made {
+    fn attempt(&mut self, step: &Step, sizes: &Sizes) -> Made {
         if step.ops.first().is_some_and(Op::is_nft) {
-            self.trust.will_commit(step.ops.len(), self.device_index());
-            let made = nft::commit_as(&mut self.netfilter, &step.ops, self.hold.table_flags);
-            let between = made.as_ref().ok().copied().flatten();
-            self.trust.committed(&mut self.netfilter, between);
-            return match made {
-                Ok(_) => (step.ops.len(), Vec::new()),
+            return match self.commit(&step.ops, sizes) {
+                Ok(()) => (step.ops.len(), Vec::new()),
                 Err(refused) => {
                     let refused = self.name_the_owner(refused).into_iter();
                     let op = |index: usize| step.ops.get(index).or(step.ops.first()).cloned();
@@ -251,7 +268,8 @@ impl Datapath for KernelDatapath {
     }
 
     fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {
-        changes.make(|step| self.step(step))
+        let sizes = Sizes::of(changes.ops());
+        changes.make(|step| self.step(step, &sizes))
     }
 }
 

@@ -17,6 +17,7 @@ mod foreign;
 mod observe;
 mod probe;
 mod range;
+mod room;
 mod set;
 mod stmt;
 mod table;
@@ -26,12 +27,13 @@ pub(super) mod tests;
 pub(super) use batch::number as family_number;
 #[cfg(test)]
 pub(super) use commit::commit;
-pub(super) use commit::{Between, Refused, commit_as};
+pub(super) use commit::{Between, Refused, Terms, commit_as};
 pub(super) use foreign::foreign;
 #[cfg(test)]
 pub(super) use observe::observe;
 pub(super) use observe::{counts, observe_at, observe_hook};
 pub(super) use probe::{is_absent, missing};
+pub(super) use room::{Sizes, enlarge, full, too_small};
 pub(super) use table::{adopt, flags_and_owner, takes_flags};
 
 /// `NETLINK_NETFILTER`.

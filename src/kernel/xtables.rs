@@ -9,7 +9,7 @@ use std::os::unix::fs::MetadataExt;
 
 use super::KernelDatapath;
 use super::ipset::{self, Ipsets};
-use super::nft;
+use super::nft::{self, Sizes};
 use crate::changes::{Changes, Made, Step};
 use crate::connection::Connection;
 use crate::count::Counts;
@@ -181,7 +181,8 @@ impl IptablesDatapath {
         let mut made = 0;
         if !others.is_empty() {
             let ops = others.into_iter().cloned().collect();
-            let (done, refused) = self.kernel.step(&Step { phase: step.phase, ops });
+            let (done, refused) =
+                self.kernel.step(&Step { phase: step.phase, ops }, &Sizes::default());
             made += done;
             if !refused.is_empty() {
                 return (made, refused);

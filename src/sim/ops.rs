@@ -243,63 +243,13 @@ fn goes_to(firewall: &Firewall, chain: ChainId) -> bool {
     by_rule || firewall.elements.values().any(|value| value.data == goto)
 }
 
-/// The set that a statement looks into.
-fn set_of(statement: &Stmt) -> Option<Set> {
-    match statement {
-        Stmt::MarkIn { set, .. }
-        | Stmt::VerdictByCtMark { set, .. }
-        | Stmt::SourceIn(set)
-        | Stmt::SourceNotIn(set)
-        | Stmt::DestinationIn(set)
-        | Stmt::DestinationNotIn(set)
-        | Stmt::PacketIn(set)
-        | Stmt::TagBySource(set)
-        | Stmt::TagByReceiver(set)
-        | Stmt::TagByTag(set)
-        | Stmt::TagIn(set)
-        | Stmt::VerdictByTag(set) => Some(*set),
-        Stmt::TagByDestination(family, length) | Stmt::TagBySender(family, length) => {
-            Some(Set::Destination(*family, *length))
-        }
-        Stmt::SnatByTag(family) => Some(Set::Snat(*family)),
-        Stmt::SetNextHop { .. } => Some(Set::NextHop),
-        Stmt::HasInput
-        | Stmt::HasNoOutput
-        | Stmt::InputDevice(_)
-        | Stmt::OutputDevice(_)
-        | Stmt::MarkIs { .. }
-        | Stmt::MarkIsNot { .. }
-        | Stmt::CtDirection(_)
-        | Stmt::CtState(_)
-        | Stmt::NotTranslated
-        | Stmt::CtMarkIs(_)
-        | Stmt::CtMarkIsNot(_)
-        | Stmt::SetCtMark(_)
-        | Stmt::Port(_)
-        | Stmt::UdpPort(_)
-        | Stmt::TcpWithoutSyn
-        | Stmt::Icmp6Type(_)
-        | Stmt::SetMark { .. }
-        | Stmt::ClearTag
-        | Stmt::SnatToSource(_)
-        | Stmt::Masquerade
-        | Stmt::NoTrack
-        | Stmt::Counter
-        | Stmt::Drop
-        | Stmt::Return
-        | Stmt::Jump(_)
-        | Stmt::Goto(_)
-        | Stmt::Unknown(_) => None,
-    }
-}
-
 fn names(rule: &NftRule, set: Set) -> bool {
-    rule.0.iter().any(|statement| set_of(statement) == Some(set))
+    rule.0.iter().any(|statement| statement.set() == Some(set))
 }
 
 fn refers_well(firewall: &Firewall, rule: &NftRule) -> bool {
     rule.0.iter().all(|statement| match statement {
         Stmt::Goto(chain) | Stmt::Jump(chain) => firewall.chains.contains_key(chain),
-        other => set_of(other).is_none_or(|set| firewall.sets.contains(&set)),
+        other => other.set().is_none_or(|set| firewall.sets.contains(&set)),
     })
 }

@@ -160,6 +160,56 @@ impl Stmt {
     pub const NEW: u32 = 8;
     /// `ct state untracked`.
     pub const UNTRACKED: u32 = 64;
+
+    /// The set that it looks into.
+    pub(crate) const fn set(&self) -> Option<Set> {
+        match self {
+            Self::MarkIn { set, .. }
+            | Self::VerdictByCtMark { set, .. }
+            | Self::SourceIn(set)
+            | Self::SourceNotIn(set)
+            | Self::DestinationIn(set)
+            | Self::DestinationNotIn(set)
+            | Self::PacketIn(set)
+            | Self::TagBySource(set)
+            | Self::TagByReceiver(set)
+            | Self::TagByTag(set)
+            | Self::TagIn(set)
+            | Self::VerdictByTag(set) => Some(*set),
+            Self::TagByDestination(family, length) | Self::TagBySender(family, length) => {
+                Some(Set::Destination(*family, *length))
+            }
+            Self::SnatByTag(family) => Some(Set::Snat(*family)),
+            Self::SetNextHop { .. } => Some(Set::NextHop),
+            Self::HasInput
+            | Self::HasNoOutput
+            | Self::InputDevice(_)
+            | Self::OutputDevice(_)
+            | Self::MarkIs { .. }
+            | Self::MarkIsNot { .. }
+            | Self::CtDirection(_)
+            | Self::CtState(_)
+            | Self::NotTranslated
+            | Self::CtMarkIs(_)
+            | Self::CtMarkIsNot(_)
+            | Self::SetCtMark(_)
+            | Self::Port(_)
+            | Self::UdpPort(_)
+            | Self::TcpWithoutSyn
+            | Self::Icmp6Type(_)
+            | Self::SetMark { .. }
+            | Self::ClearTag
+            | Self::SnatToSource(_)
+            | Self::Masquerade
+            | Self::NoTrack
+            | Self::Counter
+            | Self::Drop
+            | Self::Return
+            | Self::Jump(_)
+            | Self::Goto(_)
+            | Self::Unknown(_) => None,
+        }
+    }
 }
 
 const fn ip(family: Family) -> &'static str {

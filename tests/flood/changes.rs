@@ -12,6 +12,7 @@ use ipnet::IpNet;
 
 use crate::change::{Change, Loss, Reads, Size, To};
 use crate::fleet::{Result, dual, policy};
+use crate::growth::outgrown;
 use crate::lab::inside::steering;
 use crate::lab::{
     EIP_B, EIP_C, Lab, NODE_A, NODE_B_OUTSIDE, OTHER_SERVER, POD_A, POD_B, Pair, SERVER, hosts, net,
@@ -76,6 +77,7 @@ pub(crate) const ALL: &[Change] = &[
     Change { name: "other policies", round: policies, ..USUAL },
     Change { name: "policies before it", round: before, ..USUAL },
     Change { name: "ranges of sources", round: ranges, ..USUAL },
+    Change { name: "sets outgrown", round: outgrown, ..USUAL },
     Change { name: "source as address or prefix", round: address_or_prefix, ..USUAL },
     Change { name: "move, same egress IP", loss: Loss::Few, round: moved, ..USUAL },
     Change {

@@ -14,6 +14,7 @@ mod changes;
 #[path = "../netns/fleet.rs"]
 #[allow(dead_code, reason = "shared with other tests")]
 mod fleet;
+mod growth;
 mod moves;
 mod nodes;
 mod stream;

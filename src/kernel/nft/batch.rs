@@ -1,6 +1,8 @@
 //! Operations as one transaction, and which of them the kernel complains about.
 
+use super::commit::Terms;
 use super::kind;
+use super::room::Sizes;
 use super::{chain, element, set};
 use crate::kernel::wire::{Open, Writer, flag};
 use crate::op::Op;
@@ -108,14 +110,14 @@ struct Builder<'a> {
     last: Option<(Open, u32)>,
     elements: Option<Elements>,
     sets: u32,
-    table_flags: u32,
+    terms: &'a Terms<'a>,
 }
 
 /// Makes a transaction of those operations that are nf_tables operations; `None` if there are
 /// none or something does not fit into its length field.
 pub(super) fn build(
     ops: &[Op],
-    table_flags: u32,
+    terms: &Terms<'_>,
     next_sequence: &mut dyn FnMut() -> u32,
 ) -> Option<Batch> {
     let mut builder = Builder {
@@ -125,7 +127,7 @@ pub(super) fn build(
         next_sequence,
         elements: None,
         sets: 0,
-        table_flags,
+        terms,
     };
     let begin = builder.sequence();
     let message = builder.writer.message(kind::BEGIN, flag::REQUEST, begin);
@@ -234,7 +236,7 @@ impl Builder<'_> {
         let at = (index, op.table());
         match op {
             Op::WakeTable(_) | Op::AddTable(_) => {
-                let flags = self.table_flags;
+                let flags = self.terms.table_flags;
                 let new = if let Op::AddTable(_) = op { NEW } else { 0 };
                 self.message(at, kind::NEWTABLE, new, |writer| {
                     writer.string(1, NFT_TABLE);
@@ -247,8 +249,9 @@ impl Builder<'_> {
             Op::AddSet(set) => {
                 self.sets += 1;
                 let id = self.sets;
+                let size = self.terms.sizes.and_then(|sizes: &Sizes| sizes.of_set(*set));
                 self.message(at, kind::NEWSET, NEW, |writer| {
-                    set::write(writer, *set, id);
+                    set::write(writer, *set, id, size);
                 });
             }
             Op::DeleteSet(set) => self.message(at, kind::DELSET, 0, named(set.name(), 2)),
@@ -308,7 +311,7 @@ mod tests {
     fn elements_share_messages_and_each_is_found_by_its_offset() {
         let mut ops: Vec<_> = (0..1000).map(peer).collect();
         ops.insert(7, Op::DeleteSet(Set::Gateway));
-        let mut batch = build(&ops, 0, &mut sequences()).unwrap();
+        let mut batch = build(&ops, &Terms::default(), &mut sequences()).unwrap();
         let datagram = batch.datagram(0x0102_0304).to_vec();
         let (mut kinds, mut origins) = (Vec::new(), Vec::new());
         for message in Messages::new(&datagram).map(Result::unwrap) {
@@ -337,7 +340,7 @@ mod tests {
     #[test]
     fn only_the_last_operation_and_the_end_are_acknowledged() {
         let ops = [Op::AddTable(TableFamily::Inet), Op::AddSet(Set::Gateway), peer(1), peer(2)];
-        let mut batch = build(&ops, 0, &mut sequences()).unwrap();
+        let mut batch = build(&ops, &Terms::default(), &mut sequences()).unwrap();
         let datagram = batch.datagram(0).to_vec();
         let acknowledged: Vec<_> = Messages::new(&datagram)
             .map(Result::unwrap)

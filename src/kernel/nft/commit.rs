@@ -3,6 +3,7 @@
 use std::io;
 
 use super::batch::{Batch, build};
+use super::room::Sizes;
 use super::{generation, position};
 use crate::error::{KernelError, errno};
 use crate::kernel::socket::Socket;
@@ -32,7 +33,7 @@ pub(in super::super) type Refused = Vec<(usize, KernelError)>;
 /// whole is reported for the first of them; if it is `ENOBUFS` it is not known what was done.
 #[cfg(test)]
 pub(in super::super) fn commit(socket: &mut Socket, ops: &[Op]) -> Result<(), Refused> {
-    commit_as(socket, ops, 0).map(drop)
+    commit_as(socket, ops, &Terms::default()).map(drop)
 }
 
 /// A transaction between two generations of the rules, with no other between them.
@@ -42,19 +43,37 @@ pub(in super::super) struct Between {
     pub(in super::super) after: u32,
 }
 
-/// The same; a table that is made gets these flags.
+impl Between {
+    /// Both as one; nothing if there was another between the two.
+    pub(in super::super) fn and_then(self, next: Self) -> Option<Self> {
+        (self.after == next.before).then_some(Self { before: self.before, after: next.after })
+    }
+}
+
+/// On what terms a transaction is made.
+#[derive(Clone, Copy, Debug, Default)]
+pub(in super::super) struct Terms<'a> {
+    /// Flags of a table that is made.
+    pub(in super::super) table_flags: u32,
+    /// What sets are made for; by default they grow by themselves.
+    pub(in super::super) sizes: Option<&'a Sizes>,
+    /// The only generation of the rules that will do; any by default.
+    pub(in super::super) only_at: Option<u32>,
+}
+
+/// The same, on these terms.
 ///
 /// Says between which generations it was made; nothing if that is not known, or nothing was made.
 pub(in super::super) fn commit_as(
     socket: &mut Socket,
     ops: &[Op],
-    table_flags: u32,
+    terms: &Terms<'_>,
 ) -> Result<Option<Between>, Refused> {
     let Some(first) = position(ops) else {
         return Ok(None);
     };
     let whole = Whole { first, ops };
-    let Some(mut batch) = build(ops, table_flags, &mut || socket.next_sequence()) else {
+    let Some(mut batch) = build(ops, terms, &mut || socket.next_sequence()) else {
         return Err(
             whole.of(KernelError::answer(whole.text(), "an operation is too large for a message"))
         );
@@ -62,6 +81,9 @@ pub(in super::super) fn commit_as(
     reserve(socket, batch.datagram(0).len());
     for number in 0..=ATTEMPTS {
         let before = generation(socket).map_err(|error| whole.of(error))?;
+        if terms.only_at.is_some_and(|only| only != before) {
+            break;
+        }
         let demanded = if number < ATTEMPTS { before } else { 0 };
         // The kernel counts on from the generation that was demanded, and leaves out 0.
         let between = Between { before, after: before.wrapping_add(1).max(1) };
@@ -192,7 +214,7 @@ mod tests {
         in_netns(|socket| {
             let ops = [Op::AddTable(TableFamily::Inet)];
             let whole = Whole { first: 0, ops: &ops };
-            let mut batch = build(&ops, 0, &mut || socket.next_sequence()).unwrap();
+            let mut batch = build(&ops, &Terms::default(), &mut || socket.next_sequence()).unwrap();
             let current = generation(socket).unwrap();
             let outcome = attempt(socket, whole, &mut batch, current + 1);
             assert!(matches!(outcome, Ok(Outcome::Outdated)));

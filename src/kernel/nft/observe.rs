@@ -43,6 +43,24 @@ pub(in super::super) fn observe_at(
     whole(socket, TableFamily::Inet, expected)
 }
 
+/// Reads the table's chains and sets, and the elements of these sets; the generation, too.
+pub(super) fn observe_some(
+    socket: &mut Socket,
+    sets: &BTreeSet<Set>,
+) -> Result<(Firewall, u32), KernelError> {
+    steady(socket, TableFamily::Inet, None, |reader| {
+        let mut firewall = Firewall::default();
+        reader.chains(&mut firewall)?;
+        reader.rules(&mut firewall)?;
+        for (set, count) in reader.sets(&mut firewall)? {
+            if sets.contains(&set) {
+                reader.elements(set, count, &mut firewall)?;
+            }
+        }
+        Ok(firewall)
+    })
+}
+
 /// Reads the table at the egress hook; `None` if there is none.
 pub(in super::super) fn observe_hook(socket: &mut Socket) -> Result<Option<Firewall>, KernelError> {
     // Most nodes have none.

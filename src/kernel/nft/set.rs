@@ -14,6 +14,9 @@ const TIMEOUT: u32 = 0x10;
 const EXPR: u16 = 17;
 const EXPRESSIONS: u16 = 18;
 
+/// `NFTA_SET_DESC`, with `NFTA_SET_DESC_SIZE` in it.
+const DESCRIPTION: u16 = 9;
+
 /// Data type of a verdict (`NFT_DATA_VERDICT`).
 const VERDICT: u32 = 0xffff_ff00;
 
@@ -69,8 +72,8 @@ impl Shape {
     }
 }
 
-/// Writes a new set; `id` is unique within the transaction.
-pub(super) fn write(writer: &mut Writer, set: Set, id: u32) {
+/// Writes a new set; `id` is unique within the transaction. One with a size never grows.
+pub(super) fn write(writer: &mut Writer, set: Set, id: u32, size: Option<u32>) {
     let shape = Shape::of(set);
     writer.string(1, NFT_TABLE);
     writer.string(2, &set.name());
@@ -80,6 +83,9 @@ pub(super) fn write(writer: &mut Writer, set: Set, id: u32) {
     if set.data().is_some() {
         writer.be32(6, shape.data_type);
         writer.be32(7, shape.data_len);
+    }
+    if let Some(size) = size {
+        writer.nest(DESCRIPTION, |writer| writer.be32(1, size));
     }
     writer.be32(10, id);
     writer.attribute(13, &userdata(set));
@@ -177,7 +183,7 @@ mod tests {
     /// What follows the table's name in the bytes of a new set.
     fn bytes(set: Set, id: u32) -> Vec<u8> {
         let mut writer = Writer::default();
-        write(&mut writer, set, id);
+        write(&mut writer, set, id, None);
         let skip = (4 + NFT_TABLE.len() + 1 + 3) & !3;
         writer.bytes()[skip..].to_vec()
     }
@@ -277,7 +283,7 @@ mod tests {
     #[test]
     fn a_set_of_another_type_is_not_ours() {
         let mut writer = Writer::default();
-        write(&mut writer, Set::Gateway, 1);
+        write(&mut writer, Set::Gateway, 1, None);
         let found = read(Attributes::new(writer.bytes())).unwrap().unwrap();
         assert_eq!(found.ours(TableFamily::Inet), Some(Set::Gateway));
         assert_eq!(found.ours(TableFamily::Netdev), None);

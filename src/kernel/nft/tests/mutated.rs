@@ -2,7 +2,7 @@
 
 use crate::kernel::mutate;
 use crate::kernel::mutated::{answers, golden_acks, golden_table};
-use crate::kernel::nft::{Answered, NETFILTER, Request, batch, kind, read};
+use crate::kernel::nft::{Answered, NETFILTER, Request, batch, commit, kind, read};
 use crate::kernel::wire::{Ack, Messages, Writer, flag};
 
 const SEQUENCE: u32 = 1;
@@ -64,7 +64,7 @@ fn mutated_acks() {
         }
     };
     let ops = super::sample::ops();
-    let batch = batch::build(&ops, 0, &mut next).unwrap();
+    let batch = batch::build(&ops, &commit::Terms::default(), &mut next).unwrap();
     mutate::messages("acknowledgements", 4, &corpus(), |input| {
         let mut size = None;
         for message in Messages::new(input) {

@@ -1,0 +1,131 @@
+use super::*;
+use crate::kernel::nft::observe;
+use crate::kernel::nft::tests::netns::{has_nft, in_netns, nft};
+use crate::state::{ChainId, Data, Key, NFT_TABLE, Tag, Value};
+use crate::types::Family;
+
+const SOURCES: Set = Set::Source(Family::V4);
+const OTHERS: Set = Set::Peer(Family::V4);
+
+fn sources(from: u32, to: u32) -> impl Iterator<Item = Op> {
+    let value = Tag::new(0x0001_0001).map(|tag| Value::plain(Data::Tag(tag))).unwrap();
+    let key = |number: u32| Key::Source((0x0a00_0000 + number).to_be_bytes().into());
+    (from..to).map(move |number| Op::AddElement(key(number), value.clone()))
+}
+
+fn commit(socket: &mut Socket, ops: &[Op]) -> Result<(), Refused> {
+    let sizes = Sizes::of(ops);
+    let terms = Terms { sizes: Some(&sizes), ..Terms::default() };
+    commit_as(socket, ops, &terms).map(drop)
+}
+
+/// A table with two chains, one of which looks into the sources, and so many of these.
+fn table(count: u32) -> Vec<Op> {
+    let mut ops = vec![Op::AddTable(TableFamily::Inet), Op::AddSet(SOURCES), Op::AddSet(OTHERS)];
+    for chain in [ChainId::Select, ChainId::Bypass] {
+        ops.push(Op::AddChain(chain, None));
+    }
+    let looks = NftRule(vec![Stmt::TagBySource(SOURCES), Stmt::Goto(ChainId::Bypass)]);
+    ops.push(Op::SetRules(ChainId::Select, vec![looks]));
+    ops.push(Op::SetRules(ChainId::Bypass, vec![NftRule(vec![Stmt::ClearTag])]));
+    let peer = std::net::Ipv4Addr::LOCALHOST.into();
+    ops.push(Op::AddElement(Key::Peer(peer), Value::plain(Data::None)));
+    ops.extend(sources(0, count));
+    ops
+}
+
+fn size_of(set: Set) -> Option<u32> {
+    let noun = if set.data().is_some() { "map" } else { "set" };
+    let text = nft(&["list", noun, "inet", NFT_TABLE, &set.name()], "").unwrap();
+    let mut words = text.split_whitespace().skip_while(|word| *word != "size");
+    words.nth(1).map(|size| size.parse().unwrap())
+}
+
+#[test]
+fn a_size_leaves_room_and_large_sets_have_none() {
+    let sizes = [0, 1, 410, 411, 100_000, 104_858, 104_859, 1_000_000, usize::MAX];
+    let expected = [512, 512, 512, 1024, 131_072, 131_072].map(Some).into_iter().chain([None; 3]);
+    assert!(sizes.map(|count| size(SOURCES, count)).into_iter().eq(expected));
+    for set in
+        [Set::Excluded(Family::V4), Set::Answer(Family::V6), Set::Count(Family::V4), Set::NextHop]
+    {
+        assert_eq!(size(set, 1), None, "{set}");
+    }
+}
+
+#[test]
+fn what_comes_is_counted_for_every_set() {
+    let mut ops = table(3);
+    ops.extend(sources(3, 5));
+    let sizes = Sizes::of(&ops);
+    assert_eq!(sizes.coming, [(SOURCES, 5), (OTHERS, 1)].into());
+    assert_eq!(sizes.of_set(SOURCES), Some(512));
+    // It is there already.
+    assert_eq!(Sizes::of(&ops[1..2]).of_set(OTHERS), None);
+}
+
+#[test]
+fn a_full_set_is_made_anew_with_all_that_was_in_it() {
+    in_netns(|socket| {
+        commit(socket, &table(400)).unwrap();
+        let more: Vec<_> = sources(400, 600).collect();
+        let refused = commit(socket, &more).unwrap_err();
+        assert_eq!(full(&more, &refused), [SOURCES].into(), "{refused:?}");
+        let before = observe(socket).unwrap();
+
+        let between = enlarge(socket, &[SOURCES].into(), &Sizes::of(&more)).unwrap();
+        assert_eq!(between.after, between.before + 1);
+        assert_eq!(observe(socket).unwrap(), before);
+        commit(socket, &more).unwrap();
+        let found = observe(socket).unwrap().unwrap();
+        assert_eq!(found.elements.of(SOURCES).count(), 600);
+        if has_nft() {
+            assert_eq!((size_of(SOURCES), size_of(OTHERS)), (Some(1024), Some(512)));
+        }
+    });
+}
+
+#[test]
+fn a_set_that_outgrows_every_size_grows_by_itself() {
+    in_netns(|socket| {
+        commit(socket, &table(410)).unwrap();
+        let many: Vec<_> = sources(410, 150_000).collect();
+        let refused = commit(socket, &many).unwrap_err();
+        enlarge(socket, &full(&many, &refused), &Sizes::of(&many)).unwrap();
+        commit(socket, &many).unwrap();
+        let more: Vec<_> = sources(150_000, 200_000).collect();
+        commit(socket, &more).unwrap();
+    });
+}
+
+#[test]
+fn a_set_that_somebody_elses_rule_looks_into_is_left_as_it_is() {
+    if !has_nft() {
+        return;
+    }
+    in_netns(|socket| {
+        commit(socket, &table(410)).unwrap();
+        let rule = "meta priority set ip saddr map @source4 counter accept";
+        nft(&["-f", "-"], &format!("add rule inet {NFT_TABLE} select {rule}")).unwrap();
+        let before = observe(socket).unwrap().unwrap();
+        let (_, rules) = &before.chains[&ChainId::Select];
+        assert!(rules[1].0.iter().any(|statement| matches!(statement, Stmt::Unknown(_))));
+        let more: Vec<_> = sources(410, 513).collect();
+        let refused = commit(socket, &more).unwrap_err();
+        let full = full(&more, &refused);
+        assert_eq!(full, [SOURCES].into());
+        assert_eq!(enlarge(socket, &full, &Sizes::of(&more)), None);
+        assert_eq!(observe(socket).unwrap(), Some(before));
+    });
+}
+
+#[test]
+fn what_was_refused_for_other_reasons_is_no_matter_of_room() {
+    in_netns(|socket| {
+        commit(socket, &table(410)).unwrap();
+        let there: Vec<_> = sources(409, 410).collect();
+        let refused = commit(socket, &there).unwrap_err();
+        assert_eq!(refused[0].1.errno(), Some(errno::EEXIST));
+        assert!(full(&there, &refused).is_empty());
+    });
+}
