@@ -181,9 +181,10 @@ impl KernelDatapath {
         if let Some(full) = full.filter(|full| !full.is_empty()) {
             self.trust.will_commit(usize::MAX, index);
             made = match nft::enlarge(&mut self.netfilter, &full, sizes) {
-                Some(first) => nft::commit_as(&mut self.netfilter, ops, &terms)
+                Ok(Some(first)) => nft::commit_as(&mut self.netfilter, ops, &terms)
                     .map(|next| next.and_then(|next| first.and_then(next))),
-                None => made.map_err(nft::too_small),
+                Ok(None) => made.map_err(nft::too_small),
+                Err(error) => made.map_err(|refused| nft::because(&refused, error)),
             };
         }
         self.trust.committed(&mut self.netfilter, made.as_ref().ok().copied().flatten());

@@ -12,7 +12,7 @@ use super::observe::observe_some;
 use crate::error::{KernelError, errno};
 use crate::kernel::socket::Socket;
 use crate::op::Op;
-use crate::state::{Firewall, NftRule, Set, Stmt, TableFamily};
+use crate::state::{Firewall, NftRule, Set, Stmt, Stray, TableFamily};
 
 /// Elements that every hash has room for: its table takes a few kilobytes.
 const LEAST: usize = 512;
@@ -103,18 +103,26 @@ pub(in super::super) fn too_small(refused: Refused) -> Refused {
     refused.into_iter().map(|(index, error)| (index, error.with_remedy(REMEDY))).collect()
 }
 
-/// Makes sets anew, with room for what is in them and what is to come; whether that was done.
+/// The same where an error is why.
+pub(in super::super) fn because(refused: &Refused, error: KernelError) -> Refused {
+    vec![(refused.first().map_or(0, |(index, _)| *index), error)]
+}
+
+/// Makes sets anew, with room for what is in them and what is to come, and says between which
+/// generations of the rules; `None` if the table holds what is not ours to write, or somebody else
+/// changes it all the time.
 ///
-/// Says between which generations of the rules. Nothing is done where the table holds what is not
-/// ours to write.
+/// # Errors
+///
+/// What the kernel refused; nothing was done.
 pub(in super::super) fn enlarge(
     socket: &mut Socket,
     sets: &BTreeSet<Set>,
     sizes: &Sizes,
-) -> Option<Between> {
+) -> Result<Option<Between>, KernelError> {
     for _ in 0..ATTEMPTS {
-        let (table, generation) = observe_some(socket, sets).ok()?;
-        let ops = anew(&table, sets)?;
+        let (table, generation) = observe_some(socket, sets)?;
+        let Some(ops) = anew(&table, sets) else { break };
         let mut sizes = sizes.clone();
         sizes.made.extend(sets);
         for set in sets {
@@ -123,13 +131,16 @@ pub(in super::super) fn enlarge(
         }
         let terms = Terms { sizes: Some(&sizes), only_at: Some(generation), ..Terms::default() };
         match commit_as(socket, &ops, &terms) {
-            Ok(between) => return between,
-            // Somebody else was faster, and what was read may be no longer so.
-            Err(refused) if refused.iter().all(|(_, e)| e.errno() == Some(errno::ERESTART)) => {}
-            Err(_) => return None,
+            Ok(between) => return Ok(between),
+            Err(refused) => match refused.into_iter().next() {
+                // Somebody else was faster, and what was read may be no longer so.
+                Some((_, error)) if error.errno() == Some(errno::ERESTART) => {}
+                Some((_, error)) => return Err(error),
+                None => break,
+            },
         }
     }
-    None
+    Ok(None)
 }
 
 /// The operations that make sets of a table anew; `None` if some of it cannot be written back.
@@ -146,6 +157,9 @@ fn anew(table: &Firewall, sets: &BTreeSet<Set>) -> Option<Vec<Op>> {
         return None;
     }
     let mut ops: Vec<_> = chains.iter().map(|(chain, _)| Op::SetRules(*chain, vec![])).collect();
+    // A chain of somebody else's in our table may look into them; it is to go anyway.
+    let strays = table.strays.iter().filter(|stray| matches!(stray, Stray::Chain(_)));
+    ops.extend(strays.map(|stray| Op::DeleteStray(TableFamily::Inet, stray.clone())));
     ops.extend(sets.iter().copied().map(Op::DeleteSet));
     ops.extend(sets.iter().copied().map(Op::AddSet));
     for set in sets {

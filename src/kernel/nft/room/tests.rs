@@ -73,7 +73,7 @@ fn a_full_set_is_made_anew_with_all_that_was_in_it() {
         assert_eq!(full(&more, &refused), [SOURCES].into(), "{refused:?}");
         let before = observe(socket).unwrap();
 
-        let between = enlarge(socket, &[SOURCES].into(), &Sizes::of(&more)).unwrap();
+        let between = enlarge(socket, &[SOURCES].into(), &Sizes::of(&more)).unwrap().unwrap();
         assert_eq!(between.after, between.before + 1);
         assert_eq!(observe(socket).unwrap(), before);
         commit(socket, &more).unwrap();
@@ -91,7 +91,7 @@ fn a_set_that_outgrows_every_size_grows_by_itself() {
         commit(socket, &table(410)).unwrap();
         let many: Vec<_> = sources(410, 150_000).collect();
         let refused = commit(socket, &many).unwrap_err();
-        enlarge(socket, &full(&many, &refused), &Sizes::of(&many)).unwrap();
+        enlarge(socket, &full(&many, &refused), &Sizes::of(&many)).unwrap().unwrap();
         commit(socket, &many).unwrap();
         let more: Vec<_> = sources(150_000, 200_000).collect();
         commit(socket, &more).unwrap();
@@ -114,7 +114,9 @@ fn a_set_that_somebody_elses_rule_looks_into_is_left_as_it_is() {
         let refused = commit(socket, &more).unwrap_err();
         let full = full(&more, &refused);
         assert_eq!(full, [SOURCES].into());
-        assert_eq!(enlarge(socket, &full, &Sizes::of(&more)), None);
+        assert_eq!(enlarge(socket, &full, &Sizes::of(&more)), Ok(None));
+        let said = too_small(refused)[0].1.to_string();
+        assert!(said.contains("source4") && said.contains("set is full"), "{said}");
         assert_eq!(observe(socket).unwrap(), Some(before));
     });
 }
@@ -127,5 +129,26 @@ fn what_was_refused_for_other_reasons_is_no_matter_of_room() {
         let refused = commit(socket, &there).unwrap_err();
         assert_eq!(refused[0].1.errno(), Some(errno::EEXIST));
         assert!(full(&there, &refused).is_empty());
+    });
+}
+
+#[test]
+fn somebody_elses_chain_in_our_table_is_not_in_the_way() {
+    if !has_nft() {
+        return;
+    }
+    in_netns(|socket| {
+        commit(socket, &table(410)).unwrap();
+        let script = format!(
+            "add chain inet {NFT_TABLE} theirs\n\
+             add rule inet {NFT_TABLE} theirs meta priority set ip saddr map @source4"
+        );
+        nft(&["-f", "-"], &script).unwrap();
+        assert_eq!(observe(socket).unwrap().unwrap().strays.len(), 1);
+        let more: Vec<_> = sources(410, 513).collect();
+        let refused = commit(socket, &more).unwrap_err();
+        enlarge(socket, &full(&more, &refused), &Sizes::of(&more)).unwrap().unwrap();
+        commit(socket, &more).unwrap();
+        assert!(observe(socket).unwrap().unwrap().strays.is_empty());
     });
 }
