@@ -226,6 +226,22 @@ mod tests {
         });
     }
 
+    #[test]
+    fn a_transaction_for_one_generation_only_is_not_made_for_the_next() {
+        in_netns(|socket| {
+            let current = generation(socket).unwrap();
+            commit(socket, &[Op::AddTable(TableFamily::Inet)]).unwrap();
+            let terms = Terms { only_at: Some(current), ..Terms::default() };
+            let set = [Op::AddSet(crate::state::Set::Gateway)];
+            let refused = commit_as(socket, &set, &terms).unwrap_err();
+            assert_eq!((refused.len(), refused[0].1.errno()), (1, Some(errno::ERESTART)));
+            assert_eq!(observe(socket), Ok(Some(Firewall::default())));
+            let terms = Terms { only_at: Some(current + 1), ..terms };
+            let between = commit_as(socket, &set, &terms).unwrap();
+            assert_eq!(between, Some(Between { before: current + 1, after: current + 2 }));
+        });
+    }
+
     #[cfg(feature = "testing")]
     #[test]
     fn a_transaction_that_lost_its_end_is_not_taken_for_made() {
