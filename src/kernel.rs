@@ -176,17 +176,17 @@ impl KernelDatapath {
         let terms = Terms { table_flags, sizes: Some(sizes), only_at: None };
         let index = self.device_index();
         self.trust.will_commit(ops.len(), index);
-        let mut made = nft::commit_as(&mut self.netfilter, ops, &terms);
-        let full = made.as_ref().err().map(|refused| nft::full(ops, refused));
-        if let Some(full) = full.filter(|full| !full.is_empty()) {
+        let made = nft::commit_as(&mut self.netfilter, ops, &terms).or_else(|refused| {
+            let full = nft::full(ops, &refused);
+            if full.is_empty() {
+                return Err(refused);
+            }
+            // However few the operations are, the sets may be large.
             self.trust.will_commit(usize::MAX, index);
-            made = match nft::enlarge(&mut self.netfilter, &full, sizes) {
-                Ok(Some(first)) => nft::commit_as(&mut self.netfilter, ops, &terms)
-                    .map(|next| next.and_then(|next| first.and_then(next))),
-                Ok(None) => made.map_err(nft::too_small),
-                Err(error) => made.map_err(|refused| nft::because(&refused, error)),
-            };
-        }
+            let first = nft::enlarge(&mut self.netfilter, &full, sizes, refused)?;
+            let next = nft::commit_as(&mut self.netfilter, ops, &terms)?;
+            Ok(next.and_then(|next| first.and_then(next)))
+        });
         self.trust.committed(&mut self.netfilter, made.as_ref().ok().copied().flatten());
         made.map(drop)
     }

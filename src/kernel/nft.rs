@@ -33,7 +33,7 @@ pub(super) use foreign::foreign;
 pub(super) use observe::observe;
 pub(super) use observe::{counts, observe_at, observe_hook};
 pub(super) use probe::{is_absent, missing};
-pub(super) use room::{Sizes, because, enlarge, full, too_small};
+pub(super) use room::{Sizes, enlarge, full};
 pub(super) use table::{adopt, flags_and_owner, takes_flags};
 
 /// `NETLINK_NETFILTER`.

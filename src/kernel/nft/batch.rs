@@ -2,7 +2,6 @@
 
 use super::commit::Terms;
 use super::kind;
-use super::room::Sizes;
 use super::{chain, element, set};
 use crate::kernel::wire::{Open, Writer, flag};
 use crate::op::Op;
@@ -249,7 +248,7 @@ impl Builder<'_> {
             Op::AddSet(set) => {
                 self.sets += 1;
                 let id = self.sets;
-                let size = self.terms.sizes.and_then(|sizes: &Sizes| sizes.of_set(*set));
+                let size = self.terms.sizes.and_then(|sizes| sizes.of_set(*set));
                 self.message(at, kind::NEWSET, NEW, |writer| {
                     set::write(writer, *set, id, size);
                 });

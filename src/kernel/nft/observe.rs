@@ -50,13 +50,7 @@ pub(super) fn observe_some(
 ) -> Result<(Firewall, u32), KernelError> {
     steady(socket, TableFamily::Inet, None, |reader| {
         let mut firewall = Firewall::default();
-        reader.chains(&mut firewall)?;
-        reader.rules(&mut firewall)?;
-        for (set, count) in reader.sets(&mut firewall)? {
-            if sets.contains(&set) {
-                reader.elements(set, count, &mut firewall)?;
-            }
-        }
+        reader.contents(|set| sets.contains(&set), &mut firewall)?;
         Ok(firewall)
     })
 }
@@ -160,12 +154,24 @@ impl<'a> Reader<'a> {
             Err(error) if error.errno() == Some(errno::ENOENT) => return Ok(None),
             other => other?,
         }
-        self.chains(&mut firewall)?;
-        self.rules(&mut firewall)?;
-        for (set, count) in self.sets(&mut firewall)? {
-            self.elements(set, count, &mut firewall)?;
-        }
+        self.contents(|_| true, &mut firewall)?;
         Ok(Some(firewall))
+    }
+
+    /// Reads the table's chains, rules and sets, and the elements of some of these.
+    fn contents(
+        &mut self,
+        is_wanted: impl Fn(Set) -> bool,
+        firewall: &mut Firewall,
+    ) -> Result<(), KernelError> {
+        self.chains(firewall)?;
+        self.rules(firewall)?;
+        for (set, count) in self.sets(firewall)? {
+            if is_wanted(set) {
+                self.elements(set, count, firewall)?;
+            }
+        }
+        Ok(())
     }
 
     fn chains(&mut self, firewall: &mut Firewall) -> Result<(), KernelError> {

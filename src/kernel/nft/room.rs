@@ -24,6 +24,9 @@ const MOST: usize = 131_072;
 /// Times that a set is made anew before somebody else's changes are too fast for it.
 const ATTEMPTS: usize = 5;
 
+const REMEDY: &str = "the set is full, and could not be made larger beside changes or rules that \
+                      are not ours: try again, or take such rules out of the table";
+
 /// What sets are made for, and how many elements are on their way into each.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(in super::super) struct Sizes {
@@ -96,26 +99,30 @@ pub(in super::super) fn full(ops: &[Op], refused: &Refused) -> BTreeSet<Set> {
     refused.iter().map(set).collect::<Option<_>>().unwrap_or_default()
 }
 
-/// Says why a set is still full.
-pub(in super::super) fn too_small(refused: Refused) -> Refused {
-    const REMEDY: &str = "the set is full, and could not be made larger beside changes or rules \
-                          that are not ours: try again, or take such rules out of the table";
-    refused.into_iter().map(|(index, error)| (index, error.with_remedy(REMEDY))).collect()
-}
-
-/// The same where an error is why.
-pub(in super::super) fn because(refused: &Refused, error: KernelError) -> Refused {
-    vec![(refused.first().map_or(0, |(index, _)| *index), error)]
-}
-
 /// Makes sets anew, with room for what is in them and what is to come, and says between which
-/// generations of the rules; `None` if the table holds what is not ours to write, or somebody else
-/// changes it all the time.
+/// generations of the rules.
 ///
 /// # Errors
 ///
-/// What the kernel refused; nothing was done.
+/// What the kernel refused, or what was refused before, if the table holds what is not ours to
+/// write or somebody else changes it all the time; nothing was done.
 pub(in super::super) fn enlarge(
+    socket: &mut Socket,
+    sets: &BTreeSet<Set>,
+    sizes: &Sizes,
+    refused: Refused,
+) -> Result<Between, Refused> {
+    let first = refused.first().map_or(0, |(index, _)| *index);
+    match try_to_enlarge(socket, sets, sizes) {
+        Ok(Some(between)) => Ok(between),
+        Ok(None) => {
+            Err(refused.into_iter().map(|(at, error)| (at, error.with_remedy(REMEDY))).collect())
+        }
+        Err(error) => Err(vec![(first, error)]),
+    }
+}
+
+fn try_to_enlarge(
     socket: &mut Socket,
     sets: &BTreeSet<Set>,
     sizes: &Sizes,
@@ -123,13 +130,11 @@ pub(in super::super) fn enlarge(
     for _ in 0..ATTEMPTS {
         let (table, generation) = observe_some(socket, sets)?;
         let Some(ops) = anew(&table, sets) else { break };
-        let mut sizes = sizes.clone();
-        sizes.made.extend(sets);
+        let mut larger = Sizes::of(&ops);
         for set in sets {
-            let there = table.elements.of(*set).count();
-            *sizes.coming.entry(*set).or_default() += there;
+            larger.come(Some((*set, sizes.coming(*set))));
         }
-        let terms = Terms { sizes: Some(&sizes), only_at: Some(generation), ..Terms::default() };
+        let terms = Terms { sizes: Some(&larger), only_at: Some(generation), ..Terms::default() };
         match commit_as(socket, &ops, &terms) {
             Ok(between) => return Ok(between),
             Err(refused) => match refused.into_iter().next() {

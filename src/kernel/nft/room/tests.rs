@@ -34,6 +34,21 @@ fn table(count: u32) -> Vec<Op> {
     ops
 }
 
+/// Adds more sources than there is room for.
+fn overfill(socket: &mut Socket, to: u32) -> (Vec<Op>, Refused) {
+    let more: Vec<_> = sources(410, to).collect();
+    let refused = commit(socket, &more).unwrap_err();
+    assert_eq!(full(&more, &refused), [SOURCES].into(), "{refused:?}");
+    (more, refused)
+}
+
+/// The same, and makes room for them.
+fn outgrow(socket: &mut Socket, to: u32) -> (Vec<Op>, Between) {
+    let (more, refused) = overfill(socket, to);
+    let between = enlarge(socket, &[SOURCES].into(), &Sizes::of(&more), refused).unwrap();
+    (more, between)
+}
+
 fn size_of(set: Set) -> Option<u32> {
     let noun = if set.data().is_some() { "map" } else { "set" };
     let text = nft(&["list", noun, "inet", NFT_TABLE, &set.name()], "").unwrap();
@@ -67,13 +82,10 @@ fn what_comes_is_counted_for_every_set() {
 #[test]
 fn a_full_set_is_made_anew_with_all_that_was_in_it() {
     in_netns(|socket| {
-        commit(socket, &table(400)).unwrap();
-        let more: Vec<_> = sources(400, 600).collect();
-        let refused = commit(socket, &more).unwrap_err();
-        assert_eq!(full(&more, &refused), [SOURCES].into(), "{refused:?}");
+        commit(socket, &table(410)).unwrap();
         let before = observe(socket).unwrap();
 
-        let between = enlarge(socket, &[SOURCES].into(), &Sizes::of(&more)).unwrap().unwrap();
+        let (more, between) = outgrow(socket, 600);
         assert_eq!(between.after, between.before + 1);
         assert_eq!(observe(socket).unwrap(), before);
         commit(socket, &more).unwrap();
@@ -89,9 +101,7 @@ fn a_full_set_is_made_anew_with_all_that_was_in_it() {
 fn a_set_that_outgrows_every_size_grows_by_itself() {
     in_netns(|socket| {
         commit(socket, &table(410)).unwrap();
-        let many: Vec<_> = sources(410, 150_000).collect();
-        let refused = commit(socket, &many).unwrap_err();
-        enlarge(socket, &full(&many, &refused), &Sizes::of(&many)).unwrap().unwrap();
+        let (many, _) = outgrow(socket, 150_000);
         commit(socket, &many).unwrap();
         let more: Vec<_> = sources(150_000, 200_000).collect();
         commit(socket, &more).unwrap();
@@ -110,12 +120,9 @@ fn a_set_that_somebody_elses_rule_looks_into_is_left_as_it_is() {
         let before = observe(socket).unwrap().unwrap();
         let (_, rules) = &before.chains[&ChainId::Select];
         assert!(rules[1].0.iter().any(|statement| matches!(statement, Stmt::Unknown(_))));
-        let more: Vec<_> = sources(410, 513).collect();
-        let refused = commit(socket, &more).unwrap_err();
-        let full = full(&more, &refused);
-        assert_eq!(full, [SOURCES].into());
-        assert_eq!(enlarge(socket, &full, &Sizes::of(&more)), Ok(None));
-        let said = too_small(refused)[0].1.to_string();
+        let (more, refused) = overfill(socket, 513);
+        let refused = enlarge(socket, &[SOURCES].into(), &Sizes::of(&more), refused).unwrap_err();
+        let said = refused[0].1.to_string();
         assert!(said.contains("source4") && said.contains("set is full"), "{said}");
         assert_eq!(observe(socket).unwrap(), Some(before));
     });
@@ -145,9 +152,7 @@ fn somebody_elses_chain_in_our_table_is_not_in_the_way() {
         );
         nft(&["-f", "-"], &script).unwrap();
         assert_eq!(observe(socket).unwrap().unwrap().strays.len(), 1);
-        let more: Vec<_> = sources(410, 513).collect();
-        let refused = commit(socket, &more).unwrap_err();
-        enlarge(socket, &full(&more, &refused), &Sizes::of(&more)).unwrap().unwrap();
+        let (more, _) = outgrow(socket, 513);
         commit(socket, &more).unwrap();
         assert!(observe(socket).unwrap().unwrap().strays.is_empty());
     });
