@@ -30,9 +30,9 @@ pub struct Cluster {
     /// Which bits of a packet's mark are ours.
     #[cfg_attr(feature = "serde", serde(default))]
     pub marks: MarkLayout,
-    /// The first of the three priorities of our routing rules, 1 to 32763: guards that lead packets
-    /// without our prefix and this node's own past the gateways, then the gateways' rules, then the
-    /// closing one.
+    /// The first of the four priorities of our routing rules, 1 to 32762: guards that lead packets
+    /// without our prefix and this node's own past the gateways, then the gateways' rules in two
+    /// halves, then the closing one.
     ///
     /// Default 101: behind the rule for local addresses, also where Cilium has moved it to 100,
     /// and ahead of everything that has a default route.
@@ -202,17 +202,25 @@ pub(crate) struct RulePriorities {
     pub(crate) guard: u32,
     /// Leads packets with a gateway's mark to its table.
     pub(crate) gateways: u32,
+    /// The same for the marks with [`MarkLayout::half`], which a rule at `gateways` leads here: a
+    /// packet is asked about half of the gateways.
+    pub(crate) half: u32,
     /// Refuses other packets with our prefix; only in layouts with a prefix.
     pub(crate) closing: u32,
 }
 
 impl RulePriorities {
     /// The highest that the first can have: 32766 is the kernel's rule for the main table.
-    pub(crate) const LAST: u32 = 32_763;
+    pub(crate) const LAST: u32 = 32_762;
 
     pub(crate) const fn of(cluster: &Cluster) -> Self {
         let first = cluster.rule_priority;
-        Self { guard: first, gateways: first.saturating_add(1), closing: first.saturating_add(2) }
+        Self {
+            guard: first,
+            gateways: first.saturating_add(1),
+            half: first.saturating_add(2),
+            closing: first.saturating_add(3),
+        }
     }
 }
 

@@ -259,6 +259,14 @@ impl MarkLayout {
         self.prefix_mask | (self.value_mask() & (!self.avoid | used))
     }
 
+    /// The bit of the value by which the gateways' routing rules are halved: the lowest that is not
+    /// to be stayed clear of, which every other mark has that a pool gives out. Zero in layouts
+    /// without prefix, and where all bits are to be stayed clear of.
+    pub(crate) const fn half(&self) -> u32 {
+        let clear = self.value_mask() & !self.avoid;
+        if self.tells_by_prefix() { clear & clear.wrapping_neg() } else { 0 }
+    }
+
     /// Whether the prefix alone tells gateways' marks from the others of ours; it takes two bits.
     pub(crate) const fn tells_by_prefix(&self) -> bool {
         self.prefix_mask.count_ones() >= 2
@@ -351,6 +359,18 @@ mod tests {
             Err(LayoutError::Overlap { .. })
         ));
         assert!(matches!(MarkLayout::new(0, 0, 0, 1), Err(LayoutError::NoValues { .. })));
+    }
+
+    #[test]
+    fn every_other_mark_that_needs_no_avoided_bit_is_of_the_half() {
+        let layout = MarkLayout::SEED;
+        let marks = (0..=u16::MAX).filter_map(|value| layout.mark(value));
+        let clear: Vec<_> = marks.filter(|mark| !layout.touches_avoided(*mark)).collect();
+        let halves = clear.iter().map(|mark| mark.get() & layout.half() != 0);
+        assert!(halves.eq((0..512).map(|number| number % 2 == 1)), "{clear:?}");
+        assert_eq!(layout.tested([]) & layout.half(), 0x1000, "it is tested for every gateway");
+        assert_eq!(layout.with_avoid(!0).half(), 0);
+        assert_eq!(MarkLayout::COMPACT.half(), 0);
     }
 
     #[test]

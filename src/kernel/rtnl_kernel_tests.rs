@@ -157,6 +157,7 @@ pub(super) fn full() -> State {
             rule(Family::V4, 102, lookup(200)),
             past(Family::V4),
             past(Family::V6),
+            rule(Family::V4, 102, RuleAction::Goto(103)),
             past_by("lo", Family::V4),
             past_by("lo", Family::V6),
             past_by("e0", Family::V4),

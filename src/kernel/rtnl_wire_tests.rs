@@ -147,6 +147,10 @@ const RULE_HERE: &str = "4c000000 2000 0506 6096036b 00000000 02000000 00000002 
     0800 0600 63000000 0800 0a00 00000001 0800 1000 000000ff 0700 0300 6c6f00 00 \
     0800 0400 65000000 0500 1500 45000000";
 
+/// `ip rule add pref 99 fwmark 0x01001000/0xff001000 goto 101 protocol 69`
+const RULE_OVER: &str = "44000000 2000 0506 6096036b 00000000 02000000 00000002 00000000 \
+    0800 0600 63000000 0800 0a00 00100001 0800 1000 001000ff 0800 0400 65000000 0500 1500 45000000";
+
 /// `bridge fdb replace 66:00:00:00:00:02 dev e0 dst 192.0.2.2 self permanent`
 const FDB: &str = "30000000 1c00 0505 6196036b 00000000 07000000 04000000 c0000200 \
     0a00 0200 660000000002 0000 0800 0100 c0000202";
@@ -232,7 +236,7 @@ fn a_route_of_another_shape_is_not_ours() {
     }
 }
 
-fn rules() -> [(Rule, &'static str); 4] {
+fn rules() -> [(Rule, &'static str); 5] {
     let rule = |family, priority, mark, action| Rule {
         family,
         priority,
@@ -248,6 +252,7 @@ fn rules() -> [(Rule, &'static str); 4] {
         (rule(Family::V4, 100, 0x0100_0000, RuleAction::Lookup(table)), RULE),
         (rule(Family::V6, 101, 0x0200_0000, RuleAction::Unreachable), RULE_UNREACHABLE),
         (Rule { input: Some("lo".parse().unwrap()), ..past.clone() }, RULE_HERE),
+        (Rule { mark: Mark::new(0x0100_1000), mask: 0xff00_1000, ..past.clone() }, RULE_OVER),
         (Rule { inverted: true, ..past }, RULE_PAST),
     ]
 }

@@ -85,7 +85,7 @@ pub(super) fn parse(message: &RuleMessage, family: Family) -> Option<Rule> {
             RuleAction::Lookup(TableId::new(table(message))?)
         }
         (KernelAction::Goto, Some(priority), true, None)
-        | (KernelAction::Goto, Some(priority), false, Some(_)) => RuleAction::Goto(priority),
+        | (KernelAction::Goto, Some(priority), false, _) => RuleAction::Goto(priority),
         _ => return None,
     };
     Some(Rule { family, priority, mark: Mark::new(value), mask: mask?, inverted, input, action })

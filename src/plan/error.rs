@@ -128,7 +128,7 @@ pub enum PlanError {
         needed: u32,
     },
     /// A priority that is not between the kernel's own rules.
-    #[error("rule priority {priority} is not between 1 and 32763")]
+    #[error("rule priority {priority} is not between 1 and 32762")]
     RulePriority {
         /// The priority.
         priority: u32,

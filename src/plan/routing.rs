@@ -58,15 +58,15 @@ pub(super) fn routing(
             let via = tunnel_of(node, family);
             if let Some(via) = via.filter(|_| carries(world, node, family)) {
                 table(world, node, gateway.table, via, closing.is_some(), state);
-                let action = RuleAction::Lookup(gateway.table);
+                let of_half = gateway.mark.get() & layout.half() != 0;
                 state.rules.insert(Rule {
                     family,
-                    priority: priorities.gateways,
+                    priority: if of_half { priorities.half } else { priorities.gateways },
                     mark: gateway.mark,
                     mask,
                     inverted: false,
                     input: None,
-                    action,
+                    action: RuleAction::Lookup(gateway.table),
                 });
             }
         }
@@ -92,6 +92,21 @@ pub(super) fn routing(
                 state.routes.insert(default_route(table, family), Route::Via(via));
                 state.neighbours.insert(via, world.here.mac());
                 continue;
+            }
+            let asked = |priority| {
+                let mut rules = state.rules.iter();
+                rules.any(|rule| rule.family == family && rule.priority == priority)
+            };
+            if asked(priorities.gateways) && asked(priorities.half) {
+                // It only saves time, wherever it comes among those of its priority: none of them
+                // is for a mark that it is for.
+                state.rules.insert(Rule {
+                    priority: priorities.gateways,
+                    mark: Mark::new(layout.prefix() | layout.half()),
+                    mask: layout.prefix_mask() | layout.half(),
+                    action: RuleAction::Goto(priorities.half),
+                    ..closing.clone()
+                });
             }
             let past = Rule {
                 priority: priorities.guard,

@@ -97,7 +97,7 @@ pub enum Problem {
         /// Priority of ours.
         priority: u32,
     },
-    /// A routing rule of others at one of our three priorities.
+    /// A routing rule of others at one of our four priorities.
     #[error(
         "{rule} has a priority of ours: which of them is asked first depends on their age, and \
          packets without our mark may pass it by"

@@ -49,7 +49,7 @@ pub(crate) fn all(whole: &State, plants: bool) -> Vec<Edit> {
     let mut closed: Vec<Vec<String>> = Vec::new();
     for family in ["-4", "-6"] {
         closed.push(vec![format!("ip {family} rule flush protocol 69")]);
-        for priority in [101, 102, 103] {
+        for priority in [101, 102, 103, 104] {
             closed.push(vec![format!("ip {family} rule del pref {priority} protocol 69")]);
         }
         let tables: BTreeSet<_> = whole

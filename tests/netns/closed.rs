@@ -44,7 +44,7 @@ fn nothing_gets_out_while_a_piece_is_missing_and_it_is_put_back() -> Result {
             "ip -4 rule del pref 102",
             "ip -6 rule del pref 102",
         ],
-        &["ip -4 rule del pref 103", "ip -6 rule del pref 103"],
+        &["ip -4 rule del pref 104", "ip -6 rule del pref 104"],
         &["ip -4 rule flush proto 69", "ip -6 rule flush proto 69"],
         &["ip -4 route flush table all proto 69", "ip -6 route flush table all proto 69"],
         &["ip neigh flush all dev egress.vxlan nud permanent"],

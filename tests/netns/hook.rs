@@ -59,7 +59,7 @@ fn nothing_gets_out_while_a_piece_of_the_hook_is_missing_and_it_is_put_back() ->
         (&["ip link set egress.vxlan down", "ip link set egress.vxlan name other"], true),
         (&["ip neigh flush all dev egress.vxlan nud permanent"], true),
         (&["ip -4 rule del pref 102", "ip -6 rule del pref 102"], false),
-        (&["ip -4 rule del pref 103", "ip -6 rule del pref 103"], false),
+        (&["ip -4 rule del pref 104", "ip -6 rule del pref 104"], false),
         (&["ip -4 rule flush proto 69", "ip -6 rule flush proto 69"], true),
         (&["ip -4 route flush table all proto 69", "ip -6 route flush table all proto 69"], true),
     ] {
@@ -132,8 +132,9 @@ fn a_node_goes_from_one_steering_to_the_other_and_its_successor_finds_it_so() ->
             assert!(again.is_empty(), "{steering:?}: {again}");
         }
         ask();
-        // With tables three guards, a rule for each gateway and the closing one.
-        let wanted = if steering == Steering::Tables { [0, 6, 2] } else { [1, 2, 1] };
+        // With tables three guards, one for each half of the gateways and one between them, and
+        // the closing one.
+        let wanted = if steering == Steering::Tables { [0, 7, 2] } else { [1, 2, 1] };
         assert_eq!(steers_by(&lab.node_a)?, wanted, "{steering:?}");
     }
     for host in lab.nodes() {

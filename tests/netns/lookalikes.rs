@@ -5,17 +5,17 @@ use crate::lab::Netns;
 
 /// Objects of other programs, each like one of ours but for one attribute.
 ///
-/// Ours are: rules of protocol 69 at priorities 101 to 103; routes of protocol 69 in tables from
+/// Ours are: rules of protocol 69 at priorities 101 to 104; routes of protocol 69 in tables from
 /// 3000; `egress.vxlan` with an alias; the table `inet egress_datapath`.
 const DECOYS: &[&str] = &[
     // Rules with another protocol, or none.
     "ip -4 rule add pref 102 fwmark 0x26000000/0xff000000 lookup 3000",
     "ip -6 rule add pref 102 fwmark 0x26000000/0xff000000 lookup 3000 protocol static",
-    "ip -4 rule add pref 101 not fwmark 0x26000000/0xff000000 goto 103 protocol 70",
-    "ip -4 rule add pref 101 fwmark 0x26000000/0xff000000 iif lo goto 103 protocol 70",
-    "ip -4 rule add pref 103 fwmark 0x26000000/0xff000000 unreachable protocol 70",
-    "ip -6 rule add pref 103 fwmark 0x27000000/0xff000000 unreachable",
-    "ip -4 rule add pref 104 fwmark 0x26000100/0xffffff00 lookup 3001 protocol 68",
+    "ip -4 rule add pref 101 not fwmark 0x26000000/0xff000000 goto 104 protocol 70",
+    "ip -4 rule add pref 101 fwmark 0x26000000/0xff000000 iif lo goto 104 protocol 70",
+    "ip -4 rule add pref 104 fwmark 0x26000000/0xff000000 unreachable protocol 70",
+    "ip -6 rule add pref 104 fwmark 0x27000000/0xff000000 unreachable",
+    "ip -4 rule add pref 105 fwmark 0x26000100/0xffffff00 lookup 3001 protocol 68",
     // A device of the same kind with another name and number, without an alias or with another.
     "ip link add foreign.vxlan type vxlan id 101 dev eth0 local 10.10.0.11 dstport 7790 nolearning",
     "ip link add other.vxlan type vxlan id 102 dev eth0 local 10.10.0.11 dstport 7791 nolearning",

@@ -113,21 +113,28 @@ fn rules_go_in_whatever_order_they_came() -> Result {
     if steering(&MarkLayout::SEED) != Steering::Tables || !have("ip")? {
         return Ok(());
     }
-    let policies = [policy("p", &[POD_A], B, dual(EIP_B))?];
+    // A gateway in either half.
+    let policies =
+        [policy("p", &[POD_A], B, dual(EIP_B))?, policy("q", &[STRANGER], C, dual(EIP_C))?];
     let mut fleet = Fleet::open(&lab)?;
     let node = &lab.node_a.netns;
     let ours = |family| -> Result<usize> {
         let rules = tool(node, &format!("ip {family} -N rule show"))?;
         Ok(rules.lines().filter(|line| line.trim_end().ends_with("proto 69")).count())
     };
-    for gone in ["", "iif lo", "iif egress.vxlan"] {
+    let over = "pref 102 fwmark 0x26001000/0xff001000";
+    for gone in ["pref 101", "pref 101 iif lo", "pref 101 iif egress.vxlan", over, "pref 103"] {
         fleet.apply(&policies)?;
         // What is put back is the last of its priority, and the kernel deletes the first that fits.
         for family in ["-4", "-6"] {
-            tool(node, &format!("ip {family} rule del pref 101 {gone}"))?;
-            assert_eq!(ours(family)?, 4);
+            tool(node, &format!("ip {family} rule del {gone}"))?;
+            assert_eq!(ours(family)?, 6, "{gone}");
+        }
+        if gone == over {
+            check(&[expect(&lab.pod_a, SERVER, EIP_B), expect(&lab.stranger, SERVER, EIP_C)]);
         }
         fleet.mend(&policies, &gone)?;
+        check(&[expect(&lab.pod_a, SERVER, EIP_B), expect(&lab.stranger, SERVER, EIP_C)]);
         fleet.remove()?;
         for family in ["-4", "-6"] {
             assert_eq!(ours(family)?, 0, "{gone:?}");

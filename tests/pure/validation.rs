@@ -190,11 +190,11 @@ fn settings() {
         E::Mtu { .. },
         "underlay MTU 1329 is too small: the tunnel needs 1330 to carry 1280 bytes"
     );
-    for priority in [0, 32_764] {
+    for priority in [0, 32_763] {
         refused!(
             of_cluster(|cluster| cluster.rule_priority = priority),
             E::RulePriority { .. },
-            format!("rule priority {priority} is not between 1 and 32763").as_str()
+            format!("rule priority {priority} is not between 1 and 32762").as_str()
         );
     }
     refused!(

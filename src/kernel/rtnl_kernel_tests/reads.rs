@@ -57,6 +57,13 @@ fn ip_and_bridge_agree() {
             assert_eq!(ours[3]["fwmask"], "0xff000000");
             assert_eq!(ours[3]["table"], "3000");
             assert_eq!(ours[4]["action"], "unreachable");
+            if family == "-4" {
+                let over = ours[5..].iter().find(|rule| rule["goto"] == 103).unwrap();
+                assert_eq!(
+                    (&over["priority"], &over["fwmark"]),
+                    (&102.into(), &"0x1000000".into())
+                );
+            }
         }
 
         let entries = json("bridge -j fdb show dev e0");

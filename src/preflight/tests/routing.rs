@@ -71,7 +71,7 @@ fn a_rule_that_tests_our_bits() {
 
 #[test]
 fn a_rule_at_one_of_our_priorities() {
-    for (priority, count) in [(100, 0), (101, 1), (102, 1), (103, 1), (104, 0)] {
+    for (priority, count) in [(100, 0), (101, 1), (102, 1), (103, 1), (104, 1), (105, 0)] {
         let problems = with(Rule { selects: true, ..lookup(priority, 7) });
         assert_eq!(problems.len(), count, "{priority}");
         assert!(problems.iter().all(|p| matches!(p, Problem::PriorityShared { .. })));

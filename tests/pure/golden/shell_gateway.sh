@@ -100,10 +100,10 @@ ip route replace throw 169.254.0.0/16 table 3000 proto 69
 ip route replace throw 224.0.0.0/4 table 3000 proto 69
 
 # Rules
-ip rule add pref 103 fwmark 0x26000000/0xff000000 lookup 3000 protocol 69
-ip rule add pref 101 not fwmark 0x26000000/0xff000000 goto 103 protocol 69
-ip rule add pref 101 fwmark 0x26000000/0xff000000 iif egress.vxlan goto 103 protocol 69
-ip rule add pref 101 fwmark 0x26000000/0xff000000 iif lo goto 103 protocol 69
+ip rule add pref 104 fwmark 0x26000000/0xff000000 lookup 3000 protocol 69
+ip rule add pref 101 not fwmark 0x26000000/0xff000000 goto 104 protocol 69
+ip rule add pref 101 fwmark 0x26000000/0xff000000 iif egress.vxlan goto 104 protocol 69
+ip rule add pref 101 fwmark 0x26000000/0xff000000 iif lo goto 104 protocol 69
 
 # FillSources
 ipset add egress4-selected 172.29.234.173/32
