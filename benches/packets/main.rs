@@ -125,6 +125,10 @@ fn variants(extent: &Extent) -> Result<Vec<Variant>> {
             all.iter().copied().filter(move |count| number == 0 || ends.contains(&Some(count)))
         };
         variants.extend([Variant::plain()?, Variant::conntrack()?, Variant::bound()?]);
+        // The short form for iptables compares with none of what else nf_tables can do.
+        if !extent.cached.is_empty() {
+            variants.push(Variant::least()?);
+        }
         for policies in counts(extent.ours) {
             variants.extend(Variant::ours(policies, 1, false)?);
         }
@@ -137,6 +141,7 @@ fn variants(extent: &Extent) -> Result<Vec<Variant>> {
         }
         for gateways in extent.hook {
             variants.extend(Variant::hook(*gateways)?);
+            variants.push(Variant::spread(*gateways)?);
         }
         for policies in extent.gateway {
             variants.push(Variant::gateway(*policies)?);

@@ -41,7 +41,7 @@ const fn flat(variant: Tables, selected: bool) -> Kind {
     Kind::Iptables { policies: 1_000, variant, selected }
 }
 
-const TARGETS: [Target; 23] = [
+const TARGETS: [Target; 25] = [
     Target {
         what: "10 000 policies to 1, steered",
         of: ours(10_000, true),
@@ -55,6 +55,12 @@ const TARGETS: [Target; 23] = [
         most: 1.1,
     },
     Target { what: "steered to the static route", of: ours(1, true), to: Kind::Bound, most: 1.3 },
+    Target {
+        what: "the least that steers by a mark to the static route",
+        of: Kind::Least,
+        to: Kind::Bound,
+        most: f64::INFINITY,
+    },
     Target {
         what: "10 000 policies steered to the static route",
         of: ours(10_000, true),
@@ -140,6 +146,12 @@ const TARGETS: [Target; 23] = [
         most: 1.1,
     },
     Target {
+        what: "1 000 gateways to 1, static routes",
+        of: Kind::Spread { gateways: 1_000 },
+        to: Kind::Spread { gateways: 1 },
+        most: f64::INFINITY,
+    },
+    Target {
         what: "1 000 gateways to 1, egress hook, unselected",
         of: hook(1_000, false),
         to: hook(1, false),
@@ -220,7 +232,9 @@ impl fmt::Display for Report {
             if let (Some(of), Some(to)) = (self.of(of), self.of(to)) {
                 let (warm, cold) = (of.warm / to.warm, of.cold / to.cold);
                 let missed = if warm > most { " missed" } else { "" };
-                writeln!(f, "| {what} | {warm:.3}{missed} | {most:.3} | {cold:.3} |")?;
+                // What others cost has no aim.
+                let most = if most.is_finite() { format!("{most:.3}") } else { "-".to_owned() };
+                writeln!(f, "| {what} | {warm:.3}{missed} | {most} | {cold:.3} |")?;
             }
         }
         Ok(())

@@ -37,6 +37,55 @@ pub(crate) fn route(path: &Path, table: &str) -> Result {
     path.feed("bridge -batch -", &format!("fdb add {mac} dev egress.vxlan dst {peer}\n"))
 }
 
+/// The same, and static routes to some gateways, shared out among the destinations of policies.
+pub(crate) fn spread(path: &Path, policies: u32, gateways: u32) -> Result {
+    route(path, "main")?;
+    let (mut ip, mut fdb) = (String::new(), String::new());
+    for number in 1..gateways {
+        let [.., high, low] = number.to_be_bytes();
+        let mac = format!("02:00:00:01:{high:02x}:{low:02x}");
+        let peer = gateway(number);
+        writeln!(ip, "neighbour add {} lladdr {mac} dev egress.vxlan", tunnel(peer))?;
+        writeln!(fdb, "fdb add {mac} dev egress.vxlan dst {peer}")?;
+    }
+    for policy in 0..policies {
+        let via = tunnel(gateway(policy % gateways));
+        writeln!(ip, "route add {} via {via} dev egress.vxlan onlink", destination(policy))?;
+    }
+    path.feed("ip -batch -", &ip)?;
+    path.feed("bridge -batch -", &fdb)
+}
+
+/// The least that steers by a mark and a rule: one map by the source, whatever the destination and
+/// the direction, which overwrites all of the mark; no NAT of others, no tracking of outer packets.
+pub(crate) fn least(path: &Path) -> Result {
+    route(path, "3000")?;
+    path.feed("ip -batch -", "rule add fwmark 0x26000100 table 3000\n")?;
+    let pods = (0..SOURCES).map(|number| format!("{} : 0x26000100", pod(number)));
+    let pods = pods.collect::<Vec<_>>().join(", ");
+    path.feed(
+        "nft -f -",
+        &format!(
+            "table ip least {{
+                map marks {{ type ipv4_addr : mark; size 512; elements = {{ {pods} }}; }}
+                chain marking {{
+                    type filter hook prerouting priority -99;
+                    meta mark set ip saddr map @marks;
+                }}
+                chain resetting {{
+                    type filter hook forward priority -150;
+                    meta mark 0x26000100 oifname egress.vxlan meta mark set 0;
+                }}
+                chain keeping {{
+                    type nat hook postrouting priority 99;
+                    oifname egress.vxlan snat to ip saddr;
+                }}
+                chain outer {{ type filter hook output priority -300; udp dport 7789 notrack; }}
+            }}"
+        ),
+    )
+}
+
 /// A client of one gateway.
 pub(crate) fn program(path: &Path, policies: u32) -> Result {
     const MARK: u32 = 0x2600_0100;

@@ -26,7 +26,8 @@ const LEAST: u64 = 3 * BATCH as u64;
 /// Packets of the kernel's own that a receiver may see in a round.
 const STRAY: u64 = 8;
 
-/// Policies of a client that steers by the egress hook, as many as it has gateways at most.
+/// Policies of a client that steers by the egress hook, and static routes beside them: as many as
+/// there are gateways at most.
 const HOOKED: u32 = 1_000;
 
 /// What is measured.
@@ -40,6 +41,10 @@ pub(crate) enum Kind {
     Conntrack,
     /// It tracks connections, and a static route leads into the VXLAN.
     Bound,
+    /// The same with routes of their own for the destinations of 1 000 policies.
+    Spread { gateways: u32 },
+    /// The least that steers by a mark.
+    Least,
     /// As this crate programs a client; packets of selected pods or of others.
     Ours { policies: u32, gateways: u32, selected: bool, caching: bool },
     /// As this crate programs a client of 1 000 policies that steers by the egress hook.
@@ -61,6 +66,11 @@ impl fmt::Display for Kind {
             Self::Plain => f.write_str("no rules"),
             Self::Conntrack => f.write_str("conntrack alone"),
             Self::Bound => f.write_str("static route into the VXLAN, conntrack"),
+            Self::Spread { gateways } => {
+                let ays = if gateways == 1 { "" } else { "s" };
+                write!(f, "{HOOKED} static routes into it, {gateways} gateway{ays}")
+            }
+            Self::Least => f.write_str("the least that steers by a mark"),
             Self::Ours { policies, gateways: 1, selected, caching } => {
                 let cached = if caching { ", cached" } else { "" };
                 write!(f, "{}, {policies} polic{}{cached}", which(selected), ies(policies))
@@ -159,6 +169,20 @@ impl Variant {
         Ok(Self::forwarded(Kind::Bound, Rc::new(path), flows(1)))
     }
 
+    pub(crate) fn spread(gateways: u32) -> Result<Self> {
+        let path = Path::new()?;
+        seed::track(&path)?;
+        seed::spread(&path, HOOKED, gateways)?;
+        Ok(Self::forwarded(Kind::Spread { gateways }, Rc::new(path), flows(HOOKED)))
+    }
+
+    pub(crate) fn least() -> Result<Self> {
+        let path = Path::new()?;
+        seed::track(&path)?;
+        seed::least(&path)?;
+        Ok(Self::forwarded(Kind::Least, Rc::new(path), flows(1)))
+    }
+
     /// The same router twice: for selected pods and for others.
     pub(crate) fn ours(policies: u32, gateways: u32, caching: bool) -> Result<[Self; 2]> {
         let path = Path::new()?;
@@ -227,9 +251,11 @@ impl Variant {
     fn tunnelled(&self) -> Option<u32> {
         match self.kind {
             Kind::Bound
+            | Kind::Least
             | Kind::Seed { selected: true, .. }
             | Kind::Iptables { selected: true, .. } => Some(1),
-            Kind::Ours { gateways, selected: true, .. }
+            Kind::Spread { gateways }
+            | Kind::Ours { gateways, selected: true, .. }
             | Kind::Hook { gateways, selected: true } => Some(gateways),
             _ => None,
         }
