@@ -124,11 +124,8 @@ fn variants(extent: &Extent) -> Result<Vec<Variant>> {
             let ends = [all.first(), all.last()];
             all.iter().copied().filter(move |count| number == 0 || ends.contains(&Some(count)))
         };
-        variants.extend([Variant::plain()?, Variant::conntrack()?, Variant::bound()?]);
-        // The short form for iptables compares with none of what else nf_tables can do.
-        if !extent.cached.is_empty() {
-            variants.push(Variant::least()?);
-        }
+        variants.extend([Variant::plain()?, Variant::conntrack()?]);
+        variants.extend([Variant::bound()?, Variant::least()?]);
         for policies in counts(extent.ours) {
             variants.extend(Variant::ours(policies, 1, false)?);
         }

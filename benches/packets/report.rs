@@ -9,7 +9,7 @@ use crate::variant::{Cost, Kind, Variant};
 /// Nanoseconds of a packet of everything that was measured.
 pub(crate) struct Report(Vec<(Kind, Cost)>);
 
-/// A ratio of two variants and what it should be at most.
+/// A ratio of two variants and what it should be at most: infinite where none of them is ours.
 struct Target {
     what: &'static str,
     of: Kind,
@@ -232,7 +232,6 @@ impl fmt::Display for Report {
             if let (Some(of), Some(to)) = (self.of(of), self.of(to)) {
                 let (warm, cold) = (of.warm / to.warm, of.cold / to.cold);
                 let missed = if warm > most { " missed" } else { "" };
-                // What others cost has no aim.
                 let most = if most.is_finite() { format!("{most:.3}") } else { "-".to_owned() };
                 writeln!(f, "| {what} | {warm:.3}{missed} | {most} | {cold:.3} |")?;
             }

@@ -56,12 +56,20 @@ pub(crate) fn spread(path: &Path, policies: u32, gateways: u32) -> Result {
     path.feed("bridge -batch -", &fdb)
 }
 
+/// The mark of whatever is steered.
+const MARK: u32 = 0x2600_0100;
+
+/// The way to one peer for what has the mark.
+fn route_by_mark(path: &Path) -> Result {
+    route(path, "3000")?;
+    path.feed("ip -batch -", &format!("rule add fwmark {MARK:#x} table 3000\n"))
+}
+
 /// The least that steers by a mark and a rule: one map by the source, whatever the destination and
 /// the direction, which overwrites all of the mark; no NAT of others, no tracking of outer packets.
 pub(crate) fn least(path: &Path) -> Result {
-    route(path, "3000")?;
-    path.feed("ip -batch -", "rule add fwmark 0x26000100 table 3000\n")?;
-    let pods = (0..SOURCES).map(|number| format!("{} : 0x26000100", pod(number)));
+    route_by_mark(path)?;
+    let pods = (0..SOURCES).map(|number| format!("{} : {MARK:#x}", pod(number)));
     let pods = pods.collect::<Vec<_>>().join(", ");
     path.feed(
         "nft -f -",
@@ -74,7 +82,7 @@ pub(crate) fn least(path: &Path) -> Result {
                 }}
                 chain resetting {{
                     type filter hook forward priority -150;
-                    meta mark 0x26000100 oifname egress.vxlan meta mark set 0;
+                    meta mark {MARK:#x} oifname egress.vxlan meta mark set 0;
                 }}
                 chain keeping {{
                     type nat hook postrouting priority 99;
@@ -88,9 +96,7 @@ pub(crate) fn least(path: &Path) -> Result {
 
 /// A client of one gateway.
 pub(crate) fn program(path: &Path, policies: u32) -> Result {
-    const MARK: u32 = 0x2600_0100;
-    route(path, "3000")?;
-    path.feed("ip -batch -", &format!("rule add fwmark {MARK:#x} table 3000\n"))?;
+    route_by_mark(path)?;
     let (mut sets, mut rules) = (String::new(), String::new());
     for policy in 0..policies {
         writeln!(sets, "create egress-dest-{policy} hash:net")?;

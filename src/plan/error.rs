@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::alloc::AllocError;
+use crate::cluster::RulePriorities;
 use crate::types::{DeviceName, Family, MacAddr, Mark, NodeName, PolicyId, TableId};
 
 /// Input that contradicts itself or the kernel's limits; nothing was touched.
@@ -128,7 +129,7 @@ pub enum PlanError {
         needed: u32,
     },
     /// A priority that is not between the kernel's own rules.
-    #[error("rule priority {priority} is not between 1 and 32762")]
+    #[error("rule priority {priority} is not between 1 and {}", RulePriorities::LAST)]
     RulePriority {
         /// The priority.
         priority: u32,
