@@ -91,8 +91,11 @@
 //! namespace. The minimum Rust version is 1.85.
 
 // The lab and its cases are also compiled into the tests, and say the same name there.
-#[cfg(all(feature = "testing", target_os = "linux"))]
+#[cfg(all(feature = "kernel", any(test, feature = "testing"), target_os = "linux"))]
 extern crate self as egress_datapath;
+#[cfg(test)]
+#[macro_use]
+extern crate harness;
 
 mod alloc;
 mod changes;
@@ -123,7 +126,7 @@ mod reconciler;
 mod serde_impls;
 mod sim;
 pub mod state;
-#[cfg(all(feature = "testing", target_os = "linux"))]
+#[cfg(all(feature = "kernel", any(test, feature = "testing"), target_os = "linux"))]
 pub mod testing;
 mod trace;
 mod types;
@@ -168,3 +171,12 @@ pub use walk::Surroundings;
 #[cfg(all(doctest, feature = "kernel", target_os = "linux"))]
 #[doc = include_str!("../README.md")]
 struct Readme;
+
+/// The unit tests, in a network namespace of their own where there can be one.
+#[cfg(test)]
+fn main() -> std::process::ExitCode {
+    harness::main(|| {
+        #[cfg(all(feature = "kernel", target_os = "linux"))]
+        let _refused = testing::lab::isolate();
+    })
+}

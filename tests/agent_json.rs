@@ -7,6 +7,9 @@
     reason = "a test says what it expects"
 )]
 
+#[macro_use]
+extern crate harness;
+
 #[path = "../examples/agent/config.rs"]
 #[allow(dead_code, reason = "no includer needs all of it")]
 mod config;
@@ -151,4 +154,8 @@ fn held(config: &Config) -> usize {
         size_of_val(policy) + size_of_val(policy.sources.as_slice()) + policy.id.as_str().len()
     });
     nodes.sum::<usize>() + policies.sum::<usize>()
+}
+
+fn main() -> std::process::ExitCode {
+    harness::main(|| ())
 }

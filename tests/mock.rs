@@ -1,6 +1,9 @@
 //! The mocks stand in for each boundary.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test says what it expects")]
 
+#[macro_use]
+extern crate harness;
+
 use egress_datapath::{
     AllocError, Cluster, Destinations, EgressIp, Error, KernelError, Mark, MarkPool, MockDatapath,
     MockMarkAllocator, MockPolicy, MockTableAllocator, Node, NodeName, PlanError, Policy, PolicyId,
@@ -107,4 +110,8 @@ fn a_preview_changes_nothing() {
     let pools = (MarkPool::default(), TablePool::default());
     let mut egress = Reconciler::with_allocators(kernel, pools.0, pools.1);
     assert!(!egress.preview(&cluster(), [policy()]).unwrap().changes.is_empty());
+}
+
+fn main() -> std::process::ExitCode {
+    harness::main(|| ())
 }

@@ -251,6 +251,6 @@ fn say(line: &str) {
     if told("EGRESS_MUTATE").is_some() {
         let _said = writeln!(stderr(), "{line}");
     } else {
-        println!("{line}");
+        note!("{line}");
     }
 }

@@ -2,66 +2,71 @@
 //! as witnesses.
 
 use std::collections::BTreeSet;
-use std::io::{Write, stderr};
-use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::link::{LinkAttribute, LinkMessage, State as LinkState};
 use serde_json::Value;
 
 use super::route_socket::RouteSocket;
 use crate::op::Op;
 use crate::state::{BACKSTOP_METRIC, LINK_ALIAS, Route, RouteKey, Rule, RuleAction, State, Vxlan};
+use crate::testing::lab::Netns;
 use crate::types::{DeviceName, Family, Mark, TableId};
 
 mod links;
 mod reads;
 mod round_trip;
 
-/// Runs the test in a fresh network namespace, which ends with its thread.
-pub(super) fn in_namespace(test: impl FnOnce() + Send + 'static) {
-    let name = thread::current().name().unwrap_or_default().to_owned();
-    let done = thread::spawn(move || {
-        if let Err(error) = unshare() {
-            assert!(
-                std::env::var_os("EGRESS_REQUIRE_NETNS").is_none_or(|value| value != "1"),
-                "no network namespace: {error}"
-            );
-            // Not `eprintln`, which the test runner swallows.
-            let _ = writeln!(stderr(), "SKIPPED, no network namespace: {name}: {error}");
-            return;
-        }
-        // `addrgenmode none`, so that no address appears in the middle of a test.
-        sh("ip link set lo up
-            ip link add u0 type veth peer name u1
-            ip link set u0 addrgenmode none && ip link set u1 addrgenmode none
-            ip addr add 192.0.2.1/24 dev u0 && ip addr add 2001:db8::1/64 dev u0 nodad
-            ip link set u0 up && ip link set u1 up
-            ip link add foreign type vxlan id 99 local 192.0.2.1 dev u0 dstport 4790
-            ip link set foreign alias other addrgenmode none && ip link set foreign up");
-        // The kernel tells of the carrier later, much later on a busy machine.
-        for _ in 0..100 {
-            if !sh("ip link show").contains("DOWN") {
-                break;
+/// Runs the test in a network namespace with a pair of devices and a foreign tunnel.
+pub(super) fn in_namespace(test: impl FnOnce() + Send) {
+    let netns = harness::given("network namespace", Netns::new());
+    netns
+        .run(|| {
+            // `addrgenmode none`, so that no address appears in the middle of a test.
+            sh("ip link add u0 type veth peer name u1
+                ip link set u0 addrgenmode none
+                ip link set u1 addrgenmode none
+                ip addr add 192.0.2.1/24 dev u0
+                ip addr add 2001:db8::1/64 dev u0 nodad
+                ip link set u0 up
+                ip link set u1 up
+                ip link add foreign type vxlan id 99 local 192.0.2.1 dev u0 dstport 4790
+                ip link set foreign alias other addrgenmode none
+                ip link set foreign up");
+            // The kernel tells of the carrier later, much later on a busy machine.
+            let mut socket = RouteSocket::open().unwrap();
+            for _ in 0..500 {
+                if all_have_a_carrier(&mut socket) {
+                    break;
+                }
+                thread::sleep(Duration::from_millis(20));
             }
-            thread::sleep(Duration::from_millis(20));
+            test();
+        })
+        .unwrap();
+}
+
+fn all_have_a_carrier(socket: &mut RouteSocket) -> bool {
+    let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
+    let states = socket.dump(&"ip link show", &request, |message| match message {
+        RouteNetlinkMessage::NewLink(link) => {
+            let is_down =
+                |it: &LinkAttribute| matches!(it, LinkAttribute::OperState(LinkState::Down));
+            Some(!link.attributes.iter().any(is_down))
         }
-        test();
-    })
-    .join();
-    if let Err(panic) = done {
-        std::panic::resume_unwind(panic);
-    }
+        _ => None,
+    });
+    states.unwrap().into_iter().all(|up| up)
 }
 
-#[allow(deprecated, reason = "the descriptor table stays shared, so that it is sound")]
-fn unshare() -> Result<(), rustix::io::Errno> {
-    rustix::thread::unshare(rustix::thread::UnshareFlags::NEWNET)
-}
-
+/// Runs commands that change something, and returns what they print; each must succeed.
+///
+/// A test that reads what such a program prints needs the program.
 #[track_caller]
 pub(super) fn sh(script: &str) -> String {
-    let output = Command::new("sh").args(["-ec", script]).output().unwrap();
+    let output = harness::shell(script).output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
     text

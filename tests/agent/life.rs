@@ -1,36 +1,20 @@
 //! A whole life in a network namespace.
 
-use std::io::Write;
 use std::process::Command;
 
 use serde_json::{Value, json};
 
+use crate::lab::Netns;
 use crate::{File, changed, good, refusal, run};
 
-/// Runs the test on a thread with a network namespace of its own, which its children share.
-pub(crate) fn in_netns(test: impl FnOnce() + Send + 'static) {
-    let thread = std::thread::spawn(move || {
-        #[allow(deprecated, reason = "its successor is unsafe for flags that are not used here")]
-        let entered = rustix::thread::unshare(rustix::thread::UnshareFlags::NEWNET);
-        match entered {
-            Ok(()) => test(),
-            Err(error) => {
-                let required = std::env::var("EGRESS_REQUIRE_NETNS").is_ok_and(|v| v == "1");
-                assert!(!required, "no network namespace: {error}");
-                // The test harness hides what goes through `eprintln!`.
-                let notice = format!("SKIPPED, no network namespace: {error}\n");
-                std::io::stderr().write_all(notice.as_bytes()).unwrap();
-            }
-        }
-    });
-    if let Err(panic) = thread.join() {
-        std::panic::resume_unwind(panic);
-    }
+/// Runs the test in a network namespace of its own, which its children share.
+pub(crate) fn in_netns(test: impl FnOnce() + Send) {
+    harness::given("network namespace", Netns::new()).run(test).unwrap();
 }
 
 #[track_caller]
 fn ip(arguments: &[&str]) {
-    let output = Command::new("ip").args(arguments).output().expect("iproute2 is needed");
+    let output = harness::command("ip").args(arguments).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
@@ -190,12 +174,7 @@ fn explained(file: &str) {
 #[test]
 fn a_life_with_iptables() {
     for backend in ["iptables-legacy", "iptables-nft"] {
-        if Command::new(backend).arg("-V").output().is_err() {
-            let required = std::env::var("EGRESS_REQUIRE_NETNS").is_ok_and(|v| v == "1");
-            assert!(!required, "no {backend}");
-            std::io::stderr().write_all(b"SKIPPED, no iptables\n").unwrap();
-            return;
-        }
+        harness::needs(&[backend, "ipset", "ip", "bridge"]);
         in_netns(move || {
             ip(&["link", "add", "eth0", "type", "veth", "peer", "name", "eth1"]);
             ip(&["addr", "add", "10.10.0.11/24", "dev", "eth0"]);

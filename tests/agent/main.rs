@@ -8,15 +8,25 @@
     reason = "a test says what it expects"
 )]
 
+#[macro_use]
+extern crate harness;
+
 use std::path::PathBuf;
-use std::process::{Command, Output};
+use std::process::{Command, ExitCode, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use serde_json::{Value, json};
 
+#[path = "../lab/mod.rs"]
+mod lab;
 mod life;
 
 use life::in_netns;
+
+/// In a network namespace of its own where there can be one.
+fn main() -> ExitCode {
+    harness::main(|| drop(lab::isolate()))
+}
 
 /// The agent beside this test: `target/<profile>/examples/agent`.
 fn agent() -> PathBuf {

@@ -3,6 +3,9 @@
 //!
 //! `EGRESS_CHAOS=full` takes a minute; `EGRESS_CHAOS_SEED` repeats the edits of an earlier run.
 
+#[macro_use]
+extern crate harness;
+
 #[path = "../lab/mod.rs"]
 mod lab;
 
@@ -21,7 +24,7 @@ mod stream;
 
 use std::env;
 use std::io::{self, Write};
-use std::process;
+use std::process::{self, ExitCode};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -29,11 +32,16 @@ use std::time::{Duration, Instant};
 use egress_datapath::Ownership;
 
 use edits::Leaves;
-use fleet::{Result, assert_same, check, dual, expect, have, policy, tool};
+use fleet::{Result, assert_same, check, dual, expect, policy, tool};
 use hand::Victim;
 use keeper::Keeper;
 use lab::{EIP_B, Host, Lab, Netns, POD_A, POD_B, SERVER};
 use stream::Pod;
+
+/// In a network namespace of its own where there can be one.
+fn main() -> ExitCode {
+    harness::main(|| drop(lab::isolate()))
+}
 
 const PER_SECOND: u64 = 2_000;
 /// What a packet may take from the pod to the server.
@@ -41,10 +49,8 @@ const UNDER_WAY: Duration = Duration::from_millis(30);
 
 #[test]
 fn no_packet_gets_out_wrong_while_a_foreign_hand_is_at_work() -> Result {
-    let Some(lab) = fleet::lab()? else { return Ok(()) };
-    if !(have("ip")? && have("nft")? && have("bridge")?) {
-        return Ok(());
-    }
+    let lab = fleet::lab();
+    harness::needs(&["ip", "nft", "bridge"]);
     let full = env::var("EGRESS_CHAOS").is_ok_and(|size| size == "full");
     let time = Duration::from_secs(if full { 30 } else { 4 });
     let seed = match env::var("EGRESS_CHAOS_SEED") {

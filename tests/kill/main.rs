@@ -24,16 +24,16 @@ mod matrix;
 mod scenarios;
 mod wire;
 
+use std::env;
 use std::error::Error;
 use std::io::{self, Write};
-use std::process::{Command, ExitCode, Stdio};
-use std::sync::Mutex;
-use std::sync::PoisonError;
+use std::process::{ExitCode, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
-use std::{env, thread};
 
 use allowed::Cni;
-use egress_datapath::{Backend, MarkLayout, Steering};
+use egress_datapath::{Backend, Family, MarkLayout, Steering};
+use harness::Trial;
 use lab::inside::{backend, steering};
 use lab::{Lab, Netns};
 use matrix::{Counts, Matrix};
@@ -49,63 +49,50 @@ const OF_HOOK: usize = 5;
 
 const NODES: [&str; 3] = ["node-a", "node-b", "node-c"];
 
+/// What was counted in all scenarios.
+static TOTAL: Mutex<Counts> = Mutex::new(Counts::NONE);
+
 fn main() -> ExitCode {
     let arguments: Vec<String> = env::args().skip(1).collect();
-    let result = match arguments.split_first() {
-        Some((first, rest)) if first == "child" => child::main(rest),
-        Some((first, _)) if first == "--list" => Ok(()),
-        _ => parent(&arguments),
-    };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            let _ = writeln!(io::stderr(), "{error}");
-            ExitCode::FAILURE
-        }
-    }
-}
-
-fn parent(filters: &[String]) -> Result {
-    let required = env::var_os("EGRESS_REQUIRE_NETNS").is_some_and(|value| value == "1");
-    if let Err(error) = lab::isolate().and_then(|()| Lab::new()) {
-        if required {
-            return Err(format!("no network namespaces: {error}").into());
-        }
-        writeln!(io::stderr(), "SKIPPED, no network namespaces: {error}")?;
-        return Ok(());
-    }
-    let have_nft = Command::new("nft").arg("-V").stdout(Stdio::null()).status().is_ok();
-    if !have_nft {
-        if required {
-            return Err("no program nft".into());
-        }
-        writeln!(io::stderr(), "SKIPPED, no program nft: nodes that masquerade")?;
+    if let Some((first, rest)) = arguments.split_first()
+        && first == "child"
+    {
+        return match child::main(rest) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                let _ = writeln!(io::stderr(), "{error}");
+                ExitCode::FAILURE
+            }
+        };
     }
     let start = Instant::now();
-    let scenarios = scenarios()?;
-    let queue = Mutex::new(plan(&scenarios, have_nft, filters).into_iter());
-    let total = Mutex::new((Counts::default(), Vec::new()));
-    let worker = || {
-        loop {
-            let next = queue.lock().unwrap_or_else(PoisonError::into_inner).next();
-            let Some((number, scenario, cni)) = next else { return };
-            let (counts, wrong) = one(scenario, number, cni);
-            let mut total = total.lock().unwrap_or_else(PoisonError::into_inner);
-            total.0.add(counts);
-            total.1.extend(wrong);
+    let ended = harness::main_with(|| drop(lab::isolate()), trials);
+    let total = *TOTAL.lock().unwrap_or_else(PoisonError::into_inner);
+    let _ = writeln!(io::stdout(), "{:<52} {total}, {:.0?}\n", "in all", start.elapsed());
+    ended
+}
+
+/// A test for each scenario, on nodes that masquerade or on others: in turn, or each on both.
+fn trials() -> Vec<Trial> {
+    let scenarios = match scenarios() {
+        Ok(scenarios) => scenarios,
+        Err(error) => {
+            let error = error.to_string();
+            return vec![harness::trial("scenarios", || Err::<(), _>(error))];
         }
     };
-    thread::scope(|scope| {
-        for _ in 0..thread::available_parallelism().map_or(1, usize::from) {
-            scope.spawn(worker);
+    let mut trials = Vec::new();
+    for (number, scenario) in scenarios.into_iter().enumerate() {
+        let scenario = Arc::new(scenario);
+        for (turn, cni) in [Cni::Routes, Cni::Masquerades].into_iter().enumerate() {
+            if is_whole() || number % 2 == turn {
+                let name = format!("{}, {cni:?}", scenario.name);
+                let scenario = Arc::clone(&scenario);
+                trials.push(harness::trial(&name, move || one(&scenario, number, cni)));
+            }
         }
-    });
-    let (counts, wrong) = total.into_inner().unwrap_or_else(PoisonError::into_inner);
-    writeln!(io::stdout(), "{:<52} {counts}, {:.0?}", "in all", start.elapsed())?;
-    if wrong.is_empty() && counts.leaked + counts.lost == 0 {
-        return Ok(());
     }
-    Err(wrong.join("\n").into())
+    trials
 }
 
 /// Whether everything is tried.
@@ -123,56 +110,31 @@ fn every() -> usize {
     }
 }
 
-/// What runs, and where.
-fn plan<'a>(
-    scenarios: &'a [Scenario],
-    have_nft: bool,
-    filters: &[String],
-) -> Vec<(usize, &'a Scenario, Cni)> {
-    let all = is_whole();
-    let mut plan = Vec::new();
-    for (number, scenario) in scenarios.iter().enumerate() {
-        // As libtest does: any of the words, options apart.
-        let mut words = filters.iter().filter(|word| !word.starts_with('-')).peekable();
-        if words.peek().is_some() && !words.any(|word| scenario.name.contains(word.as_str())) {
-            continue;
-        }
-        for (turn, cni) in [Cni::Routes, Cni::Masquerades].into_iter().enumerate() {
-            let possible = cni == Cni::Routes || have_nft;
-            if possible && (all || !have_nft || number % 2 == turn) {
-                plan.push((number, scenario, cni));
-            }
-        }
+/// Runs a scenario; no packet leaves with a wrong source or is lost, and nothing else is wrong.
+fn one(scenario: &Scenario, number: usize, cni: Cni) -> Result {
+    if let Backend::Iptables(iptables) = backend() {
+        harness::needs(&[iptables.variant.command(Family::V4), "ipset"]);
     }
-    plan
-}
-
-/// Runs a scenario; what was counted, and what went wrong.
-fn one(scenario: &Scenario, number: usize, cni: Cni) -> (Counts, Vec<String>) {
     let start = Instant::now();
-    let run = || -> Result<_> {
-        let mut matrix = Matrix::new(Lab::new()?, scenario, number, every(), cni)?;
-        let ran = matrix.run();
-        let mut wrong = std::mem::take(&mut matrix.wrong);
-        wrong.extend(ran.err().map(|error| format!("{}: {error}", scenario.name)));
-        Ok((matrix.counts, wrong))
-    };
-    let (counts, wrong) = run()
-        .unwrap_or_else(|error| (Counts::default(), vec![format!("{}: {error}", scenario.name)]));
+    let lab = harness::given("network namespaces", Lab::new());
+    let mut matrix = Matrix::new(lab, scenario, number, every(), cni)?;
+    let ran = matrix.run();
+    let mut wrong = std::mem::take(&mut matrix.wrong);
+    wrong.extend(ran.err().map(|error| error.to_string()));
+    let counts = matrix.counts;
+    TOTAL.lock().unwrap_or_else(PoisonError::into_inner).add(counts);
     let name = format!("{}, {cni:?}", scenario.name);
-    let _ = writeln!(
-        io::stdout(),
-        "{name:<52} {counts}, {} wrong, {:.1?}",
-        wrong.len(),
-        start.elapsed()
-    );
-    (counts, wrong)
+    writeln!(io::stdout(), "{name:<52} {counts}, {} wrong, {:.1?}", wrong.len(), start.elapsed())?;
+    if wrong.is_empty() && counts.leaked + counts.lost == 0 {
+        return Ok(());
+    }
+    Err(wrong.join("\n").into())
 }
 
 /// Feeds rules to a tool in a namespace.
 fn feed(netns: &Netns, program: &str, arguments: &[&str], rules: &str) -> Result {
     let status = netns.run(|| {
-        let mut tool = Command::new(program).args(arguments).stdin(Stdio::piped()).spawn()?;
+        let mut tool = harness::command(program).args(arguments).stdin(Stdio::piped()).spawn()?;
         if let Some(mut stdin) = tool.stdin.take() {
             stdin.write_all(rules.as_bytes())?;
         }

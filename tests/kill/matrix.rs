@@ -22,7 +22,7 @@ const MASQUERADE: &str = "table inet cni {
 }";
 
 /// What was counted.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Counts {
     pub(crate) writes: usize,
     pub(crate) points: usize,
@@ -33,6 +33,9 @@ pub(crate) struct Counts {
 }
 
 impl Counts {
+    pub(crate) const NONE: Self =
+        Self { writes: 0, points: 0, sent: 0, arrived: 0, leaked: 0, lost: 0 };
+
     pub(crate) const fn add(&mut self, other: Self) {
         self.writes += other.writes;
         self.points += other.points;
@@ -84,7 +87,7 @@ impl<'a> Matrix<'a> {
             wire,
             before: Vec::new(),
             after: Vec::new(),
-            counts: Counts::default(),
+            counts: Counts::NONE,
             wrong: Vec::new(),
         };
         if cni == Cni::Masquerades {

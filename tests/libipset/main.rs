@@ -2,6 +2,9 @@
 //!
 //! This program is both the test and the process that libipset runs in.
 
+#[macro_use]
+extern crate harness;
+
 #[allow(dead_code, unreachable_pub, reason = "other tests need more of it")]
 #[path = "../../src/testing/lab/netns.rs"]
 mod netns;
@@ -26,55 +29,23 @@ type Sets = BTreeMap<Ipset, IpsetContents>;
 
 const SERVE: &str = "serve";
 
-type Test = (&'static str, fn() -> Result);
-
-const TESTS: [Test; 5] = [
-    ("both_ways_to_write_give_the_same_sets", both_ways_to_write_give_the_same_sets),
-    ("every_address_is_found_by_both", every_address_is_found_by_both),
-    ("a_refusal_is_an_error_with_its_words", a_refusal_is_an_error_with_its_words),
-    ("what_is_refused_keeps_nothing_else_back", what_is_refused_keeps_nothing_else_back),
-    ("a_program_that_does_not_serve_is_named", a_program_that_does_not_serve_is_named),
-];
-
 fn main() -> ExitCode {
-    let arguments: Vec<String> = env::args().skip(1).collect();
-    let ended = match arguments.first().map(String::as_str) {
-        Some(SERVE) => libipset::serve().map_err(Into::into),
-        Some("idle" | "--list") => Ok(()),
-        _ => run(&arguments),
-    };
-    match ended {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            let _unsaid = writeln!(io::stderr(), "{error}");
-            ExitCode::FAILURE
-        }
+    match env::args().nth(1).as_deref() {
+        Some(SERVE) => match libipset::serve() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                let _unsaid = writeln!(io::stderr(), "{error}");
+                ExitCode::FAILURE
+            }
+        },
+        Some("idle") => ExitCode::SUCCESS,
+        _ => harness::main(|| drop(netns::isolate())),
     }
 }
 
-fn run(words: &[String]) -> Result {
-    if let Err(error) = netns::isolate() {
-        if env::var_os("EGRESS_REQUIRE_NETNS").is_some_and(|value| value == "1") {
-            return Err(format!("no network namespaces: {error}").into());
-        }
-        writeln!(io::stderr(), "SKIPPED, no network namespaces: {error}")?;
-        return Ok(());
-    }
-    let words: Vec<_> = words.iter().filter(|word| !word.starts_with('-')).collect();
-    let chosen = |name: &str| words.is_empty() || words.iter().any(|word| name.contains(*word));
-    let mut failed = 0;
-    for (name, test) in TESTS.into_iter().filter(|(name, _)| chosen(name)) {
-        // A namespace for each.
-        netns::isolate()?;
-        match test() {
-            Ok(()) => writeln!(io::stdout(), "test {name} ... ok")?,
-            Err(error) => {
-                failed += 1;
-                writeln!(io::stdout(), "test {name} ... FAILED\n{error}")?;
-            }
-        }
-    }
-    if failed == 0 { Ok(()) } else { Err(format!("{failed} failed").into()) }
+/// Moves the thread of a test into a network namespace of its own.
+fn isolate() {
+    harness::given("network namespace", netns::isolate());
 }
 
 fn libipset() -> Result<Libipset> {
@@ -148,7 +119,9 @@ fn states() -> Result<Vec<Sets>> {
     Ok(vec![few.into(), other.into(), large.into(), Sets::new()])
 }
 
+#[test]
 fn both_ways_to_write_give_the_same_sets() -> Result {
+    isolate();
     let [mut through_libipset, mut over_netlink] = both()?;
     let states = states()?;
     for first_is_libipset in [true, false] {
@@ -174,7 +147,9 @@ fn both_ways_to_write_give_the_same_sets() -> Result {
     Ok(())
 }
 
+#[test]
 fn every_address_is_found_by_both() -> Result {
+    isolate();
     let [_, mut over_netlink] = both()?;
     let sets = states()?.swap_remove(0);
     over_netlink.apply(&Changes::between(&State::default(), &holding(sets)))?;
@@ -197,7 +172,9 @@ fn every_address_is_found_by_both() -> Result {
     if error.is_not_found() { Ok(()) } else { Err(error.into()) }
 }
 
+#[test]
 fn a_refusal_is_an_error_with_its_words() -> Result {
+    isolate();
     let [mut through_libipset, mut over_netlink] = both()?;
     let set = Ipset::Selected(Family::V4);
     let wanted = holding([(set, IpsetContents::of([]))].into());
@@ -224,7 +201,9 @@ fn a_refusal_is_an_error_with_its_words() -> Result {
     }
 }
 
+#[test]
 fn what_is_refused_keeps_nothing_else_back() -> Result {
+    isolate();
     let [mut through_libipset, mut over_netlink] = both()?;
     let [one, two, three] =
         [Ipset::Closed(Family::V4), Ipset::Ignored(Family::V4), Ipset::Peers(Family::V4)];
@@ -241,7 +220,9 @@ fn what_is_refused_keeps_nothing_else_back() -> Result {
     Err(format!("{refused}, left: {:?}", found.ipsets.keys()).into())
 }
 
+#[test]
 fn a_program_that_does_not_serve_is_named() -> Result {
+    isolate();
     let idle = Libipset::new(env::current_exe()?).with_argument("idle");
     let error = idle.observe().err().ok_or("a program that does nothing was believed")?;
     if !error.to_string().contains("libipset::serve") {

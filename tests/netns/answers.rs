@@ -12,7 +12,7 @@ use rustix::fd::OwnedFd;
 use rustix::net::sockopt::Timeout;
 use rustix::net::{self, AddressFamily, RecvFlags, SendFlags, SocketType};
 
-use crate::fleet::{Fleet, Result, dual, have, is_beyond, lab, nft, policy, tool};
+use crate::fleet::{Fleet, Result, dual, is_beyond, lab, nft, policy, tool};
 use crate::flows::masquerade;
 use crate::lab::{EIP_B, Lab, POD_A, SERVER};
 
@@ -37,14 +37,12 @@ fn note_sources(lab: &Lab) -> Result {
 }
 
 /// A lab whose nodes masquerade as a CNI plugin does, with a server that notes sources.
-fn noting_lab() -> Result<Option<Lab>> {
-    let Some(lab) = lab()? else { return Ok(None) };
-    if !have("nft")? {
-        return Ok(None);
-    }
+fn noting_lab() -> Result<Lab> {
+    let lab = lab();
+    harness::needs(&["nft"]);
     masquerade(&lab)?;
     note_sources(&lab)?;
-    Ok(Some(lab))
+    Ok(lab)
 }
 
 /// The lines of the table that tell of pods.
@@ -123,8 +121,8 @@ fn check_noted(lab: &Lab, held: bool, what: &str) -> Result {
 
 #[test]
 fn a_server_that_goes_on_talking_does_not_turn_a_flow_around() -> Result {
-    let Some(lab) = noting_lab()? else { return Ok(()) };
-    let held = !is_beyond("late answers are not held back")?;
+    let lab = noting_lab()?;
+    let held = !is_beyond("late answers are not held back");
     let mut fleet = Fleet::open(&lab)?;
     let policies = [policy("p", &[POD_A], Some("node-b"), dual(EIP_B))?];
     // None is closed: a pod's answer to the end of a connection that nobody tracks is invalid to
@@ -165,11 +163,8 @@ fn a_server_that_goes_on_talking_does_not_turn_a_flow_around() -> Result {
 /// For datagrams nothing tells the two ends apart; see the design notes.
 #[test]
 fn a_connection_that_was_forgotten_is_opened_by_its_pod_only() -> Result {
-    let Some(lab) = noting_lab()? else { return Ok(()) };
-    let held = !is_beyond("answers of forgotten connections are not held back")?;
-    if !have("conntrack")? {
-        return Ok(());
-    }
+    let lab = noting_lab()?;
+    let held = !is_beyond("answers of forgotten connections are not held back");
     let mut fleet = Fleet::open(&lab)?;
     let everywhere = policy("p", &[POD_A], Some("node-b"), dual(EIP_B))?;
     let mut listed = everywhere.clone();
@@ -199,7 +194,7 @@ fn a_connection_that_was_forgotten_is_opened_by_its_pod_only() -> Result {
 
 #[test]
 fn a_connection_ends_with_its_policy_whatever_its_mark_was_before() -> Result {
-    let Some(lab) = noting_lab()? else { return Ok(()) };
+    let lab = noting_lab()?;
     let policies = [policy("p", &[POD_A], Some("node-b"), dual(EIP_B))?];
     let open = |caching| Fleet::with(&lab, move |cluster| cluster.connection_caching = caching);
     for (before, after) in [(true, false), (false, true)] {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use egress_datapath::EgressPolicy;
 
-use crate::fleet::{Fleet, Result, dual, have, lab, nft, policy, sources, tool};
+use crate::fleet::{Fleet, Result, dual, lab, nft, policy, sources, tool};
 use crate::flows::masquerade;
 use crate::lab::{EIP_B, EIP_C, Host, Lab, NODE_A, Netns, POD_A, POD_C, Pair, SERVER, STRANGER};
 
@@ -118,10 +118,7 @@ fn connections_whose_first_packet_decided_survive_every_move_that_keeps_the_egre
 }
 
 fn they_survive(caching: bool) -> Result {
-    let Some(lab) = lab()? else { return Ok(()) };
-    if !have("ip")? || !have("nft")? {
-        return Ok(());
-    }
+    let lab = lab();
     masquerade(&lab)?;
     let listeners = listen(&lab.server, SERVER)?;
     let mut fleet = Fleet::with(&lab, |cluster| cluster.connection_caching = caching)?;
@@ -168,10 +165,7 @@ fn a_connection_whose_first_packet_decided_is_reset_and_does_not_hang() -> Resul
 }
 
 fn they_are_reset(caching: bool) -> Result {
-    let Some(lab) = lab()? else { return Ok(()) };
-    if !have("ip")? || !have("nft")? {
-        return Ok(());
-    }
+    let lab = lab();
     masquerade(&lab)?;
     let listeners = listen(&lab.server, SERVER)?;
     let other: Pair = ["198.51.100.210".parse()?, "2001:db8:51::210".parse()?];
@@ -206,10 +200,7 @@ fn they_are_reset(caching: bool) -> Result {
 
 #[test]
 fn flows_that_never_pause_never_show_the_pod_while_policies_come_and_go() -> Result {
-    let Some(lab) = lab()? else { return Ok(()) };
-    if !have("nft")? {
-        return Ok(());
-    }
+    let lab = lab();
     masquerade(&lab)?;
     let listeners = listen(&lab.server, SERVER)?;
     let mut fleet = Fleet::open(&lab)?;
@@ -263,10 +254,7 @@ fn flows_that_never_pause_never_show_the_pod_while_policies_come_and_go() -> Res
 
 #[test]
 fn connections_inside_and_of_others_are_untouched_by_it_all() -> Result {
-    let Some(lab) = lab()? else { return Ok(()) };
-    if !have("nft")? {
-        return Ok(());
-    }
+    let lab = lab();
     masquerade(&lab)?;
     let [v4, v6] = SERVICE;
     let [to_v4, to_v6] = POD_C;

@@ -6,11 +6,10 @@ use std::net::UdpSocket;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use egress_datapath::{Count, EgressPolicy, Family, NodeName};
+use egress_datapath::state::Set;
+use egress_datapath::{Count, Datapath, EgressPolicy, Family, KernelDatapath, NodeName};
 
-use crate::fleet::{
-    Fleet, Result, check, dual, expect, have, is_beyond, lab, nft, policy, sources, tool,
-};
+use crate::fleet::{Fleet, Result, check, dual, expect, lab, nft, policy, sources, unless_beyond};
 use crate::flows::masquerade;
 use crate::lab::{EIP_B, EIP_C, Lab, Netns, POD_A, POD_B, POD_C, Pair, SERVER, STRANGER};
 
@@ -77,10 +76,8 @@ fn counting(lab: &Lab) -> Result<Fleet> {
 
 #[test]
 fn each_packet_is_counted_once_where_its_pod_is_and_for_as_long_as_its_policy_is_there() -> Result {
-    if is_beyond("policies are not counted")? {
-        return Ok(());
-    }
-    let Some(lab) = lab()? else { return Ok(()) };
+    unless_beyond("policies are not counted");
+    let lab = lab();
     masquerade(&lab)?;
     let mut fleet = counting(&lab)?;
     let mut policies = policies()?;
@@ -134,13 +131,8 @@ fn each_packet_is_counted_once_where_its_pod_is_and_for_as_long_as_its_policy_is
 
 #[test]
 fn a_packet_that_is_decided_about_once_more_is_counted_once() -> Result {
-    if is_beyond("policies are not counted")? {
-        return Ok(());
-    }
-    let Some(lab) = lab()? else { return Ok(()) };
-    if !have("nft")? {
-        return Ok(());
-    }
+    unless_beyond("policies are not counted");
+    let lab = lab();
     let mut fleet = counting(&lab)?;
     let bypassed = EgressPolicy {
         unavailable: egress_datapath::Unavailable::Bypass,
@@ -163,13 +155,8 @@ fn a_packet_that_is_decided_about_once_more_is_counted_once() -> Result {
 
 #[test]
 fn counters_are_switched_on_and_off_in_one_go_and_nothing_leaks() -> Result {
-    if is_beyond("policies are not counted")? {
-        return Ok(());
-    }
-    let Some(lab) = lab()? else { return Ok(()) };
-    if !have("nft")? {
-        return Ok(());
-    }
+    unless_beyond("policies are not counted");
+    let lab = lab();
     masquerade(&lab)?;
     let mut fleet = Fleet::open(&lab)?;
     let policies = policies()?;
@@ -191,8 +178,9 @@ fn counters_are_switched_on_and_off_in_one_go_and_nothing_leaks() -> Result {
             assert!(changed.iter().all(|report| !report.changes.is_empty()), "turn {turn}");
             let again = fleet.apply(&policies)?;
             assert!(again.iter().all(|report| report.changes.is_empty()), "turn {turn}");
-            let listed = tool(&lab.node_a.netns, "nft list sets inet")?;
-            assert_eq!(listed.contains("count4"), on, "turn {turn}");
+            let found = lab.node_a.netns.run(KernelDatapath::open)??.observe()?;
+            let sets = found.firewall.map(|table| table.sets).unwrap_or_default();
+            assert_eq!(sets.contains(&Set::Count(Family::V4)), on, "turn {turn}");
             assert_eq!(fleet.counts("node-a")?.is_empty(), !on, "turn {turn}");
             Ok(())
         });

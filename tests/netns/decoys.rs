@@ -1,17 +1,13 @@
 //! Objects that look like ours and are not.
 
-use crate::fleet::{
-    Result, assert_same, dual, have, lab, lost, open, policy, settled, snapshot, tool,
-};
+use crate::fleet::{Result, assert_same, dual, lab, lost, open, policy, settled, snapshot, tool};
 use crate::lab::{EIP_B, EIP_C, POD_A, POD_B};
 use crate::lookalikes;
 
 #[test]
 fn what_is_not_ours_stays_as_it_is() -> Result {
-    let Some(lab) = lab()? else { return Ok(()) };
-    if !(have("ip")? && have("nft")? && have("bridge")?) {
-        return Ok(());
-    }
+    let lab = lab();
+    harness::needs(&["ip", "nft", "bridge"]);
     let netns = &lab.node_a.netns;
     lookalikes::plant(netns)?;
     let before = settled(netns)?;
@@ -30,10 +26,7 @@ fn what_is_not_ours_stays_as_it_is() -> Result {
 
 #[test]
 fn a_device_of_that_name_that_is_not_ours_is_reported_and_left_alone() -> Result {
-    let Some(lab) = lab()? else { return Ok(()) };
-    if !have("ip")? {
-        return Ok(());
-    }
+    let lab = lab();
     let netns = &lab.node_a.netns;
     tool(netns, "ip link add egress.vxlan type bridge")?;
     let before = tool(netns, "ip -d link")?;

@@ -11,12 +11,11 @@ use std::thread;
 
 use egress_datapath::state::State;
 use egress_datapath::{
-    Backend, Datapath, EgressPolicy, Fate, KernelDatapath, Packet, Sim, Surroundings, Trace,
-    explain, explain_received,
+    Datapath, EgressPolicy, Fate, KernelDatapath, Packet, Sim, Surroundings, Trace, explain,
+    explain_received,
 };
 
-use crate::fleet::{Fleet, Result, have, lab, nft, tool};
-use crate::lab::inside::backend;
+use crate::fleet::{Fleet, Result, lab, nft, tool, unless_beyond};
 use crate::lab::{
     Host, Lab, NODE_A, NODE_B_OUTSIDE, NODE_C_OUTSIDE, Netns, POD_A, POD_B, POD_C, PORT, Pair,
     Proto, STRANGER, probe,
@@ -196,12 +195,9 @@ fn run(scenario: &Scenario) -> Result<(String, usize)> {
 
 #[test]
 fn what_is_explained_is_what_happens() -> Result {
-    if backend() != Backend::Nftables {
-        return Ok(writeln!(io::stderr(), "LIMIT of iptables: its chains are not explained")?);
-    }
-    if lab()?.is_none() || !(have("nft")? && have("ip")? && have("iptables-legacy")?) {
-        return Ok(());
-    }
+    unless_beyond("chains are not explained");
+    drop(lab());
+    harness::needs(&["nft", "ip", "iptables-legacy"]);
     let queue = Mutex::new(SCENARIOS.iter().enumerate());
     let done = Mutex::new(Vec::new());
     thread::scope(|scope| {

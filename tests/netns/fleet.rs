@@ -3,11 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
 use std::fmt::Debug;
-use std::io::{self, Write};
+use std::io::Write;
 use std::net::IpAddr;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
+use std::thread;
 use std::time::Duration;
-use std::{env, thread};
 
 use egress_datapath::{
     Backend, Cluster, Count, Datapath, EgressPolicy, Family, KernelDatapath, KernelTables,
@@ -20,48 +20,34 @@ pub(crate) use crate::lab::{dual, policy};
 
 pub(crate) type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
 
-/// A lab, or the reason why there can be none, said on the terminal whatever libtest captures.
-pub(crate) fn lab() -> Result<Option<Lab>> {
-    match Lab::new() {
-        Ok(lab) => Ok(Some(lab)),
-        Err(error) if env::var_os("EGRESS_REQUIRE_NETNS").is_none_or(|value| value != "1") => {
-            writeln!(
-                io::stderr(),
-                "SKIPPED, no network namespaces for this user, try unshare -rn: {error}"
-            )?;
-            Ok(None)
-        }
-        Err(error) => Err(format!("no network namespaces: {error}").into()),
-    }
+/// A lab, which the test cannot do without.
+pub(crate) fn lab() -> Lab {
+    harness::given("network namespaces", Lab::new())
 }
 
-/// Whether a program is there that a test needs as foreign software or as a second opinion.
-pub(crate) fn have(program: &str) -> Result<bool> {
-    let tried = Command::new(program).arg("-V").stdout(Stdio::null()).status();
-    match tried {
-        Ok(_) => Ok(true),
-        Err(error) if env::var_os("EGRESS_REQUIRE_NETNS").is_none_or(|value| value != "1") => {
-            writeln!(io::stderr(), "SKIPPED, no program {program}: {error}")?;
-            Ok(false)
-        }
-        Err(error) => Err(format!("no program {program}: {error}").into()),
+/// Whether the backend that this run is about cannot do what a test asks for.
+pub(crate) fn is_beyond(limit: &str) -> bool {
+    let is_iptables = backend() != Backend::Nftables;
+    if is_iptables {
+        note!("limit of iptables: {limit}");
     }
+    is_iptables
 }
 
-/// Whether the backend that this run is about cannot do what a test asks for, said on the terminal.
-pub(crate) fn is_beyond(limit: &str) -> Result<bool> {
-    if backend() == Backend::Nftables {
-        return Ok(false);
+/// Ends a test that has nothing to ask of a backend which cannot do that.
+pub(crate) fn unless_beyond(limit: &str) {
+    if is_beyond(limit) {
+        harness::limit(format_args!("with iptables {limit}"));
     }
-    writeln!(io::stderr(), "LIMIT of iptables: {limit}")?;
-    Ok(true)
 }
 
 /// Runs a command line in a namespace and returns what it printed; words are split at blanks.
+///
+/// A test that reads what a program prints needs the program: its stand-in only changes things.
 pub(crate) fn tool(netns: &Netns, line: &str) -> Result<String> {
     let mut words = line.split_whitespace();
     let program = words.next().unwrap_or_default();
-    let output = netns.run(|| Command::new(program).args(words).output())??;
+    let output = netns.run(|| harness::command(program).args(words).output())??;
     if output.status.success() {
         Ok(String::from_utf8(output.stdout)?)
     } else {
@@ -73,7 +59,7 @@ pub(crate) fn tool(netns: &Netns, line: &str) -> Result<String> {
 /// Feeds rules to `nft` in a namespace; with `--check` they are only read.
 pub(crate) fn nft(netns: &Netns, options: &[&str], rules: &str) -> Result {
     let output = netns.run(|| {
-        let mut nft = Command::new("nft")
+        let mut nft = harness::command("nft")
             .args(options)
             .args(["-f", "-"])
             .stdin(Stdio::piped())

@@ -1,15 +1,14 @@
 //! Steering by the egress hook: what it closes, and who comes and goes.
 
-use std::thread;
+use std::{fs, thread};
 
 use egress_datapath::{
-    Backend, Cluster, Datapath, KernelDatapath, MarkLayout, Ownership, Reconciler, Steering,
-    TableRange,
+    Backend, Cluster, Datapath, Family, KernelDatapath, MarkLayout, Ownership, Reconciler,
+    Steering, TableRange,
 };
 
 use crate::fleet::{
-    Fleet, Result, assert_same, check, dual, expect, have, lab, open, policy, settled, sources,
-    tool,
+    Fleet, Result, assert_same, check, dual, expect, lab, open, policy, settled, sources, tool,
 };
 use crate::lab::{EIP_B, EIP_C, Host, POD_A, Proto, SERVER, STRANGER, probe};
 
@@ -21,18 +20,15 @@ fn by_hook(cluster: &mut Cluster) {
 
 /// What is there of either way of steering.
 fn steers_by(host: &Host) -> Result<[usize; 3]> {
-    let tables = tool(&host.netns, "nft list tables netdev")?.matches("egress_datapath").count();
-    let rules = tool(&host.netns, "ip -4 rule show")?.matches("fwmark 0x26").count();
-    let neighbours = tool(&host.netns, "ip -4 neigh show dev egress.vxlan")?.lines().count();
-    Ok([tables, rules, neighbours])
+    let found = host.netns.run(KernelDatapath::open)??.observe()?;
+    let rules = found.rules.iter().filter(|rule| rule.family == Family::V4).count();
+    let neighbours = found.neighbours.keys().filter(|ip| ip.is_ipv4()).count();
+    Ok([usize::from(found.hook.is_some()), rules, neighbours])
 }
 
 #[test]
 fn nothing_gets_out_while_a_piece_of_the_hook_is_missing_and_it_is_put_back() -> Result {
-    let Some(lab) = lab()? else { return Ok(()) };
-    if !have("ip")? || !have("nft")? {
-        return Ok(());
-    }
+    let lab = lab();
     let policies = [policy("p", &[POD_A], B, dual(EIP_B))?];
     let mut fleet = Fleet::with(&lab, by_hook)?;
     fleet.apply(&policies)?;
@@ -81,17 +77,15 @@ fn nothing_gets_out_while_a_piece_of_the_hook_is_missing_and_it_is_put_back() ->
 
 #[test]
 fn a_frame_for_the_next_hop_of_all_goes_nowhere() -> Result {
-    let Some(lab) = lab()? else { return Ok(()) };
-    if !have("ip")? || !have("nft")? {
-        return Ok(());
-    }
+    let lab = lab();
     let mut fleet = Fleet::with(&lab, by_hook)?;
     fleet.apply(&[policy("p", &[POD_A], B, dual(EIP_B))?])?;
     let node = &lab.node_a.netns;
     let sent = || -> Result<Vec<u64>> {
-        let said = tool(node, "ip -s -o link show egress.vxlan")?;
-        let behind = said.split("TX:").nth(1).and_then(|tx| tx.split('\\').nth(1));
-        let numbers = behind.unwrap_or_default().split_whitespace();
+        let devices = node.run(|| fs::read_to_string("/proc/thread-self/net/dev"))??;
+        let line = devices.lines().find_map(|line| line.trim().strip_prefix("egress.vxlan:"));
+        // Behind eight numbers about what was received.
+        let numbers = line.unwrap_or_default().split_whitespace().skip(8);
         Ok(numbers.map(str::parse).collect::<std::result::Result<_, _>>()?)
     };
     // As if nothing looked at what the device is given.
@@ -108,10 +102,8 @@ fn a_frame_for_the_next_hop_of_all_goes_nowhere() -> Result {
 
 #[test]
 fn a_node_goes_from_one_steering_to_the_other_and_its_successor_finds_it_so() -> Result {
-    let Some(lab) = lab()? else { return Ok(()) };
-    if !have("ip")? || !have("nft")? {
-        return Ok(());
-    }
+    let lab = lab();
+    harness::needs(&["ip", "nft"]);
     let mut before = Vec::new();
     for host in lab.nodes() {
         before.push(settled(&host.netns)?);
@@ -155,10 +147,7 @@ fn a_node_goes_from_one_steering_to_the_other_and_its_successor_finds_it_so() ->
 
 #[test]
 fn nobody_else_can_touch_an_owned_hook_and_the_next_owner_takes_it_over() -> Result {
-    let Some(lab) = lab()? else { return Ok(()) };
-    if !have("nft")? {
-        return Ok(());
-    }
+    let lab = lab();
     let host = &lab.node_a;
     let policies = [policy("p", &[POD_A], B, dual(EIP_B))?];
     let mut cluster = lab.cluster(host)?;

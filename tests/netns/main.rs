@@ -1,5 +1,8 @@
 //! The datapath in the kernel, in network namespaces: real packets, real tools.
 
+#[macro_use]
+extern crate harness;
+
 #[path = "../lab/mod.rs"]
 mod lab;
 
@@ -32,3 +35,10 @@ mod restart;
 mod roundtrip;
 mod way_back;
 mod xtables;
+
+use std::process::ExitCode;
+
+/// In a network namespace of its own where there can be one.
+fn main() -> ExitCode {
+    harness::main(|| drop(lab::isolate()))
+}

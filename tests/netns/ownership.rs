@@ -9,7 +9,7 @@ use egress_datapath::{
     Ownership, Reconciler, TablePool, TableRange,
 };
 
-use crate::fleet::{Result, check, dual, expect, have, lab, policy, sources, tool};
+use crate::fleet::{Result, check, dual, expect, lab, policy, sources, tool};
 use crate::lab::{EIP_B, Host, Lab, POD_A, Proto, SERVER, probe};
 use crate::process::{Process, part, say, wait};
 
@@ -49,13 +49,13 @@ fn in_charge(lab: &Lab) -> Result<[Process; 2]> {
 
 #[test]
 fn a_second_one_is_refused_at_once_and_told_which_process_it_is() -> Result {
-    let Some(lab) = lab()? else { return Ok(()) };
+    let lab = lab();
     let processes = in_charge(&lab)?;
     for (host, first) in [&lab.node_a, &lab.node_b].into_iter().zip(&processes) {
         let begin = Instant::now();
         let error = host.netns.run(exclusive)?.err().ok_or("a second one was let in")?;
         let elapsed = begin.elapsed();
-        println!("{}: refused within {elapsed:?}: {error}", host.name);
+        note!("{}: refused within {elapsed:?}: {error}", host.name);
         assert!(elapsed < Duration::from_secs(1), "{elapsed:?}");
         assert_eq!(error.holder(), Some(first.id()));
         assert!(error.to_string().contains(&first.id().to_string()), "{error}");
@@ -74,7 +74,7 @@ fn a_second_one_is_refused_at_once_and_told_which_process_it_is() -> Result {
 
 #[test]
 fn the_next_one_takes_over_what_a_killed_one_left_and_no_packet_sees_it() -> Result {
-    let Some(lab) = lab()? else { return Ok(()) };
+    let lab = lab();
     let [client, gateway] = in_charge(&lab)?;
     let _before = sources(&lab);
     let (stop, asked) = (AtomicBool::new(false), AtomicU32::new(0));
@@ -97,7 +97,7 @@ fn the_next_one_takes_over_what_a_killed_one_left_and_no_packet_sees_it() -> Res
         over
     })?;
     let asked = asked.into_inner();
-    println!("{asked} questions were answered meanwhile, all as the egress IP");
+    note!("{asked} questions were answered meanwhile, all as the egress IP");
     assert!(asked > 0);
     assert_eq!(sources(&lab), EIP_B.into(), "everything the server saw wore the egress IP");
     check(&[expect(&lab.pod_a, SERVER, EIP_B)]);
@@ -114,7 +114,7 @@ fn take_over(lab: &Lab, all: [(&Host, Process); 2]) -> Result {
             let opened = begin.elapsed();
             let changes = next.reconcile(&lab.cluster(host)?, policies()?)?.changes;
             let elapsed = begin.elapsed();
-            println!("{}: taken over within {opened:?}, right after {elapsed:?}", host.name);
+            note!("{}: taken over within {opened:?}, right after {elapsed:?}", host.name);
             assert!(changes.is_empty(), "{}, round {round}: {changes}", host.name);
             drop(next);
             let (another, said) = start(host)?;
@@ -127,10 +127,8 @@ fn take_over(lab: &Lab, all: [(&Host, Process); 2]) -> Result {
 
 #[test]
 fn other_programs_cannot_touch_it() -> Result {
-    let Some(lab) = lab()? else { return Ok(()) };
-    if !(have("nft")? && have("iptables")?) {
-        return Ok(());
-    }
+    let lab = lab();
+    harness::needs(&["nft", "iptables"]);
     let _processes = in_charge(&lab)?;
     for host in [&lab.node_a, &lab.node_b] {
         let listing = || tool(&host.netns, "nft -s list table inet egress_datapath");

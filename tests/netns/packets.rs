@@ -2,7 +2,7 @@
 
 use egress_datapath::{EgressPolicy, Mark, MarkLayout};
 
-use crate::fleet::{Fleet, Result, check, dual, expect, have, is_beyond, lab, nft, policy, tool};
+use crate::fleet::{Fleet, Result, check, dual, expect, is_beyond, lab, nft, policy, tool};
 use crate::lab::{EIP_B, EIP_C, POD_A, POD_B, SERVER, STRANGER};
 
 const B: Option<&str> = Some("node-b");
@@ -10,11 +10,9 @@ const C: Option<&str> = Some("node-c");
 
 #[test]
 fn the_tunnels_own_packets_are_not_tracked_by_who_sends_them() -> Result {
-    let Some(lab) = lab()? else { return Ok(()) };
-    if !have("conntrack")? {
-        return Ok(());
-    }
-    let is_tracked = is_beyond("the tunnel's own packets are tracked")?;
+    let lab = lab();
+    harness::needs(&["conntrack"]);
+    let is_tracked = is_beyond("the tunnel's own packets are tracked");
     let mut fleet = Fleet::open(&lab)?;
     fleet.apply(&[policy("p", &[POD_A], B, dual(EIP_B))?])?;
     check(&[expect(&lab.pod_a, SERVER, EIP_B)]);
@@ -31,7 +29,7 @@ fn the_tunnels_own_packets_are_not_tracked_by_who_sends_them() -> Result {
 
 #[test]
 fn marks_of_value_zero_and_one_steer() -> Result {
-    let Some(lab) = lab()? else { return Ok(()) };
+    let lab = lab();
     let mut fleet = Fleet::with(&lab, |cluster| {
         for (node, mark) in cluster.nodes.iter_mut().skip(1).zip([0x2600_0000, 0x2600_0100]) {
             node.mark = Some(Mark::new(mark));
@@ -45,7 +43,7 @@ fn marks_of_value_zero_and_one_steer() -> Result {
 #[test]
 fn layouts_without_prefix_steer() -> Result {
     for layout in [MarkLayout::COMPACT, MarkLayout::COMPACT6] {
-        let Some(lab) = lab()? else { return Ok(()) };
+        let lab = lab();
         let mut fleet = Fleet::with(&lab, |cluster| cluster.marks = layout)?;
         fleet.apply(&two_gateways()?)?;
         check(&[
@@ -60,10 +58,8 @@ fn layouts_without_prefix_steer() -> Result {
 
 #[test]
 fn a_foreign_bit_survives_and_one_set_after_ours_does_not_unsteer() -> Result {
-    let Some(lab) = lab()? else { return Ok(()) };
-    if !have("nft")? {
-        return Ok(());
-    }
+    let lab = lab();
+    harness::needs(&["nft"]);
     // On the client and on the gateway: one bit before us, one after us, and who still has both
     // when all is done.
     let foreign = "table inet foreign {

@@ -11,7 +11,7 @@ use egress_datapath::{
     State, TablePool, plan,
 };
 
-use crate::fleet::{Result, dual, have, lab, policy};
+use crate::fleet::{Result, dual, lab, policy};
 use crate::lab::inside::datapath;
 use crate::lab::{EIP_B, EIP_C, OTHER_SERVER, POD_A, POD_C, hosts};
 
@@ -134,10 +134,8 @@ fn nft() -> Result {
 }
 
 fn both_refuse_the_same(variant: Variant) -> Result {
-    if !have(variant.command(V4))? || !have("ipset")? {
-        return Ok(());
-    }
-    let Some(lab) = lab()? else { return Ok(()) };
+    harness::needs(&[variant.command(V4), "ipset"]);
+    let lab = lab();
     let usual = usual(&lab.cluster(&lab.node_a)?, variant)?;
     let mut kernel = datapath(&lab.node_a.netns, Backend::Iptables(Iptables::new(variant)))?;
     let mut sim = Sim::new();

@@ -10,15 +10,13 @@ use egress_datapath::{
 use ipnet::IpNet;
 use serde_json::Value;
 
-use crate::fleet::{
-    Result, assert_same, dual, have, lab, nft, open, policy, settled, snapshot, tool,
-};
+use crate::fleet::{Result, assert_same, dual, lab, nft, open, policy, settled, snapshot, tool};
 use crate::lab::{EIP_B, EIP_C, Lab, Netns, OTHER_SERVER, POD_A, POD_B, POD_C, STRANGER, hosts};
 
 #[test]
 fn the_second_time_nothing_changes() -> Result {
     for layout in [MarkLayout::SEED, MarkLayout::COMPACT] {
-        let Some(lab) = lab()? else { return Ok(()) };
+        let lab = lab();
         for host in lab.nodes() {
             let mut cluster = lab.cluster(host)?;
             cluster.marks = layout;
@@ -36,7 +34,7 @@ fn the_second_time_nothing_changes() -> Result {
 
 #[test]
 fn what_was_read_is_what_was_wanted_whatever_was_there_before() -> Result {
-    let Some(lab) = lab()? else { return Ok(()) };
+    let lab = lab();
     let all = policies()?;
     for host in lab.nodes() {
         let cluster = lab.cluster(host)?;
@@ -54,10 +52,8 @@ fn what_was_read_is_what_was_wanted_whatever_was_there_before() -> Result {
 
 #[test]
 fn removal_leaves_the_node_as_it_was() -> Result {
-    let Some(lab) = lab()? else { return Ok(()) };
-    if !(have("ip")? && have("nft")?) {
-        return Ok(());
-    }
+    let lab = lab();
+    harness::needs(&["ip", "nft"]);
     for host in lab.nodes() {
         let before = settled(&host.netns)?;
         let cluster = lab.cluster(host)?;
@@ -76,10 +72,8 @@ fn removal_leaves_the_node_as_it_was() -> Result {
 #[test]
 fn nft_reads_its_own_listing_of_ours() -> Result {
     for layout in [MarkLayout::SEED, MarkLayout::COMPACT] {
-        let Some(lab) = lab()? else { return Ok(()) };
-        if !have("nft")? {
-            return Ok(());
-        }
+        let lab = lab();
+        harness::needs(&["nft"]);
         for host in lab.nodes() {
             let mut cluster = lab.cluster(host)?;
             cluster.marks = layout;
@@ -104,10 +98,8 @@ fn nft_reads_its_own_listing_of_ours() -> Result {
 
 #[test]
 fn nft_counts_the_same_elements() -> Result {
-    let Some(lab) = lab()? else { return Ok(()) };
-    if !have("nft")? {
-        return Ok(());
-    }
+    let lab = lab();
+    harness::needs(&["nft"]);
     for host in lab.nodes() {
         let (_, state) = applied(&lab, host)?;
         let firewall = state.firewall.ok_or("no table")?;
@@ -133,10 +125,8 @@ fn nft_counts_the_same_elements() -> Result {
 
 #[test]
 fn ip_sees_the_same_rules() -> Result {
-    let Some(lab) = lab()? else { return Ok(()) };
-    if !have("ip")? {
-        return Ok(());
-    }
+    let lab = lab();
+    harness::needs(&["ip"]);
     for host in lab.nodes() {
         let (_, state) = applied(&lab, host)?;
         for (family, line) in
@@ -173,10 +163,8 @@ fn ip_sees_the_same_rules() -> Result {
 
 #[test]
 fn ip_sees_the_same_routes() -> Result {
-    let Some(lab) = lab()? else { return Ok(()) };
-    if !have("ip")? {
-        return Ok(());
-    }
+    let lab = lab();
+    harness::needs(&["ip"]);
     for host in lab.nodes() {
         let (_, state) = applied(&lab, host)?;
         let mut theirs = BTreeSet::new();
@@ -222,10 +210,8 @@ fn ip_sees_the_same_routes() -> Result {
 
 #[test]
 fn ip_and_bridge_see_the_same_tunnel() -> Result {
-    let Some(lab) = lab()? else { return Ok(()) };
-    if !(have("ip")? && have("bridge")?) {
-        return Ok(());
-    }
+    let lab = lab();
+    harness::needs(&["ip", "bridge"]);
     for host in lab.nodes() {
         let (cluster, state) = applied(&lab, host)?;
         let link = state.link.ok_or("no tunnel")?;

@@ -17,8 +17,8 @@ use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use rustix::thread::UnshareFlags;
 
 use crate::fleet::{
-    Expect, Fleet, Result, assert_same, check, dual, expect, expect_nothing, have, lab, lost,
-    policy, sources, tool,
+    Expect, Fleet, Result, assert_same, check, dual, expect, expect_nothing, lab, lost, policy,
+    sources, tool,
 };
 use crate::lab::inside::datapath;
 use crate::lab::{
@@ -38,9 +38,10 @@ fn backend(variant: Variant) -> Backend {
     Backend::Iptables(Iptables::new(variant))
 }
 
-/// A lab, if there are the tools of a variant.
-fn lab_with(variant: Variant) -> Result<Option<Lab>> {
-    if have(variant.command(Family::V4))? && have("ipset")? { lab() } else { Ok(None) }
+/// A lab, for the tools of a variant.
+fn lab_with(variant: Variant) -> Lab {
+    harness::needs(&[variant.command(Family::V4), "ipset"]);
+    lab()
 }
 
 /// Makes a test for each variant.
@@ -93,7 +94,7 @@ fn expectations(lab: &Lab) -> Vec<Expect<'_>> {
 }
 
 fn packets_wear_what_their_policies_say(variant: Variant) -> Result {
-    let Some(lab) = lab_with(variant)? else { return Ok(()) };
+    let lab = lab_with(variant);
     let mut fleet = fleet(&lab, backend(variant))?;
     fleet.apply(&policies()?)?;
     check(&expectations(&lab));
@@ -104,7 +105,7 @@ fn packets_wear_what_their_policies_say(variant: Variant) -> Result {
 }
 
 fn a_prefix_of_sources_has_exceptions(variant: Variant) -> Result {
-    let Some(lab) = lab_with(variant)? else { return Ok(()) };
+    let lab = lab_with(variant);
     // One set says of the whole node where it goes, and of one pod in it otherwise.
     let mut whole = policy("whole", &[], B, dual(EIP_B))?;
     whole.priority = 1;
@@ -172,7 +173,7 @@ fn listing(netns: &Netns) -> Result<String> {
 }
 
 fn others_are_untouched_and_nothing_is_left(variant: Variant) -> Result {
-    let Some(lab) = lab_with(variant)? else { return Ok(()) };
+    let lab = lab_with(variant);
     let netns = &lab.node_b.netns;
     for line in OTHERS {
         tool(netns, &line.replace("IPTABLES", variant.command(Family::V4)))?;
@@ -189,7 +190,7 @@ fn others_are_untouched_and_nothing_is_left(variant: Variant) -> Result {
 }
 
 fn a_restart_changes_nothing(variant: Variant) -> Result {
-    let Some(lab) = lab_with(variant)? else { return Ok(()) };
+    let lab = lab_with(variant);
     fleet(&lab, backend(variant))?.apply(&policies()?)?;
     for _ in 0..5 {
         for report in fleet(&lab, backend(variant))?.apply(&policies()?)? {
@@ -201,7 +202,7 @@ fn a_restart_changes_nothing(variant: Variant) -> Result {
 }
 
 fn what_others_change_is_put_right(variant: Variant) -> Result {
-    let Some(lab) = lab_with(variant)? else { return Ok(()) };
+    let lab = lab_with(variant);
     let mut fleet = fleet(&lab, backend(variant))?;
     fleet.apply(&policies()?)?;
     for damage in [
@@ -236,7 +237,7 @@ fn what_others_change_is_put_right(variant: Variant) -> Result {
 }
 
 fn a_refused_change_leaves_the_table_as_it_was(variant: Variant) -> Result {
-    let Some(lab) = lab_with(variant)? else { return Ok(()) };
+    let lab = lab_with(variant);
     let netns = &lab.node_a.netns;
     let mut kernel = datapath(netns, backend(variant))?;
     let mut fleet = fleet(&lab, backend(variant))?;
@@ -269,7 +270,7 @@ fn a_refused_change_leaves_the_table_as_it_was(variant: Variant) -> Result {
 }
 
 fn the_shell_text_makes_the_same(variant: Variant) -> Result {
-    let Some(lab) = lab_with(variant)? else { return Ok(()) };
+    let lab = lab_with(variant);
     for host in lab.nodes() {
         let mut cluster = lab.cluster(host)?;
         cluster.backend =
@@ -292,10 +293,8 @@ fn the_shell_text_makes_the_same(variant: Variant) -> Result {
 
 #[test]
 fn the_shell_text_of_nftables_makes_the_same() -> Result {
-    let Some(lab) = lab()? else { return Ok(()) };
-    if !have("nft")? {
-        return Ok(());
-    }
+    let lab = lab();
+    harness::needs(&["nft", "ip", "bridge"]);
     let cluster = lab.cluster(&lab.node_b)?;
     let (mut marks, mut tables) = (MarkPool::new(cluster.marks), TablePool::default());
     let plan = plan(&cluster, &policies()?, &mut marks, &mut tables)?;
@@ -327,10 +326,7 @@ fn shell(netns: &Netns, script: &str) -> Result {
 
 /// What iptables cannot do, as [`Iptables`] says; that it is so is tested, too.
 fn the_limits_are_as_documented(variant: Variant) -> Result {
-    let Some(lab) = lab_with(variant)? else { return Ok(()) };
-    if !have("nft")? {
-        return Ok(());
-    }
+    let lab = lab_with(variant);
     // A masquerade in a table of somebody's own comes first: on the client what is tunnelled then
     // has no policy at the gateway, and is dropped there.
     let masquerade = "table ip foreign { chain post {
@@ -359,7 +355,7 @@ fn the_limits_are_as_documented(variant: Variant) -> Result {
 
 /// It is not changed with policies in force.
 fn a_drained_node_takes_another_layout(variant: Variant) -> Result {
-    let Some(lab) = lab_with(variant)? else { return Ok(()) };
+    let lab = lab_with(variant);
     let policies = policies()?;
     let with = |marks| {
         Fleet::with(&lab, move |cluster| {
@@ -392,9 +388,7 @@ fn a_lock_that_others_keep_is_waited_for_and_named() -> Result {
     // The lock is a file, the same for all network namespaces.
     let locked = || -> std::result::Result<(), String> {
         let text = |error: &dyn std::fmt::Display| error.to_string();
-        let Some(lab) = lab_with(Variant::Legacy).map_err(|error| text(&error))? else {
-            return Ok(());
-        };
+        let lab = lab_with(Variant::Legacy);
         own_run().map_err(|error| text(&error))?;
         let mut fleet = fleet(&lab, backend(Variant::Legacy)).map_err(|error| text(&error))?;
         let policies = policies().map_err(|error| text(&error))?;
@@ -428,7 +422,7 @@ const ANCESTOR: [&str; 9] = [
 ];
 
 fn chains_of_our_names_are_taken_over(variant: Variant) -> Result {
-    let Some(lab) = lab_with(variant)? else { return Ok(()) };
+    let lab = lab_with(variant);
     for line in ANCESTOR {
         for host in lab.nodes() {
             tool(&host.netns, &format!("{} {line}", variant.command(Family::V4)))?;

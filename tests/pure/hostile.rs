@@ -274,7 +274,7 @@ fn huge_lists_are_planned_in_a_time_that_grows_with_them() {
         let begin = Instant::now();
         let plan = crate::planned(&cluster("a"), &policies).unwrap();
         let elements = plan.state.firewall.as_ref().unwrap().elements.len();
-        println!(
+        note!(
             "{what}: {elements} elements, {} findings, {:?}",
             plan.findings.len(),
             begin.elapsed()

@@ -7,6 +7,9 @@
     reason = "a test says what it expects"
 )]
 
+#[macro_use]
+extern crate harness;
+
 mod convergence;
 mod counts;
 mod faults;
@@ -24,11 +27,17 @@ mod tables;
 mod validation;
 mod xtables;
 
+use std::process::ExitCode;
+
 use egress_datapath::{
     Cluster, EgressIp, EgressPolicy, MarkPool, Node, NodeName, Plan, PlanError, Policy, PolicyId,
     TablePool, TableRange, plan,
 };
 use ipnet::IpNet;
+
+fn main() -> ExitCode {
+    harness::main(|| ())
+}
 
 fn net(text: &str) -> IpNet {
     text.parse().unwrap()

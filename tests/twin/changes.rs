@@ -10,7 +10,7 @@ use crate::drift::drifted;
 use crate::random::Random;
 use crate::shrink::shrink;
 use crate::world::{cluster, planned, policies};
-use crate::{Outcome, Result, Twins, given, say, seed, times};
+use crate::{Outcome, Result, Twins, say, seed, times};
 
 /// Operations that are made at least.
 const OPERATIONS: usize = 100_000;
@@ -19,7 +19,7 @@ const SHRINKING: Duration = Duration::from_secs(60);
 
 #[test]
 fn the_same_changes_have_the_same_end() -> Result {
-    let Some(mut twins) = given(Twins::new())? else { return Ok(()) };
+    let mut twins = harness::given("network namespaces", Twins::new());
     let seed = seed()?;
     if let Ok(steps) = env::var("EGRESS_TWIN_STEPS") {
         return replay(seed, &steps);
@@ -193,7 +193,7 @@ fn a_difference_is_shrunk_to_what_it_needs() -> Result {
         };
         Ok(twins)
     };
-    let Some(mut twins) = given(wrong())? else { return Ok(()) };
+    let mut twins = harness::given("network namespaces", wrong());
     let failing = Steps::of(SEED).take(1000).position(|step| twins.step(&step).is_err());
     let failing = failing.ok_or("nothing notices")?;
     let left = shrunk(SEED, failing, wrong);

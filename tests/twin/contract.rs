@@ -9,7 +9,7 @@ use egress_datapath::state::{
 use egress_datapath::{Changes, Family, IpRange, MacAddr, Mark, NodeName, TableId};
 
 use crate::checks::policies;
-use crate::{Result, Twins, given, lab, say, world};
+use crate::{Result, Twins, lab, say, world};
 
 const ENOENT: i32 = 2;
 const ESRCH: i32 = 3;
@@ -309,7 +309,7 @@ fn large_vni(state: &mut State) {
 
 #[test]
 fn every_case_ends_the_same_way() -> Result {
-    let Some(mut twins) = given(Twins::new())? else { return Ok(()) };
+    let mut twins = harness::given("network namespaces", Twins::new());
     let usual = usual()?;
     let mut refusals = 0;
     for (case, [holds, taken, wanted], refused) in CASES {

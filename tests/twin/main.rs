@@ -12,6 +12,9 @@
     reason = "a test says what it expects"
 )]
 
+#[macro_use]
+extern crate harness;
+
 #[path = "../lab/mod.rs"]
 mod lab;
 
@@ -33,11 +36,16 @@ mod world;
 use std::env;
 use std::error::Error;
 use std::io::{self, Write};
-use std::process::Command;
+use std::process::{Command, ExitCode};
 
 use egress_datapath::{ApplyError, Datapath, KernelDatapath, Sim, State};
 
 use lab::{Device, Netns};
+
+/// In a network namespace of its own where there can be one.
+fn main() -> ExitCode {
+    harness::main(|| drop(lab::isolate()))
+}
 
 type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
 
@@ -57,20 +65,6 @@ fn seed() -> Result<u64> {
 /// So many times, or ten times that.
 fn times(usual: usize) -> usize {
     if env::var("EGRESS_TWIN").is_ok_and(|value| value == "full") { usual * 10 } else { usual }
-}
-
-/// What a test needs of the machine, or `None` if it may do without.
-fn given<T>(made: io::Result<T>) -> Result<Option<T>> {
-    match made {
-        Ok(made) => Ok(Some(made)),
-        Err(error) if env::var("EGRESS_REQUIRE_NETNS").is_ok_and(|value| value == "1") => {
-            Err(format!("no network namespaces: {error}").into())
-        }
-        Err(error) => {
-            say(&format!("SKIPPED, no network namespaces for this user, try unshare -rn: {error}"));
-            Ok(None)
-        }
-    }
 }
 
 /// A simulated kernel and a real one that should never differ.
@@ -141,7 +135,7 @@ fn difference(sim: &State, kernel: &State) -> Result {
 
 /// Feeds rules to `nft` in a namespace.
 fn nft(netns: &Netns, rules: &str) -> io::Result<()> {
-    let output = netns.run(|| Command::new("nft").arg(rules).output())??;
+    let output = netns.run(|| harness::command("nft").arg(rules).output())??;
     if output.status.success() {
         return Ok(());
     }

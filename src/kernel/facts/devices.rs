@@ -19,10 +19,10 @@ use crate::types::Family;
 const IMPOSSIBLE_VNI: u32 = 1 << 24;
 
 /// A device, and its index.
-pub(super) type Indexed = (u32, Device);
+pub(in crate::kernel) type Indexed = (u32, Device);
 
 impl RouteSocket {
-    pub(super) fn all_devices(&mut self) -> Result<Vec<Indexed>, KernelError> {
+    pub(in crate::kernel) fn all_devices(&mut self) -> Result<Vec<Indexed>, KernelError> {
         let mut message = LinkMessage::default();
         message.attributes = vec![link::without_statistics()];
         let message = RouteNetlinkMessage::GetLink(message);

@@ -3,6 +3,7 @@
 use std::process::Command;
 
 use crate::cluster::{Cluster, Node};
+use crate::datapath::Datapath;
 use crate::kernel::rtnl_kernel_tests::{in_namespace, sh};
 use crate::policy::{EgressIp, EgressPolicy};
 use crate::preflight::{DropHook, MarkKind, Preflight, Problem, Severity};
@@ -50,10 +51,6 @@ fn problems_of(policy: &EgressPolicy, script: &str) -> Vec<Problem> {
     found
 }
 
-fn has(program: &str) -> bool {
-    Command::new(program).arg("--version").output().is_ok_and(|output| output.status.success())
-}
-
 #[test]
 fn a_fresh_host_has_no_problem_and_keeps_no_trace() {
     in_namespace(|| {
@@ -85,7 +82,8 @@ fn what_others_have_put_into_our_tables() {
         let (cluster, policy) = (cluster(), policy("node-b", EIP));
         let mut egress = Reconciler::open(cluster.marks, crate::TableRange::default()).unwrap();
         egress.reconcile(&cluster, [&policy]).unwrap();
-        let table = sh("ip -j route show table all proto 69 | jq -r '.[0].table'");
+        let state = egress.datapath().observe().unwrap();
+        let table = state.routes.keys().next().unwrap().table;
         let script = format!("ip route add 203.0.113.0/24 via 192.0.2.9 table {table}");
         let found = problems(&script);
         let text = found[0].to_string();
@@ -208,10 +206,8 @@ fn egress_ips() {
 
 #[test]
 fn firewalls_of_others() {
+    harness::needs(&["iptables-nft"]);
     in_namespace(|| {
-        if !has("iptables-nft") {
-            return;
-        }
         let found = problems(
             "iptables-nft -P INPUT DROP; iptables-nft -P FORWARD DROP
              iptables-nft -t mangle -A PREROUTING -m mark --mark 0x20000/0x20000 -j ACCEPT
@@ -256,11 +252,11 @@ fn firewalls_of_others() {
 
 #[test]
 fn both_variants_of_iptables() {
+    harness::needs(&["iptables-legacy", "iptables-nft"]);
     in_namespace(|| {
-        let legacy = Command::new("iptables-legacy").args(["-t", "filter", "-L"]).output();
-        let usable = legacy.is_ok_and(|output| output.status.success());
-        if !usable || !has("iptables-nft") {
-            return;
+        let listed = Command::new("iptables-legacy").args(["-t", "filter", "-L"]).output().unwrap();
+        if !listed.status.success() {
+            harness::unmet("no legacy iptables in this kernel");
         }
         let found = problems("iptables-nft -A INPUT -j ACCEPT");
         let tables = vec!["filter".to_owned()];

@@ -1,19 +1,16 @@
 //! Messages to be damaged: what a real kernel says where there may be one, and what it would say.
 
 use std::net::UdpSocket;
-use std::sync::mpsc;
-
-use rustix::thread::UnshareFlags;
 
 use crate::kernel::nft::tests::sample_datagram;
 use crate::kernel::socket::Socket;
 use crate::kernel::wire::{NLMSG_ERROR, Writer, flag};
+use crate::testing::lab::Netns;
 use crate::{
     Cluster, EgressIp, EgressPolicy, MarkLayout, Node, NodeName, PolicyId, Reconciler, TableRange,
 };
 
-/// What a kernel with our objects in it answers to requests of this protocol, message by message;
-/// nothing without the privilege.
+/// What a kernel with our objects in it answers to requests of this protocol, message by message.
 ///
 /// Each request has a type, flags beside those of every request, and a body.
 pub(in crate::kernel) fn answers(
@@ -143,21 +140,6 @@ fn split(mut datagram: &[u8]) -> Vec<Vec<u8>> {
     found
 }
 
-/// Runs it in a network namespace of its own; nothing comes of it where there can be none.
-fn in_netns(run: impl FnOnce() -> Vec<Vec<u8>> + Send + 'static) -> Vec<Vec<u8>> {
-    let (sender, receiver) = mpsc::channel();
-    let thread = std::thread::spawn(move || {
-        #[allow(deprecated, reason = "the descriptor table stays shared, so that it is sound")]
-        let entered = rustix::thread::unshare(UnshareFlags::NEWNET);
-        if let Err(error) = entered {
-            let required = std::env::var("EGRESS_REQUIRE_NETNS").is_ok_and(|value| value == "1");
-            assert!(!required, "no network namespace: {error}");
-            return;
-        }
-        sender.send(run()).unwrap();
-    });
-    if let Err(panic) = thread.join() {
-        std::panic::resume_unwind(panic);
-    }
-    receiver.try_recv().unwrap_or_default()
+fn in_netns(run: impl FnOnce() -> Vec<Vec<u8>> + Send) -> Vec<Vec<u8>> {
+    harness::given("network namespace", Netns::new()).run(run).unwrap()
 }

@@ -159,7 +159,7 @@ mod mutated;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::nft::tests::netns::{has_nft, in_netns, nft};
+    use crate::kernel::nft::tests::netns::{in_netns, nft};
     use crate::preflight::MarkKind::{Connection, Packet};
 
     const RULESET: &str = "
@@ -187,9 +187,7 @@ mod tests {
     #[test]
     fn chains_and_marks_of_others_are_read_and_ours_are_not() {
         in_netns(|socket| {
-            if !has_nft() {
-                return;
-            }
+            harness::needs(&["nft"]);
             nft(&["-f", "-"], RULESET).unwrap();
             let found = foreign(socket).unwrap();
             let chains: Vec<_> = found

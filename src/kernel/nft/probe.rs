@@ -170,7 +170,7 @@ fn write(writer: &mut Writer, sequence: u32, trial: &Trial, next: &mut dyn FnMut
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::nft::tests::netns::{has_nft, in_netns, nft};
+    use crate::kernel::nft::tests::netns::{in_netns, nft};
 
     #[test]
     fn a_kernel_that_has_everything_lacks_nothing_and_keeps_nothing() {
@@ -178,9 +178,8 @@ mod tests {
             let before = generation(socket).unwrap();
             assert_eq!(missing(socket), Ok(Vec::new()));
             assert_eq!(generation(socket), Ok(before));
-            if has_nft() {
-                assert_eq!(nft(&["list", "ruleset"], ""), Ok(String::new()));
-            }
+            harness::needs(&["nft"]);
+            assert_eq!(nft(&["list", "ruleset"], ""), Ok(String::new()));
         });
     }
 

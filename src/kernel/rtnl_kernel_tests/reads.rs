@@ -6,6 +6,7 @@ use super::*;
 
 #[test]
 fn ip_and_bridge_agree() {
+    harness::needs(&["ip", "bridge"]);
     in_namespace(|| {
         let mut socket = RouteSocket::open().unwrap();
         for op in additions(&full()) {
@@ -110,6 +111,7 @@ fn what_has_our_number_and_another_shape_is_seen_as_it_is_and_deleted() {
             make(&mut socket, &Op::DeleteStrayRouting(stray));
         }
         assert!(observe(&mut socket).is_empty());
+        harness::needs(&["ip"]);
         assert_eq!(sh("ip route show table all proto 69").lines().count(), 1);
         assert_eq!(sh("ip route show table 3000"), "blackhole default proto 70 metric 9 \n");
     });

@@ -7,9 +7,9 @@ use super::*;
 use crate::datapath::Datapath;
 use crate::kernel::KernelDatapath;
 use crate::kernel::rtnl_kernel_tests::{in_namespace, sh};
+use crate::kernel::watch::tests::Host;
 use crate::kernel::watch::tests::edits::EDITS;
 use crate::kernel::watch::tests::noise::NOISE;
-use crate::kernel::watch::tests::{Host, node};
 use crate::{Changes, Cluster, MarkPool, News, Reconciler, State, TablePool, Update, plan};
 
 /// Reads until nothing more is told: new devices go on telling of themselves for a while.
@@ -22,11 +22,6 @@ fn known(kernel: &mut KernelDatapath) -> State {
         }
     }
     panic!("somebody goes on changing what is ours");
-}
-
-fn variables() -> String {
-    let table = "ip -j route show table all proto 69 | jq -r 'map(select(.gateway))[0].table'";
-    format!("TABLE={}\nMAC={}\n", sh(table).trim(), node(2).mac())
 }
 
 #[test]
@@ -46,7 +41,7 @@ fn what_others_do_elsewhere_leaves_everything_certain() {
 fn every_edit_is_noticed_and_undone_whole() {
     in_namespace(|| {
         let mut host = Host::new();
-        let variables = variables();
+        let variables = host.variables();
         for (script, parts) in EDITS {
             let kernel = host.egress.datapath();
             known(kernel);

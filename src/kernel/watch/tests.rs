@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::*;
+use crate::datapath::Datapath;
 use crate::kernel::KernelDatapath;
 use crate::kernel::rtnl_kernel_tests::{in_namespace, sh};
 use crate::{
@@ -59,6 +60,14 @@ impl Host {
         assert!(!host.reconcile().changes.is_empty());
         host.expect_silence("what was written at first");
         host
+    }
+
+    /// The table of a gateway and the MAC of its tunnel, for a shell.
+    pub(in crate::kernel) fn variables(&mut self) -> String {
+        let state = self.egress.datapath().observe().unwrap();
+        let via = |route: &crate::state::Route| matches!(route, crate::state::Route::Via(_));
+        let (key, _) = state.routes.iter().find(|(_, route)| via(route)).unwrap();
+        format!("TABLE={}\nMAC={}\n", key.table, node(2).mac())
     }
 
     fn reconcile(&mut self) -> Report {

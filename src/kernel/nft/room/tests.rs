@@ -1,6 +1,6 @@
 use super::*;
 use crate::kernel::nft::observe;
-use crate::kernel::nft::tests::netns::{has_nft, in_netns, nft};
+use crate::kernel::nft::tests::netns::{in_netns, nft};
 use crate::state::{ChainId, Data, Key, NFT_TABLE, Tag, Value};
 use crate::types::Family;
 
@@ -91,9 +91,8 @@ fn a_full_set_is_made_anew_with_all_that_was_in_it() {
         commit(socket, &more).unwrap();
         let found = observe(socket).unwrap().unwrap();
         assert_eq!(found.elements.of(SOURCES).count(), 600);
-        if has_nft() {
-            assert_eq!((size_of(SOURCES), size_of(OTHERS)), (Some(1024), Some(512)));
-        }
+        harness::needs(&["nft"]);
+        assert_eq!((size_of(SOURCES), size_of(OTHERS)), (Some(1024), Some(512)));
     });
 }
 
@@ -110,9 +109,7 @@ fn a_set_that_outgrows_every_size_grows_by_itself() {
 
 #[test]
 fn a_set_that_somebody_elses_rule_looks_into_is_left_as_it_is() {
-    if !has_nft() {
-        return;
-    }
+    harness::needs(&["nft"]);
     in_netns(|socket| {
         commit(socket, &table(410)).unwrap();
         let rule = "meta priority set ip saddr map @source4 counter accept";
@@ -141,9 +138,7 @@ fn what_was_refused_for_other_reasons_is_no_matter_of_room() {
 
 #[test]
 fn somebody_elses_chain_in_our_table_is_not_in_the_way() {
-    if !has_nft() {
-        return;
-    }
+    harness::needs(&["nft"]);
     in_netns(|socket| {
         commit(socket, &table(410)).unwrap();
         let script = format!(

@@ -1,46 +1,22 @@
-//! Network namespaces for tests.
+//! Network namespaces for tests, and `nft`.
 
 use std::io::Write;
-use std::process::{Command, Stdio};
-
-use rustix::thread::UnshareFlags;
+use std::process::Stdio;
 
 use crate::kernel::socket::Socket;
+use crate::testing::lab::Netns;
 
-/// Runs a test in a network namespace of its own thread.
+/// Runs a test in a network namespace of its own.
+pub(crate) fn in_netns(test: impl FnOnce(&mut Socket) + Send) {
+    let netns = harness::given("network namespace", Netns::new());
+    netns.run(|| test(&mut crate::kernel::nft::open().unwrap())).unwrap();
+}
+
+/// What `nft` prints, or says of its failure; it runs in the namespace of the calling thread.
 ///
-/// Without the privilege it says so on standard error and passes, unless
-/// `EGRESS_REQUIRE_NETNS=1`.
-pub(crate) fn in_netns(test: impl FnOnce(&mut Socket) + Send + 'static) {
-    let run = move || {
-        // Only the namespace changes, and only that of this thread, which ends with the test.
-        #[allow(deprecated, reason = "its successor is unsafe for flags that are not used here")]
-        let entered = rustix::thread::unshare(UnshareFlags::NEWNET);
-        if let Err(error) = entered {
-            let required = std::env::var("EGRESS_REQUIRE_NETNS").is_ok_and(|value| value == "1");
-            assert!(!required, "no network namespace: {error}");
-            // The test harness hides what goes through `eprintln!`.
-            let notice = format!("SKIPPED, no network namespace: {error}\n");
-            std::io::stderr().write_all(notice.as_bytes()).unwrap();
-            return;
-        }
-        let mut socket = crate::kernel::nft::open().unwrap();
-        test(&mut socket);
-    };
-    let thread = std::thread::spawn(run);
-    if let Err(panic) = thread.join() {
-        std::panic::resume_unwind(panic);
-    }
-}
-
-/// Whether there is an `nft` to ask.
-pub(crate) fn has_nft() -> bool {
-    Command::new("nft").arg("--version").output().is_ok()
-}
-
-/// What `nft` prints; it runs in the namespace of the calling thread.
+/// A test that lists something, or adds rules that its stand-in does not know, needs the program.
 pub(crate) fn nft(arguments: &[&str], input: &str) -> Result<String, String> {
-    let mut child = Command::new("nft")
+    let mut child = harness::command("nft")
         .args(arguments)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())

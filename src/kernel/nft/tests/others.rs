@@ -1,6 +1,6 @@
 //! What others write, in our table and beside it, is read without an error.
 
-use super::netns::{has_nft, in_netns, nft};
+use super::netns::{in_netns, nft};
 use super::sample;
 use crate::kernel::nft::{batch, commit, kind, observe};
 use crate::kernel::wire::{Ack, Messages, NLMSG_ERROR, Writer, flag};
@@ -10,9 +10,7 @@ use crate::state::{ChainId, Stmt};
 #[test]
 fn a_rule_of_any_form_in_our_chain_is_unknown_and_no_error() {
     in_netns(|socket| {
-        if !has_nft() {
-            return;
-        }
+        harness::needs(&["nft"]);
         commit(socket, &sample::ops()).unwrap();
         let wanted = sample::firewall();
         for rule in [

@@ -1,6 +1,6 @@
 //! What is put is what is read, also by `nft` and from `nft`.
 
-use super::netns::{has_nft, in_netns, nft};
+use super::netns::{in_netns, nft};
 use super::sample;
 use crate::kernel::nft::{commit, observe, observe_hook};
 use crate::op::Op;
@@ -44,14 +44,12 @@ fn a_table_with_everything_reads_back() {
 /// Makes the device of the sample's hook.
 fn make_device(name: &DeviceName) {
     let args = ["link", "add", name.as_str(), "type", "bridge"];
-    assert!(std::process::Command::new("ip").args(args).status().unwrap().success());
+    assert!(harness::command("ip").args(args).status().unwrap().success());
 }
 
 #[test]
 fn the_table_at_the_hook_is_one_of_its_own_and_reads_back() {
-    if !has_nft() {
-        return;
-    }
+    harness::needs(&["nft"]);
     in_netns(|socket| {
         make_device(&sample::device());
         let (ops, wanted) = (sample::hook_ops(), sample::hook());
@@ -94,9 +92,7 @@ fn the_table_at_the_hook_is_one_of_its_own_and_reads_back() {
 
 #[test]
 fn a_chain_at_other_devices_and_names_of_the_other_table_are_not_ours() {
-    if !has_nft() {
-        return;
-    }
+    harness::needs(&["nft"]);
     in_netns(|socket| {
         make_device(&sample::device());
         let script = format!(
@@ -143,9 +139,7 @@ fn script(ops: &[Op]) -> String {
 
 #[test]
 fn what_we_print_makes_the_same_table_when_nft_runs_it() {
-    if !has_nft() {
-        return;
-    }
+    harness::needs(&["nft"]);
     in_netns(|socket| {
         nft(&["-f", "-"], &script(&sample::ops())).unwrap();
         assert_same(observe(socket).unwrap());
@@ -154,9 +148,7 @@ fn what_we_print_makes_the_same_table_when_nft_runs_it() {
 
 #[test]
 fn what_nft_lists_makes_the_same_table_again() {
-    if !has_nft() {
-        return;
-    }
+    harness::needs(&["nft"]);
     in_netns(|socket| {
         commit(socket, &sample::ops()).unwrap();
         let listed = nft(&["list", "ruleset"], "").unwrap();
@@ -168,9 +160,7 @@ fn what_nft_lists_makes_the_same_table_again() {
 
 #[test]
 fn nft_lists_rules_in_the_words_that_we_use() {
-    if !has_nft() {
-        return;
-    }
+    harness::needs(&["nft"]);
     in_netns(|socket| {
         commit(socket, &sample::ops()).unwrap();
         let listed = nft(&["-nn", "list", "ruleset"], "").unwrap();
@@ -198,9 +188,7 @@ fn nft_lists_rules_in_the_words_that_we_use() {
 
 #[test]
 fn what_is_not_ours_is_told_apart() {
-    if !has_nft() {
-        return;
-    }
+    harness::needs(&["nft"]);
     in_netns(|socket| {
         commit(socket, &sample::ops()).unwrap();
         let script = format!(
@@ -249,9 +237,7 @@ fn what_is_not_ours_is_told_apart() {
 
 #[test]
 fn a_set_of_another_type_is_a_stray_that_can_be_made_anew() {
-    if !has_nft() {
-        return;
-    }
+    harness::needs(&["nft"]);
     in_netns(|socket| {
         commit(socket, &[Op::AddTable(TableFamily::Inet)]).unwrap();
         nft(&["add", "set", "inet", NFT_TABLE, "peer4 { type ipv4_addr; flags interval; }"], "")
@@ -270,9 +256,7 @@ fn a_set_of_another_type_is_a_stray_that_can_be_made_anew() {
 
 #[test]
 fn a_table_that_sleeps_is_seen_and_woken() {
-    if !has_nft() {
-        return;
-    }
+    harness::needs(&["nft"]);
     in_netns(|socket| {
         commit(socket, &sample::ops()).unwrap();
         let script = format!("add table inet {NFT_TABLE} {{ flags dormant; }}");

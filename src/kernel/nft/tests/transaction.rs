@@ -1,10 +1,9 @@
 //! All or nothing, and which operation it was.
 
-use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::netns::{has_nft, in_netns};
+use super::netns::in_netns;
 use super::sample::{self, tag};
 use crate::error::errno;
 use crate::kernel::nft::{commit, observe};
@@ -100,9 +99,6 @@ fn each_operation_of_a_large_transaction_can_be_the_one_that_is_named() {
 
 #[test]
 fn other_writers_delay_but_do_not_stop_us() {
-    if !has_nft() {
-        return;
-    }
     in_netns(|socket| {
         commit(socket, &[Op::AddTable(TableFamily::Inet), Op::AddSet(Set::Any(V4))]).unwrap();
         let stop = Arc::new(AtomicBool::new(false));
@@ -113,7 +109,8 @@ fn other_writers_delay_but_do_not_stop_us() {
                 let mut commits = 0;
                 while !stopped.load(Ordering::Relaxed) && commits < 1000 {
                     for verb in ["add", "delete"] {
-                        let done = Command::new("nft").args([verb, "table", "inet", "x"]).status();
+                        let done =
+                            harness::command("nft").args([verb, "table", "inet", "x"]).status();
                         commits += u32::from(done.is_ok_and(|status| status.success()));
                     }
                 }

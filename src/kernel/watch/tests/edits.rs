@@ -73,9 +73,7 @@ pub(in crate::kernel) const EDITS: [(&str, &[Part]); 47] = [
 fn every_edit_wakes_is_named_and_is_repaired() {
     in_namespace(|| {
         let mut host = Host::new();
-        let table =
-            sh("ip -j route show table all proto 69 | jq -r 'map(select(.gateway))[0].table'");
-        let variables = format!("TABLE={}\nMAC={}\n", table.trim(), node(2).mac());
+        let variables = host.variables();
         for (script, parts) in EDITS {
             sh(&format!("{variables}{script}"));
             assert!(host.is_readable(1000), "{script}");
@@ -88,7 +86,7 @@ fn every_edit_wakes_is_named_and_is_repaired() {
             let report = host.egress.repair().unwrap();
             assert!(!report.changes.is_empty(), "{script}");
             let echo = host.drain();
-            println!("{script}\n    {news}\n    {} repaired, then {echo}", report.changes.len());
+            note!("{script}\n    {news}\n    {} repaired, then {echo}", report.changes.len());
             assert!(echo.is_empty(), "{script}: {echo}");
             let again = host.egress.repair().unwrap();
             assert!(again.changes.is_empty(), "{script}: {}", again.changes);
@@ -185,6 +183,6 @@ fn how_long_it_takes() {
             other.make_one(&Op::DeleteRule(RULE)).unwrap();
             assert_eq!(host.drain().changed, [Rule].into());
         }
-        println!("from a foreign request to its answer, and to a woken thread: {times:?}");
+        note!("from a foreign request to its answer, and to a woken thread: {times:?}");
     });
 }

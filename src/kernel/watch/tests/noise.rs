@@ -26,7 +26,7 @@ fn what_others_do_elsewhere_is_no_news() {
             sh(script);
             let woke = host.is_readable(50);
             let news = host.drain();
-            println!("{script}\n    woke: {woke}, {news}");
+            note!("{script}\n    woke: {woke}, {news}");
             assert_eq!(news, News::default(), "{script}");
             assert!(!host.is_readable(0), "{script}");
         }
@@ -90,7 +90,7 @@ fn what_noise_costs() {
         sh("for i in $(seq 150); do echo link add d$i type veth peer name e$i; done | ip -batch -");
         let begin = Instant::now();
         let also = host.drain();
-        println!(
+        note!(
             "2000 foreign neighbours: {neighbours:?}, {news}; 150 pairs of devices: {:?}, {also}",
             begin.elapsed()
         );

@@ -1,9 +1,7 @@
-use std::process::Command;
-
 use super::counts;
 use crate::count::{Count, Counts};
 use crate::kernel::nft::observe::{observe, observe_at};
-use crate::kernel::nft::tests::netns::{has_nft, in_netns};
+use crate::kernel::nft::tests::netns::in_netns;
 use crate::kernel::nft::{commit, generation};
 use crate::op::Op;
 use crate::state::{Comment, Data, Elements, Key, Set, TableFamily, Tag, Value};
@@ -31,14 +29,12 @@ fn what_was_counted_is_read_and_is_no_difference() {
         commit(socket, &ops).unwrap();
         let zero = Counts::from([((Family::V4, tag(1)), Count::default())]);
         assert_eq!(counts(socket).unwrap(), zero);
-        if !has_nft() {
-            return;
-        }
+        harness::needs(&["nft"]);
         let before = observe(socket).unwrap();
         commit(socket, &[Op::DeleteElement(key, element(1).1)]).unwrap();
         let line = "add element inet egress_datapath count4 \
                     { 3f2a:2 counter packets 5 bytes 300 comment \"policy-1\" }";
-        assert!(Command::new("nft").arg(line).status().unwrap().success());
+        assert!(harness::command("nft").arg(line).status().unwrap().success());
         let count = Count { packets: 5, bytes: 300 };
         assert_eq!(counts(socket).unwrap(), Counts::from([((Family::V4, tag(1)), count)]));
         assert_eq!(observe(socket).unwrap(), before);
@@ -49,19 +45,17 @@ fn what_was_counted_is_read_and_is_no_difference() {
 fn a_set_of_the_same_name_that_counts_nothing_is_not_ours() {
     in_netns(|socket| {
         commit(socket, &[Op::AddTable(TableFamily::Inet)]).unwrap();
-        if !has_nft() {
-            return;
-        }
+        harness::needs(&["nft"]);
         for kind in ["type classid;", "type classid; counter; quota over 1 mbytes;"] {
             let line = format!("add set inet egress_datapath count4 {{ {kind} }}");
-            assert!(Command::new("nft").arg(line).status().unwrap().success());
+            assert!(harness::command("nft").arg(line).status().unwrap().success());
             let found = observe(socket).unwrap().unwrap();
             assert_eq!((found.sets.len(), found.strays.len()), (0, 1), "{kind}");
             assert_eq!(counts(socket).unwrap(), Counts::new());
             commit(socket, &[Op::DeleteSet(BOTH[0])]).unwrap();
         }
         let line = "add set inet egress_datapath steer4 { type classid; counter; }";
-        assert!(Command::new("nft").arg(line).status().unwrap().success());
+        assert!(harness::command("nft").arg(line).status().unwrap().success());
         assert_eq!(observe(socket).unwrap().unwrap().strays.len(), 1);
     });
 }

@@ -1,0 +1,251 @@
+//! Runs the tests, and ignores those that the machine cannot run.
+//!
+//! The built-in harness decides at compile time whether a test is ignored; whether there is an
+//! `nft` is known only when the test runs. A test binary of this harness is declared with
+//! `harness = false`, begins with `#[macro_use] extern crate harness`, and ends in [`main`]; a test
+//! is a function with `#[test]`, as everywhere.
+//!
+//! A test says what it needs in its set-up: [`needs`] for programs, [`given`] for what the kernel
+//! may refuse. Both end in [`unmet`], the one place that decides what becomes of a test that cannot
+//! run: it is ignored with a reason, or, with `EGRESS_STRICT=1`, it fails. Programs that only change
+//! a node are started by [`command`] and [`shell`], which have a stand-in for each.
+
+#[cfg(target_os = "linux")]
+mod stand_in;
+
+use std::any::Any;
+use std::collections::BTreeMap;
+use std::env;
+use std::ffi::OsString;
+use std::fmt::{self, Debug, Display};
+use std::io::{self, Write};
+use std::panic::resume_unwind;
+use std::path::Path;
+use std::process::{Command, ExitCode};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+
+pub use libtest_mimic::Trial;
+use libtest_mimic::{Arguments, Completion, Failed};
+
+pub use attribute::test;
+#[doc(hidden)]
+pub use linkme;
+
+/// A test.
+#[derive(Debug)]
+pub struct Test {
+    /// Its path, as `module::function`.
+    pub name: &'static str,
+    /// What it does; the error is its failure.
+    pub run: fn() -> Result<(), String>,
+}
+
+/// The tests of this binary.
+#[linkme::distributed_slice]
+pub static TESTS: [Test];
+
+/// What a test may return.
+pub trait Outcome {
+    /// The failure, if it is one.
+    fn result(self) -> Result<(), String>;
+}
+
+impl Outcome for () {
+    fn result(self) -> Result<(), String> {
+        Ok(())
+    }
+}
+
+impl<E: Debug> Outcome for Result<(), E> {
+    fn result(self) -> Result<(), String> {
+        self.map_err(|error| format!("Error: {error:?}"))
+    }
+}
+
+/// The payload of a panic that ends a test which cannot run.
+struct Unmet(String);
+
+/// How many tests were ignored, by reason.
+static IGNORED: Mutex<BTreeMap<String, usize>> = Mutex::new(BTreeMap::new());
+
+/// Whether every test must run.
+pub fn is_strict() -> bool {
+    env::var_os("EGRESS_STRICT").is_some_and(|value| value == "1")
+}
+
+/// Ends the test, which this machine cannot run: it is ignored, or it fails with `EGRESS_STRICT=1`.
+///
+/// # Panics
+///
+/// Always; the harness tells the panic of an ignored test from a failure.
+pub fn unmet(reason: impl Display) -> ! {
+    assert!(!is_strict(), "{reason}, and EGRESS_STRICT=1 demands that every test runs");
+    // Without the hook, which would print it as a failure.
+    resume_unwind(Box::new(Unmet(reason.to_string())))
+}
+
+/// Ends the test, which what is tested cannot pass by a documented limit, as iptables has some.
+///
+/// # Panics
+///
+/// Always; the harness tells the panic of an ignored test from a failure.
+pub fn limit(reason: impl Display) -> ! {
+    resume_unwind(Box::new(Unmet(format!("limit: {reason}"))))
+}
+
+/// Declares that the test asks these programs for a second opinion or for rules of their own.
+///
+/// # Panics
+///
+/// As [`unmet`], where one of them is missing.
+pub fn needs(programs: &[&str]) {
+    if let Some(missing) = programs.iter().find(|program| !has(program)) {
+        unmet(format!("no program {missing}"));
+    }
+}
+
+/// Whether a program is in the search path.
+pub fn has(program: &str) -> bool {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path).any(|folder| folder.join(program).is_file())
+}
+
+/// What the test asked the kernel for, such as a network namespace.
+///
+/// # Panics
+///
+/// As [`unmet`], where the kernel refused.
+pub fn given<T, E: Display>(what: &str, made: Result<T, E>) -> T {
+    made.unwrap_or_else(|error| unmet(format!("no {what}: {error}")))
+}
+
+/// Runs the registered tests; the arguments are those of the built-in harness.
+///
+/// `prepare` is done first, while there is one thread, unless this process stands in for another
+/// program.
+pub fn main(prepare: impl FnOnce()) -> ExitCode {
+    main_with(prepare, Vec::new)
+}
+
+/// The same with tests that are made while the program runs.
+pub fn main_with(prepare: impl FnOnce(), trials: impl FnOnce() -> Vec<Trial>) -> ExitCode {
+    start(prepare, trials, None)
+}
+
+/// The same, one test at a time: for tests that would take packets' time from each other.
+pub fn main_in_turn(prepare: impl FnOnce(), trials: impl FnOnce() -> Vec<Trial>) -> ExitCode {
+    start(prepare, trials, Some(1))
+}
+
+fn start(
+    prepare: impl FnOnce(),
+    trials: impl FnOnce() -> Vec<Trial>,
+    threads: Option<usize>,
+) -> ExitCode {
+    if let Some(ended) = played() {
+        return ended;
+    }
+    prepare();
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads = threads.or(arguments.test_threads);
+    let mut all = registered();
+    all.extend(trials());
+    run(&arguments, all)
+}
+
+/// Does what this process was started for, if [`command`] or [`shell`] started it in the place of
+/// a program that is not installed.
+fn played() -> Option<ExitCode> {
+    #[cfg(target_os = "linux")]
+    return stand_in::played();
+    #[cfg(not(target_os = "linux"))]
+    None
+}
+
+/// A program that changes a node; where it is not installed, its stand-in.
+pub fn command(program: &str) -> Command {
+    let path = search_path();
+    let found = env::split_paths(&path).map(|folder| folder.join(program));
+    let found = found.into_iter().find(|file| file.is_file());
+    let mut command = Command::new(found.unwrap_or_else(|| program.into()));
+    command.env("PATH", path);
+    command
+}
+
+/// A shell for commands that change a node, with stand-ins for what is not installed.
+pub fn shell(script: &str) -> Command {
+    let mut shell = Command::new("/bin/sh");
+    shell.args(["-ec", script]).env("PATH", search_path());
+    shell
+}
+
+fn search_path() -> OsString {
+    #[cfg(target_os = "linux")]
+    return stand_in::path();
+    #[cfg(not(target_os = "linux"))]
+    env::var_os("PATH").unwrap_or_default()
+}
+
+/// Says what a test measured or counted, with `--nocapture`.
+#[macro_export]
+macro_rules! note {
+    ($($words:tt)*) => { $crate::say(::core::format_args!($($words)*)) };
+}
+
+/// Does what [`note!`] is for.
+#[doc(hidden)]
+pub fn say(words: fmt::Arguments<'_>) {
+    if env::args().any(|argument| argument == "--nocapture") {
+        let _closed = writeln!(io::stdout(), "{words}");
+    }
+}
+
+/// The registered tests, for a binary that adds others.
+fn registered() -> Vec<Trial> {
+    // As the built-in harness does, the name of the crate is left out.
+    let name = |test: &Test| test.name.split_once("::").map_or(test.name, |(_, name)| name);
+    let mut trials: Vec<_> = TESTS.iter().map(|test| trial(name(test), test.run)).collect();
+    trials.sort_by(|a, b| a.name().cmp(b.name()));
+    trials
+}
+
+/// A test that is made while the program runs.
+pub fn trial<O: Outcome>(name: &str, run: impl FnOnce() -> O + Send + 'static) -> Trial {
+    // A thread of its own: what a test does to its thread, such as another namespace or fewer
+    // capabilities, ends with it.
+    let thread = thread::Builder::new().name(name.to_owned());
+    Trial::ignorable_test(name, || match thread.spawn(|| run().result())?.join() {
+        Ok(result) => result.map(|()| Completion::Completed).map_err(Failed::from),
+        Err(panic) => ignored(panic),
+    })
+}
+
+fn ignored(panic: Box<dyn Any + Send>) -> Result<Completion, Failed> {
+    let Unmet(reason) = *panic.downcast::<Unmet>().unwrap_or_else(|panic| resume_unwind(panic));
+    let mut ignored = IGNORED.lock().unwrap_or_else(PoisonError::into_inner);
+    *ignored.entry(reason.clone()).or_default() += 1;
+    Ok(Completion::ignored_with(reason))
+}
+
+/// Runs tests, and says at the end how many were ignored and why.
+fn run(arguments: &Arguments, trials: Vec<Trial>) -> ExitCode {
+    let conclusion = libtest_mimic::run(arguments, trials);
+    let ignored = IGNORED.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut out = io::stdout().lock();
+    for (reason, count) in &*ignored {
+        let _closed = writeln!(out, "{count} ignored: {reason}");
+    }
+    if !ignored.is_empty() {
+        let binary = env::current_exe().unwrap_or_default();
+        let binary = binary.file_stem().unwrap_or_default();
+        let _closed = writeln!(
+            out,
+            "{}: README.md, section Tests, names the packages that turn these into checks\n",
+            Path::new(binary).display()
+        );
+    }
+    #[cfg(target_os = "linux")]
+    stand_in::end();
+    conclusion.exit_code()
+}
