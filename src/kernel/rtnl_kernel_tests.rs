@@ -48,17 +48,18 @@ pub(super) fn in_namespace(test: impl FnOnce() + Send) {
         .unwrap();
 }
 
+/// Whether the kernel has said of both ends of the pair that they are up: until then it says that
+/// it does not know, or that one is down. Of other devices it never knows.
 fn all_have_a_carrier(socket: &mut RouteSocket) -> bool {
     let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
-    let states = socket.dump(&"ip link show", &request, |message| match message {
+    let ups = socket.dump(&"ip link show", &request, |message| match message {
         RouteNetlinkMessage::NewLink(link) => {
-            let is_down =
-                |it: &LinkAttribute| matches!(it, LinkAttribute::OperState(LinkState::Down));
-            Some(!link.attributes.iter().any(is_down))
+            let is_up = |it: &LinkAttribute| matches!(it, LinkAttribute::OperState(LinkState::Up));
+            link.attributes.iter().any(is_up).then_some(())
         }
         _ => None,
     });
-    states.unwrap().into_iter().all(|up| up)
+    ups.unwrap().len() == 2
 }
 
 /// Runs commands that change something, and returns what they print; each must succeed.

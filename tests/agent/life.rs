@@ -14,7 +14,7 @@ pub(crate) fn in_netns(test: impl FnOnce() + Send) {
 
 #[track_caller]
 fn ip(arguments: &[&str]) {
-    let output = harness::command("ip").args(arguments).output().unwrap();
+    let output = Command::new("ip").args(arguments).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 

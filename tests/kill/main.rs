@@ -27,7 +27,7 @@ mod wire;
 use std::env;
 use std::error::Error;
 use std::io::{self, Write};
-use std::process::{ExitCode, Stdio};
+use std::process::{Command, ExitCode, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -134,7 +134,7 @@ fn one(scenario: &Scenario, number: usize, cni: Cni) -> Result {
 /// Feeds rules to a tool in a namespace.
 fn feed(netns: &Netns, program: &str, arguments: &[&str], rules: &str) -> Result {
     let status = netns.run(|| {
-        let mut tool = harness::command(program).args(arguments).stdin(Stdio::piped()).spawn()?;
+        let mut tool = Command::new(program).args(arguments).stdin(Stdio::piped()).spawn()?;
         if let Some(mut stdin) = tool.stdin.take() {
             stdin.write_all(rules.as_bytes())?;
         }

@@ -5,7 +5,7 @@ use std::error::Error;
 use std::fmt::Debug;
 use std::io::Write;
 use std::net::IpAddr;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
@@ -47,7 +47,7 @@ pub(crate) fn unless_beyond(limit: &str) {
 pub(crate) fn tool(netns: &Netns, line: &str) -> Result<String> {
     let mut words = line.split_whitespace();
     let program = words.next().unwrap_or_default();
-    let output = netns.run(|| harness::command(program).args(words).output())??;
+    let output = netns.run(|| Command::new(program).args(words).output())??;
     if output.status.success() {
         Ok(String::from_utf8(output.stdout)?)
     } else {
@@ -59,7 +59,7 @@ pub(crate) fn tool(netns: &Netns, line: &str) -> Result<String> {
 /// Feeds rules to `nft` in a namespace; with `--check` they are only read.
 pub(crate) fn nft(netns: &Netns, options: &[&str], rules: &str) -> Result {
     let output = netns.run(|| {
-        let mut nft = harness::command("nft")
+        let mut nft = Command::new("nft")
             .args(options)
             .args(["-f", "-"])
             .stdin(Stdio::piped())

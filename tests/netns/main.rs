@@ -38,7 +38,12 @@ mod xtables;
 
 use std::process::ExitCode;
 
-/// In a network namespace of its own where there can be one.
+/// In a network namespace of its own where there can be one; a process that a test has started
+/// stays in the one of its node.
 fn main() -> ExitCode {
-    harness::main(|| drop(lab::isolate()))
+    harness::main(|| {
+        if process::part().is_none() {
+            drop(lab::isolate());
+        }
+    })
 }

@@ -149,7 +149,7 @@ impl Fleet {
     /// Empties a node's table of connections, in both worlds.
     pub(crate) fn forget(&mut self, at: usize) -> Result {
         let netns = &self.lab.nodes()[at].netns;
-        let output = netns.run(|| harness::command("conntrack").arg("-F").output())??;
+        let output = netns.run(|| Command::new("conntrack").arg("-F").output())??;
         if !output.status.success() {
             return Err(String::from_utf8_lossy(&output.stderr).into());
         }

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::process::Command;
 
 use egress_datapath::state::{Key, NftRule, Rule, State, Stmt};
 use egress_datapath::{

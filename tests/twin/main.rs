@@ -135,7 +135,7 @@ fn difference(sim: &State, kernel: &State) -> Result {
 
 /// Feeds rules to `nft` in a namespace.
 fn nft(netns: &Netns, rules: &str) -> io::Result<()> {
-    let output = netns.run(|| harness::command("nft").arg(rules).output())??;
+    let output = netns.run(|| Command::new("nft").arg(rules).output())??;
     if output.status.success() {
         return Ok(());
     }

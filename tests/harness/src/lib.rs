@@ -7,8 +7,8 @@
 //!
 //! A test says what it needs in its set-up: [`needs`] for programs, [`given`] for what the kernel
 //! may refuse. Both end in [`unmet`], the one place that decides what becomes of a test that cannot
-//! run: it is ignored with a reason, or, with `EGRESS_STRICT=1`, it fails. Programs that only change
-//! a node are started by [`command`] and [`shell`], which have a stand-in for each.
+//! run: it is ignored with a reason, or, with `EGRESS_STRICT=1`, it fails. A program that only
+//! changes a node is started like any other: where it is not installed, there is a stand-in.
 
 #[cfg(target_os = "linux")]
 mod stand_in;
@@ -16,11 +16,10 @@ mod stand_in;
 use std::any::Any;
 use std::collections::BTreeMap;
 use std::env;
-use std::ffi::OsString;
 use std::fmt::{self, Debug, Display};
 use std::io::{self, Write};
 use std::panic::resume_unwind;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -105,11 +104,16 @@ pub fn needs(programs: &[&str]) {
     }
 }
 
-/// Whether a program is in the search path.
+/// Whether a program is installed; its stand-in is not it.
 pub fn has(program: &str) -> bool {
     let path = env::var_os("PATH").unwrap_or_default();
-    env::split_paths(&path).any(|folder| folder.join(program).is_file())
+    let stand_ins = env::var_os(STAND_INS);
+    let installed = |folder: &PathBuf| stand_ins.as_ref().is_none_or(|it| folder != Path::new(it));
+    env::split_paths(&path).filter(installed).any(|folder| folder.join(program).is_file())
 }
+
+/// Names the folder of stand-ins, in the environment of the tests and of what they start.
+const STAND_INS: &str = "EGRESS_STAND_INS";
 
 /// What the test asked the kernel for, such as a network namespace.
 ///
@@ -143,48 +147,56 @@ fn start(
     trials: impl FnOnce() -> Vec<Trial>,
     threads: Option<usize>,
 ) -> ExitCode {
-    if let Some(ended) = played() {
+    #[cfg(target_os = "linux")]
+    if let Some(ended) = stand_in::played() {
         return ended;
     }
+    #[cfg(target_os = "linux")]
+    stand_in::provide();
     prepare();
-    let mut arguments = Arguments::from_args();
+    let (arguments, filters) = arguments();
+    let mut arguments = Arguments::from_iter(arguments);
     arguments.test_threads = threads.or(arguments.test_threads);
     let mut all = registered();
     all.extend(trials());
-    run(&arguments, all)
-}
-
-/// Does what this process was started for, if [`command`] or [`shell`] started it in the place of
-/// a program that is not installed.
-fn played() -> Option<ExitCode> {
+    let is_chosen = |trial: &Trial| {
+        let fits = |filter: &String| match arguments.exact {
+            true => trial.name() == filter,
+            false => trial.name().contains(filter),
+        };
+        filters.is_empty() || filters.iter().any(fits)
+    };
+    all.retain(is_chosen);
+    let ended = run(&arguments, all);
     #[cfg(target_os = "linux")]
-    return stand_in::played();
-    #[cfg(not(target_os = "linux"))]
-    None
+    stand_in::end();
+    ended
 }
 
-/// A program that changes a node; where it is not installed, its stand-in.
-pub fn command(program: &str) -> Command {
-    let path = search_path();
-    let found = env::split_paths(&path).map(|folder| folder.join(program));
-    let found = found.into_iter().find(|file| file.is_file());
-    let mut command = Command::new(found.unwrap_or_else(|| program.into()));
-    command.env("PATH", path);
-    command
+/// The options of this process, and the words that tests are chosen by: there may be several, as
+/// with the built-in harness.
+fn arguments() -> (Vec<String>, Vec<String>) {
+    let (mut options, mut filters) = (Vec::new(), Vec::new());
+    let mut arguments = env::args();
+    options.extend(arguments.next());
+    while let Some(argument) = arguments.next() {
+        if !argument.starts_with('-') {
+            filters.push(argument);
+            continue;
+        }
+        let takes_value = ["--test-threads", "--skip", "--logfile", "--format", "--color"];
+        let value = takes_value.contains(&argument.as_str()).then(|| arguments.next()).flatten();
+        options.push(argument);
+        options.extend(value);
+    }
+    (options, filters)
 }
 
-/// A shell for commands that change a node, with stand-ins for what is not installed.
+/// A shell for commands that change a node; a failed one ends it.
 pub fn shell(script: &str) -> Command {
     let mut shell = Command::new("/bin/sh");
-    shell.args(["-ec", script]).env("PATH", search_path());
+    shell.args(["-ec", script]);
     shell
-}
-
-fn search_path() -> OsString {
-    #[cfg(target_os = "linux")]
-    return stand_in::path();
-    #[cfg(not(target_os = "linux"))]
-    env::var_os("PATH").unwrap_or_default()
 }
 
 /// Says what a test measured or counted, with `--nocapture`.
@@ -245,7 +257,5 @@ fn run(arguments: &Arguments, trials: Vec<Trial>) -> ExitCode {
             Path::new(binary).display()
         );
     }
-    #[cfg(target_os = "linux")]
-    stand_in::end();
     conclusion.exit_code()
 }

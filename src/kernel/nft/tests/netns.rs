@@ -1,7 +1,7 @@
 //! Network namespaces for tests, and `nft`.
 
 use std::io::Write;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use crate::kernel::socket::Socket;
 use crate::testing::lab::Netns;
@@ -16,7 +16,7 @@ pub(crate) fn in_netns(test: impl FnOnce(&mut Socket) + Send) {
 ///
 /// A test that lists something, or adds rules that its stand-in does not know, needs the program.
 pub(crate) fn nft(arguments: &[&str], input: &str) -> Result<String, String> {
-    let mut child = harness::command("nft")
+    let mut child = Command::new("nft")
         .args(arguments)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())

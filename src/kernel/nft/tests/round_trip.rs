@@ -1,5 +1,7 @@
 //! What is put is what is read, also by `nft` and from `nft`.
 
+use std::process::Command;
+
 use super::netns::{in_netns, nft};
 use super::sample;
 use crate::kernel::nft::{commit, observe, observe_hook};
@@ -44,7 +46,7 @@ fn a_table_with_everything_reads_back() {
 /// Makes the device of the sample's hook.
 fn make_device(name: &DeviceName) {
     let args = ["link", "add", name.as_str(), "type", "bridge"];
-    assert!(harness::command("ip").args(args).status().unwrap().success());
+    assert!(Command::new("ip").args(args).status().unwrap().success());
 }
 
 #[test]

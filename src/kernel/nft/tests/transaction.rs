@@ -1,5 +1,6 @@
 //! All or nothing, and which operation it was.
 
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -109,8 +110,7 @@ fn other_writers_delay_but_do_not_stop_us() {
                 let mut commits = 0;
                 while !stopped.load(Ordering::Relaxed) && commits < 1000 {
                     for verb in ["add", "delete"] {
-                        let done =
-                            harness::command("nft").args([verb, "table", "inet", "x"]).status();
+                        let done = Command::new("nft").args([verb, "table", "inet", "x"]).status();
                         commits += u32::from(done.is_ok_and(|status| status.success()));
                     }
                 }

@@ -13,16 +13,17 @@ mod netlink;
 mod nft;
 mod words;
 
-use std::env;
-use std::ffi::OsString;
-use std::fs;
+use std::convert::Infallible;
 use std::io::{self, Write};
 use std::os::unix::fs::symlink;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
-use std::sync::OnceLock;
+use std::process::{self, Command, ExitCode};
+use std::{env, fs};
 
 use words::{Words, unknown};
+
+use crate::{STAND_INS, has};
 
 type Main = fn(Words) -> io::Result<String>;
 
@@ -52,33 +53,40 @@ pub(crate) fn played() -> Option<ExitCode> {
     }
 }
 
-/// The folder of links to this binary, under the names of programs that are not installed.
-struct Folder(Option<PathBuf>);
-
-static FOLDER: OnceLock<Folder> = OnceLock::new();
-
-/// The search path with the stand-ins behind all that is installed.
-pub(crate) fn path() -> OsString {
-    let path = env::var_os("PATH").unwrap_or_default();
-    let Folder(folder) = FOLDER.get_or_init(|| Folder(make().ok()));
-    let folders = env::split_paths(&path).chain(folder.clone());
-    env::join_paths(folders).unwrap_or(path)
+/// Starts this process once more, with stand-ins in its search path, behind all that is installed.
+///
+/// What the tests start, and what those start, then finds them by their names. Nothing happens
+/// where everything is installed.
+pub(crate) fn provide() {
+    if env::var_os(STAND_INS).is_some() || PROGRAMS.iter().all(|(program, _)| has(program)) {
+        return;
+    }
+    // A failure is that of the first test that needs one.
+    let _failed = again();
 }
 
-fn make() -> io::Result<PathBuf> {
-    let folder = env::temp_dir().join(format!("egress-datapath-tests-{}", std::process::id()));
+fn again() -> io::Result<Infallible> {
+    let (this, folder) = (env::current_exe()?, folder());
     fs::create_dir(&folder)?;
-    let this = env::current_exe()?;
     for (program, _) in PROGRAMS {
         symlink(&this, folder.join(program))?;
     }
-    Ok(folder)
+    let path = env::var_os("PATH").unwrap_or_default();
+    let path = env::join_paths(env::split_paths(&path).chain([folder.clone()]));
+    let mut command = Command::new(this);
+    command.args(env::args_os().skip(1)).env(STAND_INS, folder);
+    Err(command.env("PATH", path.map_err(io::Error::other)?).exec())
 }
 
-/// Removes the folder, when all tests are over.
+/// A folder of this process: a process that starts itself once more keeps its number.
+fn folder() -> PathBuf {
+    env::temp_dir().join(format!("egress-datapath-stand-ins-{}", process::id()))
+}
+
+/// Removes the folder, when all tests of the process that has made it are over.
 pub(crate) fn end() {
-    if let Some(Folder(Some(folder))) = FOLDER.get() {
-        let _left = fs::remove_dir_all(folder);
+    if env::var_os(STAND_INS).is_some_and(|made| Path::new(&made) == folder()) {
+        let _left = fs::remove_dir_all(folder());
     }
 }
 

@@ -1,3 +1,5 @@
+use std::process::Command;
+
 use super::counts;
 use crate::count::{Count, Counts};
 use crate::kernel::nft::observe::{observe, observe_at};
@@ -34,7 +36,7 @@ fn what_was_counted_is_read_and_is_no_difference() {
         commit(socket, &[Op::DeleteElement(key, element(1).1)]).unwrap();
         let line = "add element inet egress_datapath count4 \
                     { 3f2a:2 counter packets 5 bytes 300 comment \"policy-1\" }";
-        assert!(harness::command("nft").arg(line).status().unwrap().success());
+        assert!(Command::new("nft").arg(line).status().unwrap().success());
         let count = Count { packets: 5, bytes: 300 };
         assert_eq!(counts(socket).unwrap(), Counts::from([((Family::V4, tag(1)), count)]));
         assert_eq!(observe(socket).unwrap(), before);
@@ -48,14 +50,14 @@ fn a_set_of_the_same_name_that_counts_nothing_is_not_ours() {
         harness::needs(&["nft"]);
         for kind in ["type classid;", "type classid; counter; quota over 1 mbytes;"] {
             let line = format!("add set inet egress_datapath count4 {{ {kind} }}");
-            assert!(harness::command("nft").arg(line).status().unwrap().success());
+            assert!(Command::new("nft").arg(line).status().unwrap().success());
             let found = observe(socket).unwrap().unwrap();
             assert_eq!((found.sets.len(), found.strays.len()), (0, 1), "{kind}");
             assert_eq!(counts(socket).unwrap(), Counts::new());
             commit(socket, &[Op::DeleteSet(BOTH[0])]).unwrap();
         }
         let line = "add set inet egress_datapath steer4 { type classid; counter; }";
-        assert!(harness::command("nft").arg(line).status().unwrap().success());
+        assert!(Command::new("nft").arg(line).status().unwrap().success());
         assert_eq!(observe(socket).unwrap().unwrap().strays.len(), 1);
     });
 }
