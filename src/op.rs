@@ -256,7 +256,7 @@ fn rp_filter(f: &mut fmt::Formatter<'_>, link: &Vxlan) -> fmt::Result {
 }
 
 fn nft_command(f: &mut fmt::Formatter<'_>, op: &Op) -> fmt::Result {
-    let table = format_args!("{} {NFT_TABLE}", op.table());
+    let table = format!("{} {NFT_TABLE}", op.table());
     match op {
         Op::WakeTable(_) => write!(f, "nft add table {table}"),
         Op::AddTable(_) => write!(f, "nft create table {table}"),

@@ -85,7 +85,7 @@ pub(super) fn delete(index: u32, net: IpNet) -> Request {
 impl RouteSocket {
     /// Addresses of the device with this index, without link-local ones.
     pub(super) fn addresses(&mut self, index: u32) -> Result<BTreeSet<IpNet>, KernelError> {
-        let what = format_args!("ip addr show dev index {index}");
+        let what = format!("ip addr show dev index {index}");
         let mut found = BTreeSet::new();
         for family in Family::BOTH {
             let mut message = AddressMessage::default();
@@ -118,7 +118,7 @@ impl RouteSocket {
         &mut self,
         address: IpAddr,
     ) -> Result<Option<(DeviceName, u32)>, KernelError> {
-        let what = format_args!("ip addr show to {address}");
+        let what = format!("ip addr show to {address}");
         let family = Family::of(address);
         let mut message = AddressMessage::default();
         message.header.family = kernel_family(family);

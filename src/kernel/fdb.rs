@@ -83,7 +83,7 @@ pub(super) fn delete(index: u32, mac: MacAddr, node: IpAddr) -> Request {
 impl RouteSocket {
     /// Forwarding entries of the device with this index that do not age.
     pub(super) fn fdb(&mut self, index: u32) -> Result<BTreeMap<MacAddr, IpAddr>, KernelError> {
-        let what = format_args!("bridge fdb show dev index {index}");
+        let what = format!("bridge fdb show dev index {index}");
         let mut message = NeighbourMessage::default();
         message.header.family = AddressFamily::Bridge;
         message.attributes = vec![NeighbourAttribute::IfIndex(index)];

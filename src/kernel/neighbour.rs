@@ -91,7 +91,7 @@ impl RouteSocket {
         &mut self,
         index: u32,
     ) -> Result<BTreeMap<IpAddr, MacAddr>, KernelError> {
-        let what = format_args!("ip neigh show dev index {index} nud permanent");
+        let what = format!("ip neigh show dev index {index} nud permanent");
         let mut found = BTreeMap::new();
         for family in Family::BOTH {
             let mut message = NeighbourMessage::default();

@@ -221,13 +221,13 @@ impl IptablesDatapath {
         }
         let kernel = self.kernel();
         for (_, mark, message) in &found.rules {
-            let what = format_args!("ip rule del pref {PRIORITY} fwmark {mark:#x}");
+            let what = format!("ip rule del pref {PRIORITY} fwmark {mark:#x}");
             kernel.routing.request(&what, RouteNetlinkMessage::DelRule(message.clone()), 0)?;
         }
         if let Some(device) = &found.device {
             let mut message = LinkMessage::default();
             message.header.index = device.index;
-            let what = format_args!("ip link del {}", device.name);
+            let what = format!("ip link del {}", device.name);
             kernel.routing.request(&what, RouteNetlinkMessage::DelLink(message), 0)?;
         }
         let mut refused = None;

@@ -207,7 +207,7 @@ impl RouteSocket {
     ) -> Result<(BTreeMap<RouteKey, Route>, BTreeSet<StrayRouting>), KernelError> {
         let (mut found, mut strays) = (BTreeMap::new(), BTreeSet::new());
         for family in Family::BOTH {
-            let what = format_args!("ip route show table all proto {PROTOCOL}");
+            let what = format!("ip route show table all proto {PROTOCOL}");
             let mut request = RouteMessage::default();
             request.header.protocol = RouteProtocol::from(PROTOCOL);
             let routes = self.dump_routes(&what, request, family, |message| {

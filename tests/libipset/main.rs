@@ -1,6 +1,13 @@
 //! Sets written over netlink and read through libipset, and the other way round.
 //!
 //! This program is both the test and the process that libipset runs in.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test says what it expects"
+)]
 
 #[macro_use]
 extern crate harness;

@@ -1,4 +1,11 @@
 //! The datapath in the kernel, in network namespaces: real packets, real tools.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test says what it expects"
+)]
 
 #[macro_use]
 extern crate harness;

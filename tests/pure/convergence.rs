@@ -57,6 +57,7 @@ enum HookDrift {
 }
 
 fn drifts() -> impl Strategy<Value = Drift> {
+    #[allow(clippy::enum_glob_use, reason = "all of them are listed")]
     use Drift::*;
     prop_oneof![
         Just(LinkDown),
@@ -81,6 +82,7 @@ fn drifts() -> impl Strategy<Value = Drift> {
 }
 
 fn hook_drifts() -> impl Strategy<Value = HookDrift> {
+    #[allow(clippy::enum_glob_use, reason = "all of them are listed")]
     use HookDrift::*;
     prop_oneof![
         Just(Gone),

@@ -104,7 +104,8 @@ fn a_move_to_another_gateway_is_small() {
     let cluster = cluster("a");
     let before = planned(&cluster, both()).unwrap();
     let mut policies = both();
-    policies[0].gateway = policies[1].gateway.clone();
+    let other = policies[1].gateway.clone();
+    policies[0].gateway = other;
     let (mut marks, mut tables) = crate::pools(&cluster);
     // The marks of before, as a running agent would have them.
     egress_datapath::plan(&cluster, both(), &mut marks, &mut tables).unwrap();

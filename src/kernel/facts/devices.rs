@@ -67,7 +67,7 @@ impl RouteSocket {
             LinkInfo::Kind(InfoKind::Vxlan),
             LinkInfo::Data(InfoData::Vxlan(vec![InfoVxlan::Id(IMPOSSIBLE_VNI)])),
         ])];
-        let what = format_args!("ip link add type vxlan id {IMPOSSIBLE_VNI}");
+        let what = format!("ip link add type vxlan id {IMPOSSIBLE_VNI}");
         let message = RouteNetlinkMessage::NewLink(message);
         match self.request(&what, message, NLM_F_CREATE | NLM_F_EXCL) {
             Err(error) if error.is_denied() => Err(error),

@@ -51,6 +51,7 @@ fn rules(list: Vec<Vec<Stmt>>) -> Vec<NftRule> {
 }
 
 fn base_chains() -> Vec<Chain> {
+    #[allow(clippy::enum_glob_use, reason = "the statements of a table read as a list")]
     use Stmt::*;
     vec![
         (
@@ -122,6 +123,7 @@ fn base_chains() -> Vec<Chain> {
 
 /// All chains.
 pub(super) fn chains() -> Vec<Chain> {
+    #[allow(clippy::enum_glob_use, reason = "the statements of a table read as a list")]
     use Stmt::*;
     let mut list = base_chains();
     list.extend([
