@@ -11,7 +11,8 @@ use std::{env, thread};
 
 use egress_datapath::{
     Backend, Cluster, Count, Datapath, EgressPolicy, Family, KernelDatapath, KernelTables,
-    MarkLayout, MarkPool, Reconciler, Report, Steering, TablePool, TableRange,
+    MarkLayout, MarkPool, Ownership, Protection, Reconciler, Report, Steering, TablePool,
+    TableRange,
 };
 
 use crate::lab::inside::{backend, datapath, steering};
@@ -46,6 +47,21 @@ pub(crate) fn have(program: &str) -> Result<bool> {
         }
         Err(error) => Err(format!("no program {program}: {error}").into()),
     }
+}
+
+/// Whether the kernel has what a test is about, said on the terminal if it has not.
+pub(crate) fn needs_kernel(what: &str, has: bool) -> Result<bool> {
+    if !has {
+        writeln!(io::stderr(), "SKIPPED, the kernel has not: {what}")?;
+    }
+    Ok(has)
+}
+
+/// Whether the kernel keeps other programs away from the table of an exclusive datapath.
+pub(crate) fn needs_owners(lab: &Lab) -> Result<bool> {
+    let open = || KernelDatapath::open_as(Ownership::Exclusive);
+    let protection = lab.node_c.netns.run(open)??.protection();
+    needs_kernel("owners of tables that stay (Linux 6.9)", protection == Protection::Kernel)
 }
 
 /// Whether the backend that this run is about cannot do what a test asks for, said on the terminal.
