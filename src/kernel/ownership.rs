@@ -56,10 +56,6 @@ pub(super) struct Hold {
     _names: Option<[UnixListener; 2]>,
 }
 
-/// `NFT_TABLE_F_OWNER | NFT_TABLE_F_PERSIST` (`include/uapi/linux/netfilter/nf_tables.h`); an
-/// owner without the second would take the table along when it dies, and the guards with it.
-const OWNED: u32 = 2 | 4;
-
 const LOCK: &str = "egress-datapath";
 const HOLDER: &str = "egress-datapath/held-by/";
 
@@ -73,15 +69,18 @@ impl Hold {
             return Ok(Self { protection: Protection::None, table_flags: 0, _names: None });
         }
         let names = Some(lock()?);
-        if !nft::takes_flags(socket, OWNED)? {
-            let locked = nft::lock(socket)?;
+        if !nft::has_owners(socket)? {
+            let locked = nft::lock(socket).map_err(|error| match nft::locked_by(socket) {
+                Ok(Some(owner)) => error.with_holder(owner),
+                _ => error,
+            })?;
             let protection = if locked { Protection::Lock } else { Protection::Name };
             return Ok(Self { protection, table_flags: 0, _names: names });
         }
         for family in TableFamily::BOTH {
             match nft::flags_and_owner(socket, family)? {
                 None => {}
-                Some((flags, _)) if flags & OWNED == 0 => {
+                Some((flags, _)) if flags & nft::LASTING == 0 => {
                     let error = KernelError::refused("own the nf_tables table", errno::EOPNOTSUPP);
                     return Err(error.with_remedy(PLAIN_TABLE));
                 }
@@ -89,10 +88,10 @@ impl Hold {
                     let error = KernelError::refused("own the nf_tables table", errno::EPERM);
                     return Err(error.with_holder(owner));
                 }
-                Some((_, None)) => nft::adopt(socket, family, OWNED)?,
+                Some((_, None)) => nft::adopt(socket, family, nft::LASTING)?,
             }
         }
-        Ok(Self { protection: Protection::Kernel, table_flags: OWNED, _names: names })
+        Ok(Self { protection: Protection::Kernel, table_flags: nft::LASTING, _names: names })
     }
 
     /// Refuses changes while another has the lock.

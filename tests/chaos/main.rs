@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 use egress_datapath::Ownership;
 
 use edits::Leaves;
-use fleet::{Result, assert_same, check, dual, expect, have, policy, tool};
+use fleet::{Result, assert_same, check, dual, expect, have, needs_kernel, policy, tool};
 use hand::Victim;
 use keeper::Keeper;
 use lab::{EIP_B, Host, Lab, Netns, POD_A, POD_B, SERVER};
@@ -75,6 +75,11 @@ fn chaos(lab: &Lab, ownership: Ownership, seed: u64, time: Duration) -> Result<V
         victims.push(Victim::new(host, keeper.whole()?, plants)?);
         keepers.push(keeper);
     }
+    let alone = keepers.iter_mut().all(Keeper::is_alone);
+    if ownership == Ownership::Exclusive {
+        // What is open meanwhile then is as it is where the table is shared.
+        needs_kernel("owners of tables that stay (Linux 6.9)", alone)?;
+    }
     // Every repair lists all connections, and those of the flood never come again.
     forget_after(lab, "0")?;
     let stop = AtomicBool::new(false);
@@ -103,7 +108,7 @@ fn chaos(lab: &Lab, ownership: Ownership, seed: u64, time: Duration) -> Result<V
         keeper.remove()?;
     }
     let excused = |at: Instant| {
-        ownership == Ownership::Shared
+        !alone
             && done.iter().any(|done| {
                 done.edit.leaves == Leaves::Open && done.begin <= at && at <= done.whole + UNDER_WAY
             })

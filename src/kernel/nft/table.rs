@@ -17,6 +17,10 @@ pub(super) const DORMANT: u32 = 1;
 /// flag the table goes with the socket.
 const OWNED: u32 = 2;
 
+/// `NFT_TABLE_F_OWNER | NFT_TABLE_F_PERSIST` (`include/uapi/linux/netfilter/nf_tables.h`): an owner
+/// without the second would take the table along when it dies, and the guards with it.
+pub(in super::super) const LASTING: u32 = OWNED | 4;
+
 /// Says by its owner who alone may change our table, where that one cannot say it itself.
 const LOCK: &str = "egress_datapath_lock";
 
@@ -88,8 +92,13 @@ pub(super) fn read(attributes: Attributes<'_>) -> Result<(u32, Option<u32>), Mal
     Ok((flags, owner))
 }
 
+/// Whether the kernel has owners of tables that stay without them.
+pub(in super::super) fn has_owners(socket: &mut Socket) -> Result<bool, KernelError> {
+    takes_flags(socket, LASTING)
+}
+
 /// Whether the kernel makes tables with these flags.
-pub(in super::super) fn takes_flags(socket: &mut Socket, flags: u32) -> Result<bool, KernelError> {
+fn takes_flags(socket: &mut Socket, flags: u32) -> Result<bool, KernelError> {
     // A transaction without an end is checked and acknowledged, but never made.
     let text = "nft -c add table with an owner";
     match table(socket, text, (TableFamily::Inet, PROBE), flags, false) {

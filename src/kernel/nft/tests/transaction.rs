@@ -98,30 +98,32 @@ fn connection(protocol: u8, port: u16) -> Connection {
     }
 }
 
+/// How long the elements of a set still stay.
+fn left(set: Set) -> Vec<Duration> {
+    let set = set.to_string();
+    let list = nft(&["list", "set", "inet", NFT_TABLE, &set], "").unwrap();
+    let times = list.split(" expires ").skip(1);
+    times.filter_map(|behind| behind.split_whitespace().next()).map(read_time).collect()
+}
+
+/// As `nft` prints it: `29s984ms`, `30s` or `984ms`.
+fn read_time(text: &str) -> Duration {
+    let text = text.trim_end_matches(|end: char| !end.is_ascii_alphanumeric());
+    let (seconds, rest) = match text.split_once('s') {
+        Some((seconds, rest)) if seconds.bytes().all(|byte| byte.is_ascii_digit()) => {
+            (seconds, rest)
+        }
+        _ => ("0", text),
+    };
+    let rest = rest.trim_end_matches("ms");
+    let number = |text: &str| text.parse().unwrap_or(0);
+    Duration::from_secs(number(seconds)) + Duration::from_millis(number(rest))
+}
+
 #[test]
 fn answers_are_held_as_long_from_every_time_that_it_is_asked_for() {
     if !has_nft() {
         return;
-    }
-    /// How long the elements of a set still stay.
-    fn left(set: Set) -> Vec<Duration> {
-        let set = set.to_string();
-        let list = nft(&["list", "set", "inet", NFT_TABLE, &set], "").unwrap();
-        let times = list.split(" expires ").skip(1);
-        times.filter_map(|behind| behind.split_whitespace().next()).map(read_time).collect()
-    }
-    /// As `nft` prints it: `29s984ms`, `30s` or `984ms`.
-    fn read_time(text: &str) -> Duration {
-        let text = text.trim_end_matches(|end: char| !end.is_ascii_alphanumeric());
-        let (seconds, rest) = match text.split_once('s') {
-            Some((seconds, rest)) if seconds.bytes().all(|byte| byte.is_ascii_digit()) => {
-                (seconds, rest)
-            }
-            _ => ("0", text),
-        };
-        let rest = rest.trim_end_matches("ms");
-        let number = |text: &str| text.parse().unwrap_or(0);
-        Duration::from_secs(number(seconds)) + Duration::from_millis(number(rest))
     }
     in_netns(|socket| {
         let sets = [Set::Answer(V4), Set::PortlessAnswer(V4)];
@@ -134,7 +136,7 @@ fn answers_are_held_as_long_from_every_time_that_it_is_asked_for() {
         let full = Connection::ANSWERS_HELD;
         let (mut before, begin) = (left(sets[0]), Instant::now());
         assert_eq!((before.len(), left(sets[1]).len()), (1, 1));
-        while before[0] >= full - Duration::from_millis(500) {
+        while before[0] + Duration::from_millis(500) >= full {
             assert!(begin.elapsed() < full, "time does not pass");
             std::thread::sleep(Duration::from_millis(50));
             before = left(sets[0]);
