@@ -16,7 +16,7 @@ use egress_datapath::{
 };
 
 use crate::lab::inside::{backend, datapath, steering};
-use crate::lab::{EIP_B, Host, Lab, Netns, Pair, Proto, SERVER, probe};
+use crate::lab::{EIP_B, Host, Lab, Netns, Pair, Proto, SERVER, probe, probe_patiently};
 pub(crate) use crate::lab::{dual, policy};
 
 pub(crate) type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
@@ -239,7 +239,8 @@ pub(crate) fn check(expectations: &[Expect<'_>]) {
         for (number, expected) in expectations.iter().enumerate() {
             for (to, source) in expected.to.into_iter().zip(expected.source) {
                 for proto in Proto::BOTH {
-                    let ask = move || match (probe(expected.from, proto, to), source) {
+                    let asked = if source.is_some() { probe_patiently } else { probe };
+                    let ask = move || match (asked(expected.from, proto, to), source) {
                         (Ok(seen), Some(wanted)) if seen == wanted => None,
                         (Err(_), None) => None,
                         (seen, wanted) => Some(format!(
