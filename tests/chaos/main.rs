@@ -32,7 +32,7 @@ use edits::Leaves;
 use fleet::{Result, assert_same, check, dual, expect, have, needs_kernel, policy, tool};
 use hand::Victim;
 use keeper::Keeper;
-use lab::{EIP_B, Host, Lab, Netns, POD_A, POD_B, SERVER};
+use lab::{EIP_B, Lab, Netns, POD_A, POD_B, SERVER};
 use stream::Pod;
 
 const PER_SECOND: u64 = 2_000;
@@ -81,7 +81,7 @@ fn chaos(lab: &Lab, ownership: Ownership, seed: u64, time: Duration) -> Result<V
         needs_kernel("owners of tables that stay (Linux 6.9)", alone)?;
     }
     // Every repair lists all connections, and those of the flood never come again.
-    forget_after(lab, "0")?;
+    stream::forget_after(lab, "0")?;
     let stop = AtomicBool::new(false);
     let wears = [EIP_B];
     let pods = [(&lab.pod_a, POD_A), (&lab.pod_b, POD_B)];
@@ -102,7 +102,7 @@ fn chaos(lab: &Lab, ownership: Ownership, seed: u64, time: Duration) -> Result<V
         }
         Ok(((done?, kept), tally))
     })?;
-    forget_after(lab, "30")?;
+    stream::forget_after(lab, "30")?;
     check(&[expect(&lab.pod_a, SERVER, EIP_B), expect(&lab.pod_b, SERVER, EIP_B)]);
     for keeper in keepers {
         keeper.remove()?;
@@ -141,12 +141,6 @@ fn chaos(lab: &Lab, ownership: Ownership, seed: u64, time: Duration) -> Result<V
     assert!(leaked.is_empty(), "seed {seed}");
     assert!(!done.is_empty() && tally.sent > 0);
     Ok(latencies)
-}
-
-/// Has the nodes forget a UDP flow so many seconds after its last packet.
-fn forget_after(lab: &Lab, seconds: &str) -> Result {
-    let set = |host: &Host| host.netns.sysctl(&[("netfilter/nf_conntrack_udp_timeout", seconds)]);
-    Ok(lab.nodes().into_iter().try_for_each(set)?)
 }
 
 /// What others have on a node, but for the neighbours that packets bring about.
