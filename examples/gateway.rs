@@ -23,7 +23,7 @@ use egress_datapath::{
 };
 use lab::{
     EIP_B, EIP_C, Lab, NODE_B_OUTSIDE, Netns, OTHER_SERVER, POD_A, POD_B, Pair, Proto, SERVER,
-    STRANGER, hosts, probe,
+    STRANGER, hosts, probe_patiently,
 };
 
 fn main() -> ExitCode {
@@ -163,7 +163,7 @@ impl Table {
     fn expect(&mut self, from: &str, netns: &Netns, to: Pair, source: Pair) {
         for (to, source) in to.into_iter().zip(source) {
             for proto in Proto::BOTH {
-                let seen = probe(netns, proto, to);
+                let seen = probe_patiently(netns, proto, to);
                 let right = seen.as_ref().is_ok_and(|seen| *seen == source);
                 self.wrong += usize::from(!right);
                 let seen = seen.map_or_else(|error| error.to_string(), |seen| seen.to_string());

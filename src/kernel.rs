@@ -52,7 +52,7 @@ use crate::types::DeviceName;
 pub(crate) use facts::facts;
 use nft::{Sizes, Terms};
 use ownership::Hold;
-pub use ownership::Ownership;
+pub use ownership::{Ownership, Protection};
 pub use predecessor::Predecessor;
 use route_socket::RouteSocket;
 use socket::Socket;
@@ -108,6 +108,11 @@ impl KernelDatapath {
         let ports = [routing.port(), netfilter.port()];
         let trust = Trust::new(ears(Arc::default())?, watching.clone(), ports);
         Ok(Self { routing, netfilter, hold, watching, trust })
+    }
+
+    /// What keeps others from changing the nf_tables table.
+    pub const fn protection(&self) -> Protection {
+        self.hold.protection
     }
 
     /// Begins to listen for changes that others make to what is ours, in the network namespace of
@@ -269,6 +274,13 @@ impl Datapath for KernelDatapath {
     }
 
     fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {
+        if let Some(first) = changes.ops().next() {
+            self.hold.may_change(&mut self.netfilter).map_err(|error| ApplyError {
+                applied: 0,
+                refused: vec![(first.clone(), error)],
+                skipped: changes.len().saturating_sub(1),
+            })?;
+        }
         let sizes = Sizes::of(changes.ops());
         changes.make(|step| self.step(step, &sizes))
     }

@@ -148,7 +148,9 @@ pub use datapath::{Datapath, Drift};
 pub use error::{ApplyError, KernelError};
 pub use explain::{explain, explain_received};
 #[cfg(all(feature = "kernel", target_os = "linux"))]
-pub use kernel::{IptablesDatapath, KernelDatapath, KernelTables, Ownership, Predecessor, Watch};
+pub use kernel::{
+    IptablesDatapath, KernelDatapath, KernelTables, Ownership, Predecessor, Protection, Watch,
+};
 pub use mark::{LayoutError, MarkLayout};
 pub use news::{News, Part, Process};
 pub use op::Op;

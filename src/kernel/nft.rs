@@ -34,7 +34,7 @@ pub(super) use observe::observe;
 pub(super) use observe::{counts, observe_at, observe_hook};
 pub(super) use probe::{is_absent, missing};
 pub(super) use room::{Sizes, enlarge, full};
-pub(super) use table::{adopt, flags_and_owner, takes_flags};
+pub(super) use table::{LASTING, adopt, flags_and_owner, has_owners, lock, locked_by};
 
 /// `NETLINK_NETFILTER`.
 pub(super) const NETFILTER: isize = 12;

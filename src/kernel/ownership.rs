@@ -19,25 +19,42 @@ pub enum Ownership {
     Shared,
     /// Nobody but this datapath, for as long as it lives; a second one is refused.
     ///
-    /// The kernel enforces it from 6.9 on (`NFT_TABLE_F_OWNER` with `NFT_TABLE_F_PERSIST`): the
-    /// table stays when its owner dies, and the next one takes it over. Older kernels have only
-    /// the lock, which keeps other datapaths out but not other programs.
+    /// The kernel enforces it from 6.9 on; older ones keep other datapaths out, but not other
+    /// programs. [`KernelDatapath::protection`](crate::KernelDatapath::protection) says which it is.
     Exclusive,
+}
+
+/// What a datapath is protected by against changes that others make to its nf_tables table.
+///
+/// More is greater: `protection() < Protection::Kernel` is a datapath whose table other programs
+/// can change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum Protection {
+    /// Nothing: it is [`Ownership::Shared`].
+    None,
+    /// A name that only one can have, which keeps out other exclusive datapaths. All that Linux
+    /// before 5.12 has.
+    Name,
+    /// Also a lock that shared datapaths ask for before they change anything: a table
+    /// `egress_datapath_lock`, which only its owner can touch, and which goes with it
+    /// (`NFT_TABLE_F_OWNER`). A shared one that is amid its changes ends them. Linux from 5.12 on.
+    Lock,
+    /// The kernel: the table has an owner, and stays when that dies, for the next one to take it
+    /// over (`NFT_TABLE_F_PERSIST`). Linux from 6.9 on.
+    Kernel,
 }
 
 /// What keeps others out.
 #[derive(Debug)]
 pub(super) struct Hold {
+    pub(super) protection: Protection,
     /// Flags that the table is made with.
     pub(super) table_flags: u32,
     /// Names in the abstract socket namespace, which is part of the network namespace. The
     /// kernel frees them with the process, however it ends.
     _names: Option<[UnixListener; 2]>,
 }
-
-/// `NFT_TABLE_F_OWNER | NFT_TABLE_F_PERSIST` (`include/uapi/linux/netfilter/nf_tables.h`); an
-/// owner without the second would take the table along when it dies, and the guards with it.
-const OWNED: u32 = 2 | 4;
 
 const LOCK: &str = "egress-datapath";
 const HOLDER: &str = "egress-datapath/held-by/";
@@ -49,16 +66,21 @@ impl Hold {
     /// Takes hold of this network namespace, and of the table if there is one.
     pub(super) fn take(ownership: Ownership, socket: &mut Socket) -> Result<Self, KernelError> {
         if ownership == Ownership::Shared {
-            return Ok(Self { table_flags: 0, _names: None });
+            return Ok(Self { protection: Protection::None, table_flags: 0, _names: None });
         }
         let names = Some(lock()?);
-        if !nft::takes_flags(socket, OWNED)? {
-            return Ok(Self { table_flags: 0, _names: names });
+        if !nft::has_owners(socket)? {
+            let locked = nft::lock(socket).map_err(|error| match nft::locked_by(socket) {
+                Ok(Some(owner)) => error.with_holder(owner),
+                _ => error,
+            })?;
+            let protection = if locked { Protection::Lock } else { Protection::Name };
+            return Ok(Self { protection, table_flags: 0, _names: names });
         }
         for family in TableFamily::BOTH {
             match nft::flags_and_owner(socket, family)? {
                 None => {}
-                Some((flags, _)) if flags & OWNED == 0 => {
+                Some((flags, _)) if flags & nft::LASTING == 0 => {
                     let error = KernelError::refused("own the nf_tables table", errno::EOPNOTSUPP);
                     return Err(error.with_remedy(PLAIN_TABLE));
                 }
@@ -66,10 +88,24 @@ impl Hold {
                     let error = KernelError::refused("own the nf_tables table", errno::EPERM);
                     return Err(error.with_holder(owner));
                 }
-                Some((_, None)) => nft::adopt(socket, family, OWNED)?,
+                Some((_, None)) => nft::adopt(socket, family, nft::LASTING)?,
             }
         }
-        Ok(Self { table_flags: OWNED, _names: names })
+        Ok(Self { protection: Protection::Kernel, table_flags: nft::LASTING, _names: names })
+    }
+
+    /// Refuses changes while another has the lock.
+    pub(super) fn may_change(&self, socket: &mut Socket) -> Result<(), KernelError> {
+        if self.protection != Protection::None {
+            return Ok(());
+        }
+        match nft::locked_by(socket)? {
+            None => Ok(()),
+            Some(owner) => {
+                let error = KernelError::refused("change what is locked", errno::EPERM);
+                Err(error.with_holder(holder().unwrap_or(owner)))
+            }
+        }
     }
 }
 
@@ -123,6 +159,12 @@ mod tests {
         State { firewall: Some(Firewall::default()), ..State::default() }
     }
 
+    /// Ends a test about what only the kernel keeps others out of.
+    fn needs_owners(datapath: &KernelDatapath) {
+        let by_kernel = datapath.protection() == Protection::Kernel;
+        harness::needs_kernel("owners of tables that stay (Linux 6.9)", by_kernel);
+    }
+
     fn create(datapath: &mut KernelDatapath) {
         datapath.apply(&Changes::between(&State::default(), &with_table())).unwrap();
     }
@@ -141,10 +183,37 @@ mod tests {
     }
 
     #[test]
+    fn who_shares_changes_nothing_while_another_has_the_lock() {
+        in_netns(|socket| {
+            let mut shared = KernelDatapath::open().unwrap();
+            assert_eq!(shared.protection(), Protection::None);
+            let locked = nft::lock(socket).unwrap();
+            harness::needs_kernel("owners of tables (Linux 5.12)", locked);
+            let change = Changes::between(&State::default(), &with_table());
+            for _ in 0..2 {
+                let error = shared.apply(&change).unwrap_err();
+                assert_eq!((error.applied, error.skipped), (0, change.len() - 1));
+                let (_, error) = error.refused.first().unwrap();
+                assert!(error.is_denied() && error.remedy().is_some(), "{error}");
+                assert_eq!(error.holder(), Some(socket.port()));
+                assert!(shared.observe().unwrap().is_empty());
+                shared.apply(&Changes::default()).unwrap();
+                // Nobody else can take the lock away.
+                assert!(nft::lock(&mut nft::open().unwrap()).is_err());
+                nft(&["flush", "ruleset"], "").unwrap();
+            }
+            *socket = nft::open().unwrap();
+            shared.apply(&change).unwrap();
+            assert_eq!(shared.observe().unwrap(), with_table());
+        });
+    }
+
+    #[test]
     fn the_table_outlives_its_owner_and_the_next_one_takes_it_over() {
         in_netns(|_| {
             for _ in 0..3 {
                 let mut datapath = exclusive().unwrap();
+                assert!(datapath.protection() >= Protection::Lock);
                 if datapath.observe().unwrap().firewall.is_none() {
                     create(&mut datapath);
                 }
@@ -167,6 +236,7 @@ mod tests {
     fn nobody_else_can_flush_it() {
         in_netns(|_| {
             let mut datapath = exclusive().unwrap();
+            needs_owners(&datapath);
             create(&mut datapath);
             nft(&["flush", "ruleset"], "").unwrap();
             let delete = ["delete", "table", "inet", "egress_datapath"];
@@ -208,6 +278,7 @@ mod tests {
     #[test]
     fn a_table_that_was_shared_cannot_be_owned() {
         in_netns(|_| {
+            needs_owners(&exclusive().unwrap());
             create(&mut KernelDatapath::open().unwrap());
             let error = exclusive().unwrap_err();
             assert_eq!(error.remedy(), Some(PLAIN_TABLE));

@@ -333,6 +333,7 @@ impl Problem {
     /// How bad it is.
     pub fn severity(&self) -> Severity {
         match self {
+            Self::Missing { part } if part.can_be_done_without() => Severity::Note,
             Self::Denied
             | Self::Missing { .. }
             | Self::NotForwarding { .. }

@@ -51,6 +51,7 @@ impl Problem {
             Self::ConntrackFull { max, .. } => {
                 format!("sysctl -w net.netfilter.nf_conntrack_max={}", max.saturating_mul(2))
             }
+            Self::Missing { part } => missing(*part),
             other => other.fixed_remedy().to_owned(),
         }
     }
@@ -61,13 +62,6 @@ impl Problem {
             Self::Denied => {
                 "run with CAP_NET_ADMIN in the user namespace that owns the network namespace"
             }
-            Self::Missing { part: KernelPart::Ipv6 } => {
-                "boot without ipv6.disable=1, or leave IPv6 out of the policies"
-            }
-            Self::Missing { part: KernelPart::EgressHook } => {
-                "steer by tables, or use a kernel from 5.16 on that was built with it"
-            }
-            Self::Missing { .. } => "load the module, or use a kernel that was built with it",
             Self::NotForwarding { family: Family::V4 } => "sysctl -w net.ipv4.ip_forward=1",
             Self::NotForwarding { family: Family::V6 } => {
                 "sysctl -w net.ipv6.conf.all.forwarding=1"
@@ -115,6 +109,27 @@ impl Problem {
             Self::ConntrackStrict => "sysctl -w net.netfilter.nf_conntrack_tcp_loose=1",
             _ => "",
         }
+    }
+}
+
+/// What to do without a part of the kernel.
+fn missing(part: KernelPart) -> String {
+    let kernel = match part.since() {
+        Some((major, minor)) => format!("use a kernel from {major}.{minor} on"),
+        None => "use a kernel".to_owned(),
+    };
+    match part {
+        KernelPart::Ipv6 => {
+            "boot without ipv6.disable=1, or leave IPv6 out of the policies".to_owned()
+        }
+        KernelPart::EgressHook => {
+            format!("steer by tables, or {kernel} that was built with it")
+        }
+        KernelPart::TableOwner => format!(
+            "nothing, unless a datapath is to be alone in charge: it keeps other datapaths out, but \
+             not other programs; {kernel} for that"
+        ),
+        _ => format!("load the module, or {kernel} that was built with it"),
     }
 }
 

@@ -51,6 +51,10 @@ pub enum KernelPart {
     /// Chains where a device sends, for [`Steering::EgressHook`](crate::Steering::EgressHook).
     #[error("the egress hook of nf_tables (CONFIG_NFT_NETDEV, CONFIG_NETFILTER_EGRESS)")]
     EgressHook,
+    /// Owners of tables that stay without them, for
+    /// [`Ownership::Exclusive`](crate::Ownership::Exclusive); nothing else needs it.
+    #[error("owners of nf_tables tables that stay (NFT_TABLE_F_PERSIST)")]
+    TableOwner,
     /// VXLAN devices.
     #[error("VXLAN (CONFIG_VXLAN)")]
     Vxlan,
@@ -60,6 +64,30 @@ pub enum KernelPart {
     /// IPv6.
     #[error("IPv6 (CONFIG_IPV6)")]
     Ipv6,
+}
+
+impl KernelPart {
+    /// The version of Linux that brings it, where that is younger than nf_tables; a kernel may have
+    /// been built without it.
+    pub const fn since(self) -> Option<(u8, u8)> {
+        match self {
+            Self::NatChain | Self::Nat | Self::Masquerade => Some((5, 2)),
+            Self::EgressHook => Some((5, 16)),
+            Self::TableOwner => Some((6, 9)),
+            Self::NfTables
+            | Self::InetFamily
+            | Self::Ct
+            | Self::Counter
+            | Self::Vxlan
+            | Self::PolicyRouting
+            | Self::Ipv6 => None,
+        }
+    }
+
+    /// Whether there is another way to do everything that it is for.
+    pub(super) const fn can_be_done_without(self) -> bool {
+        matches!(self, Self::TableOwner)
+    }
 }
 
 /// Which packets a base chain drops unless a rule accepts them.

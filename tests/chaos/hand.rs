@@ -10,7 +10,7 @@ use crate::fleet::Result;
 use crate::lab::Host;
 
 /// How long a repair may take before it counts as none.
-const PATIENCE: Duration = Duration::from_secs(3);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A node that is edited.
 pub(crate) struct Victim<'a> {

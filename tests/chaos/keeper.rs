@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use egress_datapath::Datapath;
 use egress_datapath::{
-    Cluster, EgressPolicy, KernelDatapath, MarkLayout, Ownership, Reconciler, State, TableRange,
-    Watch,
+    Cluster, EgressPolicy, KernelDatapath, MarkLayout, Ownership, Protection, Reconciler, State,
+    TableRange, Watch,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -43,6 +43,11 @@ impl Keeper {
         let watch = node.datapath().watch()?;
         node.reconcile(cluster, policies)?;
         Ok(Self { node, watch })
+    }
+
+    /// Whether no edit of the table succeeds, for the kernel refuses all but ours.
+    pub(crate) fn is_alone(&mut self) -> bool {
+        self.node.datapath().protection() == Protection::Kernel
     }
 
     /// What the kernel should hold, which it does now.

@@ -86,11 +86,10 @@ fn flood(lab: &Lab, change: &Change, size: &Size) -> Result<Vec<String>> {
             nft(&host.netns, &[], change.foreign)?;
         }
     }
+    // Every reconciliation lists all connections; where each has one packet, let them go.
+    stream::forget_after(lab, if change.caching { "30" } else { "0" })?;
     for host in lab.nodes() {
-        // Every reconciliation lists all connections; where each has one packet, let them go.
-        let timeout = if change.caching { "30" } else { "0" };
         host.netns.sysctl(&[
-            ("netfilter/nf_conntrack_udp_timeout", timeout),
             // With its mark, a packet must at no moment seem to come from elsewhere.
             ("ipv4/conf/all/rp_filter", "1"),
             ("ipv4/conf/all/src_valid_mark", "1"),

@@ -9,13 +9,15 @@ use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
 use std::{fs, io};
 
+use egress_datapath::{Datapath, KernelDatapath};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::set_socket_recv_buffer_size_force;
 use rustix::net::{
     AddressFamily, SendFlags, SocketFlags, SocketType, ipproto, sendto, socket_with,
 };
 
-use crate::lab::{Netns, Pair};
+use crate::fleet::Result;
+use crate::lab::{Lab, Netns, Pair};
 
 const PORT: u16 = 7001;
 /// First port of the flows.
@@ -31,8 +33,10 @@ const BUFFER: usize = 8 << 20;
 /// The part of a payload that numbers packets; what is above it numbers runs.
 const NUMBER: u64 = (1 << 48) - 1;
 static RUNS: AtomicU16 = AtomicU16::new(1);
-/// Nothing for so long after the end, and nothing comes any more.
+/// Nothing for so long after the end, and nothing comes any more: where all has come, and where it
+/// has not.
 const SILENCE: Duration = Duration::from_millis(60);
+const LATE: Duration = Duration::from_secs(1);
 
 /// A pod that sends, and the sources that are right for its packets.
 pub(crate) struct Pod<'a> {
@@ -52,6 +56,17 @@ pub(crate) struct Tally {
     pub(crate) overflowed: usize,
     /// Those that arrived with a wrong source: which and when.
     pub(crate) leaked: Vec<(IpAddr, Instant)>,
+}
+
+/// Has the kernel forget a UDP flow so many seconds after its last packet, on every node.
+pub(crate) fn forget_after(lab: &Lab, seconds: &str) -> Result {
+    for host in lab.nodes() {
+        // The setting comes with the tracking of connections, which is loaded when it is asked for.
+        let mut datapath = host.netns.run(KernelDatapath::open)??;
+        drop(datapath.connections(None)?);
+        host.netns.sysctl(&[("netfilter/nf_conntrack_udp_timeout", seconds)])?;
+    }
+    Ok(())
 }
 
 /// How far it has come.
@@ -222,7 +237,11 @@ fn receive(
     let mut last = Instant::now();
     let wait = Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
     let mut packet = [0; 64];
-    while !progress.stop.load(Relaxed) || last.elapsed() < SILENCE {
+    let patience = || {
+        let all = progress.received.load(Relaxed) >= progress.sent.load(Relaxed);
+        if all { SILENCE } else { LATE }
+    };
+    while !progress.stop.load(Relaxed) || last.elapsed() < patience() {
         let readable = |server| PollFd::new(server, PollFlags::IN);
         let mut fds: Vec<_> = servers.iter().map(readable).collect();
         poll(&mut fds, Some(&wait))?;

@@ -53,8 +53,8 @@ fn a_node_of_spidernet_is_taken_over_without_a_leak() -> Result {
 
 fn take_over(lab: &Lab, variant: Variant) -> Result {
     let iptables = variant.command(Family::V4);
+    stream::forget_after(lab, "0")?;
     for host in lab.nodes() {
-        host.netns.sysctl(&[("netfilter/nf_conntrack_udp_timeout", "0")])?;
         for line in DECOYS {
             tool(&host.netns, &line.replace("IPTABLES", iptables))?;
         }

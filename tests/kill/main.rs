@@ -12,8 +12,8 @@
 //! `OF` is tried, another in each scenario. `EGRESS_BACKEND=iptables-legacy` and `iptables-nft`
 //! kill those, before and after every write to a set and every run of a tool, and
 //! `EGRESS_STEERING=egress-hook` those that steer by it; without `all` one moment of
-//! `OF_IPTABLES` or `OF_HOOK` is tried then. A word after `--` is looked for in the scenarios'
-//! names.
+//! `OF_IPTABLES` or `OF_HOOK` is tried then, and with a number in `EGRESS_KILL` one of so many. A
+//! word after `--` is looked for in the scenarios' names.
 
 #[path = "../lab/mod.rs"]
 mod lab;
@@ -102,6 +102,10 @@ fn is_whole() -> bool {
 
 /// Of all moments to die at, one of so many.
 fn every() -> usize {
+    let wish = env::var("EGRESS_KILL").ok().and_then(|wish| wish.parse().ok());
+    if let Some(wish) = wish.filter(|wish| *wish > 0) {
+        return wish;
+    }
     match (backend(), steering(&MarkLayout::SEED)) {
         _ if is_whole() => 1,
         (Backend::Nftables, Steering::Tables) => OF,

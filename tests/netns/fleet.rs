@@ -11,11 +11,12 @@ use std::time::Duration;
 
 use egress_datapath::{
     Backend, Cluster, Count, Datapath, EgressPolicy, Family, KernelDatapath, KernelTables,
-    MarkLayout, MarkPool, Reconciler, Report, Steering, TablePool, TableRange,
+    MarkLayout, MarkPool, Ownership, Protection, Reconciler, Report, Steering, TablePool,
+    TableRange,
 };
 
 use crate::lab::inside::{backend, datapath, steering};
-use crate::lab::{EIP_B, Host, Lab, Netns, Pair, Proto, SERVER, probe};
+use crate::lab::{EIP_B, Host, Lab, Netns, Pair, Proto, SERVER, probe, probe_patiently};
 pub(crate) use crate::lab::{dual, policy};
 
 pub(crate) type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
@@ -39,6 +40,17 @@ pub(crate) fn unless_beyond(limit: &str) {
     if is_beyond(limit) {
         harness::limit(format_args!("with iptables {limit}"));
     }
+}
+
+/// Ends a test about what only the kernel keeps other programs away from.
+pub(crate) fn needs_owners(lab: &Lab) -> Result {
+    let open = || KernelDatapath::open_as(Ownership::Exclusive);
+    let protection = lab.node_c.netns.run(open)??.protection();
+    harness::needs_kernel(
+        "owners of tables that stay (Linux 6.9)",
+        protection == Protection::Kernel,
+    );
+    Ok(())
 }
 
 /// Runs a command line in a namespace and returns what it printed; words are split at blanks.
@@ -209,7 +221,8 @@ pub(crate) fn check(expectations: &[Expect<'_>]) {
         for (number, expected) in expectations.iter().enumerate() {
             for (to, source) in expected.to.into_iter().zip(expected.source) {
                 for proto in Proto::BOTH {
-                    let ask = move || match (probe(expected.from, proto, to), source) {
+                    let asked = if source.is_some() { probe_patiently } else { probe };
+                    let ask = move || match (asked(expected.from, proto, to), source) {
                         (Ok(seen), Some(wanted)) if seen == wanted => None,
                         (Err(_), None) => None,
                         (seen, wanted) => Some(format!(

@@ -7,7 +7,9 @@ use std::time::Duration;
 use crate::fleet::{Result, nft};
 use crate::lab::{Lab, Netns, PORT};
 
-const PATIENCE: Duration = Duration::from_millis(900);
+/// How long an answer to a datagram may take that may be lost, and one that may not.
+const SOON: Duration = Duration::from_millis(900);
+const LATE: Duration = Duration::from_secs(20);
 
 /// Hides the pods behind their nodes, as a CNI plugin does.
 pub(crate) fn masquerade(lab: &Lab) -> Result {
@@ -32,13 +34,17 @@ pub(crate) fn datagrams(netns: &Netns, server: IpAddr) -> Result<UdpSocket> {
     };
     let socket = netns.run(|| UdpSocket::bind((any, 0)))??;
     socket.connect((server, PORT))?;
-    socket.set_read_timeout(Some(PATIENCE))?;
     Ok(socket)
 }
 
-/// The source that the server saw.
-pub(crate) fn ask(flow: &UdpSocket) -> Result<IpAddr> {
+/// The source that the server saw; a flow that is ended may lose the datagram that finds it out.
+pub(crate) fn ask_twice(flow: &UdpSocket) -> Result<IpAddr> {
+    ask(flow, SOON).or_else(|_| ask(flow, LATE))
+}
+
+fn ask(flow: &UdpSocket, patience: Duration) -> Result<IpAddr> {
     let mut answer = [0; 64];
+    flow.set_read_timeout(Some(patience))?;
     flow.send(b"?")?;
     let length = flow.recv(&mut answer)?;
     Ok(String::from_utf8_lossy(answer.get(..length).unwrap_or_default()).parse()?)

@@ -8,7 +8,8 @@ use egress_datapath::{
 };
 
 use crate::fleet::{
-    Fleet, Result, assert_same, check, dual, expect, lab, open, policy, settled, sources, tool,
+    Fleet, Result, assert_same, check, dual, expect, lab, needs_owners, open, policy, settled,
+    sources, tool,
 };
 use crate::lab::{EIP_B, EIP_C, Host, POD_A, Proto, SERVER, STRANGER, probe};
 
@@ -148,6 +149,7 @@ fn a_node_goes_from_one_steering_to_the_other_and_its_successor_finds_it_so() ->
 #[test]
 fn nobody_else_can_touch_an_owned_hook_and_the_next_owner_takes_it_over() -> Result {
     let lab = lab();
+    needs_owners(&lab)?;
     let host = &lab.node_a;
     let policies = [policy("p", &[POD_A], B, dual(EIP_B))?];
     let mut cluster = lab.cluster(host)?;

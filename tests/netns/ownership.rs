@@ -9,7 +9,7 @@ use egress_datapath::{
     Ownership, Reconciler, TablePool, TableRange,
 };
 
-use crate::fleet::{Result, check, dual, expect, lab, policy, sources, tool};
+use crate::fleet::{Result, check, dual, expect, lab, needs_owners, policy, sources, tool};
 use crate::lab::{EIP_B, Host, Lab, POD_A, Proto, SERVER, probe};
 use crate::process::{Process, part, say, wait};
 
@@ -129,6 +129,7 @@ fn take_over(lab: &Lab, all: [(&Host, Process); 2]) -> Result {
 fn other_programs_cannot_touch_it() -> Result {
     let lab = lab();
     harness::needs(&["nft", "iptables"]);
+    needs_owners(&lab)?;
     let _processes = in_charge(&lab)?;
     for host in [&lab.node_a, &lab.node_b] {
         let listing = || tool(&host.netns, "nft -s list table inet egress_datapath");

@@ -1,5 +1,7 @@
 //! Operations as one transaction, and which of them the kernel complains about.
 
+use std::collections::BTreeMap;
+
 use super::commit::Terms;
 use super::kind;
 use super::{chain, element, set};
@@ -138,6 +140,7 @@ pub(super) fn build(
     for (index, op) in ops.iter().enumerate() {
         builder.op(index, op);
     }
+    builder.hold_answers(ops);
     builder.flush();
     // Kernels before 6.10 acknowledge no end of a transaction, so the last operation is, too.
     let (last, sequence) = builder.last?;
@@ -224,6 +227,28 @@ impl Builder<'_> {
         self.elements = Some(Elements { message, list: self.writer.open(3), sequence, set, verb });
     }
 
+    /// Has answers kept back from now on, also those that are already.
+    ///
+    /// Kernels before 6.12 leave an element that is added once more the time that it had, and make
+    /// nothing of a transaction without anything else. So each is there for certain, goes, and
+    /// comes.
+    fn hold_answers(&mut self, ops: &[Op]) {
+        let mut answers = BTreeMap::new();
+        for (index, op) in ops.iter().enumerate() {
+            if let Op::HoldAnswers(connection) = op {
+                // Several connections may have the same; a key can go but once.
+                let key = (connection.answers(), element::answer(connection));
+                answers.entry(key).or_insert(index);
+            }
+        }
+        for verb in [Verb::Add, Verb::Delete, Verb::Add] {
+            for ((set, key), index) in &answers {
+                self.open_elements(*index, *set, verb);
+                element::write_answer(&mut self.writer, key, verb == Verb::Add);
+            }
+        }
+    }
+
     fn op(&mut self, index: usize, op: &Op) {
         const NEW: u16 = flag::CREATE | flag::EXCL;
         let named = |name: String, kind: u16| {
@@ -271,10 +296,6 @@ impl Builder<'_> {
             }
             Op::AddElement(key, value) => self.element(index, key, Some(value)),
             Op::DeleteElement(key, _) => self.element(index, key, None),
-            Op::HoldAnswers(connection) => {
-                self.open_elements(index, connection.answers(), Verb::Add);
-                element::write_answer(&mut self.writer, connection);
-            }
             Op::DeleteStray(_, Stray::Chain(name)) => {
                 self.message(at, kind::DELCHAIN, 0, named(name.clone(), 3));
             }

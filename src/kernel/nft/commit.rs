@@ -79,6 +79,9 @@ pub(in super::super) fn commit_as(
         );
     };
     reserve(socket, batch.datagram(0).len());
+    // Where there is nothing to do the kernel makes no transaction, and counts none.
+    let is_needed = |op: &Op| op.is_nft() && !matches!(op, Op::WakeTable(_));
+    let changes = ops.iter().any(is_needed);
     for number in 0..=ATTEMPTS {
         let before = generation(socket).map_err(|error| whole.of(error))?;
         if terms.only_at.is_some_and(|only| only != before) {
@@ -87,13 +90,13 @@ pub(in super::super) fn commit_as(
         let demanded = if number < ATTEMPTS { before } else { 0 };
         // The kernel counts on from the generation that was demanded, and leaves out 0.
         let between = Between { before, after: before.wrapping_add(1).max(1) };
-        let exact = Some(between).filter(|_| demanded != 0);
+        let exact = Some(between).filter(|_| demanded != 0 && changes);
         match attempt(socket, whole, &mut batch, demanded)? {
             Outcome::Made => return Ok(exact),
             Outcome::Outdated => {}
             Outcome::Accepted => {
                 let after = generation(socket).map_err(|error| whole.of(error))?;
-                return if after == before { Err(whole.unknown()) } else { Ok(exact) };
+                return if after == before && changes { Err(whole.unknown()) } else { Ok(exact) };
             }
         }
     }
@@ -220,7 +223,7 @@ mod tests {
             assert!(matches!(outcome, Ok(Outcome::Outdated)));
             assert_eq!(observe(socket), Ok(None));
             let outcome = attempt(socket, whole, &mut batch, current);
-            assert!(matches!(outcome, Ok(Outcome::Made)));
+            assert!(matches!(outcome, Ok(Outcome::Made | Outcome::Accepted)));
             assert_eq!(observe(socket), Ok(Some(Firewall::default())));
             assert_eq!(generation(socket), Ok(current + 1));
         });

@@ -41,8 +41,8 @@ pub(super) fn write(writer: &mut Writer, key: &Key, value: Option<&Value>) {
     }
 }
 
-/// Writes an element that keeps answers to a connection back, and goes by itself.
-pub(super) fn write_answer(writer: &mut Writer, connection: &Connection) {
+/// The key of the answers to a connection, in [`Connection::answers`].
+pub(super) fn answer(connection: &Connection) -> Vec<u8> {
     let mut key = octets(connection.peer);
     key.extend(octets(connection.wears));
     // Every part fills a register.
@@ -53,10 +53,17 @@ pub(super) fn write_answer(writer: &mut Writer, connection: &Connection) {
             key.extend([0, 0]);
         }
     }
+    key
+}
+
+/// Writes an element that keeps answers back, and goes by itself; or its key alone.
+pub(super) fn write_answer(writer: &mut Writer, key: &[u8], whole: bool) {
     let held = u64::try_from(Connection::ANSWERS_HELD.as_millis()).unwrap_or(u64::MAX);
     writer.nest(expr::ELEMENT, |writer| {
-        writer.attribute(4, &held.to_be_bytes());
-        writer.nest(1, |writer| writer.attribute(1, &key));
+        if whole {
+            writer.attribute(4, &held.to_be_bytes());
+        }
+        writer.nest(1, |writer| writer.attribute(1, key));
     });
 }
 
@@ -365,7 +372,7 @@ mod tests {
             id: 0,
         };
         let mut writer = Writer::default();
-        write_answer(&mut writer, &connection);
+        write_answer(&mut writer, &answer(&connection), true);
         assert_eq!(
             writer.finish().unwrap(),
             b"\x2c\0\x01\x80\x0c\0\x04\0\0\0\0\0\0\0\x75\x30\

@@ -3,6 +3,7 @@
 use std::io;
 
 use super::expr::{Expr, ct, reg};
+use super::table::has_owners;
 use super::{batch, generation, kind};
 use crate::error::{KernelError, errno};
 use crate::kernel::socket::Socket;
@@ -22,7 +23,13 @@ pub(in super::super) fn missing(socket: &mut Socket) -> Result<Vec<KernelPart>, 
     match generation(socket) {
         Err(error) if is_absent(&error) => Ok(vec![KernelPart::NfTables]),
         Err(error) => Err(error),
-        Ok(_) => try_out(socket, &parts()),
+        Ok(_) => {
+            let mut missing = try_out(socket, &parts())?;
+            if !missing.contains(&KernelPart::InetFamily) && !has_owners(socket)? {
+                missing.push(KernelPart::TableOwner);
+            }
+            Ok(missing)
+        }
     }
 }
 
@@ -176,7 +183,10 @@ mod tests {
     fn a_kernel_that_has_everything_lacks_nothing_and_keeps_nothing() {
         in_netns(|socket| {
             let before = generation(socket).unwrap();
-            assert_eq!(missing(socket), Ok(Vec::new()));
+            let missing = missing(socket).unwrap();
+            // Of what this crate can do without, a kernel has what its version brings.
+            assert!(missing.iter().all(|part| *part == KernelPart::TableOwner), "{missing:?}");
+            assert_eq!(missing.is_empty(), has_owners(socket).unwrap());
             assert_eq!(generation(socket), Ok(before));
             harness::needs(&["nft"]);
             assert_eq!(nft(&["list", "ruleset"], ""), Ok(String::new()));

@@ -13,6 +13,17 @@ const OWNER: u16 = 7;
 /// `NFT_TABLE_F_DORMANT`: the kernel asks no chain of the table.
 pub(super) const DORMANT: u32 = 1;
 
+/// `NFT_TABLE_F_OWNER`: nobody but the socket that made a table may change it, and without another
+/// flag the table goes with the socket.
+const OWNED: u32 = 2;
+
+/// `NFT_TABLE_F_OWNER | NFT_TABLE_F_PERSIST` (`include/uapi/linux/netfilter/nf_tables.h`): an owner
+/// without the second would take the table along when it dies, and the guards with it.
+pub(in super::super) const LASTING: u32 = OWNED | 4;
+
+/// Says by its owner who alone may change our table, where that one cannot say it itself.
+const LOCK: &str = "egress_datapath_lock";
+
 /// A name that is never made.
 const PROBE: &str = "egress_datapath_probe";
 
@@ -21,8 +32,36 @@ pub(in super::super) fn flags_and_owner(
     socket: &mut Socket,
     family: TableFamily,
 ) -> Result<Option<(u32, Option<u32>)>, KernelError> {
+    found(socket, family, NFT_TABLE)
+}
+
+/// Makes the lock, which is a table that goes with this socket; says whether the kernel has such.
+pub(in super::super) fn lock(socket: &mut Socket) -> Result<bool, KernelError> {
+    if !takes_flags(socket, OWNED)? {
+        return Ok(false);
+    }
+    table(socket, "lock the nf_tables table", (TableFamily::Inet, LOCK), OWNED, true)?;
+    Ok(true)
+}
+
+/// The port of the socket that has the lock, if there is one.
+pub(in super::super) fn locked_by(socket: &mut Socket) -> Result<Option<u32>, KernelError> {
+    match found(socket, TableFamily::Inet, LOCK) {
+        Ok(table) => Ok(table.and_then(|(_, owner)| owner)),
+        // No nf_tables, and nobody who could have locked them.
+        Err(error) if super::is_absent(&error) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// The flags of a table, and the port of its owner's socket; `None` if there is no table.
+fn found(
+    socket: &mut Socket,
+    family: TableFamily,
+    name: &str,
+) -> Result<Option<(u32, Option<u32>)>, KernelError> {
     let request = Request {
-        text: &format!("nft list table {family} {NFT_TABLE}"),
+        text: &format!("nft list table {family} {name}"),
         kind: kind::GETTABLE,
         flags: 0,
         answer: kind::NEWTABLE,
@@ -32,7 +71,7 @@ pub(in super::super) fn flags_and_owner(
         found = read(Attributes::new(body))?;
         Ok(())
     };
-    match ask(socket, family, &request, |writer| writer.string(NAME, NFT_TABLE), take) {
+    match ask(socket, family, &request, |writer| writer.string(NAME, name), take) {
         Ok(_) => Ok(Some(found)),
         Err(error) if error.errno() == Some(errno::ENOENT) => Ok(None),
         Err(error) => Err(error),
@@ -53,8 +92,13 @@ pub(super) fn read(attributes: Attributes<'_>) -> Result<(u32, Option<u32>), Mal
     Ok((flags, owner))
 }
 
+/// Whether the kernel has owners of tables that stay without them.
+pub(in super::super) fn has_owners(socket: &mut Socket) -> Result<bool, KernelError> {
+    takes_flags(socket, LASTING)
+}
+
 /// Whether the kernel makes tables with these flags.
-pub(in super::super) fn takes_flags(socket: &mut Socket, flags: u32) -> Result<bool, KernelError> {
+fn takes_flags(socket: &mut Socket, flags: u32) -> Result<bool, KernelError> {
     // A transaction without an end is checked and acknowledged, but never made.
     let text = "nft -c add table with an owner";
     match table(socket, text, (TableFamily::Inet, PROBE), flags, false) {

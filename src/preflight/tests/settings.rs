@@ -114,3 +114,17 @@ fn a_tunnel_without_ipv6() {
     assert_eq!(problems, [problem("egress.vxlan")]);
     assert_eq!(problems[0].remedy(), "sysctl -w net/ipv6/conf/egress.vxlan/disable_ipv6=0");
 }
+
+#[test]
+fn what_can_be_done_without_is_a_note_with_the_version_that_brings_it() {
+    let mut facts = facts();
+    facts.missing = vec![KernelPart::TableOwner, KernelPart::NatChain];
+    let problems = judge(&facts);
+    let missing = |part| Problem::Missing { part };
+    assert_eq!(problems, [missing(KernelPart::NatChain), missing(KernelPart::TableOwner)]);
+    assert_eq!(problems[0].severity(), Severity::Broken);
+    assert!(problems[0].remedy().contains("5.2"), "{}", problems[0].remedy());
+    assert_eq!(problems[1].severity(), Severity::Note);
+    let remedy = problems[1].remedy();
+    assert!(remedy.contains("6.9") && remedy.contains("nothing, unless"), "{remedy}");
+}

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::panic::resume_unwind;
 use std::thread::{self, ScopedJoinHandle};
 
-use super::super::lab::{Netns, Pair, Proto, probe};
+use super::super::lab::{Netns, Pair, Proto, probe, probe_patiently};
 use super::{Astray, Failure};
 
 /// Who asks, whom, and with which source the question must arrive, if at all.
@@ -43,7 +43,8 @@ pub(super) fn check(expectations: &[Expect<'_>]) -> Result<(), Failure> {
         for &expected in expectations {
             for (proto, to, source) in expected.questions() {
                 let ask = move || {
-                    let seen = probe(expected.from, proto, to).ok();
+                    let asked = if source.is_some() { probe_patiently } else { probe };
+                    let seen = asked(expected.from, proto, to).ok();
                     let from = expected.who;
                     (seen != source).then_some(Astray { from, proto, to, expected: source, seen })
                 };

@@ -12,8 +12,9 @@ const B: Option<&str> = Some("node-b");
 const C: Option<&str> = Some("node-c");
 /// Long enough for a segment that was lost to be sent again.
 const PATIENCE: Duration = Duration::from_secs(3);
-/// How long an answer to a datagram may take.
+/// How long an answer to a datagram may take that may be lost, and one that may not.
 const SOON: Duration = Duration::from_millis(900);
+const LATE: Duration = Duration::from_secs(20);
 /// An egress IP that node-b answers for once it is told to.
 const ANOTHER: Pair = [
     IpAddr::V4(Ipv4Addr::new(198, 51, 100, 210)),
@@ -41,7 +42,7 @@ pub(super) fn open_datagrams(trial: &mut Trial<'_>) -> Result {
     let settles = |trial: &Trial<'_>, source: Pair| -> Result {
         for (flow, source) in flows.iter().zip(source) {
             // A flow that is ended may lose the datagram that finds it out.
-            let seen = ask(flow).or_else(|_| ask(flow));
+            let seen = ask(flow, SOON).or_else(|_| ask(flow, LATE));
             let what = || format!("datagrams that should leave as {source}");
             let seen = seen.map_err(|error| Failure::Connection { what: what(), error })?;
             if seen != source {
@@ -151,13 +152,13 @@ fn flow(netns: &Netns, server: Pair, family: usize) -> io::Result<UdpSocket> {
     };
     let socket = netns.run(|| UdpSocket::bind((any, 0)))??;
     socket.connect((to, PORT))?;
-    socket.set_read_timeout(Some(SOON))?;
     Ok(socket)
 }
 
 /// The source that the server saw.
-fn ask(flow: &UdpSocket) -> io::Result<IpAddr> {
+fn ask(flow: &UdpSocket, patience: Duration) -> io::Result<IpAddr> {
     let mut answer = [0; 64];
+    flow.set_read_timeout(Some(patience))?;
     flow.send(b"?")?;
     let length = flow.recv(&mut answer)?;
     let answer = String::from_utf8_lossy(answer.get(..length).unwrap_or_default()).into_owned();

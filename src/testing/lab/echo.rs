@@ -16,9 +16,11 @@ use super::netns::Netns;
 
 /// The port that is served, by UDP and TCP.
 pub const PORT: u16 = 7000;
-/// How long a probe waits for an answer, all its tries together.
+/// How long a probe that may have no answer waits for one, all its tries together.
 const PATIENCE: Duration = Duration::from_millis(900);
 const TRIES: u32 = 3;
+/// How long one waits that must have an answer: longer than a slow machine takes.
+const LONG: Duration = Duration::from_secs(20);
 
 /// A transport protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -198,26 +200,37 @@ fn source(packet: &[u8]) -> Option<(IpAddr, Proto)> {
 
 /// The source that a server saw when it was asked from a namespace; waits less than a second.
 pub fn probe(netns: &Netns, proto: Proto, server: IpAddr) -> io::Result<IpAddr> {
+    ask(netns, proto, server, PATIENCE)
+}
+
+/// The same where there must be an answer: waits for it, as long as a slow machine may take.
+pub fn probe_patiently(netns: &Netns, proto: Proto, server: IpAddr) -> io::Result<IpAddr> {
+    ask(netns, proto, server, LONG)
+}
+
+fn ask(netns: &Netns, proto: Proto, server: IpAddr, patience: Duration) -> io::Result<IpAddr> {
     let server = SocketAddr::new(server, PORT);
     let answer = netns.run(|| match proto {
-        Proto::Udp => ask_udp(server),
-        Proto::Tcp => ask_tcp(server),
+        Proto::Udp => ask_udp(server, patience),
+        Proto::Tcp => ask_tcp(server, patience),
     })??;
     let invalid = |error| io::Error::new(io::ErrorKind::InvalidData, error);
     answer.parse().map_err(invalid)
 }
 
-fn ask_udp(server: SocketAddr) -> io::Result<String> {
+fn ask_udp(server: SocketAddr, patience: Duration) -> io::Result<String> {
     let any: IpAddr = match server {
         SocketAddr::V4(_) => std::net::Ipv4Addr::UNSPECIFIED.into(),
         SocketAddr::V6(_) => std::net::Ipv6Addr::UNSPECIFIED.into(),
     };
     let socket = UdpSocket::bind((any, 0))?;
     socket.connect(server)?;
-    socket.set_read_timeout(Some(PATIENCE / TRIES))?;
     let mut answer = [0; 64];
     let mut last = io::ErrorKind::TimedOut.into();
-    for _ in 0..TRIES {
+    for number in 1..=TRIES {
+        let rest = patience.saturating_sub(PATIENCE);
+        let wait = PATIENCE / TRIES + if number == TRIES { rest } else { Duration::ZERO };
+        socket.set_read_timeout(Some(wait))?;
         match socket.send(b"?").and_then(|_| socket.recv(&mut answer)) {
             Ok(length) => {
                 let answer = answer.get(..length).unwrap_or_default();
@@ -229,9 +242,9 @@ fn ask_udp(server: SocketAddr) -> io::Result<String> {
     Err(last)
 }
 
-fn ask_tcp(server: SocketAddr) -> io::Result<String> {
-    let mut stream = TcpStream::connect_timeout(&server, PATIENCE)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+fn ask_tcp(server: SocketAddr, patience: Duration) -> io::Result<String> {
+    let mut stream = TcpStream::connect_timeout(&server, patience)?;
+    stream.set_read_timeout(Some(patience))?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     Ok(answer)

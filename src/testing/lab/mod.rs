@@ -42,7 +42,7 @@ use egress_datapath::{
 };
 use ipnet::IpNet;
 
-pub use echo::{Echo, PORT, Proto, probe};
+pub use echo::{Echo, PORT, Proto, probe, probe_patiently};
 pub use netns::{Netns, inside, isolate};
 pub use rtnl::{Device, LOOPBACK, Preference, Rtnl};
 

@@ -5,8 +5,8 @@
 //! `harness = false`, begins with `#[macro_use] extern crate harness`, and ends in [`main`]; a test
 //! is a function with `#[test]`, as everywhere.
 //!
-//! A test says what it needs in its set-up: [`needs`] for programs, [`given`] for what the kernel
-//! may refuse. Both end in [`unmet`], the one place that decides what becomes of a test that cannot
+//! A test says what it needs in its set-up: [`needs`] for programs, [`needs_kernel`] for what is
+//! newer than some kernels, [`given`] for what the kernel may refuse. All end in [`unmet`], the one place that decides what becomes of a test that cannot
 //! run: it is ignored with a reason, or, with `EGRESS_STRICT=1`, it fails. A program that only
 //! changes a node is started like any other: where it is not installed, there is a stand-in.
 
@@ -114,6 +114,18 @@ pub fn has(program: &str) -> bool {
 
 /// Names the folder of stand-ins, in the environment of the tests and of what they start.
 const STAND_INS: &str = "EGRESS_STAND_INS";
+
+/// Declares that the test is about something which not every kernel has: what, and whether this
+/// one has it.
+///
+/// # Panics
+///
+/// As [`unmet`], where it has not.
+pub fn needs_kernel(what: &str, has: bool) {
+    if !has {
+        unmet(format!("the kernel has no {what}"));
+    }
+}
 
 /// What the test asked the kernel for, such as a network namespace.
 ///

@@ -3,13 +3,15 @@
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
-use super::netns::in_netns;
+use super::netns::{in_netns, nft};
 use super::sample::{self, tag};
+use crate::connection::Connection;
 use crate::error::errno;
-use crate::kernel::nft::{commit, observe};
+use crate::kernel::nft::{commit, generation, observe};
 use crate::op::Op;
-use crate::state::{Data, Key, Set, TableFamily, Value};
+use crate::state::{Data, Key, NFT_TABLE, Set, TableFamily, Value};
 use crate::types::{DeviceName, Family};
 
 const V4: Family = Family::V4;
@@ -74,6 +76,88 @@ fn a_value_changes_by_deleting_and_adding_its_key() {
         let found = observe(socket).unwrap().unwrap();
         assert_eq!(found.elements.get(&key), Some(value));
         assert_eq!(found.elements.len(), 2);
+    });
+}
+
+/// A connection of a protocol, by whose second number alone it differs from others.
+fn connection(protocol: u8, port: u16) -> Connection {
+    let (opener, peer) = ([10, 0, 0, 1].into(), [192, 0, 2, 1].into());
+    Connection {
+        protocol,
+        source: opener,
+        source_port: port,
+        destination: peer,
+        destination_port: 53,
+        peer,
+        peer_port: 53,
+        wears: opener,
+        wears_port: port,
+        mark: 0,
+        zone: 0,
+        id: port.into(),
+    }
+}
+
+/// How long the elements of a set still stay.
+fn left(set: Set) -> Vec<Duration> {
+    let set = set.to_string();
+    let list = nft(&["list", "set", "inet", NFT_TABLE, &set], "").unwrap();
+    let times = list.split(" expires ").skip(1);
+    times.filter_map(|behind| behind.split_whitespace().next()).map(read_time).collect()
+}
+
+/// As `nft` prints it: `29s984ms`, `30s` or `984ms`.
+fn read_time(text: &str) -> Duration {
+    let text = text.trim_end_matches(|end: char| !end.is_ascii_alphanumeric());
+    let (seconds, rest) = match text.split_once('s') {
+        Some((seconds, rest)) if seconds.bytes().all(|byte| byte.is_ascii_digit()) => {
+            (seconds, rest)
+        }
+        _ => ("0", text),
+    };
+    let rest = rest.trim_end_matches("ms");
+    let number = |text: &str| text.parse().unwrap_or(0);
+    Duration::from_secs(number(seconds)) + Duration::from_millis(number(rest))
+}
+
+#[test]
+fn answers_are_held_as_long_from_every_time_that_it_is_asked_for() {
+    harness::needs(&["nft"]);
+    in_netns(|socket| {
+        let sets = [Set::Answer(V4), Set::PortlessAnswer(V4)];
+        let made = [&[Op::AddTable(TableFamily::Inet)][..], &sets.map(Op::AddSet)].concat();
+        commit(socket, &made).unwrap();
+        let hold = |protocol, port| Op::HoldAnswers(connection(protocol, port));
+        // Without ports all connections between the two have the same answers.
+        let first = [hold(17, 7), hold(47, 1), hold(47, 2)];
+        commit(socket, &first).unwrap();
+        let full = Connection::ANSWERS_HELD;
+        let (mut before, begin) = (left(sets[0]), Instant::now());
+        assert_eq!((before.len(), left(sets[1]).len()), (1, 1));
+        while before[0] + Duration::from_millis(500) >= full {
+            assert!(begin.elapsed() < full, "time does not pass");
+            std::thread::sleep(Duration::from_millis(50));
+            before = left(sets[0]);
+        }
+        let earlier = generation(socket).unwrap();
+        let again = [hold(17, 7), hold(17, 8), hold(47, 3)];
+        commit(socket, &again).unwrap();
+        assert_eq!(generation(socket), Ok(earlier + 1));
+        for set in sets {
+            let now = left(set);
+            assert!(now.iter().all(|left| *left > before[0]), "{set}: {before:?}, then {now:?}");
+        }
+        assert_eq!((left(sets[0]).len(), left(sets[1]).len()), (2, 1));
+    });
+}
+
+#[test]
+fn a_transaction_that_has_nothing_to_do_is_no_error() {
+    in_netns(|socket| {
+        commit(socket, &[Op::AddTable(TableFamily::Inet)]).unwrap();
+        let before = generation(socket);
+        commit(socket, &[Op::WakeTable(TableFamily::Inet)]).unwrap();
+        assert_eq!(generation(socket), before);
     });
 }
 

@@ -61,7 +61,8 @@ pub(in crate::kernel) const EDITS: [(&str, &[Part]); 47] = [
     ("ip -4 addr del 172.31.0.1/16 dev egress.vxlan", &[Address]),
     ("ip -6 addr del fd31::1/64 dev egress.vxlan", &[Address]),
     ("ip addr add 9.9.9.9/32 dev egress.vxlan", &[Address]),
-    ("bridge fdb flush dev egress.vxlan", &[Fdb]),
+    // A device of this kind is flushed from Linux 6.7 on.
+    ("bridge fdb flush dev egress.vxlan || bridge fdb del $MAC dev egress.vxlan self", &[Fdb]),
     ("bridge fdb replace $MAC dev egress.vxlan dst 192.0.2.99 self permanent", &[Fdb]),
     ("bridge fdb replace $MAC dev egress.vxlan dst 192.0.2.2 port 99 self permanent", &[Fdb]),
     ("bridge fdb append 00:00:00:00:00:00 dev egress.vxlan dst 192.0.2.99 self permanent", &[Fdb]),
@@ -118,7 +119,12 @@ fn the_second_of_two_edits_is_news_again() {
     in_namespace(|| {
         let mut host = Host::new();
         for _ in 0..2 {
-            sh("bridge fdb flush dev egress.vxlan; ip -6 addr del fd31::1/64 dev egress.vxlan");
+            sh(&format!(
+                "for mac in {} {}; do bridge fdb del $mac dev egress.vxlan self; done
+                ip -6 addr del fd31::1/64 dev egress.vxlan",
+                node(2).mac(),
+                node(3).mac()
+            ));
             let _told = host.expect(&[Fdb, Address], "peers");
             sh(&format!(
                 "bridge fdb add {} dev egress.vxlan dst 192.0.2.2 self permanent
@@ -144,7 +150,7 @@ fn a_watch_that_begins_after_a_restart_hears_all_the_same() {
         let mut egress = Reconciler::open(MarkLayout::SEED, TableRange::default()).unwrap();
         assert!(egress.reconcile(&cluster, &policies).unwrap().changes.is_empty());
         let mut watch = egress.datapath().watch().unwrap();
-        sh("bridge fdb flush dev egress.vxlan");
+        sh(&format!("bridge fdb del {} dev egress.vxlan self", node(2).mac()));
         assert_eq!(watch.drain().unwrap().changed, [Fdb].into());
         sh("ip link del egress.vxlan");
         assert!(watch.drain().unwrap().changed.contains(&Link));

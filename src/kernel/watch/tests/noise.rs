@@ -14,7 +14,8 @@ pub(in crate::kernel) const NOISE: [&str; 12] = [
     "ip addr add 9.9.9.9/32 dev u0; ip addr del 9.9.9.9/32 dev u0",
     "ip -6 addr add fd99::1/64 dev u0 nodad; ip -6 addr del fd99::1/64 dev u0",
     "ip neigh add 192.0.2.99 lladdr 66:00:00:00:00:01 dev u0; ip neigh flush dev u0",
-    "bridge fdb add 66:00:00:00:00:02 dev foreign dst 192.0.2.2; bridge fdb flush dev foreign",
+    "mac=66:00:00:00:00:02; bridge fdb add $mac dev foreign dst 192.0.2.2 self
+    bridge fdb flush dev foreign || bridge fdb del $mac dev foreign self",
     "sysctl -qw net/ipv4/conf/foreign/rp_filter=1; sysctl -qw net/ipv6/conf/egress.vxlan/hop_limit=9",
 ];
 
