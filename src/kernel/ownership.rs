@@ -54,6 +54,8 @@ pub(super) struct Hold {
     /// Names in the abstract socket namespace, which is part of the network namespace. The
     /// kernel frees them with the process, however it ends.
     _names: Option<[UnixListener; 2]>,
+    /// Whether this kernel may have a lock that must be asked for, once that is known.
+    asks: Option<bool>,
 }
 
 const LOCK: &str = "egress-datapath";
@@ -66,7 +68,8 @@ impl Hold {
     /// Takes hold of this network namespace, and of the table if there is one.
     pub(super) fn take(ownership: Ownership, socket: &mut Socket) -> Result<Self, KernelError> {
         if ownership == Ownership::Shared {
-            return Ok(Self { protection: Protection::None, table_flags: 0, _names: None });
+            let protection = Protection::None;
+            return Ok(Self { protection, table_flags: 0, _names: None, asks: None });
         }
         let names = Some(lock()?);
         if !nft::has_owners(socket)? {
@@ -75,7 +78,7 @@ impl Hold {
                 _ => error,
             })?;
             let protection = if locked { Protection::Lock } else { Protection::Name };
-            return Ok(Self { protection, table_flags: 0, _names: names });
+            return Ok(Self { protection, table_flags: 0, _names: names, asks: Some(false) });
         }
         for family in TableFamily::BOTH {
             match nft::flags_and_owner(socket, family)? {
@@ -91,12 +94,24 @@ impl Hold {
                 Some((_, None)) => nft::adopt(socket, family, nft::LASTING)?,
             }
         }
-        Ok(Self { protection: Protection::Kernel, table_flags: nft::LASTING, _names: names })
+        let (protection, table_flags) = (Protection::Kernel, nft::LASTING);
+        Ok(Self { protection, table_flags, _names: names, asks: Some(false) })
     }
 
     /// Refuses changes while another has the lock.
-    pub(super) fn may_change(&self, socket: &mut Socket) -> Result<(), KernelError> {
-        if self.protection != Protection::None {
+    ///
+    /// Where the table itself has an owner there is no lock, and nothing to ask for: a change of one
+    /// element is not to wait for an answer that is known.
+    pub(super) fn may_change(&mut self, socket: &mut Socket) -> Result<(), KernelError> {
+        let asks = match self.asks {
+            Some(asks) => asks,
+            None => *self.asks.insert(match nft::has_owners(socket) {
+                // Without nf_tables nobody has locked them.
+                Err(error) if nft::is_absent(&error) => false,
+                has => !has?,
+            }),
+        };
+        if !asks {
             return Ok(());
         }
         match nft::locked_by(socket)? {
@@ -187,6 +202,8 @@ mod tests {
         in_netns(|socket| {
             let mut shared = KernelDatapath::open().unwrap();
             assert_eq!(shared.protection(), Protection::None);
+            // As on a kernel whose tables do not stay without their owner.
+            shared.hold.asks = Some(true);
             let locked = nft::lock(socket).unwrap();
             harness::needs_kernel("owners of tables (Linux 5.12)", locked);
             let change = Changes::between(&State::default(), &with_table());

@@ -117,6 +117,7 @@ fn every() -> usize {
 /// Runs a scenario; no packet leaves with a wrong source or is lost, and nothing else is wrong.
 fn one(scenario: &Scenario, number: usize, cni: Cni) -> Result {
     if let Backend::Iptables(iptables) = backend() {
+        // The processes that are killed do not say what they lack.
         harness::needs(&[iptables.variant.command(Family::V4), "ipset"]);
     }
     let start = Instant::now();
