@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use egress_datapath::state::{Elements, Variant};
 use egress_datapath::{
-    ApplyError, Backend, Changes, Connection, Counts, Datapath, Family, Iptables, IptablesDatapath,
+    ApplyError, Backend, Changes, Connection, Counts, Datapath, Iptables, IptablesDatapath,
     KernelDatapath, KernelError, MarkLayout, State, Steering,
 };
 
@@ -35,8 +35,7 @@ pub(crate) fn steering(marks: &MarkLayout) -> Steering {
 pub(crate) fn datapath(netns: &Netns, backend: Backend) -> Result<Box<dyn Datapath>, KernelError> {
     let failed = |_| KernelError::answer("enter a network namespace", "it failed");
     match backend {
-        Backend::Iptables(iptables) => {
-            harness::needs(&[iptables.variant.command(Family::V4), "ipset"]);
+        Backend::Iptables(_) => {
             let inner = netns.run(IptablesDatapath::open).map_err(failed)??;
             let namespace = netns.as_fd().try_clone_to_owned().map_err(failed)?;
             Ok(Box::new(Inside { namespace, inner }))

@@ -6,7 +6,7 @@ use egress_datapath::{
 };
 
 use crate::conformance::{BoxError, CASES, Integration, Outcome};
-use crate::fleet::{Result, is_beyond};
+use crate::fleet::{Result, is_beyond, needs_backend};
 use crate::lab::Host;
 use crate::lab::inside::{backend, datapath, steering};
 
@@ -40,6 +40,7 @@ impl Integration for Ours {
 
 fn passes(name: &str) -> Result {
     let case = CASES.iter().find(|case| case.name == name).ok_or("no such case")?;
+    needs_backend();
     let is_beyond = case.beyond_iptables.is_some_and(is_beyond);
     match case.run(Ours::start) {
         Outcome::Passed if is_beyond => Err(format!("no limit: {}", case.shows).into()),

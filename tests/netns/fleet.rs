@@ -21,8 +21,16 @@ pub(crate) use crate::lab::{dual, policy};
 
 pub(crate) type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
 
+/// Declares that the test needs the programs of the backend that this run is about.
+pub(crate) fn needs_backend() {
+    if let Backend::Iptables(iptables) = backend() {
+        harness::needs(&[iptables.variant.command(Family::V4), "ipset"]);
+    }
+}
+
 /// A lab, which the test cannot do without.
 pub(crate) fn lab() -> Lab {
+    needs_backend();
     harness::given("network namespaces", Lab::new())
 }
 
