@@ -40,6 +40,7 @@ mod process;
 mod refusals;
 mod restart;
 mod roundtrip;
+mod stand_ins;
 mod way_back;
 mod xtables;
 

@@ -6,9 +6,10 @@
 //! is a function with `#[test]`, as everywhere.
 //!
 //! A test says what it needs in its set-up: [`needs`] for programs, [`needs_kernel`] for what is
-//! newer than some kernels, [`given`] for what the kernel may refuse. All end in [`unmet`], the one place that decides what becomes of a test that cannot
-//! run: it is ignored with a reason, or, with `EGRESS_STRICT=1`, it fails. A program that only
-//! changes a node is started like any other: where it is not installed, there is a stand-in.
+//! newer than some kernels, [`given`] for what the kernel may refuse. All end in [`unmet`], the one
+//! place that decides what becomes of a test that cannot run: it is ignored with a reason, or, with
+//! `EGRESS_STRICT=1`, it fails. A program that only changes a node is started like any other: where
+//! it is not installed, there is a stand-in.
 
 #[cfg(target_os = "linux")]
 mod stand_in;
@@ -114,6 +115,15 @@ pub fn has(program: &str) -> bool {
 
 /// Names the folder of stand-ins, in the environment of the tests and of what they start.
 const STAND_INS: &str = "EGRESS_STAND_INS";
+
+/// The stand-in for a program, also where the program is installed.
+#[cfg(target_os = "linux")]
+pub fn stand_in(program: &str) -> io::Result<Command> {
+    use std::os::unix::process::CommandExt;
+    let mut command = Command::new(env::current_exe()?);
+    command.arg0(program);
+    Ok(command)
+}
 
 /// Declares that the test is about something which not every kernel has: what, and whether this
 /// one has it.
@@ -265,7 +275,7 @@ fn run(arguments: &Arguments, trials: Vec<Trial>) -> ExitCode {
         let binary = binary.file_stem().unwrap_or_default();
         let _closed = writeln!(
             out,
-            "{}: README.md, section Tests, names the packages that turn these into checks\n",
+            "{}: README.md names the packages that turn ignored tests into checks\n",
             Path::new(binary).display()
         );
     }

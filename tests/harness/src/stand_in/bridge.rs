@@ -9,8 +9,10 @@ use super::words::{Words, unknown};
 
 /// `AF_BRIDGE`.
 const BRIDGE: u8 = 7;
+/// `NTF_SELF`.
 const SELF: u8 = 2;
-const PERMANENT: u16 = 0x80;
+/// `NUD_PERMANENT | NUD_NOARP`.
+const PERMANENT: u16 = 0x80 | 0x40;
 
 pub(super) fn main(mut words: Words) -> io::Result<String> {
     while words.take("-d") {}

@@ -345,7 +345,10 @@ fn route(
     let destination = words.word()?;
     let destination = if destination == "default" { None } else { Some(net(&destination)?) };
     let family = destination.map(|(address, _)| family_of(address)).or(family).unwrap_or(INET);
-    let (mut tos, mut protocol_of, mut table_of, mut onlink) = (0, 3, 254, false);
+    // A route that is deleted may have any protocol and be of any kind, where nothing is said.
+    let is_new = flags != 0;
+    let mut protocol_of = if is_new { 3 } else { 0 };
+    let (mut tos, mut table_of, mut onlink) = (0, 254, false);
     let (mut device, mut gateway, mut metric) = (None, None, None);
     let mut hops = Vec::new();
     while let Some(word) = words.next() {
@@ -365,11 +368,12 @@ fn route(
         }
     }
     let is_link = kind == UNICAST && gateway.is_none() && hops.is_empty();
-    let scope = match (flags, is_link) {
-        (0, _) => 255,
-        (_, true) => 253,
-        (_, false) => 0,
+    let scope = match (is_new, is_link) {
+        (false, _) => 255,
+        (true, true) => 253,
+        (true, false) => 0,
     };
+    let kind = if is_new || kind != UNICAST { kind } else { 0 };
     let length = destination.map_or(0, |(_, length)| length);
     let header = [family, length, 0, tos, 0, protocol_of, scope, kind];
     let mut nexthops = Vec::new();
@@ -392,7 +396,7 @@ fn route(
         .put_if(6, number(metric))
         .put_if(9, (!nexthops.is_empty()).then_some(nexthops))
         .u32(15, table_of);
-    let request = if flags == 0 { ROUTES.new + 1 } else { ROUTES.new };
+    let request = if is_new { ROUTES.new } else { ROUTES.new + 1 };
     netlink.request(request, flags, &body).map(|()| String::new())
 }
 
@@ -409,7 +413,7 @@ fn rule(
     let mut action = u8::from(is_new);
     let mut lookup = is_new.then_some(254);
     let mut attributes = Body::default();
-    let mut said = is_new.then_some(3);
+    let mut said = None;
     while let Some(word) = words.next() {
         attributes = match word.as_str() {
             "not" => {
