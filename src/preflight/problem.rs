@@ -20,6 +20,20 @@ pub enum Problem {
         /// What is missing.
         part: KernelPart,
     },
+    /// The kernel misses a range in a set while ranges beside it come or go.
+    ///
+    /// That is so until the commit that changes them is over: microseconds for a few ranges. Seen on
+    /// 6.1, not on 6.12 (`__nft_rbtree_lookup` in `net/netfilter/nft_set_rbtree.c`).
+    #[error(
+        "Linux {major}.{minor} may miss a range of sources while others change: a packet of it can \
+         leave with the pod's own address then"
+    )]
+    RangesMissed {
+        /// The first number of the kernel's version.
+        major: u32,
+        /// The second one.
+        minor: u32,
+    },
     /// The host does not forward packets.
     #[error("this host does not forward {family} packets")]
     NotForwarding {
@@ -350,6 +364,7 @@ impl Problem {
             | Self::TablesTaken { free: 0, .. } => Severity::Broken,
             Self::UnderlayMtu { found, said, .. } if found < said => Severity::Broken,
             Self::StrictOverlay { .. }
+            | Self::RangesMissed { .. }
             | Self::MarkTestedByRule { .. }
             | Self::MarkUsedByFirewall { .. }
             | Self::PriorityShared { .. }
