@@ -20,12 +20,14 @@ pub enum Problem {
         /// What is missing.
         part: KernelPart,
     },
-    /// The kernel misses a range in a set while ranges beside it come or go.
+    /// The kernel misses a range in a set while the range is replaced by another that begins alike,
+    /// and 6.1 also while one beside it changes.
     ///
-    /// That is so until the commit that changes them is over: microseconds for a few ranges. Seen on
-    /// 6.1, not on 6.12 (`__nft_rbtree_lookup` in `net/netfilter/nft_set_rbtree.c`).
+    /// That is so until the commit is over: microseconds, unless the processor is taken away from
+    /// it. Seen on 6.1 and 6.12, not on 6.18 (`__nft_rbtree_lookup` in
+    /// `net/netfilter/nft_set_rbtree.c`).
     #[error(
-        "Linux {major}.{minor} may miss a range of sources while others change: a packet of it can \
+        "Linux {major}.{minor} may miss a range of sources while ranges change: a packet of it can \
          leave with the pod's own address then"
     )]
     RangesMissed {

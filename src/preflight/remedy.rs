@@ -63,7 +63,7 @@ impl Problem {
                 "run with CAP_NET_ADMIN in the user namespace that owns the network namespace"
             }
             Self::RangesMissed { .. } => {
-                "name single addresses as sources, or use a kernel from 6.12 on"
+                "name single addresses as sources, or use a kernel from 6.18 on"
             }
             Self::NotForwarding { family: Family::V4 } => "sysctl -w net.ipv4.ip_forward=1",
             Self::NotForwarding { family: Family::V6 } => {

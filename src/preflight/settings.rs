@@ -7,8 +7,8 @@ use super::{KernelPart, Preflight, Problem};
 use crate::cluster::{Backend, Steering};
 use crate::types::Family;
 
-/// The first version of those tested that finds ranges while others change.
-const STEADY: (u32, u32) = (6, 12);
+/// The first version of those tested that finds ranges while some change.
+const STEADY: (u32, u32) = (6, 18);
 
 /// `rp_filter` where packets must come in by the device that the host would answer by.
 const STRICT: u64 = 1;

@@ -163,7 +163,7 @@ fn judge(
     let mut wrong = Vec::new();
     let missed = misses_ranges() && RANGES.iter().any(|ranges| name.ends_with(ranges));
     if missed {
-        writeln!(io::stderr(), "LIMIT of this kernel: it may miss ranges while others change")?;
+        writeln!(io::stderr(), "LIMIT of this kernel: it may miss ranges while some change")?;
     }
     if leaks > 0 && !missed {
         wrong.push(format!("{name}: leaked {leaked:?}"));
@@ -201,13 +201,13 @@ fn judge(
 /// Kinds of changes of ranges in a set.
 const RANGES: [&str; 3] = ["ranges of sources", "address or prefix", "excluded prefixes"];
 
-/// Whether the kernel may miss a range while ranges beside it change, as the preflight says
+/// Whether the kernel may miss a range while ranges change, as the preflight says
 /// ([`egress_datapath::preflight::Problem::RangesMissed`]).
 fn misses_ranges() -> bool {
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let mut numbers = release.split(|other: char| !other.is_ascii_digit());
     let mut number = || numbers.next().and_then(|number| number.parse::<u32>().ok());
-    (number(), number()) < (Some(6), Some(12))
+    (number(), number()) < (Some(6), Some(18))
 }
 
 /// The nf_tables transactions among the changes.

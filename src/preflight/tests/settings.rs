@@ -139,7 +139,7 @@ fn ranges_of_sources_are_a_risk_on_a_kernel_that_misses_them() {
     let single =
         EgressPolicy { sources: vec!["10.244.1.9/32".parse().unwrap()], ..policy("node-b", EIP) };
     assert_eq!(judge_for(&cluster(), &single, &facts), []);
-    for version in [None, Some((6, 12)), Some((7, 0))] {
+    for version in [None, Some((6, 18)), Some((7, 0))] {
         facts.version = version;
         assert_eq!(judge(&facts), []);
     }
