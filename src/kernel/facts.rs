@@ -45,6 +45,7 @@ pub(crate) fn facts(devices: &[&str]) -> Result<Facts, KernelError> {
     let names = facts.addresses.iter().map(|address| address.device.as_str());
     let devices: BTreeSet<&str> = names.chain(devices.iter().copied()).collect();
     facts.settings = settings::settings(&devices);
+    facts.version = settings::version();
     facts.legacy = settings::legacy_tables();
     Ok(facts)
 }

@@ -15,6 +15,8 @@ pub(crate) struct Facts {
     /// Whether the kernel refuses changes for want of a privilege.
     pub(crate) denied: bool,
     pub(crate) missing: Vec<KernelPart>,
+    /// The kernel's version, major and minor, if it says one.
+    pub(crate) version: Option<(u32, u32)>,
     pub(crate) settings: Settings,
     pub(crate) devices: Vec<Device>,
     pub(crate) addresses: Vec<Address>,

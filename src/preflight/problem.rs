@@ -20,6 +20,22 @@ pub enum Problem {
         /// What is missing.
         part: KernelPart,
     },
+    /// The kernel misses a range in a set while the range is replaced by another that begins alike,
+    /// and 6.1 also while one beside it changes.
+    ///
+    /// That is so until the commit is over: microseconds, unless the processor is taken away from
+    /// it. Seen on 6.1 and 6.12, not on 6.18 (`__nft_rbtree_lookup` in
+    /// `net/netfilter/nft_set_rbtree.c`).
+    #[error(
+        "Linux {major}.{minor} may miss a range of sources while ranges change: a packet of it can \
+         leave with the pod's own address then"
+    )]
+    RangesMissed {
+        /// The first number of the kernel's version.
+        major: u32,
+        /// The second one.
+        minor: u32,
+    },
     /// The host does not forward packets.
     #[error("this host does not forward {family} packets")]
     NotForwarding {
@@ -350,6 +366,7 @@ impl Problem {
             | Self::TablesTaken { free: 0, .. } => Severity::Broken,
             Self::UnderlayMtu { found, said, .. } if found < said => Severity::Broken,
             Self::StrictOverlay { .. }
+            | Self::RangesMissed { .. }
             | Self::MarkTestedByRule { .. }
             | Self::MarkUsedByFirewall { .. }
             | Self::PriorityShared { .. }

@@ -62,6 +62,9 @@ impl Problem {
             Self::Denied => {
                 "run with CAP_NET_ADMIN in the user namespace that owns the network namespace"
             }
+            Self::RangesMissed { .. } => {
+                "name single addresses as sources, or use a kernel from 6.18 on"
+            }
             Self::NotForwarding { family: Family::V4 } => "sysctl -w net.ipv4.ip_forward=1",
             Self::NotForwarding { family: Family::V6 } => {
                 "sysctl -w net.ipv6.conf.all.forwarding=1"

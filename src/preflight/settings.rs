@@ -1,9 +1,14 @@
 //! Privilege, parts of the kernel, and its settings.
 
+use ipnet::IpNet;
+
 use super::facts::Facts;
 use super::{KernelPart, Preflight, Problem};
-use crate::cluster::Steering;
+use crate::cluster::{Backend, Steering};
 use crate::types::Family;
+
+/// The first version of those tested that finds ranges while some change.
+const STEADY: (u32, u32) = (6, 18);
 
 /// `rp_filter` where packets must come in by the device that the host would answer by.
 const STRICT: u64 = 1;
@@ -18,6 +23,12 @@ impl Preflight<'_> {
         };
         let missing = facts.missing.iter().filter(needed);
         problems.extend(missing.map(|part| Problem::Missing { part: *part }));
+        let is_range = |net: &IpNet| net.prefix_len() < net.max_prefix_len();
+        if let Some((major, minor)) = facts.version.filter(|version| *version < STEADY) {
+            if self.cluster.backend == Backend::Nftables && self.sources.iter().any(is_range) {
+                problems.push(Problem::RangesMissed { major, minor });
+            }
+        }
         self.judge_forwarding(facts, problems);
         self.judge_tunnel_ipv6(facts, problems);
         self.judge_reverse_path(facts, problems);

@@ -37,6 +37,16 @@ pub(super) fn settings(devices: &BTreeSet<&str>) -> Settings {
     Settings(found)
 }
 
+/// Major and minor number of the kernel's version.
+pub(super) fn version() -> Option<(u32, u32)> {
+    read_version(&fs::read_to_string("/proc/sys/kernel/osrelease").ok()?)
+}
+
+fn read_version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|other: char| !other.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
 /// Tables of legacy iptables, as far as we may know them.
 pub(super) fn legacy_tables() -> Vec<String> {
     // `/proc/net` is that of the process, which may be in another namespace than this thread.
@@ -44,4 +54,20 @@ pub(super) fn legacy_tables() -> Vec<String> {
     let texts = ["ip_tables_names", "ip6_tables_names"].map(read);
     let names = texts.iter().flatten().flat_map(|text| text.lines());
     names.map(String::from).collect::<BTreeSet<_>>().into_iter().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_of_kernels() {
+        assert_eq!(read_version("6.1.0-57-cloud-amd64\n"), Some((6, 1)));
+        assert_eq!(read_version("6.12.117+deb12-cloud-amd64\n"), Some((6, 12)));
+        assert_eq!(read_version("7.0-rc1"), Some((7, 0)));
+        for other in ["", "6", "6.", "six.1", ".1"] {
+            assert_eq!(read_version(other), None, "{other}");
+        }
+        assert!(version().is_some());
+    }
 }

@@ -128,3 +128,19 @@ fn what_can_be_done_without_is_a_note_with_the_version_that_brings_it() {
     let remedy = problems[1].remedy();
     assert!(remedy.contains("6.9") && remedy.contains("nothing, unless"), "{remedy}");
 }
+
+#[test]
+fn ranges_of_sources_are_a_risk_on_a_kernel_that_misses_them() {
+    let mut facts = facts();
+    facts.version = Some((6, 1));
+    let missed = Problem::RangesMissed { major: 6, minor: 1 };
+    assert_eq!(judge(&facts), std::slice::from_ref(&missed));
+    assert_eq!(missed.severity(), Severity::Risk);
+    let single =
+        EgressPolicy { sources: vec!["10.244.1.9/32".parse().unwrap()], ..policy("node-b", EIP) };
+    assert_eq!(judge_for(&cluster(), &single, &facts), []);
+    for version in [None, Some((6, 18)), Some((7, 0))] {
+        facts.version = version;
+        assert_eq!(judge(&facts), []);
+    }
+}
