@@ -50,7 +50,6 @@ const UNDER_WAY: Duration = Duration::from_millis(30);
 #[test]
 fn no_packet_gets_out_wrong_while_a_foreign_hand_is_at_work() -> Result {
     let lab = fleet::lab();
-    harness::needs(&["ip", "nft", "bridge"]);
     let full = env::var("EGRESS_CHAOS").is_ok_and(|size| size == "full");
     let time = Duration::from_secs(if full { 30 } else { 4 });
     let seed = match env::var("EGRESS_CHAOS_SEED") {

@@ -7,7 +7,6 @@ use crate::lookalikes;
 #[test]
 fn what_is_not_ours_stays_as_it_is() -> Result {
     let lab = lab();
-    harness::needs(&["ip", "nft", "bridge"]);
     let netns = &lab.node_a.netns;
     lookalikes::plant(netns)?;
     let before = settled(netns)?;

@@ -53,7 +53,6 @@ fn what_was_read_is_what_was_wanted_whatever_was_there_before() -> Result {
 #[test]
 fn removal_leaves_the_node_as_it_was() -> Result {
     let lab = lab();
-    harness::needs(&["ip", "nft"]);
     for host in lab.nodes() {
         let before = settled(&host.netns)?;
         let cluster = lab.cluster(host)?;

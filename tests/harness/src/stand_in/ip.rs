@@ -121,8 +121,18 @@ fn any(of: &Objects, family: Option<u8>) -> Body {
 
 /// What the kernel lists, a line for each object, but for what changes by itself.
 pub(super) fn listed(netlink: &mut Netlink, of: &Objects, request: &Body) -> io::Result<String> {
+    listed_those(netlink, of, request, |_| true)
+}
+
+/// The same of those that a test picks.
+fn listed_those(
+    netlink: &mut Netlink,
+    of: &Objects,
+    request: &Body,
+    picked: impl Fn(&[u8]) -> bool,
+) -> io::Result<String> {
     let mut text = String::new();
-    for entry in netlink.dump(of.new + 2, request)? {
+    for entry in netlink.dump(of.new + 2, request)?.into_iter().filter(|entry| picked(entry)) {
         let (header, rest) = entry.split_at_checked(of.header).unwrap_or_default();
         text.push_str(&format!("{header:02x?}"));
         for (kind, value) in attributes(rest) {
@@ -163,11 +173,13 @@ fn show(
         _ if words.take("table") && words.take("all") => &ROUTES,
         _ => return Err(unknown("ip route show of one table")),
     };
+    let permanent = object == "neigh" && words.take("nud") && words.take("permanent");
     if let Some(word) = words.next() {
         return Err(unknown(format_args!("ip {object} show {word}")));
     }
     let family = if object == "addr" || object == "neigh" { family } else { family.or(Some(INET)) };
-    listed(netlink, objects, &any(objects, family))
+    let state = |entry: &[u8]| !permanent || Neighbour::state_of(entry) == Some(PERMANENT);
+    listed_those(netlink, objects, &any(objects, family), state)
 }
 
 /// The header of a link, and which of its flags are set.

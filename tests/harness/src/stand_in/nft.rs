@@ -12,14 +12,18 @@ const NF_TABLES: u8 = 10;
 const BEGIN: u16 = 16;
 const END: u16 = 17;
 const NEW_TABLE: u16 = request(0);
+const LIST_TABLES: u16 = request(1);
 const DELETE_TABLE: u16 = request(2);
 const NEW_CHAIN: u16 = request(3);
+const LIST_CHAINS: u16 = request(4);
 const DELETE_CHAIN: u16 = request(5);
 const NEW_RULE: u16 = request(6);
 const LIST_RULES: u16 = request(7);
 const DELETE_RULE: u16 = request(8);
 const NEW_SET: u16 = request(9);
+const LIST_SETS: u16 = request(10);
 const NEW_ELEMENT: u16 = request(12);
+const LIST_ELEMENTS: u16 = request(13);
 const DELETE_ELEMENT: u16 = request(14);
 
 const fn request(number: u16) -> u16 {
@@ -35,6 +39,9 @@ pub(super) fn main(mut words: Words) -> io::Result<String> {
     }
     if words.take("--terse") {
         return counters(words);
+    }
+    if words.take("-s") {
+        return ruleset(words);
     }
     if words.take("-f") {
         if !words.take("-") {
@@ -79,6 +86,64 @@ fn counters(mut words: Words) -> io::Result<String> {
         }
     }
     Ok(text)
+}
+
+/// `nft -s list ruleset`: all objects, a line for each, but for handles, uses and counters.
+fn ruleset(mut words: Words) -> io::Result<String> {
+    if !(words.take("list") && words.take("ruleset")) {
+        return Err(unknown("nft -s but list ruleset"));
+    }
+    let mut netlink = Netlink::open(NETFILTER)?;
+    let mut text = String::new();
+    // Of a set the attributes that name it are those which its elements are asked for by.
+    let lists: [(u16, &[u16]); 4] = [
+        (LIST_TABLES, &[3, 4, 7]),
+        (LIST_CHAINS, &[2, 6, 8]),
+        (LIST_RULES, &[3, 6]),
+        (LIST_SETS, &[16]),
+    ];
+    for (list, volatile) in lists {
+        for entry in netlink.dump(list, &header(0))? {
+            let family = entry.first().copied().unwrap_or(0);
+            let object = attributes(entry.get(4..).unwrap_or_default());
+            text.push_str(&format!("{list:x} {family}"));
+            for (kind, value) in &object {
+                match kind {
+                    kind if volatile.contains(kind) => {}
+                    4 if list == LIST_RULES => {
+                        let steady = |(_, it): &(u16, &[u8])| counter(it).is_none();
+                        text.push_str(&format!(
+                            " {:02x?}",
+                            attributes(value).into_iter().filter(steady).collect::<Vec<_>>()
+                        ));
+                    }
+                    kind => text.push_str(&format!(" {kind}={value:02x?}")),
+                }
+            }
+            text.push('\n');
+            if let (LIST_SETS, [(1, table), (2, set), ..]) = (list, &object[..]) {
+                let request = header(family).put(1, table).put(2, set);
+                for elements in netlink.dump(LIST_ELEMENTS, &request)? {
+                    text.push_str(&listed_elements(set, &elements));
+                }
+            }
+        }
+    }
+    Ok(text)
+}
+
+/// The elements in a message of a listing, a line for each: key, data and flags.
+fn listed_elements(set: &[u8], message: &[u8]) -> String {
+    let mut text = String::new();
+    let lists = attributes(message.get(4..).unwrap_or_default()).into_iter();
+    for (_, list) in lists.filter(|(kind, _)| *kind == 3) {
+        for (_, element) in attributes(list) {
+            let kept: Vec<_> =
+                attributes(element).into_iter().filter(|(kind, _)| matches!(kind, 1..=3)).collect();
+            text.push_str(&format!("{set:02x?} {kept:02x?}\n"));
+        }
+    }
+    text
 }
 
 /// A counter among the expressions of a rule, as `nft` prints it.
