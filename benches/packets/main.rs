@@ -2,6 +2,8 @@
 //!
 //! `cargo bench --bench packets`, as root and with nft, iptables, ipset and iproute2 installed;
 //! `-- --quick` is the short form, `-- --iptables` measures the iptables backend and little else.
+//! With `-- --instructions` a nanosecond is taken for an instruction, which it is in a machine whose
+//! clock counts them: `benches/instructions` has one, and the figures are the same in every run.
 //! Every variant has three network namespaces of its own, and all are there at once: a sender, a
 //! router and a receiver. A veth device hands a packet on within the system call that sends it, so
 //! that the time of the call is that of the whole path. All variants take turns for some rounds, in
@@ -11,7 +13,9 @@
 //! the middle one counts. Compare figures of one run only.
 
 use std::error::Error;
+use std::hint::black_box;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use rustix::thread::{CpuSet, sched_setaffinity};
 
@@ -39,6 +43,8 @@ type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
 /// How much is measured.
 struct Extent {
     rounds: usize,
+    /// The most that a turn of the flows may take, once it has packets enough for a median.
+    turn: Duration,
     /// How many there are of each kind that a ratio is made of.
     routers: usize,
     /// Numbers of policies, of ours and of the seed's.
@@ -46,53 +52,91 @@ struct Extent {
     /// Those of ours where the first packet of a connection decides for all.
     cached: &'static [u32],
     seed: &'static [u32],
+    /// Numbers of gateways that 100 policies are shared out among.
+    gateways: &'static [u32],
     /// Numbers of policies without destinations, with either variant of iptables.
-    iptables: u32,
+    iptables: &'static [u32],
     /// Numbers of policies of a gateway that translates.
     gateway: &'static [u32],
     /// Numbers of gateways that are found by the egress hook.
     hook: &'static [u32],
 }
 
+/// Where time is short: of what is slow, fewer packets.
+const TURN: Duration = Duration::from_millis(20);
+
 const FULL: Extent = Extent {
     rounds: 25,
+    turn: TURN,
     routers: 3,
     ours: &[1, 10, 100, 1_000, 10_000],
     cached: &[1, 10_000],
     seed: &[1, 10, 100, 1_000],
-    iptables: 1_000,
+    gateways: &[1, 100],
+    iptables: &[1_000],
     gateway: &[10, 10_000],
     hook: &[1, 1_000],
 };
 const QUICK: Extent = Extent {
     rounds: 9,
+    turn: TURN,
     routers: 1,
     ours: &[1, 100],
     cached: &[1],
     seed: &[1, 10],
-    iptables: 1_000,
+    gateways: &[1, 100],
+    iptables: &[1_000],
     gateway: &[10, 100],
     hook: &[1, 1_000],
 };
 /// Both variants of iptables, and what they are compared with.
 const IPTABLES: Extent = Extent {
     rounds: 25,
+    turn: TURN,
     routers: 3,
     ours: &[1_000],
     cached: &[],
     seed: &[],
-    iptables: 1_000,
+    gateways: &[1, 100],
+    iptables: &[1_000],
     gateway: &[],
     hook: &[],
+};
+/// Everything once. A turn has a packet of each flow, however long that takes: neither chance nor
+/// memory is part of the figure, so that a second round or router would show the same.
+const INSTRUCTIONS: Extent = Extent {
+    rounds: 1,
+    turn: Duration::MAX,
+    routers: 1,
+    cached: &[1, 1_000, 10_000],
+    gateway: &[10, 1_000, 10_000],
+    ..FULL
+};
+/// Of that, what the ratios are made of that are kept in the tree.
+const CHIEF: Extent = Extent {
+    ours: &[1, 1_000],
+    cached: &[1, 1_000],
+    seed: &[],
+    gateways: &[],
+    iptables: &[],
+    gateway: &[10, 1_000],
+    hook: &[],
+    ..INSTRUCTIONS
 };
 
 fn main() -> Result {
     let asked = |form| std::env::args().any(|argument| argument == form);
-    let (extent, is_whole) = match (asked("--quick"), asked("--iptables")) {
-        (true, _) => (QUICK, false),
-        (_, true) => (IPTABLES, false),
+    let (instructions, quick) = (asked("--instructions"), asked("--quick"));
+    let (extent, is_whole) = match (instructions, quick, asked("--iptables")) {
+        (true, true, _) => (CHIEF, false),
+        (true, ..) => (INSTRUCTIONS, false),
+        (_, true, _) => (QUICK, false),
+        (.., true) => (IPTABLES, false),
         _ => (FULL, true),
     };
+    if instructions && !clock_counts_instructions() {
+        return Err("the clock does not count instructions: benches/instructions has one".into());
+    }
     netns::isolate()?;
     let mut variants = variants(&extent)?;
     // The receiving half of the path runs where the sending one does.
@@ -104,16 +148,37 @@ fn main() -> Result {
     }
     for _ in 0..extent.rounds {
         for variant in &mut variants {
-            variant.measure()?;
+            variant.measure(extent.turn)?;
         }
     }
     let report = Report::new(&variants);
-    print!("{report}");
+    if instructions {
+        print!("{}", report.instructions());
+    } else {
+        print!("{report}");
+    }
     if is_whole {
         let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/packets.svg");
         std::fs::write(file, plot::svg(&report)?)?;
     }
     Ok(())
+}
+
+/// Whether the same work takes the same time, but for what the clock rounds: on no processor does it.
+fn clock_counts_instructions() -> bool {
+    let mut times = [Duration::ZERO; 15];
+    for time in &mut times {
+        let start = Instant::now();
+        for number in 0..100_000_u32 {
+            black_box(number);
+        }
+        *time = start.elapsed();
+    }
+    // Some are interrupted.
+    times.sort_unstable();
+    let [least, .., _] = times;
+    let alike = |time: &&Duration| time.saturating_sub(least) <= Duration::from_nanos(1);
+    times.iter().filter(alike).count() > times.len() / 2
 }
 
 fn variants(extent: &Extent) -> Result<Vec<Variant>> {
@@ -133,8 +198,8 @@ fn variants(extent: &Extent) -> Result<Vec<Variant>> {
             variants.extend(Variant::ours(*policies, 1, true)?);
         }
         // One of the policies is there for each gateway.
-        for gateways in [1, 100] {
-            variants.extend(Variant::ours(100, gateways, false)?);
+        for gateways in extent.gateways {
+            variants.extend(Variant::ours(100, *gateways, false)?);
         }
         for gateways in extent.hook {
             variants.extend(Variant::hook(*gateways)?);
@@ -146,8 +211,10 @@ fn variants(extent: &Extent) -> Result<Vec<Variant>> {
         for policies in counts(extent.seed) {
             variants.extend(Variant::seed(policies)?);
         }
-        for variant in egress_datapath::state::Variant::BOTH {
-            variants.extend(Variant::iptables(extent.iptables, variant)?);
+        for policies in extent.iptables {
+            for variant in egress_datapath::state::Variant::BOTH {
+                variants.extend(Variant::iptables(*policies, variant)?);
+            }
         }
     }
     Ok(variants)

@@ -20,8 +20,8 @@ const GLANCE: usize = 64;
 const FLOWS: u32 = 1024;
 /// Turns of the flows in a round: the first one is cold.
 const TURNS: usize = 8;
-/// The end of a turn: packets or time, and what there is at least.
-const ENOUGH: (u64, Duration) = (FLOWS as u64, Duration::from_millis(20));
+/// The end of a turn, unless its time is up before; and what there is at least.
+const ENOUGH: u64 = FLOWS as u64;
 const LEAST: u64 = 3 * BATCH as u64;
 /// Packets of the kernel's own that a receiver may see in a round.
 const STRAY: u64 = 8;
@@ -295,11 +295,11 @@ impl Variant {
     }
 
     /// A round: the flows take some turns, and the median of a turn is kept if it is the best.
-    pub(crate) fn measure(&mut self) -> Result {
+    pub(crate) fn measure(&mut self, time: Duration) -> Result {
         let before = self.path.received()?;
         let mut sent = 0;
         for turn in 0..TURNS {
-            let (packets, median) = self.turn()?;
+            let (packets, median) = self.turn(time)?;
             sent += packets;
             let best = if turn == 0 { &mut self.best.cold } else { &mut self.best.warm };
             *best = best.min(median);
@@ -316,10 +316,10 @@ impl Variant {
     }
 
     /// Sends until it is enough: how many packets, and the median of what they cost.
-    fn turn(&mut self) -> Result<(u64, f64)> {
+    fn turn(&mut self, time: Duration) -> Result<(u64, f64)> {
         let begin = Instant::now();
         let (mut sent, mut batches) = (0, Vec::new());
-        while sent < LEAST || sent < ENOUGH.0 && begin.elapsed() < ENOUGH.1 {
+        while sent < LEAST || sent < ENOUGH && begin.elapsed() < time {
             let at = self.next;
             let end = at + usize::from(BATCH);
             self.next = end % self.frames.len();
