@@ -6,7 +6,7 @@ use crate::cluster::{Cluster, Node};
 use crate::datapath::Datapath;
 use crate::kernel::rtnl_kernel_tests::{in_namespace, sh};
 use crate::policy::{EgressIp, EgressPolicy};
-use crate::preflight::{DropHook, MarkKind, Preflight, Problem, Severity};
+use crate::preflight::{DropHook, KernelPart, MarkKind, Preflight, Problem, Severity};
 use crate::reconciler::Reconciler;
 use crate::types::Family;
 
@@ -48,6 +48,12 @@ fn problems_of(policy: &EgressPolicy, script: &str) -> Vec<Problem> {
     let mut found = Preflight::new(&cluster(), [policy]).run().unwrap();
     // Legacy iptables may be in every namespace of this kernel.
     found.retain(|problem| !matches!(problem, Problem::LegacyIptables { both: false, .. }));
+    // And what a kernel has not is so in all of them.
+    let of_kernel = |problem: &Problem| {
+        let missing = Problem::Missing { part: KernelPart::TableOwner };
+        *problem == missing || matches!(problem, Problem::RangesMissed { .. })
+    };
+    found.retain(|problem| !of_kernel(problem));
     found
 }
 
