@@ -4,9 +4,9 @@ mod conntrack;
 mod monitor;
 #[cfg(test)]
 #[allow(dead_code, reason = "no includer needs all of it")]
-mod mutate;
+pub(crate) mod mutate;
 #[cfg(test)]
-mod mutated;
+pub(crate) mod mutated;
 pub(crate) mod netlink;
 pub(crate) mod nft;
 mod ownership;

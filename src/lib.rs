@@ -175,6 +175,6 @@ struct Readme;
 fn main() -> std::process::ExitCode {
     harness::main(|| {
         #[cfg(all(feature = "kernel", target_os = "linux"))]
-        let _refused = crate::testing::lab::isolate();
+        let _refused = testing::lab::isolate();
     })
 }

@@ -13,7 +13,7 @@ mod set;
 mod stmt;
 mod table;
 #[cfg(test)]
-pub(super) mod tests;
+pub(crate) mod tests;
 
 use std::io;
 
@@ -35,7 +35,7 @@ pub(crate) use resize::{Sizes, enlarge, full};
 pub(super) use table::{LASTING, adopt, flags_and_owner, has_owners, lock, locked_by};
 
 /// `NETLINK_NETFILTER`.
-pub(super) const NETFILTER: isize = 12;
+pub(crate) const NETFILTER: isize = 12;
 
 /// Message types (`enum nf_tables_msg_types` in subsystem 10), and those around a transaction.
 pub(crate) mod kind {

@@ -110,7 +110,7 @@ pub(super) mod verdict {
 
 impl Expr {
     /// Writes the expression as an element of a rule's list.
-    pub(super) fn write(&self, writer: &mut Writer) {
+    pub(crate) fn write(&self, writer: &mut Writer) {
         self.write_as(writer, ELEMENT);
     }
 
