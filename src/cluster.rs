@@ -138,7 +138,7 @@ pub enum Backend {
 /// - The layout of the marks cannot be changed while policies are in force:
 ///   [drain](crate::Reconciler::drain) the node first.
 /// - Of connections nothing is cached, [`Cluster::connection_caching`] or not, and
-///   [`explain`](crate::explain()) does not read the rules.
+///   [`explain`](crate::sim::explain()) does not read the rules.
 /// - Several tables and sets are not changed at once: the order of the steps keeps them safe.
 /// - Nobody tells when others have changed something.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -4,8 +4,8 @@ use std::fmt;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use crate::lookup::WayOut;
-use crate::packet::Packet;
+use crate::sim::packet::Packet;
+use crate::state::lookup::WayOut;
 use crate::state::{MarkBits, Set, State};
 use crate::types::Family;
 

@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use crate::changes::Changes;
 use crate::connection::Connection;
 use crate::count::Counts;
+use crate::diff::changes::Changes;
 use crate::error::{ApplyError, KernelError};
 use crate::state::{Elements, State};
 

@@ -1,20 +1,22 @@
 //! The difference of two states, and the one place that puts it in order.
 
+pub(crate) mod changes;
+mod elements;
+mod guards;
+mod iptables;
+pub(crate) mod op;
+mod tables;
+
 use std::cmp::{Ordering, Reverse};
 use std::collections::BTreeMap;
 
-use crate::changes::{Changes, Phase, Step};
 use crate::cluster::Tunnel;
-use crate::op::Op;
 use crate::state::{
     ChainId, Firewall, Key, Route, RuleAction, Set, State, Stray, StrayKind, TableFamily, Value,
     Vxlan,
 };
-
-mod elements;
-mod guards;
-mod tables;
-mod xtables;
+use changes::{Changes, Phase, Step};
+use op::Op;
 
 impl Changes {
     /// The operations that turn what is there into what is wanted.
@@ -23,7 +25,7 @@ impl Changes {
     pub fn between(observed: &State, desired: &State) -> Self {
         let mut steps = Steps::default();
         rtnetlink(observed, desired, &mut steps);
-        xtables::xtables(observed, desired, &mut steps);
+        iptables::xtables(observed, desired, &mut steps);
         for family in TableFamily::BOTH {
             tables::table(family, observed, desired, &mut steps);
         }

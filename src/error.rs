@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::op::Op;
+use crate::diff::op::Op;
 
 /// A request that the kernel refused, or an answer that was not one.
 ///

@@ -1,65 +1,38 @@
 //! The kernel of a network namespace, over netlink.
 
-mod address;
 mod conntrack;
-mod facts;
-#[cfg(feature = "testing")]
-mod faults;
-mod fdb;
-mod ipset;
-mod link;
-mod link_change;
+mod monitor;
 #[cfg(test)]
 #[allow(dead_code, reason = "no includer needs all of it")]
-mod mutate;
+pub(crate) mod mutate;
 #[cfg(test)]
-mod mutated;
-mod neighbour;
-mod nft;
+pub(crate) mod mutated;
+pub(crate) mod netlink;
+pub(crate) mod nft;
 mod ownership;
-pub(crate) mod predecessor;
-mod route;
-mod route_answer;
-mod route_requests;
-mod route_socket;
-mod rtnl;
-#[cfg(test)]
-mod rtnl_kernel_tests;
-#[cfg(test)]
-mod rtnl_wire_tests;
-mod rule;
-mod socket;
-mod stray;
-mod tables;
-mod trust;
-mod watch;
-mod wire;
-mod xtables;
+pub(crate) mod rtnetlink;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use crate::changes::{Changes, Made, Step};
 use crate::connection::Connection;
 use crate::count::Counts;
 use crate::datapath::{Datapath, Drift};
+use crate::diff::changes::{Changes, Made, Step};
+use crate::diff::op::Op;
 use crate::error::{ApplyError, KernelError};
-use crate::op::Op;
 use crate::state::{Elements, State, TableFamily};
 use crate::types::DeviceName;
 
-pub(crate) use facts::facts;
+pub use monitor::Watch;
+use monitor::freshness::Trust;
+use netlink::socket::Socket;
 use nft::{Sizes, Terms};
 use ownership::Hold;
 pub use ownership::{Ownership, Protection};
-pub use predecessor::Predecessor;
-use route_socket::RouteSocket;
-use socket::Socket;
-pub use tables::KernelTables;
-use trust::Trust;
-pub use watch::Watch;
-pub use xtables::IptablesDatapath;
+use rtnetlink::socket::RouteSocket;
+pub use rtnetlink::tables::KernelTables;
 
 /// The kernel of the network namespace that the opening thread was in.
 ///
@@ -71,10 +44,10 @@ pub use xtables::IptablesDatapath;
 /// the user namespace that owns the network namespace.
 #[derive(Debug)]
 pub struct KernelDatapath {
-    routing: RouteSocket,
-    netfilter: Socket,
+    pub(crate) routing: RouteSocket,
+    pub(crate) netfilter: Socket,
     hold: Hold,
-    watching: watch::Shared,
+    watching: monitor::Shared,
     trust: Trust,
 }
 
@@ -100,7 +73,7 @@ impl KernelDatapath {
         let hold = Hold::take(ownership, &mut netfilter)?;
         // Last, for the port of a process's first socket is its pid, and names an owner to others.
         let ears = |expected| {
-            watch::Shared::open(expected, nft::open()?)
+            monitor::Shared::open(expected, nft::open()?)
                 .map_err(|error| KernelError::io("open a routing socket", &error))
         };
         let watching = ears(routing.share_expected())?;
@@ -167,7 +140,7 @@ impl KernelDatapath {
     }
 
     /// Makes a step; what it left behind is not certain where something was refused.
-    fn step(&mut self, step: &Step, sizes: &Sizes) -> Made {
+    pub(crate) fn step(&mut self, step: &Step, sizes: &Sizes) -> Made {
         let made = self.attempt(step, sizes);
         if !made.1.is_empty() {
             self.trust.end();

@@ -98,39 +98,33 @@ extern crate self as egress_datapath;
 extern crate harness;
 
 mod alloc;
-mod changes;
 mod cluster;
 mod connection;
 mod count;
 mod datapath;
 mod diff;
 mod error;
-mod explain;
+mod event;
 pub mod faults;
 #[cfg(all(feature = "kernel", target_os = "linux"))]
+mod iptables;
+#[cfg(all(feature = "kernel", target_os = "linux"))]
 mod kernel;
-#[cfg(all(feature = "ipset-sys", target_os = "linux"))]
-pub mod libipset;
-mod lookup;
 mod mark;
-mod news;
-mod op;
-mod packet;
 mod plan;
 mod policy;
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 pub mod preflight;
 mod range;
-mod reconciler;
+mod reconcile;
+mod rules;
 #[cfg(feature = "serde")]
 mod serde_impls;
 mod sim;
 pub mod state;
 #[cfg(all(feature = "kernel", any(test, feature = "testing"), target_os = "linux"))]
 pub mod testing;
-mod trace;
 mod types;
-mod walk;
 
 pub use alloc::{
     AllocError, Dice, MarkAllocator, MarkPool, TableAllocator, TablePool, TableRange,
@@ -138,36 +132,38 @@ pub use alloc::{
 };
 #[cfg(feature = "mock")]
 pub use alloc::{MockMarkAllocator, MockTableAllocator};
-pub use changes::{Changes, Phase, Step};
 pub use cluster::{Backend, Cluster, Iptables, Node, Steering, Tunnel};
 pub use connection::Connection;
 pub use count::{Count, Counts, PolicyCount};
 #[cfg(feature = "mock")]
 pub use datapath::MockDatapath;
 pub use datapath::{Datapath, Drift};
+pub use diff::changes::{Changes, Phase, Step};
+pub use diff::op::Op;
 pub use error::{ApplyError, KernelError};
-pub use explain::{explain, explain_received};
+pub use event::{News, Part, Process};
+#[cfg(all(feature = "ipset-sys", target_os = "linux"))]
+pub use iptables::libipset;
 #[cfg(all(feature = "kernel", target_os = "linux"))]
-pub use kernel::{
-    IptablesDatapath, KernelDatapath, KernelTables, Ownership, Predecessor, Protection, Watch,
-};
+pub use iptables::{IptablesDatapath, Predecessor};
+#[cfg(all(feature = "kernel", target_os = "linux"))]
+pub use kernel::{KernelDatapath, KernelTables, Ownership, Protection, Watch};
 pub use mark::{LayoutError, MarkLayout};
-pub use news::{News, Part, Process};
-pub use op::Op;
-pub use packet::{Frame, Packet};
 pub use plan::{Closed, Finding, Plan, PlanError, PolicyError, Update, plan};
 #[cfg(feature = "mock")]
 pub use policy::MockPolicy;
 pub use policy::{Destinations, EgressIp, EgressPolicy, Policy, Unavailable};
 pub use range::IpRange;
-pub use reconciler::{Error, Reconciler, Report};
+pub use reconcile::{Error, Reconciler, Report};
+pub use sim::explain::{explain, explain_received};
+pub use sim::packet::{Frame, Packet};
+pub use sim::path::Surroundings;
+pub use sim::trace::{Decision, Fate, Reason, Trace};
 pub use sim::{Journey, Outcome, SharedSim, Sim, SimCluster, SimDatapath, SimNode, SimWatch};
 pub use state::State;
-pub use trace::{Decision, Fate, Reason, Trace};
 pub use types::{
     DeviceName, Family, MacAddr, Mark, NameError, NodeName, ParseMacError, PolicyId, TableId,
 };
-pub use walk::Surroundings;
 
 /// The README's example, compiled.
 #[cfg(all(doctest, feature = "kernel", target_os = "linux"))]

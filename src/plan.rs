@@ -1,5 +1,21 @@
 //! From policies to what this node's kernel should hold; pure, and the same for the same input.
 
+mod classes;
+mod egress_hook;
+mod error;
+mod finding;
+mod index;
+mod intervals;
+mod iptables;
+mod pending;
+mod policies;
+mod routing;
+mod skeleton;
+mod table;
+mod tags;
+mod update;
+mod validate;
+
 use std::collections::BTreeMap;
 
 use crate::alloc::{AllocError, MarkAllocator, TableAllocator};
@@ -10,33 +26,17 @@ use crate::policy::Policy;
 use crate::state::State;
 use crate::types::{Family, Mark, NodeName, TableId};
 
-mod chains;
-mod check;
-mod classes;
-mod cover;
-mod delta;
-mod error;
-mod finding;
-mod firewall;
-mod hook;
-mod index;
-mod kept;
-mod numbers;
-mod routing;
-mod update;
-mod xtables;
-
-#[cfg(all(feature = "kernel", target_os = "linux"))]
-pub(crate) use chains::priority::BEFORE_SNAT;
-use check::World;
 pub use error::{PlanError, PolicyError};
 pub use finding::{Closed, Finding};
 pub(crate) use index::{Draft, Index};
-use kept::Kept;
+use policies::Kept;
+#[cfg(all(feature = "kernel", target_os = "linux"))]
+pub(crate) use skeleton::priority::BEFORE_SNAT;
 #[cfg(test)]
-pub(crate) use numbers::tests::with_few as with_few_tags;
+pub(crate) use tags::tests::with_few as with_few_tags;
 pub use update::Update;
 pub(crate) use update::{Part, Planned};
+use validate::World;
 
 /// What this node's kernel should hold, and what the caller should know about it.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -28,6 +28,20 @@
 //! The rules of legacy iptables, programs attached to devices (eBPF), what the network between
 //! the nodes drops, and sockets other than VXLAN devices on the tunnel's UDP port.
 
+mod devices;
+mod egress_ips;
+pub(crate) mod facts;
+mod firewall;
+pub(crate) mod foreign;
+pub(crate) mod probe;
+mod problem;
+mod remedy;
+mod routing;
+mod settings;
+mod terms;
+#[cfg(test)]
+mod tests;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
@@ -38,18 +52,6 @@ use crate::cluster::{Cluster, Node};
 use crate::error::KernelError;
 use crate::policy::Policy;
 use crate::types::{Family, NodeName, PolicyId};
-
-mod devices;
-mod egress_ips;
-pub(crate) mod facts;
-mod firewall;
-mod problem;
-mod remedy;
-mod routing;
-mod settings;
-mod terms;
-#[cfg(test)]
-mod tests;
 
 use facts::Facts;
 pub use problem::Problem;
@@ -119,7 +121,7 @@ impl<'a> Preflight<'a> {
     /// The part of the kernel that could not be read.
     pub fn run(&self) -> Result<Vec<Problem>, KernelError> {
         let devices = [self.cluster.tunnel.device.as_str(), "lo"];
-        Ok(self.judge(&crate::kernel::facts(&devices)?))
+        Ok(self.judge(&probe::facts(&devices)?))
     }
 
     fn add(&mut self, policy: &impl Policy) {

@@ -1,36 +1,43 @@
 //! A kernel in memory: refuses what the kernel refuses.
 
+mod cluster;
+mod datapath;
+pub(crate) mod explain;
+pub(crate) mod iptables;
+mod notify;
+mod ops;
+pub(crate) mod packet;
+pub(crate) mod path;
+mod shared;
+mod side_effects;
+#[cfg(test)]
+mod tests;
+pub(crate) mod trace;
+mod watch;
+
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use crate::changes::{Changes, Made, Step};
 use crate::connection::Connection;
 use crate::count::Counts;
 use crate::datapath::{Datapath, Drift};
+use crate::diff::changes::{Changes, Made, Step};
+use crate::diff::op::Op;
 use crate::error::{ApplyError, KernelError};
-use crate::news::Part;
-use crate::op::Op;
-use crate::packet::{Frame, Packet};
+use crate::event::Part;
 use crate::state::{Elements, Key, Set, State};
-use crate::trace::{Fate, Trace};
-use crate::walk::conntrack::Conntrack;
-use crate::walk::{Surroundings, Walk};
+use packet::{Frame, Packet};
+use path::conntrack::Conntrack;
+use path::{Surroundings, Walk};
+use trace::{Fate, Trace};
 
-mod aftermath;
-mod bulletin;
-mod cluster;
-mod datapath;
-mod ops;
-mod shared;
-mod watch;
-
-use aftermath::{Footing, follow};
-use bulletin::{Bulletin, Trust, Writer, Written};
 pub use cluster::{Journey, Outcome, SimCluster, SimNode};
 pub use datapath::SimDatapath;
+use notify::{Bulletin, Trust, Writer, Written};
 use ops::{Errno, make};
 pub use shared::SharedSim;
+use side_effects::{Footing, follow};
 pub use watch::SimWatch;
 
 /// A [`Datapath`] in memory that refuses what the kernel refuses.
@@ -339,7 +346,7 @@ impl Sim {
                 self.conntrack.held.hold(connection);
                 Ok(())
             }
-            op if op.is_xtables() => crate::state::xtables::make(&mut self.state, op),
+            op if op.is_xtables() => crate::rules::iptables::make(&mut self.state, op),
             op => {
                 let made = make(&mut self.state, op);
                 if let Op::DeleteTable(_) | Op::DeleteSet(_) = op {
@@ -470,6 +477,3 @@ impl Datapath for Sim {
         made
     }
 }
-
-#[cfg(test)]
-mod tests;

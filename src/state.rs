@@ -16,6 +16,9 @@
 //! | ipset | its name is one that [`Ipset`] prints |
 //! | iptables chain, rule | the chain's name is one that [`XtName`] prints, or it leads to one |
 
+mod leftovers;
+pub(crate) mod lookup;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
@@ -24,28 +27,19 @@ use ipnet::IpNet;
 
 use crate::types::{DeviceName, Family, MacAddr, Mark, TableId};
 
-mod chain;
-mod elements;
-mod firewall;
-mod ipset;
-mod ruleset;
-mod set;
-mod stray;
-pub(crate) mod xtables;
-
-pub use chain::{Base, ChainId, ChainType, Hook, TableFamily};
-pub use elements::{Elements, Iter as ElementsIter};
-pub use firewall::{Comment, Data, Firewall, Key, Stray, Tag, Value, Verdict};
-pub use ipset::{Ipset, IpsetContents, Member};
-pub use ruleset::{Direction, MarkBits, NftRule, Stmt};
-#[cfg(all(feature = "kernel", target_os = "linux"))]
-pub(crate) use set::Datum;
-pub use set::Set;
-pub use stray::{StrayKind, StrayRouting};
-pub use xtables::{
+pub use crate::rules::chain::{Base, ChainId, ChainType, Hook, TableFamily};
+pub use crate::rules::elements::{Elements, Iter as ElementsIter};
+pub use crate::rules::ipset::{Ipset, IpsetContents, Member};
+pub use crate::rules::iptables::{
     CtState, Is, Side, Variant, XtChain, XtEdit, XtMatch, XtName, XtRule, XtTable, XtTarget,
     Xtables,
 };
+#[cfg(all(feature = "kernel", target_os = "linux"))]
+pub(crate) use crate::rules::set::Datum;
+pub use crate::rules::set::Set;
+pub use crate::rules::stmt::{Direction, MarkBits, NftRule, Stmt};
+pub use crate::rules::table::{Comment, Data, Firewall, Key, Stray, Tag, Value, Verdict};
+pub use leftovers::{StrayKind, StrayRouting};
 
 /// Protocol number of our routes and rules, as `ip route` and `ip rule` print it.
 ///

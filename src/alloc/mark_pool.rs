@@ -1,5 +1,8 @@
 //! Marks from a layout, in memory.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::HashMap;
 use std::fmt;
 
@@ -155,6 +158,3 @@ impl MarkAllocator for MarkPool {
         self.nodes.get(node).copied()
     }
 }
-
-#[cfg(test)]
-mod tests;

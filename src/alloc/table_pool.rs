@@ -1,9 +1,13 @@
 //! Routing tables from a range, those in use left out.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use super::dice::{self, Dice};
+use super::dice;
+use super::dice::Dice;
 use super::table_range::TableRange;
 use super::{AllocError, TableAllocator};
 use crate::error::KernelError;
@@ -178,6 +182,3 @@ impl TableAllocator for TablePool {
         self.tables.get(node).copied()
     }
 }
-
-#[cfg(test)]
-mod tests;

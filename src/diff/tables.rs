@@ -1,8 +1,8 @@
 //! The two nf_tables tables, and the mark that the one leaves to the other.
 
+use super::changes::Phase;
+use super::op::Op;
 use super::{Steps, firewall};
-use crate::changes::Phase;
-use crate::op::Op;
 use crate::state::{ChainId, Firewall, NftRule, Set, State, Stmt, TableFamily};
 
 /// Brings one of the two nf_tables tables about.

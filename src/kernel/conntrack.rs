@@ -3,15 +3,22 @@
 //! Numbers are those of `include/uapi/linux/netfilter/nfnetlink_conntrack.h`. A delete request
 //! without a connection in it would flush the whole table, so none can be written here.
 
+#[cfg(test)]
+mod listing;
+#[cfg(test)]
+mod mutated;
+
 use std::io;
 use std::net::IpAddr;
 
+use super::netlink::message::{
+    Ack, Attribute, Attributes, Malformed, Messages, NLMSG_ERROR, Writer, flag,
+};
+use super::netlink::socket::{AT_ONCE, Socket};
 use super::nft::{Request, ask_any, drain};
-use super::socket::{AT_ONCE, Socket};
-use super::wire::{Ack, Attribute, Attributes, Malformed, Messages, NLMSG_ERROR, Writer, flag};
 use crate::connection::Connection;
+use crate::diff::op::Op;
 use crate::error::{KernelError, errno};
-use crate::op::Op;
 use crate::types::Family;
 
 const NEW: u16 = 0x100;
@@ -335,11 +342,6 @@ fn protocol(writer: &mut Writer, connection: &Connection) {
     writer.attribute(icmp + 1, &[kind]);
     writer.attribute(icmp + 2, &[code]);
 }
-
-#[cfg(test)]
-mod listing;
-#[cfg(test)]
-mod mutated;
 
 #[cfg(test)]
 mod tests {

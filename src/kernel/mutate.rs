@@ -3,9 +3,11 @@
 //! `EGRESS_MUTATE` says how many each parser gets, and `EGRESS_MUTATE_SEED` the seed of the first;
 //! the second has the next seed. A failure prints the seed that makes its input the first.
 
-use std::fmt::{self, Debug};
+use std::fmt;
+use std::fmt::Debug;
 use std::io::{Write, stderr};
-use std::panic::{self, AssertUnwindSafe};
+use std::panic;
+use std::panic::AssertUnwindSafe;
 use std::time::{Duration, Instant};
 
 /// Inputs of each parser unless told otherwise: seconds in a debug build, all parsers together.

@@ -4,8 +4,8 @@ mod corpus;
 mod routing;
 mod text;
 
-pub(super) use corpus::{answers, answers_after, golden_acks, golden_table, notifications};
-pub(super) use routing::{ADDRESSES, LINKS, ROUTES, RULES, dumps};
+pub(crate) use corpus::{answers, answers_after, golden_acks, golden_table, notifications};
+pub(crate) use routing::{ADDRESSES, LINKS, ROUTES, RULES, dumps};
 
 use super::mutate::Random;
 

@@ -1,56 +1,54 @@
 //! The nf_tables half of the kernel backend: our table as one transaction in, one state out.
 
-use std::io;
-
-use super::socket::Socket;
-use super::wire::{Ack, Malformed, Messages, NLMSG_DONE, NLMSG_ERROR, Writer, flag};
-use crate::error::{KernelError, errno};
-use crate::op::Op;
-use crate::state::TableFamily;
-
-mod batch;
-mod chain;
+pub(crate) mod batch;
+pub(crate) mod chain;
 mod commit;
 mod element;
-mod expr;
-mod foreign;
+pub(crate) mod expr;
 mod observe;
 mod probe;
 mod range;
-mod room;
+mod resize;
 mod set;
 mod stmt;
 mod table;
 #[cfg(test)]
-pub(super) mod tests;
+pub(crate) mod tests;
+
+use std::io;
+
+use super::netlink::message::{Ack, Malformed, Messages, NLMSG_DONE, NLMSG_ERROR, Writer, flag};
+use super::netlink::socket::Socket;
+use crate::diff::op::Op;
+use crate::error::{KernelError, errno};
+use crate::state::TableFamily;
 
 pub(super) use batch::number as family_number;
 #[cfg(test)]
 pub(super) use commit::commit;
 pub(super) use commit::{Between, Refused, Terms, commit_as};
-pub(super) use foreign::foreign;
 #[cfg(test)]
 pub(super) use observe::observe;
 pub(super) use observe::{counts, observe_at, observe_hook};
-pub(super) use probe::{is_absent, missing};
-pub(super) use room::{Sizes, enlarge, full};
+pub(crate) use probe::{is_absent, missing};
+pub(crate) use resize::{Sizes, enlarge, full};
 pub(super) use table::{LASTING, adopt, flags_and_owner, has_owners, lock, locked_by};
 
 /// `NETLINK_NETFILTER`.
-pub(super) const NETFILTER: isize = 12;
+pub(crate) const NETFILTER: isize = 12;
 
 /// Message types (`enum nf_tables_msg_types` in subsystem 10), and those around a transaction.
-mod kind {
+pub(crate) mod kind {
     pub(super) const BEGIN: u16 = 0x10;
     pub(super) const END: u16 = 0x11;
     pub(super) const NEWTABLE: u16 = 0xa00;
     pub(super) const GETTABLE: u16 = 0xa01;
     pub(super) const DELTABLE: u16 = 0xa02;
-    pub(super) const NEWCHAIN: u16 = 0xa03;
-    pub(super) const GETCHAIN: u16 = 0xa04;
+    pub(crate) const NEWCHAIN: u16 = 0xa03;
+    pub(crate) const GETCHAIN: u16 = 0xa04;
     pub(super) const DELCHAIN: u16 = 0xa05;
-    pub(super) const NEWRULE: u16 = 0xa06;
-    pub(super) const GETRULE: u16 = 0xa07;
+    pub(crate) const NEWRULE: u16 = 0xa06;
+    pub(crate) const GETRULE: u16 = 0xa07;
     pub(super) const DELRULE: u16 = 0xa08;
     pub(super) const NEWSET: u16 = 0xa09;
     pub(super) const GETSET: u16 = 0xa0a;
@@ -65,7 +63,7 @@ mod kind {
 const NO_NF_TABLES: &str = "load nf_tables or use a kernel with it (CONFIG_NF_TABLES)";
 
 /// Opens a socket for [`observe`] and [`commit`].
-pub(super) fn open() -> Result<Socket, KernelError> {
+pub(crate) fn open() -> Result<Socket, KernelError> {
     Socket::open(NETFILTER).map_err(|error| {
         let error = KernelError::io("open a netfilter socket", &error);
         match error.errno() {
@@ -76,20 +74,20 @@ pub(super) fn open() -> Result<Socket, KernelError> {
 }
 
 /// What is asked of the kernel.
-pub(super) struct Request<'a> {
+pub(crate) struct Request<'a> {
     /// As an operator would ask.
-    pub(super) text: &'a str,
-    pub(super) kind: u16,
-    pub(super) flags: u16,
+    pub(crate) text: &'a str,
+    pub(crate) kind: u16,
+    pub(crate) flags: u16,
     /// Type of the messages that answer.
-    pub(super) answer: u16,
+    pub(crate) answer: u16,
 }
 
 /// How a request was answered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Answered {
+pub(crate) struct Answered {
     /// Whether the kernel saw the objects change while it listed them.
-    pub(super) interrupted: bool,
+    pub(crate) interrupted: bool,
 }
 
 /// Asks the kernel for something, and gives every message of the answer to `take`.
@@ -111,7 +109,7 @@ fn ask(
 }
 
 /// The same of any subsystem: `write` begins with `struct nfgenmsg`.
-pub(super) fn ask_any(
+pub(crate) fn ask_any(
     socket: &mut Socket,
     request: &Request<'_>,
     write: impl FnOnce(&mut Writer),
@@ -177,7 +175,7 @@ fn read(
 
 /// Whether the flags of a message are those of a dump; in an acknowledgement they mean other
 /// things.
-fn is_listed(message: &super::wire::Message<'_>) -> bool {
+fn is_listed(message: &super::netlink::message::Message<'_>) -> bool {
     message.kind != NLMSG_ERROR
 }
 
@@ -200,7 +198,7 @@ pub(super) fn ask_generation(socket: &mut Socket) -> io::Result<()> {
 }
 
 /// The generation of the rules: the kernel counts transactions, of whomever.
-pub(super) fn generation(socket: &mut Socket) -> Result<u32, KernelError> {
+pub(crate) fn generation(socket: &mut Socket) -> Result<u32, KernelError> {
     let request = Request {
         text: "read the generation of nf_tables",
         kind: kind::GETGEN,
@@ -209,7 +207,7 @@ pub(super) fn generation(socket: &mut Socket) -> Result<u32, KernelError> {
     };
     let mut generation = None;
     let take = |_, body: &[u8]| {
-        for attribute in super::wire::Attributes::new(body) {
+        for attribute in super::netlink::message::Attributes::new(body) {
             let attribute = attribute?;
             if attribute.kind == 1 {
                 generation = Some(attribute.be32()?);

@@ -4,8 +4,8 @@ use std::fs;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener};
 
+use super::netlink::socket::Socket;
 use super::nft;
-use super::socket::Socket;
 use crate::error::{KernelError, errno};
 use crate::state::TableFamily;
 
@@ -159,11 +159,11 @@ fn holder_in(list: &[u8]) -> Option<u32> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::nft::tests::netns::{in_netns, nft};
-    use super::super::{KernelDatapath, mutate};
     use super::*;
-    use crate::changes::Changes;
     use crate::datapath::Datapath;
+    use crate::diff::changes::Changes;
+    use crate::kernel::nft::tests::netns::{in_netns, nft};
+    use crate::kernel::{KernelDatapath, mutate};
     use crate::state::{Firewall, State};
 
     fn exclusive() -> Result<KernelDatapath, KernelError> {

@@ -11,10 +11,10 @@ use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
-use super::cover::{adjoins, destinations, overlap, segments};
-use super::delta::Delta;
-use super::kept::{Handle, Policies, Sources};
-use super::numbers::Numbers;
+use super::intervals::{adjoins, destinations, overlap, segments};
+use super::pending::Delta;
+use super::policies::{Handle, Policies, Sources};
+use super::tags::Numbers;
 use crate::range::IpRange;
 use crate::state::{Data, Elements, Key, Tag, Value};
 use crate::types::Family;

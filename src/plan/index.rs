@@ -3,15 +3,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use super::chains::Used;
-use super::check::World;
 use super::classes::Classes;
-use super::firewall::{skeleton, spoken, ways_out};
-use super::hook::{self, hook};
-use super::kept::{Handle, Kept, Policies};
+use super::egress_hook;
+use super::egress_hook::hook;
+use super::policies::{Handle, Kept, Policies};
+use super::skeleton::Used;
+use super::table::{skeleton, spoken, ways_out};
+use super::validate::World;
 use super::{
-    Finding, Gateways, PlanError, Role, Update, closing_table, numbered, reserve_given, roles,
-    routing, xtables,
+    Finding, Gateways, PlanError, Role, Update, closing_table, iptables as xtables, numbered,
+    reserve_given, roles, routing,
 };
 use crate::alloc::{MarkAllocator, TableAllocator};
 use crate::cluster::{Backend, Cluster};
@@ -60,7 +61,7 @@ impl Draft {
     ) -> Result<Self, PlanError> {
         let world = World::new(cluster)?;
         xtables::check(&world)?;
-        hook::check(&world)?;
+        egress_hook::check(&world)?;
         let policies = Policies::new(policies, &world)?;
         let (mut used, mut own, mut speaks) = (BTreeMap::new(), 0, BTreeMap::new());
         for (_, kept) in policies.iter() {

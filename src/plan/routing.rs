@@ -5,8 +5,8 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use super::Gateways;
-use super::check::{World, tunnel_of};
-use super::hook::next_hop;
+use super::egress_hook::next_hop;
+use super::validate::{World, tunnel_of};
 use crate::cluster::{Node, RulePriorities, Steering};
 use crate::state::{BACKSTOP_METRIC, Route, RouteKey, Rule, RuleAction, State, Vxlan};
 use crate::types::{DeviceName, Family, Mark, TableId};

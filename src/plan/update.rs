@@ -5,11 +5,11 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::check::check_net;
-use super::delta::Delta;
-use super::firewall::{spoken, ways_out};
 use super::index::{Index, NOTHING};
-use super::kept::{Handle, Kept, place};
+use super::pending::Delta;
+use super::policies::{Handle, Kept, place};
+use super::table::{spoken, ways_out};
+use super::validate::check_net;
 use super::{Finding, PlanError, PolicyError, Role, closing_table, numbered, roles};
 use crate::alloc::{MarkAllocator, TableAllocator};
 use crate::cluster::Backend;

@@ -2,7 +2,7 @@
 
 use super::facts::{Action, Device, Facts, Rule};
 use super::{Preflight, Problem};
-use crate::kernel::predecessor;
+use crate::iptables::takeover;
 use crate::types::Family;
 
 impl Preflight<'_> {
@@ -63,13 +63,13 @@ impl Preflight<'_> {
 fn predecessor(facts: &Facts) -> Option<Problem> {
     let is_rule = |rule: &&Rule| match (rule.mark, rule.action) {
         (Some((mark, u32::MAX)), Action::Lookup { table, .. }) => {
-            rule.priority == predecessor::PRIORITY && table == mark && predecessor::is_mark(mark)
+            rule.priority == takeover::PRIORITY && table == mark && takeover::is_mark(mark)
         }
         _ => false,
     };
     let is_device = |device: &&Device| {
         let usual = |vxlan: super::facts::Vxlan| {
-            (device.name.as_str(), vxlan.vni, vxlan.port) == predecessor::DEVICE
+            (device.name.as_str(), vxlan.vni, vxlan.port) == takeover::DEVICE
         };
         !device.ours && device.vxlan.is_some_and(usual)
     };

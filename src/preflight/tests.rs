@@ -1,5 +1,11 @@
 //! Facts in, problems out; no kernel.
 
+mod devices;
+mod egress_ips;
+mod firewall;
+mod routing;
+mod settings;
+
 use super::facts::{
     Action, Address, Chain, Device, Firewall, Intruder, MarkUse, Rule, Settings, Vxlan,
 };
@@ -8,12 +14,6 @@ use crate::cluster::Tunnel;
 use crate::mark::MarkLayout;
 use crate::policy::{EgressIp, EgressPolicy};
 use crate::types::NodeName;
-
-mod devices;
-mod egress_ips;
-mod firewall;
-mod routing;
-mod settings;
 
 fn cluster() -> Cluster {
     let node = |name: &str, number: u8| {

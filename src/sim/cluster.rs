@@ -5,8 +5,8 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use super::Sim;
-use crate::packet::{Frame, Packet};
-use crate::trace::{Decision, Fate, Reason, Trace};
+use super::packet::{Frame, Packet};
+use super::trace::{Decision, Fate, Reason, Trace};
 use crate::types::NodeName;
 
 /// Nodes and the packets between them, in memory.

@@ -5,15 +5,15 @@ use std::fmt::Display;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use super::bulletin::{Listener, Trust, Writer};
+use super::notify::{Listener, Trust, Writer};
 use super::{LOST, SharedSim, Sim, SimWatch};
-use crate::changes::{Changes, Made, Step};
 use crate::connection::Connection;
 use crate::count::Counts;
 use crate::datapath::{Datapath, Drift};
+use crate::diff::changes::{Changes, Made, Step};
+use crate::diff::op::Op;
 use crate::error::{ApplyError, KernelError, errno};
 use crate::faults::{Call, Fault, Faults, Subsystem};
-use crate::op::Op;
 use crate::state::{Firewall, NFT_TABLE, State, StrayKind};
 
 /// Times that what changes meanwhile is read, as the kernel's datapath does.

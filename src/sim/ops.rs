@@ -2,9 +2,9 @@
 
 use std::collections::btree_map::Entry;
 
-use super::aftermath::{Footing, follow, has_ipv6};
+use super::side_effects::{Footing, follow, has_ipv6};
+use crate::diff::op::Op;
 use crate::error::errno;
-use crate::op::Op;
 use crate::state::{
     ChainId, Data, Firewall, NftRule, Route, RuleAction, Set, State, Stmt, Verdict, Vxlan,
 };

@@ -1,5 +1,7 @@
 //! Packets of connections, on simulated nodes.
 
+mod shared;
+
 use std::net::IpAddr;
 
 use super::*;
@@ -7,11 +9,9 @@ use crate::alloc::{MarkPool, TablePool};
 use crate::cluster::{Cluster, Node, Steering};
 use crate::mark::MarkLayout;
 use crate::policy::{EgressIp, EgressPolicy};
-use crate::reconciler::Reconciler;
+use crate::reconcile::Reconciler;
 use crate::state::{ChainId, Firewall};
 use crate::types::{NodeName, PolicyId};
-
-mod shared;
 
 const OUTSIDE: &str = "192.0.2.1";
 const POD: &str = "10.244.1.10";

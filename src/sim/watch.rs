@@ -10,9 +10,9 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use super::bulletin::{Listener, Writer, Written};
+use super::notify::{Listener, Writer, Written};
 use crate::error::KernelError;
-use crate::news::News;
+use crate::event::News;
 
 /// Readable when somebody else touched what a [`SimDatapath`](super::SimDatapath) has written: what
 /// `Watch` is to the kernel's.

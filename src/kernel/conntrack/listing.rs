@@ -2,9 +2,9 @@
 
 use super::*;
 use crate::datapath::Datapath;
+use crate::kernel::monitor::tests::Host;
 use crate::kernel::nft;
-use crate::kernel::rtnl_kernel_tests::{in_namespace, sh};
-use crate::kernel::watch::tests::Host;
+use crate::kernel::rtnetlink::kernel_tests::{in_namespace, sh};
 use crate::{Op, Update};
 
 /// Connections of three pods, some of either family.

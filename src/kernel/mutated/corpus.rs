@@ -2,9 +2,9 @@
 
 use std::net::UdpSocket;
 
+use crate::kernel::netlink::message::{NLMSG_ERROR, Writer, flag};
+use crate::kernel::netlink::socket::Socket;
 use crate::kernel::nft::tests::sample_datagram;
-use crate::kernel::socket::Socket;
-use crate::kernel::wire::{NLMSG_ERROR, Writer, flag};
 use crate::testing::lab::Netns;
 use crate::{
     Cluster, EgressIp, EgressPolicy, MarkLayout, Node, NodeName, PolicyId, Reconciler, TableRange,
@@ -13,15 +13,12 @@ use crate::{
 /// What a kernel with our objects in it answers to requests of this protocol, message by message.
 ///
 /// Each request has a type, flags beside those of every request, and a body.
-pub(in crate::kernel) fn answers(
-    protocol: isize,
-    requests: Vec<(u16, u16, Vec<u8>)>,
-) -> Vec<Vec<u8>> {
+pub(crate) fn answers(protocol: isize, requests: Vec<(u16, u16, Vec<u8>)>) -> Vec<Vec<u8>> {
     answers_after(protocol, requests, |_| reconciled())
 }
 
 /// The same of a kernel that holds what `prepare` makes.
-pub(in crate::kernel) fn answers_after<T>(
+pub(crate) fn answers_after<T>(
     protocol: isize,
     requests: Vec<(u16, u16, Vec<u8>)>,
     prepare: impl FnOnce(&mut Socket) -> T + Send + 'static,
@@ -43,10 +40,7 @@ pub(in crate::kernel) fn answers_after<T>(
 }
 
 /// What a kernel tells these groups while our objects come and go.
-pub(in crate::kernel) fn notifications(
-    protocol: isize,
-    groups: std::ops::Range<u32>,
-) -> Vec<Vec<u8>> {
+pub(crate) fn notifications(protocol: isize, groups: std::ops::Range<u32>) -> Vec<Vec<u8>> {
     in_netns(move || {
         let mut socket = Socket::open(protocol).unwrap();
         socket.reserve_unread(1 << 20);
@@ -60,12 +54,12 @@ pub(in crate::kernel) fn notifications(
 }
 
 /// The messages that make a table with everything in it: the kernel lists it in the same form.
-pub(in crate::kernel) fn golden_table() -> Vec<Vec<u8>> {
+pub(crate) fn golden_table() -> Vec<Vec<u8>> {
     split(&sample_datagram())
 }
 
 /// Acknowledgements of every shape.
-pub(in crate::kernel) fn golden_acks() -> Vec<Vec<u8>> {
+pub(crate) fn golden_acks() -> Vec<Vec<u8>> {
     let ack = |kind, flags, code: i32, echo: usize| {
         let mut writer = Writer::default();
         let message = writer.message(kind, flags, 1);

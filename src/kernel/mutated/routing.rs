@@ -8,11 +8,12 @@ use netlink_packet_route::route::RouteAttribute;
 use netlink_packet_route::rule::RuleAttribute;
 
 use super::{answers, golden_acks};
-use crate::kernel::link::Device;
-use crate::kernel::route_answer::Exchange;
-use crate::kernel::rtnl_wire_tests::golden;
-use crate::kernel::wire::flag;
-use crate::kernel::{address, fdb, mutate, neighbour, route, rule};
+use crate::kernel::mutate;
+use crate::kernel::netlink::message::flag;
+use crate::kernel::rtnetlink::answer::Exchange;
+use crate::kernel::rtnetlink::link::Device;
+use crate::kernel::rtnetlink::wire_tests::golden;
+use crate::kernel::rtnetlink::{address, fdb, neighbour, route, rule};
 use crate::types::Family;
 
 const NETLINK_ROUTE: isize = 0;
@@ -37,7 +38,7 @@ fn corpus(kind: u16, body: usize, families: &[u8]) -> Vec<Vec<u8>> {
 }
 
 /// Gives damaged answers to a dump to `take`, by way of what reads all of them.
-pub(in crate::kernel) fn dumps(
+pub(crate) fn dumps(
     what: &str,
     (kind, body, families): (u16, usize, &[u8]),
     mut take: impl FnMut(RouteNetlinkMessage) -> bool,
@@ -75,10 +76,10 @@ fn held(message: &RouteNetlinkMessage) -> usize {
     }
 }
 
-pub(in crate::kernel) const LINKS: (u16, usize, &[u8]) = (18, 16, &[0]);
-pub(in crate::kernel) const ADDRESSES: (u16, usize, &[u8]) = (22, 8, &[2, 10]);
-pub(in crate::kernel) const ROUTES: (u16, usize, &[u8]) = (26, 12, &[2, 10]);
-pub(in crate::kernel) const RULES: (u16, usize, &[u8]) = (34, 12, &[2, 10]);
+pub(crate) const LINKS: (u16, usize, &[u8]) = (18, 16, &[0]);
+pub(crate) const ADDRESSES: (u16, usize, &[u8]) = (22, 8, &[2, 10]);
+pub(crate) const ROUTES: (u16, usize, &[u8]) = (26, 12, &[2, 10]);
+pub(crate) const RULES: (u16, usize, &[u8]) = (34, 12, &[2, 10]);
 const NEIGHBOURS: (u16, usize, &[u8]) = (30, 12, &[2, 10]);
 const FDB: (u16, usize, &[u8]) = (30, 12, &[7]);
 

@@ -5,18 +5,18 @@ use std::collections::BTreeMap;
 use super::commit::Terms;
 use super::kind;
 use super::{chain, element, set};
-use crate::kernel::wire::{Open, Writer, flag};
-use crate::op::Op;
+use crate::diff::op::Op;
+use crate::kernel::netlink::message::{Open, Writer, flag};
 use crate::state::{Key, NFT_TABLE, Set, Stray, TableFamily, Value};
 
 /// `NFNL_SUBSYS_NFTABLES`, as the resource that a transaction is for.
 pub(super) const NF_TABLES: u16 = 10;
 
 /// `NFPROTO_INET`.
-pub(super) const INET: u8 = 1;
+pub(crate) const INET: u8 = 1;
 
 /// The family of a table as the kernel numbers it (`NFPROTO_*`).
-pub(in super::super) const fn number(family: TableFamily) -> u8 {
+pub(crate) const fn number(family: TableFamily) -> u8 {
     match family {
         TableFamily::Inet => INET,
         TableFamily::Netdev => 5,
@@ -310,7 +310,7 @@ impl Builder<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::wire::{Attributes, Messages};
+    use crate::kernel::netlink::message::{Attributes, Messages};
     use crate::state::{Comment, Data};
 
     fn sequences() -> impl FnMut() -> u32 {

@@ -2,7 +2,7 @@
 
 use super::expr::Expr;
 use super::stmt;
-use crate::kernel::wire::{Attributes, Malformed, Writer};
+use crate::kernel::netlink::message::{Attributes, Malformed, Writer};
 use crate::state::{Base, ChainId, ChainType, Hook, NFT_TABLE, NftRule, TableFamily};
 use crate::types::DeviceName;
 
@@ -120,7 +120,7 @@ pub(super) fn read(
 }
 
 /// The number of a base chain's hook, and its priority.
-pub(super) fn read_hook(attributes: Attributes<'_>) -> Result<(u32, i32), Malformed> {
+pub(crate) fn read_hook(attributes: Attributes<'_>) -> Result<(u32, i32), Malformed> {
     let (mut number, mut priority) = (u32::MAX, 0);
     for attribute in attributes {
         let attribute = attribute?;

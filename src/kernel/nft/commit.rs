@@ -3,12 +3,12 @@
 use std::io;
 
 use super::batch::{Batch, build};
-use super::room::Sizes;
+use super::resize::Sizes;
 use super::{generation, position};
+use crate::diff::op::Op;
 use crate::error::{KernelError, errno};
-use crate::kernel::socket::Socket;
-use crate::kernel::wire::{Ack, Messages, NLMSG_ERROR};
-use crate::op::Op;
+use crate::kernel::netlink::message::{Ack, Messages, NLMSG_ERROR};
+use crate::kernel::netlink::socket::Socket;
 
 /// Times that a transaction is made for the generation just read; then for any, because someone
 /// else's changes come faster than ours.
@@ -25,46 +25,46 @@ const TOO_LARGE: &str = "raise net.core.wmem_max, or run with CAP_NET_ADMIN in t
                          namespace: a transaction must fit the socket's send buffer";
 
 /// What was refused, by index among the operations.
-pub(in super::super) type Refused = Vec<(usize, KernelError)>;
+pub(crate) type Refused = Vec<(usize, KernelError)>;
 
 /// Makes all nf_tables operations in one transaction: all of them are made, or none.
 ///
 /// The errors say which operations the kernel refused. One that concerns the transaction as a
 /// whole is reported for the first of them; if it is `ENOBUFS` it is not known what was done.
 #[cfg(test)]
-pub(in super::super) fn commit(socket: &mut Socket, ops: &[Op]) -> Result<(), Refused> {
+pub(crate) fn commit(socket: &mut Socket, ops: &[Op]) -> Result<(), Refused> {
     commit_as(socket, ops, &Terms::default()).map(drop)
 }
 
 /// A transaction between two generations of the rules, with no other between them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in super::super) struct Between {
-    pub(in super::super) before: u32,
-    pub(in super::super) after: u32,
+pub(crate) struct Between {
+    pub(crate) before: u32,
+    pub(crate) after: u32,
 }
 
 impl Between {
     /// Both as one; nothing if there was another between the two.
-    pub(in super::super) fn and_then(self, next: Self) -> Option<Self> {
+    pub(crate) fn and_then(self, next: Self) -> Option<Self> {
         (self.after == next.before).then_some(Self { before: self.before, after: next.after })
     }
 }
 
 /// On what terms a transaction is made.
 #[derive(Clone, Copy, Debug, Default)]
-pub(in super::super) struct Terms<'a> {
+pub(crate) struct Terms<'a> {
     /// Flags of a table that is made.
-    pub(in super::super) table_flags: u32,
+    pub(crate) table_flags: u32,
     /// What sets are made for; by default they grow by themselves.
-    pub(in super::super) sizes: Option<&'a Sizes>,
+    pub(crate) sizes: Option<&'a Sizes>,
     /// The only generation of the rules that will do; any by default.
-    pub(in super::super) only_at: Option<u32>,
+    pub(crate) only_at: Option<u32>,
 }
 
 /// The same, on these terms.
 ///
 /// Says between which generations it was made; nothing if that is not known, or nothing was made.
-pub(in super::super) fn commit_as(
+pub(crate) fn commit_as(
     socket: &mut Socket,
     ops: &[Op],
     terms: &Terms<'_>,
@@ -209,7 +209,8 @@ fn refusal(whole: Whole<'_>, batch: &Batch, sequence: u32, ack: Ack) -> (usize, 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::nft::{observe, tests::netns::in_netns};
+    use crate::kernel::nft::observe;
+    use crate::kernel::nft::tests::netns::in_netns;
     use crate::state::{Firewall, TableFamily};
 
     #[test]
@@ -249,7 +250,7 @@ mod tests {
     #[test]
     fn a_transaction_that_lost_its_end_is_not_taken_for_made() {
         use crate::faults::{Fault, Faults};
-        use crate::kernel::faults::Tap;
+        use crate::kernel::netlink::fault_injector::Tap;
         in_netns(|socket| {
             let faults = Faults::new().at_write(0, Fault::AckWithoutCommit);
             socket.set_tap(Tap::of_netfilter(faults.clone()));

@@ -4,10 +4,11 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::expr::{self, Expr, Verdict, verdict};
+use super::expr;
+use super::expr::{Expr, Verdict, verdict};
 use crate::connection::Connection;
 use crate::count::Count;
-use crate::kernel::wire::{Attribute, Malformed, Writer};
+use crate::kernel::netlink::message::{Attribute, Malformed, Writer};
 use crate::range::{address, number};
 use crate::state::{ChainId, Comment, Data, Datum, Key, Set, Tag, Value};
 use crate::types::{Family, MacAddr, Mark};
@@ -281,7 +282,7 @@ fn tag(bytes: &[u8]) -> Option<Tag> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::wire::Attributes;
+    use crate::kernel::netlink::message::Attributes;
     use crate::range::IpRange;
 
     fn bytes(key: &Key, value: &Value) -> Vec<u8> {

@@ -2,14 +2,14 @@
 //!
 //! Numbers are those of `include/uapi/linux/netfilter/nf_tables.h`.
 
-use crate::kernel::wire::{Attribute, Attributes, Malformed, Writer};
-use crate::types::fnv1a;
-
 mod read;
+
+use crate::kernel::netlink::message::{Attribute, Attributes, Malformed, Writer};
+use crate::types::fnv1a;
 
 pub(super) use read::{Verdict, count, value};
 
-pub(super) const ELEMENT: u16 = 1;
+pub(crate) const ELEMENT: u16 = 1;
 
 /// Registers. A register of 32 bits that begins a register of 128 bits has two numbers; the
 /// kernel prints the shorter name, and so do we.
@@ -36,7 +36,7 @@ pub(super) mod reg {
 }
 
 /// Keys of `meta`.
-pub(super) mod meta {
+pub(crate) mod meta {
     pub(crate) const PRIORITY: u32 = 2;
     pub(crate) const MARK: u32 = 3;
     pub(crate) const IIF: u32 = 4;
@@ -49,7 +49,7 @@ pub(super) mod meta {
 }
 
 /// Keys of `ct`.
-pub(super) mod ct {
+pub(crate) mod ct {
     pub(crate) const STATE: u32 = 0;
     pub(crate) const DIRECTION: u32 = 1;
     pub(crate) const STATUS: u32 = 2;
@@ -65,7 +65,7 @@ pub(super) mod base {
 
 /// One expression.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Expr {
+pub(crate) enum Expr {
     /// Loads a property of the packet.
     MetaLoad { key: u32, dreg: u32 },
     /// Sets a property of the packet.
@@ -110,7 +110,7 @@ pub(super) mod verdict {
 
 impl Expr {
     /// Writes the expression as an element of a rule's list.
-    pub(super) fn write(&self, writer: &mut Writer) {
+    pub(crate) fn write(&self, writer: &mut Writer) {
         self.write_as(writer, ELEMENT);
     }
 
@@ -212,7 +212,7 @@ impl Expr {
     ///
     /// What has another form than ours is not malformed but somebody else's: the direction in
     /// `ct original packets` is a single byte.
-    pub(super) fn read(element: &Attribute<'_>) -> Self {
+    pub(crate) fn read(element: &Attribute<'_>) -> Self {
         let read = Self::read_ours(element).ok().flatten();
         read.unwrap_or_else(|| Self::Other(fnv1a(element.bytes())))
     }

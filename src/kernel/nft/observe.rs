@@ -1,18 +1,20 @@
 //! Reading the table back.
 
+mod counts;
+#[cfg(test)]
+mod mutated;
+mod verify;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use super::{Answered, Request, ask, chain, element, expr, generation, kind, range, set, table};
 use crate::error::{KernelError, errno};
-use crate::kernel::socket::Socket;
-use crate::kernel::wire::{Attribute, Attributes, Malformed, Writer, flag};
+use crate::kernel::netlink::message::{Attribute, Attributes, Malformed, Writer, flag};
+use crate::kernel::netlink::socket::Socket;
 use crate::state::{ChainId, Elements, Firewall, Key, NFT_TABLE, Set, Stray, TableFamily, Value};
 
-mod counts;
-mod proof;
-
-pub(in super::super) use counts::counts;
+pub(crate) use counts::counts;
 
 /// Times that the table is read until nobody changes anything meanwhile.
 const ATTEMPTS: usize = 5;
@@ -30,13 +32,13 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(1024);
 /// may be in it or not, and others may be missing. So all is read under one generation of the
 /// rules, or again.
 #[cfg(test)]
-pub(in super::super) fn observe(socket: &mut Socket) -> Result<Option<Firewall>, KernelError> {
+pub(crate) fn observe(socket: &mut Socket) -> Result<Option<Firewall>, KernelError> {
     observe_at(socket, None).map(|(firewall, _)| firewall)
 }
 
 /// The same, and the generation of the rules that it was read in; `expected` is what its sets
 /// probably hold.
-pub(in super::super) fn observe_at(
+pub(crate) fn observe_at(
     socket: &mut Socket,
     expected: Option<&Elements>,
 ) -> Result<(Option<Firewall>, u32), KernelError> {
@@ -56,7 +58,7 @@ pub(super) fn observe_some(
 }
 
 /// Reads the table at the egress hook; `None` if there is none.
-pub(in super::super) fn observe_hook(socket: &mut Socket) -> Result<Option<Firewall>, KernelError> {
+pub(crate) fn observe_hook(socket: &mut Socket) -> Result<Option<Firewall>, KernelError> {
     // Most nodes have none.
     let table = table::flags_and_owner(socket, TableFamily::Netdev)?;
     if table.is_none() {
@@ -435,6 +437,3 @@ fn decode(set: Set, mut found: Vec<element::Found>) -> List {
         None => List::NotOurs,
     }
 }
-
-#[cfg(test)]
-mod mutated;

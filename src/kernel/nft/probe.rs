@@ -6,8 +6,8 @@ use super::expr::{Expr, ct, reg};
 use super::table::has_owners;
 use super::{batch, generation, kind};
 use crate::error::{KernelError, errno};
-use crate::kernel::socket::Socket;
-use crate::kernel::wire::{Ack, Messages, NLMSG_ERROR, Writer, flag};
+use crate::kernel::netlink::message::{Ack, Messages, NLMSG_ERROR, Writer, flag};
+use crate::kernel::netlink::socket::Socket;
 use crate::preflight::KernelPart;
 use crate::state::TableFamily;
 
@@ -19,7 +19,7 @@ const TEXT: &str = "try out what nf_tables has";
 /// The parts that are missing; the kernel loads those that it can.
 ///
 /// The transaction has no end, so that the kernel looks at every message and then forgets all.
-pub(in super::super) fn missing(socket: &mut Socket) -> Result<Vec<KernelPart>, KernelError> {
+pub(crate) fn missing(socket: &mut Socket) -> Result<Vec<KernelPart>, KernelError> {
     match generation(socket) {
         Err(error) if is_absent(&error) => Ok(vec![KernelPart::NfTables]),
         Err(error) => Err(error),
@@ -34,7 +34,7 @@ pub(in super::super) fn missing(socket: &mut Socket) -> Result<Vec<KernelPart>, 
 }
 
 /// Whether the error says that there is no nf_tables at all.
-pub(in super::super) fn is_absent(error: &KernelError) -> bool {
+pub(crate) fn is_absent(error: &KernelError) -> bool {
     let absent = [errno::EINVAL, errno::EOPNOTSUPP, errno::EPROTONOSUPPORT];
     error.errno().is_some_and(|errno| absent.contains(&errno))
 }

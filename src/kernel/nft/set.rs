@@ -1,7 +1,7 @@
 //! Sets and maps: what the kernel is told of one, and whether one it has is ours.
 
 use super::expr::Expr;
-use crate::kernel::wire::{Attributes, Malformed, Writer};
+use crate::kernel::netlink::message::{Attributes, Malformed, Writer};
 use crate::state::{Datum, NFT_TABLE, Set, TableFamily};
 
 /// Flags of a set (`enum nft_set_flags`).

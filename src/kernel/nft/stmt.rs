@@ -1,12 +1,12 @@
 //! Statements as expressions, in the form that `nft` gives them.
 
-use super::expr::{Expr, Verdict, base, ct, meta, reg, verdict};
-use crate::state::{Direction, MarkBits, NftRule, Set, Stmt};
-use crate::types::Family;
-
 mod recognise;
 #[cfg(test)]
 mod tests;
+
+use super::expr::{Expr, Verdict, base, ct, meta, reg, verdict};
+use crate::state::{Direction, MarkBits, NftRule, Set, Stmt};
+use crate::types::Family;
 
 pub(super) use recognise::recognise;
 

@@ -2,8 +2,10 @@
 
 use super::{Request, ask, batch, drain, kind};
 use crate::error::{KernelError, errno};
-use crate::kernel::socket::Socket;
-use crate::kernel::wire::{Ack, Attributes, Malformed, Messages, NLMSG_ERROR, Writer, flag};
+use crate::kernel::netlink::message::{
+    Ack, Attributes, Malformed, Messages, NLMSG_ERROR, Writer, flag,
+};
+use crate::kernel::netlink::socket::Socket;
 use crate::state::{NFT_TABLE, TableFamily};
 
 const NAME: u16 = 1;
@@ -19,7 +21,7 @@ const OWNED: u32 = 2;
 
 /// `NFT_TABLE_F_OWNER | NFT_TABLE_F_PERSIST` (`include/uapi/linux/netfilter/nf_tables.h`): an owner
 /// without the second would take the table along when it dies, and the guards with it.
-pub(in super::super) const LASTING: u32 = OWNED | 4;
+pub(crate) const LASTING: u32 = OWNED | 4;
 
 /// Says by its owner who alone may change our table, where that one cannot say it itself.
 const LOCK: &str = "egress_datapath_lock";
@@ -28,7 +30,7 @@ const LOCK: &str = "egress_datapath_lock";
 const PROBE: &str = "egress_datapath_probe";
 
 /// The flags of our table, and the port of its owner's socket; `None` if there is no table.
-pub(in super::super) fn flags_and_owner(
+pub(crate) fn flags_and_owner(
     socket: &mut Socket,
     family: TableFamily,
 ) -> Result<Option<(u32, Option<u32>)>, KernelError> {
@@ -36,7 +38,7 @@ pub(in super::super) fn flags_and_owner(
 }
 
 /// Makes the lock, which is a table that goes with this socket; says whether the kernel has such.
-pub(in super::super) fn lock(socket: &mut Socket) -> Result<bool, KernelError> {
+pub(crate) fn lock(socket: &mut Socket) -> Result<bool, KernelError> {
     if !takes_flags(socket, OWNED)? {
         return Ok(false);
     }
@@ -45,7 +47,7 @@ pub(in super::super) fn lock(socket: &mut Socket) -> Result<bool, KernelError> {
 }
 
 /// The port of the socket that has the lock, if there is one.
-pub(in super::super) fn locked_by(socket: &mut Socket) -> Result<Option<u32>, KernelError> {
+pub(crate) fn locked_by(socket: &mut Socket) -> Result<Option<u32>, KernelError> {
     match found(socket, TableFamily::Inet, LOCK) {
         Ok(table) => Ok(table.and_then(|(_, owner)| owner)),
         // No nf_tables, and nobody who could have locked them.
@@ -93,7 +95,7 @@ pub(super) fn read(attributes: Attributes<'_>) -> Result<(u32, Option<u32>), Mal
 }
 
 /// Whether the kernel has owners of tables that stay without them.
-pub(in super::super) fn has_owners(socket: &mut Socket) -> Result<bool, KernelError> {
+pub(crate) fn has_owners(socket: &mut Socket) -> Result<bool, KernelError> {
     takes_flags(socket, LASTING)
 }
 
@@ -109,7 +111,7 @@ fn takes_flags(socket: &mut Socket, flags: u32) -> Result<bool, KernelError> {
 }
 
 /// Becomes the owner of a table of ours, which lost its last one.
-pub(in super::super) fn adopt(
+pub(crate) fn adopt(
     socket: &mut Socket,
     family: TableFamily,
     flags: u32,

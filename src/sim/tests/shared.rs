@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use super::*;
 use crate::datapath::Drift;
 use crate::error::errno;
+use crate::event::{News, Part};
 use crate::faults::{Call, Fault, Faults, Subsystem};
-use crate::news::{News, Part};
 
 const READ: Call = Call { subsystem: Subsystem::Firewall, writes: false };
 

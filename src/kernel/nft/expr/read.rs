@@ -2,31 +2,31 @@
 
 use super::{Expr, reg};
 use crate::count::Count;
-use crate::kernel::wire::{Attribute, Attributes, Malformed, Writer};
+use crate::kernel::netlink::message::{Attribute, Attributes, Malformed, Writer};
 use crate::state::ChainId;
 
 /// A verdict as the kernel writes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(in super::super) struct Verdict {
-    pub(in super::super) code: i32,
-    pub(in super::super) chain: Option<String>,
+pub(crate) struct Verdict {
+    pub(crate) code: i32,
+    pub(crate) chain: Option<String>,
 }
 
 impl Verdict {
-    pub(in super::super) const fn plain(code: i32) -> Self {
+    pub(crate) const fn plain(code: i32) -> Self {
         Self { code, chain: None }
     }
 
-    pub(in super::super) fn goto(chain: ChainId) -> Self {
+    pub(crate) fn goto(chain: ChainId) -> Self {
         Self { code: super::verdict::GOTO, chain: Some(chain.to_string()) }
     }
 
-    pub(in super::super) fn jump(chain: ChainId) -> Self {
+    pub(crate) fn jump(chain: ChainId) -> Self {
         Self { code: super::verdict::JUMP, chain: Some(chain.to_string()) }
     }
 
     /// Writes it as the content of a data attribute.
-    pub(in super::super) fn write(&self, writer: &mut Writer) {
+    pub(crate) fn write(&self, writer: &mut Writer) {
         writer.nest(2, |writer| {
             writer.attribute(1, &self.code.to_be_bytes());
             if let Some(chain) = &self.chain {
@@ -36,7 +36,7 @@ impl Verdict {
     }
 
     /// Reads it from a data attribute, `None` if that holds something else.
-    pub(in super::super) fn read(data: &Attribute<'_>) -> Result<Option<Self>, Malformed> {
+    pub(crate) fn read(data: &Attribute<'_>) -> Result<Option<Self>, Malformed> {
         let Some(inside) = find(data.nested(), 2)? else {
             return Ok(None);
         };
@@ -50,12 +50,12 @@ impl Verdict {
 }
 
 /// The bytes in a data attribute, `None` if that holds a verdict.
-pub(in super::super) fn value<'a>(data: &Attribute<'a>) -> Result<Option<&'a [u8]>, Malformed> {
+pub(crate) fn value<'a>(data: &Attribute<'a>) -> Result<Option<&'a [u8]>, Malformed> {
     Ok(find(data.nested(), 1)?.map(|value| value.bytes()))
 }
 
 /// What a counter has counted; `None` if it is another expression.
-pub(in super::super) fn count(expr: &Attribute<'_>) -> Result<Option<Count>, Malformed> {
+pub(crate) fn count(expr: &Attribute<'_>) -> Result<Option<Count>, Malformed> {
     let name = find(expr.nested(), 1)?;
     let data = find(expr.nested(), 2)?;
     let (Some(_), Some(data)) = (name.filter(|name| name.is("counter")), data) else {

@@ -1,20 +1,23 @@
 //! What the counters of our policies stand at.
 
+#[cfg(test)]
+mod tests;
+
 use std::time::Duration;
 
 use super::{LONGEST_PAUSE, Reader, each_element, steady};
 use crate::count::{Count, Counts};
 use crate::error::{KernelError, errno};
+use crate::kernel::netlink::message::{Attributes, Malformed};
+use crate::kernel::netlink::socket::Socket;
 use crate::kernel::nft::element;
-use crate::kernel::socket::Socket;
-use crate::kernel::wire::{Attributes, Malformed};
 use crate::state::{Firewall, Key, Set, TableFamily};
 
 /// Reads the counters of our table; none if there is no table.
 ///
 /// All are listed under one generation of the rules, not at one time: packets go on meanwhile.
 #[expect(clippy::redundant_closure_for_method_calls, reason = "a path has no lifetime of its own")]
-pub(in super::super::super) fn counts(socket: &mut Socket) -> Result<Counts, KernelError> {
+pub(crate) fn counts(socket: &mut Socket) -> Result<Counts, KernelError> {
     steady(socket, TableFamily::Inet, None, |reader| reader.counts()).map(|(counts, _)| counts)
 }
 
@@ -59,6 +62,3 @@ fn add_counts(attributes: Attributes<'_>, set: Set, counts: &mut Counts) -> Resu
         Ok(())
     })
 }
-
-#[cfg(test)]
-mod tests;

@@ -1,10 +1,10 @@
 //! Listings of our table, damaged.
 
-use super::super::{batch, kind, table};
 use super::*;
 use crate::kernel::mutate;
 use crate::kernel::mutated::{answers, golden_table};
-use crate::kernel::wire::{Message, Messages};
+use crate::kernel::netlink::message::{Message, Messages};
+use crate::kernel::nft::{batch, kind, table};
 use crate::state::Stmt;
 
 const DUMP: u16 = flag::DUMP | flag::ACK;
@@ -20,7 +20,7 @@ fn corpus(requests: &[(u16, u16, Option<Set>)]) -> Vec<Vec<u8>> {
         }
         (*kind, *flags, writer.finish().unwrap())
     };
-    let mut found = answers(super::super::NETFILTER, requests.iter().map(request).collect());
+    let mut found = answers(crate::kernel::nft::NETFILTER, requests.iter().map(request).collect());
     found.extend(golden_table());
     found
 }
@@ -70,7 +70,7 @@ fn names(found: &Firewall) -> usize {
 
 #[test]
 fn mutated_rules() {
-    let all: Vec<ChainId> = super::super::tests::sample_chains();
+    let all: Vec<ChainId> = crate::kernel::nft::tests::sample_chains();
     mutate::messages("nf_tables rules", 24, &corpus(&[(kind::GETRULE, DUMP, None)]), |input| {
         let mut found = Firewall::default();
         found.chains.extend(all.iter().map(|id| (*id, (None, Vec::new()))));

@@ -3,13 +3,13 @@
 //! A guess is made from what is characteristic of a statement; then the guess is compiled and
 //! compared with what is there. So whatever is recognised compiles to what was found.
 
-use super::super::expr::{Expr, base, ct, meta, reg, verdict};
 use super::{Needs, TCP, UDP, body, needs, nfproto};
+use crate::kernel::nft::expr::{Expr, base, ct, meta, reg, verdict};
 use crate::state::{ChainId, Direction, MarkBits, NftRule, Set, Stmt};
 use crate::types::{DeviceName, Family};
 
 /// The statements of a rule; what is not one of ours becomes [`Stmt::Unknown`].
-pub(in super::super) fn recognise(exprs: &[Expr]) -> NftRule {
+pub(crate) fn recognise(exprs: &[Expr]) -> NftRule {
     let mut family = None;
     let mut statements = Vec::new();
     let mut rest = exprs;

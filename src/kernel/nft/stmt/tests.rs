@@ -3,9 +3,9 @@
 use proptest::prelude::*;
 
 use super::{compile, recognise};
+use crate::kernel::netlink::message::{Attributes, Malformed, Writer};
 use crate::kernel::nft::expr::Expr;
 use crate::kernel::nft::{chain, element, set};
-use crate::kernel::wire::{Attributes, Malformed, Writer};
 use crate::state::{NftRule, Set, Stmt, TableFamily};
 use crate::types::Family;
 

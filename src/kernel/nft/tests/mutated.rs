@@ -2,8 +2,8 @@
 
 use crate::kernel::mutate;
 use crate::kernel::mutated::{answers, golden_acks, golden_table};
+use crate::kernel::netlink::message::{Ack, Messages, Writer, flag};
 use crate::kernel::nft::{Answered, NETFILTER, Request, batch, commit, kind, read};
-use crate::kernel::wire::{Ack, Messages, Writer, flag};
 
 const SEQUENCE: u32 = 1;
 

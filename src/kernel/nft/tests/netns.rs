@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::process::{Command, Stdio};
 
-use crate::kernel::socket::Socket;
+use crate::kernel::netlink::socket::Socket;
 use crate::testing::lab::Netns;
 
 /// Runs a test in a network namespace of its own.

@@ -2,9 +2,9 @@
 
 use super::netns::{in_netns, nft};
 use super::sample;
+use crate::diff::op::Op;
+use crate::kernel::netlink::message::{Ack, Messages, NLMSG_ERROR, Writer, flag};
 use crate::kernel::nft::{batch, commit, kind, observe};
-use crate::kernel::wire::{Ack, Messages, NLMSG_ERROR, Writer, flag};
-use crate::op::Op;
 use crate::state::{ChainId, Stmt};
 
 #[test]
@@ -69,6 +69,6 @@ fn names_of_other_tables_may_be_any_bytes() {
         }
         assert_eq!(made, 2);
         assert_eq!(observe(socket), Ok(Some(sample::firewall())));
-        crate::kernel::nft::foreign(socket).unwrap();
+        crate::preflight::foreign::foreign(socket).unwrap();
     });
 }

@@ -4,8 +4,8 @@ use std::process::Command;
 
 use super::netns::{in_netns, nft};
 use super::sample;
+use crate::diff::op::Op;
 use crate::kernel::nft::{commit, observe, observe_hook};
-use crate::op::Op;
 use crate::state::{ChainId, Data, Firewall, Key, NFT_TABLE, Set, Stray, TableFamily, Value};
 use crate::types::{DeviceName, Family};
 

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use crate::op::Op;
+use crate::diff::op::Op;
 use crate::range::IpRange;
 use crate::state::{
     Base, ChainId, ChainType, Comment, Data, Direction, Firewall, Hook, Key, MarkBits, NftRule,

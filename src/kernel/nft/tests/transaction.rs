@@ -6,11 +6,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::netns::{in_netns, nft};
-use super::sample::{self, tag};
+use super::sample;
+use super::sample::tag;
 use crate::connection::Connection;
+use crate::diff::op::Op;
 use crate::error::errno;
 use crate::kernel::nft::{commit, generation, observe};
-use crate::op::Op;
 use crate::state::{Data, Key, NFT_TABLE, Set, TableFamily, Value};
 use crate::types::{DeviceName, Family};
 

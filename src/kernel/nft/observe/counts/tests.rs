@@ -2,10 +2,10 @@ use std::process::Command;
 
 use super::counts;
 use crate::count::{Count, Counts};
+use crate::diff::op::Op;
 use crate::kernel::nft::observe::{observe, observe_at};
 use crate::kernel::nft::tests::netns::in_netns;
 use crate::kernel::nft::{commit, generation};
-use crate::op::Op;
 use crate::state::{Comment, Data, Elements, Key, Set, TableFamily, Tag, Value};
 use crate::types::Family;
 

@@ -1,0 +1,350 @@
+//! One change to the kernel, written as the command an operator would type.
+
+mod iptables;
+
+use std::fmt;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use crate::connection::Connection;
+use crate::state::{
+    Base, ChainId, Ipset, IpsetContents, Key, LINK_ALIAS, LINK_GROUP, MarkBits, Member, NFT_TABLE,
+    NftRule, PROTOCOL, Route, RouteKey, Rule, Set, Stray, StrayKind, StrayRouting, TableFamily,
+    Value, Variant, Vxlan, XtChain, XtEdit,
+};
+use crate::types::{DeviceName, Family, MacAddr};
+
+/// One change to the kernel; `Display` writes it as the command an operator would type.
+///
+/// Verbs are strict: what is added must not exist, what is deleted must. `Put` creates or
+/// replaces. An operation that finds the kernel otherwise is refused, so that drift shows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Op {
+    /// Creates the tunnel device and brings it up.
+    AddLink(Vxlan),
+    /// Gives the device its changeable attributes: local address, underlay device, Ethernet
+    /// address, MTU, `rp_filter`, up, and what is the same for every device of ours.
+    SetLink(Vxlan),
+    /// Deletes the device, and with it its addresses, routes and neighbours.
+    DeleteLink(DeviceName),
+    /// Adds an address to the device.
+    AddAddress(DeviceName, IpNet),
+    /// Deletes an address of the device.
+    DeleteAddress(DeviceName, IpNet),
+    /// Sends frames for an Ethernet address to a node.
+    PutFdb(DeviceName, MacAddr, IpAddr),
+    /// Deletes a forwarding entry.
+    DeleteFdb(DeviceName, MacAddr, IpAddr),
+    /// Makes an Ethernet address known.
+    PutNeighbour(DeviceName, IpAddr, MacAddr),
+    /// Deletes a neighbour.
+    DeleteNeighbour(DeviceName, IpAddr),
+    /// Creates or replaces a route; one via the tunnel leaves by this device.
+    PutRoute(DeviceName, RouteKey, Route),
+    /// Deletes a route.
+    DeleteRoute(DeviceName, RouteKey, Route),
+    /// Adds a routing rule.
+    AddRule(Rule),
+    /// Deletes a routing rule, by all its attributes.
+    DeleteRule(Rule),
+    /// Deletes a route or a rule that has our protocol number and is not of our making.
+    DeleteStrayRouting(StrayRouting),
+    /// Has the kernel ask the chains of a table again.
+    WakeTable(TableFamily),
+    /// Creates an nf_tables table of ours.
+    AddTable(TableFamily),
+    /// Deletes an nf_tables table of ours with all that is in it.
+    DeleteTable(TableFamily),
+    /// Creates an empty set or map.
+    AddSet(Set),
+    /// Deletes a set or map.
+    DeleteSet(Set),
+    /// Creates a chain without rules; `None` for one that others go to.
+    AddChain(ChainId, Option<Base>),
+    /// Deletes a chain and its rules.
+    DeleteChain(ChainId),
+    /// Makes these the rules of the chain.
+    SetRules(ChainId, Vec<NftRule>),
+    /// Adds an element.
+    AddElement(Key, Value),
+    /// Deletes an element.
+    DeleteElement(Key, Value),
+    /// Deletes something in a table of ours that we never make.
+    DeleteStray(TableFamily, Stray),
+    /// Creates a set with these members.
+    AddIpset(Ipset, IpsetContents),
+    /// Gives a set that is there another capacity and these members instead, all at once.
+    PutIpset(Ipset, IpsetContents),
+    /// Deletes a set that no rule looks into.
+    DeleteIpset(Ipset),
+    /// Adds a member to a set, or changes what it says.
+    PutMember(Ipset, IpNet, Member),
+    /// Deletes a member of a set.
+    DeleteMember(Ipset, IpNet),
+    /// Creates a chain of iptables without rules.
+    AddXtChain(Variant, XtChain),
+    /// Deletes a chain of iptables and its rules.
+    DeleteXtChain(Variant, XtChain),
+    /// Changes rules of a chain of iptables, one edit after the other.
+    EditXtChain(Variant, XtChain, Vec<XtEdit>),
+    /// Keeps answers to a connection that is about to end from opening it the other way round,
+    /// for [`Connection::ANSWERS_HELD`].
+    HoldAnswers(Connection),
+    /// Sets bits of a connection's mark.
+    MarkConnection(Connection, MarkBits),
+    /// Makes the kernel forget a connection, so that its next packet is decided about anew.
+    EndConnection(Connection),
+}
+
+const fn ip(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "ip",
+        Family::V6 => "ip -6",
+    }
+}
+
+impl Op {
+    /// Whether packets may be translated otherwise once it is made.
+    pub(crate) const fn concerns_packets(&self) -> bool {
+        self.is_nft() || self.is_xtables()
+    }
+
+    /// The connection that it ends.
+    #[cfg(test)]
+    pub(crate) const fn ended(&self) -> Option<&Connection> {
+        match self {
+            Self::EndConnection(connection) => Some(connection),
+            _ => None,
+        }
+    }
+
+    /// Whether it changes or ends a connection.
+    #[cfg(all(feature = "kernel", target_os = "linux"))]
+    pub(crate) const fn is_conntrack(&self) -> bool {
+        matches!(self, Self::MarkConnection(..) | Self::EndConnection(_))
+    }
+
+    /// Whether it is part of an nf_tables transaction rather than a request of its own.
+    pub(crate) const fn is_nft(&self) -> bool {
+        matches!(
+            self,
+            Self::WakeTable(_)
+                | Self::AddTable(_)
+                | Self::DeleteTable(_)
+                | Self::AddSet(_)
+                | Self::DeleteSet(_)
+                | Self::AddChain(..)
+                | Self::DeleteChain(_)
+                | Self::SetRules(..)
+                | Self::AddElement(..)
+                | Self::DeleteElement(..)
+                | Self::DeleteStray(..)
+                | Self::HoldAnswers(_)
+        )
+    }
+
+    /// The table that an operation on tables, sets, chains and elements is about.
+    pub(crate) fn table(&self) -> TableFamily {
+        match self {
+            Self::WakeTable(family)
+            | Self::AddTable(family)
+            | Self::DeleteTable(family)
+            | Self::DeleteStray(family, _) => *family,
+            Self::AddSet(set) | Self::DeleteSet(set) => set.table(),
+            Self::AddChain(chain, _) | Self::DeleteChain(chain) | Self::SetRules(chain, _) => {
+                chain.table()
+            }
+            Self::AddElement(key, _) | Self::DeleteElement(key, _) => key.set().table(),
+            _ => TableFamily::Inet,
+        }
+    }
+}
+
+#[cfg(all(feature = "kernel", target_os = "linux"))]
+pub(crate) use iptables::write_edit;
+
+impl fmt::Display for Op {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.is_nft() {
+            nft_command(f, self)
+        } else if self.is_xtables() {
+            iptables::command(f, self)
+        } else {
+            ip_command(f, self)
+        }
+    }
+}
+
+fn ip_command(f: &mut fmt::Formatter<'_>, op: &Op) -> fmt::Result {
+    match op {
+        Op::AddLink(link) => {
+            write!(f, "ip link add {} address {} mtu {} ", link.name, link.mac, link.mtu)?;
+            write!(f, "group {LINK_GROUP} type vxlan id {} ", link.vni)?;
+            link_attributes(f, link)?;
+            write!(f, " dstport {} nolearning", link.port)?;
+            // The kernel ignores an alias in the request that creates a device.
+            write!(f, " && ip link set {} alias {LINK_ALIAS} addrgenmode none", link.name)?;
+            rp_filter(f, link)?;
+            // Else an address takes others of its network along when it goes.
+            write!(f, " net/ipv4/conf/{}/promote_secondaries=1", link.name)?;
+            if link.up { write!(f, " && ip link set {} up", link.name) } else { Ok(()) }
+        }
+        Op::SetLink(link) => {
+            write!(f, "ip link set {} address {} mtu {} ", link.name, link.mac, link.mtu)?;
+            write!(f, "nomaster alias {LINK_ALIAS} group {LINK_GROUP} ")?;
+            f.write_str(if link.up { "up type vxlan " } else { "down type vxlan " })?;
+            link_attributes(f, link)?;
+            f.write_str(" nolearning ttl auto")?;
+            rp_filter(f, link)
+        }
+        Op::DeleteLink(name) => write!(f, "ip link del {name}"),
+        Op::AddAddress(device, net) => {
+            write!(f, "{} addr add {net} dev {device}", ip(Family::of_net(net)))?;
+            f.write_str(if matches!(net, IpNet::V6(_)) { " nodad" } else { "" })
+        }
+        Op::DeleteAddress(device, net) => {
+            write!(f, "{} addr del {net} dev {device}", ip(Family::of_net(net)))
+        }
+        Op::PutFdb(device, mac, node) => {
+            write!(f, "bridge fdb replace {mac} dev {device} dst {node} self permanent")
+        }
+        Op::DeleteFdb(device, mac, node) => {
+            write!(f, "bridge fdb del {mac} dev {device} dst {node} self")
+        }
+        Op::PutNeighbour(device, address, mac) => {
+            let ip = ip(Family::of(*address));
+            write!(
+                f,
+                "{ip} neigh replace {address} lladdr {mac} dev {device} nud permanent protocol {PROTOCOL}"
+            )
+        }
+        Op::DeleteNeighbour(device, address) => {
+            write!(f, "{} neigh del {address} dev {device}", ip(Family::of(*address)))
+        }
+        Op::PutRoute(device, key, route) => route_command(f, "replace", device, key, *route),
+        Op::DeleteRoute(device, key, route) => route_command(f, "del", device, key, *route),
+        Op::AddRule(rule) => write!(f, "{} rule add {rule}", ip(rule.family)),
+        Op::DeleteRule(rule) => write!(f, "{} rule del {rule}", ip(rule.family)),
+        Op::DeleteStrayRouting(stray) => {
+            let noun = match stray.kind {
+                StrayKind::Route => "route",
+                StrayKind::Rule => "rule",
+            };
+            write!(f, "{} {noun} del {stray}", ip(stray.family))
+        }
+        Op::MarkConnection(connection, MarkBits { mask, value }) => {
+            write!(f, "conntrack -U {connection} --mark {value:#x}/{mask:#x}")
+        }
+        Op::EndConnection(connection) => write!(f, "conntrack -D {connection}"),
+        _ => Ok(()),
+    }
+}
+
+fn link_attributes(f: &mut fmt::Formatter<'_>, link: &Vxlan) -> fmt::Result {
+    write!(f, "local {}", link.local)?;
+    match &link.underlay {
+        Some(underlay) => write!(f, " dev {underlay}"),
+        None => Ok(()),
+    }
+}
+
+fn rp_filter(f: &mut fmt::Formatter<'_>, link: &Vxlan) -> fmt::Result {
+    // Slashes, because the device's name has a dot in it.
+    write!(f, " && sysctl -w net/ipv4/conf/{}/rp_filter={}", link.name, link.rp_filter)
+}
+
+fn nft_command(f: &mut fmt::Formatter<'_>, op: &Op) -> fmt::Result {
+    let table = format!("{} {NFT_TABLE}", op.table());
+    match op {
+        Op::WakeTable(_) => write!(f, "nft add table {table}"),
+        Op::AddTable(_) => write!(f, "nft create table {table}"),
+        Op::DeleteTable(_) => write!(f, "nft delete table {table}"),
+        Op::AddSet(set) => add_set(f, *set),
+        Op::DeleteSet(set) => write!(f, "nft delete {} {table} {set}", noun(*set)),
+        Op::AddChain(chain, None) => write!(f, "nft create chain {table} {chain}"),
+        Op::AddChain(chain, Some(base)) => {
+            write!(f, "nft create chain {table} {chain} {{ {base} }}")
+        }
+        Op::DeleteChain(chain) => write!(f, "nft delete chain {table} {chain}"),
+        Op::SetRules(chain, rules) => {
+            write!(f, "nft flush chain {table} {chain}")?;
+            rules.iter().try_for_each(|rule| write!(f, "\nnft add rule {table} {chain} {rule}"))
+        }
+        Op::AddElement(key, value) => {
+            let set = key.set();
+            let counter = if set.is_counting() { " counter" } else { "" };
+            write!(f, "nft create element {table} {set} {{ {key}{counter}{value} }}")
+        }
+        Op::DeleteElement(key, _) => {
+            write!(f, "nft delete element {table} {} {{ {key} }}", key.set())
+        }
+        Op::DeleteStray(_, Stray::Chain(name)) => {
+            write!(f, "nft delete chain {table} {}", name.escape_default())
+        }
+        Op::DeleteStray(_, Stray::Set(name)) => {
+            write!(f, "nft delete set {table} {}", name.escape_default())
+        }
+        Op::HoldAnswers(connection) => {
+            let Connection { peer, wears, protocol, peer_port, wears_port, .. } = connection;
+            let set = connection.answers();
+            write!(f, "nft add element {table} {set} {{ {peer} . {wears} . {protocol}")?;
+            if let Set::Answer(_) = set {
+                write!(f, " . {peer_port} . {wears_port}")?;
+            }
+            write!(f, " timeout {}s }}", Connection::ANSWERS_HELD.as_secs())
+        }
+        _ => Ok(()),
+    }
+}
+
+fn noun(set: Set) -> &'static str {
+    if set.data().is_some() { "map" } else { "set" }
+}
+
+fn add_set(f: &mut fmt::Formatter<'_>, set: Set) -> fmt::Result {
+    let key: Vec<_> = set.key().iter().map(|part| part.name()).collect();
+    write!(f, "nft create {} {} {NFT_TABLE} {set} ", noun(set), set.table())?;
+    write!(f, "{{ type {}", key.join(" . "))?;
+    if let Some(data) = set.data() {
+        write!(f, " : {}", data.name())?;
+    }
+    f.write_str(if set.is_interval() {
+        "; flags interval; }"
+    } else if set.is_fleeting() {
+        "; flags timeout; }"
+    } else if set.is_counting() {
+        "; counter; }"
+    } else {
+        "; }"
+    })
+}
+
+fn route_command(
+    f: &mut fmt::Formatter<'_>,
+    verb: &str,
+    device: &DeviceName,
+    key: &RouteKey,
+    route: Route,
+) -> fmt::Result {
+    write!(f, "{} route {verb} ", ip(Family::of_net(&key.dst)))?;
+    match route {
+        Route::Via(_) => {}
+        Route::Throw => f.write_str("throw ")?,
+        Route::Unreachable => f.write_str("unreachable ")?,
+    }
+    if key.dst.prefix_len() == 0 {
+        f.write_str("default")?;
+    } else {
+        write!(f, "{}", key.dst)?;
+    }
+    if let Route::Via(gateway) = route {
+        write!(f, " via {gateway} dev {device} onlink")?;
+    }
+    write!(f, " table {}", key.table)?;
+    if key.metric != 0 {
+        write!(f, " metric {}", key.metric)?;
+    }
+    write!(f, " proto {PROTOCOL}")
+}

@@ -1,0 +1,102 @@
+//! Changes to sets and iptables as commands.
+
+use std::fmt;
+
+use ipnet::IpNet;
+
+use super::Op;
+use crate::state::{Ipset, IpsetContents, Member, Variant, XtChain, XtEdit};
+use crate::types::Family;
+
+impl Op {
+    /// Whether it is made with `ipset` or `iptables`.
+    pub(crate) const fn is_xtables(&self) -> bool {
+        matches!(
+            self,
+            Self::AddIpset(..)
+                | Self::PutIpset(..)
+                | Self::DeleteIpset(_)
+                | Self::PutMember(..)
+                | Self::DeleteMember(..)
+                | Self::AddXtChain(..)
+                | Self::DeleteXtChain(..)
+                | Self::EditXtChain(..)
+        )
+    }
+
+    /// The variant, family and table whose transaction it is part of.
+    #[cfg(all(feature = "kernel", target_os = "linux"))]
+    pub(crate) const fn xt_chain(&self) -> Option<(Variant, XtChain)> {
+        match self {
+            Self::AddXtChain(variant, chain)
+            | Self::DeleteXtChain(variant, chain)
+            | Self::EditXtChain(variant, chain, _) => Some((*variant, *chain)),
+            _ => None,
+        }
+    }
+}
+
+/// The commands of an operation, one a line.
+pub(crate) fn command(f: &mut fmt::Formatter<'_>, op: &Op) -> fmt::Result {
+    match op {
+        Op::AddIpset(set, contents) => create(f, *set, contents),
+        Op::PutIpset(set, contents) => {
+            let new = Ipset::Temporary(set.family());
+            create(f, new, contents)?;
+            write!(f, "\nipset swap {new} {set} && ipset destroy {new}")
+        }
+        Op::DeleteIpset(set) => write!(f, "ipset destroy {set}"),
+        Op::PutMember(set, net, member) => put_member(f, *set, *net, *member),
+        Op::DeleteMember(set, net) => write!(f, "ipset del {set} {net}"),
+        Op::AddXtChain(variant, chain) => {
+            write!(f, "{} -N {}", iptables(*variant, *chain), chain.name)
+        }
+        Op::DeleteXtChain(variant, chain) => {
+            let iptables = iptables(*variant, *chain);
+            write!(f, "{iptables} -F {0} && {iptables} -X {0}", chain.name)
+        }
+        Op::EditXtChain(variant, chain, edits) => {
+            for (number, edit) in edits.iter().enumerate() {
+                if number > 0 {
+                    f.write_str("\n")?;
+                }
+                write!(f, "{} ", iptables(*variant, *chain))?;
+                write_edit(f, chain, edit)?;
+            }
+            Ok(())
+        }
+        _ => Ok(()),
+    }
+}
+
+fn create(f: &mut fmt::Formatter<'_>, set: Ipset, contents: &IpsetContents) -> fmt::Result {
+    let family = match set.family() {
+        Family::V4 => "inet",
+        Family::V6 => "inet6",
+    };
+    write!(f, "ipset create {set} hash:net family {family} maxelem {}", contents.capacity)?;
+    f.write_str(if contents.with_marks { " skbinfo" } else { "" })?;
+    for (net, member) in &contents.members {
+        f.write_str("\n")?;
+        put_member(f, set, *net, *member)?;
+    }
+    Ok(())
+}
+
+fn put_member(f: &mut fmt::Formatter<'_>, set: Ipset, net: IpNet, member: Member) -> fmt::Result {
+    write!(f, "ipset add {set} {net}{member}")
+}
+
+fn iptables(variant: Variant, chain: XtChain) -> String {
+    format!("{} -t {}", variant.command(chain.family), chain.table.name())
+}
+
+/// An edit as `iptables` takes it behind the table, and `iptables-restore` as a line.
+pub(crate) fn write_edit(f: &mut dyn fmt::Write, chain: &XtChain, edit: &XtEdit) -> fmt::Result {
+    match edit {
+        XtEdit::Append(rule) => write!(f, "-A {} {rule}", chain.name),
+        XtEdit::Insert(place, rule) => write!(f, "-I {} {place} {rule}", chain.name),
+        XtEdit::Delete(place) => write!(f, "-D {} {place}", chain.name),
+        XtEdit::Remove(rule) => write!(f, "-D {} {rule}", chain.name),
+    }
+}

@@ -1,0 +1,269 @@
+//! The kernel of a network namespace with iptables and ipset in place of our nf_tables table.
+//!
+//! Sets go over netlink. Rules go through the host's own `iptables-restore`, which alone knows
+//! the binary form that its kernel and its other users agree on, and honours their lock.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+use super::ipset;
+use super::ipset::Ipsets;
+#[cfg(feature = "ipset-sys")]
+use super::libipset::Libipset;
+use crate::connection::Connection;
+use crate::count::Counts;
+use crate::datapath::Datapath;
+use crate::diff::changes::{Changes, Made, Step};
+use crate::diff::op::Op;
+use crate::error::{ApplyError, KernelError};
+use crate::kernel::KernelDatapath;
+use crate::kernel::nft;
+use crate::kernel::nft::Sizes;
+use crate::state::{State, Variant, Xtables};
+use crate::types::{DeviceName, Family};
+
+use super::tool::Tools;
+
+/// The kernel of a network namespace, with the rules in iptables.
+///
+/// It reads and changes everything that a [`KernelDatapath`] does, and what we have in iptables, of
+/// both variants, and ipset. So a reconciliation that wants another
+/// [`Backend`](crate::Backend) than the one found makes the new complete before the old goes.
+///
+/// It runs `iptables-save` and `iptables-restore`, milliseconds each, and waits up to five seconds
+/// for the lock that all users of iptables share. Those run in the network namespace of the calling
+/// thread: call it where it was opened, anything else is an error.
+///
+/// Nobody tells when others change iptables or sets: call
+/// [`Reconciler::repair`](crate::Reconciler::repair) now and then.
+#[derive(Debug)]
+pub struct IptablesDatapath {
+    kernel: KernelDatapath,
+    sets: Sets,
+    tools: Tools,
+    /// The network namespace, by the number of its file.
+    namespace: u64,
+}
+
+/// Who reads and writes sets.
+#[derive(Debug)]
+enum Sets {
+    Netlink(Ipsets),
+    #[cfg(feature = "ipset-sys")]
+    Libipset(Libipset),
+}
+
+impl IptablesDatapath {
+    /// Opens sockets in the network namespace of the calling thread, and looks for the tools.
+    ///
+    /// # Errors
+    ///
+    /// What is missing: of the kernel, or both variants of iptables.
+    pub fn open() -> Result<Self, KernelError> {
+        let mut kernel = KernelDatapath::open()?;
+        let sets = Sets::Netlink(Ipsets::probe(&mut kernel.netfilter)?);
+        Ok(Self { kernel, sets, tools: Tools::find()?, namespace: namespace()? })
+    }
+
+    /// The same with the sets read and written through libipset, in processes of their own.
+    ///
+    /// # Errors
+    ///
+    /// As for [`open`](Self::open), and that the process cannot be started.
+    #[cfg(feature = "ipset-sys")]
+    pub fn open_with_libipset(libipset: Libipset) -> Result<Self, KernelError> {
+        let _sets = libipset.observe()?;
+        let kernel = KernelDatapath::open()?;
+        let sets = Sets::Libipset(libipset);
+        Ok(Self { kernel, sets, tools: Tools::find()?, namespace: namespace()? })
+    }
+
+    /// Whether this namespace has sets of ours: then a reconciliation needs this datapath, also
+    /// one that wants nf_tables. Asks the kernel alone, and runs nothing.
+    ///
+    /// # Errors
+    ///
+    /// The part of the kernel that is missing; that it has no sets at all is none.
+    pub fn is_in_use() -> Result<bool, KernelError> {
+        let mut socket = nft::open()?;
+        match Ipsets::probe(&mut socket) {
+            Ok(ipsets) => Ok(!ipset::names(&ipsets, &mut socket)?.is_empty()),
+            Err(error) if error.is_denied() => Err(error),
+            Err(_) => Ok(false),
+        }
+    }
+
+    /// The variants of iptables that are installed.
+    pub fn variants(&self) -> impl Iterator<Item = Variant> + '_ {
+        Variant::BOTH.into_iter().filter(|variant| self.tools.has(*variant))
+    }
+
+    /// The variant that others on this host use: the one with more rules in it, and of two with as
+    /// many the newer one that is installed.
+    ///
+    /// # Errors
+    ///
+    /// That a tool failed.
+    pub fn prevailing(&mut self) -> Result<Variant, KernelError> {
+        self.check_namespace()?;
+        let count = |variant: Variant| -> Result<usize, KernelError> {
+            let mut count = 0;
+            for family in Family::BOTH.into_iter().filter(|_| self.tools.has(variant)) {
+                count += super::saved::foreign_rules(&self.tools.save(variant, family)?);
+            }
+            Ok(count)
+        };
+        let (legacy, nft) = (count(Variant::Legacy)?, count(Variant::Nft)?);
+        let legacy_wins = legacy > nft || !self.tools.has(Variant::Nft);
+        Ok(if legacy_wins { Variant::Legacy } else { Variant::Nft })
+    }
+
+    /// The MTU of a device in bytes; `None` if there is no device of that name.
+    pub fn mtu_of(&mut self, device: &DeviceName) -> Result<Option<u32>, KernelError> {
+        self.kernel.mtu_of(device)
+    }
+
+    /// The half that needs no tools.
+    pub const fn kernel(&mut self) -> &mut KernelDatapath {
+        &mut self.kernel
+    }
+
+    /// Lets a plan of faults have a say in which tools run.
+    #[cfg(feature = "testing")]
+    pub(crate) fn tap(&mut self, faults: &crate::faults::Faults) {
+        self.tools.set_faults(faults.clone());
+    }
+
+    /// All that a variant's tables of a family hold.
+    pub(crate) fn saved(&self, variant: Variant, family: Family) -> Result<String, KernelError> {
+        self.check_namespace()?;
+        self.tools.save(variant, family)
+    }
+
+    /// Changes one table by a script, all of it or nothing.
+    pub(crate) fn restored(
+        &self,
+        variant: Variant,
+        family: Family,
+        script: &str,
+    ) -> Result<(), KernelError> {
+        self.check_namespace()?;
+        self.tools.restore(variant, family, script)
+    }
+
+    fn check_namespace(&self) -> Result<(), KernelError> {
+        if namespace()? == self.namespace {
+            return Ok(());
+        }
+        let what = "the calling thread is in another network namespace than when it was opened";
+        Err(KernelError::answer("run iptables", what))
+    }
+
+    /// Makes changes to sets; gives those that were refused by their index.
+    fn make_sets(&mut self, ops: &[&Op]) -> Vec<(usize, KernelError)> {
+        match &self.sets {
+            Sets::Netlink(ipsets) => ipsets.make_all(&mut self.kernel.netfilter, ops),
+            #[cfg(feature = "ipset-sys")]
+            Sets::Libipset(libipset) => match self.check_namespace() {
+                Ok(()) => libipset.make_all(ops),
+                Err(error) => vec![(0, error)],
+            },
+        }
+    }
+
+    /// Makes a step: what belongs to nf_tables first, then sets and tables in their order.
+    fn step(&mut self, step: &Step) -> Made {
+        let (xtables, others): (Vec<&Op>, Vec<&Op>) =
+            step.ops.iter().partition(|op| op.is_xtables());
+        let mut made = 0;
+        if !others.is_empty() {
+            let ops = others.into_iter().cloned().collect();
+            let (done, refused) =
+                self.kernel.step(&Step { phase: step.phase, ops }, &Sizes::default());
+            made += done;
+            if !refused.is_empty() {
+                return (made, refused);
+            }
+        }
+        let mut rest = xtables.as_slice();
+        while let Some((first, _)) = rest.split_first() {
+            let table = |op: &Op| {
+                op.xt_chain().map(|(variant, chain)| (variant, chain.family, chain.table))
+            };
+            let here = table(first);
+            let end = rest.iter().position(|op| table(op) != here).unwrap_or(rest.len());
+            let (group, next) = rest.split_at(end);
+            let refused = match here {
+                Some((variant, family, table)) => {
+                    let restored = self.check_namespace().and_then(|()| {
+                        self.tools.restore(variant, family, &super::script::of(table, group))
+                    });
+                    // Of a table all changes are made, or none.
+                    match restored {
+                        Ok(()) => Vec::new(),
+                        Err(error) => return (made, vec![((*first).clone(), error)]),
+                    }
+                }
+                None => self.make_sets(group),
+            };
+            made += group.len() - refused.len();
+            if !refused.is_empty() {
+                let op = |index: usize| group.get(index).map(|op| (*op).clone());
+                let refused = refused.into_iter();
+                return (
+                    made,
+                    refused.filter_map(|(index, error)| Some((op(index)?, error))).collect(),
+                );
+            }
+            rest = next;
+        }
+        (made, Vec::new())
+    }
+}
+
+fn namespace() -> Result<u64, KernelError> {
+    let file = fs::metadata("/proc/thread-self/ns/net");
+    file.map(|file| file.ino())
+        .map_err(|error| KernelError::io("look at /proc/thread-self/ns/net", &error))
+}
+
+impl Datapath for IptablesDatapath {
+    fn observe(&mut self) -> Result<State, KernelError> {
+        self.check_namespace()?;
+        let mut state = self.kernel.observe()?;
+        state.ipsets = match &self.sets {
+            Sets::Netlink(ipsets) => ipset::observe(ipsets, &mut self.kernel.netfilter)?,
+            #[cfg(feature = "ipset-sys")]
+            Sets::Libipset(libipset) => libipset.observe()?,
+        };
+        let mut found: BTreeMap<Variant, Xtables> = BTreeMap::new();
+        for variant in self.variants().collect::<Vec<_>>() {
+            let mut tables = Xtables::default();
+            for family in Family::BOTH {
+                super::saved::read(&self.tools.save(variant, family)?, family, &mut tables);
+            }
+            if tables != Xtables::default() {
+                found.insert(variant, tables);
+            }
+        }
+        state.xtables = found;
+        Ok(state)
+    }
+
+    fn stale_connections(
+        &mut self,
+        wanted: &State,
+        before: &State,
+    ) -> Result<BTreeSet<Connection>, KernelError> {
+        self.kernel.stale_connections(wanted, before)
+    }
+
+    fn counts(&mut self) -> Result<Counts, KernelError> {
+        self.kernel.counts()
+    }
+
+    fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {
+        changes.make(|step| self.step(step))
+    }
+}

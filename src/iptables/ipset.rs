@@ -1,0 +1,391 @@
+//! Sets of the kernel's ipset subsystem: `hash:net` of either family, with or without marks.
+//!
+//! Numbers are those of `include/uapi/linux/netfilter/ipset/ip_set.h`.
+
+mod error;
+mod list;
+mod member;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+
+use ipnet::IpNet;
+
+use crate::diff::op::Op;
+use crate::error::{KernelError, errno};
+use crate::kernel::netlink::message::{Malformed, Writer, flag};
+use crate::kernel::netlink::socket::Socket;
+use crate::kernel::nft::{Answered, Request, ask_any};
+use crate::state::{Ipset, IpsetContents, Member};
+use crate::types::Family;
+
+use error::explained;
+pub(crate) use list::{foreign, names, observe};
+use member::NETWORK_ORDER;
+
+/// Commands, as message types of subsystem 6.
+mod kind {
+    const SUBSYSTEM: u16 = 6 << 8;
+    pub(crate) const PROTOCOL: u16 = SUBSYSTEM + 1;
+    pub(crate) const CREATE: u16 = SUBSYSTEM + 2;
+    pub(crate) const DESTROY: u16 = SUBSYSTEM + 3;
+    pub(crate) const RENAME: u16 = SUBSYSTEM + 5;
+    pub(crate) const SWAP: u16 = SUBSYSTEM + 6;
+    pub(crate) const LIST: u16 = SUBSYSTEM + 7;
+    pub(crate) const ADD: u16 = SUBSYSTEM + 9;
+    pub(crate) const DELETE: u16 = SUBSYSTEM + 10;
+    pub(crate) const HEADER: u16 = SUBSYSTEM + 12;
+    pub(crate) const TYPE: u16 = SUBSYSTEM + 13;
+}
+
+/// Attributes of a command.
+mod attribute {
+    pub(crate) const PROTOCOL: u16 = 1;
+    pub(crate) const SETNAME: u16 = 2;
+    /// Also the second name of a command that has two.
+    pub(crate) const TYPENAME: u16 = 3;
+    pub(crate) const REVISION: u16 = 4;
+    pub(crate) const FAMILY: u16 = 5;
+    pub(crate) const FLAGS: u16 = 6;
+    pub(crate) const DATA: u16 = 7;
+    pub(crate) const MEMBERS: u16 = 8;
+    pub(crate) const LINE: u16 = 9;
+    pub(crate) const PROTOCOL_MIN: u16 = 10;
+}
+
+/// Attributes inside `DATA`: of a set that is made or listed, and of a member.
+mod data {
+    pub(crate) const IP: u16 = 1;
+    pub(crate) const CIDR: u16 = 3;
+    pub(crate) const FLAGS: u16 = 8;
+    pub(crate) const HASH_SIZE: u16 = 18;
+    pub(crate) const MAX_ELEMENTS: u16 = 19;
+    pub(crate) const MARK: u16 = 27;
+}
+
+/// Bits of `data::FLAGS`.
+const NOMATCH: u32 = 4;
+const WITH_MARKS: u32 = 64;
+
+/// Our type of sets.
+const HASH_NET: &str = "hash:net";
+
+/// The protocol that the kernel has spoken since 4.20, and the oldest that it still does.
+const PROTOCOL: u8 = 7;
+const OLDEST: u8 = 6;
+
+/// The revision of `hash:net` that brought marks (kernel 3.18).
+const REVISION: u8 = 6;
+
+/// Whether a member is added or deleted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verb {
+    Put,
+    Delete,
+}
+
+/// The subsystem, and what it speaks.
+#[derive(Debug)]
+pub(crate) struct Ipsets {
+    protocol: u8,
+    revision: u8,
+}
+
+impl Ipsets {
+    /// Asks the kernel for its protocol and for sets of type `hash:net`.
+    ///
+    /// # Errors
+    ///
+    /// What is missing.
+    pub(crate) fn probe(socket: &mut Socket) -> Result<Self, KernelError> {
+        let (mut newest, mut oldest) = (OLDEST, OLDEST);
+        let text = "ipset version";
+        let request = Request { text, kind: kind::PROTOCOL, flags: 0, answer: kind::PROTOCOL };
+        ask(
+            socket,
+            &request,
+            OLDEST,
+            |_| {},
+            |body| {
+                for found in crate::kernel::netlink::message::Attributes::new(body) {
+                    let found = found?;
+                    match found.kind {
+                        attribute::PROTOCOL => newest = list::byte(&found)?,
+                        attribute::PROTOCOL_MIN => oldest = list::byte(&found)?,
+                        _ => {}
+                    }
+                }
+                Ok(())
+            },
+        )?;
+        let protocol = newest.min(PROTOCOL);
+        if protocol < oldest.max(OLDEST) {
+            return Err(KernelError::answer(text, "the kernel speaks no protocol that we know"));
+        }
+        let mut revision = 0;
+        let text = "ipset create … hash:net";
+        let request = Request { text, kind: kind::TYPE, flags: 0, answer: kind::TYPE };
+        let write = |writer: &mut Writer| {
+            writer.string(attribute::TYPENAME, HASH_NET);
+            writer.attribute(attribute::FAMILY, &[NFPROTO_IPV4]);
+        };
+        ask(socket, &request, protocol, write, |body| {
+            for found in crate::kernel::netlink::message::Attributes::new(body) {
+                let found = found?;
+                if found.kind == attribute::REVISION {
+                    revision = list::byte(&found)?;
+                }
+            }
+            Ok(())
+        })?;
+        if revision < REVISION {
+            return Err(KernelError::answer(text, "the kernel's sets cannot hold marks")
+                .with_remedy("use a kernel from 3.18 on"));
+        }
+        Ok(Self { protocol, revision: REVISION })
+    }
+
+    /// Makes an operation.
+    pub(crate) fn make(&self, socket: &mut Socket, op: &Op) -> Result<(), KernelError> {
+        match op {
+            Op::AddIpset(set, contents) => {
+                let new = self.fill_new(socket, op, *set, contents)?;
+                // Under its name it is complete, or not there.
+                let named = self.two_names(socket, op, kind::RENAME, new, *set);
+                if named.is_err() {
+                    let _kept = self.destroy(socket, op, new);
+                }
+                named
+            }
+            Op::PutIpset(set, contents) => {
+                let new = self.fill_new(socket, op, *set, contents)?;
+                let swapped = self.two_names(socket, op, kind::SWAP, new, *set);
+                let destroyed = self.destroy(socket, op, new);
+                match swapped {
+                    Err(error) if error.is_exists() => {
+                        let missing = KernelError::refused(error.request(), errno::ENOENT);
+                        Err(missing.with_words(Some("there is no set to swap with".to_owned())))
+                    }
+                    swapped => swapped.and(destroyed),
+                }
+            }
+            Op::DeleteIpset(set) => self.destroy(socket, op, *set),
+            Op::PutMember(set, net, member) => {
+                self.members(socket, op, Verb::Put, *set, &[(*net, *member)])
+            }
+            Op::DeleteMember(set, net) => {
+                self.members(socket, op, Verb::Delete, *set, &[(*net, Member::In)])
+            }
+            _ => Err(KernelError::answer(op, "this is no operation on sets")),
+        }
+    }
+
+    /// Makes operations one after another, members of one set that come together at once; gives
+    /// those that were refused by their index.
+    pub(crate) fn make_all(&self, socket: &mut Socket, ops: &[&Op]) -> Vec<(usize, KernelError)> {
+        let mut refused = Vec::new();
+        let mut index = 0;
+        while let Some(op) = ops.get(index) {
+            let mut members = Vec::new();
+            let first = member_of(op);
+            let rest = ops.get(index..).unwrap_or_default();
+            members.extend(
+                rest.iter()
+                    .map_while(|op| member_of(op))
+                    .take_while(|(verb, set, _)| {
+                        first.is_some_and(|(v, s, _)| (v, s) == (*verb, *set))
+                    })
+                    .map(|(_, _, member)| member),
+            );
+            let made = match first {
+                Some((verb, set, _)) => self.members(socket, op, verb, set, &members),
+                None => self.make(socket, op),
+            };
+            refused.extend(made.err().map(|error| (index, error)));
+            index += members.len().max(1);
+        }
+        refused
+    }
+
+    /// A new set with a name of its own that has these members.
+    fn fill_new(
+        &self,
+        socket: &mut Socket,
+        op: &Op,
+        set: Ipset,
+        contents: &IpsetContents,
+    ) -> Result<Ipset, KernelError> {
+        let new = Ipset::Temporary(set.family());
+        match self.destroy(socket, op, new) {
+            Err(error) if !error.is_not_found() => return Err(error),
+            _ => {}
+        }
+        self.create(socket, op, new, contents)?;
+        let members: Vec<_> =
+            contents.members.iter().map(|(net, member)| (*net, *member)).collect();
+        self.members(socket, op, Verb::Put, new, &members)?;
+        Ok(new)
+    }
+
+    fn create(
+        &self,
+        socket: &mut Socket,
+        op: &Op,
+        set: Ipset,
+        contents: &IpsetContents,
+    ) -> Result<(), KernelError> {
+        self.change(socket, op, kind::CREATE, |writer| {
+            writer.string(attribute::SETNAME, &set.to_string());
+            writer.string(attribute::TYPENAME, HASH_NET);
+            writer.attribute(attribute::REVISION, &[self.revision]);
+            writer.attribute(attribute::FAMILY, &[nfproto(set.family())]);
+            writer.nest(attribute::DATA, |writer| {
+                let mut number = |kind, value| writer.be32(kind | NETWORK_ORDER, value);
+                // As large as it will be: growing would copy what is there, over and over.
+                let size = u32::try_from(contents.members.len()).unwrap_or(u32::MAX);
+                number(data::HASH_SIZE, size.clamp(64, 1 << 26).next_power_of_two());
+                number(data::MAX_ELEMENTS, contents.capacity);
+                number(data::FLAGS, if contents.with_marks { WITH_MARKS } else { 0 });
+            });
+        })
+    }
+
+    fn destroy(&self, socket: &mut Socket, op: &Op, set: Ipset) -> Result<(), KernelError> {
+        self.change(socket, op, kind::DESTROY, |writer| {
+            writer.string(attribute::SETNAME, &set.to_string());
+        })
+    }
+
+    fn two_names(
+        &self,
+        socket: &mut Socket,
+        op: &Op,
+        kind: u16,
+        one: Ipset,
+        other: Ipset,
+    ) -> Result<(), KernelError> {
+        self.change(socket, op, kind, |writer| {
+            writer.string(attribute::SETNAME, &one.to_string());
+            writer.string(attribute::TYPENAME, &other.to_string());
+        })
+    }
+
+    /// Adds or deletes members, as many in a message as fit. Those before one that is refused
+    /// stay made.
+    fn members(
+        &self,
+        socket: &mut Socket,
+        op: &Op,
+        verb: Verb,
+        set: Ipset,
+        members: &[(IpNet, Member)],
+    ) -> Result<(), KernelError> {
+        // A member may be put again, with another mark; one that is deleted must be there.
+        let (kind, flags) = match verb {
+            Verb::Put => (kind::ADD, 0),
+            Verb::Delete => (kind::DELETE, flag::EXCL),
+        };
+        for chunk in members.chunks(member::AT_ONCE) {
+            let made = self.change_with(socket, op, kind, flags, |writer| {
+                writer.string(attribute::SETNAME, &set.to_string());
+                writer.be32(attribute::LINE | NETWORK_ORDER, 0);
+                writer.nest(attribute::MEMBERS, |writer| {
+                    for (net, member) in chunk {
+                        member::write(writer, *net, *member);
+                    }
+                });
+            });
+            match made {
+                Err(error) if verb == Verb::Delete && error.is_exists() => {
+                    let missing = KernelError::refused(error.request(), errno::ENOENT);
+                    return Err(missing.with_words(Some("the set has no such member".to_owned())));
+                }
+                made => made?,
+            }
+        }
+        Ok(())
+    }
+
+    fn change(
+        &self,
+        socket: &mut Socket,
+        op: &Op,
+        kind: u16,
+        write: impl FnOnce(&mut Writer),
+    ) -> Result<(), KernelError> {
+        // Without it the kernel takes what is there, or is not, for done.
+        self.change_with(socket, op, kind, flag::EXCL, write)
+    }
+
+    fn change_with(
+        &self,
+        socket: &mut Socket,
+        op: &Op,
+        kind: u16,
+        flags: u16,
+        write: impl FnOnce(&mut Writer),
+    ) -> Result<(), KernelError> {
+        let text = request_text(op);
+        let request = Request { text: &text, kind, flags, answer: u16::MAX };
+        ask(socket, &request, self.protocol, write, |_| Ok(())).map(drop)
+    }
+}
+
+/// Destroys a set of others, if no rule looks into it.
+pub(crate) fn destroy_foreign(socket: &mut Socket, name: &str) -> Result<(), KernelError> {
+    let text = format!("ipset destroy {name}");
+    let request = Request { text: &text, kind: kind::DESTROY, flags: flag::EXCL, answer: u16::MAX };
+    let write = |writer: &mut Writer| writer.string(attribute::SETNAME, name);
+    ask(socket, &request, OLDEST, write, |_| Ok(())).map(drop)
+}
+
+/// The first of the commands that an operation prints as; a large set's are a million.
+fn request_text(op: &Op) -> String {
+    match op {
+        Op::AddIpset(set, contents) => {
+            format!("ipset create {set} ({} members)", contents.members.len())
+        }
+        Op::PutIpset(set, contents) => {
+            format!("ipset swap {set} ({} members)", contents.members.len())
+        }
+        op => op.to_string(),
+    }
+}
+
+fn member_of(op: &Op) -> Option<(Verb, Ipset, (IpNet, Member))> {
+    match op {
+        Op::PutMember(set, net, member) => Some((Verb::Put, *set, (*net, *member))),
+        Op::DeleteMember(set, net) => Some((Verb::Delete, *set, (*net, Member::In))),
+        _ => None,
+    }
+}
+
+const NFPROTO_IPV4: u8 = 2;
+const NFPROTO_IPV6: u8 = 10;
+
+const fn nfproto(family: Family) -> u8 {
+    match family {
+        Family::V4 => NFPROTO_IPV4,
+        Family::V6 => NFPROTO_IPV6,
+    }
+}
+
+/// Asks, and explains what is refused.
+fn ask(
+    socket: &mut Socket,
+    request: &Request<'_>,
+    protocol: u8,
+    write: impl FnOnce(&mut Writer),
+    mut take: impl FnMut(&[u8]) -> Result<(), Malformed>,
+) -> Result<Answered, KernelError> {
+    let header = |writer: &mut Writer| {
+        writer.nfgen(NFPROTO_IPV4, 0);
+        writer.attribute(attribute::PROTOCOL, &[protocol]);
+        write(writer);
+    };
+    ask_any(socket, request, header, |_, body| take(body)).map_err(explained)
+}
+
+/// What is in sets of ours, by set.
+pub(crate) type Found = BTreeMap<Ipset, IpsetContents>;

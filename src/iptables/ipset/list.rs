@@ -1,0 +1,172 @@
+//! Reading sets back.
+
+use std::collections::BTreeSet;
+
+use super::{
+    Found, HASH_NET, Ipsets, OLDEST, WITH_MARKS, ask, attribute, data, kind, member, nfproto,
+};
+use crate::error::KernelError;
+use crate::kernel::netlink::message::{Attribute, Attributes, Malformed, Writer, flag};
+use crate::kernel::netlink::socket::Socket;
+use crate::kernel::nft::Request;
+use crate::state::{Ipset, IpsetContents};
+use crate::types::Family;
+
+/// `IPSET_FLAG_LIST_SETNAME`: names only.
+const NAMES: u32 = 2;
+
+/// Times that a set is listed until it can be in one piece.
+const ATTEMPTS: usize = 5;
+
+const LIST: &str = "ipset list -n";
+
+/// All sets of ours with their members; of others not more than the name is read.
+pub(crate) fn observe(ipsets: &Ipsets, socket: &mut Socket) -> Result<Found, KernelError> {
+    let mut found = Found::new();
+    for set in names(ipsets, socket)? {
+        match contents(ipsets, socket, set) {
+            Ok(contents) => drop(found.insert(set, contents)),
+            // Gone meanwhile.
+            Err(error) if error.is_not_found() => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(found)
+}
+
+/// The sets of ours that there are.
+pub(crate) fn names(ipsets: &Ipsets, socket: &mut Socket) -> Result<BTreeSet<Ipset>, KernelError> {
+    all_names(ipsets.protocol, socket, Ipset::from_name)
+}
+
+fn all_names<T: Ord>(
+    protocol: u8,
+    socket: &mut Socket,
+    pick: impl Fn(&str) -> Option<T>,
+) -> Result<BTreeSet<T>, KernelError> {
+    let request = Request { text: LIST, kind: kind::LIST, flags: flag::DUMP, answer: kind::LIST };
+    let mut names = BTreeSet::new();
+    let write = |writer: &mut Writer| {
+        writer.be32(attribute::FLAGS | member::NETWORK_ORDER, NAMES);
+    };
+    ask(socket, &request, protocol, write, |body| {
+        for found in Attributes::new(body) {
+            let found = found?;
+            if found.kind == attribute::SETNAME {
+                // Names of others may be any bytes.
+                names.extend(found.text().ok().and_then(&pick));
+            }
+        }
+        Ok(())
+    })?;
+    Ok(names)
+}
+
+/// Sets of others of type `hash:net` that have a name for which there is a family, and that family.
+pub(crate) fn foreign(
+    socket: &mut Socket,
+    family_of: impl Fn(&str) -> Option<Family>,
+) -> Result<Vec<String>, KernelError> {
+    let named = |name: &str| family_of(name).map(|family| (name.to_owned(), nfproto(family)));
+    let mut found = Vec::new();
+    for (name, family) in all_names(OLDEST, socket, named)? {
+        let text = format!("ipset list -t {name}");
+        let request = Request { text: &text, kind: kind::HEADER, flags: 0, answer: kind::HEADER };
+        let write = |writer: &mut Writer| writer.string(attribute::SETNAME, &name);
+        let mut is = (false, false);
+        let asked = ask(socket, &request, OLDEST, write, |body| {
+            for found in Attributes::new(body) {
+                let found = found?;
+                match found.kind {
+                    attribute::TYPENAME => is.0 = found.is(HASH_NET),
+                    attribute::FAMILY => is.1 = byte(&found)? == family,
+                    _ => {}
+                }
+            }
+            Ok(())
+        });
+        match asked {
+            Ok(_) if is == (true, true) => found.push(name),
+            Ok(_) => {}
+            // Gone meanwhile.
+            Err(error) if error.is_not_found() => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(found)
+}
+
+fn contents(
+    ipsets: &Ipsets,
+    socket: &mut Socket,
+    set: Ipset,
+) -> Result<IpsetContents, KernelError> {
+    let text = format!("ipset list {set}");
+    let request = Request { text: &text, kind: kind::LIST, flags: flag::DUMP, answer: kind::LIST };
+    for _ in 0..ATTEMPTS {
+        let mut listing = Listing::new();
+        let write = |writer: &mut Writer| writer.string(attribute::SETNAME, &set.to_string());
+        let answered = ask(socket, &request, ipsets.protocol, write, |body| {
+            listing.take(Attributes::new(body))
+        })?;
+        if answered.interrupted {
+            continue;
+        }
+        if !listing.is_hash_net {
+            return Err(KernelError::answer(text, "it is of another type than hash:net")
+                .with_remedy("delete it: nobody else should make sets of this name"));
+        }
+        return Ok(listing.contents);
+    }
+    Err(KernelError::answer(text, "the set changes faster than it can be listed"))
+}
+
+/// What the messages about one set say.
+pub(crate) struct Listing {
+    pub(crate) contents: IpsetContents,
+    is_hash_net: bool,
+}
+
+impl Listing {
+    pub(crate) fn new() -> Self {
+        let mut contents = IpsetContents::of([]);
+        contents.capacity = 0;
+        Self { contents, is_hash_net: false }
+    }
+
+    pub(crate) fn take(&mut self, attributes: Attributes<'_>) -> Result<(), Malformed> {
+        for found in attributes {
+            let found = found?;
+            match found.kind {
+                attribute::TYPENAME => self.is_hash_net = found.is(HASH_NET),
+                attribute::DATA => self.header(found.nested())?,
+                attribute::MEMBERS => {
+                    for one in found.nested() {
+                        self.contents.members.extend(member::read(one?.nested())?);
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn header(&mut self, attributes: Attributes<'_>) -> Result<(), Malformed> {
+        for found in attributes {
+            let found = found?;
+            match found.kind {
+                data::MAX_ELEMENTS => self.contents.capacity = found.be32()?,
+                data::FLAGS => self.contents.with_marks = found.be32()? & WITH_MARKS != 0,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+pub(crate) fn byte(found: &Attribute<'_>) -> Result<u8, Malformed> {
+    match found.bytes() {
+        [byte] => Ok(*byte),
+        _ => Err(Malformed("a number has a wrong length")),
+    }
+}

@@ -1,0 +1,79 @@
+//! Members on the wire.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::{NOMATCH, attribute, data};
+use crate::kernel::netlink::message::{Attribute, Attributes, Malformed, Writer};
+use crate::state::{MarkBits, Member};
+
+/// Members in one message: the longest, IPv6 with a mark, takes 56 bytes, and the length of the
+/// attribute around them has 16 bits.
+pub(crate) const AT_ONCE: usize = 1000;
+
+pub(crate) fn write(writer: &mut Writer, net: IpNet, member: Member) {
+    writer.nest(attribute::DATA, |writer| {
+        writer.nest(data::IP, |writer| match net.addr() {
+            IpAddr::V4(v4) => writer.attribute(NETWORK_ORDER | 1, &v4.octets()),
+            IpAddr::V6(v6) => writer.attribute(NETWORK_ORDER | 2, &v6.octets()),
+        });
+        writer.attribute(data::CIDR, &[net.prefix_len()]);
+        match member {
+            Member::In => {}
+            Member::Marked(MarkBits { mask, value }) => {
+                let both = u64::from(value) << 32 | u64::from(mask);
+                writer.attribute(data::MARK | NETWORK_ORDER, &both.to_be_bytes());
+            }
+            Member::Not => writer.be32(data::FLAGS | NETWORK_ORDER, NOMATCH),
+        }
+    });
+}
+
+/// `NLA_F_NET_BYTEORDER`, without which ipset refuses a number.
+pub(crate) const NETWORK_ORDER: u16 = 0x4000;
+
+/// A listed member; `None` if it has no prefix.
+pub(crate) fn read(attributes: Attributes<'_>) -> Result<Option<(IpNet, Member)>, Malformed> {
+    let (mut address, mut length, mut member) = (None, None, Member::In);
+    for found in attributes {
+        let found = found?;
+        match found.kind {
+            data::IP => address = ip(found.nested())?,
+            data::CIDR => length = Some(super::list::byte(&found)?),
+            data::MARK => {
+                let both = found.be64()?;
+                let half = |bits: u64| u32::try_from(bits & 0xffff_ffff).unwrap_or_default();
+                let (value, mask) = (half(both >> 32), half(both));
+                // A set with marks lists one of 0/0 for a member that has none.
+                if member == Member::In && mask != 0 {
+                    member = Member::Marked(MarkBits { mask, value });
+                }
+            }
+            data::FLAGS if found.be32()? & NOMATCH != 0 => member = Member::Not,
+            _ => {}
+        }
+    }
+    let Some(address) = address else { return Ok(None) };
+    let full = if address.is_ipv4() { 32 } else { 128 };
+    let net = IpNet::new(address, length.unwrap_or(full));
+    let net = net.map_err(|_| Malformed("a prefix has a wrong length"))?;
+    Ok(Some((net.trunc(), member)))
+}
+
+fn ip(attributes: Attributes<'_>) -> Result<Option<IpAddr>, Malformed> {
+    let mut address = None;
+    for found in attributes {
+        address = Some(of(&found?)?);
+    }
+    Ok(address)
+}
+
+fn of(found: &Attribute<'_>) -> Result<IpAddr, Malformed> {
+    let wrong = Malformed("an address has a wrong length");
+    match found.kind {
+        1 => <[u8; 4]>::try_from(found.bytes()).map(IpAddr::from).map_err(|_| wrong),
+        2 => <[u8; 16]>::try_from(found.bytes()).map(IpAddr::from).map_err(|_| wrong),
+        _ => Err(Malformed("an address of no family")),
+    }
+}

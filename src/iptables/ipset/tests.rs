@@ -1,0 +1,282 @@
+//! The kernel and `ipset` as judges.
+
+use std::io::Write;
+use std::process::{Command, Stdio};
+
+use super::*;
+use crate::kernel::netlink::message::{Attributes, Messages};
+use crate::kernel::nft::NETFILTER;
+use crate::kernel::nft::tests::netns::in_netns;
+use crate::kernel::{mutate, mutated};
+use crate::state::MarkBits;
+
+const V4: Family = Family::V4;
+const V6: Family = Family::V6;
+
+/// What `ipset` prints, in the namespace of the calling thread.
+fn ipset(arguments: &[&str], input: &str) -> Result<String, String> {
+    harness::needs(&["ipset"]);
+    let mut child = Command::new("ipset")
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    if output.status.success() { Ok(text(output.stdout)) } else { Err(text(output.stderr)) }
+}
+
+fn net(text: &str) -> IpNet {
+    text.parse().unwrap()
+}
+
+/// One set of each kind, with each kind of member.
+fn samples() -> Vec<(Ipset, IpsetContents)> {
+    let marked = |value| Member::Marked(MarkBits { mask: 0xffff_1100, value });
+    vec![
+        (
+            Ipset::Sources(V4, 0xdead_beef),
+            IpsetContents::of([net("10.244.1.10/32"), net("10.244.2.0/24"), net("0.0.0.0/0")]),
+        ),
+        (
+            Ipset::Destinations(V6, 7),
+            IpsetContents::new(
+                false,
+                [(net("2001:db8::/32"), Member::In), (net("2001:db8::1/128"), Member::Not)],
+            ),
+        ),
+        (
+            Ipset::Marks(V4),
+            IpsetContents::new(
+                true,
+                [
+                    (net("10.244.1.0/24"), marked(0x2600_0100)),
+                    (net("10.244.1.9/32"), marked(0x2700_0000)),
+                    (net("10.244.1.7/32"), Member::Not),
+                ],
+            ),
+        ),
+        (Ipset::Marks(V6), IpsetContents::new(true, [(net("fd44::/64"), marked(0xffff_1100))])),
+        (Ipset::Selected(V6), IpsetContents::of([])),
+    ]
+}
+
+fn lines(text: &str) -> Vec<String> {
+    let mut lines: Vec<_> = text.lines().map(str::to_owned).collect();
+    lines.sort_unstable();
+    lines
+}
+
+/// The lines of `ipset save` without what the kernel chooses.
+fn saved() -> Vec<String> {
+    let text = ipset(&["save"], "").unwrap();
+    let chosen = ["hashsize", "bucketsize", "initval"];
+    let line = |line: &str| {
+        let mut words = line.split_whitespace();
+        let mut kept = Vec::new();
+        while let Some(word) = words.next() {
+            if chosen.contains(&word) {
+                words.next();
+            } else {
+                kept.push(word);
+            }
+        }
+        kept.join(" ")
+    };
+    lines(&text.lines().map(line).collect::<Vec<_>>().join("\n"))
+}
+
+fn wanted() -> Vec<String> {
+    let mut text = Vec::new();
+    for (set, contents) in samples() {
+        let family = if set.family() == V4 { "inet" } else { "inet6" };
+        let marks = if contents.with_marks { " skbinfo" } else { "" };
+        text.push(format!(
+            "create {set} hash:net family {family} maxelem {}{marks}",
+            contents.capacity
+        ));
+        for (net, member) in &contents.members {
+            // `ipset` leaves the length of a single address out.
+            let full = net.prefix_len() == net.max_prefix_len();
+            let net = if full { net.addr().to_string() } else { net.to_string() };
+            let member = match member {
+                Member::Not if contents.with_marks => " nomatch".to_owned(),
+                member => member.to_string(),
+            };
+            text.push(format!("add {set} {net}{member}"));
+        }
+    }
+    lines(&text.join("\n"))
+}
+
+fn add_all(ipsets: &Ipsets, socket: &mut Socket) {
+    for (set, contents) in samples() {
+        ipsets.make(socket, &Op::AddIpset(set, contents)).unwrap();
+    }
+}
+
+#[test]
+fn what_we_write_ipset_and_we_read_back() {
+    in_netns(|socket| {
+        let ipsets = Ipsets::probe(socket).unwrap();
+        add_all(&ipsets, socket);
+        assert_eq!(observe(&ipsets, socket).unwrap(), samples().into_iter().collect());
+        let seen = harness::has("ipset").then(saved);
+        for (set, _) in samples() {
+            ipsets.make(socket, &Op::DeleteIpset(set)).unwrap();
+        }
+        assert!(observe(&ipsets, socket).unwrap().is_empty());
+        harness::needs(&["ipset"]);
+        assert_eq!(seen, Some(wanted()));
+    });
+}
+
+#[test]
+fn what_ipset_writes_we_read() {
+    in_netns(|socket| {
+        let ipsets = Ipsets::probe(socket).unwrap();
+        let mut script = wanted();
+        script.push("create egress-src-v4-theirs hash:net".to_owned());
+        script.push("create cali40s bitmap:port range 0-9".to_owned());
+        script.sort_by_key(|line| line.starts_with("add"));
+        ipset(&["restore"], &(script.join("\n") + "\n")).unwrap();
+        assert_eq!(observe(&ipsets, socket).unwrap(), samples().into_iter().collect());
+    });
+}
+
+#[test]
+fn a_set_grows_by_a_swap_and_keeps_no_spare() {
+    in_netns(|socket| {
+        let ipsets = Ipsets::probe(socket).unwrap();
+        let set = Ipset::Selected(V4);
+        let nets = |count: u32| {
+            (0..count)
+                .map(|n| net(&format!("{}/32", std::net::Ipv4Addr::from_bits(0x0af4_0000 + n))))
+        };
+        let small = IpsetContents { capacity: 64, ..IpsetContents::of(nets(64)) };
+        ipsets.make(socket, &Op::AddIpset(set, small)).unwrap();
+        let one_more = Op::PutMember(set, net("10.9.9.9/32"), Member::In);
+        let full = ipsets.make(socket, &one_more).unwrap_err();
+        assert_eq!(full.errno(), Some(errno::ENOSPC), "{full}");
+        assert!(full.to_string().contains("the set is full, ipset error 4352"), "{full}");
+
+        let large = IpsetContents::of(nets(70_000));
+        ipsets.make(socket, &Op::PutIpset(set, large.clone())).unwrap();
+        let found = observe(&ipsets, socket).unwrap();
+        assert_eq!(found, [(set, large)].into_iter().collect());
+        ipsets.make(socket, &one_more).unwrap();
+    });
+}
+
+#[test]
+fn members_that_come_and_go_together_do_so_in_a_message() {
+    in_netns(|socket| {
+        let ipsets = Ipsets::probe(socket).unwrap();
+        let (a, b) = (Ipset::Sources(V4, 1), Ipset::Sources(V4, 2));
+        for set in [a, b] {
+            ipsets.make(socket, &Op::AddIpset(set, IpsetContents::of([]))).unwrap();
+        }
+        let host = |n: u8| net(&format!("10.0.0.{n}/32"));
+        let put = |set, n| Op::PutMember(set, host(n), Member::In);
+        let ops = [put(a, 1), put(a, 2), put(b, 1), Op::DeleteMember(a, host(1)), put(a, 3)];
+        let refused = ipsets.make_all(socket, &ops.iter().collect::<Vec<_>>());
+        assert!(refused.is_empty(), "{refused:?}");
+        let found = observe(&ipsets, socket).unwrap();
+        assert_eq!(found[&a], IpsetContents::of([host(2), host(3)]));
+        assert_eq!(found[&b], IpsetContents::of([host(1)]));
+
+        let gone = Ipset::Sources(V4, 3);
+        let ops = [put(gone, 1), put(gone, 2), put(b, 2)];
+        let refused = ipsets.make_all(socket, &ops.iter().collect::<Vec<_>>());
+        assert_eq!(refused.len(), 1);
+        assert_eq!(refused[0].0, 0);
+        assert!(refused[0].1.is_not_found(), "{refused:?}");
+        assert_eq!(observe(&ipsets, socket).unwrap()[&b].members.len(), 2);
+    });
+}
+
+#[test]
+fn refusals_are_sentences() {
+    in_netns(|socket| {
+        let ipsets = Ipsets::probe(socket).unwrap();
+        let set = Ipset::Closed(V4);
+        let add = Op::AddIpset(set, IpsetContents::of([net("10.0.0.0/8")]));
+        ipsets.make(socket, &add).unwrap();
+        let twice = ipsets.make(socket, &add).unwrap_err();
+        assert!(twice.is_exists() && twice.to_string().contains("ipset error 4101"), "{twice}");
+        let other = Op::PutMember(set, net("2001:db8::/32"), Member::In);
+        let error = ipsets.make(socket, &other).unwrap_err();
+        assert!(error.to_string().contains("ipset error 4097"), "{error}");
+        let mark = Member::Marked(MarkBits { mask: 1, value: 1 });
+        let error = ipsets.make(socket, &Op::PutMember(set, net("10.1.0.0/16"), mark)).unwrap_err();
+        assert!(error.to_string().contains("without marks"), "{error}");
+        let missing = ipsets.make(socket, &Op::DeleteIpset(Ipset::Closed(V6))).unwrap_err();
+        assert!(missing.is_not_found(), "{missing}");
+        let missing = Op::PutIpset(Ipset::Closed(V6), IpsetContents::of([]));
+        assert!(ipsets.make(socket, &missing).unwrap_err().is_not_found());
+        // What the swap could not take is not left lying about.
+        ipsets.make(socket, &Op::AddIpset(Ipset::Closed(V6), IpsetContents::of([]))).unwrap();
+        let found: Vec<_> = observe(&ipsets, socket).unwrap().into_keys().collect();
+        assert_eq!(found, [Ipset::Closed(V4), Ipset::Closed(V6)]);
+    });
+}
+
+/// Listings as a kernel with our sets in it gives them.
+fn corpus() -> Vec<Vec<u8>> {
+    let sets = |set: &Ipset| {
+        let mut writer = Writer::default();
+        writer.nfgen(NFPROTO_IPV4, 0);
+        writer.attribute(attribute::PROTOCOL, &[PROTOCOL]);
+        writer.string(attribute::SETNAME, &set.to_string());
+        (kind::LIST, flag::DUMP | flag::ACK, writer.finish().unwrap())
+    };
+    let requests = samples().iter().map(|(set, _)| sets(set)).collect();
+    let mut found = mutated::answers_after(NETFILTER, requests, |socket| {
+        let ipsets = Ipsets::probe(socket).unwrap();
+        add_all(&ipsets, socket);
+    });
+    // What such a kernel says, for where there may be none.
+    for (set, contents) in samples() {
+        let mut writer = Writer::default();
+        let message = writer.message(kind::LIST, 2, 1);
+        writer.nfgen(NFPROTO_IPV4, 0);
+        writer.string(attribute::SETNAME, &set.to_string());
+        writer.string(attribute::TYPENAME, HASH_NET);
+        writer.nest(attribute::DATA, |writer| {
+            writer.be32(data::MAX_ELEMENTS | NETWORK_ORDER, contents.capacity);
+            writer.be32(data::FLAGS | NETWORK_ORDER, WITH_MARKS);
+        });
+        writer.nest(attribute::MEMBERS, |writer| {
+            contents.members.iter().for_each(|(net, member)| member::write(writer, *net, *member));
+        });
+        writer.end(message);
+        found.push(writer.finish().unwrap());
+    }
+    found
+}
+
+#[test]
+fn mutated_sets() {
+    mutate::messages("sets", 8, &corpus(), |input| {
+        let mut listing = list::Listing::new();
+        for message in Messages::new(input) {
+            let message = message.ok()?;
+            if message.kind == kind::LIST {
+                let (_, body) = message.nfgen().ok()?;
+                listing.take(Attributes::new(body)).ok()?;
+            }
+        }
+        let members = &listing.contents.members;
+        for (net, member) in members {
+            let mut writer = Writer::default();
+            member::write(&mut writer, *net, *member);
+            let again = writer.finish().unwrap();
+            let inside = Attributes::new(&again).next().unwrap().unwrap();
+            assert_eq!(member::read(inside.nested()), Ok(Some((*net, *member))));
+        }
+        (!members.is_empty()).then(|| members.len() * size_of::<(IpNet, Member)>())
+    });
+}

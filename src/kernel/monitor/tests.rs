@@ -1,0 +1,167 @@
+//! Others edit, in network namespaces of their own, with `ip`, `bridge`, `nft` and `sysctl`.
+
+pub(crate) mod edits;
+mod mutated;
+pub(crate) mod noise;
+mod own;
+
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::*;
+use crate::datapath::Datapath;
+use crate::kernel::KernelDatapath;
+use crate::kernel::rtnetlink::kernel_tests::{in_namespace, sh};
+use crate::{
+    Cluster, EgressIp, EgressPolicy, MarkLayout, Node, NodeName, Part, PolicyId, Reconciler,
+    Report, TableRange,
+};
+
+pub(crate) struct Host {
+    pub(crate) egress: Reconciler<KernelDatapath>,
+    watch: Watch,
+    pub(crate) cluster: Cluster,
+    pub(crate) policies: Vec<EgressPolicy>,
+}
+
+/// Number of a node, beginning with this one.
+pub(crate) fn node(number: u8) -> Node {
+    let underlay = vec![[192, 0, 2, number].into(), format!("2001:db8::{number}").parse().unwrap()];
+    let tunnel = [format!("172.31.0.{number}/16"), format!("fd31::{number}/64")];
+    let tunnel = tunnel.iter().map(|net| net.parse().unwrap()).collect();
+    Node::new(NodeName::new(format!("node-{number}")).unwrap(), underlay, tunnel)
+}
+
+impl Host {
+    /// In the namespace of the calling thread: watched, then reconciled, and nothing to tell.
+    pub(crate) fn new() -> Self {
+        let mut egress = Reconciler::open(MarkLayout::SEED, TableRange::default()).unwrap();
+        let watch = egress.datapath().watch().unwrap();
+        let excluded = ["10.244.0.0/16", "fd44::/48"].map(|net| net.parse().unwrap());
+        let mut cluster = Cluster::new(node(1).name, (1..4).map(node).collect(), excluded.to_vec());
+        cluster.tunnel.underlay_device = Some("u0".parse().unwrap());
+        let policies = (2..4).map(|number| EgressPolicy {
+            gateway: Some(node(number).name),
+            ..EgressPolicy::new(
+                PolicyId::new(format!("shop/p{number}")).unwrap(),
+                vec![
+                    format!("10.244.1.{number}/32").parse().unwrap(),
+                    format!("fd44::{number}/128").parse().unwrap(),
+                ],
+                EgressIp::Dual(
+                    [198, 51, 100, number].into(),
+                    format!("2001:db8:1::{number}").parse().unwrap(),
+                ),
+            )
+        });
+        let mut host = Self { egress, watch, cluster, policies: policies.collect() };
+        assert!(!host.reconcile().changes.is_empty());
+        host.expect_silence("what was written at first");
+        host
+    }
+
+    /// The table of a gateway and the MAC of its tunnel, for a shell.
+    pub(crate) fn variables(&mut self) -> String {
+        let state = self.egress.datapath().observe().unwrap();
+        let via = |route: &crate::state::Route| matches!(route, crate::state::Route::Via(_));
+        let (key, _) = state.routes.iter().find(|(_, route)| via(route)).unwrap();
+        format!("TABLE={}\nMAC={}\n", key.table, node(2).mac())
+    }
+
+    fn reconcile(&mut self) -> Report {
+        self.egress.reconcile(&self.cluster, &self.policies).unwrap()
+    }
+
+    #[track_caller]
+    pub(crate) fn drain(&mut self) -> News {
+        self.watch.drain().unwrap()
+    }
+
+    /// Waits until others' changes of all these parts are told, and no other news.
+    #[track_caller]
+    fn expect(&mut self, parts: &[Part], what: &str) -> News {
+        let mut all = News::default();
+        let begin = Instant::now();
+        while all.changed != parts.iter().copied().collect() {
+            assert!(begin.elapsed() < Duration::from_secs(5), "{what}: {all}");
+            self.is_readable(100);
+            let news = self.drain();
+            all.changed.extend(news.changed);
+            all.writers.extend(news.writers);
+            all.lost |= news.lost;
+        }
+        all
+    }
+
+    /// Waits for what the kernel tells later, as it does of IPv6 addresses.
+    #[track_caller]
+    fn expect_silence(&mut self, what: &str) {
+        let mut news = self.drain();
+        while news.is_empty() && self.is_readable(20) {
+            news = self.drain();
+        }
+        assert_eq!(news, News::default(), "{what}: {news}");
+    }
+
+    pub(crate) fn is_readable(&self, milliseconds: u32) -> bool {
+        is_readable(&self.watch, milliseconds)
+    }
+}
+
+fn is_readable(watch: &Watch, milliseconds: u32) -> bool {
+    let mut list = [PollFd::new(watch, PollFlags::IN)];
+    let timeout = Duration::from_millis(milliseconds.into()).try_into().unwrap();
+    poll(&mut list, Some(&timeout)).unwrap() == 1
+}
+
+#[test]
+fn a_datapath_has_one_watch_at_a_time() {
+    in_namespace(|| {
+        let datapath = KernelDatapath::open().unwrap();
+        let first = datapath.watch().unwrap();
+        let error = datapath.watch().unwrap_err();
+        assert_eq!(error.errno(), Some(errno::EBUSY));
+        assert!(error.remedy().unwrap().contains("drop"), "{error}");
+        drop(first);
+        sh("nft add table inet egress_datapath");
+        let mut second = datapath.watch().unwrap();
+        assert!(!is_readable(&second, 0), "what happened between two watches is not heard");
+        sh("nft delete table inet egress_datapath");
+        assert_eq!(second.drain().unwrap().changed, [Part::Firewall].into());
+    });
+}
+
+#[test]
+fn it_listens_where_the_datapath_was_opened() {
+    in_namespace(|| {
+        let datapath = KernelDatapath::open().unwrap();
+        let mut watch = std::thread::scope(|scope| {
+            scope.spawn(|| in_namespace_of_its_own(&datapath)).join().unwrap()
+        });
+        sh("ip rule add pref 9 fwmark 9 lookup 9 protocol 69");
+        assert_eq!(watch.drain().unwrap().changed, [Part::Rule].into());
+    });
+}
+
+#[allow(deprecated, reason = "the descriptor table stays shared, so that it is sound")]
+fn in_namespace_of_its_own(datapath: &KernelDatapath) -> Watch {
+    rustix::thread::unshare(rustix::thread::UnshareFlags::NEWNET).unwrap();
+    datapath.watch().unwrap()
+}
+
+#[test]
+fn without_the_privilege_the_error_names_it() {
+    in_namespace(|| {
+        let mut sets = rustix::thread::capabilities(None).unwrap();
+        sets.effective.remove(rustix::thread::CapabilitySet::NET_ADMIN);
+        rustix::thread::set_capabilities(None, sets).unwrap();
+        let datapath = KernelDatapath::open().unwrap();
+        for _ in 0..2 {
+            let error = datapath.watch().unwrap_err();
+            assert!(error.is_denied(), "{error}");
+            assert!(error.to_string().contains("CAP_NET_ADMIN"), "{error}");
+        }
+    });
+}

@@ -1,0 +1,44 @@
+//! Notifications, damaged.
+
+use crate::event::{News, Process};
+use crate::kernel::monitor::classify;
+use crate::kernel::monitor::echo::Expected;
+use crate::kernel::mutate;
+use crate::kernel::mutated::notifications;
+use crate::kernel::netlink::message::Messages;
+use crate::kernel::rtnetlink::wire_tests::golden;
+
+/// Index that a device of ours may have.
+const INDICES: [u32; 3] = [2, 3, 4];
+
+fn news(what: &str, corpus: &[Vec<u8>]) {
+    mutate::messages(what, 8, corpus, |input| {
+        let (mut news, mut unsigned) = (News::default(), false);
+        for index in INDICES {
+            let mut expected = Expected::default();
+            expected.found(index);
+            for message in Messages::new(input).flatten() {
+                classify::read(&message, &mut expected, &mut unsigned, &mut news);
+            }
+        }
+        let _sentence = news.to_string();
+        let writers = news.writers.iter();
+        let held = writers.map(|writer| size_of::<Process>() + writer.name.len()).sum();
+        (!news.is_empty() || unsigned).then_some(held)
+    });
+}
+
+#[test]
+fn mutated_routing_news() {
+    let mut corpus = notifications(0, 1..12);
+    corpus.extend(notifications(0, 24..25));
+    corpus.extend(golden());
+    news("routing notifications", &corpus);
+}
+
+#[test]
+fn mutated_firewall_news() {
+    let mut corpus = notifications(12, 7..8);
+    corpus.extend(crate::kernel::mutated::golden_table());
+    news("nf_tables notifications", &corpus);
+}

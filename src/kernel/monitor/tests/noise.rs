@@ -1,0 +1,101 @@
+//! What is none of our business, and too much of it.
+
+use super::*;
+
+/// Other tables, other devices, other protocols, and look-alikes of another family.
+pub(crate) const NOISE: [&str; 12] = [
+    "nft add table inet other; nft delete table inet other",
+    "nft add table ip egress_datapath; nft delete table ip egress_datapath",
+    "ip rule add pref 9 fwmark 9 lookup 9 protocol 70; ip rule del pref 9",
+    "ip route add 9.9.9.9 via 192.0.2.9 dev u0; ip route del 9.9.9.9",
+    "ip route add 9.9.9.9 via 192.0.2.9 dev u0 table 9 proto 70; ip route flush table 9",
+    "ip route replace 9.9.9.9 dev u0; ip route replace 9.9.9.9 dev foreign; ip route del 9.9.9.9",
+    "ip link add v0 type veth peer name v1; ip link set v0 up; ip link set v1 up; ip link del v0",
+    "ip addr add 9.9.9.9/32 dev u0; ip addr del 9.9.9.9/32 dev u0",
+    "ip -6 addr add fd99::1/64 dev u0 nodad; ip -6 addr del fd99::1/64 dev u0",
+    "ip neigh add 192.0.2.99 lladdr 66:00:00:00:00:01 dev u0; ip neigh flush dev u0",
+    "mac=66:00:00:00:00:02; bridge fdb add $mac dev foreign dst 192.0.2.2 self
+    bridge fdb flush dev foreign || bridge fdb del $mac dev foreign self",
+    "sysctl -qw net/ipv4/conf/foreign/rp_filter=1; sysctl -qw net/ipv6/conf/egress.vxlan/hop_limit=9",
+];
+
+#[test]
+fn what_others_do_elsewhere_is_no_news() {
+    in_namespace(|| {
+        let mut host = Host::new();
+        for script in NOISE {
+            sh(script);
+            let woke = host.is_readable(50);
+            let news = host.drain();
+            note!("{script}\n    woke: {woke}, {news}");
+            assert_eq!(news, News::default(), "{script}");
+            assert!(!host.is_readable(0), "{script}");
+        }
+        assert!(host.egress.repair().unwrap().changes.is_empty());
+    });
+}
+
+#[test]
+fn foreign_routes_do_not_even_wake() {
+    in_namespace(|| {
+        let mut host = Host::new();
+        // New devices go on telling of themselves for a while, longer on a busy machine.
+        for _ in 0..10 {
+            if !host.is_readable(300) {
+                break;
+            }
+            let _settling = host.drain();
+        }
+        sh("for i in 1 2 3; do ip route add 9.9.9.$i via 192.0.2.9 dev u0 proto bgp; done
+            ip -6 route add 9::/64 via 2001:db8::9 dev u0 proto bgp
+            ip route replace 9.9.9.1 via 192.0.2.8 dev u0 proto bgp; ip route flush proto bgp");
+        assert!(!host.is_readable(50));
+    });
+}
+
+#[test]
+fn too_much_at_once_is_said_and_does_not_deafen() {
+    in_namespace(|| {
+        let mut host = Host::new();
+        host.watch.shrink(0);
+        sh(
+            "for i in $(seq 40); do echo rule add pref 9$i fwmark 9 lookup 9 protocol 69; done | ip -batch -",
+        );
+        assert!(host.is_readable(999));
+        let news = host.drain();
+        assert!(news.lost && !news.is_empty(), "{news}");
+        assert!(!host.is_readable(0));
+        assert_eq!(host.egress.repair().unwrap().changes.len(), 40);
+        assert!(host.drain().is_empty());
+
+        // The same for transactions.
+        sh("for i in $(seq 40); do echo \"add chain inet egress_datapath c$i\"; done | nft -f -
+            for i in $(seq 20); do nft delete chain inet egress_datapath c$i; done");
+        assert!(host.drain().lost);
+        host.egress.repair().unwrap();
+        sh("nft add chain inet egress_datapath last");
+        assert_eq!(host.drain().changed, [Part::Firewall].into());
+    });
+}
+
+#[test]
+fn what_noise_costs() {
+    in_namespace(|| {
+        let mut host = Host::new();
+        sh("for i in $(seq 2000); do
+                echo \"neigh add 10.7.$((i / 250)).$((i % 250)) lladdr 66:00:00:00:00:01 dev u0\"
+            done | ip -batch -");
+        let begin = Instant::now();
+        let news = host.drain();
+        let neighbours = begin.elapsed();
+        sh("for i in $(seq 150); do echo link add d$i type veth peer name e$i; done | ip -batch -");
+        let begin = Instant::now();
+        let also = host.drain();
+        note!(
+            "2000 foreign neighbours: {neighbours:?}, {news}; 150 pairs of devices: {:?}, {also}",
+            begin.elapsed()
+        );
+        assert!(news.changed.is_empty() && also.changed.is_empty());
+        assert!(begin.elapsed() < Duration::from_secs(9));
+    });
+}

@@ -1,0 +1,66 @@
+//! Faults by plan between the datapath and the kernel.
+
+mod datagram;
+mod tap;
+
+use std::time::Instant;
+
+use crate::error::KernelError;
+use crate::faults::{Call, Fault, Faults, Subsystem};
+use crate::iptables::IptablesDatapath;
+use crate::kernel::KernelDatapath;
+
+pub(crate) use tap::Tap;
+
+impl KernelDatapath {
+    /// The same datapath, with faults from its next call on.
+    #[must_use]
+    pub fn with_faults(mut self, faults: &Faults) -> Self {
+        self.tap(faults);
+        self
+    }
+
+    fn tap(&mut self, faults: &Faults) {
+        self.routing.socket().set_tap(Tap::of_routing(faults.clone()));
+        self.netfilter.set_tap(Tap::of_netfilter(faults.clone()));
+    }
+}
+
+impl IptablesDatapath {
+    /// The same datapath, with faults from its next call or run of a tool on.
+    #[must_use]
+    pub fn with_faults(mut self, faults: &Faults) -> Self {
+        self.tap(faults);
+        self.kernel().tap(faults);
+        self
+    }
+}
+
+impl Faults {
+    /// Runs a tool, or does with it what the plan says.
+    pub(crate) fn run<T>(
+        &self,
+        writes: bool,
+        text: &str,
+        run: impl FnOnce() -> Result<T, KernelError>,
+    ) -> Result<T, KernelError> {
+        let call = Call { subsystem: Subsystem::Iptables, writes };
+        match self.next(call) {
+            Some(Fault::Errno(errno) | Fault::Refuse(errno)) => {
+                return Err(KernelError::refused(text, errno));
+            }
+            Some(Fault::ForeignWrite(write)) => write(),
+            Some(Fault::KillBefore) => tap::kill(),
+            Some(Fault::KillAfter) => {
+                let _gone_anyway = run();
+                tap::kill();
+                return Err(KernelError::answer(text, "this process is dead"));
+            }
+            _ => {}
+        }
+        let begin = Instant::now();
+        let ran = run();
+        self.sent(call, begin.elapsed());
+        ran
+    }
+}

@@ -1,0 +1,165 @@
+//! One netlink socket; the only file that touches netlink-sys, with all unsafe code below it.
+
+mod epoll;
+mod option;
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use netlink_sys::{Socket as RawSocket, SocketAddr};
+
+pub(crate) use epoll::Epoll;
+pub(crate) use option::Instruction;
+
+/// Bytes that a dump may deliver at once; the kernel fills what the reader offers, up to 32 KiB
+/// a message buffer (`net/netlink/af_netlink.c`, `netlink_recvmsg`).
+const READ: usize = 64 * 1024;
+
+/// Requests that are sent at once, each acknowledged: the answers fit the buffer of a new socket.
+pub(crate) const AT_ONCE: usize = 128;
+
+/// A netlink socket of the network namespace that the opening thread was in.
+///
+/// It never blocks: the kernel answers a request before `send` returns, so that an answer which
+/// is not there is an error, not something to wait for.
+#[derive(Debug)]
+pub(crate) struct Socket {
+    // Never cloned: a clone closes the descriptor of the original.
+    inner: RawSocket,
+    buffer: Vec<u8>,
+    sequence: u32,
+    port: u32,
+    #[cfg(feature = "testing")]
+    tap: Option<super::fault_injector::Tap>,
+}
+
+impl Socket {
+    /// Opens a socket for a netlink protocol (`NETLINK_ROUTE`, `NETLINK_NETFILTER`).
+    pub(crate) fn open(protocol: isize) -> io::Result<Self> {
+        let mut inner = RawSocket::new(protocol)?;
+        let address = inner.bind_auto()?;
+        inner.connect(&SocketAddr::new(0, 0))?;
+        inner.set_non_blocking(true)?;
+        inner.set_ext_ack(true)?;
+        // Acknowledgements without a copy of the request, which may be megabytes.
+        inner.set_cap_ack(true)?;
+        Ok(Self {
+            inner,
+            buffer: Vec::with_capacity(READ),
+            sequence: 0,
+            port: address.port_number(),
+            #[cfg(feature = "testing")]
+            tap: None,
+        })
+    }
+
+    /// Lets a plan of faults have a say in what is sent and received.
+    #[cfg(feature = "testing")]
+    pub(crate) fn set_tap(&mut self, tap: super::fault_injector::Tap) {
+        self.tap = Some(tap);
+    }
+
+    /// Makes the kernel refuse dump requests that it does not understand in full, and filter.
+    pub(crate) fn set_strict(&self) -> io::Result<()> {
+        self.inner.set_netlink_get_strict_chk(true)
+    }
+
+    /// The next sequence number, never 0.
+    pub(crate) fn next_sequence(&mut self) -> u32 {
+        self.sequence = self.sequence.wrapping_add(1).max(1);
+        self.sequence
+    }
+
+    /// The port that answers to this socket carry.
+    pub(crate) fn port(&self) -> u32 {
+        self.port
+    }
+
+    /// Makes room for a datagram of this many bytes, as far as the kernel grants it.
+    pub(crate) fn reserve(&self, bytes: usize) {
+        option::set_send_buffer(self.inner.as_fd(), bytes);
+    }
+
+    /// Makes room for this many unread bytes, as far as the kernel grants it.
+    pub(crate) fn reserve_unread(&self, bytes: usize) {
+        option::set_receive_buffer(self.inner.as_fd(), bytes);
+    }
+
+    /// Makes the kernel drop the messages for which the program returns 0.
+    pub(crate) fn filter(&self, program: &[Instruction]) -> io::Result<()> {
+        option::attach_filter(self.inner.as_fd(), program)
+    }
+
+    /// Makes the kernel drop nothing again.
+    pub(crate) fn unfilter(&self) -> io::Result<()> {
+        option::detach_filter(self.inner.as_fd())
+    }
+
+    /// Begins to receive what the kernel tells a group.
+    pub(crate) fn join(&self, group: u32) -> io::Result<()> {
+        self.inner.add_membership(group)
+    }
+
+    /// Receives what the kernel tells a group no longer.
+    pub(crate) fn leave(&self, group: u32) -> io::Result<()> {
+        self.inner.drop_membership(group)
+    }
+
+    /// Sends one datagram of one or more messages.
+    pub(crate) fn send(&mut self, datagram: &[u8]) -> io::Result<()> {
+        let send = |datagram: &[u8]| send(&self.inner, datagram);
+        #[cfg(feature = "testing")]
+        if let Some(tap) = &mut self.tap {
+            return tap.send(datagram, self.port, send);
+        }
+        send(datagram)
+    }
+
+    /// Receives one datagram from the kernel; an error of kind `WouldBlock` says there is none.
+    pub(crate) fn receive(&mut self) -> io::Result<&[u8]> {
+        #[cfg(feature = "testing")]
+        if let Some(made_up) = self.tap.as_mut().and_then(super::fault_injector::Tap::made_up) {
+            self.buffer.clear();
+            self.buffer.extend(made_up);
+            return Ok(&self.buffer);
+        }
+        self.fill()?;
+        #[cfg(feature = "testing")]
+        if let Some(tap) = &mut self.tap {
+            tap.damage(&mut self.buffer)?;
+        }
+        Ok(&self.buffer)
+    }
+
+    fn fill(&mut self) -> io::Result<()> {
+        loop {
+            self.buffer.clear();
+            // MSG_TRUNC makes the length that of the datagram, even if the buffer was too small.
+            let (length, from) = self.inner.recv_from(&mut self.buffer, MSG_TRUNC)?;
+            if length > self.buffer.len() {
+                return Err(io::Error::new(io::ErrorKind::InvalidData, "a datagram was cut"));
+            }
+            // Any process may send to us; only port 0 is the kernel.
+            if from.port_number() == 0 {
+                return Ok(());
+            }
+        }
+    }
+}
+
+fn send(socket: &RawSocket, datagram: &[u8]) -> io::Result<()> {
+    let sent = socket.send(datagram, 0)?;
+    if sent == datagram.len() {
+        Ok(())
+    } else {
+        Err(io::Error::new(io::ErrorKind::WriteZero, "the datagram was sent in part"))
+    }
+}
+
+const MSG_TRUNC: i32 = 0x20;
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.inner.as_fd()
+    }
+}

@@ -1,0 +1,239 @@
+//! What a large set holds, asked key by key.
+//!
+//! The kernel begins a listing at the first element for every datagram that it fills, and walks
+//! past those that it has told already: what it takes grows with the square of the set. To look
+//! one key up takes the same in a set of any size. So whoever knows what is probably there asks
+//! for every key of it.
+//!
+//! The kernel answers for each key on its own, with the sequence number of the request, and to
+//! read a million answers takes longer than to find what they say. So a request asks for keys of
+//! one value, has that value for its sequence number, and a filter of the socket drops the answers
+//! whose value is their sequence number. Left to be read are the differences, and for every
+//! datagram of requests one acknowledgement, of the last: that the kernel has come to its end.
+//!
+//! If the keys that are there are as many as the kernel counts in the set, there are no others. If
+//! not, somebody put one there that was not expected, and only a listing tells which.
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::HashMap;
+use std::io;
+
+use super::{Reader, add_elements};
+use crate::error::{KernelError, errno};
+use crate::kernel::netlink::bpf::{
+    ACCEPT, DROP, LENGTH, PUT_ASIDE, SEQUENCE, TYPE, as_loaded, half, is, is_the_same, word,
+};
+use crate::kernel::netlink::message::{Ack, Attributes, Messages, NLMSG_ERROR, Open, Writer, flag};
+use crate::kernel::netlink::socket::Instruction;
+use crate::kernel::nft::{batch, drain, element, kind};
+use crate::state::{Data, Elements, Key, NFT_TABLE, Set, Tag, Value};
+
+/// Bytes of requests after which no other begins in a datagram, and bytes of keys after which a
+/// request ends: together they are less than every socket takes, and a request is one attribute.
+const DATAGRAM: usize = 60_000;
+const REQUEST: usize = 60_000;
+
+/// Keys that are put in the order of their values together, for the memory that it takes.
+const AT_ONCE: usize = 65_536;
+
+/// Differences up to which it is worth to go on; with more a listing may be as quick.
+const MANY: usize = 1024;
+
+/// Bytes for the answers of so many differences, with the kernel's own part of them.
+const UNREAD: usize = 2 * 1024 * 1024;
+
+/// A key that was expected, and has another value or is not there.
+pub(super) type Difference = (Key, Option<Value>);
+
+/// Keys that are expected to have the same value.
+type Keys<'k> = &'k [(Tag, Key)];
+
+/// The requests of one datagram.
+struct Asked<'k> {
+    /// The keys of each, by sequence number.
+    requests: HashMap<u32, Keys<'k>>,
+    /// Sequence number of the last, which is acknowledged.
+    last: u32,
+    /// Bytes of a request in front of its first key, and those of a key.
+    head: usize,
+    each: usize,
+}
+
+impl Reader<'_> {
+    /// How a set of so many elements differs from what is expected of it; nothing if that is not
+    /// known without a listing.
+    pub(super) fn differences(
+        &mut self,
+        set: Set,
+        count: usize,
+        expected: &Elements,
+    ) -> Result<Option<Vec<Difference>>, KernelError> {
+        let number = expected.of(set).count();
+        let sample = expected.of(set).next().and_then(|(key, _)| filter(set, &key));
+        let hopeless = number < count || number - count > MANY;
+        let Some(filter) = sample.filter(|_| !hopeless) else { return Ok(None) };
+        drain(self.socket);
+        if self.socket.filter(&filter).is_err() {
+            return Ok(None);
+        }
+        self.socket.reserve_unread(UNREAD);
+        let found = self.ask_for_all(set, expected);
+        // What is left of an attempt that was given up answers no other request.
+        drain(self.socket);
+        self.socket.unfilter().map_err(|error| KernelError::io("detach a filter", &error))?;
+        let missing = |found: &[Difference]| found.iter().filter(|(_, is)| is.is_none()).count();
+        Ok(found.filter(|found| number - missing(found) == count))
+    }
+
+    fn ask_for_all(&mut self, set: Set, expected: &Elements) -> Option<Vec<Difference>> {
+        let (mut all, mut found) = (expected.of(set), Vec::new());
+        loop {
+            let some = all.by_ref().take(AT_ONCE).map(|(key, value)| Some((plain(&value)?, key)));
+            let mut keys = some.collect::<Option<Vec<_>>>()?;
+            if keys.is_empty() {
+                return Some(found);
+            }
+            keys.sort_unstable_by_key(|(tag, _)| *tag);
+            let mut left: Vec<_> = keys.chunk_by(|(one, _), (other, _)| one == other).collect();
+            while !left.is_empty() {
+                let asked = self.ask_for(set, &mut left)?;
+                left.extend(self.answers(set, &asked, &mut found)?);
+                if found.len() > MANY {
+                    return None;
+                }
+            }
+        }
+    }
+
+    /// Asks for as many of the keys as one datagram takes, and no value twice.
+    fn ask_for<'k>(&mut self, set: Set, left: &mut Vec<Keys<'k>>) -> Option<Asked<'k>> {
+        let mut writer = Writer::default();
+        let mut asked = Asked { requests: HashMap::new(), last: 0, head: 0, each: 0 };
+        let (mut first, mut last) = (None, None);
+        while let Some(keys) = left.pop() {
+            let value = keys.first()?.0.get();
+            let full = first.is_some_and(|first| writer.since(first) > DATAGRAM);
+            if full || asked.requests.contains_key(&value) {
+                left.push(keys);
+                break;
+            }
+            let message = begin(&mut writer, kind::GETSETELEM, flag::REQUEST, value, set);
+            let inside = writer.open(3);
+            asked.head = writer.since(message);
+            let mut count = 0;
+            for (_, key) in keys {
+                element::write(&mut writer, key, None);
+                count += 1;
+                if writer.since(inside) > REQUEST {
+                    break;
+                }
+            }
+            asked.each = (writer.since(message) - asked.head) / count;
+            writer.close(inside);
+            writer.end(message);
+            let (now, later) = keys.split_at_checked(count)?;
+            asked.requests.insert(value, now);
+            if !later.is_empty() {
+                left.push(later);
+            }
+            first = first.or(Some(message));
+            (asked.last, last) = (value, Some(message));
+        }
+        writer.demand_ack(last?);
+        self.socket.send(&writer.finish()?).ok()?;
+        Some(asked)
+    }
+
+    /// Takes the differences, and gives the keys behind one that is missing: there the kernel has
+    /// left off.
+    fn answers<'k>(
+        &mut self,
+        set: Set,
+        asked: &Asked<'k>,
+        found: &mut Vec<Difference>,
+    ) -> Option<Vec<Keys<'k>>> {
+        let (mut left, mut complete, mut moved) = (Vec::new(), false, false);
+        loop {
+            let datagram = match self.socket.receive() {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                other => other.ok()?,
+            };
+            for message in Messages::new(datagram) {
+                let message = message.ok()?;
+                let keys = asked.requests.get(&message.sequence)?;
+                if message.kind == NLMSG_ERROR {
+                    complete |= message.sequence == asked.last;
+                    let ack = Ack::read(&message).ok()?;
+                    if ack.errno != 0 {
+                        let (key, behind) = asked.missing(keys, &ack)?;
+                        found.push((key, None));
+                        left.extend(Some(behind).filter(|keys| !keys.is_empty()));
+                    }
+                    continue;
+                }
+                let (generation, body) = message.nfgen().ok()?;
+                moved |= generation != self.generation;
+                let mut elements = Some(Vec::new());
+                add_elements(Attributes::new(body), set, &mut elements).ok()?;
+                for one in elements? {
+                    found.push((element::key(set, &one.key)?, Some(one.value?)));
+                }
+            }
+        }
+        self.moved |= moved;
+        complete.then_some(left)
+    }
+}
+
+impl Asked<'_> {
+    /// The key that the kernel did not find, and those that it did not look for then.
+    fn missing<'k>(&self, keys: Keys<'k>, ack: &Ack) -> Option<(Key, Keys<'k>)> {
+        let offset = ack.offset.filter(|_| ack.errno == errno::ENOENT)?;
+        let into = offset.checked_sub(self.head)?;
+        let place = into.checked_div(self.each).filter(|place| place * self.each == into)?;
+        let ((_, key), behind) = keys.get(place..)?.split_first()?;
+        Some((*key, behind))
+    }
+}
+
+/// The value as it is in a set that can be asked so: nothing but a tag.
+const fn plain(value: &Value) -> Option<Tag> {
+    match value {
+        Value { data: Data::Tag(tag), comment: None } => Some(*tag),
+        _ => None,
+    }
+}
+
+fn begin(writer: &mut Writer, kind: u16, flags: u16, sequence: u32, set: Set) -> Open {
+    let message = writer.message(kind, flags, sequence);
+    writer.nfgen(batch::number(set.table()), 0);
+    writer.string(1, NFT_TABLE);
+    writer.string(2, &set.name());
+    message
+}
+
+/// Drops answers for elements with nothing but a key and a value, which is the sequence number.
+fn filter(set: Set, key: &Key) -> Option<[Instruction; 10]> {
+    let mut writer = Writer::default();
+    let answer = begin(&mut writer, kind::NEWSETELEM, 0, 0, set);
+    let value = Value::plain(Data::Tag(Tag::HERE));
+    writer.nest(3, |writer| element::write(writer, key, Some(&value)));
+    let length = u32::try_from(writer.since(answer)).ok()?;
+    // The value comes last, in the machine's own order like the sequence number.
+    let value = length.checked_sub(4)?;
+    Some([
+        half(TYPE),
+        is(as_loaded(kind::NEWSETELEM), 0, 6),
+        word(LENGTH),
+        is(u32::from_be_bytes(length.to_ne_bytes()), 0, 4),
+        word(SEQUENCE),
+        PUT_ASIDE,
+        word(value),
+        is_the_same(1, 0),
+        ACCEPT,
+        DROP,
+    ])
+}

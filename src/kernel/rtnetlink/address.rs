@@ -1,0 +1,151 @@
+//! Addresses of devices.
+
+use std::collections::BTreeSet;
+use std::fmt::Display;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+
+use super::requests::Request;
+use super::socket::RouteSocket;
+use crate::error::{KernelError, errno};
+use crate::types::{DeviceName, Family};
+
+const NO_IPV6: &str = "set the sysctl net.ipv6.conf.<device>.disable_ipv6 to 0";
+
+pub(crate) const fn kernel_family(family: Family) -> AddressFamily {
+    match family {
+        Family::V4 => AddressFamily::Inet,
+        Family::V6 => AddressFamily::Inet6,
+    }
+}
+
+/// Whether the kernel makes such addresses and neighbours of its own accord.
+pub(crate) fn is_link_local(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(_) => false,
+        IpAddr::V6(address) => address.is_unicast_link_local(),
+    }
+}
+
+pub(crate) fn message(index: u32, net: IpNet) -> AddressMessage {
+    let mut message = AddressMessage::default();
+    message.header.family = kernel_family(Family::of_net(&net));
+    message.header.prefix_len = net.prefix_len();
+    message.header.index = index;
+    message.attributes =
+        vec![AddressAttribute::Local(net.addr()), AddressAttribute::Address(net.addr())];
+    message
+}
+
+/// Index of the device and the address with its prefix length.
+pub(crate) fn parse(message: &AddressMessage) -> Option<(u32, IpNet)> {
+    let local = message.attributes.iter().find_map(|attribute| {
+        if let AddressAttribute::Local(address) = attribute { Some(*address) } else { None }
+    });
+    // IPv6 has "local" only where there is a peer, IPv4 always.
+    let address = local.or_else(|| {
+        message.attributes.iter().find_map(|attribute| {
+            if let AddressAttribute::Address(address) = attribute { Some(*address) } else { None }
+        })
+    })?;
+    let net = IpNet::new(address, message.header.prefix_len).ok()?;
+    Some((message.header.index, net))
+}
+
+/// Adds an address to a device.
+pub(crate) fn add(index: u32, net: IpNet) -> Request {
+    let mut message = message(index, net);
+    if matches!(net, IpNet::V6(_)) {
+        // Nobody else can have it, and until the check ends it cannot be used.
+        message.header.flags = AddressHeaderFlags::Nodad;
+    }
+    let message = RouteNetlinkMessage::NewAddress(message);
+    Request { message, flags: NLM_F_CREATE | NLM_F_EXCL }
+}
+
+/// Why an address was not added.
+pub(crate) fn not_added(net: IpNet, error: KernelError) -> KernelError {
+    // Not for want of a privilege, although the error number says so.
+    if error.errno() == Some(errno::EACCES) && matches!(net, IpNet::V6(_)) {
+        error.with_remedy(NO_IPV6)
+    } else {
+        error
+    }
+}
+
+/// Takes an address off a device.
+pub(crate) fn delete(index: u32, net: IpNet) -> Request {
+    Request { message: RouteNetlinkMessage::DelAddress(message(index, net)), flags: 0 }
+}
+
+impl RouteSocket {
+    /// Addresses of the device with this index, without link-local ones.
+    pub(crate) fn addresses(&mut self, index: u32) -> Result<BTreeSet<IpNet>, KernelError> {
+        let what = format!("ip addr show dev index {index}");
+        let mut found = BTreeSet::new();
+        for family in Family::BOTH {
+            let mut message = AddressMessage::default();
+            message.header.family = kernel_family(family);
+            message.header.index = index;
+            let nets = self.dump_addresses(&what, message, family)?;
+            found.extend(
+                nets.into_iter()
+                    .filter(|(at, net)| *at == index && !is_link_local(net.addr()))
+                    .map(|(_, net)| net),
+            );
+        }
+        Ok(found)
+    }
+
+    /// All addresses of this node, of whatever device.
+    pub(crate) fn local_addresses(&mut self) -> Result<BTreeSet<IpAddr>, KernelError> {
+        let mut found = BTreeSet::new();
+        for family in Family::BOTH {
+            let mut message = AddressMessage::default();
+            message.header.family = kernel_family(family);
+            let nets = self.dump_addresses(&"ip addr show", message, family)?;
+            found.extend(nets.into_iter().map(|(_, net)| net.addr()));
+        }
+        Ok(found)
+    }
+
+    /// The device that holds this address, and its MTU.
+    pub(crate) fn device_of(
+        &mut self,
+        address: IpAddr,
+    ) -> Result<Option<(DeviceName, u32)>, KernelError> {
+        let what = format!("ip addr show to {address}");
+        let family = Family::of(address);
+        let mut message = AddressMessage::default();
+        message.header.family = kernel_family(family);
+        let nets = self.dump_addresses(&what, message, family)?;
+        let Some((index, _)) = nets.into_iter().find(|(_, net)| net.addr() == address) else {
+            return Ok(None);
+        };
+        let device = self.device_at(index)?;
+        Ok(device.and_then(|device| Some((DeviceName::new(device.name).ok()?, device.mtu))))
+    }
+
+    fn dump_addresses(
+        &mut self,
+        what: &dyn Display,
+        message: AddressMessage,
+        family: Family,
+    ) -> Result<Vec<(u32, IpNet)>, KernelError> {
+        let message = RouteNetlinkMessage::GetAddress(message);
+        let found = self.dump(what, &message, |message| match message {
+            // A kernel without IPv6 answers with the addresses of all the families it has.
+            RouteNetlinkMessage::NewAddress(message)
+                if message.header.family == kernel_family(family) =>
+            {
+                parse(&message)
+            }
+            _ => None,
+        });
+        super::ops::unless_absent(family, found)
+    }
+}

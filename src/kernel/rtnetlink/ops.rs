@@ -1,0 +1,197 @@
+//! The part of the state that the kernel's routing subsystem holds.
+
+use std::collections::BTreeSet;
+use std::mem;
+
+use super::requests::{Request, Run};
+use super::socket::RouteSocket;
+use super::{address, fdb, leftovers, neighbour, route, rule};
+use crate::diff::op::Op;
+use crate::error::{KernelError, errno};
+use crate::state::{Route, State};
+use crate::types::{DeviceName, Family};
+
+/// Not among the error numbers that callers ask about.
+pub(crate) const EAFNOSUPPORT: i32 = 97;
+
+/// A kernel without IPv6 has nothing of it; that is no error.
+pub(crate) fn unless_absent<T>(
+    family: Family,
+    found: Result<Vec<T>, KernelError>,
+) -> Result<Vec<T>, KernelError> {
+    match found {
+        Err(error)
+            if family == Family::V6
+                && matches!(error.errno(), Some(EAFNOSUPPORT | errno::EOPNOTSUPP)) =>
+        {
+            Ok(Vec::new())
+        }
+        found => found,
+    }
+}
+
+/// What a refusal means to the operation; nothing if it comes to the same as success.
+fn explained(op: &Op, error: KernelError) -> Option<KernelError> {
+    match op {
+        Op::AddAddress(_, net) => Some(address::not_added(*net, error)),
+        Op::DeleteStrayRouting(_) if leftovers::is_gone(&error) => None,
+        _ => Some(error),
+    }
+}
+
+impl RouteSocket {
+    /// Makes changes one after another, of those that are not part of an nf_tables transaction;
+    /// all of them are tried. Says which were refused, in order.
+    pub(crate) fn make(&mut self, ops: &[Op]) -> Vec<(usize, KernelError)> {
+        let (mut refused, mut run, mut ours) = (Vec::new(), Run::default(), None);
+        for (place, op) in ops.iter().enumerate() {
+            if matches!(op, Op::AddLink(_) | Op::SetLink(_) | Op::DeleteLink(_)) {
+                // Several requests, each of which depends on the answers to those before; and our
+                // device may be another one afterwards.
+                refused.extend(self.make_run(mem::take(&mut run)));
+                refused.extend(self.make_link(op).err().map(|error| (place, error)));
+                ours = None;
+                continue;
+            }
+            match self.request_of(op, &mut ours) {
+                Ok(request) => run.push(place, op, request, self.next_sequence()),
+                Err(error) => refused.push((place, error)),
+            }
+            if run.is_full() {
+                refused.extend(self.make_run(mem::take(&mut run)));
+            }
+        }
+        refused.extend(self.make_run(run));
+        refused.sort_by_key(|(place, _)| *place);
+        refused
+    }
+
+    /// Makes one change.
+    #[cfg(test)]
+    pub(crate) fn make_one(&mut self, op: &Op) -> Result<(), KernelError> {
+        self.make(std::slice::from_ref(op)).pop().map_or(Ok(()), |(_, error)| Err(error))
+    }
+
+    /// Makes what is one request each.
+    fn make_run(&mut self, run: Run<'_>) -> Vec<(usize, KernelError)> {
+        // Before they are made, for a watch may hear of one before the answer is read.
+        run.ops().for_each(|op| self.expected().will_make(op));
+        let refused = self.request_all(run).into_iter().filter_map(|(place, op, error)| {
+            let error = explained(op, error)?;
+            self.expected().refused(op);
+            Some((place, error))
+        });
+        refused.collect()
+    }
+
+    fn make_link(&mut self, op: &Op) -> Result<(), KernelError> {
+        self.expected().will_make(op);
+        let made = match op {
+            Op::AddLink(link) => self.add_link(op, link),
+            Op::SetLink(link) => self.set_link(op, link),
+            Op::DeleteLink(name) => self.delete_link(op, name),
+            _ => Ok(()),
+        };
+        if made.is_err() {
+            self.expected().refused(op);
+        }
+        made
+    }
+
+    /// What an operation asks of the kernel; `ours` is our device and its index, once known.
+    fn request_of(
+        &mut self,
+        op: &Op,
+        ours: &mut Option<(DeviceName, u32)>,
+    ) -> Result<Request, KernelError> {
+        let mut index = |device: &DeviceName| match ours {
+            // The kernel gives no index to another device: were it gone, it would say so.
+            Some((name, index)) if name == device => Ok(*index),
+            _ => {
+                let index = self.our_device(op, device)?.index;
+                *ours = Some((device.clone(), index));
+                Ok(index)
+            }
+        };
+        let mut oif = |device: &DeviceName, route: &Route| match route {
+            Route::Via(_) => index(device),
+            Route::Throw | Route::Unreachable => Ok(0),
+        };
+        Ok(match op {
+            Op::PutRoute(device, key, route) => route::put(key, *route, oif(device, route)?),
+            Op::DeleteRoute(device, key, route) => route::delete(key, *route, oif(device, route)?),
+            Op::AddAddress(device, net) => address::add(index(device)?, *net),
+            Op::DeleteAddress(device, net) => address::delete(index(device)?, *net),
+            Op::PutFdb(device, mac, node) => fdb::put(index(device)?, *mac, *node),
+            Op::DeleteFdb(device, mac, node) => fdb::delete(index(device)?, *mac, *node),
+            Op::PutNeighbour(device, ip, mac) => neighbour::put(index(device)?, *ip, *mac),
+            Op::DeleteNeighbour(device, ip) => neighbour::delete(index(device)?, *ip),
+            Op::AddRule(rule) => rule::add(rule),
+            Op::DeleteRule(rule) => rule::delete(rule),
+            Op::DeleteStrayRouting(stray) => return leftovers::delete(op, stray),
+            Op::AddLink(_) | Op::SetLink(_) | Op::DeleteLink(_) => {
+                return Err(KernelError::answer(op, "a device takes more than one request"));
+            }
+            Op::WakeTable(_)
+            | Op::AddTable(_)
+            | Op::DeleteTable(_)
+            | Op::AddSet(_)
+            | Op::DeleteSet(_)
+            | Op::AddChain(..)
+            | Op::DeleteChain(_)
+            | Op::SetRules(..)
+            | Op::AddElement(..)
+            | Op::DeleteElement(..)
+            | Op::DeleteStray(..)
+            | Op::HoldAnswers(_)
+            | Op::MarkConnection(..)
+            | Op::EndConnection(_) => {
+                return Err(KernelError::answer(
+                    op,
+                    "operations of netfilter go by the other socket",
+                ));
+            }
+            Op::AddIpset(..)
+            | Op::PutIpset(..)
+            | Op::DeleteIpset(_)
+            | Op::PutMember(..)
+            | Op::DeleteMember(..)
+            | Op::AddXtChain(..)
+            | Op::DeleteXtChain(..)
+            | Op::EditXtChain(..) => {
+                return Err(KernelError::answer(
+                    op,
+                    "this needs a datapath that was opened for iptables",
+                ));
+            }
+        })
+    }
+
+    /// Reads back the tunnel device with what is on it, the routes and the rules.
+    pub(crate) fn observe(&mut self, state: &mut State) -> Result<(), KernelError> {
+        let link = self.link()?;
+        let index = link.as_ref().map(|(index, _)| *index);
+        state.link = link.map(|(_, link)| link);
+        if let Some(index) = index {
+            state.addresses = self.addresses(index)?;
+            state.fdb = self.fdb(index)?;
+            state.neighbours = self.neighbours(index)?;
+        } else {
+            state.addresses.clear();
+            state.fdb.clear();
+            state.neighbours.clear();
+        }
+        (state.routes, state.strays) = self.routes(index)?;
+        let (rules, strays) = self.rules()?;
+        state.rules = rules;
+        state.strays.extend(strays);
+        Ok(())
+    }
+
+    /// Every table that a rule names or that holds a route, of either family and of whoever.
+    pub(crate) fn tables_in_use(&mut self) -> Result<BTreeSet<u32>, KernelError> {
+        let mut tables: BTreeSet<u32> = self.tables_of_routes()?.into_iter().collect();
+        tables.extend(self.tables_of_rules()?);
+        Ok(tables)
+    }
+}

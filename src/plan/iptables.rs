@@ -1,0 +1,56 @@
+//! The same datapath in iptables: chains with the names of its ancestors, and sets.
+
+mod classes;
+mod rules;
+mod sets;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+
+use super::policies::Policies;
+use super::validate::World;
+use super::{Gateways, PlanError};
+use crate::cluster::{Backend, Iptables};
+use crate::state::{Ipset, IpsetContents, Xtables};
+use crate::types::Family;
+
+use classes::Classes;
+use rules::Rules;
+use sets::Sets;
+
+/// What iptables cannot say: in the name of a device `+` is a wildcard, and some other characters
+/// are nobody's.
+pub(super) fn check(world: &World) -> Result<(), PlanError> {
+    let device = &world.cluster.tunnel.device;
+    let good = |c: char| c.is_ascii_alphanumeric() || "._-@".contains(c);
+    if world.cluster.backend == Backend::Nftables || device.as_str().chars().all(good) {
+        return Ok(());
+    }
+    Err(PlanError::IptablesDevice { device: device.clone() })
+}
+
+/// The sets and chains of this node.
+pub(super) fn xtables(
+    world: &World,
+    policies: &Policies,
+    gateways: &Gateways,
+    iptables: Iptables,
+) -> (BTreeMap<Ipset, IpsetContents>, Xtables) {
+    let (mut contents, mut tables) = (BTreeMap::new(), Xtables::default());
+    let policies: Vec<_> = policies.ordered().into_iter().map(|(_, kept)| kept).collect();
+    let names = sets::names(&policies);
+    for family in Family::BOTH {
+        let selects = policies.iter().any(|policy| policy.sources.has(family));
+        let mut tunnel = world.here.tunnel.iter().map(Family::of_net);
+        if !selects && !tunnel.any(|of| of == family) {
+            continue;
+        }
+        let classes = Classes::new(&policies, family);
+        let policies = policies.as_slice();
+        let sets = Sets { world, policies, gateways, names: &names, family, classes: &classes };
+        contents.extend(sets.contents());
+        Rules { sets: &sets, iptables }.add_to(&mut tables);
+    }
+    (contents, tables)
+}

@@ -1,0 +1,80 @@
+//! Sources that have the same policies.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
+
+use crate::plan::intervals::segments;
+use crate::plan::policies::Kept;
+use crate::range::IpRange;
+use crate::types::Family;
+
+/// Rank of a policy in the total order (priority, id).
+pub(crate) type Rank = u32;
+
+/// Number of a class.
+pub(crate) type Class = usize;
+
+/// The sources of one family, each with its class.
+#[derive(Default)]
+pub(crate) struct Classes {
+    /// Single addresses.
+    pub(crate) hosts: Vec<(IpAddr, Class)>,
+    /// Ranges of addresses, disjoint and in order.
+    pub(crate) ranges: Vec<(IpRange, Class)>,
+    /// The policies of each class in order; only the last may take every destination.
+    pub(crate) members: Vec<Vec<Rank>>,
+}
+
+impl Classes {
+    pub(crate) fn new(policies: &[&Kept], family: Family) -> Self {
+        let (mut nets, mut hosts) = (Vec::new(), BTreeMap::<IpAddr, Vec<Rank>>::new());
+        for (rank, policy) in (0..).zip(policies) {
+            let cover = policy.sources.cover.iter();
+            nets.extend(cover.filter(|net| Family::of_net(net) == family).map(|net| (*net, rank)));
+            let single = policy.sources.single().into_iter();
+            for host in single.filter(|host| Family::of(*host) == family) {
+                hosts.entry(host).or_default().push(rank);
+            }
+        }
+        let mut classes = Self::default();
+        let mut known = HashMap::new();
+        let segments = segments(&nets, family);
+        for (range, ranks) in &segments {
+            let class = classes.class(ranks.clone(), policies, family, &mut known);
+            classes.ranges.push((*range, class));
+        }
+        for (host, mut ranks) in hosts {
+            let at = segments.partition_point(|(range, _)| range.last() < host);
+            let around = segments.get(at).filter(|(range, _)| range.contains(host));
+            ranks.extend(around.iter().flat_map(|(_, ranks)| ranks));
+            let class = classes.class(ranks, policies, family, &mut known);
+            classes.hosts.push((host, class));
+        }
+        classes
+    }
+
+    /// The class of these policies, without those that come after one that takes everything.
+    fn class(
+        &mut self,
+        mut ranks: Vec<Rank>,
+        policies: &[&Kept],
+        family: Family,
+        known: &mut HashMap<Vec<Rank>, Class>,
+    ) -> Class {
+        ranks.sort_unstable();
+        ranks.dedup();
+        let takes_all =
+            |rank: &Rank| policy(policies, *rank).is_some_and(|policy| policy.takes_all(family));
+        if let Some(end) = ranks.iter().position(takes_all) {
+            ranks.truncate(end + 1);
+        }
+        *known.entry(ranks).or_insert_with_key(|ranks| {
+            self.members.push(ranks.clone());
+            self.members.len() - 1
+        })
+    }
+}
+
+pub(crate) fn policy<'a>(policies: &[&'a Kept], rank: Rank) -> Option<&'a Kept> {
+    policies.get(usize::try_from(rank).ok()?).copied()
+}

@@ -1,0 +1,353 @@
+//! The chains and their rules.
+
+use std::net::IpAddr;
+
+use super::sets::{Sets, Way};
+use crate::cluster::Iptables;
+use crate::plan::policies::Kept;
+use crate::state::{
+    Comment, CtState, Direction, Ipset, Is, MarkBits, Side, XtChain, XtMatch, XtName, XtRule,
+    XtTable, XtTarget, Xtables,
+};
+use crate::types::{Family, Mark};
+
+/// The rules of one family.
+pub(crate) struct Rules<'a> {
+    pub(crate) sets: &'a Sets<'a>,
+    pub(crate) iptables: Iptables,
+}
+
+fn rule<const N: usize>(matches: [XtMatch; N], target: XtTarget, comment: &str) -> XtRule {
+    XtRule { matches: matches.into(), target, comment: comment.into() }
+}
+
+/// A jump to a chain of ours.
+fn to<const N: usize>(matches: [XtMatch; N], chain: XtName, what: &str) -> XtRule {
+    rule(matches, XtTarget::Jump(chain), &format!("egress gateway: {what}"))
+}
+
+impl Rules<'_> {
+    /// Adds the chains, and the jumps to them at the head of the built-in ones.
+    pub(crate) fn add_to(&self, tables: &mut Xtables) {
+        use XtName as N;
+        use XtTable::{Filter, Mangle, Nat};
+        let family = self.sets.family;
+        let mut chain = |table, name, rules| {
+            tables.chains.insert(XtChain { family, table, name }, rules);
+        };
+        chain(Mangle, N::MarkRequest, self.mark_request());
+        chain(Mangle, N::ResetMark, self.reset_mark());
+        chain(Mangle, N::Guard, self.guard());
+        chain(Mangle, N::CheckSnat, self.check_snat());
+        chain(Mangle, N::Clear, vec![self.set_mark(0, "egress gateway: stays inside")]);
+        let here = self.set_mark(self.tunnel().get(), "egress gateway: leaves from here");
+        chain(Mangle, N::Here, vec![here]);
+        let closed = self.set_mark(self.closed().get(), "egress gateway: closed");
+        chain(Mangle, N::Closed, vec![closed]);
+        for (node, gateway) in self.sets.gateways {
+            let comment = format!("egress gateway: {}", Comment::of_name(node.as_str()).as_str());
+            let mark = self.set_mark(gateway.mark.get(), &comment);
+            chain(Mangle, N::To(gateway.mark), vec![mark]);
+        }
+        chain(Nat, N::NoSnat, self.no_snat());
+        chain(Nat, N::SnatEip, self.snat_eip());
+        if self.iptables.accept {
+            chain(Filter, N::KeepMark, self.keep_mark());
+            chain(Filter, N::Tunnel, self.tunnel_packets());
+        }
+        let mut jump = |table, name, jumps: Vec<XtRule>| {
+            tables.jumps.insert(XtChain { family, table, name }, (1..).zip(jumps).collect());
+        };
+        jump(Mangle, N::Prerouting, self.to_mark_request());
+        jump(Mangle, N::Forward, self.to_reset_mark());
+        jump(Mangle, N::Input, vec![to([], N::Guard, "guard tunnel and EIP")]);
+        let translated = [self.is_tunnel(Is::So)];
+        jump(Mangle, N::Postrouting, vec![to(translated, N::CheckSnat, "check snat")]);
+        let translate = vec![to([], N::SnatEip, "snat EIP"), to([], N::NoSnat, "no snat")];
+        jump(Nat, N::Postrouting, translate);
+        if self.iptables.accept {
+            jump(Filter, N::Forward, vec![to([], N::KeepMark, "keep mark")]);
+            jump(Filter, N::Input, vec![to([], N::Tunnel, "tunnel")]);
+            jump(Filter, N::Output, vec![to([], N::Tunnel, "tunnel")]);
+        }
+    }
+
+    /// A packet that is not ours passes no chain of ours when it is forwarded: each one costs it
+    /// a jump, its counter and comment, and the way back.
+    fn to_mark_request(&self) -> Vec<XtRule> {
+        let selected = [self.input(Is::Not), self.source(Is::So, Ipset::Selected)];
+        vec![
+            // Never put into the tunnel again: two nodes that disagree about the gateway would
+            // send it to and fro. Later chains cannot trust the input device, so the mark does.
+            to([self.input(Is::So)], XtName::Here, "out of the tunnel"),
+            to(selected, XtName::MarkRequest, "mark egress packet"),
+        ]
+    }
+
+    /// All that the chain acts on, in an order in which nothing passes it as marked first and then
+    /// again as what has lost its mark.
+    fn to_reset_mark(&self) -> Vec<XtRule> {
+        let ours = XtMatch::Connmark(Is::So, self.connection());
+        let unmarked = [self.marked(Is::Not), ours, XtMatch::Direction(Direction::Original)];
+        vec![
+            to(unmarked, XtName::ResetMark, "without the mark of its connection"),
+            to([self.tunnel_port()], XtName::ResetMark, "to the tunnel"),
+            to([self.marked(Is::So)], XtName::ResetMark, "reset mark"),
+        ]
+    }
+
+    fn tunnel(&self) -> Mark {
+        self.sets.world.cluster.marks.tunnel()
+    }
+
+    /// Of packets that are dropped once it is known that they do not stay inside; no gateway's.
+    fn closed(&self) -> Mark {
+        self.sets.world.cluster.marks.reply()
+    }
+
+    fn connection(&self) -> MarkBits {
+        self.sets.world.cluster.marks.connection()
+    }
+
+    /// Whether it came out of the tunnel.
+    fn input(&self, is: Is) -> XtMatch {
+        XtMatch::InputDevice(is, self.sets.world.cluster.tunnel.device.clone())
+    }
+
+    fn to_tunnel(&self) -> XtMatch {
+        XtMatch::OutputDevice(self.sets.world.cluster.tunnel.device.clone())
+    }
+
+    fn tunnel_port(&self) -> XtMatch {
+        XtMatch::UdpPort(self.sets.world.cluster.tunnel.port)
+    }
+
+    fn set_mark(&self, value: u32, comment: &str) -> XtRule {
+        let mask = self.sets.mask();
+        rule([], XtTarget::SetMark(MarkBits { mask, value: value & mask }), comment)
+    }
+
+    /// By the bits that tell it from gateways' marks whichever there are.
+    fn is_tunnel(&self, is: Is) -> XtMatch {
+        let mask = self.connection().mask & self.sets.mask();
+        XtMatch::Mark(is, MarkBits { mask, value: self.tunnel().get() & mask })
+    }
+
+    /// Whether any bit is set that tells our marks from others, whichever gateways there are.
+    fn marked(&self, is: Is) -> XtMatch {
+        let none = if is == Is::So { Is::Not } else { Is::So };
+        XtMatch::Mark(none, MarkBits { mask: self.connection().mask, value: 0 })
+    }
+
+    fn source(&self, is: Is, set: fn(Family) -> Ipset) -> XtMatch {
+        XtMatch::Set(is, set(self.sets.family), Side::Src)
+    }
+
+    fn destination(&self, is: Is, set: fn(Family) -> Ipset) -> XtMatch {
+        XtMatch::Set(is, set(self.sets.family), Side::Dst)
+    }
+
+    /// A rule for the packets of a policy.
+    fn of_policy(&self, policy: &Kept, name: u64, target: XtTarget, what: &str) -> XtRule {
+        let family = self.sets.family;
+        let comment = format!("rule {}: {what}", policy.comment.as_str());
+        let source = XtMatch::Set(Is::So, Ipset::Sources(family, name), Side::Src);
+        let mut rule = rule([source], target, &comment);
+        if !policy.takes_all(family) {
+            let listed = Ipset::Destinations(family, name);
+            rule.matches.insert(XtMatch::Set(Is::So, listed, Side::Dst));
+        }
+        rule
+    }
+
+    fn mark_request(&self) -> Vec<XtRule> {
+        let family = self.sets.family;
+        let reply = XtMatch::Direction(Direction::Reply);
+        let invalid = XtMatch::State(Is::So, CtState::Invalid);
+        let mut rules = vec![
+            rule(
+                [self.destination(Is::So, Ipset::Ignored)],
+                XtTarget::Return,
+                "egress gateway: inside",
+            ),
+            rule([reply], XtTarget::Return, "egress gateway: opened by others"),
+            // Translation leaves it alone, so it would leave with the pod's address.
+            rule([invalid], XtTarget::Drop, "egress gateway: cannot be translated"),
+            rule(
+                [self.source(Is::So, Ipset::Closed)],
+                XtTarget::Goto(XtName::Closed),
+                "egress gateway: closed",
+            ),
+        ];
+        for (policy, name) in self.sets.ruled() {
+            let target = match self.sets.way(policy) {
+                Way::To(mark) => XtTarget::Goto(XtName::To(mark)),
+                Way::Here => XtTarget::Goto(XtName::Here),
+                Way::Closed => XtTarget::Goto(XtName::Closed),
+                Way::Bypass => XtTarget::Return,
+            };
+            rules.push(self.of_policy(policy, name, target, "mark request packet"));
+        }
+        let by_source = XtTarget::MapMark(Ipset::Marks(family));
+        rules.push(rule([], by_source, "egress gateway: mark by source"));
+        rules
+    }
+
+    fn reset_mark(&self) -> Vec<XtRule> {
+        let original = XtMatch::Direction(Direction::Original);
+        let injected = [
+            self.tunnel_port(),
+            self.destination(Is::So, Ipset::Peers),
+            self.source(Is::Not, Ipset::Peers),
+        ];
+        let mut rules = vec![
+            // Masqueraded by this node, a pod's frame would come from a known one.
+            rule(injected, XtTarget::Drop, "egress gateway: no pod speaks to the tunnel"),
+            // The outer packet inherits the mark; routed by it, it would enter the tunnel again.
+            XtRule {
+                matches: [self.to_tunnel()].into(),
+                ..self.set_mark(0, "egress gateway: change mark")
+            },
+            rule([self.to_tunnel()], XtTarget::Return, "egress gateway: into the tunnel"),
+            // Of a connection that was ours, and on no way of ours any more: its policy has gone.
+            rule(
+                [XtMatch::Connmark(Is::So, self.connection()), original, self.is_tunnel(Is::Not)],
+                XtTarget::Drop,
+                "egress gateway: policy has gone",
+            ),
+            // Marked before destination NAT showed that it stays inside.
+            rule(
+                [self.marked(Is::So), self.destination(Is::So, Ipset::Ignored)],
+                XtTarget::Goto(XtName::Clear),
+                "egress gateway: inside",
+            ),
+        ];
+        let mask = self.connection().mask & self.sets.mask();
+        let closed = MarkBits { mask, value: self.closed().get() & mask };
+        rules.push(rule([XtMatch::Mark(Is::So, closed)], XtTarget::Drop, "egress gateway: closed"));
+        // Marked, and yet not on its way into the tunnel: link, route or rule is missing.
+        let stray = |bits| {
+            rule([XtMatch::Mark(Is::So, bits)], XtTarget::Drop, "egress gateway: way is missing")
+        };
+        let layout = self.sets.world.cluster.marks;
+        if layout.tells_by_prefix() {
+            rules.push(stray(MarkBits { mask: layout.prefix_mask(), value: layout.prefix() }));
+        } else {
+            let mask = self.sets.mask();
+            let gateways = self.sets.gateways.values();
+            rules.extend(
+                gateways.map(|gateway| stray(MarkBits { mask, value: gateway.mark.get() })),
+            );
+        }
+        rules
+    }
+
+    fn guard(&self) -> Vec<XtRule> {
+        let stranger = [self.tunnel_port(), self.source(Is::Not, Ipset::Peers)];
+        // VXLAN is not authenticated: anyone could speak with an egress IP.
+        // To any other address of this node no node sends any: a pod's frame would come from where
+        // it is masqueraded.
+        let elsewhere = [self.tunnel_port(), self.destination(Is::Not, Ipset::Underlay)];
+        let mut rules = vec![
+            rule(stranger, XtTarget::Drop, "egress gateway: unknown node"),
+            rule(elsewhere, XtTarget::Drop, "egress gateway: not for a node"),
+        ];
+        if self.sets.family == Family::V6 {
+            // Neighbour discovery (RFC 4861): without an answer to a unicast probe the router
+            // forgets who has the address.
+            for kind in [135, 136] {
+                let matches =
+                    [XtMatch::Icmp6Type(kind), self.destination(Is::So, Ipset::EgressIps)];
+                rules.push(rule(matches, XtTarget::Return, "egress gateway: neighbours"));
+            }
+        }
+        let eip = [self.destination(Is::So, Ipset::EgressIps)];
+        rules.push(rule(eip, XtTarget::Drop, "egress gateway: no service on an EIP"));
+        rules
+    }
+
+    /// Of connections that are open: iptables has no place behind translation to look at the
+    /// first packet.
+    fn check_snat(&self) -> Vec<XtRule> {
+        let original = || XtMatch::Direction(Direction::Original);
+        let open = || XtMatch::Confirmed(Is::So);
+        let untracked = XtMatch::State(Is::So, CtState::InvalidOrUntracked);
+        let foreign = XtMatch::Connmark(Is::Not, self.connection());
+        let plain = XtMatch::State(Is::Not, CtState::Snat);
+        vec![
+            // The jump asks the same, but not one that is about to be replaced by ours.
+            rule([self.is_tunnel(Is::Not)], XtTarget::Return, "egress gateway: not ours"),
+            rule([untracked], XtTarget::Drop, "egress gateway: cannot be translated"),
+            rule(
+                [original(), open(), foreign],
+                XtTarget::Drop,
+                "egress gateway: older than its policy",
+            ),
+            rule([original(), open(), plain], XtTarget::Drop, "egress gateway: not translated"),
+            XtRule { matches: [open()].into(), ..self.set_mark(0, "egress gateway: translated") },
+        ]
+    }
+
+    fn no_snat(&self) -> Vec<XtRule> {
+        let bound = XtTarget::SetConnmark(self.connection());
+        let mut rules = vec![
+            rule([self.to_tunnel()], bound, "egress gateway: no snat"),
+            // ACCEPT would not keep a masquerade in another table from binding.
+            rule([self.to_tunnel()], XtTarget::Netmap(self.sets.family), "egress gateway: no snat"),
+        ];
+        if self.iptables.weave {
+            for (policy, name) in self.sets.ruled() {
+                if let Way::To(_) = self.sets.way(policy) {
+                    let what = "weave does not do SNAT";
+                    rules.push(self.of_policy(policy, name, XtTarget::Accept, what));
+                }
+            }
+        }
+        rules
+    }
+
+    fn snat_eip(&self) -> Vec<XtRule> {
+        let family = self.sets.family;
+        let bound = XtTarget::SetConnmark(self.connection());
+        let mut rules = vec![
+            rule([self.is_tunnel(Is::Not)], XtTarget::Return, "egress gateway: not ours"),
+            rule([], bound, "egress gateway: snat EIP"),
+            // Of later packets it is taken off before they come here.
+            self.set_mark(0, "egress gateway: snat EIP"),
+        ];
+        for (policy, name) in self.sets.local() {
+            let target = policy
+                .egress_ip
+                .address(family)
+                .map_or(XtTarget::Masquerade, |address: IpAddr| XtTarget::Snat(address));
+            rules.push(self.of_policy(policy, name, target, "snat EIP"));
+        }
+        // Tunnelled to us, but nothing here knows it.
+        rules.push(rule([], XtTarget::Sink, "egress gateway: no policy, drop"));
+        rules
+    }
+
+    fn keep_mark(&self) -> Vec<XtRule> {
+        let ours =
+            [XtMatch::Connmark(Is::So, self.connection()), XtMatch::Direction(Direction::Reply)];
+        let accept = |matches| XtRule {
+            matches,
+            target: XtTarget::Accept,
+            comment: "egress gateway: keep mark".into(),
+        };
+        vec![
+            accept([self.to_tunnel()].into()),
+            accept([self.is_tunnel(Is::So)].into()),
+            accept(ours.into()),
+        ]
+    }
+
+    fn tunnel_packets(&self) -> Vec<XtRule> {
+        let accept =
+            |matches: [XtMatch; 2]| rule(matches, XtTarget::Accept, "egress gateway: tunnel");
+        vec![
+            accept([self.tunnel_port(), self.source(Is::So, Ipset::Peers)]),
+            accept([self.tunnel_port(), self.destination(Is::So, Ipset::Peers)]),
+        ]
+    }
+}

@@ -1,0 +1,352 @@
+//! Policies without contradictions, kept for as long as they are wanted.
+
+use std::cmp::Ordering;
+use std::collections::{BTreeSet, HashMap};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnet::IpNet;
+
+use super::tags::Numbers;
+use super::validate::{World, around, canonical, check_egress_ip, check_net, disjoint};
+use super::{PlanError, PolicyError};
+use crate::policy::{Destinations, EgressIp, Policy, Unavailable};
+use crate::state::{Comment, Tag};
+use crate::types::{Family, NodeName, PolicyId};
+
+/// A policy's place among those that are kept.
+pub(super) type Handle = u32;
+
+/// A policy in canonical form, with no tie to the caller's.
+#[derive(Debug)]
+pub(super) struct Kept {
+    pub(super) id: PolicyId,
+    pub(super) comment: Comment,
+    /// What the kernel's maps know it by.
+    pub(super) tag: Tag,
+    pub(super) priority: u32,
+    /// Disjoint, in order; a prefix of length 0 stands for all of its family.
+    pub(super) destinations: Option<Vec<IpNet>>,
+    /// Its place in the cluster's list of nodes.
+    pub(super) gateway: Option<usize>,
+    pub(super) egress_ip: EgressIp,
+    pub(super) unavailable: Unavailable,
+    pub(super) sources: Sources,
+}
+
+/// The sources of a policy, as the caller named them and each once.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Sources {
+    pub(super) v4: BTreeSet<u32>,
+    pub(super) v6: BTreeSet<u128>,
+    /// Those that are more than one address, in order.
+    nets: Vec<IpNet>,
+    /// The same, disjoint.
+    pub(super) cover: Vec<IpNet>,
+}
+
+impl Sources {
+    pub(super) fn of(nets: &[IpNet]) -> Result<Self, PolicyError> {
+        if nets.is_empty() {
+            return Err(PolicyError::NoSources);
+        }
+        let (mut v4, mut v6, mut wide) = (Vec::with_capacity(nets.len()), Vec::new(), Vec::new());
+        for net in nets {
+            match net {
+                // A single IPv4 address is never wrong.
+                IpNet::V4(net) if net.prefix_len() == 32 => v4.push(net.addr().to_bits()),
+                net => {
+                    check_net(net)?;
+                    match net {
+                        IpNet::V6(net) if net.prefix_len() == 128 => v6.push(net.addr().to_bits()),
+                        net => wide.push(*net),
+                    }
+                }
+            }
+        }
+        wide.sort_unstable();
+        wide.dedup();
+        let cover = disjoint(wide.clone());
+        let (v4, v6) = (v4.into_iter().collect(), v6.into_iter().collect());
+        Ok(Self { v4, v6, nets: wide, cover })
+    }
+
+    /// Whether a list names exactly these.
+    pub(super) fn are(&self, nets: &[IpNet]) -> bool {
+        self.are_in_order(nets) || Self::of(nets).is_ok_and(|other| *self == other)
+    }
+
+    /// Whether a list names these one by one in order, as one that has not changed mostly does.
+    fn are_in_order(&self, nets: &[IpNet]) -> bool {
+        let (mut v4, mut v6, mut wide) = (self.v4.iter(), self.v6.iter(), self.nets.iter());
+        let same = nets.iter().all(|net| match net {
+            IpNet::V4(net) if net.prefix_len() == 32 => v4.next() == Some(&net.addr().to_bits()),
+            IpNet::V6(net) if net.prefix_len() == 128 => v6.next() == Some(&net.addr().to_bits()),
+            net => wide.next() == Some(net),
+        });
+        same && v4.next().is_none() && v6.next().is_none() && wide.next().is_none()
+    }
+
+    /// Whether a list names all of these, and perhaps more.
+    pub(super) fn are_all_among(&self, nets: &[IpNet]) -> bool {
+        let named: BTreeSet<_> = nets.iter().filter(|net| self.contains(**net)).collect();
+        named.len() == self.len()
+    }
+
+    fn contains(&self, net: IpNet) -> bool {
+        match net {
+            IpNet::V4(net) if net.prefix_len() == 32 => self.v4.contains(&net.addr().to_bits()),
+            IpNet::V6(net) if net.prefix_len() == 128 => self.v6.contains(&net.addr().to_bits()),
+            net => self.nets.binary_search(&net).is_ok(),
+        }
+    }
+
+    /// Adds a source; whether it was not there. The cover does not follow by itself.
+    pub(super) fn insert(&mut self, net: IpNet) -> bool {
+        match net {
+            IpNet::V4(net) if net.prefix_len() == 32 => self.v4.insert(net.addr().to_bits()),
+            IpNet::V6(net) if net.prefix_len() == 128 => self.v6.insert(net.addr().to_bits()),
+            net => {
+                let place = self.nets.binary_search(&net);
+                place.map_err(|place| self.nets.insert(place, net)).is_err()
+            }
+        }
+    }
+
+    /// Takes a source out; whether it was there. The cover does not follow by itself.
+    pub(super) fn remove(&mut self, net: IpNet) -> bool {
+        match net {
+            IpNet::V4(net) if net.prefix_len() == 32 => self.v4.remove(&net.addr().to_bits()),
+            IpNet::V6(net) if net.prefix_len() == 128 => self.v6.remove(&net.addr().to_bits()),
+            net => {
+                let place = self.nets.binary_search(&net);
+                place.map(|place| self.nets.remove(place)).is_ok()
+            }
+        }
+    }
+
+    /// Makes the cover fit; whether it did not.
+    pub(super) fn fit_cover(&mut self) -> bool {
+        if self.nets.is_empty() && self.cover.is_empty() {
+            return false;
+        }
+        let cover = disjoint(self.nets.clone());
+        let changed = cover != self.cover;
+        self.cover = cover;
+        changed
+    }
+
+    /// The single addresses.
+    pub(super) fn single(&self) -> Vec<IpAddr> {
+        let v4 = self.v4.iter().map(|address| IpAddr::from(Ipv4Addr::from_bits(*address)));
+        let v6 = self.v6.iter().map(|address| IpAddr::from(Ipv6Addr::from_bits(*address)));
+        v4.chain(v6).collect()
+    }
+
+    /// The single addresses that others do not have.
+    pub(super) fn without(&self, other: &Self) -> Vec<IpAddr> {
+        let v4 = self.v4.difference(&other.v4).map(|a| IpAddr::from(Ipv4Addr::from_bits(*a)));
+        let v6 = self.v6.difference(&other.v6).map(|a| IpAddr::from(Ipv6Addr::from_bits(*a)));
+        v4.chain(v6).collect()
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.v4.len() + self.v6.len() + self.nets.len()
+    }
+
+    /// Whether any is of this family.
+    pub(super) fn has(&self, family: Family) -> bool {
+        let single = match family {
+            Family::V4 => !self.v4.is_empty(),
+            Family::V6 => !self.v6.is_empty(),
+        };
+        single || self.cover.iter().any(|net| Family::of_net(net) == family)
+    }
+
+    /// Whether an address is in one of the prefixes.
+    pub(super) fn covers(&self, address: IpAddr) -> bool {
+        around(&self.cover, address).is_some()
+    }
+}
+
+impl Kept {
+    pub(super) fn new<P: Policy>(policy: &P, world: &World) -> Result<Self, PlanError> {
+        let id = policy.id();
+        Self::check(policy, world)
+            .map_err(|source| PlanError::Policy { policy: id.clone(), source })
+    }
+
+    fn check<P: Policy>(policy: &P, world: &World) -> Result<Self, PolicyError> {
+        if policy.sources().is_empty() {
+            return Err(PolicyError::NoSources);
+        }
+        let destinations = match policy.destinations() {
+            Destinations::External => None,
+            Destinations::Nets(nets) if nets.is_empty() => return Err(PolicyError::NoDestinations),
+            Destinations::Nets(nets) => Some(canonical(nets)?),
+        };
+        let gateway = place(policy.gateway(), world)?;
+        for address in policy.egress_ip().addresses() {
+            check_egress_ip(address, world)?;
+        }
+        Ok(Self {
+            id: policy.id().clone(),
+            comment: Comment::of_policy(policy.id()),
+            tag: Tag::CLOSED,
+            priority: policy.priority(),
+            sources: Sources::of(policy.sources())?,
+            destinations,
+            gateway,
+            egress_ip: policy.egress_ip(),
+            unavailable: policy.unavailable(),
+        })
+    }
+
+    /// Whether the caller's policy is this one.
+    pub(super) fn is<P: Policy>(&self, policy: &P, world: &World) -> bool {
+        let gateway = self.gateway.and_then(|place| world.node(place)).map(|node| &node.name);
+        self.priority == policy.priority()
+            && gateway == policy.gateway()
+            && self.egress_ip == policy.egress_ip()
+            && self.unavailable == policy.unavailable()
+            && match (policy.destinations(), &self.destinations) {
+                (Destinations::External, None) => true,
+                (Destinations::Nets(nets), Some(kept)) => {
+                    nets == kept
+                        || !nets.is_empty() && canonical(nets).is_ok_and(|nets| nets == *kept)
+                }
+                _ => false,
+            }
+            && self.sources.are(policy.sources())
+    }
+
+    /// Whether the policy takes every external destination of a family.
+    pub(super) fn takes_all(&self, family: Family) -> bool {
+        match &self.destinations {
+            None => true,
+            Some(nets) => {
+                nets.iter().any(|net| Family::of_net(net) == family && net.prefix_len() == 0)
+            }
+        }
+    }
+
+    /// The listed destinations of a family; none if the policy takes them all.
+    pub(super) fn listed(&self, family: Family) -> impl Iterator<Item = IpNet> + '_ {
+        let nets = self.destinations.as_deref().unwrap_or_default();
+        nets.iter()
+            .copied()
+            .filter(move |net| Family::of_net(net) == family && net.prefix_len() > 0)
+    }
+}
+
+/// The place of a gateway in the cluster's list of nodes.
+pub(super) fn place(
+    gateway: Option<&NodeName>,
+    world: &World,
+) -> Result<Option<usize>, PolicyError> {
+    let known = |name: &NodeName| {
+        world.place(name).ok_or_else(|| PolicyError::UnknownGateway { gateway: name.clone() })
+    };
+    gateway.map(known).transpose()
+}
+
+/// All policies that are wanted.
+#[derive(Debug, Default)]
+pub(super) struct Policies {
+    slots: Vec<Option<Kept>>,
+    free: Vec<Handle>,
+    by_id: HashMap<PolicyId, Handle>,
+    pub(super) numbers: Numbers,
+}
+
+impl Policies {
+    /// Checks policies and takes them.
+    pub(super) fn new<P: Policy>(
+        policies: impl IntoIterator<Item = P>,
+        world: &World,
+    ) -> Result<Self, PlanError> {
+        let mut all = Self::default();
+        for policy in policies {
+            if all.by_id.contains_key(policy.id()) {
+                return Err(PlanError::DuplicatePolicy { policy: policy.id().clone() });
+            }
+            all.insert(Kept::new(&policy, world)?);
+        }
+        all.number();
+        Ok(all)
+    }
+
+    /// Gives all their numbers, which depend on the ids alone.
+    pub(super) fn number(&mut self) {
+        let kept = self.slots.iter_mut().flatten();
+        let mut all: Vec<_> = kept.map(|Kept { id, tag, .. }| (&*id, tag)).collect();
+        self.numbers = Numbers::of_all(&mut all, |id| std::iter::once(*id));
+    }
+
+    pub(super) fn insert(&mut self, kept: Kept) -> Handle {
+        let id = kept.id.clone();
+        let handle = if let Some(handle) = self.free.pop() {
+            if let Some(free) = slot(handle).and_then(|at| self.slots.get_mut(at)) {
+                *free = Some(kept);
+            }
+            handle
+        } else {
+            self.slots.push(Some(kept));
+            Handle::try_from(self.slots.len() - 1).unwrap_or(Handle::MAX)
+        };
+        self.by_id.insert(id, handle);
+        handle
+    }
+
+    pub(super) fn remove(&mut self, handle: Handle) -> Option<Kept> {
+        let kept = slot(handle).and_then(|at| self.slots.get_mut(at)?.take())?;
+        self.by_id.remove(&kept.id);
+        self.free.push(handle);
+        Some(kept)
+    }
+
+    pub(super) fn find(&self, id: &PolicyId) -> Option<Handle> {
+        self.by_id.get(id).copied()
+    }
+
+    pub(super) fn get(&self, handle: Handle) -> Option<&Kept> {
+        slot(handle).and_then(|at| self.slots.get(at)?.as_ref())
+    }
+
+    pub(super) fn get_mut(&mut self, handle: Handle) -> Option<&mut Kept> {
+        slot(handle).and_then(|at| self.slots.get_mut(at)?.as_mut())
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.by_id.len()
+    }
+
+    /// One more than the highest handle.
+    pub(super) fn end(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// All policies, in no order that means anything.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (Handle, &Kept)> {
+        (0..).zip(&self.slots).filter_map(|(handle, kept)| Some((handle, kept.as_ref()?)))
+    }
+
+    /// All policies in their total order: (priority, id).
+    pub(super) fn ordered(&self) -> Vec<(Handle, &Kept)> {
+        let mut all: Vec<_> = self.iter().collect();
+        all.sort_unstable_by_key(|(_, kept)| (kept.priority, &kept.id));
+        all
+    }
+
+    /// Which of two policies comes first.
+    pub(super) fn order(&self, one: Handle, other: Handle) -> Ordering {
+        if one == other {
+            return Ordering::Equal;
+        }
+        let key = |handle| self.get(handle).map(|kept| (kept.priority, &kept.id));
+        key(one).cmp(&key(other))
+    }
+}
+
+fn slot(handle: Handle) -> Option<usize> {
+    usize::try_from(handle).ok()
+}

@@ -1,0 +1,119 @@
+//! The elements of the maps.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use super::policies::Kept;
+use super::skeleton::{Skeleton, Used};
+use super::validate::World;
+use super::{Gateways, Role, roles};
+use crate::cluster::Steering;
+use crate::policy::Unavailable;
+use crate::range::IpRange;
+use crate::state::{ChainId, Comment, Data, Firewall, Key, Tag, Value, Verdict};
+
+/// The nf_tables table of this node with everything but what depends on policies one by one.
+pub(super) fn skeleton(
+    world: &World,
+    gateways: &Gateways,
+    used: Used,
+) -> (Firewall, BTreeMap<Key, Value>) {
+    let layout = world.cluster.marks;
+    let marks: BTreeSet<_> = gateways.values().map(|gateway| gateway.mark).collect();
+    let prefix = layout.tells_by_prefix();
+    let mut elements = fixed(world, gateways);
+    if !prefix {
+        elements.extend(marks.iter().map(|mark| (Key::Gateway(*mark), Value::plain(Data::None))));
+    }
+    let caching = world.cluster.connection_caching && prefix;
+    if caching {
+        elements.extend(gateways.iter().map(|(name, gateway)| {
+            let data = Data::Verdict(Verdict::Goto(ChainId::Via(gateway.mark)));
+            let comment = Some(Comment::of_name(name.as_str()));
+            (Key::Connection(gateway.mark), Value { data, comment })
+        }));
+    }
+    let skeleton = Skeleton {
+        device: &world.cluster.tunnel.device,
+        port: world.cluster.tunnel.port,
+        mask: layout.tested(marks.iter().copied()),
+        tunnel: layout.tunnel(),
+        connection: layout.connection(),
+        caching,
+        prefix: prefix.then_some((layout.prefix(), layout.prefix_mask())),
+        keeps_mark: world.cluster.steering == Steering::EgressHook,
+        shared: prefix.then(|| layout.bound()),
+        used,
+        underlay: world.underlay,
+        counting: world.cluster.policy_counters,
+        gateways: marks,
+    };
+    let (chains, sets) = (skeleton.chains(), skeleton.sets());
+    (Firewall { chains, sets, ..Firewall::default() }, elements)
+}
+
+/// What does not depend on policies one by one.
+fn fixed(world: &World, gateways: &Gateways) -> BTreeMap<Key, Value> {
+    let mut elements = BTreeMap::new();
+    for peer in world.peers() {
+        let comment = Some(Comment::of_name(peer.name.as_str()));
+        for address in &peer.underlay {
+            let value = Value { data: Data::None, comment: comment.clone() };
+            elements.insert(Key::Peer(*address), value);
+        }
+    }
+    for address in &world.here.underlay {
+        elements.insert(Key::Underlay(*address), Value::plain(Data::None));
+    }
+    for net in &world.excluded {
+        elements.insert(Key::Excluded(IpRange::from(*net)), Value::plain(Data::None));
+    }
+    let mut way_out = |tag, verdict, comment| {
+        let data = Data::Verdict(verdict);
+        elements.insert(Key::Verdict(tag), Value { data, comment });
+    };
+    way_out(Tag::CLOSED, Verdict::Drop, Some(Comment::of_name("closed")));
+    way_out(Tag::BYPASS, Verdict::Goto(ChainId::Bypass), Some(Comment::of_name("bypass")));
+    way_out(Tag::HERE, Verdict::Goto(ChainId::Here), Some(Comment::of_name("this-node")));
+    for (name, gateway) in gateways {
+        let comment = Some(Comment::of_name(name.as_str()));
+        way_out(Tag::gateway(gateway.value), Verdict::Goto(ChainId::To(gateway.mark)), comment);
+    }
+    elements
+}
+
+/// What becomes of a policy's packets, what they wear if they leave from here, and their count.
+pub(super) fn ways_out(
+    world: &World,
+    policy: &Kept,
+    gateways: &Gateways,
+) -> impl Iterator<Item = (Key, Value)> {
+    roles(policy, world).flat_map(|(family, role)| {
+        let way_out = match role {
+            Role::Gateway => Tag::HERE,
+            Role::Client(place) => {
+                let name = world.node(place).map(|node| &node.name);
+                let gateway = name.and_then(|name| gateways.get(name));
+                gateway.map_or(Tag::CLOSED, |gateway| Tag::gateway(gateway.value))
+            }
+            Role::Closed(_) if policy.unavailable == Unavailable::Bypass => Tag::BYPASS,
+            Role::Closed(_) => Tag::CLOSED,
+        };
+        let value = |data| Value { data, comment: Some(policy.comment.clone()) };
+        let steer = (Key::Steer(family, policy.tag), value(Data::Tag(way_out)));
+        let worn = (way_out == Tag::HERE).then(|| match policy.egress_ip.address(family) {
+            Some(address) => (Key::Snat(family, policy.tag), value(Data::Address(address))),
+            None => (Key::Masquerade(family, policy.tag), value(Data::None)),
+        });
+        // Of the policy alone, so that what it has counted outlives any change of it.
+        let counted = world.cluster.policy_counters;
+        let count = counted.then(|| (Key::Count(family, policy.tag), value(Data::None)));
+        [Some(steer), worn, count].into_iter().flatten()
+    })
+}
+
+/// The egress IPs that this node speaks with for a policy.
+pub(super) fn spoken(policy: &Kept, world: &World) -> impl Iterator<Item = IpAddr> {
+    let here = roles(policy, world).filter(|(_, role)| *role == Role::Gateway);
+    here.filter_map(|(family, _)| policy.egress_ip.address(family))
+}

@@ -1,0 +1,131 @@
+//! Devices, their addresses, and whether there can be a VXLAN device.
+
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
+use netlink_packet_route::link::{
+    InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkInfo, LinkMessage,
+};
+
+use crate::error::{KernelError, errno};
+use crate::kernel::rtnetlink::address::{kernel_family, parse};
+use crate::kernel::rtnetlink::link;
+use crate::kernel::rtnetlink::ops::unless_absent;
+use crate::kernel::rtnetlink::socket::RouteSocket;
+use crate::preflight::facts::{Address, Device, Vxlan};
+use crate::types::Family;
+
+/// One more than the highest VNI, which no VXLAN device can have.
+const IMPOSSIBLE_VNI: u32 = 1 << 24;
+
+/// A device, and its index.
+pub(crate) type Indexed = (u32, Device);
+
+impl RouteSocket {
+    pub(crate) fn all_devices(&mut self) -> Result<Vec<Indexed>, KernelError> {
+        let mut message = LinkMessage::default();
+        message.attributes = vec![link::without_statistics()];
+        let message = RouteNetlinkMessage::GetLink(message);
+        self.dump(&"ip -d link show", &message, |message| match message {
+            RouteNetlinkMessage::NewLink(link) => Some(device(link)),
+            _ => None,
+        })
+    }
+
+    pub(crate) fn all_addresses(
+        &mut self,
+        devices: &[Indexed],
+    ) -> Result<Vec<Address>, KernelError> {
+        let name = |index| devices.iter().find(|(at, _)| *at == index).map(|(_, d)| d.name.clone());
+        let mut all = Vec::new();
+        for family in Family::BOTH {
+            let mut message = AddressMessage::default();
+            message.header.family = kernel_family(family);
+            let message = RouteNetlinkMessage::GetAddress(message);
+            let found = self.dump(&"ip addr show", &message, |message| match message {
+                // A kernel without IPv6 answers with the addresses of all the families it has.
+                RouteNetlinkMessage::NewAddress(message)
+                    if message.header.family == kernel_family(family) =>
+                {
+                    let (index, net) = parse(&message)?;
+                    let deprecated = is_deprecated(&message);
+                    Some(Address { ip: net.addr(), device: name(index)?, deprecated })
+                }
+                _ => None,
+            });
+            all.extend(unless_absent(family, found)?);
+        }
+        Ok(all)
+    }
+
+    /// Whether the kernel has VXLAN devices, which it loads if it can.
+    ///
+    /// It is asked for one that it must refuse: the kind is looked for before the VNI is.
+    pub(crate) fn has_vxlan(&mut self) -> Result<bool, KernelError> {
+        let mut message = LinkMessage::default();
+        message.attributes = vec![LinkAttribute::LinkInfo(vec![
+            LinkInfo::Kind(InfoKind::Vxlan),
+            LinkInfo::Data(InfoData::Vxlan(vec![InfoVxlan::Id(IMPOSSIBLE_VNI)])),
+        ])];
+        let what = format!("ip link add type vxlan id {IMPOSSIBLE_VNI}");
+        let message = RouteNetlinkMessage::NewLink(message);
+        match self.request(&what, message, NLM_F_CREATE | NLM_F_EXCL) {
+            Err(error) if error.is_denied() => Err(error),
+            Err(error) => Ok(error.errno() != Some(errno::EOPNOTSUPP)),
+            Ok(()) => Err(KernelError::answer(what, "the kernel took an impossible VNI")),
+        }
+    }
+}
+
+pub(crate) fn is_deprecated(message: &AddressMessage) -> bool {
+    message.attributes.iter().any(|attribute| match attribute {
+        AddressAttribute::Flags(flags) => flags.contains(AddressFlags::Deprecated),
+        _ => false,
+    })
+}
+
+pub(crate) fn device(message: LinkMessage) -> Indexed {
+    let infos: Vec<&LinkInfo> = message
+        .attributes
+        .iter()
+        .filter_map(|attribute| match attribute {
+            LinkAttribute::LinkInfo(infos) => Some(infos),
+            _ => None,
+        })
+        .flatten()
+        .collect();
+    let decapsulates = infos.iter().any(|info| match info {
+        LinkInfo::Kind(kind) => is_tunnel(kind),
+        _ => false,
+    });
+    let external = infos.iter().any(|info| match info {
+        LinkInfo::Data(InfoData::Vxlan(data)) => data.contains(&InfoVxlan::CollectMetadata(true)),
+        _ => false,
+    });
+    let found = link::Device::parse(message);
+    let vxlan = found.tunnel.map(|t| Vxlan { vni: t.vni, port: t.port, external });
+    let device = Device {
+        ours: found.is_ours(),
+        name: found.name,
+        decapsulates,
+        mtu: found.mtu,
+        rp_filter: found.rp_filter,
+        vxlan,
+    };
+    (found.index, device)
+}
+
+fn is_tunnel(kind: &InfoKind) -> bool {
+    matches!(
+        kind,
+        InfoKind::Vxlan
+            | InfoKind::Geneve
+            | InfoKind::IpIp
+            | InfoKind::Ip6Tnl
+            | InfoKind::SitTun
+            | InfoKind::GreTun
+            | InfoKind::Wireguard
+            | InfoKind::Tun
+            | InfoKind::Xfrm
+    )
+}

@@ -1,0 +1,134 @@
+//! Rules and tables of others.
+
+use std::collections::BTreeSet;
+
+use ipnet::IpNet;
+use netlink_packet_route::route::{RouteMessage, RouteProtocol, RouteType};
+use netlink_packet_route::rule::{
+    RuleAction as KernelAction, RuleAttribute, RuleFlags, RuleMessage,
+};
+
+use crate::error::{KernelError, errno};
+use crate::kernel::rtnetlink::socket::RouteSocket;
+use crate::kernel::rtnetlink::{route, rule};
+use crate::preflight::facts::{Action, Intruder, Rule};
+use crate::state::PROTOCOL;
+use crate::types::{Family, TableId};
+
+/// What others have in routing tables.
+#[derive(Default)]
+pub(crate) struct Tables {
+    /// Those in use.
+    pub(crate) used: BTreeSet<u32>,
+    /// Of these, those with a route for every destination.
+    pub(crate) catch_all: BTreeSet<(Family, u32)>,
+    /// Routes in tables that hold one of ours.
+    pub(crate) intruders: Vec<Intruder>,
+}
+
+/// A listed route.
+struct Listed {
+    table: u32,
+    /// Of a route of somebody else: as `ip route` takes it, in a table that may be ours, and
+    /// whether it takes everything.
+    foreign: Option<(Option<String>, bool)>,
+}
+
+impl RouteSocket {
+    pub(crate) fn foreign_rules(&mut self) -> Result<Vec<Rule>, KernelError> {
+        let mut found = Vec::new();
+        for family in Family::BOTH {
+            found.extend(self.dump_rules(family, |message| foreign(message, family))?);
+        }
+        Ok(found)
+    }
+
+    pub(crate) fn foreign_tables(&mut self, rules: &[Rule]) -> Result<Tables, KernelError> {
+        let used = rules
+            .iter()
+            .filter_map(|rule| match rule.action {
+                Action::Lookup { table, .. } => Some(table),
+                _ => None,
+            })
+            .collect();
+        let mut tables = Tables { used, ..Tables::default() };
+        for family in Family::BOTH {
+            let what = "ip route show table all";
+            let found = self.dump_routes(&what, RouteMessage::default(), family, |message| {
+                let ours = message.header.protocol == RouteProtocol::from(PROTOCOL);
+                let table = route::table(message);
+                let text = || TableId::new(table).map(|_| route::text(message, family));
+                Some(Listed { table, foreign: (!ours).then(|| (text(), is_catch_all(message))) })
+            });
+            let found = match found {
+                // The same kernel has no rules, and says so there.
+                Err(error) if error.errno() == Some(errno::EOPNOTSUPP) => Vec::new(),
+                other => other?,
+            };
+            let ours: BTreeSet<u32> = found
+                .iter()
+                .filter(|route| route.foreign.is_none())
+                .map(|route| route.table)
+                .collect();
+            for Listed { table, foreign } in found {
+                let Some((text, catches)) = foreign else { continue };
+                tables.used.insert(table);
+                if catches {
+                    tables.catch_all.insert((family, table));
+                }
+                if ours.contains(&table) {
+                    tables.intruders.extend(text.map(|text| Intruder { family, text }));
+                }
+            }
+        }
+        Ok(tables)
+    }
+}
+
+pub(crate) fn is_catch_all(message: &RouteMessage) -> bool {
+    message.header.destination_prefix_length == 0 && message.header.kind != RouteType::Throw
+}
+
+/// Somebody else's rule.
+pub(crate) fn foreign(message: &RuleMessage, family: Family) -> Option<Rule> {
+    let header = &message.header;
+    let mut found = Rule {
+        family,
+        priority: 0,
+        mark: None,
+        source: None,
+        selects: header.dst_len != 0 || header.tos != 0,
+        inverted: header.flags.contains(RuleFlags::Invert),
+        action: Action::Other,
+    };
+    let (mut value, mut mask, mut without_default) = (0, None, false);
+    for attribute in &message.attributes {
+        match attribute {
+            RuleAttribute::Protocol(number) if u8::from(*number) == PROTOCOL => return None,
+            RuleAttribute::Priority(number) => found.priority = *number,
+            RuleAttribute::FwMark(number) => value = *number,
+            RuleAttribute::FwMask(number) => mask = Some(*number),
+            RuleAttribute::Source(ip) => found.source = IpNet::new(*ip, header.src_len).ok(),
+            RuleAttribute::SuppressPrefixLen(length) => without_default = *length != u32::MAX,
+            RuleAttribute::Iifname(_)
+            | RuleAttribute::Oifname(_)
+            | RuleAttribute::L3MDev(_)
+            | RuleAttribute::TunId(_)
+            | RuleAttribute::UidRange(_)
+            | RuleAttribute::IpProtocol(_)
+            | RuleAttribute::SourcePortRange(_)
+            | RuleAttribute::DestinationPortRange(_)
+            | RuleAttribute::Other(_) => found.selects = true,
+            _ => {}
+        }
+    }
+    found.mark = mask.filter(|mask| *mask != 0).map(|mask| (value, mask));
+    found.action = match header.action {
+        KernelAction::ToTable => Action::Lookup { table: rule::table(message), without_default },
+        KernelAction::Blackhole | KernelAction::Unreachable | KernelAction::Prohibit => {
+            Action::Refuse
+        }
+        _ => Action::Other,
+    };
+    Some(found)
+}

@@ -1,0 +1,89 @@
+//! What a previous run left in the kernel: who has which mark and table.
+
+use std::net::IpAddr;
+
+use crate::alloc::{MarkAllocator, TableAllocator};
+use crate::cluster::{Cluster, Node, Steering};
+use crate::state::{ChainId, Comment, Data, Key, Route, Rule, RuleAction, State, Verdict};
+use crate::types::{Mark, NodeName, TableId};
+
+/// Recovers which gateway has which mark and table from what a previous run left in the kernel.
+///
+/// The way out to a gateway has the node's name and leads to the chain that sets its mark, the
+/// Ethernet address of a mark has the node's name, too, and a rule says which table a mark has.
+/// Where the firewall is gone, the table's default route says whose it is. What cannot be adopted,
+/// because the range or the layout has changed, is allocated anew and the old removed.
+pub(crate) fn adopt(
+    cluster: &Cluster,
+    observed: &State,
+    marks: &mut dyn MarkAllocator,
+    tables: &mut dyn TableAllocator,
+) {
+    let layout = cluster.marks;
+    let closing =
+        |rule: &&Rule| (rule.mark.get(), rule.mask) == (layout.prefix(), layout.prefix_mask());
+    for rule in observed.rules.iter().filter(closing) {
+        if let (RuleAction::Lookup(table), None) = (rule.action, tables.get(&cluster.node)) {
+            let _refused = tables.reserve(&cluster.node, table);
+        }
+    }
+    let mut found: Vec<(&NodeName, Mark, Option<TableId>)> = Vec::new();
+    found.extend(
+        marks_of(cluster, observed).map(|(node, mark)| (node, mark, table_of(observed, mark))),
+    );
+    for (node, table) in tables_of(cluster, observed) {
+        let rules = observed.rules.iter();
+        let to = rules.filter(|rule| rule.action == RuleAction::Lookup(table));
+        found.extend(to.map(|rule| (node, rule.mark, Some(table))));
+    }
+    for (node, mark, table) in found {
+        // With one table for all it is this node's.
+        let table = table.filter(|_| cluster.steering == Steering::Tables);
+        if let (Some(table), None) = (table, tables.get(node)) {
+            let _refused = tables.reserve(node, table);
+        }
+        if marks.get(node).is_none() {
+            let _refused = marks.reserve(node, mark);
+        }
+    }
+}
+
+fn marks_of<'a>(
+    cluster: &'a Cluster,
+    observed: &'a State,
+) -> impl Iterator<Item = (&'a NodeName, Mark)> {
+    let tables = [&observed.firewall, &observed.hook].into_iter().flatten();
+    let elements = tables.flat_map(|table| table.elements.rest());
+    elements.filter_map(|(key, value)| {
+        let mark = match (key, value.data) {
+            (_, Data::Verdict(Verdict::Goto(ChainId::To(mark)))) => mark,
+            (Key::NextHop(mark), _) => *mark,
+            _ => return None,
+        };
+        let comment = value.comment.as_ref()?;
+        let named = |node: &&Node| Comment::of_name(node.name.as_str()) == *comment;
+        cluster.nodes.iter().find(named).map(|node| (&node.name, mark))
+    })
+}
+
+fn table_of(observed: &State, mark: Mark) -> Option<TableId> {
+    observed.rules.iter().find_map(|rule| match rule.action {
+        RuleAction::Lookup(table) if rule.mark == mark => Some(table),
+        _ => None,
+    })
+}
+
+fn tables_of<'a>(
+    cluster: &'a Cluster,
+    observed: &'a State,
+) -> impl Iterator<Item = (&'a NodeName, TableId)> {
+    let owner = |gateway: IpAddr| {
+        cluster.nodes.iter().find(|node| node.tunnel.iter().any(|net| net.addr() == gateway))
+    };
+    observed.routes.iter().filter_map(move |(key, route)| match route {
+        Route::Via(gateway) if key.dst.prefix_len() == 0 => {
+            owner(*gateway).map(|node| (&node.name, key.table))
+        }
+        _ => None,
+    })
+}

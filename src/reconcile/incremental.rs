@@ -1,0 +1,368 @@
+//! Changes that are carried out from what they are alone.
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use super::{Error, Reconciler, Report};
+use crate::alloc::{MarkAllocator, TableAllocator};
+use crate::cluster::Cluster;
+use crate::connection::Connection;
+use crate::datapath::{Datapath, Drift};
+use crate::diff::changes::Changes;
+use crate::diff::op::Op;
+use crate::plan::{Finding, Part, Planned, Update};
+use crate::policy::Policy;
+use crate::state::{Elements, Firewall, Key, State, Value};
+
+/// What was changed since the connections were last looked through.
+#[derive(Debug, Default)]
+pub(crate) struct Unsettled {
+    /// Single sources whose way may have changed; nothing if it may be any's.
+    sources: Option<BTreeSet<IpAddr>>,
+    /// Elements as they were.
+    before: BTreeMap<Key, Option<Value>>,
+}
+
+/// Sources that are looked for one by one rather than among all.
+const FEW: usize = 2;
+
+impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
+    /// Changes what is wanted, and makes the kernel hold it, at a cost that depends on the changes
+    /// and not on everything else.
+    ///
+    /// The result is that of a [`reconcile`](Self::reconcile) with all policies as they are then,
+    /// except that open connections which are not translated as they should be are left to
+    /// [`settle`](Self::settle) if the report says so: to find them the kernel walks through all
+    /// its connections, which may take longer than everything else. Until they are ended the
+    /// guards of this node hold their packets back; but call it soon, above all on a gateway: what
+    /// the far end still says to them reaches the pod's node, which holds such answers back for no
+    /// longer than [`Connection::ANSWERS_HELD`](crate::Connection::ANSWERS_HELD). The cluster stays
+    /// that of the last [`reconcile`](Self::reconcile).
+    ///
+    /// Sources that are prefixes depend on one another: where one comes or goes, the plan is made
+    /// anew, though from memory.
+    ///
+    /// ```
+    /// # use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, NodeName, PolicyId};
+    /// # use egress_datapath::{Reconciler, Sim, Update};
+    /// # let node = |name, underlay: &str, tunnel: &str| -> Result<Node, Box<dyn std::error::Error>> {
+    /// #     Ok(Node::new(NodeName::new(name)?, vec![underlay.parse()?], vec![tunnel.parse()?]))
+    /// # };
+    /// # let cluster = Cluster::new(
+    /// #     NodeName::new("a")?,
+    /// #     vec![node("a", "10.10.0.11", "172.31.0.11/16")?, node("b", "10.10.0.12", "172.31.0.12/16")?],
+    /// #     vec!["10.244.0.0/16".parse()?],
+    /// # );
+    /// # let eip = EgressIp::V4("198.51.100.200".parse()?);
+    /// # let id = PolicyId::new("default/p1")?;
+    /// # let policy = EgressPolicy::new(id.clone(), vec!["10.244.1.10/32".parse()?], eip);
+    /// # let mut egress = Reconciler::new(Sim::new());
+    /// egress.reconcile(&cluster, [&policy])?;
+    ///
+    /// // A pod of the policy was started here.
+    /// let sources = vec!["10.244.1.11/32".parse()?];
+    /// let report = egress.update([Update::AddSources::<EgressPolicy> { policy: id, sources }])?;
+    /// if !report.settled {
+    ///     egress.settle()?; // now, or when there is time
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NothingWanted`] before the first [`reconcile`](Self::reconcile), and
+    /// [`Error::Plan`]: then nothing has changed. After the others the changes are wanted, and the
+    /// kernel may be between the two states, in an order in which that is safe: call
+    /// [`repair`](Self::repair).
+    pub fn update<P: Policy>(
+        &mut self,
+        updates: impl IntoIterator<Item = Update<P>>,
+    ) -> Result<Report, Error> {
+        if self.wanted.is_none() {
+            return Err(Error::NothingWanted);
+        }
+        let drift = self.drift();
+        let (changes, findings) = self.follow(updates, drift)?;
+        let settled = self.settled && self.unsettled.is_none();
+        Ok(Report { changes, findings, settled })
+    }
+
+    /// Ends the connections that [updates](Self::update) have left with a translation that is not
+    /// wanted.
+    ///
+    /// [`reconcile`](Self::reconcile) and [`repair`](Self::repair) do it, too.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Observe`] and [`Error::Apply`]; call again.
+    pub fn settle(&mut self) -> Result<Report, Error> {
+        if !self.settled {
+            return self.repair();
+        }
+        let changes = self.end_unsettled()?;
+        Ok(Report { changes, findings: Vec::new(), settled: true })
+    }
+
+    /// Carries a snapshot out by its difference to the last one; nothing if that cannot be done.
+    pub(crate) fn follow_snapshot<P: Policy>(
+        &mut self,
+        cluster: &Cluster,
+        policies: &[P],
+    ) -> Result<Option<Changes>, Error> {
+        let Some(index) = self.index.as_ref().filter(|index| index.is_of(cluster)) else {
+            return Ok(None);
+        };
+        let Some(updates) = index.differences(policies)? else { return Ok(None) };
+        let drift = self.drift();
+        if drift == Drift::Unknown {
+            return Ok(None);
+        }
+        let (mut changes, _) = self.follow(updates, drift)?;
+        changes.extend(self.end_unsettled()?);
+        Ok(Some(changes))
+    }
+
+    /// Plans updates and makes them.
+    fn follow<P: Policy>(
+        &mut self,
+        updates: impl IntoIterator<Item = Update<P>>,
+        drift: Drift,
+    ) -> Result<(Changes, Vec<Finding>), Error> {
+        let Some(index) = &mut self.index else { return Err(Error::NothingWanted) };
+        let (planned, findings) = index.update(updates, &mut self.marks, &mut self.tables)?;
+        let Some(mut wanted) = self.wanted.take() else { return Err(Error::NothingWanted) };
+        let (made, moved) = match planned {
+            Planned::Part(part) => {
+                let moved = part.rest.is_some();
+                if !part.elements.is_empty() || moved {
+                    self.findings = None;
+                }
+                (self.make_part(part, &mut wanted, drift), moved)
+            }
+            Planned::Whole(state) => {
+                self.findings = None;
+                let before = std::mem::replace(&mut wanted, *state);
+                (self.make_whole(before, &wanted, drift), true)
+            }
+        };
+        self.wanted = Some(wanted);
+        let changes = made?;
+        if moved {
+            self.release();
+        }
+        Ok((changes, findings))
+    }
+
+    fn make_part(
+        &mut self,
+        part: Part,
+        wanted: &mut State,
+        drift: Drift,
+    ) -> Result<Changes, Error> {
+        let was = part.rest.is_some().then(|| without_elements(wanted));
+        let elements = change(wanted, part.elements, part.rest);
+        if drift == Drift::Unknown {
+            // What others did is undone along with it.
+            return self.restore(wanted);
+        }
+        if elements.is_empty() && was.is_none() && drift == Drift::None {
+            return Ok(Changes::default());
+        }
+        self.in_step = false;
+        let is = was.is_some() || drift == Drift::Rest;
+        let is = is.then(|| without_elements(wanted));
+        let was = match drift {
+            Drift::Rest => {
+                let firewall = was.or_else(|| is.clone()).and_then(|state| state.firewall);
+                let rest = self.datapath.observe_rest().map_err(Error::Observe)?;
+                Some(State { firewall, ..rest })
+            }
+            _ => was,
+        };
+        let before: BTreeMap<_, _> =
+            elements.iter().map(|(key, was, _)| (*key, was.clone())).collect();
+        let changes = Changes::of(was.as_ref().zip(is.as_ref()), elements);
+        let decides = changes.ops().any(Op::is_nft);
+        if decides {
+            // Of an egress IP that nobody has here any more, other policies may have connections
+            // left that are closed for now.
+            let sources = part.sources.filter(|_| !changes.ops().any(takes_egress_ip));
+            self.unsettled = Some(merged(self.unsettled.take(), sources, before));
+        }
+        self.make_quietly(changes)
+    }
+
+    fn make_whole(
+        &mut self,
+        before: State,
+        wanted: &State,
+        drift: Drift,
+    ) -> Result<Changes, Error> {
+        let observed = self.current(before, drift)?;
+        let changes = Changes::between(&observed, wanted);
+        self.make(changes, &observed, wanted)
+    }
+
+    /// What is there now, where this was before; what may have changed is read.
+    pub(crate) fn current(&mut self, before: State, drift: Drift) -> Result<State, Error> {
+        match drift {
+            Drift::Unknown => self.observe(before.elements()),
+            Drift::Rest => {
+                self.in_step = false;
+                let rest = self.datapath.observe_rest().map_err(Error::Observe)?;
+                let State { firewall, ipsets, xtables, .. } = before;
+                Ok(State { firewall, ipsets, xtables, ..rest })
+            }
+            Drift::None => Ok(before),
+        }
+    }
+
+    /// What makes everything but the table right, after a look at that.
+    pub(crate) fn rest_changes(&mut self, wanted: &State) -> Result<Changes, Error> {
+        self.in_step = false;
+        let rest = self.datapath.observe_rest().map_err(Error::Observe)?;
+        let is = without_elements(wanted);
+        let was = State { firewall: is.firewall.clone(), ..rest.routing() };
+        Ok(Changes::of(Some((&was, &is)), []))
+    }
+
+    /// Ends the connections that were left.
+    pub(crate) fn end_unsettled(&mut self) -> Result<Changes, Error> {
+        let Some(unsettled) = self.unsettled.take() else { return Ok(Changes::default()) };
+        let Some(wanted) = self.wanted.take() else { return Ok(Changes::default()) };
+        let in_step = std::mem::take(&mut self.in_step);
+        let ended = self.end(&unsettled, &wanted);
+        self.wanted = Some(wanted);
+        match &ended {
+            Ok(_) => self.in_step = in_step,
+            Err(_) => self.unsettled = Some(unsettled),
+        }
+        ended
+    }
+
+    fn end(&mut self, unsettled: &Unsettled, wanted: &State) -> Result<Changes, Error> {
+        let stale = if let Some(candidates) = self.candidates(unsettled)? {
+            let before = unsettled.spoken();
+            candidates.into_iter().filter(|one| one.is_stale(wanted, &before)).collect()
+        } else {
+            let before = unsettled.before(wanted);
+            let found = self.datapath.stale_connections(wanted, &before);
+            found.map_err(Error::Observe)?
+        };
+        // The rules were the same before.
+        let due_mark = |one: &Connection| one.due_mark(wanted, wanted);
+        let changes = Changes::end(&stale, wanted.firewall.as_ref(), due_mark);
+        if !changes.is_empty() {
+            self.datapath.apply(&changes)?;
+        }
+        Ok(changes)
+    }
+
+    /// Connections that may be stale; nothing if the datapath cannot list them.
+    fn candidates(&mut self, unsettled: &Unsettled) -> Result<Option<Vec<Connection>>, Error> {
+        let mut list = |source| self.datapath.connections(source).map_err(Error::Observe);
+        match &unsettled.sources {
+            Some(sources) if sources.len() <= FEW => {
+                let mut all = Vec::new();
+                for source in sources {
+                    let Some(found) = list(Some(*source))? else { return Ok(None) };
+                    all.extend(found);
+                }
+                Ok(Some(all))
+            }
+            Some(sources) => {
+                let mut all = list(None)?;
+                if let Some(all) = &mut all {
+                    all.retain(|connection| sources.contains(&connection.source));
+                }
+                Ok(all)
+            }
+            None => list(None),
+        }
+    }
+}
+
+impl Unsettled {
+    /// What tells of the egress IPs that there were, and of nothing else.
+    fn spoken(&self) -> State {
+        let eips = self.before.iter().filter(|(key, _)| matches!(key, Key::Eip(_)));
+        let eips = eips.filter_map(|(key, value)| Some((*key, value.clone()?)));
+        let firewall = Firewall { elements: eips.collect(), ..Firewall::default() };
+        State { firewall: Some(firewall), ..State::default() }
+    }
+
+    /// What was wanted before.
+    fn before(&self, wanted: &State) -> State {
+        let mut before = wanted.clone();
+        let elements = self.before.iter().map(|(key, value)| (*key, value.clone()));
+        let _changed = change(&mut before, elements.collect(), None);
+        before
+    }
+}
+
+fn merged(
+    unsettled: Option<Unsettled>,
+    sources: Option<BTreeSet<IpAddr>>,
+    before: BTreeMap<Key, Option<Value>>,
+) -> Unsettled {
+    let Some(mut unsettled) = unsettled else { return Unsettled { sources, before } };
+    unsettled.sources = unsettled.sources.zip(sources).map(|(mut all, more)| {
+        all.extend(more);
+        all
+    });
+    for (key, value) in before {
+        // What was there first is what connections were made by; an egress IP may have come and
+        // gone since.
+        let first = unsettled.before.entry(key).or_insert_with(|| value.clone());
+        if matches!(key, Key::Eip(_)) && first.is_none() {
+            *first = value;
+        }
+    }
+    unsettled
+}
+
+/// Whether it takes an egress IP away.
+const fn takes_egress_ip(op: &Op) -> bool {
+    matches!(op, Op::DeleteElement(Key::Eip(_), _))
+}
+
+/// Changes a state; says what changed of its elements, with the values before and after.
+fn change(
+    state: &mut State,
+    elements: BTreeMap<Key, Option<Value>>,
+    rest: Option<Box<State>>,
+) -> Vec<(Key, Option<Value>, Option<Value>)> {
+    if let Some(rest) = rest {
+        let old = std::mem::replace(state, *rest);
+        if let (Some(new), Some(old)) = (&mut state.firewall, old.firewall) {
+            new.elements = old.elements;
+        }
+    }
+    let Some(firewall) = &mut state.firewall else { return Vec::new() };
+    let mut changed = Vec::new();
+    for (key, is) in elements {
+        let was = match &is {
+            Some(value) => firewall.elements.insert(key, value.clone()),
+            None => firewall.elements.remove(&key),
+        };
+        if was != is {
+            changed.push((key, was, is));
+        }
+    }
+    changed
+}
+
+/// A state with nothing in its sets.
+fn without_elements(state: &State) -> State {
+    let firewall = state.firewall.as_ref().map(|firewall| Firewall {
+        chains: firewall.chains.clone(),
+        sets: firewall.sets.clone(),
+        elements: Elements::default(),
+        strays: firewall.strays.clone(),
+        dormant: firewall.dormant,
+    });
+    State { firewall, ..state.routing() }
+}

@@ -1,0 +1,142 @@
+//! What the rules say about a packet: the walk that the kernel makes.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::{Is, Side, XtChain, XtMatch, XtName, XtRule, XtTable, XtTarget, Xtables};
+use crate::rules::ipset::{Ipset, IpsetContents, Member};
+use crate::rules::stmt::{Direction, MarkBits};
+use crate::state::lookup::WayOut;
+use crate::types::{Family, Mark};
+
+/// The sets that the rules look into.
+pub(crate) type Ipsets = BTreeMap<Ipset, IpsetContents>;
+
+/// Chains that a packet goes through before the walk is given up; ours go four deep.
+const DEEPEST: u8 = 16;
+
+/// A packet that opens a connection from a pod.
+struct Packet<'a> {
+    chains: &'a BTreeMap<XtChain, Vec<XtRule>>,
+    sets: &'a Ipsets,
+    source: IpAddr,
+    destination: IpAddr,
+    mark: u32,
+}
+
+/// How a chain ends.
+enum End {
+    /// By itself, or by `RETURN`.
+    Through,
+    Dropped,
+    Translated(Option<IpAddr>),
+}
+
+impl Xtables {
+    /// What becomes of a packet of a new connection, by its destination after destination NAT.
+    pub(crate) fn way_out(&self, sets: &Ipsets, source: IpAddr, destination: IpAddr) -> WayOut {
+        let mut packet = Packet { chains: &self.chains, sets, source, destination, mark: 0 };
+        let family = Family::of(source);
+        // The jump to the chain asks.
+        if !packet.holds(&XtMatch::Set(Is::So, Ipset::Selected(family), Side::Src)) {
+            return WayOut::None;
+        }
+        if let End::Dropped = packet.walk(XtTable::Mangle, XtName::MarkRequest, 0) {
+            return WayOut::Closed;
+        }
+        if packet.mark == 0 {
+            return WayOut::None;
+        }
+        let chain = |name| self.chains.get(&XtChain { family, table: XtTable::Mangle, name });
+        let closed = chain(XtName::Closed).into_iter().flatten();
+        if closed
+            .map(|rule| &rule.target)
+            .any(|target| matches!(target, XtTarget::SetMark(bits) if bits.are_in(packet.mark)))
+        {
+            return WayOut::Closed;
+        }
+        let mark = Mark::new(packet.mark);
+        if chain(XtName::To(mark)).is_some() {
+            return WayOut::To(mark);
+        }
+        match packet.walk(XtTable::Nat, XtName::SnatEip, 0) {
+            End::Translated(address) => WayOut::Here(address),
+            End::Through | End::Dropped => WayOut::Closed,
+        }
+    }
+
+    /// The bits of a connection's mark that say that it was translated, or left alone, by us.
+    pub(crate) fn connection_mark(&self) -> Option<MarkBits> {
+        let chains = self.chains.iter().filter(|(chain, _)| chain.name == XtName::NoSnat);
+        chains.flat_map(|(_, rules)| rules).find_map(|rule| match rule.target {
+            XtTarget::SetConnmark(bits) => Some(bits),
+            _ => None,
+        })
+    }
+}
+
+impl Packet<'_> {
+    fn walk(&mut self, table: XtTable, name: XtName, depth: u8) -> End {
+        let chain = XtChain { family: Family::of(self.source), table, name };
+        let chains = self.chains;
+        let rules = chains.get(&chain).map(Vec::as_slice).unwrap_or_default();
+        for rule in rules {
+            if !rule.matches.iter().all(|one| self.holds(one)) {
+                continue;
+            }
+            match &rule.target {
+                XtTarget::Drop | XtTarget::Sink => return End::Dropped,
+                XtTarget::Snat(address) => return End::Translated(Some(*address)),
+                XtTarget::Masquerade => return End::Translated(None),
+                XtTarget::SetMark(bits) => self.mark = self.mark & !bits.mask | bits.value,
+                XtTarget::MapMark(set) => {
+                    if let Some(Member::Marked(bits)) = self.member(*set, self.source) {
+                        self.mark = self.mark & !bits.mask | bits.value;
+                    }
+                }
+                XtTarget::Goto(next) if depth < DEEPEST => {
+                    return self.walk(table, *next, depth + 1);
+                }
+                XtTarget::Jump(next) if depth < DEEPEST => match self.walk(table, *next, depth + 1)
+                {
+                    End::Through => {}
+                    end => return end,
+                },
+                XtTarget::SetConnmark(_) | XtTarget::Unknown(_) => {}
+                _ => return End::Through,
+            }
+        }
+        End::Through
+    }
+
+    fn holds(&self, one: &XtMatch) -> bool {
+        match one {
+            // It comes from a pod, and goes where nobody asks.
+            XtMatch::OutputDevice(_) | XtMatch::UdpPort(_) | XtMatch::Icmp6Type(_) => false,
+            XtMatch::Mark(is, bits) => bits.are_in(self.mark) == (*is == Is::So),
+            XtMatch::Connmark(is, bits) => bits.are_in(0) == (*is == Is::So),
+            XtMatch::Direction(direction) => *direction == Direction::Original,
+            XtMatch::InputDevice(is, _) | XtMatch::State(is, _) | XtMatch::Confirmed(is) => {
+                *is == Is::Not
+            }
+            XtMatch::Set(is, set, side) => {
+                let address = match side {
+                    Side::Src => self.source,
+                    Side::Dst => self.destination,
+                };
+                let found = self.member(*set, address).is_some_and(|found| found != Member::Not);
+                found == (*is == Is::So)
+            }
+        }
+    }
+
+    /// The member with the longest prefix that an address has.
+    fn member(&self, set: Ipset, address: IpAddr) -> Option<Member> {
+        let members = &self.sets.get(&set)?.members;
+        (1..=Family::of(address).bits())
+            .rev()
+            .find_map(|length| members.get(&IpNet::new(address, length).ok()?.trunc()).copied())
+    }
+}

@@ -1,0 +1,86 @@
+//! Why a packet goes where it goes.
+
+use super::packet::{Frame, Packet};
+use super::path::conntrack::Conntrack;
+use super::path::{Surroundings, Walk};
+use super::trace::{Decision, Reason, Trace};
+use crate::count::Counts;
+use crate::state::State;
+use crate::types::Family;
+
+/// What a node does with the first packet of a connection that a pod on it opens.
+///
+/// The state's own rules, maps, routes and entries are read, not what they were made from, so it
+/// says the same of a state that is planned and of one that was observed. What is not ours on the
+/// host is not known: its routes, its firewall and its translations. The destination is that after
+/// destination NAT.
+///
+/// Rules in iptables are not read. Where the state has some, the first reason is
+/// [`Decision::Unknown`](crate::Decision::Unknown), and the rest is what would happen without them.
+///
+/// ```
+/// use egress_datapath::{Cluster, EgressIp, EgressPolicy, Fate, Node, NodeName, Packet, PolicyId};
+/// use egress_datapath::{MarkPool, TablePool, explain, explain_received, plan};
+///
+/// let node = |name: &str, underlay: &str, tunnel: &str| -> Result<_, Box<dyn std::error::Error>> {
+///     Ok(Node::new(NodeName::new(name)?, vec![underlay.parse()?], vec![tunnel.parse()?]))
+/// };
+/// let mut cluster = Cluster::new(
+///     NodeName::new("a")?,
+///     vec![node("a", "10.10.0.11", "172.31.0.11/16")?, node("b", "10.10.0.12", "172.31.0.12/16")?],
+///     vec!["10.244.0.0/16".parse()?],
+/// );
+/// let policy = EgressPolicy {
+///     gateway: Some(NodeName::new("b")?),
+///     ..EgressPolicy::new(
+///         PolicyId::new("shop/checkout")?,
+///         vec!["10.244.1.10/32".parse()?],
+///         EgressIp::V4("198.51.100.200".parse()?),
+///     )
+/// };
+/// let state = |cluster: &Cluster| {
+///     let (mut marks, mut tables) = (MarkPool::default(), TablePool::default());
+///     plan(cluster, [&policy], &mut marks, &mut tables).map(|plan| plan.state)
+/// };
+/// let packet = Packet::udp("10.244.1.10".parse()?, 40_000, "192.0.2.1".parse()?, 53);
+/// let trace = explain(&state(&cluster)?, &packet);
+/// assert_eq!(trace.policy(), Some("shop/checkout"));
+/// assert_eq!(trace.gateway(), Some("b"));
+///
+/// let Fate::Tunnelled(frame) = trace.fate else { panic!("{trace}") };
+/// cluster.node = NodeName::new("b")?;
+/// let there = explain_received(&state(&cluster)?, &frame);
+/// assert_eq!(there.fate, Fate::Routed(Some("198.51.100.200".parse()?)));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub fn explain(state: &State, packet: &Packet) -> Trace {
+    alone(state, *packet, |walk| walk.arrive(*packet).0)
+}
+
+/// What a node does with a frame that another node sent it through the tunnel.
+pub fn explain_received(state: &State, frame: &Frame) -> Trace {
+    alone(state, frame.packet, |walk| walk.receive(frame).0)
+}
+
+fn alone(
+    state: &State,
+    packet: Packet,
+    go: impl FnOnce(&mut Walk<'_>) -> super::trace::Fate,
+) -> Trace {
+    let (mut conntrack, around) = (Conntrack::default(), Surroundings::default());
+    let unread = state.xtables.keys().map(|variant| Reason {
+        node: None,
+        object: format!("{}, our chains", variant.command(Family::of(packet.source))),
+        decision: Decision::Unknown,
+    });
+    let reasons = unread.collect();
+    let mut walk = Walk {
+        state,
+        conntrack: &mut conntrack,
+        counts: &mut Counts::new(),
+        around: &around,
+        reasons,
+    };
+    let fate = go(&mut walk);
+    Trace { packet, reasons: walk.reasons, fate }
+}

@@ -1,0 +1,179 @@
+//! Who is told of what others write.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use super::watch::Bell;
+use crate::datapath::Drift;
+use crate::event::Part;
+use crate::state::{Route, RouteKey, State, StrayKind, StrayRouting};
+
+/// Who writes, as the kernel knows it by the port of a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Writer {
+    /// The simulator's own datapath.
+    Own,
+    /// The datapath of this number.
+    Datapath(u32),
+    /// Somebody else.
+    Stranger,
+}
+
+/// What somebody wrote.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Written {
+    pub(super) parts: BTreeSet<Part>,
+    /// Sets or rules of iptables, of which the kernel tells nobody.
+    pub(super) untold: bool,
+    /// It may have been anything.
+    pub(super) anything: bool,
+}
+
+impl Written {
+    /// What differs between two states, of the half that rtnetlink is asked for, and is told.
+    pub(super) fn between(before: &State, after: &State) -> Self {
+        let strays = |kind: StrayKind| {
+            let is = move |stray: &&StrayRouting| stray.kind == kind;
+            !before.strays.iter().filter(is).eq(after.strays.iter().filter(is))
+        };
+        let differs = [
+            (Part::Link, before.link != after.link),
+            (Part::Address, before.addresses != after.addresses),
+            (Part::Fdb, before.fdb != after.fdb),
+            (Part::Neighbour, before.neighbours != after.neighbours),
+            (Part::Route, routes_differ(before, after) || strays(StrayKind::Route)),
+            (Part::Rule, before.rules != after.rules || strays(StrayKind::Rule)),
+        ];
+        let parts = differs.into_iter().filter_map(|(part, differs)| differs.then_some(part));
+        Self { parts: parts.collect(), ..Self::default() }
+    }
+
+    /// Whether a watch is told of it.
+    pub(super) fn is_told(&self) -> bool {
+        self.anything || !self.parts.is_empty()
+    }
+
+    fn add(&mut self, other: &Self) {
+        self.parts.extend(&other.parts);
+        self.untold |= other.untold;
+        self.anything |= other.anything;
+    }
+}
+
+/// Whether routes differ in a way that the kernel tells: of IPv4 routes that go along with a device
+/// or its last address it says nothing (`fib_sync_down_dev`, `fib_disable_ip`).
+fn routes_differ(before: &State, after: &State) -> bool {
+    let on_same_ground = before.link == after.link && before.addresses == after.addresses;
+    let is_told = |(key, route): (&RouteKey, &Route)| {
+        let goes_along = key.dst.addr().is_ipv4() && matches!(route, Route::Via(_));
+        match after.routes.get(key) {
+            Some(now) => now != route,
+            None => on_same_ground || !goes_along,
+        }
+    };
+    let is_new = |key: &RouteKey| !before.routes.contains_key(key);
+    before.routes.iter().any(is_told) || after.routes.keys().any(is_new)
+}
+
+/// What is as it was read and written, for certain.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Trust {
+    pub(super) table: bool,
+    pub(super) rest: bool,
+}
+
+impl Trust {
+    pub(super) fn hear(&mut self, written: &Written) {
+        let Written { parts, untold, anything } = written;
+        self.table &= !anything && !untold && !parts.contains(&Part::Firewall);
+        self.rest &= !anything && !parts.iter().any(|part| *part != Part::Firewall);
+    }
+
+    pub(super) const fn drift(self) -> Drift {
+        match (self.table, self.rest) {
+            (true, true) => Drift::None,
+            (true, false) => Drift::Rest,
+            (false, _) => Drift::Unknown,
+        }
+    }
+}
+
+/// One who is told of what others write.
+#[derive(Debug)]
+pub(super) struct Listener {
+    /// Of whose writes it is not told.
+    deaf_to: Writer,
+    /// Since it was last asked for.
+    heard: Mutex<Written>,
+    /// Of a watch; the ears of a datapath have none.
+    bell: Option<Arc<Bell>>,
+}
+
+impl Listener {
+    pub(super) fn new(deaf_to: Writer, bell: Option<Arc<Bell>>) -> Arc<Self> {
+        Arc::new(Self { deaf_to, heard: Mutex::default(), bell })
+    }
+
+    fn tell(&self, written: &Written) {
+        let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        let first = written.is_told() && !heard.is_told();
+        heard.add(written);
+        if let Some(bell) = self.bell.as_ref().filter(|_| first) {
+            bell.ring();
+        }
+    }
+
+    /// Takes out what was heard.
+    pub(super) fn take(&self) -> Written {
+        let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(bell) = &self.bell {
+            bell.hush();
+        }
+        std::mem::take(&mut heard)
+    }
+}
+
+/// All who are told; of a copy of the simulator nobody is.
+#[derive(Debug, Default)]
+pub(super) struct Bulletin {
+    listeners: Vec<Weak<Listener>>,
+    datapaths: u32,
+}
+
+impl Clone for Bulletin {
+    fn clone(&self) -> Self {
+        Self::default()
+    }
+}
+
+impl Bulletin {
+    /// A datapath that there was not yet.
+    pub(super) fn writer(&mut self) -> Writer {
+        self.datapaths += 1;
+        Writer::Datapath(self.datapaths)
+    }
+
+    pub(super) fn add(&mut self, listener: &Arc<Listener>) {
+        self.listeners.retain(|listener| listener.strong_count() > 0);
+        self.listeners.push(Arc::downgrade(listener));
+    }
+
+    /// Whether a watch of this writer lives.
+    pub(super) fn has_watch(&self, writer: Writer) -> bool {
+        let mut alive = self.listeners.iter().filter_map(Weak::upgrade);
+        alive.any(|listener| listener.deaf_to == writer && listener.bell.is_some())
+    }
+
+    pub(super) fn is_read(&self) -> bool {
+        self.listeners.iter().any(|listener| listener.strong_count() > 0)
+    }
+
+    /// Tells everybody but the writer.
+    pub(super) fn tell(&self, writer: Writer, written: &Written) {
+        for listener in self.listeners.iter().filter_map(Weak::upgrade) {
+            if listener.deaf_to != writer {
+                listener.tell(written);
+            }
+        }
+    }
+}

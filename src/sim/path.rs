@@ -1,0 +1,249 @@
+//! The way of a packet through one node: the walk that the kernel makes, on a [`State`].
+//!
+//! Nothing here knows what a policy is: the rules, maps, routes and entries are read as they are,
+//! be they planned or found in a kernel.
+
+mod chains;
+pub(crate) mod conntrack;
+mod elements;
+mod reply_block;
+mod routing;
+mod skb;
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::packet::{Frame, Packet};
+use super::trace::{Decision, Fate, Reason};
+use crate::count::Counts;
+use crate::state::{Hook, Rule, State, Vxlan};
+use crate::types::{DeviceName, Family};
+
+use chains::{End, Nat};
+use conntrack::{Conntrack, Seen};
+use routing::Routed;
+use skb::{Skb, Tracking};
+
+/// What the walk must know of a node beside what is ours there.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Surroundings {
+    /// Addresses of the node: a packet to one of them is delivered, not forwarded.
+    pub local: Vec<IpAddr>,
+    /// Which address the node's own packets to a destination have; the longest prefix decides.
+    pub own: Vec<(IpNet, IpAddr)>,
+}
+
+impl Surroundings {
+    fn own(&self, destination: IpAddr) -> Option<IpAddr> {
+        let nets = self.own.iter().filter(|(net, _)| net.contains(&destination));
+        nets.max_by_key(|(net, _)| net.prefix_len()).map(|(_, address)| *address)
+    }
+}
+
+/// A packet's way through one node.
+pub(crate) struct Walk<'a> {
+    pub(crate) state: &'a State,
+    pub(crate) conntrack: &'a mut Conntrack,
+    pub(crate) counts: &'a mut Counts,
+    pub(crate) around: &'a Surroundings,
+    pub(crate) reasons: Vec<Reason>,
+}
+
+/// How a packet arrives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Arrival {
+    /// From a pod here, or from the network outside the tunnel.
+    Wire,
+    Tunnel,
+}
+
+impl Walk<'_> {
+    /// A packet that comes in by any device but the tunnel, as it is when it goes on.
+    pub(crate) fn arrive(&mut self, packet: Packet) -> (Fate, Packet) {
+        self.pass(packet, Arrival::Wire)
+    }
+
+    /// A packet of which conntrack can make nothing.
+    pub(crate) fn arrive_invalid(&mut self, packet: Packet) -> (Fate, Packet) {
+        let mut skb = Skb::new(packet, Tracking::Invalid);
+        let fate = self.through(&mut skb, None, Arrival::Wire);
+        (fate, skb.packet)
+    }
+
+    /// A frame of another node.
+    pub(crate) fn receive(&mut self, frame: &Frame) -> (Fate, Packet) {
+        let packet = frame.packet;
+        let outer = Packet::udp(frame.from, u16::MAX, frame.to, frame.port);
+        let mut skb = Skb::new(outer, Tracking::fresh());
+        if let End::Dropped = self.hook(&Hook::Input, &mut skb, false) {
+            return (Fate::Dropped, packet);
+        }
+        let link = self.state.link.as_ref().filter(|link| link.up);
+        let Some(link) = link.filter(|link| (link.vni, link.port) == (frame.vni, frame.port))
+        else {
+            self.say("no tunnel device takes it", Decision::Dropped);
+            return (Fate::Dropped, packet);
+        };
+        let device = format!("{} address {}", link.name, link.mac);
+        if link.mac != frame.mac {
+            self.say(device, Decision::Dropped);
+            return (Fate::Dropped, packet);
+        }
+        self.say(device, Decision::Received);
+        if let Some(filter) = self.filtered(link, packet.source) {
+            self.say(filter, Decision::Dropped);
+            return (Fate::Dropped, packet);
+        }
+        self.pass(packet, Arrival::Tunnel)
+    }
+
+    /// Whether the device's filter of sources drops it (`__fib_validate_source`): the way back to a
+    /// pod of another node is not the tunnel, and without an address not even the loose one lets
+    /// anything in. IPv6 has no such filter.
+    fn filtered(&self, link: &Vxlan, source: IpAddr) -> Option<String> {
+        let bare = || !self.state.addresses.iter().any(|net| net.addr().is_ipv4());
+        match link.rp_filter {
+            _ if source.is_ipv6() => None,
+            0 => None,
+            1 => Some(format!("{} rp_filter 1", link.name)),
+            filter => bare().then(|| format!("{} rp_filter {filter} without address", link.name)),
+        }
+    }
+
+    fn pass(&mut self, packet: Packet, arrival: Arrival) -> (Fate, Packet) {
+        let seen = self.conntrack.see(packet);
+        let mut skb = Skb::new(packet, Tracking::Seen(seen.facts()));
+        // Destinations are translated back right before our chain.
+        seen.translate_back(&mut skb.packet);
+        let fate = self.through(&mut skb, Some(seen), arrival);
+        // Of a connection that is known a rule sets the mark at once, and it stays where the packet
+        // is dropped.
+        if let Tracking::Seen(facts) = &skb.tracking {
+            self.conntrack.note(&seen, facts.mark);
+        }
+        (fate, skb.packet)
+    }
+
+    fn through(&mut self, skb: &mut Skb, seen: Option<Seen>, arrival: Arrival) -> Fate {
+        if let (Arrival::Tunnel, Some(link)) = (arrival, &self.state.link) {
+            skb.input = Some(link.name.clone());
+        }
+        if let End::Dropped = self.hook(&Hook::Prerouting, skb, false) {
+            return Fate::Dropped;
+        }
+        if self.around.local.contains(&skb.packet.destination) {
+            if let End::Dropped = self.hook(&Hook::Input, skb, false) {
+                return Fate::Dropped;
+            }
+            self.confirm(skb, seen, None);
+            return Fate::Delivered;
+        }
+        let input = skb.input.as_ref().map(DeviceName::as_str);
+        let tunnel = match self.route(skb.packet.destination, skb.mark, input) {
+            Routed::Refused => return Fate::Dropped,
+            Routed::Own => None,
+            Routed::Via(link, via) => {
+                skb.output = Some(link.name.clone());
+                Some((link, via))
+            }
+        };
+        skb.routed = true;
+        if skb.packet.destination.is_ipv4() {
+            // Forwarding sets the priority by the type of service (`ip_forward`).
+            skb.priority = 0;
+        }
+        if let End::Dropped = self.hook(&Hook::Forward, skb, false) {
+            return Fate::Dropped;
+        }
+        let open = seen.as_ref().is_some_and(Seen::is_untranslated);
+        let before = skb.packet.source;
+        let mut nat = None;
+        match self.hook(&Hook::Postrouting, skb, open) {
+            End::Dropped => return Fate::Dropped,
+            End::Accepted => {}
+            End::Nat(done) => nat = Some(done),
+        }
+        self.confirm(skb, seen, nat);
+        // By its first packet, that is, not just now.
+        if nat.is_none() && skb.packet.source != before {
+            self.say("connection", Decision::Connection);
+        }
+        self.leave(skb, nat, tunnel)
+    }
+
+    /// Sends a packet off: through the tunnel, or by the host's own routes.
+    fn leave(&mut self, skb: &mut Skb, nat: Option<Nat>, tunnel: Option<(&Vxlan, IpAddr)>) -> Fate {
+        let Some((link, via)) = tunnel else {
+            let unknown =
+                nat == Some(Nat::Masquerade) && self.around.own(skb.packet.destination).is_none();
+            return Fate::Routed((!unknown).then_some(skb.packet.source));
+        };
+        let Some(mac) = self.state.neighbours.get(&via).copied() else {
+            self.say(format!("no neighbour {via} dev {}", link.name), Decision::Dropped);
+            return Fate::Dropped;
+        };
+        self.say(format!("neighbour {via} dev {}", link.name), Decision::Ethernet(mac));
+        skb.ethernet = Some(mac);
+        if let End::Dropped = self.hook(&Hook::Egress(link.name.clone()), skb, false) {
+            return Fate::Dropped;
+        }
+        let mac = skb.ethernet.unwrap_or(mac);
+        let Some(to) = self.state.fdb.get(&mac).copied() else {
+            self.say(format!("no fdb {mac} dev {}", link.name), Decision::Dropped);
+            return Fate::Dropped;
+        };
+        self.say(format!("fdb {mac} dev {}", link.name), Decision::Tunnel(to));
+        let frame =
+            Frame { from: link.local, to, port: link.port, vni: link.vni, mac, packet: skb.packet };
+        if self.outer(&frame, skb.mark, &link.name) {
+            Fate::Tunnelled(frame)
+        } else {
+            Fate::Dropped
+        }
+    }
+
+    /// Whether the outer packet, which inherits the mark, gets out of this node.
+    fn outer(&mut self, frame: &Frame, mark: u32, device: &DeviceName) -> bool {
+        let outer = Packet::udp(frame.from, u16::MAX, frame.to, frame.port);
+        let mut skb = Skb::new(outer, Tracking::fresh());
+        skb.mark = mark;
+        // As postrouting sees it; it is not that device's to send.
+        skb.input = Some(device.clone());
+        match self.route(frame.to, mark, Some(Rule::LOOPBACK)) {
+            Routed::Own => {}
+            Routed::Refused => return false,
+            Routed::Via(..) => {
+                self.say("the route to the tunnel leads through the tunnel", Decision::Dropped);
+                return false;
+            }
+        }
+        skb.routed = true;
+        [Hook::Output, Hook::Postrouting]
+            .into_iter()
+            .all(|hook| self.hook(&hook, &mut skb, true) != End::Dropped)
+    }
+
+    /// Notes what has become of the connection, and translates the packet's source.
+    fn confirm(&mut self, skb: &mut Skb, seen: Option<Seen>, nat: Option<Nat>) {
+        let Some(mut seen) = seen else { return };
+        if let Tracking::Seen(facts) = &skb.tracking {
+            seen.set_mark(facts.mark);
+        }
+        let source = match nat {
+            Some(Nat::To(address)) => Some(address),
+            Some(Nat::Masquerade) => self.around.own(skb.packet.destination),
+            Some(Nat::Bound) | None => None,
+        };
+        self.conntrack.confirm(&mut seen, source);
+        seen.translate(&mut skb.packet);
+    }
+
+    fn family(packet: Packet) -> Family {
+        Family::of(packet.source)
+    }
+
+    fn say(&mut self, object: impl Into<String>, decision: Decision) {
+        self.reasons.push(Reason { node: None, object: object.into(), decision });
+    }
+}

@@ -1,0 +1,157 @@
+//! What the maps say about a packet: the walk that the kernel makes, on a [`Firewall`].
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::{ChainId, Data, Firewall, Key, MarkBits, Set, State, Stmt, Tag, Verdict, Xtables};
+use crate::range::IpRange;
+use crate::types::{Family, Mark};
+
+/// What becomes of a packet, by its source and its destination after destination NAT.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum WayOut {
+    /// No policy takes it.
+    None,
+    /// It is dropped.
+    Closed,
+    /// It is sent to the gateway with this mark.
+    To(Mark),
+    /// It leaves from here, wearing this address, or with `None` the node's own.
+    Here(Option<IpAddr>),
+}
+
+/// What the marks of connections say of the gateway that they go to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Cached {
+    /// That there is one.
+    pub(crate) some: MarkBits,
+    /// The bits that say which.
+    pub(crate) mask: u32,
+}
+
+impl State {
+    /// What becomes of a packet of a new connection.
+    ///
+    /// Where nf_tables and iptables have rules of ours, one is about to go and they agree.
+    pub(crate) fn way_out(&self, source: IpAddr, destination: IpAddr) -> WayOut {
+        match (&self.firewall, self.xtables.values().next()) {
+            (Some(firewall), _) => firewall.way_out(source, destination),
+            (None, Some(tables)) => tables.way_out(&self.ipsets, source, destination),
+            (None, None) => WayOut::None,
+        }
+    }
+
+    /// The bits of a connection's mark that say that it was translated, or left alone, by us.
+    pub(crate) fn connection_mark(&self) -> Option<MarkBits> {
+        let tables = || self.xtables.values().find_map(Xtables::connection_mark);
+        self.firewall.as_ref().and_then(Firewall::connection_mark).or_else(tables)
+    }
+
+    /// Whether a guard holds a connection with this mark back where no way of ours is open to it,
+    /// and so whether it was ours, also if connections get other marks now.
+    pub(crate) fn holds_back(&self, mark: u32) -> bool {
+        self.firewall.as_ref().is_some_and(|firewall| firewall.holds_back(mark))
+    }
+
+    /// What the marks of connections say of the gateway, where the first packet decides for all.
+    pub(crate) fn cached(&self) -> Option<Cached> {
+        self.firewall.as_ref().and_then(Firewall::cached)
+    }
+
+    /// Whether an address is an egress IP that connections wear here.
+    pub(crate) fn speaks_as(&self, address: IpAddr) -> bool {
+        let spoken = |table: &Firewall| table.elements.contains_key(&Key::Eip(address));
+        self.firewall.as_ref().is_some_and(spoken)
+    }
+
+    /// Whether there is nothing that marks or translates.
+    pub(crate) fn decides_nothing(&self) -> bool {
+        self.firewall.is_none() && self.xtables.is_empty()
+    }
+}
+
+impl Firewall {
+    /// What becomes of a packet of a new connection.
+    pub(crate) fn way_out(&self, source: IpAddr, destination: IpAddr) -> WayOut {
+        let family = Family::of(source);
+        let Some(policy) = self.class_of(source).and_then(|class| {
+            let excluded =
+                self.overlapping(&Key::Excluded(IpRange::from(IpNet::from(destination))));
+            if excluded.is_some() { None } else { self.policy_of(class, destination) }
+        }) else {
+            return WayOut::None;
+        };
+        let way_out = self.tag(&Key::Steer(family, policy));
+        match way_out.and_then(|tag| self.elements.get(&Key::Verdict(tag))).map(|value| value.data)
+        {
+            Some(Data::Verdict(Verdict::Goto(ChainId::To(mark)))) => WayOut::To(mark),
+            Some(Data::Verdict(Verdict::Goto(ChainId::Here))) => self.worn(family, policy),
+            Some(Data::Verdict(Verdict::Goto(ChainId::Bypass))) => WayOut::None,
+            _ => WayOut::Closed,
+        }
+    }
+
+    fn class_of(&self, source: IpAddr) -> Option<Tag> {
+        self.tag(&Key::Source(source)).or_else(|| {
+            let here = Key::SourceNet(IpRange::from(IpNet::from(source)));
+            self.tag(self.overlapping(&here)?)
+        })
+    }
+
+    fn policy_of(&self, class: Tag, destination: IpAddr) -> Option<Tag> {
+        let family = Family::of(destination);
+        let lengths = self.sets.range(Set::Destination(family, 0)..=Set::Destination(family, 128));
+        lengths
+            .rev()
+            .find_map(|set| {
+                let Set::Destination(_, length) = set else { return None };
+                let net = IpNet::new(destination, *length).ok()?.trunc();
+                self.tag(&Key::Destination(net, class))
+            })
+            .or_else(|| self.tag(&Key::Any(family, class)))
+    }
+
+    fn worn(&self, family: Family, policy: Tag) -> WayOut {
+        match self.elements.get(&Key::Snat(family, policy)).map(|value| value.data) {
+            Some(Data::Address(address)) => WayOut::Here(Some(address)),
+            _ if self.elements.contains_key(&Key::Masquerade(family, policy)) => WayOut::Here(None),
+            _ => WayOut::Closed,
+        }
+    }
+
+    fn tag(&self, key: &Key) -> Option<Tag> {
+        match self.elements.get(key)?.data {
+            Data::Tag(tag) => Some(tag),
+            _ => None,
+        }
+    }
+
+    /// What the marks of connections say of the gateway, where the first packet decides for all.
+    fn cached(&self) -> Option<Cached> {
+        let (_, rules) = self.chains.get(&ChainId::Prerouting)?;
+        rules.iter().find_map(|rule| match rule.0.as_slice() {
+            [Stmt::CtMarkIs(some), _, Stmt::VerdictByCtMark { mask, .. }] => {
+                Some(Cached { some: *some, mask: *mask })
+            }
+            _ => None,
+        })
+    }
+
+    /// The bits of a connection's mark that say that it was translated, or left alone, by us.
+    pub(crate) fn connection_mark(&self) -> Option<MarkBits> {
+        let (_, rules) = self.chains.get(&ChainId::NatPostrouting)?;
+        rules.iter().flat_map(|rule| &rule.0).find_map(|statement| match statement {
+            Stmt::SetCtMark(bits) => Some(*bits),
+            _ => None,
+        })
+    }
+
+    fn holds_back(&self, mark: u32) -> bool {
+        let rules = self.chains.get(&ChainId::Forward).map_or(&[][..], |(_, rules)| rules);
+        rules.iter().any(|rule| {
+            let ours = |one: &Stmt| matches!(one, Stmt::CtMarkIs(bits) if bits.are_in(mark));
+            rule.0.last() == Some(&Stmt::Goto(ChainId::Bound)) && rule.0.iter().any(ours)
+        })
+    }
+}
