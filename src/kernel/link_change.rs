@@ -12,7 +12,6 @@ use netlink_packet_route::link::{
 
 use super::link::{Device, Tunnel};
 use super::route_socket::RouteSocket;
-use super::rtnl::EAFNOSUPPORT;
 use crate::error::{KernelError, errno};
 use crate::state::{LINK_ALIAS, LINK_GROUP, Vxlan};
 use crate::types::DeviceName;
@@ -274,7 +273,7 @@ impl RouteSocket {
     /// Keeps the kernel from giving the device an IPv6 address of its own, where it has IPv6.
     fn stop_link_local(&mut self, what: &dyn Display, index: u32) -> Result<(), KernelError> {
         match self.set_device(what, change(index, vec![no_link_local()])) {
-            Err(error) if error.errno() == Some(EAFNOSUPPORT) => Ok(()),
+            Err(error) if error.errno() == Some(errno::EAFNOSUPPORT) => Ok(()),
             done => done,
         }
     }

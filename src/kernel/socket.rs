@@ -136,7 +136,7 @@ impl Socket {
         loop {
             self.buffer.clear();
             // MSG_TRUNC makes the length that of the datagram, even if the buffer was too small.
-            let (length, from) = self.inner.recv_from(&mut self.buffer, MSG_TRUNC)?;
+            let (length, from) = self.inner.recv_from(&mut self.buffer, libc::MSG_TRUNC)?;
             if length > self.buffer.len() {
                 return Err(io::Error::new(io::ErrorKind::InvalidData, "a datagram was cut"));
             }
@@ -156,8 +156,6 @@ fn send(socket: &RawSocket, datagram: &[u8]) -> io::Result<()> {
         Err(io::Error::new(io::ErrorKind::WriteZero, "the datagram was sent in part"))
     }
 }
-
-const MSG_TRUNC: i32 = 0x20;
 
 impl AsFd for Socket {
     fn as_fd(&self) -> BorrowedFd<'_> {
