@@ -1,16 +1,13 @@
-//! One netlink socket; the only file that touches netlink-sys, with all unsafe code below it.
+//! One netlink socket; the only file that touches netlink-sys.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use netlink_sys::{Socket as RawSocket, SocketAddr};
+use rustix::net::sockopt;
+use socket2::{SockFilter, SockRef};
 
-mod epoll;
-mod option;
 pub(crate) mod program;
-
-pub(crate) use epoll::Epoll;
-pub(crate) use option::Instruction;
 
 /// Bytes that a dump may deliver at once; the kernel fills what the reader offers, up to 32 KiB
 /// a message buffer (`net/netlink/af_netlink.c`, `netlink_recvmsg`).
@@ -76,24 +73,32 @@ impl Socket {
         self.port
     }
 
-    /// Makes room for a datagram of this many bytes, as far as the kernel grants it.
+    /// Makes room for a datagram of this many bytes: as many with the privilege, else as many as
+    /// `net.core.wmem_max` allows.
     pub(crate) fn reserve(&self, bytes: usize) {
-        option::set_send_buffer(self.inner.as_fd(), bytes);
+        if sockopt::set_socket_send_buffer_size_force(&self.inner, bytes).is_err() {
+            // Whether it was enough is said by the next send.
+            let _refused = sockopt::set_socket_send_buffer_size(&self.inner, bytes);
+        }
     }
 
-    /// Makes room for this many unread bytes, as far as the kernel grants it.
+    /// Makes room for this many unread bytes: as many with the privilege, else as many as
+    /// `net.core.rmem_max` allows.
     pub(crate) fn reserve_unread(&self, bytes: usize) {
-        option::set_receive_buffer(self.inner.as_fd(), bytes);
+        if sockopt::set_socket_recv_buffer_size_force(&self.inner, bytes).is_err() {
+            // Whether it was enough is said by ENOBUFS.
+            let _refused = sockopt::set_socket_recv_buffer_size(&self.inner, bytes);
+        }
     }
 
     /// Makes the kernel drop the messages for which the program returns 0.
-    pub(crate) fn filter(&self, program: &[Instruction]) -> io::Result<()> {
-        option::attach_filter(self.inner.as_fd(), program)
+    pub(crate) fn filter(&self, program: &[SockFilter]) -> io::Result<()> {
+        SockRef::from(&self.inner).attach_filter(program)
     }
 
     /// Makes the kernel drop nothing again.
     pub(crate) fn unfilter(&self) -> io::Result<()> {
-        option::detach_filter(self.inner.as_fd())
+        SockRef::from(&self.inner).detach_filter()
     }
 
     /// Begins to receive what the kernel tells a group.

@@ -1,9 +1,12 @@
 //! News that somebody else may have touched what is ours.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
-use super::socket::{Epoll, Instruction, Socket};
+use rustix::event::epoll::{self, EventData, EventFlags};
+use socket2::SockFilter;
+
+use super::socket::Socket;
 use super::wire::Messages;
 use crate::error::{KernelError, errno};
 use crate::news::News;
@@ -79,7 +82,8 @@ const UNREAD: usize = 1 << 20;
 /// IPv4 routes that go with a device are an example, though there the device is told.
 #[derive(Debug)]
 pub struct Watch {
-    poll: Epoll,
+    /// An epoll instance of both sockets.
+    poll: OwnedFd,
     /// Only nothing while it is dropped.
     routing: Option<Socket>,
     shared: Shared,
@@ -170,16 +174,16 @@ impl Watch {
 
 /// Has a socket hear what the kernel tells these groups, but for what a program drops.
 fn listen(
-    poll: &Epoll,
+    poll: &OwnedFd,
     socket: &mut Socket,
-    program: &[Instruction],
+    program: &[SockFilter],
     groups: &[u32],
 ) -> io::Result<()> {
     socket.filter(program)?;
     // Left from an earlier watch.
     while may_have_more(&socket.receive().map(drop)) {}
     socket.reserve_unread(UNREAD);
-    poll.add(socket.as_fd())?;
+    epoll::add(poll, &*socket, EventData::new_u64(0), EventFlags::IN)?;
     groups.iter().try_for_each(|group| socket.join(*group))
 }
 

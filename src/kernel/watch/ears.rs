@@ -3,10 +3,12 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use rustix::event::epoll::{self, CreateFlags};
+
 use super::{Expected, Watch, filter};
 use crate::error::{KernelError, errno};
 use crate::kernel::nft;
-use crate::kernel::socket::{Epoll, Socket};
+use crate::kernel::socket::Socket;
 
 /// Groups of the routing subsystem (`enum rtnetlink_groups`): links, neighbours with forwarding
 /// entries, IPv4 addresses, routes, rules, the same of IPv6, and settings of IPv4.
@@ -47,7 +49,7 @@ impl Shared {
     ) -> Result<Watch, KernelError> {
         let what = "watch the kernel's state";
         let failed = |error: io::Error| KernelError::io(what, &error);
-        let poll = Epoll::new().map_err(failed)?;
+        let poll = epoll::create(CreateFlags::CLOEXEC).map_err(|error| failed(error.into()))?;
         let ear = lock(&self.idle).take();
         let ear = ear.ok_or_else(|| KernelError::refused(what, errno::EBUSY).with_remedy(BUSY))?;
         let shared = self.clone();

@@ -3,7 +3,9 @@
 //! A handful of instructions per message, which is less than to queue it: what they drop costs no
 //! memory and wakes nobody.
 
-use crate::kernel::socket::{Instruction, program};
+use socket2::SockFilter;
+
+use crate::kernel::socket::program;
 use crate::state::PROTOCOL;
 use program::{ACCEPT, DROP, FLAGS, PORT, TYPE, as_loaded, at_least, byte, half, has, is, word};
 
@@ -23,7 +25,7 @@ const ROUTE_PROTOCOL: u32 = 21;
 
 /// Drops what was asked for from this port, and routes that neither are ours nor can have taken
 /// the place of one that is.
-pub(super) fn routing(port: u32) -> [Instruction; 13] {
+pub(super) fn routing(port: u32) -> [SockFilter; 13] {
     [
         word(PORT),
         is(port.to_be(), 10, 0),
@@ -42,7 +44,7 @@ pub(super) fn routing(port: u32) -> [Instruction; 13] {
 }
 
 /// Drops what was asked for from this port.
-pub(super) fn netfilter(port: u32) -> [Instruction; 4] {
+pub(super) fn netfilter(port: u32) -> [SockFilter; 4] {
     [word(PORT), is(port.to_be(), 1, 0), ACCEPT, DROP]
 }
 
