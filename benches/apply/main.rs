@@ -12,7 +12,6 @@
 )]
 
 mod gateways;
-mod memory;
 mod sets;
 mod tools;
 mod world;
