@@ -26,8 +26,18 @@ enum Cause {
     Answer(&'static str),
 }
 
-/// Error numbers of `asm-generic/errno*.h` that we look for.
-#[cfg_attr(not(feature = "kernel"), allow(dead_code, reason = "the wire knows more of them"))]
+/// The kernel's error numbers.
+#[cfg(all(feature = "kernel", target_os = "linux"))]
+pub(crate) mod errno {
+    pub(crate) use libc::{
+        EACCES, EADDRNOTAVAIL, EAFNOSUPPORT, EAGAIN, EBUSY, EEXIST, EINTR, EINVAL, EMSGSIZE,
+        ENETDOWN, ENFILE, ENOBUFS, ENODEV, ENOENT, ENOSPC, EOPNOTSUPP, EPERM, EPROTONOSUPPORT,
+        ERANGE, ERESTART, ESRCH,
+    };
+}
+
+/// Those of `asm-generic/errno*.h`, for a build that talks to no kernel.
+#[cfg(not(all(feature = "kernel", target_os = "linux")))]
 pub(crate) mod errno {
     pub(crate) const EPERM: i32 = 1;
     pub(crate) const ENOENT: i32 = 2;
@@ -39,16 +49,14 @@ pub(crate) mod errno {
     pub(crate) const EEXIST: i32 = 17;
     pub(crate) const ENODEV: i32 = 19;
     pub(crate) const EINVAL: i32 = 22;
-    pub(crate) const ENFILE: i32 = 23;
     pub(crate) const ENOSPC: i32 = 28;
     pub(crate) const ERANGE: i32 = 34;
     pub(crate) const ERESTART: i32 = 85;
-    pub(crate) const EMSGSIZE: i32 = 90;
+    pub(crate) const EPROTONOSUPPORT: i32 = 93;
     pub(crate) const EOPNOTSUPP: i32 = 95;
     pub(crate) const EADDRNOTAVAIL: i32 = 99;
     pub(crate) const ENETDOWN: i32 = 100;
     pub(crate) const ENOBUFS: i32 = 105;
-    pub(crate) const EPROTONOSUPPORT: i32 = 93;
 }
 
 impl KernelError {

@@ -12,7 +12,6 @@
 )]
 
 mod gateways;
-mod memory;
 mod sets;
 mod tools;
 mod world;
@@ -195,10 +194,7 @@ fn steady(
 }
 
 /// Moves this process, which must not have started threads, off the host's network.
-#[expect(
-    deprecated,
-    reason = "the replacement is unsafe for the sake of CLONE_FILES, which is not used here"
-)]
+#[expect(deprecated, reason = "deprecated because of CLONE_FILES, which is not used here")]
 fn enter_namespace() {
     let unshared = rustix::thread::unshare(rustix::thread::UnshareFlags::NEWNET);
     unshared.unwrap_or_else(|error| panic!("run as root, to get a network namespace: {error}"));

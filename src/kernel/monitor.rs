@@ -9,10 +9,13 @@ mod sockets;
 pub(super) mod tests;
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+
+use rustix::event::epoll::{self, EventData, EventFlags};
+use socket2::SockFilter;
 
 use super::netlink::message::Messages;
-use super::netlink::socket::{Epoll, Instruction, Socket};
+use super::netlink::socket::Socket;
 use crate::error::{KernelError, errno};
 use crate::event::News;
 
@@ -80,7 +83,8 @@ const UNREAD: usize = 1 << 20;
 /// IPv4 routes that go with a device are an example, though there the device is told.
 #[derive(Debug)]
 pub struct Watch {
-    poll: Epoll,
+    /// An epoll instance of both sockets.
+    poll: OwnedFd,
     /// Only nothing while it is dropped.
     routing: Option<Socket>,
     shared: Shared,
@@ -171,16 +175,16 @@ impl Watch {
 
 /// Has a socket hear what the kernel tells these groups, but for what a program drops.
 fn listen(
-    poll: &Epoll,
+    poll: &OwnedFd,
     socket: &mut Socket,
-    program: &[Instruction],
+    program: &[SockFilter],
     groups: &[u32],
 ) -> io::Result<()> {
     socket.filter(program)?;
     // Left from an earlier watch.
     while may_have_more(&socket.receive().map(drop)) {}
     socket.reserve_unread(UNREAD);
-    poll.add(socket.as_fd())?;
+    epoll::add(poll, &*socket, EventData::new_u64(0), EventFlags::IN)?;
     groups.iter().try_for_each(|group| socket.join(*group))
 }
 

@@ -376,7 +376,7 @@ fn a_drained_node_takes_another_layout(variant: Variant) -> Result {
 
 /// Gives this thread, and what it starts, a `/run` of its own.
 fn own_run() -> Result {
-    #[expect(deprecated, reason = "its successor is unsafe for flags that are not used here")]
+    #[expect(deprecated, reason = "deprecated because of CLONE_FILES, which is not used here")]
     rustix::thread::unshare(UnshareFlags::NEWNS)?;
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
     mount("none", "/run", "tmpfs", MountFlags::empty(), None)?;

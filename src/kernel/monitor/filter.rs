@@ -3,8 +3,9 @@
 //! A handful of instructions per message, which is less than to queue it: what they drop costs no
 //! memory and wakes nobody.
 
+use socket2::SockFilter;
+
 use crate::kernel::netlink::bpf;
-use crate::kernel::netlink::socket::Instruction;
 use crate::state::PROTOCOL;
 use bpf::{ACCEPT, DROP, FLAGS, PORT, TYPE, as_loaded, at_least, byte, half, has, is, word};
 
@@ -24,7 +25,7 @@ const ROUTE_PROTOCOL: u32 = 21;
 
 /// Drops what was asked for from this port, and routes that neither are ours nor can have taken
 /// the place of one that is.
-pub(crate) fn routing(port: u32) -> [Instruction; 13] {
+pub(crate) fn routing(port: u32) -> [SockFilter; 13] {
     [
         word(PORT),
         is(port.to_be(), 10, 0),
@@ -43,7 +44,7 @@ pub(crate) fn routing(port: u32) -> [Instruction; 13] {
 }
 
 /// Drops what was asked for from this port.
-pub(crate) fn netfilter(port: u32) -> [Instruction; 4] {
+pub(crate) fn netfilter(port: u32) -> [SockFilter; 4] {
     [word(PORT), is(port.to_be(), 1, 0), ACCEPT, DROP]
 }
 

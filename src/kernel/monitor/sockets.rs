@@ -3,9 +3,11 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use rustix::event::epoll::{self, CreateFlags};
+
 use super::{Expected, Watch, filter};
 use crate::error::{KernelError, errno};
-use crate::kernel::netlink::socket::{Epoll, Socket};
+use crate::kernel::netlink::socket::Socket;
 use crate::kernel::nft;
 
 /// Groups of the routing subsystem (`enum rtnetlink_groups`): links, neighbours with forwarding
@@ -40,7 +42,7 @@ impl Shared {
     pub(crate) fn watch(&self, routing: u32, netfilter: u32) -> Result<Watch, KernelError> {
         let what = "watch the kernel's state";
         let failed = |error: io::Error| KernelError::io(what, &error);
-        let poll = Epoll::new().map_err(failed)?;
+        let poll = epoll::create(CreateFlags::CLOEXEC).map_err(|error| failed(error.into()))?;
         let ear = lock(&self.idle).take();
         let ear = ear.ok_or_else(|| KernelError::refused(what, errno::EBUSY).with_remedy(BUSY))?;
         let shared = self.clone();

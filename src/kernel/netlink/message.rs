@@ -6,28 +6,18 @@ mod write;
 
 use std::fmt;
 
+pub(crate) use netlink_packet_core::{NLMSG_DONE, NLMSG_ERROR};
 pub(crate) use read::{Ack, Attribute, Attributes, Message, Messages};
 pub(crate) use write::{Open, Writer};
 
-/// Flags of a message (`include/uapi/linux/netlink.h`).
+/// Flags of a message.
 pub(crate) mod flag {
-    pub(crate) const REQUEST: u16 = 0x1;
-    pub(crate) const ACK: u16 = 0x4;
-    /// In an answer: the objects changed while they were listed.
-    pub(crate) const DUMP_INTR: u16 = 0x10;
-    pub(crate) const DUMP: u16 = 0x300;
-    pub(crate) const EXCL: u16 = 0x200;
-    pub(crate) const CREATE: u16 = 0x400;
-    pub(crate) const APPEND: u16 = 0x800;
-    /// In an acknowledgement: the request is not repeated in it, but for its header.
-    pub(crate) const CAPPED: u16 = 0x100;
-    /// In an acknowledgement: attributes follow.
-    pub(crate) const ACK_TLVS: u16 = 0x200;
+    pub(crate) use netlink_packet_core::{
+        NLM_F_ACK as ACK, NLM_F_ACK_TLVS as ACK_TLVS, NLM_F_APPEND as APPEND,
+        NLM_F_CAPPED as CAPPED, NLM_F_CREATE as CREATE, NLM_F_DUMP as DUMP,
+        NLM_F_DUMP_INTR as DUMP_INTR, NLM_F_EXCL as EXCL, NLM_F_REQUEST as REQUEST,
+    };
 }
-
-/// Message types of netlink itself.
-pub(crate) const NLMSG_ERROR: u16 = 2;
-pub(crate) const NLMSG_DONE: u16 = 3;
 
 /// Bytes of `struct nlmsghdr`.
 pub(crate) const HEADER: usize = 16;

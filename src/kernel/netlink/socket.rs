@@ -1,15 +1,11 @@
-//! One netlink socket; the only file that touches netlink-sys, with all unsafe code below it.
-
-mod epoll;
-mod option;
+//! One netlink socket; the only file that touches netlink-sys.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use netlink_sys::{Socket as RawSocket, SocketAddr};
-
-pub(crate) use epoll::Epoll;
-pub(crate) use option::Instruction;
+use rustix::net::sockopt;
+use socket2::{SockFilter, SockRef};
 
 /// Bytes that a dump may deliver at once; the kernel fills what the reader offers, up to 32 KiB
 /// a message buffer (`net/netlink/af_netlink.c`, `netlink_recvmsg`).
@@ -75,24 +71,32 @@ impl Socket {
         self.port
     }
 
-    /// Makes room for a datagram of this many bytes, as far as the kernel grants it.
+    /// Makes room for a datagram of this many bytes: as many with the privilege, else as many as
+    /// `net.core.wmem_max` allows.
     pub(crate) fn reserve(&self, bytes: usize) {
-        option::set_send_buffer(self.inner.as_fd(), bytes);
+        if sockopt::set_socket_send_buffer_size_force(&self.inner, bytes).is_err() {
+            // Whether it was enough is said by the next send.
+            let _refused = sockopt::set_socket_send_buffer_size(&self.inner, bytes);
+        }
     }
 
-    /// Makes room for this many unread bytes, as far as the kernel grants it.
+    /// Makes room for this many unread bytes: as many with the privilege, else as many as
+    /// `net.core.rmem_max` allows.
     pub(crate) fn reserve_unread(&self, bytes: usize) {
-        option::set_receive_buffer(self.inner.as_fd(), bytes);
+        if sockopt::set_socket_recv_buffer_size_force(&self.inner, bytes).is_err() {
+            // Whether it was enough is said by ENOBUFS.
+            let _refused = sockopt::set_socket_recv_buffer_size(&self.inner, bytes);
+        }
     }
 
     /// Makes the kernel drop the messages for which the program returns 0.
-    pub(crate) fn filter(&self, program: &[Instruction]) -> io::Result<()> {
-        option::attach_filter(self.inner.as_fd(), program)
+    pub(crate) fn filter(&self, program: &[SockFilter]) -> io::Result<()> {
+        SockRef::from(&self.inner).attach_filter(program)
     }
 
     /// Makes the kernel drop nothing again.
     pub(crate) fn unfilter(&self) -> io::Result<()> {
-        option::detach_filter(self.inner.as_fd())
+        SockRef::from(&self.inner).detach_filter()
     }
 
     /// Begins to receive what the kernel tells a group.
@@ -135,7 +139,7 @@ impl Socket {
         loop {
             self.buffer.clear();
             // MSG_TRUNC makes the length that of the datagram, even if the buffer was too small.
-            let (length, from) = self.inner.recv_from(&mut self.buffer, MSG_TRUNC)?;
+            let (length, from) = self.inner.recv_from(&mut self.buffer, libc::MSG_TRUNC)?;
             if length > self.buffer.len() {
                 return Err(io::Error::new(io::ErrorKind::InvalidData, "a datagram was cut"));
             }
@@ -155,8 +159,6 @@ fn send(socket: &RawSocket, datagram: &[u8]) -> io::Result<()> {
         Err(io::Error::new(io::ErrorKind::WriteZero, "the datagram was sent in part"))
     }
 }
-
-const MSG_TRUNC: i32 = 0x20;
 
 impl AsFd for Socket {
     fn as_fd(&self) -> BorrowedFd<'_> {

@@ -11,7 +11,6 @@ use netlink_packet_route::link::{
 };
 
 use super::link::{Device, Tunnel};
-use super::ops::EAFNOSUPPORT;
 use super::socket::RouteSocket;
 use crate::error::{KernelError, errno};
 use crate::state::{LINK_ALIAS, LINK_GROUP, Vxlan};
@@ -274,7 +273,7 @@ impl RouteSocket {
     /// Keeps the kernel from giving the device an IPv6 address of its own, where it has IPv6.
     fn stop_link_local(&mut self, what: &dyn Display, index: u32) -> Result<(), KernelError> {
         match self.set_device(what, change(index, vec![no_link_local()])) {
-            Err(error) if error.errno() == Some(EAFNOSUPPORT) => Ok(()),
+            Err(error) if error.errno() == Some(errno::EAFNOSUPPORT) => Ok(()),
             done => done,
         }
     }

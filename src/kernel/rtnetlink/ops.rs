@@ -11,9 +11,6 @@ use crate::error::{KernelError, errno};
 use crate::state::{Route, State};
 use crate::types::{DeviceName, Family};
 
-/// Not among the error numbers that callers ask about.
-pub(crate) const EAFNOSUPPORT: i32 = 97;
-
 /// A kernel without IPv6 has nothing of it; that is no error.
 pub(crate) fn unless_absent<T>(
     family: Family,
@@ -22,7 +19,7 @@ pub(crate) fn unless_absent<T>(
     match found {
         Err(error)
             if family == Family::V6
-                && matches!(error.errno(), Some(EAFNOSUPPORT | errno::EOPNOTSUPP)) =>
+                && matches!(error.errno(), Some(errno::EAFNOSUPPORT | errno::EOPNOTSUPP)) =>
         {
             Ok(Vec::new())
         }

@@ -95,10 +95,7 @@ pub fn isolate() -> io::Result<()> {
     fs::write("/proc/self/gid_map", format!("0 {} 1", group.as_raw()))
 }
 
-#[expect(
-    deprecated,
-    reason = "the replacement is unsafe for the sake of CLONE_FILES, which is not used here"
-)]
+#[expect(deprecated, reason = "deprecated because of CLONE_FILES, which is not used here")]
 fn unshare(what: UnshareFlags) -> io::Result<()> {
     Ok(rustix::thread::unshare(what)?)
 }

@@ -71,13 +71,12 @@ fn what_we_write_does_not_even_wake() {
 
 #[test]
 fn an_edge_triggered_poller_hears_of_every_change() {
-    use rustix::event::epoll;
     in_namespace(|| {
         let datapath = KernelDatapath::open().unwrap();
         let mut watch = datapath.watch().unwrap();
         let outer = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
-        let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
-        epoll::add(&outer, watch.as_fd(), epoll::EventData::new_u64(1), flags).unwrap();
+        let flags = EventFlags::IN | EventFlags::ET;
+        epoll::add(&outer, watch.as_fd(), EventData::new_u64(1), flags).unwrap();
         let wakes = || {
             let mut events = Vec::with_capacity(4);
             let timeout = Timespec { tv_sec: 0, tv_nsec: 500_000_000 };

@@ -1,9 +1,8 @@
 //! Reading messages.
 
-use super::{HEADER, Malformed, align, flag};
+use netlink_packet_core::NLA_TYPE_MASK;
 
-/// The bits of an attribute's type that are not flags.
-const KIND: u16 = 0x3fff;
+use super::{HEADER, Malformed, align, flag};
 
 fn array<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
     bytes.get(at..at.checked_add(N)?)?.try_into().ok()
@@ -92,7 +91,7 @@ impl<'a> Attributes<'a> {
         let bytes = self.0;
         let length = usize::from(u16::from_ne_bytes(array(bytes, 0)?));
         let attribute = Attribute {
-            kind: u16::from_ne_bytes(array(bytes, 2)?) & KIND,
+            kind: u16::from_ne_bytes(array(bytes, 2)?) & NLA_TYPE_MASK,
             bytes: bytes.get(4..length)?,
         };
         Some((attribute, bytes.get(align(length)..).unwrap_or_default()))

@@ -1,12 +1,8 @@
 //! Writing messages.
 
+use netlink_packet_core::{NLA_F_NESTED, NLA_HEADER_SIZE};
+
 use super::{HEADER, align};
-
-/// Marks an attribute that holds attributes.
-const NESTED: u16 = 0x8000;
-
-/// Bytes in front of an attribute's value.
-const ATTRIBUTE: usize = 4;
 
 /// Where the byte of the flags is that says `NLM_F_ACK`.
 const FLAGS: usize = if cfg!(target_endian = "little") { 6 } else { 7 };
@@ -69,7 +65,7 @@ impl Writer {
     /// An attribute with these bytes.
     #[inline]
     pub(crate) fn attribute(&mut self, kind: u16, value: &[u8]) {
-        let length = u16::try_from(ATTRIBUTE + value.len());
+        let length = u16::try_from(NLA_HEADER_SIZE + value.len());
         self.overflow |= length.is_err();
         self.header(length.unwrap_or_default(), kind);
         self.raw(value);
@@ -103,7 +99,7 @@ impl Writer {
     #[inline]
     pub(crate) fn open(&mut self, kind: u16) -> Open {
         let open = Open(self.bytes.len());
-        self.header(0, kind | NESTED);
+        self.header(0, kind | NLA_F_NESTED);
         open
     }
 

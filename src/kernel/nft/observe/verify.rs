@@ -20,13 +20,14 @@ mod tests;
 use std::collections::HashMap;
 use std::io;
 
+use socket2::SockFilter;
+
 use super::{Reader, add_elements};
 use crate::error::{KernelError, errno};
 use crate::kernel::netlink::bpf::{
     ACCEPT, DROP, LENGTH, PUT_ASIDE, SEQUENCE, TYPE, as_loaded, half, is, is_the_same, word,
 };
 use crate::kernel::netlink::message::{Ack, Attributes, Messages, NLMSG_ERROR, Open, Writer, flag};
-use crate::kernel::netlink::socket::Instruction;
 use crate::kernel::nft::{batch, drain, element, kind};
 use crate::state::{Data, Elements, Key, NFT_TABLE, Set, Tag, Value};
 
@@ -216,7 +217,7 @@ fn begin(writer: &mut Writer, kind: u16, flags: u16, sequence: u32, set: Set) ->
 }
 
 /// Drops answers for elements with nothing but a key and a value, which is the sequence number.
-fn filter(set: Set, key: &Key) -> Option<[Instruction; 10]> {
+fn filter(set: Set, key: &Key) -> Option<[SockFilter; 10]> {
     let mut writer = Writer::default();
     let answer = begin(&mut writer, kind::NEWSETELEM, 0, 0, set);
     let value = Value::plain(Data::Tag(Tag::HERE));

@@ -1,4 +1,7 @@
 //! How much the process has allocated.
+//!
+//! A crate of its own, because an allocator cannot be written without unsafe code, which
+//! `egress-datapath` forbids itself.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -8,14 +11,13 @@ static PEAK: AtomicUsize = AtomicUsize::new(0);
 static BEGAN: AtomicUsize = AtomicUsize::new(0);
 
 /// The system's allocator, counted.
-pub(crate) struct Counting;
+pub struct Counting;
 
 fn grown(bytes: usize) {
     let now = NOW.fetch_add(bytes, Relaxed) + bytes;
     PEAK.fetch_max(now, Relaxed);
 }
 
-#[expect(unsafe_code, reason = "an allocator cannot be written without")]
 // SAFETY: everything is the system's allocator's; counting allocates nothing.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
@@ -39,7 +41,7 @@ unsafe impl GlobalAlloc for Counting {
 }
 
 /// Counts from here on.
-pub(crate) fn begin() {
+pub fn begin() {
     let now = NOW.load(Relaxed);
     BEGAN.store(now, Relaxed);
     PEAK.store(now, Relaxed);
@@ -47,17 +49,16 @@ pub(crate) fn begin() {
 
 const MB: f64 = 1e6;
 
-#[expect(clippy::cast_precision_loss, reason = "bytes of one process")]
 fn since(bytes: usize) -> f64 {
     bytes.saturating_sub(BEGAN.load(Relaxed)) as f64 / MB
 }
 
 /// The most that was allocated at once since then, in megabytes.
-pub(crate) fn peak() -> f64 {
+pub fn peak() -> f64 {
     since(PEAK.load(Relaxed))
 }
 
 /// What was allocated since then and still is, in megabytes.
-pub(crate) fn held() -> f64 {
+pub fn held() -> f64 {
     since(NOW.load(Relaxed))
 }
