@@ -37,7 +37,9 @@ pub use crate::rules::iptables::{
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 pub(crate) use crate::rules::set::Datum;
 pub use crate::rules::set::Set;
-pub use crate::rules::stmt::{Direction, MarkBits, NftRule, Stmt};
+pub use crate::rules::stmt::{
+    Direction, Field, Interface, MarkBits, MarkOf, Mask, NftRule, Selector, Stmt, Target,
+};
 pub use crate::rules::table::{Comment, Data, Firewall, Key, Stray, Tag, Value, Verdict};
 pub use leftovers::{StrayKind, StrayRouting};
 

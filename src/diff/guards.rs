@@ -1,6 +1,6 @@
 //! What holds packets back that have a mark of ours, and is made and taken away with care.
 
-use crate::state::{ChainId, Firewall, NftRule, Stmt};
+use crate::state::{ChainId, Field, Firewall, MarkBits, NftRule, Stmt};
 
 /// The rules wanted, each guard also for the marks that the one found holds back: for as long as
 /// packets and connections have them, nothing else would.
@@ -26,7 +26,8 @@ fn with_marks_of(other: &NftRule, guard: &NftRule) -> Option<NftRule> {
     let theirs = other.0.get(theirs)?;
     let mut rule = guard.clone();
     let asks = rule.0.get_mut(ours)?;
-    if matches!(theirs, Stmt::CtMarkIs(_)) != matches!(asks, Stmt::CtMarkIs(_))
+    let of_connection = |one: &Stmt| one.tests(Field::CtMark).is_some();
+    if of_connection(theirs) != of_connection(asks)
         || includes(theirs, asks)
         || includes(asks, theirs)
     {
@@ -37,34 +38,29 @@ fn with_marks_of(other: &NftRule, guard: &NftRule) -> Option<NftRule> {
 }
 
 /// Whether whatever has the one mark has the other: they are of one layout.
-const fn includes(one: &Stmt, other: &Stmt) -> bool {
-    match (one, other) {
-        (Stmt::MarkIs { mask, value }, Stmt::MarkIs { mask: other_mask, value: other_value }) => {
-            *mask & *other_mask == *mask && *other_value & *mask == *value
-        }
-        _ => false,
-    }
+fn includes(one: &Stmt, other: &Stmt) -> bool {
+    let marks = one.tests(Field::Mark).zip(other.tests(Field::Mark));
+    marks.is_some_and(|(one, other)| one.mask & other.mask == one.mask && one.are_in(other.value))
 }
 
 /// Whether it is the test of a mark that only we give.
-const fn is_mark_of_ours(statement: &Stmt) -> bool {
-    matches!(statement, Stmt::MarkIs { .. } | Stmt::MarkIn { .. } | Stmt::CtMarkIs(_))
+fn is_mark_of_ours(statement: &Stmt) -> bool {
+    match statement {
+        Stmt::Lookup { key, negated: false, .. } => {
+            matches!(key.as_slice(), [one] if one.field == Field::Mark)
+        }
+        other => [Field::Mark, Field::CtMark].iter().any(|field| other.tests(*field).is_some()),
+    }
 }
 
-/// Mask and value of the mark of what this node translates, if it translates anything.
-pub(super) fn translated(table: &Firewall) -> Option<(u32, u32)> {
+/// The mark of what this node translates, if it translates anything.
+pub(super) fn translated(table: &Firewall) -> Option<MarkBits> {
     let (_, rules) = table.chains.get(&ChainId::Guard)?;
-    rules.iter().flat_map(|rule| &rule.0).find_map(|statement| match statement {
-        Stmt::MarkIsNot { mask, value } => Some((*mask, *value)),
-        _ => None,
-    })
+    rules.iter().flat_map(|rule| &rule.0).find_map(|statement| statement.excludes(Field::Mark))
 }
 
 /// Whether it is for packets with this mark, though perhaps not for them alone.
-pub(super) fn holds(rule: &NftRule, (mask, value): (u32, u32)) -> bool {
-    let asks = |one: &Stmt| match one {
-        Stmt::MarkIs { mask: asked, value: due } => (value ^ due) & asked & mask == 0,
-        _ => false,
-    };
-    rule.0.iter().any(asks)
+pub(super) fn holds(rule: &NftRule, mark: MarkBits) -> bool {
+    let asks = |asked: MarkBits| (mark.value ^ asked.value) & asked.mask & mark.mask == 0;
+    rule.0.iter().filter_map(|one| one.tests(Field::Mark)).any(asks)
 }

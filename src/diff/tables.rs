@@ -3,7 +3,7 @@
 use super::changes::Phase;
 use super::op::Op;
 use super::{Steps, firewall};
-use crate::state::{ChainId, Firewall, NftRule, Set, State, Stmt, TableFamily};
+use crate::state::{ChainId, Firewall, Interface, NftRule, Set, State, Stmt, TableFamily};
 
 /// Brings one of the two nf_tables tables about.
 pub(super) fn table(family: TableFamily, observed: &State, desired: &State, steps: &mut Steps) {
@@ -49,7 +49,7 @@ pub(super) fn phases(chain: ChainId, found: &[NftRule], wanted: &[NftRule]) -> (
 /// Whether a chain lets what enters the tunnel pass with its mark.
 fn keeps_mark(rules: &[NftRule]) -> bool {
     let enters = rules.first().map(|NftRule(rule)| rule.as_slice());
-    matches!(enters, Some([Stmt::OutputDevice(_), Stmt::Return]))
+    matches!(enters, Some([Stmt::Interface(Interface::Output, _), Stmt::Return]))
 }
 
 /// The rules wanted, and those found that look up a source or a destination: for as long as
@@ -64,8 +64,8 @@ pub(super) fn transitional(
     retires: bool,
 ) -> Vec<NftRule> {
     let length = |rule: &NftRule| match rule.0.first() {
-        Some(Stmt::TagByDestination(_, length) | Stmt::TagBySender(_, length)) => Some(*length),
-        Some(Stmt::TagByTag(Set::Any(_))) => Some(0),
+        Some(Stmt::Map { map: Set::Destination(_, length), .. }) => Some(*length),
+        Some(Stmt::Map { map: Set::Any(_), .. }) => Some(0),
         _ => None,
     };
     let mut rules = wanted.to_vec();
@@ -80,14 +80,14 @@ pub(super) fn transitional(
     }
     for rule in found.iter().filter(|rule| !wanted.contains(rule)) {
         let at = match rule.0.first() {
-            Some(Stmt::TagByDestination(..) | Stmt::TagBySender(..)) => rules
+            Some(Stmt::Map { map: Set::Destination(..), .. }) => rules
                 .iter()
                 .position(|other| length(other).is_some_and(|l| Some(l) <= length(rule))),
-            Some(Stmt::TagBySource(_) | Stmt::TagByReceiver(_)) => {
+            Some(Stmt::Map { map: Set::Source(_) | Set::SourceNet(_), .. }) => {
                 Some(behind(&rules, found, rule))
             }
             // By other bits of the mark: what has just got it comes by here in a moment.
-            Some(Stmt::SetNextHop { .. }) => Some(rules.len().saturating_sub(1)),
+            Some(Stmt::Map { map: Set::NextHop, .. }) => Some(rules.len().saturating_sub(1)),
             _ => None,
         };
         if let Some(at) = at {
@@ -101,8 +101,9 @@ pub(super) fn transitional(
 /// single addresses.
 fn behind(rules: &[NftRule], found: &[NftRule], rule: &NftRule) -> usize {
     let single = rule.0.first().and_then(|first| match first {
-        Stmt::TagBySource(Set::SourceNet(of)) => Some(Stmt::TagBySource(Set::Source(*of))),
-        Stmt::TagByReceiver(Set::SourceNet(of)) => Some(Stmt::TagByReceiver(Set::Source(*of))),
+        Stmt::Map { key, map: Set::SourceNet(of), into } => {
+            Some(Stmt::Map { key: key.clone(), map: Set::Source(*of), into: *into })
+        }
         _ => None,
     });
     let ahead: Vec<_> = found.iter().take_while(|other| *other != rule).collect();

@@ -7,7 +7,8 @@ use super::validate::World;
 use super::{Gateways, PlanError};
 use crate::cluster::{Backend, Steering};
 use crate::state::{
-    Base, ChainId, ChainType, Comment, Data, Firewall, Hook, Key, NftRule, Set, Stmt, Value,
+    Base, ChainId, ChainType, Comment, Data, Field, Firewall, Hook, Key, MarkBits, MarkOf, NftRule,
+    Set, Stmt, Target, Value,
 };
 use crate::types::Family;
 
@@ -46,13 +47,14 @@ pub(super) fn hook(world: &World, gateways: &Gateways) -> Option<Firewall> {
     }
     let layout = world.cluster.marks;
     let mask = layout.tested(gateways.values().map(|gateway| gateway.mark));
+    let prefix = MarkBits { mask: layout.prefix_mask(), value: layout.prefix() };
     let rules = [
         // Routed by somebody else; where it goes is decided by the Ethernet address that it has.
-        vec![Stmt::MarkIsNot { mask: layout.prefix_mask(), value: layout.prefix() }, Stmt::Return],
+        vec![Field::Mark.has_not(prefix), Stmt::Return],
         vec![
-            Stmt::SetNextHop { mask },
+            Field::Mark.bits(mask).map(Set::NextHop, Target::EthernetDestination),
             // The outer packet inherits the mark; routed by it, it would enter the tunnel again.
-            Stmt::SetMark { keep: !mask, value: 0 },
+            Stmt::SetMark(MarkOf::Packet, MarkBits { mask, value: 0 }),
             Stmt::Return,
         ],
         vec![Stmt::Counter, Stmt::Drop],

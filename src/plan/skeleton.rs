@@ -7,7 +7,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::state::{Base, ChainId, ChainType, Direction, Hook, MarkBits, NftRule, Set, Stmt};
+use crate::state::{
+    Base, ChainId, ChainType, Direction, Field, Hook, Interface, MarkBits, MarkOf, NftRule, Set,
+    Stmt, Target,
+};
 use crate::types::{DeviceName, Family, Mark};
 
 /// What the rules depend on.
@@ -70,6 +73,11 @@ pub(super) mod priority {
     pub(super) const AFTER_SNAT: i32 = 101;
 }
 
+/// From a tag to what a map has for it.
+fn by_tag(map: Set) -> Stmt {
+    Field::Priority.map(map, Target::Priority)
+}
+
 const fn base(kind: ChainType, hook: Hook, priority: i32) -> Base {
     Base { kind, hook, priority }
 }
@@ -125,9 +133,9 @@ impl Skeleton<'_> {
         add(ChainId::Bound, None, self.bound());
         add(ChainId::Injected, None, self.injected());
         add(ChainId::Arrived, None, self.arrived());
-        add(ChainId::Select, None, self.by_source(Stmt::TagBySource, ChainId::Admit));
-        add(ChainId::Midway, None, self.by_source(Stmt::TagByReceiver, ChainId::Answering));
-        add(ChainId::Bypass, None, vec![vec![Stmt::ClearTag]]);
+        add(ChainId::Select, None, self.by_source(Field::Source, ChainId::Admit));
+        add(ChainId::Midway, None, self.by_source(Field::Destination, ChainId::Answering));
+        add(ChainId::Bypass, None, vec![vec![Stmt::ClearPriority]]);
         add(ChainId::Here, None, self.send(self.tunnel));
         for mark in &self.gateways {
             add(ChainId::To(*mark), None, self.send_to(*mark));
@@ -147,7 +155,7 @@ impl Skeleton<'_> {
     }
 
     fn set_mark(&self, mark: u32) -> Stmt {
-        Stmt::SetMark { keep: !self.mask, value: mark }
+        Stmt::SetMark(MarkOf::Packet, MarkBits { mask: self.mask, value: mark })
     }
 
     /// The mark of what this node must translate, by the bits that tell it from gateways' whichever
@@ -159,16 +167,15 @@ impl Skeleton<'_> {
     }
 
     fn is_not_tunnel(&self) -> Stmt {
-        let MarkBits { mask, value } = self.tunnel_bits();
-        Stmt::MarkIsNot { mask, value }
+        Field::Mark.has_not(self.tunnel_bits())
     }
 
     fn out_of_tunnel(&self) -> Stmt {
-        Stmt::InputDevice(self.device.clone())
+        Stmt::Interface(Interface::Input, self.device.clone())
     }
 
     fn to_tunnel(&self) -> Stmt {
-        Stmt::OutputDevice(self.device.clone())
+        Stmt::Interface(Interface::Output, self.device.clone())
     }
 
     fn prerouting(&self) -> Vec<Vec<Stmt>> {
@@ -176,25 +183,25 @@ impl Skeleton<'_> {
         if let (true, Some((value, mask))) = (self.caching, self.prefix) {
             // Its first packet was decided about, and said so in the connection's mark.
             rules.push(vec![
-                Stmt::CtMarkIs(MarkBits { mask, value }),
-                Stmt::CtDirection(Direction::Original),
-                Stmt::VerdictByCtMark { mask: self.mask, set: Set::Connection },
+                Field::CtMark.has(MarkBits { mask, value }),
+                Stmt::direction(Direction::Original),
+                Field::CtMark.bits(self.mask).map(Set::Connection, Target::Verdict),
             ]);
         }
-        rules.extend(self.by_source(Stmt::TagBySource, ChainId::Admit));
+        rules.extend(self.by_source(Field::Source, ChainId::Admit));
         rules
     }
 
     /// Any connection that we translated or bound.
     fn is_ours(&self) -> Stmt {
         let cached = self.shared.filter(|_| self.caching);
-        Stmt::CtMarkIs(cached.unwrap_or(self.connection))
+        Field::CtMark.has(cached.unwrap_or(self.connection))
     }
 
     /// What came out of the tunnel is never put into it again: two nodes that disagree about the
     /// gateway would send it to and fro.
     fn arrived(&self) -> Vec<Vec<Stmt>> {
-        let untracked = Stmt::CtState(Stmt::INVALID | Stmt::UNTRACKED);
+        let untracked = Stmt::state(Stmt::INVALID | Stmt::UNTRACKED);
         vec![
             // No NAT will see it, whatever becomes of its mark.
             vec![untracked, Stmt::Counter, Stmt::Drop],
@@ -203,27 +210,34 @@ impl Skeleton<'_> {
     }
 
     /// From a source to its class; the single addresses first.
-    fn by_source(&self, find: fn(Set) -> Stmt, next: fn(Family) -> ChainId) -> Vec<Vec<Stmt>> {
+    fn by_source(
+        &self,
+        address: fn(Family) -> Field,
+        next: fn(Family) -> ChainId,
+    ) -> Vec<Vec<Stmt>> {
         let sets = |family| {
             let singles = self.used.singles.contains(&family).then_some(Set::Source(family));
             let ranges = self.used.ranges.contains(&family).then_some(Set::SourceNet(family));
             [singles, ranges].map(|set| (family, set))
         };
         let found = Family::BOTH.into_iter().flat_map(sets);
-        found.filter_map(|(family, set)| Some(vec![find(set?), Stmt::Goto(next(family))])).collect()
+        let rule = |family, set| {
+            vec![address(family).map(set, Target::Priority), Stmt::Goto(next(family))]
+        };
+        found.filter_map(|(family, set)| Some(rule(family, set?))).collect()
     }
 
     /// From a class to a policy, by destination; the longest prefix first.
     fn by_destination(&self, family: Family, next: ChainId) -> Vec<Vec<Stmt>> {
-        let found = self.by_net(family, Stmt::TagByDestination);
+        let found = self.by_net(Field::Destination(family));
         found.map(|find| vec![find, Stmt::Goto(next)]).collect()
     }
 
-    fn by_net(&self, family: Family, find: fn(Family, u8) -> Stmt) -> impl Iterator<Item = Stmt> {
-        let lengths = self.used.lengths.iter().rev().filter(move |(of, _)| *of == family);
-        lengths
-            .map(move |(_, length)| find(family, *length))
-            .chain([Stmt::TagByTag(Set::Any(family))])
+    fn by_net(&self, address: Field) -> impl Iterator<Item = Stmt> {
+        let lengths = self.used.lengths.iter().rev();
+        let lengths = lengths.filter(move |(of, _)| address.family() == Some(*of));
+        let any = address.family().map(|family| by_tag(Set::Any(family)));
+        lengths.map(move |(_, length)| Stmt::by_prefix(address, *length)).chain(any)
     }
 
     /// A segment that opens nothing, and yet is the first one seen, to a selected pod from where
@@ -231,11 +245,13 @@ impl Skeleton<'_> {
     /// NAT would touch them. Without it the pod's next segment opens the connection the right
     /// way round. That is how it is after somebody has emptied the table of connections.
     fn answering(&self, family: Family) -> Vec<Vec<Stmt>> {
-        let mut rules =
-            vec![vec![Stmt::SourceIn(Set::Excluded(family)), Stmt::Goto(ChainId::Bypass)]];
-        let found = self.by_net(family, Stmt::TagBySender);
+        let mut rules = vec![vec![
+            Field::Source(family).is_in(Set::Excluded(family)),
+            Stmt::Goto(ChainId::Bypass),
+        ]];
+        let found = self.by_net(Field::Source(family));
         rules.extend(found.map(|find| vec![find, Stmt::Counter, Stmt::Drop]));
-        rules.push(vec![Stmt::ClearTag]);
+        rules.push(vec![Stmt::ClearPriority]);
         rules
     }
 
@@ -246,30 +262,30 @@ impl Skeleton<'_> {
             // The first packet of the connection has been asked all of this. A destination that
             // was excluded since makes no difference: no way but ours is open to the connection,
             // and it is about to be ended.
-            vec![self.is_ours(), Stmt::CtDirection(Direction::Original), pick.clone()],
-            vec![Stmt::DestinationIn(Set::Excluded(family)), bypass.clone()],
+            vec![self.is_ours(), Stmt::direction(Direction::Original), pick.clone()],
+            vec![Field::Destination(family).is_in(Set::Excluded(family)), bypass.clone()],
             // Of connections that somebody opened to the pod.
-            vec![Stmt::CtDirection(Direction::Reply), bypass],
+            vec![Stmt::direction(Direction::Reply), bypass],
             // NAT leaves it alone, so it would leave with the pod's address.
-            vec![Stmt::CtState(Stmt::INVALID), Stmt::Counter, Stmt::Drop],
+            vec![Stmt::state(Stmt::INVALID), Stmt::Counter, Stmt::Drop],
             vec![pick],
         ]
     }
 
     fn pick(&self, family: Family) -> Vec<Vec<Stmt>> {
         let mut rules = self.by_destination(family, ChainId::Steer(family));
-        rules.push(vec![Stmt::ClearTag]);
+        rules.push(vec![Stmt::ClearPriority]);
         rules
     }
 
     fn steer(&self, family: Family) -> Vec<Vec<Stmt>> {
         let mut rules = vec![
-            vec![Stmt::TagByTag(Set::Steer(family)), Stmt::VerdictByTag(Set::Verdict)],
+            vec![by_tag(Set::Steer(family)), Field::Priority.map(Set::Verdict, Target::Verdict)],
             vec![Stmt::Counter, Stmt::Drop],
         ];
         if self.counting {
             // Not those that are decided about once more ahead of source NAT.
-            rules.insert(0, vec![Stmt::HasNoOutput, Stmt::TagIn(Set::Count(family))]);
+            rules.insert(0, vec![Field::Output.is(0), Field::Priority.is_in(Set::Count(family))]);
         }
         rules
     }
@@ -279,25 +295,24 @@ impl Skeleton<'_> {
         if self.caching {
             // Also of a connection that was on its way to another gateway.
             let bits = MarkBits { mask: self.mask, value: mark.get() };
-            rules.push(vec![Stmt::SetCtMark(bits)]);
+            rules.push(vec![Stmt::SetMark(MarkOf::Connection, bits)]);
         }
         rules
     }
 
     fn send(&self, mark: Mark) -> Vec<Vec<Stmt>> {
-        vec![vec![self.set_mark(mark.get()), Stmt::ClearTag]]
+        vec![vec![self.set_mark(mark.get()), Stmt::ClearPriority]]
     }
 
     fn is_tunnel(&self) -> Stmt {
-        let MarkBits { mask, value } = self.tunnel_bits();
-        Stmt::MarkIs { mask, value }
+        Field::Mark.has(self.tunnel_bits())
     }
 
     /// It has the mark of a gateway.
     fn is_stray(&self) -> Stmt {
         match self.prefix {
-            Some((value, mask)) => Stmt::MarkIs { mask, value },
-            None => Stmt::MarkIn { mask: self.mask, set: Set::Gateway },
+            Some((value, mask)) => Field::Mark.has(MarkBits { mask, value }),
+            None => Field::Mark.bits(self.mask).is_in(Set::Gateway),
         }
     }
 
@@ -307,10 +322,11 @@ impl Skeleton<'_> {
         let mut rules = match (self.used.translates, self.shared) {
             (true, _) => vec![marked(self.is_stray())],
             // Nobody translates here what comes out of the tunnel.
-            (false, Some(MarkBits { mask, value })) => vec![marked(Stmt::MarkIs { mask, value })],
+            (false, Some(bits)) => vec![marked(Field::Mark.has(bits))],
             (false, None) => vec![marked(self.is_stray()), marked(self.is_tunnel())],
         };
-        rules.push(vec![Stmt::Port(self.port), Stmt::Jump(ChainId::Injected)]);
+        rules
+            .push(vec![Field::DestinationPort.is(self.port.into()), Stmt::Jump(ChainId::Injected)]);
         rules.push(vec![self.is_ours(), Stmt::Goto(ChainId::Bound)]);
         rules
     }
@@ -331,7 +347,7 @@ impl Skeleton<'_> {
     /// kernel would send it on with the address it once got, the pod's own. What enters the tunnel
     /// without our mark has had it overwritten by others since.
     fn bound(&self) -> Vec<Vec<Stmt>> {
-        let original = Stmt::CtDirection(Direction::Original);
+        let original = Stmt::direction(Direction::Original);
         vec![self.enter(), vec![original, self.is_not_tunnel(), Stmt::Counter, Stmt::Drop]]
     }
 
@@ -339,9 +355,9 @@ impl Skeleton<'_> {
     fn injected(&self) -> Vec<Vec<Stmt>> {
         let from_stranger = |family| {
             vec![
-                Stmt::UdpPort(self.port),
-                Stmt::DestinationIn(Set::Peer(family)),
-                Stmt::SourceNotIn(Set::Peer(family)),
+                Field::UdpDestinationPort.is(self.port.into()),
+                Field::Destination(family).is_in(Set::Peer(family)),
+                Field::Source(family).is_not_in(Set::Peer(family)),
                 Stmt::Counter,
                 Stmt::Drop,
             ]
@@ -355,18 +371,18 @@ impl Skeleton<'_> {
         // pod's packets would leave as answers to that. Only what opens one comes by here.
         for family in Family::BOTH {
             for set in [Set::Answer(family), Set::PortlessAnswer(family)] {
-                rules.push(vec![Stmt::PacketIn(set), Stmt::Counter, Stmt::Drop]);
+                rules.push(vec![Stmt::answers(set), Stmt::Counter, Stmt::Drop]);
             }
         }
-        rules.push(vec![Stmt::TcpWithoutSyn, Stmt::HasInput, Stmt::Jump(ChainId::Midway)]);
-        let mut bind = vec![self.to_tunnel(), Stmt::SetCtMark(self.connection)];
+        rules.push(vec![Stmt::without_syn(), Field::Input.is_not(0), Stmt::Jump(ChainId::Midway)]);
+        let mut bind = vec![self.to_tunnel(), Stmt::SetMark(MarkOf::Connection, self.connection)];
         if let (true, Some((value, mask))) = (self.caching, self.prefix) {
-            bind.insert(1, Stmt::CtMarkIsNot(MarkBits { mask, value }));
+            bind.insert(1, Field::CtMark.has_not(MarkBits { mask, value }));
         }
         rules.push(bind);
         for family in Family::BOTH {
             // `accept` would not keep a masquerade in another table from binding.
-            rules.push(vec![self.to_tunnel(), Stmt::SnatToSource(family)]);
+            rules.push(vec![self.to_tunnel(), Stmt::KeepSource(family)]);
         }
         // The tunnel's own packets seem to have come out of it: they keep its device.
         rules.push([self.outer(), vec![Stmt::Return]].concat());
@@ -374,10 +390,10 @@ impl Skeleton<'_> {
         // the device, and what did not is decided about once more. Before Linux 5.7 there is no
         // device here, and the mark must do.
         rules.push(vec![self.out_of_tunnel(), self.set_mark(self.tunnel.get())]);
-        rules.push(vec![self.is_not_tunnel(), Stmt::HasInput, Stmt::Jump(ChainId::Select)]);
-        rules.push(vec![Stmt::HasInput, self.is_stray(), Stmt::Counter, Stmt::Drop]);
+        rules.push(vec![self.is_not_tunnel(), Field::Input.is_not(0), Stmt::Jump(ChainId::Select)]);
+        rules.push(vec![Field::Input.is_not(0), self.is_stray(), Stmt::Counter, Stmt::Drop]);
         rules.push(vec![self.is_not_tunnel(), Stmt::Return]);
-        rules.extend(self.by_source(Stmt::TagBySource, ChainId::Translate));
+        rules.extend(self.by_source(Field::Source, ChainId::Translate));
         // Tunnelled to us, but nothing here knows the source.
         rules.push(vec![Stmt::Counter, Stmt::Drop]);
         rules
@@ -391,24 +407,29 @@ impl Skeleton<'_> {
 
     fn wear(&self, family: Family) -> Vec<Vec<Stmt>> {
         vec![
-            vec![Stmt::SetCtMark(self.connection)],
-            vec![Stmt::SnatByTag(family)],
-            vec![Stmt::TagIn(Set::Masquerade(family)), Stmt::Masquerade],
+            vec![Stmt::SetMark(MarkOf::Connection, self.connection)],
+            vec![Field::Priority.map(Set::Snat(family), Target::Snat(family))],
+            vec![Field::Priority.is_in(Set::Masquerade(family)), Stmt::Masquerade],
             vec![Stmt::Counter, Stmt::Drop],
         ]
     }
 
     fn guard(&self) -> Vec<Vec<Stmt>> {
-        let untracked = Stmt::CtState(Stmt::INVALID | Stmt::UNTRACKED);
-        let original = Stmt::CtDirection(Direction::Original);
+        let untracked = Stmt::state(Stmt::INVALID | Stmt::UNTRACKED);
+        let original = Stmt::direction(Direction::Original);
         vec![
             vec![self.is_not_tunnel(), Stmt::Return],
             vec![untracked, Stmt::Counter, Stmt::Drop],
             // Translated by somebody else, before there was a policy.
-            vec![original.clone(), Stmt::CtMarkIsNot(self.connection), Stmt::Counter, Stmt::Drop],
-            vec![original, Stmt::NotTranslated, Stmt::Counter, Stmt::Drop],
+            vec![
+                original.clone(),
+                Field::CtMark.has_not(self.connection),
+                Stmt::Counter,
+                Stmt::Drop,
+            ],
+            vec![original, Stmt::not_translated(), Stmt::Counter, Stmt::Drop],
             // The tag that translation left behind would choose a queue of the device.
-            vec![Stmt::CtState(Stmt::NEW), Stmt::ClearTag],
+            vec![Stmt::state(Stmt::NEW), Stmt::ClearPriority],
             vec![self.set_mark(0)],
         ]
     }
@@ -421,7 +442,10 @@ impl Skeleton<'_> {
 
     /// The tunnel's own packets.
     fn outer(&self) -> Vec<Stmt> {
-        vec![Stmt::UdpPort(self.port), Stmt::DestinationIn(Set::Peer(self.underlay))]
+        vec![
+            Field::UdpDestinationPort.is(self.port.into()),
+            Field::Destination(self.underlay).is_in(Set::Peer(self.underlay)),
+        ]
     }
 
     fn input(&self) -> Vec<Vec<Stmt>> {
@@ -430,10 +454,10 @@ impl Skeleton<'_> {
             // VXLAN is not authenticated: anyone could speak with an egress IP. A pod that its node
             // masquerades could, too, at an address of this node that no node sends to.
             for stranger in [
-                Stmt::SourceNotIn(Set::Peer(family)),
-                Stmt::DestinationNotIn(Set::Underlay(family)),
+                Field::Source(family).is_not_in(Set::Peer(family)),
+                Field::Destination(family).is_not_in(Set::Underlay(family)),
             ] {
-                let port = Stmt::UdpPort(self.port);
+                let port = Field::UdpDestinationPort.is(self.port.into());
                 rules.push(vec![port, stranger, Stmt::Counter, Stmt::Drop]);
             }
         }
@@ -441,15 +465,19 @@ impl Skeleton<'_> {
         // probe the router forgets who has the address.
         for kind in [135, 136] {
             rules.push(vec![
-                Stmt::DestinationIn(Set::Eip(Family::V6)),
-                Stmt::Icmp6Type(kind),
+                Field::Destination(Family::V6).is_in(Set::Eip(Family::V6)),
+                Field::Icmp6Type.is(kind),
                 Stmt::Return,
             ]);
         }
         for family in Family::BOTH {
             // No service of this node answers on an egress IP, and an open connection that moved
             // here is not reset before its first packet out.
-            rules.push(vec![Stmt::DestinationIn(Set::Eip(family)), Stmt::Counter, Stmt::Drop]);
+            rules.push(vec![
+                Field::Destination(family).is_in(Set::Eip(family)),
+                Stmt::Counter,
+                Stmt::Drop,
+            ]);
         }
         rules
     }

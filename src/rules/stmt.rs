@@ -1,4 +1,5 @@
-//! The statements our rules are made of, in the kernel's meaning and in `nft`'s words.
+//! The language of rules: selector, operation and target, as the kernel's packet classifier has
+//! them, and as `nft` prints them.
 
 use std::fmt;
 
@@ -31,121 +32,153 @@ impl MarkBits {
     pub const fn are_in(self, mark: u32) -> bool {
         mark & self.mask == self.value
     }
+
+    /// The mark with these bits set to this value, and the others as they are.
+    pub const fn set_in(self, mark: u32) -> u32 {
+        mark & !self.mask | self.value
+    }
+}
+
+/// A property of a packet or of its connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum Field {
+    /// `iif`: index of the input interface, 0 if there is none.
+    Input,
+    /// `oif`: index of the output interface, 0 before routing.
+    Output,
+    /// `meta mark`: the firewall mark.
+    Mark,
+    /// `meta priority`, in which a packet carries a [`Tag`](super::table::Tag) from map to map.
+    Priority,
+    /// `meta l4proto`: protocol number of the transport header.
+    Protocol,
+    /// `ct direction`: a [`Direction`].
+    CtDirection,
+    /// `ct state`: one bit.
+    CtState,
+    /// `ct status`: bits.
+    CtStatus,
+    /// `ct mark`: the mark of the connection.
+    CtMark,
+    /// `ip saddr` or `ip6 saddr`.
+    Source(Family),
+    /// `ip daddr` or `ip6 daddr`.
+    Destination(Family),
+    /// `th sport`, of whatever protocol.
+    SourcePort,
+    /// `th dport`, of whatever protocol: cheaper than [`Field::UdpDestinationPort`].
+    DestinationPort,
+    /// `udp dport`.
+    UdpDestinationPort,
+    /// `tcp flags`.
+    TcpFlags,
+    /// `icmpv6 type`.
+    Icmp6Type,
+}
+
+/// The part of a field that is compared or looked up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Mask {
+    /// All of it.
+    Whole,
+    /// These bits of a number.
+    Bits(u32),
+    /// The first bits of an address: less than it has.
+    Prefix(u8),
+}
+
+/// What is loaded from a packet: a field, or a part of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Selector {
+    /// The field.
+    pub field: Field,
+    /// The part.
+    pub mask: Mask,
+}
+
+/// Where the value of a map goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum Target {
+    /// `meta priority set`
+    Priority,
+    /// `vmap`: a verdict.
+    Verdict,
+    /// `snat ip to`: the source address that the connection gets.
+    Snat(Family),
+    /// `ether daddr set`
+    EthernetDestination,
+}
+
+/// A mark that a rule can set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum MarkOf {
+    /// `meta mark`
+    Packet,
+    /// `ct mark`
+    Connection,
+}
+
+/// An interface of a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Interface {
+    /// `iifname`
+    Input,
+    /// `oifname`
+    Output,
 }
 
 /// One statement of a rule: a test that must hold for the next to run, or something done.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
 pub enum Stmt {
-    /// `iif != 0`: the packet came in by a device, from where it is routed on
-    HasInput,
-    /// `oif 0`: it is not known yet by which device the packet leaves, as before routing
-    HasNoOutput,
-    /// `iifname "…"`
-    InputDevice(DeviceName),
-    /// `oifname "…"`
-    OutputDevice(DeviceName),
-    /// `meta mark & mask == value`
-    MarkIs {
-        /// Bits compared.
-        mask: u32,
-        /// What they must be.
+    /// `selector == value`, or `!=`.
+    Match {
+        /// What is compared.
+        of: Selector,
+        /// Whether it must not be the value.
+        negated: bool,
+        /// With what; outside the selector's bits 0.
         value: u32,
     },
-    /// `meta mark & mask != value`
-    MarkIsNot {
-        /// Bits compared.
-        mask: u32,
-        /// What they must not be.
-        value: u32,
-    },
-    /// `meta mark & mask @set`
-    MarkIn {
-        /// Bits compared.
-        mask: u32,
-        /// Set of marks.
+    /// `iifname "…"` or `oifname "…"`
+    Interface(Interface, DeviceName),
+    /// `key @set`, or `!=`; where the set's elements have counters, they count the packet.
+    Lookup {
+        /// What is looked up, in the order of the set's key.
+        key: Vec<Selector>,
+        /// In which set.
         set: Set,
+        /// Whether it must not be there.
+        negated: bool,
     },
-    /// `ip saddr @set`, of the set's family
-    SourceIn(Set),
-    /// `ip saddr != @set`, of the set's family
-    SourceNotIn(Set),
-    /// `ip daddr @set`, of the set's family
-    DestinationIn(Set),
-    /// `ip daddr != @set`, of the set's family
-    DestinationNotIn(Set),
-    /// `ip saddr . ip daddr . meta l4proto @set`, with `. th sport . th dport` where the set's
-    /// keys have ports, of the set's family
-    PacketIn(Set),
-    /// `ct direction …`
-    CtDirection(Direction),
-    /// `ct state …`: one of these bits
-    CtState(u32),
-    /// `ct status ! snat`: the connection's source is not translated
-    NotTranslated,
-    /// `ct mark & mask == value`
-    CtMarkIs(MarkBits),
-    /// `ct mark & mask != value`
-    CtMarkIsNot(MarkBits),
-    /// `ct mark & mask vmap @set`
-    VerdictByCtMark {
-        /// Bits compared.
-        mask: u32,
-        /// Map of marks.
-        set: Set,
+    /// `target key map @map`; the rule ends where the map has no such key.
+    Map {
+        /// What is looked up, in the order of the map's key.
+        key: Vec<Selector>,
+        /// In which map.
+        map: Set,
+        /// Where the value goes.
+        into: Target,
     },
-    /// `ct mark set ct mark & ~mask | value`
-    SetCtMark(MarkBits),
-    /// `notrack`
-    NoTrack,
-    /// `th dport …`, of whatever protocol: cheaper to ask first than [`Stmt::UdpPort`]
-    Port(u16),
-    /// `udp dport …`
-    UdpPort(u16),
-    /// `tcp flags ! syn`: it does not open a connection
-    TcpWithoutSyn,
-    /// `icmpv6 type …`
-    Icmp6Type(u8),
-    /// `meta mark set meta mark & keep | value`
-    SetMark {
-        /// Bits that stay as they are.
-        keep: u32,
-        /// Bits that are set; none of them in `keep`.
-        value: u32,
-    },
-    /// `ether daddr set meta mark & mask map @next_hop`
-    SetNextHop {
-        /// Bits compared.
-        mask: u32,
-    },
+    /// `meta mark set meta mark & ~mask | value`, or of the connection.
+    SetMark(MarkOf, MarkBits),
     /// `meta priority set none`
-    ClearTag,
-    /// `meta priority set ip saddr map @set`
-    TagBySource(Set),
-    /// `meta priority set ip daddr & length . meta priority map @set`, by [`Set::Destination`]
-    TagByDestination(Family, u8),
-    /// `meta priority set ip daddr map @set`
-    TagByReceiver(Set),
-    /// `meta priority set ip saddr & length . meta priority map @set`, by [`Set::Destination`]
-    TagBySender(Family, u8),
-    /// `meta priority set meta priority map @set`
-    TagByTag(Set),
-    /// `meta priority @set`; where the set's elements have counters, they count the packet
-    TagIn(Set),
-    /// `meta priority vmap @set`
-    VerdictByTag(Set),
-    /// `snat ip to ip saddr`: binds the connection to its own source, so nobody masquerades it
-    SnatToSource(Family),
-    /// `snat ip to meta priority map @set`
-    SnatByTag(Family),
+    ClearPriority,
+    /// `snat ip to ip saddr`: binds the connection to its own source, so nobody masquerades it.
+    KeepSource(Family),
     /// `masquerade`
     Masquerade,
+    /// `notrack`
+    NoTrack,
     /// `counter`
     Counter,
     /// `drop`
     Drop,
     /// `return`
     Return,
-    /// `jump chain`: the rule goes on behind the last rule of the chain
+    /// `jump chain`: the rule goes on behind the last rule of the chain.
     Jump(ChainId),
     /// `goto chain`
     Goto(ChainId),
@@ -153,61 +186,168 @@ pub enum Stmt {
     Unknown(u64),
 }
 
+impl Field {
+    /// All of the field.
+    pub const fn whole(self) -> Selector {
+        Selector { field: self, mask: Mask::Whole }
+    }
+
+    /// Bits of a number.
+    pub const fn bits(self, mask: u32) -> Selector {
+        Selector { field: self, mask: Mask::Bits(mask) }
+    }
+
+    /// The first bits of an address.
+    pub fn prefix(self, length: u8) -> Selector {
+        let mask = if self.family().is_some_and(|family| length < family.bits()) {
+            Mask::Prefix(length)
+        } else {
+            Mask::Whole
+        };
+        Selector { field: self, mask }
+    }
+
+    /// The family of an address.
+    pub const fn family(self) -> Option<Family> {
+        match self {
+            Self::Source(family) | Self::Destination(family) => Some(family),
+            _ => None,
+        }
+    }
+
+    /// A test for this value.
+    pub const fn is(self, value: u32) -> Stmt {
+        Stmt::Match { of: self.whole(), negated: false, value }
+    }
+
+    /// A test for any other value.
+    pub const fn is_not(self, value: u32) -> Stmt {
+        Stmt::Match { of: self.whole(), negated: true, value }
+    }
+
+    /// A test for a value in some bits.
+    pub const fn has(self, MarkBits { mask, value }: MarkBits) -> Stmt {
+        Stmt::Match { of: self.bits(mask), negated: false, value }
+    }
+
+    /// A test for any other value in some bits.
+    pub const fn has_not(self, MarkBits { mask, value }: MarkBits) -> Stmt {
+        Stmt::Match { of: self.bits(mask), negated: true, value }
+    }
+
+    /// A test whether it is in a set.
+    pub fn is_in(self, set: Set) -> Stmt {
+        Stmt::Lookup { key: vec![self.whole()], set, negated: false }
+    }
+
+    /// A test whether it is not in a set.
+    pub fn is_not_in(self, set: Set) -> Stmt {
+        Stmt::Lookup { key: vec![self.whole()], set, negated: true }
+    }
+
+    /// A value that a map has for it.
+    pub fn map(self, map: Set, into: Target) -> Stmt {
+        self.whole().map(map, into)
+    }
+}
+
+impl Selector {
+    /// These bits, with a value.
+    const fn with(self, value: u32) -> Option<MarkBits> {
+        match self.mask {
+            Mask::Bits(mask) => Some(MarkBits { mask, value }),
+            Mask::Whole | Mask::Prefix(_) => None,
+        }
+    }
+
+    /// A test whether it is in a set.
+    pub fn is_in(self, set: Set) -> Stmt {
+        Stmt::Lookup { key: vec![self], set, negated: false }
+    }
+
+    /// A value that a map has for it.
+    pub fn map(self, map: Set, into: Target) -> Stmt {
+        Stmt::Map { key: vec![self], map, into }
+    }
+}
+
 impl Stmt {
     /// `ct state invalid` (`include/uapi/linux/netfilter/nf_conntrack_common.h`).
     pub const INVALID: u32 = 1;
+    /// `ct state established`.
+    pub const ESTABLISHED: u32 = 2;
+    /// `ct state related`.
+    pub const RELATED: u32 = 4;
     /// `ct state new`.
     pub const NEW: u32 = 8;
     /// `ct state untracked`.
     pub const UNTRACKED: u32 = 64;
+    /// `ct status snat`: `IPS_SRC_NAT` of the same file.
+    pub const SNAT: u32 = 1 << 4;
+    /// `tcp flags syn` (RFC 9293 section 3.1).
+    pub const SYN: u32 = 1 << 1;
+
+    /// `ct direction …`
+    pub const fn direction(direction: Direction) -> Self {
+        Field::CtDirection.is(direction as u32)
+    }
+
+    /// `ct state …`: one of these bits.
+    pub const fn state(bits: u32) -> Self {
+        Field::CtState.has_not(MarkBits { mask: bits, value: 0 })
+    }
+
+    /// `ct status ! snat`: the source of the connection is not translated.
+    pub const fn not_translated() -> Self {
+        Field::CtStatus.has(MarkBits { mask: Self::SNAT, value: 0 })
+    }
+
+    /// `tcp flags ! syn`: the segment does not open a connection.
+    pub const fn without_syn() -> Self {
+        Field::TcpFlags.has(MarkBits { mask: Self::SYN, value: 0 })
+    }
+
+    /// Addresses, protocol and, where the keys of the set have them, ports: in a set of
+    /// [answers](Set::Answer).
+    pub fn answers(set: Set) -> Self {
+        let family = set.family().unwrap_or(Family::V4);
+        let mut key = vec![Field::Source(family), Field::Destination(family), Field::Protocol];
+        if let Set::Answer(_) = set {
+            key.extend([Field::SourcePort, Field::DestinationPort]);
+        }
+        let key = key.into_iter().map(Field::whole).collect();
+        Self::Lookup { key, set, negated: false }
+    }
+
+    /// `meta priority set address & length . meta priority map @…`, by a [`Set::Destination`]; the
+    /// address is a source or a destination.
+    pub fn by_prefix(address: Field, length: u8) -> Self {
+        let family = address.family().unwrap_or(Family::V4);
+        let key = vec![address.prefix(length), Field::Priority.whole()];
+        Self::Map { key, map: Set::Destination(family, length), into: Target::Priority }
+    }
+
+    /// The value in bits of a field that it tests for.
+    pub(crate) fn tests(&self, field: Field) -> Option<MarkBits> {
+        match self {
+            Self::Match { of, negated: false, value } if of.field == field => of.with(*value),
+            _ => None,
+        }
+    }
+
+    /// The value in bits of a field that a packet must not have.
+    pub(crate) fn excludes(&self, field: Field) -> Option<MarkBits> {
+        match self {
+            Self::Match { of, negated: true, value } if of.field == field => of.with(*value),
+            _ => None,
+        }
+    }
 
     /// The set that it looks into.
     pub(crate) const fn set(&self) -> Option<Set> {
         match self {
-            Self::MarkIn { set, .. }
-            | Self::VerdictByCtMark { set, .. }
-            | Self::SourceIn(set)
-            | Self::SourceNotIn(set)
-            | Self::DestinationIn(set)
-            | Self::DestinationNotIn(set)
-            | Self::PacketIn(set)
-            | Self::TagBySource(set)
-            | Self::TagByReceiver(set)
-            | Self::TagByTag(set)
-            | Self::TagIn(set)
-            | Self::VerdictByTag(set) => Some(*set),
-            Self::TagByDestination(family, length) | Self::TagBySender(family, length) => {
-                Some(Set::Destination(*family, *length))
-            }
-            Self::SnatByTag(family) => Some(Set::Snat(*family)),
-            Self::SetNextHop { .. } => Some(Set::NextHop),
-            Self::HasInput
-            | Self::HasNoOutput
-            | Self::InputDevice(_)
-            | Self::OutputDevice(_)
-            | Self::MarkIs { .. }
-            | Self::MarkIsNot { .. }
-            | Self::CtDirection(_)
-            | Self::CtState(_)
-            | Self::NotTranslated
-            | Self::CtMarkIs(_)
-            | Self::CtMarkIsNot(_)
-            | Self::SetCtMark(_)
-            | Self::Port(_)
-            | Self::UdpPort(_)
-            | Self::TcpWithoutSyn
-            | Self::Icmp6Type(_)
-            | Self::SetMark { .. }
-            | Self::ClearTag
-            | Self::SnatToSource(_)
-            | Self::Masquerade
-            | Self::NoTrack
-            | Self::Counter
-            | Self::Drop
-            | Self::Return
-            | Self::Jump(_)
-            | Self::Goto(_)
-            | Self::Unknown(_) => None,
+            Self::Lookup { set, .. } | Self::Map { map: set, .. } => Some(*set),
+            _ => None,
         }
     }
 }
@@ -219,117 +359,122 @@ const fn ip(family: Family) -> &'static str {
     }
 }
 
-/// The header that a set's keys are taken from.
-fn set_ip(set: Set) -> &'static str {
-    ip(set.family().unwrap_or(Family::V4))
+impl fmt::Display for Field {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Input => "iif",
+            Self::Output => "oif",
+            Self::Mark => "meta mark",
+            Self::Priority => "meta priority",
+            Self::Protocol => "meta l4proto",
+            Self::CtDirection => "ct direction",
+            Self::CtState => "ct state",
+            Self::CtStatus => "ct status",
+            Self::CtMark => "ct mark",
+            Self::Source(family) => return write!(f, "{} saddr", ip(*family)),
+            Self::Destination(family) => return write!(f, "{} daddr", ip(*family)),
+            Self::SourcePort => "th sport",
+            Self::DestinationPort => "th dport",
+            Self::UdpDestinationPort => "udp dport",
+            Self::TcpFlags => "tcp flags",
+            Self::Icmp6Type => "icmpv6 type",
+        })
+    }
 }
 
-fn tag_by_net(
-    f: &mut fmt::Formatter<'_>,
-    address: &str,
-    family: Family,
-    length: u8,
-) -> fmt::Result {
-    write!(f, "meta priority set {} {address}", ip(family))?;
-    let net = IpNet::new(family.unspecified(), length).ok();
-    if let Some(net) = net.filter(|net| net.prefix_len() < family.bits()) {
-        write!(f, " & {}", net.netmask())?;
+impl fmt::Display for Selector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.field.fmt(f)?;
+        match (self.mask, self.field.family()) {
+            (Mask::Bits(bits), _) => write!(f, " & {bits:#010x}"),
+            (Mask::Prefix(length), Some(family)) => {
+                match IpNet::new(family.unspecified(), length) {
+                    Ok(net) => write!(f, " & {}", net.netmask()),
+                    Err(_) => Ok(()),
+                }
+            }
+            (Mask::Whole | Mask::Prefix(_), _) => Ok(()),
+        }
     }
-    write!(f, " . meta priority map @{}", Set::Destination(family, length))
+}
+
+/// The parts of a key, as `nft` concatenates them.
+struct Concatenated<'a>(&'a [Selector]);
+
+impl fmt::Display for Concatenated<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, part) in self.0.iter().enumerate() {
+            f.write_str(if index > 0 { " . " } else { "" })?;
+            part.fmt(f)?;
+        }
+        Ok(())
+    }
+}
+
+/// A comparison; where `nft` has a name for the value, by that name.
+fn comparison(f: &mut fmt::Formatter<'_>, of: Selector, negated: bool, value: u32) -> fmt::Result {
+    let not = if negated { "!= " } else { "" };
+    match (of.field, of.mask, negated, value) {
+        (Field::CtDirection, Mask::Whole, _, 0) => write!(f, "ct direction {not}original"),
+        (Field::CtDirection, Mask::Whole, _, 1) => write!(f, "ct direction {not}reply"),
+        (Field::CtState, Mask::Bits(bits), true, 0) => {
+            let names = [
+                (Stmt::INVALID, "invalid"),
+                (Stmt::ESTABLISHED, "established"),
+                (Stmt::RELATED, "related"),
+                (Stmt::NEW, "new"),
+                (Stmt::UNTRACKED, "untracked"),
+            ];
+            let set = names.iter().filter(|(bit, _)| bits & bit != 0);
+            let names: Vec<_> = set.map(|(_, name)| *name).collect();
+            write!(f, "ct state {}", names.join(","))
+        }
+        (Field::CtStatus, Mask::Bits(Stmt::SNAT), false, 0) => f.write_str("ct status ! snat"),
+        (Field::TcpFlags, Mask::Bits(Stmt::SYN), false, 0) => f.write_str("tcp flags ! syn"),
+        (_, Mask::Bits(_), ..) => {
+            write!(f, "{of} {} {value:#010x}", if negated { "!=" } else { "==" })
+        }
+        (Field::Mark | Field::CtMark, ..) => write!(f, "{of} {not}{value:#010x}"),
+        _ => write!(f, "{of} {not}{value}"),
+    }
 }
 
 impl fmt::Display for Stmt {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::HasInput => f.write_str("iif != 0"),
-            Self::HasNoOutput => f.write_str("oif 0"),
-            Self::InputDevice(name) => write!(f, "iifname \"{name}\""),
-            Self::OutputDevice(name) => write!(f, "oifname \"{name}\""),
-            Self::MarkIs { mask, value } => write!(f, "meta mark & {mask:#010x} == {value:#010x}"),
-            Self::MarkIsNot { mask, value } => {
-                write!(f, "meta mark & {mask:#010x} != {value:#010x}")
+            Self::Match { of, negated, value } => comparison(f, *of, *negated, *value),
+            Self::Interface(Interface::Input, name) => write!(f, "iifname \"{name}\""),
+            Self::Interface(Interface::Output, name) => write!(f, "oifname \"{name}\""),
+            Self::Lookup { key, set, negated } => {
+                let not = if *negated { "!= " } else { "" };
+                write!(f, "{} {not}@{set}", Concatenated(key))
             }
-            Self::MarkIn { mask, set } => write!(f, "meta mark & {mask:#010x} @{set}"),
-            Self::SourceIn(set) => write!(f, "{} saddr @{set}", set_ip(*set)),
-            Self::SourceNotIn(set) => write!(f, "{} saddr != @{set}", set_ip(*set)),
-            Self::DestinationIn(set) => write!(f, "{} daddr @{set}", set_ip(*set)),
-            Self::DestinationNotIn(set) => write!(f, "{} daddr != @{set}", set_ip(*set)),
-            Self::PacketIn(set) => {
-                let ip = set_ip(*set);
-                write!(f, "{ip} saddr . {ip} daddr . meta l4proto ")?;
-                if let Set::Answer(_) = set {
-                    f.write_str(". th sport . th dport ")?;
+            Self::Map { key, map, into } => {
+                let key = Concatenated(key);
+                match into {
+                    Target::Priority => write!(f, "meta priority set {key} map @{map}"),
+                    Target::Verdict => write!(f, "{key} vmap @{map}"),
+                    Target::Snat(family) => write!(f, "snat {} to {key} map @{map}", ip(*family)),
+                    Target::EthernetDestination => write!(f, "ether daddr set {key} map @{map}"),
                 }
-                write!(f, "@{set}")
             }
-            Self::CtDirection(Direction::Original) => f.write_str("ct direction original"),
-            Self::CtDirection(Direction::Reply) => f.write_str("ct direction reply"),
-            Self::CtState(bits) => {
-                let names = [
-                    (1, "invalid"),
-                    (2, "established"),
-                    (4, "related"),
-                    (8, "new"),
-                    (64, "untracked"),
-                ];
-                let names: Vec<_> = names
-                    .iter()
-                    .filter(|(bit, _)| bits & bit != 0)
-                    .map(|(_, name)| *name)
-                    .collect();
-                write!(f, "ct state {}", names.join(","))
+            Self::SetMark(MarkOf::Packet, MarkBits { mask, value: 0 }) => {
+                write!(f, "meta mark set meta mark & {:#010x}", !mask)
             }
-            Self::NotTranslated => f.write_str("ct status ! snat"),
-            Self::CtMarkIs(MarkBits { mask, value }) => {
-                write!(f, "ct mark & {mask:#010x} == {value:#010x}")
+            Self::SetMark(of, MarkBits { mask, value }) => {
+                let mark = match of {
+                    MarkOf::Packet => Field::Mark,
+                    MarkOf::Connection => Field::CtMark,
+                };
+                write!(f, "{mark} set {mark} & {:#010x} | {value:#010x}", !mask)
             }
-            Self::CtMarkIsNot(MarkBits { mask, value }) => {
-                write!(f, "ct mark & {mask:#010x} != {value:#010x}")
-            }
-            Self::VerdictByCtMark { mask, set } => {
-                write!(f, "ct mark & {mask:#010x} vmap @{set}")
-            }
-            Self::SetCtMark(MarkBits { mask, value }) => {
-                write!(f, "ct mark set ct mark & {:#010x} | {value:#010x}", !mask)
-            }
-            Self::NoTrack => f.write_str("notrack"),
-            Self::Port(port) => write!(f, "th dport {port}"),
-            Self::UdpPort(port) => write!(f, "udp dport {port}"),
-            Self::TcpWithoutSyn => f.write_str("tcp flags ! syn"),
-            Self::Icmp6Type(kind) => write!(f, "icmpv6 type {kind}"),
-            Self::SetMark { keep, value: 0 } => {
-                write!(f, "meta mark set meta mark & {keep:#010x}")
-            }
-            Self::SetMark { keep, value } => {
-                write!(f, "meta mark set meta mark & {keep:#010x} | {value:#010x}")
-            }
-            Self::SetNextHop { mask } => {
-                write!(f, "ether daddr set meta mark & {mask:#010x} map @{}", Set::NextHop)
-            }
-            Self::ClearTag => f.write_str("meta priority set none"),
-            Self::TagBySource(set) => {
-                write!(f, "meta priority set {} saddr map @{set}", set_ip(*set))
-            }
-            Self::TagByReceiver(set) => {
-                write!(f, "meta priority set {} daddr map @{set}", set_ip(*set))
-            }
-            Self::TagByDestination(family, length) => tag_by_net(f, "daddr", *family, *length),
-            Self::TagBySender(family, length) => tag_by_net(f, "saddr", *family, *length),
-            Self::TagByTag(set) => write!(f, "meta priority set meta priority map @{set}"),
-            Self::TagIn(set) => write!(f, "meta priority @{set}"),
-            Self::VerdictByTag(set) => write!(f, "meta priority vmap @{set}"),
-            Self::SnatToSource(family) => {
-                write!(
-                    f,
-                    "meta nfproto ipv{} snat {ip} to {ip} saddr",
-                    family.digit(),
-                    ip = ip(*family)
-                )
-            }
-            Self::SnatByTag(family) => {
-                write!(f, "snat {} to meta priority map @{}", ip(*family), Set::Snat(*family))
+            Self::ClearPriority => f.write_str("meta priority set none"),
+            Self::KeepSource(family) => {
+                let (digit, ip) = (family.digit(), ip(*family));
+                write!(f, "meta nfproto ipv{digit} snat {ip} to {ip} saddr")
             }
             Self::Masquerade => f.write_str("masquerade"),
+            Self::NoTrack => f.write_str("notrack"),
             Self::Counter => f.write_str("counter"),
             Self::Drop => f.write_str("drop"),
             Self::Return => f.write_str("return"),

@@ -4,7 +4,10 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::{ChainId, Data, Firewall, Key, MarkBits, Set, State, Stmt, Tag, Verdict, Xtables};
+use super::{
+    ChainId, Data, Field, Firewall, Key, MarkBits, MarkOf, Mask, Set, State, Stmt, Tag, Verdict,
+    Xtables,
+};
 use crate::range::IpRange;
 use crate::types::{Family, Mark};
 
@@ -131,9 +134,10 @@ impl Firewall {
     fn cached(&self) -> Option<Cached> {
         let (_, rules) = self.chains.get(&ChainId::Prerouting)?;
         rules.iter().find_map(|rule| match rule.0.as_slice() {
-            [Stmt::CtMarkIs(some), _, Stmt::VerdictByCtMark { mask, .. }] => {
-                Some(Cached { some: *some, mask: *mask })
-            }
+            [some, _, Stmt::Map { key, map: Set::Connection, .. }] => match key.first()?.mask {
+                Mask::Bits(mask) => Some(Cached { some: some.tests(Field::CtMark)?, mask }),
+                Mask::Whole | Mask::Prefix(_) => None,
+            },
             _ => None,
         })
     }
@@ -142,7 +146,7 @@ impl Firewall {
     pub(crate) fn connection_mark(&self) -> Option<MarkBits> {
         let (_, rules) = self.chains.get(&ChainId::NatPostrouting)?;
         rules.iter().flat_map(|rule| &rule.0).find_map(|statement| match statement {
-            Stmt::SetCtMark(bits) => Some(*bits),
+            Stmt::SetMark(MarkOf::Connection, bits) => Some(*bits),
             _ => None,
         })
     }
@@ -150,7 +154,7 @@ impl Firewall {
     fn holds_back(&self, mark: u32) -> bool {
         let rules = self.chains.get(&ChainId::Forward).map_or(&[][..], |(_, rules)| rules);
         rules.iter().any(|rule| {
-            let ours = |one: &Stmt| matches!(one, Stmt::CtMarkIs(bits) if bits.are_in(mark));
+            let ours = |one: &Stmt| one.tests(Field::CtMark).is_some_and(|bits| bits.are_in(mark));
             rule.0.last() == Some(&Stmt::Goto(ChainId::Bound)) && rule.0.iter().any(ours)
         })
     }

@@ -1,22 +1,36 @@
 //! Rules are there only for what policies ask for, and in time.
 
-use egress_datapath::state::{ChainId, Set, Stmt};
+use egress_datapath::state::{ChainId, Field, Mask, Set, Stmt, Target};
 use egress_datapath::{
     Changes, Cluster, EgressPolicy, Family, Mark, Op, Phase, Reconciler, Sim, Steering,
 };
 
 use crate::{cluster, cluster_v4, dual, policy, v4};
 
-const HOSTS: Stmt = Stmt::TagBySource(Set::Source(Family::V4));
-const HOSTS6: Stmt = Stmt::TagBySource(Set::Source(Family::V6));
-const RANGES: Stmt = Stmt::TagBySource(Set::SourceNet(Family::V4));
+/// The statement that finds the class of a source.
+fn by_source(map: Set, family: Family) -> Stmt {
+    Field::Source(family).map(map, Target::Priority)
+}
+
+fn hosts() -> Stmt {
+    by_source(Set::Source(Family::V4), Family::V4)
+}
+
+fn hosts6() -> Stmt {
+    by_source(Set::Source(Family::V6), Family::V6)
+}
+
+fn ranges() -> Stmt {
+    by_source(Set::SourceNet(Family::V4), Family::V4)
+}
 
 /// The chains that find a packet's class, in their order.
 const CHAINS: [ChainId; 3] = [ChainId::Prerouting, ChainId::NatPostrouting, ChainId::Select];
 
 /// What the chains that find a class look for after these operations, in its order.
 fn looking<'a>(ops: impl IntoIterator<Item = &'a Op>) -> Vec<(ChainId, Vec<&'a Stmt>)> {
-    let looks = |first: &&Stmt| matches!(first, Stmt::TagBySource(_));
+    let looks =
+        |first: &&Stmt| matches!(first, Stmt::Map { map: Set::Source(_) | Set::SourceNet(_), .. });
     let ops = ops.into_iter();
     ops.filter_map(|op| match op {
         Op::SetRules(chain, rules) if CHAINS.contains(chain) => {
@@ -56,17 +70,18 @@ fn with(sources: &[&str]) -> EgressPolicy {
 #[test]
 fn a_rule_comes_before_the_first_source_that_it_is_for_and_goes_after_the_last() {
     let host = with(&["10.244.1.1/32"]);
-    for (more, look) in [("10.244.2.0/24", RANGES), ("fd44:1::1/128", HOSTS6)] {
+    for (more, look) in [("10.244.2.0/24", ranges()), ("fd44:1::1/128", hosts6())] {
         let both = with(&["10.244.1.1/32", more]);
         let mut egress = Reconciler::new(Sim::new());
         let made = egress.reconcile(&cluster("a"), [&host]).unwrap().changes;
         let mut seen = looking(made.ops());
         seen.sort_unstable();
-        assert_eq!(seen, CHAINS.map(|chain| (chain, vec![&HOSTS])));
+        let hosts_only = hosts();
+        assert_eq!(seen, CHAINS.map(|chain| (chain, vec![&hosts_only])));
         // A packet must find the rule where it finds the source.
-        let come = expect(&mut egress, &both, &[(Phase::Chains, &[&HOSTS, &look])]);
+        let come = expect(&mut egress, &both, &[(Phase::Chains, &[&hosts(), &look])]);
         assert!(phases(&come).contains(&Phase::FillSources), "{come}");
-        let go = expect(&mut egress, &host, &[(Phase::EmptyVerdicts, &[&HOSTS])]);
+        let go = expect(&mut egress, &host, &[(Phase::EmptyVerdicts, &[&hosts()])]);
         assert!(phases(&go).contains(&Phase::EmptySources), "{go}");
     }
 }
@@ -76,8 +91,8 @@ fn a_source_that_becomes_a_range_is_found_all_the_time() {
     let (host, range) = (with(&["10.244.1.1/32"]), with(&["10.244.1.0/24"]));
     let mut egress = Reconciler::new(Sim::new());
     let _report = egress.reconcile(&cluster("a"), [&host]).unwrap();
-    let both: &[&Stmt] = &[&HOSTS, &RANGES];
-    for (to, only) in [(&range, RANGES), (&host, HOSTS)] {
+    let both: &[&Stmt] = &[&hosts(), &ranges()];
+    for (to, only) in [(&range, ranges()), (&host, hosts())] {
         let rules = [(Phase::Chains, both), (Phase::EmptyVerdicts, &[&only][..])];
         let _changes = expect(&mut egress, to, &rules);
     }
@@ -124,7 +139,10 @@ fn a_next_hop_is_found_by_the_old_bits_of_a_mark_while_packets_may_have_them() {
         });
         rules.map(|rules| {
             let masks = rules.iter().filter_map(|rule| match rule.0.first() {
-                Some(Stmt::SetNextHop { mask }) => Some(mask & 0x4000 != 0),
+                Some(Stmt::Map { key, map: Set::NextHop, .. }) => match key[0].mask {
+                    Mask::Bits(mask) => Some(mask & 0x4000 != 0),
+                    other => panic!("{other:?}"),
+                },
                 _ => None,
             });
             (step.phase, masks.collect::<Vec<_>>())

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use egress_datapath::state::{ChainId, Key, Route, Rule, RuleAction, State, Stmt};
+use egress_datapath::state::{ChainId, Interface, Key, Route, Rule, RuleAction, State, Stmt};
 use egress_datapath::{
     Changes, Datapath, Decision, Destinations, EgressPolicy, Fate, Frame, Journey, NodeName,
     Outcome, Packet, PolicyId, Sim, SimCluster, TableId,
@@ -216,7 +216,9 @@ pub(crate) const CHECKS: [(&str, Check); 15] = [
             |state| {
                 let chains = &mut state.firewall.as_mut().unwrap().chains;
                 let (_, rules) = chains.get_mut(&ChainId::Prerouting).unwrap();
-                rules.retain(|rule| !matches!(rule.0[..], [Stmt::InputDevice(_), ..]));
+                rules.retain(|rule| {
+                    !matches!(rule.0[..], [Stmt::Interface(Interface::Input, _), ..])
+                });
             },
         ];
         lose.into_iter().try_for_each(|lose| {

@@ -4,7 +4,7 @@
 use std::net::IpAddr;
 
 use egress_datapath::state::{
-    ChainId, Data, Key, NftRule, Route, RouteKey, Set, State, Stmt, Tag, Value, Verdict,
+    ChainId, Data, Field, Key, NftRule, Route, RouteKey, Set, State, Stmt, Tag, Value, Verdict,
 };
 use egress_datapath::{Changes, Family, IpRange, MacAddr, Mark, NodeName, TableId};
 
@@ -113,7 +113,7 @@ fn more_rule(state: &mut State, statement: Stmt) {
 }
 
 fn rule_of_set(state: &mut State) {
-    more_rule(state, Stmt::TagByDestination(Family::V4, 7));
+    more_rule(state, Stmt::by_prefix(Field::Destination(Family::V4), 7));
 }
 
 const NOWHERE: ChainId = ChainId::To(Mark::new(0x26ff_0000));

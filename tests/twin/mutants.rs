@@ -1,7 +1,7 @@
 //! Deliberate faults in what is planned, and which check notices each.
 
 use egress_datapath::state::{
-    ChainId, Direction, Key, NftRule, Route, Rule, Set, State, Stmt, Tag,
+    ChainId, Direction, Field, Interface, Key, MarkOf, NftRule, Route, Rule, Set, State, Stmt, Tag,
 };
 use egress_datapath::{Changes, Family, Mark};
 
@@ -12,6 +12,11 @@ use crate::{Result, say};
 fn rules(state: &mut State, chain: ChainId) -> Option<&mut Vec<NftRule>> {
     let firewall = state.firewall.as_mut().unwrap();
     firewall.chains.get_mut(&chain).map(|(_, rules)| rules)
+}
+
+/// Whether a statement compares a field.
+fn compares(statement: &Stmt, field: Field) -> bool {
+    matches!(statement, Stmt::Match { of, .. } if of.field == field)
 }
 
 /// Removes the rules of a chain that have a statement.
@@ -59,8 +64,8 @@ const MUTANTS: [(&str, Mutate); 25] = [
         let firewall = state.firewall.as_mut().unwrap();
         for (id, (_, rules)) in &mut firewall.chains {
             for statement in rules.iter_mut().flat_map(|rule| &mut rule.0) {
-                if let (ChainId::To(_), Stmt::SetMark { value, .. }) = (id, statement) {
-                    *value &= 0x00ff_ffff;
+                if let (ChainId::To(_), Stmt::SetMark(MarkOf::Packet, bits)) = (id, statement) {
+                    bits.value &= 0x00ff_ffff;
                 }
             }
         }
@@ -76,34 +81,37 @@ const MUTANTS: [(&str, Mutate); 25] = [
         rules(state, ChainId::NatPostrouting).unwrap().pop();
     }),
     ("missing guard: anybody may speak VXLAN", |state| {
-        forget(state, ChainId::Input, |statement| matches!(statement, Stmt::UdpPort(_)));
+        forget(state, ChainId::Input, |statement| compares(statement, Field::UdpDestinationPort));
     }),
     ("missing guard: the node answers on egress IPs", |state| {
-        forget(state, ChainId::Input, |statement| matches!(statement, Stmt::DestinationIn(_)));
+        forget(state, ChainId::Input, |statement| {
+            matches!(statement, Stmt::Lookup { set: Set::Eip(_), .. })
+        });
     }),
     ("swapped order: exclusions are asked last", |state| {
         let excludes =
-            |statement: &Stmt| matches!(statement, Stmt::DestinationIn(Set::Excluded(_)));
+            |statement: &Stmt| matches!(statement, Stmt::Lookup { set: Set::Excluded(_), .. });
         each(state, excludes, |rules, at| {
             let rule = rules.remove(at);
             rules.push(rule);
         });
     }),
     ("swapped order: shorter prefixes are asked first", |state| {
-        let by_destination = |statement: &Stmt| matches!(statement, Stmt::TagByDestination(..));
+        let by_destination =
+            |statement: &Stmt| matches!(statement, Stmt::Map { map: Set::Destination(..), .. });
         each(state, by_destination, |rules, at| rules.swap(at, at + 1));
     }),
     ("swapped order: replies are steered", |state| {
-        let replies = |statement: &Stmt| *statement == Stmt::CtDirection(Direction::Reply);
+        let replies = |statement: &Stmt| *statement == Stmt::direction(Direction::Reply);
         each(state, replies, |rules, at| drop(rules.remove(at)));
     }),
     ("invalid packets are steered", |state| {
-        let invalid = |statement: &Stmt| *statement == Stmt::CtState(Stmt::INVALID);
+        let invalid = |statement: &Stmt| *statement == Stmt::state(Stmt::INVALID);
         each(state, invalid, |rules, at| drop(rules.remove(at)));
     }),
     ("forgotten family: IPv6 sources are not looked up", |state| {
         forget(state, ChainId::Prerouting, |statement| {
-            matches!(statement, Stmt::TagBySource(Set::Source(Family::V6)))
+            matches!(statement, Stmt::Map { map: Set::Source(Family::V6), .. })
         });
     }),
     ("forgotten family: IPv6 has no rules", |state| {
@@ -136,20 +144,26 @@ const MUTANTS: [(&str, Mutate); 25] = [
         state.rules = std::mem::take(&mut state.rules).into_iter().map(swapped).collect();
     }),
     ("no reset of the mark ahead of the tunnel", |state| {
-        skip(state, ChainId::Marked, |statement| matches!(statement, Stmt::SetMark { .. }));
+        skip(state, ChainId::Marked, |statement| {
+            matches!(statement, Stmt::SetMark(MarkOf::Packet, _))
+        });
     }),
     ("no reset of the mark behind the guard", |state| {
-        forget(state, ChainId::Guard, |statement| matches!(statement, Stmt::SetMark { .. }));
+        forget(state, ChainId::Guard, |statement| {
+            matches!(statement, Stmt::SetMark(MarkOf::Packet, _))
+        });
     }),
     ("no mark on what comes out of the tunnel", |state| {
-        forget(state, ChainId::Prerouting, |statement| matches!(statement, Stmt::InputDevice(_)));
+        forget(state, ChainId::Prerouting, |statement| {
+            matches!(statement, Stmt::Interface(Interface::Input, _))
+        });
     }),
     ("nothing leads what came out of the tunnel past the gateways' rules", |state| {
         state.rules.retain(|rule| rule.input.is_none());
     }),
     ("no binding of what enters the tunnel", |state| {
         forget(state, ChainId::NatPostrouting, |statement| {
-            matches!(statement, Stmt::SnatToSource(_))
+            matches!(statement, Stmt::KeepSource(_))
         });
     }),
     ("no backstop: a table ends without refusing", |state| {

@@ -21,11 +21,6 @@ pub(super) mod reg {
         canonical(8 + bytes / 4)
     }
 
-    /// The 32 bits behind an IPv6 address in the first register.
-    pub(crate) const AFTER_16: u32 = 2;
-    /// The 32 bits behind an IPv4 address in the first register.
-    pub(crate) const AFTER_4: u32 = 9;
-
     /// The number that the kernel prints for a register.
     pub(super) const fn canonical(number: u32) -> u32 {
         match number {

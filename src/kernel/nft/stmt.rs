@@ -1,14 +1,17 @@
-//! Statements as expressions, in the form that `nft` gives them.
+//! Statements as expressions, in the form that `nft` gives them, and expressions as statements.
+//!
+//! One table says how the kernel loads each field: [`load`], [`Form`], [`protocol`] and [`family`].
+//! Both directions read it. What [`recognise`] finds is compiled and compared with what is there,
+//! so whatever is recognised compiles to what was found.
 
-mod recognise;
 #[cfg(test)]
 mod tests;
 
 use super::expr::{Expr, Verdict, base, ct, meta, reg, verdict};
-use crate::state::{Direction, MarkBits, NftRule, Set, Stmt};
-use crate::types::Family;
-
-pub(super) use recognise::recognise;
+use crate::state::{
+    ChainId, Field, Interface, MarkBits, MarkOf, Mask, NftRule, Selector, Set, Stmt, Target,
+};
+use crate::types::{DeviceName, Family};
 
 /// Protocol numbers of the IP header.
 const TCP: u8 = 6;
@@ -18,21 +21,125 @@ const ICMP6: u8 = 58;
 /// `ARPHRD_ETHER`, as the tunnel device is.
 const ETHERNET: u16 = 1;
 
-/// SYN among the flags of a TCP segment, which are its 14th byte (RFC 9293 section 3.1).
-const SYN: u8 = 1 << 1;
+/// Place of the flags in a TCP header (RFC 9293 section 3.1).
 const TCP_FLAGS: u32 = 13;
 
-/// `IPS_SRC_NAT` (`include/uapi/linux/netfilter/nf_conntrack_common.h`).
-const SOURCE_NAT: u32 = 1 << 4;
+/// Every field that is loaded, with each family.
+const FIELDS: [Field; 18] = [
+    Field::Input,
+    Field::Output,
+    Field::Mark,
+    Field::Priority,
+    Field::Protocol,
+    Field::CtDirection,
+    Field::CtState,
+    Field::CtStatus,
+    Field::CtMark,
+    Field::Source(Family::V4),
+    Field::Source(Family::V6),
+    Field::Destination(Family::V4),
+    Field::Destination(Family::V6),
+    Field::SourcePort,
+    Field::DestinationPort,
+    Field::UdpDestinationPort,
+    Field::TcpFlags,
+    Field::Icmp6Type,
+];
 
-/// What must be known of a packet's family before a statement can run.
+/// The expression that loads a field into a register.
+const fn load(field: Field, dreg: u32) -> Expr {
+    const fn payload(base: u32, offset: u32, len: u32, dreg: u32) -> Expr {
+        Expr::Payload { base, offset, len, dreg }
+    }
+    match field {
+        Field::Input => Expr::MetaLoad { key: meta::IIF, dreg },
+        Field::Output => Expr::MetaLoad { key: meta::OIF, dreg },
+        Field::Mark => Expr::MetaLoad { key: meta::MARK, dreg },
+        Field::Priority => Expr::MetaLoad { key: meta::PRIORITY, dreg },
+        Field::Protocol => Expr::MetaLoad { key: meta::L4PROTO, dreg },
+        Field::CtDirection => Expr::Ct { key: ct::DIRECTION, dreg },
+        Field::CtState => Expr::Ct { key: ct::STATE, dreg },
+        Field::CtStatus => Expr::Ct { key: ct::STATUS, dreg },
+        Field::CtMark => Expr::Ct { key: ct::MARK, dreg },
+        Field::Source(Family::V4) => payload(base::NETWORK, 12, 4, dreg),
+        Field::Source(Family::V6) => payload(base::NETWORK, 8, 16, dreg),
+        Field::Destination(Family::V4) => payload(base::NETWORK, 16, 4, dreg),
+        Field::Destination(Family::V6) => payload(base::NETWORK, 24, 16, dreg),
+        Field::SourcePort => payload(base::TRANSPORT, 0, 2, dreg),
+        Field::DestinationPort | Field::UdpDestinationPort => payload(base::TRANSPORT, 2, 2, dreg),
+        Field::TcpFlags => payload(base::TRANSPORT, TCP_FLAGS, 1, dreg),
+        Field::Icmp6Type => payload(base::TRANSPORT, 0, 1, dreg),
+    }
+}
+
+/// How a value stands in a register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Needs {
-    Nothing,
-    /// The family is tested unless an earlier statement of the rule did.
-    Family(Family),
-    /// The test is part of the statement.
-    OwnTest(Family),
+enum Form {
+    /// A number of 32 bits in the machine's byte order: a mark, a priority, an index, bits.
+    Host,
+    /// A single byte.
+    Byte,
+    /// A port, in network byte order.
+    Port,
+    /// An address.
+    Address(Family),
+}
+
+const fn form(field: Field) -> Form {
+    match field {
+        Field::Source(family) | Field::Destination(family) => Form::Address(family),
+        Field::Protocol | Field::CtDirection | Field::TcpFlags | Field::Icmp6Type => Form::Byte,
+        Field::SourcePort | Field::DestinationPort | Field::UdpDestinationPort => Form::Port,
+        _ => Form::Host,
+    }
+}
+
+/// The transport protocol that must be tested before the field is loaded.
+const fn protocol(field: Field) -> Option<u8> {
+    match field {
+        Field::UdpDestinationPort => Some(UDP),
+        Field::TcpFlags => Some(TCP),
+        Field::Icmp6Type => Some(ICMP6),
+        _ => None,
+    }
+}
+
+/// The family that must be tested before the field is loaded, unless the rule did already.
+const fn family(field: Field) -> Option<Family> {
+    match field {
+        Field::Icmp6Type => Some(Family::V6),
+        _ => field.family(),
+    }
+}
+
+impl Form {
+    /// A number in this form.
+    fn bytes(self, number: u32) -> Option<Vec<u8>> {
+        Some(match self {
+            Self::Host => number.to_ne_bytes().to_vec(),
+            Self::Byte => vec![u8::try_from(number).ok()?],
+            Self::Port => u16::try_from(number).ok()?.to_be_bytes().to_vec(),
+            Self::Address(_) => return None,
+        })
+    }
+
+    /// The number that these bytes are.
+    fn number(self, bytes: &[u8]) -> Option<u32> {
+        match self {
+            Self::Host => bytes.try_into().ok().map(u32::from_ne_bytes),
+            Self::Byte => <[u8; 1]>::try_from(bytes).ok().map(|[byte]| byte.into()),
+            Self::Port => bytes.try_into().ok().map(|bytes| u16::from_be_bytes(bytes).into()),
+            Self::Address(_) => None,
+        }
+    }
+
+    /// Bytes of registers that a value fills.
+    const fn width(self) -> u32 {
+        match self {
+            Self::Address(Family::V6) => 16,
+            _ => 4,
+        }
+    }
 }
 
 /// Protocol family as `meta nfproto` and `nat` have it.
@@ -43,110 +150,6 @@ const fn nfproto(family: Family) -> u8 {
     }
 }
 
-/// The family of a set's keys.
-fn family_of(set: Set) -> Family {
-    set.family().unwrap_or(Family::V4)
-}
-
-fn needs(statement: &Stmt) -> Needs {
-    match statement {
-        Stmt::SourceIn(set)
-        | Stmt::SourceNotIn(set)
-        | Stmt::DestinationIn(set)
-        | Stmt::DestinationNotIn(set)
-        | Stmt::PacketIn(set)
-        | Stmt::TagBySource(set)
-        | Stmt::TagByReceiver(set) => Needs::Family(family_of(*set)),
-        Stmt::TagByDestination(family, _) | Stmt::TagBySender(family, _) => Needs::Family(*family),
-        Stmt::Icmp6Type(_) => Needs::Family(Family::V6),
-        Stmt::SnatToSource(family) => Needs::OwnTest(*family),
-        _ => Needs::Nothing,
-    }
-}
-
-/// The expressions of a rule.
-pub(super) fn compile(rule: &NftRule) -> Vec<Expr> {
-    let mut family = None;
-    let mut exprs = Vec::new();
-    for statement in &rule.0 {
-        match needs(statement) {
-            Needs::Family(wanted) if family == Some(wanted) => {}
-            Needs::Nothing => {}
-            Needs::Family(wanted) | Needs::OwnTest(wanted) => {
-                exprs.extend(family_test(wanted));
-                family = Some(wanted);
-            }
-        }
-        exprs.extend(body(statement));
-    }
-    exprs
-}
-
-fn family_test(family: Family) -> [Expr; 2] {
-    [load(meta::NFPROTO), is(vec![nfproto(family)])]
-}
-
-const fn load(key: u32) -> Expr {
-    Expr::MetaLoad { key, dreg: reg::R1 }
-}
-
-const fn set_tag() -> Expr {
-    Expr::MetaSet { key: meta::PRIORITY, sreg: reg::R1 }
-}
-
-const fn cmp(equal: bool, data: Vec<u8>) -> Expr {
-    Expr::Cmp { sreg: reg::R1, equal, data }
-}
-
-const fn is(data: Vec<u8>) -> Expr {
-    cmp(true, data)
-}
-
-/// A number in host byte order, as marks, priorities and connection bits are.
-fn host(number: u32) -> Vec<u8> {
-    number.to_ne_bytes().to_vec()
-}
-
-fn bits(mask: Vec<u8>, xor: Vec<u8>) -> Expr {
-    Expr::Bitwise { sreg: reg::R1, dreg: reg::R1, mask, xor }
-}
-
-fn masked(mask: u32) -> Expr {
-    bits(host(mask), host(0))
-}
-
-fn lookup(set: Set, dreg: Option<u32>, invert: bool) -> Expr {
-    Expr::Lookup { set: set.name(), sreg: reg::R1, dreg, invert }
-}
-
-/// Bytes of an address.
-const fn width(family: Family) -> u32 {
-    match family {
-        Family::V4 => 4,
-        Family::V6 => 16,
-    }
-}
-
-const fn address(offset: u32, family: Family) -> Expr {
-    Expr::Payload { base: base::NETWORK, offset, len: width(family), dreg: reg::R1 }
-}
-
-const fn source(family: Family) -> Expr {
-    address(if matches!(family, Family::V4) { 12 } else { 8 }, family)
-}
-
-const fn destination(family: Family) -> Expr {
-    address(if matches!(family, Family::V4) { 16 } else { 24 }, family)
-}
-
-const fn transport(offset: u32, len: u32) -> Expr {
-    Expr::Payload { base: base::TRANSPORT, offset, len, dreg: reg::R1 }
-}
-
-const fn end(code: i32) -> Expr {
-    Expr::Immediate(Verdict::plain(code))
-}
-
 /// The mask of a prefix length, in network byte order.
 fn netmask(family: Family, length: u8) -> Vec<u8> {
     let low = u128::MAX.checked_shr(length.into()).unwrap_or(0);
@@ -155,162 +158,277 @@ fn netmask(family: Family, length: u8) -> Vec<u8> {
     bytes.into_iter().take(width).collect()
 }
 
-/// A device name as the kernel compares it: all of `IFNAMSIZ` bytes.
-fn device(name: &str) -> Vec<u8> {
-    let mut bytes = name.as_bytes().to_vec();
-    bytes.resize(16, 0);
-    bytes
+/// A test for a constant.
+const fn cmp(equal: bool, data: Vec<u8>) -> Expr {
+    Expr::Cmp { sreg: reg::R1, equal, data }
 }
 
-/// The expressions of one statement, but for the test of the family in front of it.
-fn body(statement: &Stmt) -> Vec<Expr> {
-    let on_mark = |mask: u32, then: Expr| vec![load(meta::MARK), masked(mask), then];
+fn family_test(family: Family) -> [Expr; 2] {
+    let load = Expr::MetaLoad { key: meta::NFPROTO, dreg: reg::R1 };
+    [load, cmp(true, vec![nfproto(family)])]
+}
+
+/// Loads a field into a register and leaves its part there.
+fn select(Selector { field, mask }: Selector, register: u32) -> Option<Vec<Expr>> {
+    let mut exprs = vec![load(field, register)];
+    let mask = match (mask, form(field)) {
+        (Mask::Whole, _) => return Some(exprs),
+        (Mask::Bits(bits), form) => form.bytes(bits)?,
+        (Mask::Prefix(length), Form::Address(family)) if length < family.bits() => {
+            netmask(family, length)
+        }
+        (Mask::Prefix(_), _) => return None,
+    };
+    let xor = vec![0; mask.len()];
+    exprs.push(Expr::Bitwise { sreg: register, dreg: register, mask, xor });
+    Some(exprs)
+}
+
+/// The expressions of a rule.
+pub(super) fn compile(rule: &NftRule) -> Vec<Expr> {
+    let mut family = None;
+    let statements = rule.0.iter();
+    statements
+        // What no rule can say is nothing that the kernel takes.
+        .flat_map(|one| expressions(one, &mut family).unwrap_or_else(|| vec![Expr::Other(0)]))
+        .collect()
+}
+
+/// The expressions of a statement; `known` is the family that the rule has tested.
+fn expressions(statement: &Stmt, known: &mut Option<Family>) -> Option<Vec<Expr>> {
+    let mut exprs = Vec::new();
+    let mut require = |exprs: &mut Vec<Expr>, field: Field| {
+        if let Some(family) = family(field).filter(|family| *known != Some(*family)) {
+            exprs.extend(family_test(family));
+            *known = Some(family);
+        }
+        if let Some(protocol) = protocol(field) {
+            let load = Expr::MetaLoad { key: meta::L4PROTO, dreg: reg::R1 };
+            exprs.extend([load, cmp(true, vec![protocol])]);
+        }
+    };
+    let lookup =
+        |set: Set, dreg, invert| Expr::Lookup { set: set.name(), sreg: reg::R1, dreg, invert };
+    let key = |exprs: &mut Vec<Expr>, key: &[Selector]| {
+        let mut at = 0;
+        for part in key {
+            exprs.extend(select(*part, reg::after(at))?);
+            at += form(part.field).width();
+        }
+        Some(())
+    };
     match statement {
-        Stmt::HasInput => vec![load(meta::IIF), cmp(false, host(0))],
-        Stmt::HasNoOutput => vec![load(meta::OIF), is(host(0))],
-        Stmt::InputDevice(name) => vec![load(meta::IIFNAME), is(device(name.as_str()))],
-        Stmt::OutputDevice(name) => vec![load(meta::OIFNAME), is(device(name.as_str()))],
-        Stmt::MarkIs { mask, value } => on_mark(*mask, is(host(*value))),
-        Stmt::MarkIsNot { mask, value } => on_mark(*mask, cmp(false, host(*value))),
-        Stmt::MarkIn { mask, set } => on_mark(*mask, lookup(*set, None, false)),
-        Stmt::SourceIn(set) => vec![source(family_of(*set)), lookup(*set, None, false)],
-        Stmt::SourceNotIn(set) => vec![source(family_of(*set)), lookup(*set, None, true)],
-        Stmt::DestinationIn(set) => vec![destination(family_of(*set)), lookup(*set, None, false)],
-        Stmt::DestinationNotIn(set) => vec![destination(family_of(*set)), lookup(*set, None, true)],
-        Stmt::PacketIn(set) => packet_in(*set),
-        Stmt::CtDirection(direction) => {
-            let number = match direction {
-                Direction::Original => 0,
-                Direction::Reply => 1,
+        Stmt::Match { of, negated, value } => {
+            require(&mut exprs, of.field);
+            exprs.extend(select(*of, reg::R1)?);
+            exprs.push(cmp(!negated, form(of.field).bytes(*value)?));
+        }
+        Stmt::Interface(interface, name) => {
+            let key = match interface {
+                Interface::Input => meta::IIFNAME,
+                Interface::Output => meta::OIFNAME,
             };
-            vec![connection(ct::DIRECTION), is(vec![number])]
+            let mut padded = name.as_str().as_bytes().to_vec();
+            padded.resize(DEVICE, 0);
+            exprs.extend([Expr::MetaLoad { key, dreg: reg::R1 }, cmp(true, padded)]);
         }
-        Stmt::CtState(states) => vec![connection(ct::STATE), masked(*states), cmp(false, host(0))],
-        Stmt::NotTranslated => vec![connection(ct::STATUS), masked(SOURCE_NAT), is(host(0))],
-        Stmt::CtMarkIs(MarkBits { mask, value }) => {
-            vec![connection(ct::MARK), masked(*mask), is(host(*value))]
+        Stmt::Lookup { key: parts, set, negated } => {
+            require(&mut exprs, parts.first()?.field);
+            key(&mut exprs, parts)?;
+            exprs.push(lookup(*set, None, *negated));
         }
-        Stmt::CtMarkIsNot(MarkBits { mask, value }) => {
-            vec![connection(ct::MARK), masked(*mask), cmp(false, host(*value))]
+        Stmt::Map { key: parts, map, into } => {
+            if *into == Target::EthernetDestination {
+                // At this hook the device counts as the one that the packet came in by.
+                let load = Expr::MetaLoad { key: meta::IIFTYPE, dreg: reg::R1 };
+                exprs.extend([load, cmp(true, ETHERNET.to_ne_bytes().to_vec())]);
+            }
+            require(&mut exprs, parts.first()?.field);
+            key(&mut exprs, parts)?;
+            let register = if *into == Target::Verdict { reg::VERDICT } else { reg::R1 };
+            exprs.push(lookup(*map, Some(register), false));
+            exprs.extend(store(*into));
         }
-        Stmt::VerdictByCtMark { mask, set } => {
-            vec![connection(ct::MARK), masked(*mask), lookup(*set, Some(reg::VERDICT), false)]
+        Stmt::SetMark(of, MarkBits { mask, value }) => {
+            let (field, set) = match of {
+                MarkOf::Packet => (Field::Mark, Expr::MetaSet { key: meta::MARK, sreg: reg::R1 }),
+                MarkOf::Connection => (Field::CtMark, Expr::CtSet { key: ct::MARK, sreg: reg::R1 }),
+            };
+            let [mask, xor] = [!mask, *value].map(|bits| bits.to_ne_bytes().to_vec());
+            let change = Expr::Bitwise { sreg: reg::R1, dreg: reg::R1, mask, xor };
+            exprs.extend([load(field, reg::R1), change, set]);
         }
-        Stmt::SetCtMark(MarkBits { mask, value }) => vec![
-            connection(ct::MARK),
-            bits(host(!mask), host(*value)),
-            Expr::CtSet { key: ct::MARK, sreg: reg::R1 },
-        ],
-        Stmt::NoTrack => vec![Expr::NoTrack],
-        Stmt::Port(port) => vec![transport(2, 2), is(port.to_be_bytes().to_vec())],
-        Stmt::UdpPort(port) => vec![
-            load(meta::L4PROTO),
-            is(vec![UDP]),
-            transport(2, 2),
-            is(port.to_be_bytes().to_vec()),
-        ],
-        Stmt::TcpWithoutSyn => vec![
-            load(meta::L4PROTO),
-            is(vec![TCP]),
-            transport(TCP_FLAGS, 1),
-            bits(vec![SYN], vec![0]),
-            is(vec![0]),
-        ],
-        Stmt::Icmp6Type(kind) => {
-            vec![load(meta::L4PROTO), is(vec![ICMP6]), transport(0, 1), is(vec![*kind])]
+        Stmt::ClearPriority => {
+            exprs.push(Expr::Load { dreg: reg::R1, data: vec![0; 4] });
+            exprs.extend(store(Target::Priority));
         }
-        Stmt::SetMark { keep, value } => vec![
-            load(meta::MARK),
-            bits(host(*keep), host(*value)),
-            Expr::MetaSet { key: meta::MARK, sreg: reg::R1 },
-        ],
-        // At this hook the device counts as the one that the packet came in by.
-        Stmt::SetNextHop { mask } => vec![
-            load(meta::IIFTYPE),
-            is(ETHERNET.to_ne_bytes().to_vec()),
-            load(meta::MARK),
-            masked(*mask),
-            lookup(Set::NextHop, Some(reg::R1), false),
-            Expr::PayloadSet { base: base::LINK, offset: 0, len: 6, sreg: reg::R1 },
-        ],
-        Stmt::ClearTag => vec![Expr::Load { dreg: reg::R1, data: host(0) }, set_tag()],
-        Stmt::TagBySource(set) => {
-            vec![source(family_of(*set)), lookup(*set, Some(reg::R1), false), set_tag()]
+        Stmt::KeepSource(family) => {
+            // `nft` tests the family once more.
+            exprs.extend(family_test(*family));
+            *known = Some(*family);
+            exprs.push(load(Field::Source(*family), reg::R1));
+            exprs.extend(store(Target::Snat(*family)));
         }
-        Stmt::TagByReceiver(set) => {
-            vec![destination(family_of(*set)), lookup(*set, Some(reg::R1), false), set_tag()]
+        Stmt::Masquerade => exprs.push(Expr::Masquerade),
+        Stmt::NoTrack => exprs.push(Expr::NoTrack),
+        Stmt::Counter => exprs.push(Expr::Counter),
+        Stmt::Drop => exprs.push(Expr::Immediate(Verdict::plain(verdict::DROP))),
+        Stmt::Return => exprs.push(Expr::Immediate(Verdict::plain(verdict::RETURN))),
+        Stmt::Jump(chain) => exprs.push(Expr::Immediate(Verdict::jump(*chain))),
+        Stmt::Goto(chain) => exprs.push(Expr::Immediate(Verdict::goto(*chain))),
+        Stmt::Unknown(hash) => exprs.push(Expr::Other(*hash)),
+    }
+    Some(exprs)
+}
+
+/// Bytes of an interface's name, with zeros behind it (`IFNAMSIZ`).
+const DEVICE: usize = 16;
+
+/// The expression that takes the value of a map from the first register.
+fn store(target: Target) -> Option<Expr> {
+    let sreg = reg::R1;
+    Some(match target {
+        Target::Priority => Expr::MetaSet { key: meta::PRIORITY, sreg },
+        Target::Snat(family) => Expr::Snat { family: nfproto(family).into(), sreg },
+        Target::EthernetDestination => {
+            Expr::PayloadSet { base: base::LINK, offset: 0, len: 6, sreg }
         }
-        Stmt::TagByDestination(family, length) => {
-            tag_by_net(destination(*family), *family, *length)
+        Target::Verdict => return None,
+    })
+}
+
+/// The statements of a rule; what is not one of ours becomes [`Stmt::Unknown`].
+pub(super) fn recognise(exprs: &[Expr]) -> NftRule {
+    let mut known = None;
+    let mut statements = Vec::new();
+    let mut rest = exprs;
+    while let Some(first) = rest.first() {
+        let (statement, length) =
+            next(rest, &mut known).unwrap_or_else(|| (Stmt::Unknown(first.hash()), 1));
+        statements.push(statement);
+        rest = rest.get(length..).unwrap_or_default();
+    }
+    NftRule(statements)
+}
+
+/// The statement in front, and how many expressions it is.
+fn next(exprs: &[Expr], known: &mut Option<Family>) -> Option<(Stmt, usize)> {
+    let statement = guess(exprs)?;
+    let mut family = *known;
+    let shape = expressions(&statement, &mut family)?;
+    if !exprs.starts_with(&shape) {
+        return None;
+    }
+    *known = family;
+    Some((statement, shape.len()))
+}
+
+/// Takes a test in front of the list; gives what it tests for.
+fn tested<'a>(exprs: &mut &'a [Expr], of: u32) -> Option<&'a [u8]> {
+    match exprs {
+        [
+            Expr::MetaLoad { key, dreg: reg::R1 },
+            Expr::Cmp { sreg: reg::R1, equal: true, data },
+            rest @ ..,
+        ] if *key == of => {
+            *exprs = rest;
+            Some(data)
         }
-        Stmt::TagBySender(family, length) => tag_by_net(source(*family), *family, *length),
-        Stmt::TagByTag(set) => {
-            vec![load(meta::PRIORITY), lookup(*set, Some(reg::R1), false), set_tag()]
-        }
-        Stmt::TagIn(set) => vec![load(meta::PRIORITY), lookup(*set, None, false)],
-        Stmt::VerdictByTag(set) => {
-            vec![load(meta::PRIORITY), lookup(*set, Some(reg::VERDICT), false)]
-        }
-        Stmt::SnatToSource(family) => vec![source(*family), snat(*family)],
-        Stmt::SnatByTag(family) => vec![
-            load(meta::PRIORITY),
-            lookup(Set::Snat(*family), Some(reg::R1), false),
-            snat(*family),
-        ],
-        Stmt::Masquerade => vec![Expr::Masquerade],
-        Stmt::Counter => vec![Expr::Counter],
-        Stmt::Drop => vec![end(verdict::DROP)],
-        Stmt::Return => vec![end(verdict::RETURN)],
-        Stmt::Jump(chain) => vec![Expr::Immediate(Verdict::jump(*chain))],
-        Stmt::Goto(chain) => vec![Expr::Immediate(Verdict::goto(*chain))],
-        Stmt::Unknown(hash) => vec![Expr::Other(*hash)],
+        _ => None,
     }
 }
 
-/// Addresses, protocol and ports, one behind the other, looked up as one key.
-fn packet_in(set: Set) -> Vec<Expr> {
-    let family = family_of(set);
-    let (at, len) = (|parts: u32| reg::after(2 * width(family) + 4 * parts), width(family));
-    let (from, to) = if len == 4 { (12, 16) } else { (8, 24) };
-    let header = |base, offset, len, dreg| Expr::Payload { base, offset, len, dreg };
-    let mut exprs = vec![
-        header(base::NETWORK, from, len, reg::R1),
-        header(base::NETWORK, to, len, reg::after(len)),
-        Expr::MetaLoad { key: meta::L4PROTO, dreg: at(0) },
-    ];
-    if let Set::Answer(_) = set {
-        exprs.push(header(base::TRANSPORT, 0, 2, at(1)));
-        exprs.push(header(base::TRANSPORT, 2, 2, at(2)));
+/// Takes a selector in front of the list, of those that need this protocol.
+fn selected(exprs: &mut &[Expr], register: u32, tested: Option<u8>) -> Option<Selector> {
+    let (first, rest) = exprs.split_first()?;
+    let of = |field: &&Field| protocol(**field) == tested && load(**field, register) == *first;
+    let field = *FIELDS.iter().find(of)?;
+    *exprs = rest;
+    let mask = match rest {
+        [Expr::Bitwise { mask, xor, .. }, rest @ ..] if xor.iter().all(|byte| *byte == 0) => {
+            *exprs = rest;
+            match form(field) {
+                Form::Address(_) => Mask::Prefix(
+                    u8::try_from(mask.iter().map(|b| b.count_ones()).sum::<u32>()).ok()?,
+                ),
+                form => Mask::Bits(form.number(mask)?),
+            }
+        }
+        _ => Mask::Whole,
+    };
+    Some(Selector { field, mask })
+}
+
+/// The statement that these expressions look like.
+fn guess(mut exprs: &[Expr]) -> Option<Stmt> {
+    match exprs.first()? {
+        Expr::NoTrack => return Some(Stmt::NoTrack),
+        Expr::Load { .. } => return Some(Stmt::ClearPriority),
+        Expr::Masquerade => return Some(Stmt::Masquerade),
+        Expr::Counter => return Some(Stmt::Counter),
+        Expr::Immediate(Verdict { code, chain }) => {
+            let chain = || ChainId::from_name(chain.as_deref()?);
+            return match *code {
+                verdict::DROP => Some(Stmt::Drop),
+                verdict::RETURN => Some(Stmt::Return),
+                verdict::JUMP => chain().map(Stmt::Jump),
+                verdict::GOTO => chain().map(Stmt::Goto),
+                _ => None,
+            };
+        }
+        _ => {}
     }
-    exprs.push(lookup(set, None, false));
-    exprs
-}
-
-const fn connection(key: u32) -> Expr {
-    Expr::Ct { key, dreg: reg::R1 }
-}
-
-fn snat(family: Family) -> Expr {
-    Expr::Snat { family: nfproto(family).into(), sreg: reg::R1 }
-}
-
-fn tag_by_net(address: Expr, family: Family, length: u8) -> Vec<Expr> {
-    let mut exprs = vec![address];
-    if length < family.bits() {
-        let mask = netmask(family, length);
-        let zero = vec![0; mask.len()];
-        exprs.push(bits(mask, zero));
+    for (key, interface) in [(meta::IIFNAME, Interface::Input), (meta::OIFNAME, Interface::Output)]
+    {
+        if let Some(name) = tested(&mut exprs, key) {
+            let name = name.split(|byte| *byte == 0).next()?;
+            let name = DeviceName::new(std::str::from_utf8(name).ok()?).ok()?;
+            return Some(Stmt::Interface(interface, name));
+        }
     }
-    exprs.extend([
-        Expr::MetaLoad {
-            key: meta::PRIORITY,
-            dreg: match family {
-                Family::V4 => reg::AFTER_4,
-                Family::V6 => reg::AFTER_16,
-            },
-        },
-        lookup(Set::Destination(family, length), Some(reg::R1), false),
-        set_tag(),
-    ]);
-    exprs
+    if let [load_mark, Expr::Bitwise { mask, xor, .. }, set, ..] = exprs {
+        let of = match set {
+            Expr::MetaSet { key: meta::MARK, .. } => Some((MarkOf::Packet, Field::Mark)),
+            Expr::CtSet { key: ct::MARK, .. } => Some((MarkOf::Connection, Field::CtMark)),
+            _ => None,
+        };
+        if let Some((of, field)) = of.filter(|(_, field)| load(*field, reg::R1) == *load_mark) {
+            let (keep, value) = (form(field).number(mask)?, form(field).number(xor)?);
+            return Some(Stmt::SetMark(of, MarkBits { mask: !keep, value }));
+        }
+    }
+    let _family = tested(&mut exprs, meta::NFPROTO);
+    let protocol = tested(&mut exprs, meta::L4PROTO).map(|bytes| Form::Byte.number(bytes));
+    let protocol = protocol.flatten().and_then(|number| u8::try_from(number).ok());
+    let _ethernet = tested(&mut exprs, meta::IIFTYPE);
+    let (mut key, mut at) = (Vec::new(), 0);
+    while let Some(part) = selected(&mut exprs, reg::after(at), protocol) {
+        at += form(part.field).width();
+        key.push(part);
+    }
+    match (exprs, key.as_slice()) {
+        ([Expr::Cmp { equal, data, .. }, ..], [of]) => {
+            let value = form(of.field).number(data)?;
+            Some(Stmt::Match { of: *of, negated: !equal, value })
+        }
+        ([Expr::Snat { .. }, ..], [Selector { field: Field::Source(family), .. }]) => {
+            Some(Stmt::KeepSource(*family))
+        }
+        ([Expr::Lookup { set, dreg, invert, .. }, then @ ..], _) => {
+            let set = Set::from_name(set)?;
+            let into = match (dreg, then.first()) {
+                (None, _) => return Some(Stmt::Lookup { key, set, negated: *invert }),
+                (Some(reg::VERDICT), _) => Target::Verdict,
+                (_, Some(Expr::MetaSet { key: meta::PRIORITY, .. })) => Target::Priority,
+                (_, Some(Expr::PayloadSet { .. })) => Target::EthernetDestination,
+                (_, Some(Expr::Snat { family, .. })) => {
+                    let of = |one: &Family| u32::from(nfproto(*one)) == *family;
+                    Target::Snat(Family::BOTH.into_iter().find(of)?)
+                }
+                _ => return None,
+            };
+            Some(Stmt::Map { key, map: set, into })
+        }
+        _ => None,
+    }
 }

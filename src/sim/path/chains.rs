@@ -2,14 +2,15 @@
 
 use std::net::IpAddr;
 
+use ipnet::IpNet;
+
 use super::Walk;
-use super::elements::{by_address, by_destination, by_tag, found, has_address, holds, id, shown};
-use super::skb::{Skb, Tracking};
-use crate::sim::packet::Packet;
+use super::elements::{by_destination, element, found, holds, id, shown};
+use super::skb::{Loaded, Skb, Tracking, load, values};
 use crate::sim::trace::Decision;
 use crate::state::{
-    Base, ChainId, ChainType, Data, Firewall, Hook, Key, MarkBits, NftRule, Set, Stmt, Tag, Value,
-    Verdict,
+    Base, ChainId, ChainType, Data, Firewall, Hook, Interface, Key, MarkOf, NftRule, Set, Stmt,
+    Tag, Target, Value, Verdict,
 };
 use crate::types::{Family, Mark};
 
@@ -135,88 +136,60 @@ impl Walk<'_> {
         statement: &Stmt,
         skb: &mut Skb,
     ) -> Next {
-        let Packet { source, destination, protocol, .. } = skb.packet;
-        let family = Self::family(skb.packet);
         let here = || format!("chain {chain} {rule}");
         let holds = match statement {
-            Stmt::InputDevice(name) => skb.input.as_ref() == Some(name),
-            Stmt::OutputDevice(name) => skb.output.as_ref() == Some(name),
-            Stmt::MarkIs { mask, value } => skb.mark & mask == *value,
-            Stmt::MarkIsNot { mask, value } => skb.mark & mask != *value,
-            Stmt::MarkIn { mask, set: Set::Gateway } => {
-                holds(firewall, &Key::Gateway(Mark::new(skb.mark & mask)))
+            Stmt::Match { of, negated, value } => match load(*of, skb) {
+                Some(Loaded::Number(found)) => (found == *value) != *negated,
+                Some(Loaded::Address(_)) | None => false,
+            },
+            Stmt::Interface(Interface::Input, name) => skb.input.as_ref() == Some(name),
+            Stmt::Interface(Interface::Output, name) => skb.output.as_ref() == Some(name),
+            Stmt::Lookup {
+                set: set @ (Set::Answer(_) | Set::PortlessAnswer(_)), negated, ..
+            } => self.conntrack.held.holds(*set, &skb.packet) != *negated,
+            Stmt::Lookup { key, set, negated } => match values(key, skb) {
+                Some(values) => self.is_in(firewall, *set, &values, skb) != *negated,
+                None => false,
+            },
+            Stmt::Map { key, map, into } => {
+                let key = values(key, skb).and_then(|values| element(firewall, *map, &values));
+                let found = key.and_then(|key| Some((key, found(firewall, &key)?)));
+                let Some((key, value)) = found else { return Next::Rule };
+                return self.store(firewall, (key, value), *into, skb, here);
             }
-            // What opens a connection is taken to be where one begins.
-            Stmt::MarkIn { .. } | Stmt::TcpWithoutSyn => false,
-            Stmt::SourceIn(set) => has_address(firewall, *set, source) == Some(true),
-            Stmt::SourceNotIn(set) => has_address(firewall, *set, source) == Some(false),
-            Stmt::DestinationIn(set) => has_address(firewall, *set, destination) == Some(true),
-            Stmt::DestinationNotIn(set) => has_address(firewall, *set, destination) == Some(false),
-            Stmt::PacketIn(set) => self.conntrack.held.holds(*set, &skb.packet),
-            Stmt::CtDirection(direction) => {
-                skb.tracking.facts().is_some_and(|facts| facts.direction == *direction)
+            Stmt::SetMark(MarkOf::Packet, bits) => {
+                skb.mark = bits.set_in(skb.mark);
+                self.say(here(), Decision::Mark(Mark::new(skb.mark)));
+                true
             }
-            Stmt::CtState(bits) => skb.tracking.state() & bits != 0,
-            Stmt::NotTranslated => skb.tracking.facts().is_some_and(|facts| !facts.translated),
-            Stmt::CtMarkIs(bits) => skb.tracking.facts().is_some_and(|f| bits.are_in(f.mark)),
-            Stmt::CtMarkIsNot(bits) => skb.tracking.facts().is_some_and(|f| !bits.are_in(f.mark)),
-            Stmt::SetCtMark(bits) => {
-                let MarkBits { mask, value } = *bits;
+            Stmt::SetMark(MarkOf::Connection, bits) => {
                 if let Some(facts) = skb.facts_mut() {
-                    facts.mark = facts.mark & !mask | value;
+                    facts.mark = bits.set_in(facts.mark);
                     self.say(here(), Decision::ConnectionMark(*bits));
                 }
                 true
             }
-            Stmt::VerdictByCtMark { mask, set } => {
-                return self.verdict_by_connection(firewall, *mask, *set, skb);
-            }
-            // Of a protocol without ports, what comes behind asks for the protocol.
-            Stmt::Port(port) => skb.packet.destination_port == *port,
-            Stmt::UdpPort(port) => protocol == Packet::UDP && skb.packet.destination_port == *port,
-            Stmt::Icmp6Type(kind) => {
-                protocol == Packet::ICMP6 && skb.packet.destination_port >> 8 == u16::from(*kind)
-            }
-            Stmt::SetMark { keep, value } => {
-                skb.mark = skb.mark & keep | value;
-                self.say(here(), Decision::Mark(Mark::new(skb.mark)));
-                true
-            }
-            Stmt::SetNextHop { mask } => self.next_hop(firewall, *mask, skb),
-            Stmt::ClearTag => {
+            Stmt::ClearPriority => {
                 skb.priority = 0;
                 true
             }
-            Stmt::TagBySource(set) => self.tag_by_address(firewall, *set, source, skb),
-            Stmt::TagByReceiver(set) => self.tag_by_address(firewall, *set, destination, skb),
-            Stmt::TagByDestination(of, length) => {
-                *of == family && self.tag_by_net(firewall, destination, *length, skb)
-            }
-            Stmt::TagBySender(of, length) => {
-                *of == family && self.tag_by_net(firewall, source, *length, skb)
-            }
-            Stmt::TagByTag(set) => self.tag_by_tag(firewall, *set, skb),
-            Stmt::TagIn(set) => self.has_tag(firewall, *set, skb),
-            Stmt::HasNoOutput => !skb.routed,
-            Stmt::VerdictByTag(set) => return self.verdict_by_tag(firewall, *set, skb, here),
-            Stmt::SnatToSource(of) => {
-                if *of != family {
+            Stmt::KeepSource(of) => {
+                if *of != Self::family(skb.packet) {
                     return Next::Rule;
                 }
                 self.say(here(), Decision::Bound);
                 return Next::End(End::Nat(Nat::Bound));
             }
-            Stmt::SnatByTag(of) => return self.snat_by_tag(firewall, *of, skb),
             Stmt::Masquerade => {
-                self.say(here(), Decision::Wears(self.around.own(destination)));
+                let own = self.around.own(skb.packet.destination);
+                self.say(here(), Decision::Wears(own));
                 return Next::End(End::Nat(Nat::Masquerade));
             }
             Stmt::NoTrack => {
                 skb.tracking = Tracking::Untracked;
                 true
             }
-            // Packets of the host's own processes, which came in by no device, are not walked.
-            Stmt::HasInput | Stmt::Counter => true,
+            Stmt::Counter => true,
             Stmt::Drop => {
                 self.say(here(), Decision::Dropped);
                 return Next::End(End::Dropped);
@@ -237,9 +210,9 @@ impl Walk<'_> {
         if holds { Next::Statement } else { Next::Rule }
     }
 
-    /// Whether the packet's tag is in a set, which counts it if it does.
-    fn has_tag(&mut self, firewall: &Firewall, set: Set, skb: &Skb) -> bool {
-        let key = by_tag(set, skb.priority).filter(|key| holds(firewall, key));
+    /// Whether a set has an element for these values; the element counts the packet if it counts.
+    fn is_in(&mut self, firewall: &Firewall, set: Set, values: &[Loaded], skb: &Skb) -> bool {
+        let key = element(firewall, set, values).filter(|key| holds(firewall, key));
         if let Some(Key::Count(family, policy)) = key {
             let count = self.counts.entry((family, policy)).or_default();
             count.packets += 1;
@@ -248,116 +221,75 @@ impl Walk<'_> {
         key.is_some()
     }
 
-    fn next_hop(&mut self, firewall: &Firewall, mask: u32, skb: &mut Skb) -> bool {
-        let key = Key::NextHop(Mark::new(skb.mark & mask));
-        let Some(Value { data: Data::Ethernet(mac), .. }) = found(firewall, &key) else {
-            return false;
-        };
-        skb.ethernet = Some(mac);
-        self.say(shown(firewall, &key), Decision::Ethernet(mac));
-        true
-    }
-
-    fn verdict_by_tag(
+    /// Puts the value of a map where the rule wants it.
+    fn store(
         &mut self,
         firewall: &Firewall,
-        set: Set,
-        skb: &Skb,
+        (key, Value { data, comment }): (Key, Value),
+        into: Target,
+        skb: &mut Skb,
         here: impl Fn() -> String,
     ) -> Next {
-        let value = by_tag(set, skb.priority).and_then(|key| found(firewall, &key));
-        match value.map(|value| value.data) {
-            Some(Data::Verdict(Verdict::Drop)) => {
-                self.say(here(), Decision::Dropped);
+        match (into, data) {
+            (Target::Priority, Data::Tag(tag)) => {
+                let class = Tag::new(skb.priority);
+                skb.priority = tag.get();
+                self.say_tag(firewall, &key, tag, class);
+                Next::Statement
+            }
+            (Target::Verdict, Data::Verdict(Verdict::Drop)) => {
+                // Of a policy the rule tells more than the element of all that are dropped.
+                let object = match key {
+                    Key::Connection(_) => shown(firewall, &key),
+                    _ => here(),
+                };
+                self.say(object, Decision::Dropped);
                 Next::End(End::Dropped)
             }
-            Some(Data::Verdict(Verdict::Goto(chain))) => Next::Goto(chain),
-            Some(Data::None | Data::Tag(_) | Data::Address(_) | Data::Ethernet(_)) | None => {
-                Next::Rule
-            }
-        }
-    }
-
-    fn verdict_by_connection(
-        &mut self,
-        firewall: &Firewall,
-        mask: u32,
-        set: Set,
-        skb: &Skb,
-    ) -> Next {
-        let (Set::Connection, Some(facts)) = (set, skb.tracking.facts()) else { return Next::Rule };
-        let key = Key::Connection(Mark::new(facts.mark & mask));
-        let Some(Value { data: Data::Verdict(verdict), comment }) = found(firewall, &key) else {
-            return Next::Rule;
-        };
-        match verdict {
-            Verdict::Drop => {
-                self.say(shown(firewall, &key), Decision::Dropped);
-                Next::End(End::Dropped)
-            }
-            Verdict::Goto(chain) => {
-                self.say(shown(firewall, &key), Decision::Gateway(comment));
+            (Target::Verdict, Data::Verdict(Verdict::Goto(chain))) => {
+                if let Key::Connection(_) = key {
+                    self.say(shown(firewall, &key), Decision::Gateway(comment));
+                }
                 Next::Goto(chain)
             }
+            (Target::Snat(of), Data::Address(address)) if of == Self::family(skb.packet) => {
+                self.say(shown(firewall, &key), Decision::Wears(Some(address)));
+                Next::End(End::Nat(Nat::To(address)))
+            }
+            (Target::EthernetDestination, Data::Ethernet(mac)) => {
+                skb.ethernet = Some(mac);
+                self.say(shown(firewall, &key), Decision::Ethernet(mac));
+                Next::Statement
+            }
+            _ => Next::Rule,
         }
     }
 
-    fn snat_by_tag(&mut self, firewall: &Firewall, of: Family, skb: &Skb) -> Next {
-        let key = by_tag(Set::Snat(of), skb.priority);
-        let Some(key) = key.filter(|_| of == Self::family(skb.packet)) else { return Next::Rule };
-        let Some(Value { data: Data::Address(address), .. }) = found(firewall, &key) else {
-            return Next::Rule;
+    /// What a tag means that a packet got from an element; `class` is the tag it had.
+    fn say_tag(&mut self, firewall: &Firewall, key: &Key, tag: Tag, class: Option<Tag>) {
+        let policy = |family| Decision::Policy(tag, id(firewall, family, tag));
+        let decision = match key {
+            Key::Source(_) | Key::SourceNet(_) => Some(Decision::Class(tag)),
+            Key::Destination(net, _) => Some(policy(Family::of(net.addr()))),
+            Key::Any(family, _) => Some(policy(*family)),
+            _ => way_out(firewall, tag),
         };
-        self.say(shown(firewall, &key), Decision::Wears(Some(address)));
-        Next::End(End::Nat(Nat::To(address)))
-    }
-
-    fn tag_by_address(
-        &mut self,
-        firewall: &Firewall,
-        set: Set,
-        address: IpAddr,
-        skb: &mut Skb,
-    ) -> bool {
-        let Some(key) = by_address(firewall, set, address) else { return false };
-        let Some(class) = tag(firewall, &key) else { return false };
-        skb.priority = class.get();
-        self.say(shown(firewall, &key), Decision::Class(class));
-        true
-    }
-
-    fn tag_by_net(
-        &mut self,
-        firewall: &Firewall,
-        destination: IpAddr,
-        length: u8,
-        skb: &mut Skb,
-    ) -> bool {
-        let Some(class) = Tag::new(skb.priority) else { return false };
-        let Some(key) = by_destination(destination, length, class) else { return false };
-        let Some(policy) = tag(firewall, &key) else { return false };
-        skb.priority = policy.get();
-        let id = id(firewall, Family::of(destination), policy);
-        self.say(shown(firewall, &key), Decision::Policy(policy, id));
-        self.overlapped(firewall, class, policy, destination, length);
-        true
+        if let Some(decision) = decision {
+            self.say(shown(firewall, key), decision);
+        }
+        if let (Key::Destination(net, _), Some(class)) = (key, class) {
+            self.overlapped(firewall, class, tag, *net);
+        }
     }
 
     /// The policies of the class that take the destination by a shorter prefix.
-    fn overlapped(
-        &mut self,
-        firewall: &Firewall,
-        class: Tag,
-        policy: Tag,
-        destination: IpAddr,
-        length: u8,
-    ) {
-        let family = Family::of(destination);
-        let shorter = (1..length)
+    fn overlapped(&mut self, firewall: &Firewall, class: Tag, policy: Tag, net: IpNet) {
+        let family = Family::of(net.addr());
+        let shorter = (1..net.prefix_len())
             .rev()
             .filter(|length| firewall.sets.contains(&Set::Destination(family, *length)));
         let mut keys: Vec<_> =
-            shorter.filter_map(|length| by_destination(destination, length, class)).collect();
+            shorter.filter_map(|length| by_destination(net.addr(), length, class)).collect();
         keys.push(Key::Any(family, class));
         let mut known = vec![policy];
         for key in keys {
@@ -368,20 +300,6 @@ impl Walk<'_> {
             let id = id(firewall, family, other);
             self.say(shown(firewall, &key), Decision::Overlapped(other, id));
         }
-    }
-
-    fn tag_by_tag(&mut self, firewall: &Firewall, set: Set, skb: &mut Skb) -> bool {
-        let Some(key) = by_tag(set, skb.priority) else { return false };
-        let Some(found_tag) = tag(firewall, &key) else { return false };
-        skb.priority = found_tag.get();
-        let decision = match set {
-            Set::Any(family) => Some(Decision::Policy(found_tag, id(firewall, family, found_tag))),
-            _ => way_out(firewall, found_tag),
-        };
-        if let Some(decision) = decision {
-            self.say(shown(firewall, &key), decision);
-        }
-        true
     }
 }
 

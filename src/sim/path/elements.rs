@@ -4,9 +4,10 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
+use super::skb::Loaded;
 use crate::range::IpRange;
 use crate::state::{Comment, Firewall, Key, Set, Tag, Value};
-use crate::types::Family;
+use crate::types::{Family, Mark};
 
 /// What a set or map has for a key.
 pub(crate) fn found(firewall: &Firewall, key: &Key) -> Option<Value> {
@@ -17,18 +18,23 @@ pub(crate) fn holds(firewall: &Firewall, key: &Key) -> bool {
     firewall.elements.contains_key(key)
 }
 
-/// Whether an address is in a set of addresses; `None` if the set is of another family or kind,
-/// so that neither the test nor its contrary holds.
-pub(crate) fn has_address(firewall: &Firewall, set: Set, address: IpAddr) -> Option<bool> {
-    let family = family_of(set)?;
-    (family == Family::of(address))
-        .then(|| by_address(firewall, set, address).is_some_and(|key| holds(firewall, &key)))
+/// The key that a set or map of this kind may have for values that were loaded from a packet.
+pub(crate) fn element(firewall: &Firewall, set: Set, values: &[Loaded]) -> Option<Key> {
+    match *values {
+        [Loaded::Address(address)] => by_address(firewall, set, address),
+        [Loaded::Number(number)] => by_number(set, number),
+        [Loaded::Address(address), Loaded::Number(number)] => match set {
+            Set::Destination(_, length) => by_destination(address, length, Tag::new(number)?),
+            _ => None,
+        },
+        _ => None,
+    }
 }
 
 /// The key that an address has in a set of addresses or ranges, if it can have one.
-pub(crate) fn by_address(firewall: &Firewall, set: Set, address: IpAddr) -> Option<Key> {
+fn by_address(firewall: &Firewall, set: Set, address: IpAddr) -> Option<Key> {
     let range = || IpRange::from(IpNet::from(address));
-    if family_of(set) != Some(Family::of(address)) {
+    if set.family() != Some(Family::of(address)) {
         return None;
     }
     match set {
@@ -38,49 +44,25 @@ pub(crate) fn by_address(firewall: &Firewall, set: Set, address: IpAddr) -> Opti
         Set::Source(_) => Some(Key::Source(address)),
         Set::Excluded(_) => firewall.overlapping(&Key::Excluded(range())).copied(),
         Set::SourceNet(_) => firewall.overlapping(&Key::SourceNet(range())).copied(),
-        Set::Gateway
-        | Set::Connection
-        | Set::Answer(_)
-        | Set::PortlessAnswer(_)
-        | Set::Verdict
-        | Set::Steer(_)
-        | Set::Snat(_)
-        | Set::Masquerade(_)
-        | Set::Count(_)
-        | Set::Any(_)
-        | Set::Destination(..)
-        | Set::NextHop => None,
+        _ => None,
     }
 }
 
-/// The family of a set whose keys are addresses and nothing else.
-fn family_of(set: Set) -> Option<Family> {
-    set.family().filter(|_| set.key().len() == 1)
-}
-
-/// The key of a set that is asked by the tag that a packet carries.
-pub(crate) const fn by_tag(set: Set, priority: u32) -> Option<Key> {
-    let Some(tag) = Tag::new(priority) else { return None };
-    match set {
-        Set::Verdict => Some(Key::Verdict(tag)),
-        Set::Steer(family) => Some(Key::Steer(family, tag)),
-        Set::Snat(family) => Some(Key::Snat(family, tag)),
-        Set::Masquerade(family) => Some(Key::Masquerade(family, tag)),
-        Set::Count(family) => Some(Key::Count(family, tag)),
-        Set::Any(family) => Some(Key::Any(family, tag)),
-        Set::Peer(_)
-        | Set::Underlay(_)
-        | Set::Excluded(_)
-        | Set::Eip(_)
-        | Set::Gateway
-        | Set::Connection
-        | Set::Answer(_)
-        | Set::PortlessAnswer(_)
-        | Set::Destination(..)
-        | Set::Source(_)
-        | Set::SourceNet(_)
-        | Set::NextHop => None,
-    }
+/// The key that a mark or a tag has.
+fn by_number(set: Set, number: u32) -> Option<Key> {
+    let (mark, tag) = (Mark::new(number), Tag::new(number));
+    Some(match set {
+        Set::Gateway => Key::Gateway(mark),
+        Set::Connection => Key::Connection(mark),
+        Set::NextHop => Key::NextHop(mark),
+        Set::Verdict => Key::Verdict(tag?),
+        Set::Steer(family) => Key::Steer(family, tag?),
+        Set::Snat(family) => Key::Snat(family, tag?),
+        Set::Masquerade(family) => Key::Masquerade(family, tag?),
+        Set::Count(family) => Key::Count(family, tag?),
+        Set::Any(family) => Key::Any(family, tag?),
+        _ => return None,
+    })
 }
 
 /// The key of a destination, cut to a length, and a class.

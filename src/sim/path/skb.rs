@@ -1,8 +1,12 @@
-//! A packet on its way, with what the kernel knows of it.
+//! A packet on its way, with what the kernel knows of it, and what rules load from it.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
 
 use crate::sim::packet::Packet;
-use crate::state::{Direction, Stmt};
-use crate::types::{DeviceName, MacAddr};
+use crate::state::{Direction, Field, Mask, Selector, Stmt};
+use crate::types::{DeviceName, Family, MacAddr};
 
 /// A packet in the kernel (`struct sk_buff`).
 #[derive(Clone, Debug)]
@@ -89,4 +93,55 @@ impl Tracking {
             Self::Seen(facts) => Some(facts),
         }
     }
+}
+
+/// A value that was loaded from a packet.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Loaded {
+    Number(u32),
+    Address(IpAddr),
+}
+
+/// What a rule loads; `None` where the packet has no such field, which ends the rule.
+pub(super) fn load(Selector { field, mask }: Selector, skb: &Skb) -> Option<Loaded> {
+    let Packet { source, destination, protocol, source_port, destination_port, .. } = skb.packet;
+    let facts = skb.tracking.facts();
+    let number = match field {
+        Field::Source(family) | Field::Destination(family) => {
+            let of_source = matches!(field, Field::Source(_));
+            let address = if of_source { source } else { destination };
+            let address = Some(address).filter(|address| Family::of(*address) == family)?;
+            return Some(Loaded::Address(match mask {
+                Mask::Prefix(length) => IpNet::new(address, length).ok()?.network(),
+                Mask::Whole | Mask::Bits(_) => address,
+            }));
+        }
+        // Packets of the host's own processes, which came in by no interface, are not walked.
+        Field::Input => 1,
+        Field::Output => u32::from(skb.routed),
+        Field::Mark => skb.mark,
+        Field::Priority => skb.priority,
+        Field::Protocol => protocol.into(),
+        Field::CtDirection => facts?.direction as u32,
+        Field::CtState => skb.tracking.state(),
+        Field::CtStatus => u32::from(facts?.translated) * Stmt::SNAT,
+        Field::CtMark => facts?.mark,
+        // Of a protocol without ports, what comes behind asks for the protocol.
+        Field::SourcePort => source_port.into(),
+        Field::DestinationPort => destination_port.into(),
+        Field::UdpDestinationPort if protocol == Packet::UDP => destination_port.into(),
+        // What opens a connection is taken to be where one begins.
+        Field::TcpFlags if protocol == Packet::TCP => Stmt::SYN,
+        Field::Icmp6Type if protocol == Packet::ICMP6 => (destination_port >> 8).into(),
+        Field::UdpDestinationPort | Field::TcpFlags | Field::Icmp6Type => return None,
+    };
+    Some(Loaded::Number(match mask {
+        Mask::Bits(bits) => number & bits,
+        Mask::Whole | Mask::Prefix(_) => number,
+    }))
+}
+
+/// All parts of a key.
+pub(super) fn values(key: &[Selector], skb: &Skb) -> Option<Vec<Loaded>> {
+    key.iter().map(|part| load(*part, skb)).collect()
 }

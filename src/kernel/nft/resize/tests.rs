@@ -1,7 +1,7 @@
 use super::*;
 use crate::kernel::nft::observe;
 use crate::kernel::nft::tests::netns::{in_netns, nft};
-use crate::state::{ChainId, Data, Key, NFT_TABLE, Tag, Value};
+use crate::state::{ChainId, Data, Field, Key, NFT_TABLE, Tag, Target, Value};
 use crate::types::Family;
 
 const SOURCES: Set = Set::Source(Family::V4);
@@ -25,9 +25,12 @@ fn table(count: u32) -> Vec<Op> {
     for chain in [ChainId::Select, ChainId::Bypass] {
         ops.push(Op::AddChain(chain, None));
     }
-    let looks = NftRule(vec![Stmt::TagBySource(SOURCES), Stmt::Goto(ChainId::Bypass)]);
+    let looks = NftRule(vec![
+        Field::Source(Family::V4).map(SOURCES, Target::Priority),
+        Stmt::Goto(ChainId::Bypass),
+    ]);
     ops.push(Op::SetRules(ChainId::Select, vec![looks]));
-    ops.push(Op::SetRules(ChainId::Bypass, vec![NftRule(vec![Stmt::ClearTag])]));
+    ops.push(Op::SetRules(ChainId::Bypass, vec![NftRule(vec![Stmt::ClearPriority])]));
     let peer = std::net::Ipv4Addr::LOCALHOST.into();
     ops.push(Op::AddElement(Key::Peer(peer), Value::plain(Data::None)));
     ops.extend(sources(0, count));

@@ -2,11 +2,11 @@
 
 use proptest::prelude::*;
 
-use super::{compile, recognise};
+use super::{FIELDS, compile, recognise};
 use crate::kernel::netlink::message::{Attributes, Malformed, Writer};
 use crate::kernel::nft::expr::Expr;
 use crate::kernel::nft::{chain, element, set};
-use crate::state::{NftRule, Set, Stmt, TableFamily};
+use crate::state::{Field, MarkBits, MarkOf, NftRule, Set, Stmt, TableFamily, Target};
 use crate::types::Family;
 
 /// Rules and the bytes that `nft` sends for them.
@@ -37,28 +37,41 @@ fn written(exprs: &[Expr]) -> Vec<u8> {
 fn statements() -> Vec<Stmt> {
     let mut list: Vec<_> =
         golden().iter().flat_map(|(_, bytes)| recognise(&read(bytes).unwrap()).0).collect();
+    let set_mark = |mask, value| Stmt::SetMark(MarkOf::Packet, MarkBits { mask, value });
     for family in Family::BOTH {
+        let (source, destination) = (Field::Source(family), Field::Destination(family));
         list.extend([
-            Stmt::SourceNotIn(Set::Peer(family)),
-            Stmt::DestinationNotIn(Set::Excluded(family)),
-            Stmt::TagBySource(Set::SourceNet(family)),
-            Stmt::TagByReceiver(Set::SourceNet(family)),
-            Stmt::SnatByTag(family),
-            Stmt::TagByTag(Set::Snat(family)),
+            source.is_not_in(Set::Peer(family)),
+            destination.is_not_in(Set::Excluded(family)),
+            source.map(Set::SourceNet(family), Target::Priority),
+            destination.map(Set::SourceNet(family), Target::Priority),
+            Field::Priority.map(Set::Snat(family), Target::Snat(family)),
+            Field::Priority.map(Set::Snat(family), Target::Priority),
+            Stmt::answers(Set::Answer(family)),
+            Stmt::answers(Set::PortlessAnswer(family)),
+            Stmt::KeepSource(family),
         ]);
-        list.extend((1..=family.bits()).map(|bits| Stmt::TagByDestination(family, bits)));
-        list.extend((1..=family.bits()).map(|bits| Stmt::TagBySender(family, bits)));
+        list.extend((1..=family.bits()).map(|bits| Stmt::by_prefix(destination, bits)));
+        list.extend((1..=family.bits()).map(|bits| Stmt::by_prefix(source, bits)));
+    }
+    // Each field, with and without a mask, whether or not a rule of ours compares it.
+    for field in FIELDS.iter().filter(|field| field.family().is_none()) {
+        // Nothing but a key has the protocol: a test for it belongs to the field behind it.
+        if *field != Field::Protocol {
+            let bits = MarkBits { mask: 0x7f, value: 0x13 };
+            list.extend([field.is(7), field.is_not(0), field.has(bits), field.has_not(bits)]);
+        }
     }
     list.extend([
         Stmt::Unknown(7),
-        Stmt::SetMark { keep: 0, value: 0 },
-        Stmt::SetMark { keep: u32::MAX, value: 0 },
-        Stmt::SetMark { keep: 0, value: u32::MAX },
-        Stmt::CtState(0),
-        Stmt::MarkIs { mask: 0, value: 0 },
-        Stmt::Port(7789),
-        Stmt::UdpPort(0),
-        Stmt::Icmp6Type(255),
+        set_mark(u32::MAX, 0),
+        set_mark(0, 0),
+        set_mark(u32::MAX, u32::MAX),
+        Stmt::state(0),
+        Field::Mark.has(MarkBits { mask: 0, value: 0 }),
+        Field::DestinationPort.is(7789),
+        Field::UdpDestinationPort.is(0),
+        Field::Icmp6Type.is(255),
     ]);
     list
 }

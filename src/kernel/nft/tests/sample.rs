@@ -5,8 +5,8 @@ use std::net::IpAddr;
 use crate::diff::op::Op;
 use crate::range::IpRange;
 use crate::state::{
-    Base, ChainId, ChainType, Comment, Data, Direction, Firewall, Hook, Key, MarkBits, NftRule,
-    Set, Stmt, TableFamily, Tag, Value, Verdict,
+    Base, ChainId, ChainType, Comment, Data, Direction, Field, Firewall, Hook, Interface, Key,
+    MarkBits, MarkOf, NftRule, Set, Stmt, TableFamily, Tag, Target, Value, Verdict,
 };
 use crate::types::{DeviceName, Family, MacAddr, Mark};
 
@@ -37,11 +37,33 @@ const fn base(kind: ChainType, hook: Hook, priority: i32) -> Base {
 
 const MASK: u32 = 0xffff_ff00;
 
-const MARK: Stmt = Stmt::SetMark { keep: 0xff, value: GATEWAY.get() };
+const MARK: Stmt = Stmt::SetMark(MarkOf::Packet, MarkBits { mask: MASK, value: GATEWAY.get() });
 
 const FLOW: MarkBits = MarkBits { mask: 0xff00_0000, value: 0x2700_0000 };
 
-const UNMARK: Stmt = Stmt::SetMark { keep: 0xff, value: 0 };
+const UNMARK: Stmt = Stmt::SetMark(MarkOf::Packet, MarkBits { mask: MASK, value: 0 });
+
+/// A value in the bits of our marks.
+const fn bits(value: u32) -> MarkBits {
+    MarkBits { mask: MASK, value }
+}
+
+fn input() -> Stmt {
+    Stmt::Interface(Interface::Input, device())
+}
+
+fn output() -> Stmt {
+    Stmt::Interface(Interface::Output, device())
+}
+
+fn by_source(map: Set) -> Stmt {
+    let family = map.family().unwrap();
+    Field::Source(family).map(map, Target::Priority)
+}
+
+fn by_tag(map: Set) -> Stmt {
+    Field::Priority.map(map, Target::Priority)
+}
 
 /// A chain, how it is called, and its rules.
 type Chain = (ChainId, Option<Base>, Vec<NftRule>);
@@ -58,64 +80,85 @@ fn base_chains() -> Vec<Chain> {
             ChainId::Prerouting,
             Some(base(ChainType::Filter, Hook::Prerouting, -99)),
             rules(vec![
-                vec![InputDevice(device()), MARK, Return],
+                vec![input(), MARK, Return],
                 vec![
-                    CtMarkIs(FLOW),
-                    CtDirection(Direction::Original),
-                    VerdictByCtMark { mask: MASK, set: Set::Connection },
+                    Field::CtMark.has(FLOW),
+                    Stmt::direction(Direction::Original),
+                    Field::CtMark.bits(MASK).map(Set::Connection, Target::Verdict),
                 ],
-                vec![TagBySource(Set::Source(V4)), Goto(ChainId::Pick(V4))],
-                vec![TagBySource(Set::SourceNet(V4)), Goto(ChainId::Pick(V4))],
-                vec![TagBySource(Set::Source(V6)), Goto(ChainId::Pick(V6))],
-                vec![TagBySource(Set::SourceNet(V6)), Goto(ChainId::Pick(V6))],
+                vec![by_source(Set::Source(V4)), Goto(ChainId::Pick(V4))],
+                vec![by_source(Set::SourceNet(V4)), Goto(ChainId::Pick(V4))],
+                vec![by_source(Set::Source(V6)), Goto(ChainId::Pick(V6))],
+                vec![by_source(Set::SourceNet(V6)), Goto(ChainId::Pick(V6))],
             ]),
         ),
         (
             ChainId::Input,
             Some(base(ChainType::Filter, Hook::Input, -150)),
             rules(vec![
-                vec![UdpPort(7789), SourceNotIn(Set::Peer(V4)), Counter, Drop],
-                vec![DestinationIn(Set::Eip(V6)), Icmp6Type(135), Return],
-                vec![Icmp6Type(136), Return],
-                vec![SourceIn(Set::Peer(V4)), DestinationNotIn(Set::Excluded(V4)), Drop],
-                vec![SourceIn(Set::Peer(V6)), DestinationIn(Set::Excluded(V6)), Drop],
-                vec![DestinationIn(Set::Eip(V4)), Drop],
+                vec![
+                    Field::UdpDestinationPort.is(7789),
+                    Field::Source(V4).is_not_in(Set::Peer(V4)),
+                    Counter,
+                    Drop,
+                ],
+                vec![Field::Destination(V6).is_in(Set::Eip(V6)), Field::Icmp6Type.is(135), Return],
+                vec![Field::Icmp6Type.is(136), Return],
+                vec![
+                    Field::Source(V4).is_in(Set::Peer(V4)),
+                    Field::Destination(V4).is_not_in(Set::Excluded(V4)),
+                    Drop,
+                ],
+                vec![
+                    Field::Source(V6).is_in(Set::Peer(V6)),
+                    Field::Destination(V6).is_in(Set::Excluded(V6)),
+                    Drop,
+                ],
+                vec![Field::Destination(V4).is_in(Set::Eip(V4)), Drop],
             ]),
         ),
         (
             ChainId::Output,
             Some(base(ChainType::Filter, Hook::Output, -300)),
-            rules(vec![vec![UdpPort(7789), DestinationIn(Set::Peer(V4)), NoTrack]]),
+            rules(vec![vec![
+                Field::UdpDestinationPort.is(7789),
+                Field::Destination(V4).is_in(Set::Peer(V4)),
+                NoTrack,
+            ]]),
         ),
         (
             ChainId::Forward,
             Some(base(ChainType::Filter, Hook::Forward, -150)),
             rules(vec![
-                vec![OutputDevice(device()), UNMARK, ClearTag],
-                vec![MarkIs { mask: MASK, value: 0x2600_0000 }, Drop],
-                vec![MarkIn { mask: MASK, set: Set::Gateway }, Drop],
+                vec![output(), UNMARK, ClearPriority],
+                vec![Field::Mark.has(bits(0x2600_0000)), Drop],
+                vec![Field::Mark.bits(MASK).is_in(Set::Gateway), Drop],
             ]),
         ),
         (
             ChainId::NatPostrouting,
             Some(base(ChainType::Nat, Hook::Postrouting, 99)),
             rules(vec![
-                vec![OutputDevice(device()), SnatToSource(V4)],
-                vec![OutputDevice(device()), SnatToSource(V6)],
-                vec![MarkIsNot { mask: MASK, value: 0x2700_0000 }, Return],
-                vec![TagBySource(Set::Source(V4)), Goto(ChainId::Wear(V4))],
-                vec![TagBySource(Set::Source(V6)), Goto(ChainId::Wear(V6))],
+                vec![output(), KeepSource(V4)],
+                vec![output(), KeepSource(V6)],
+                vec![Field::Mark.has_not(bits(0x2700_0000)), Return],
+                vec![by_source(Set::Source(V4)), Goto(ChainId::Wear(V4))],
+                vec![by_source(Set::Source(V6)), Goto(ChainId::Wear(V6))],
             ]),
         ),
         (
             ChainId::Guard,
             Some(base(ChainType::Filter, Hook::Postrouting, 101)),
             rules(vec![
-                vec![CtState(Stmt::INVALID | Stmt::UNTRACKED), Drop],
-                vec![CtDirection(Direction::Original), NotTranslated, Drop],
-                vec![CtDirection(Direction::Reply), Return],
-                vec![CtState(Stmt::NEW), ClearTag],
-                vec![CtMarkIs(FLOW), CtMarkIsNot(FLOW), SetCtMark(FLOW)],
+                vec![Stmt::state(Stmt::INVALID | Stmt::UNTRACKED), Drop],
+                vec![Stmt::direction(Direction::Original), Stmt::not_translated(), Drop],
+                vec![Stmt::direction(Direction::Reply), Return],
+                vec![Stmt::state(Stmt::NEW), ClearPriority],
+                vec![
+                    Field::CtMark.has(FLOW),
+                    Field::CtMark.has_not(FLOW),
+                    SetMark(MarkOf::Connection, FLOW),
+                ],
             ]),
         ),
     ]
@@ -127,16 +170,21 @@ pub(super) fn chains() -> Vec<Chain> {
     use Stmt::*;
     let mut list = base_chains();
     list.extend([
-        (ChainId::Here, None, rules(vec![vec![ClearTag]])),
+        (ChainId::Here, None, rules(vec![vec![ClearPriority]])),
         (ChainId::Bypass, None, rules(vec![])),
-        (ChainId::To(GATEWAY), None, rules(vec![vec![MARK], vec![ClearTag], vec![Counter]])),
+        (ChainId::To(GATEWAY), None, rules(vec![vec![MARK], vec![ClearPriority], vec![Counter]])),
     ]);
     for (family, lengths) in [(V4, [32, 24, 1]), (V6, [128, 64, 1])] {
         let mut pick: Vec<_> = lengths
             .into_iter()
-            .map(|length| vec![TagByDestination(family, length), Goto(ChainId::Steer(family))])
+            .map(|length| {
+                vec![
+                    Stmt::by_prefix(Field::Destination(family), length),
+                    Goto(ChainId::Steer(family)),
+                ]
+            })
             .collect();
-        pick.push(vec![TagByTag(Set::Any(family)), Goto(ChainId::Steer(family))]);
+        pick.push(vec![by_tag(Set::Any(family)), Goto(ChainId::Steer(family))]);
         list.extend([
             (ChainId::Admit(family), None, rules(vec![vec![Goto(ChainId::Pick(family))]])),
             (ChainId::Pick(family), None, rules(pick)),
@@ -144,8 +192,11 @@ pub(super) fn chains() -> Vec<Chain> {
                 ChainId::Steer(family),
                 None,
                 rules(vec![
-                    vec![HasNoOutput, TagIn(Set::Count(family))],
-                    vec![TagByTag(Set::Steer(family)), VerdictByTag(Set::Verdict)],
+                    vec![Field::Output.is(0), Field::Priority.is_in(Set::Count(family))],
+                    vec![
+                        by_tag(Set::Steer(family)),
+                        Field::Priority.map(Set::Verdict, Target::Verdict),
+                    ],
                     vec![Drop],
                 ]),
             ),
@@ -154,8 +205,8 @@ pub(super) fn chains() -> Vec<Chain> {
                 ChainId::Wear(family),
                 None,
                 rules(vec![
-                    vec![SnatByTag(family)],
-                    vec![TagIn(Set::Masquerade(family)), Masquerade],
+                    vec![Field::Priority.map(Set::Snat(family), Target::Snat(family))],
+                    vec![Field::Priority.is_in(Set::Masquerade(family)), Masquerade],
                     vec![Drop],
                 ]),
             ),
@@ -247,8 +298,12 @@ pub(super) fn ops() -> Vec<Op> {
 /// A table at the hook of a device.
 pub(super) fn hook() -> Firewall {
     let chain = rules(vec![
-        vec![Stmt::MarkIsNot { mask: 0xff00_0000, value: 0x2600_0000 }, Stmt::Return],
-        vec![Stmt::SetNextHop { mask: MASK }, UNMARK, Stmt::Return],
+        vec![Field::Mark.has_not(MarkBits { mask: 0xff00_0000, value: 0x2600_0000 }), Stmt::Return],
+        vec![
+            Field::Mark.bits(MASK).map(Set::NextHop, Target::EthernetDestination),
+            UNMARK,
+            Stmt::Return,
+        ],
         vec![Stmt::Counter, Stmt::Drop],
     ]);
     let base = base(ChainType::Filter, Hook::Egress(device()), 0);
