@@ -133,8 +133,8 @@ mod types;
 mod walk;
 
 pub use alloc::{
-    AllocError, Dice, MarkAllocator, MarkPool, TableAllocator, TablePool, TableRange,
-    TableRangeError, TablesInUse,
+    AllocError, MarkAllocator, MarkPool, TableAllocator, TablePool, TableRange, TableRangeError,
+    TablesInUse,
 };
 #[cfg(feature = "mock")]
 pub use alloc::{MockMarkAllocator, MockTableAllocator};

@@ -94,7 +94,7 @@ fn dual(v4: &str, v6: &str) -> EgressIp {
 
 /// Allocators that give the same every time.
 fn pools(cluster: &Cluster) -> (MarkPool, TablePool) {
-    let tables = TablePool::new(TableRange::default()).with_dice(|_| 0);
+    let tables = TablePool::new(TableRange::default()).with_start(0);
     (MarkPool::new(cluster.marks), tables)
 }
 

@@ -101,7 +101,7 @@ fn planned(
     egress: &Egress,
     policies: &BTreeMap<PolicyId, EgressPolicy>,
 ) -> Result<crate::Plan, PlanError> {
-    let mut tables = TablePool::new(egress.tables.range()).with_dice(|_| 0);
+    let mut tables = TablePool::new(egress.tables.range()).with_start(0);
     for (node, table) in egress.tables.iter() {
         tables.reserve(node, table).unwrap();
     }
@@ -235,7 +235,7 @@ fn check(egress: &mut Egress, policies: &BTreeMap<PolicyId, EgressPolicy>) {
 
 fn run(acts: Vec<Act>, tables: u32) {
     let range = TableRange::new(3000, tables).unwrap();
-    let tables = TablePool::new(range).with_dice(|_| 0);
+    let tables = TablePool::new(range).with_start(0);
     let mut egress = Reconciler::with_allocators(Known::default(), MarkPool::default(), tables);
     let mut policies = BTreeMap::new();
     egress.reconcile(&cluster(), policies.values()).unwrap();

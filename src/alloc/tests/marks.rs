@@ -1,12 +1,6 @@
-use std::collections::{BTreeMap, BTreeSet};
-
 use proptest::prelude::*;
 
 use super::*;
-
-fn node(n: impl fmt::Display) -> NodeName {
-    NodeName::new(format!("node-{n}")).unwrap()
-}
 
 /// Takes all marks of a layout in turn.
 fn drain(layout: MarkLayout) -> (MarkPool, Vec<Mark>) {
