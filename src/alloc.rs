@@ -6,8 +6,6 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 
 use crate::error::KernelError;
 use crate::mark::MarkLayout;
-#[cfg(feature = "serde")]
-use crate::serde_impls::RangeForm;
 use crate::types::{Mark, NodeName, TableId};
 
 /// Gives every gateway node its firewall mark.
@@ -135,10 +133,28 @@ pub enum AllocError<Id: fmt::Display> {
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "serde", serde(try_from = "RangeForm", into = "RangeForm"))]
+#[cfg_attr(feature = "serde", serde(try_from = "Form"))]
 pub struct TableRange {
     start: u32,
     count: u32,
+}
+
+/// A range as it is written.
+#[cfg(feature = "serde")]
+#[derive(serde::Deserialize)]
+#[serde(rename = "TableRange", deny_unknown_fields)]
+struct Form {
+    start: u32,
+    count: u32,
+}
+
+#[cfg(feature = "serde")]
+impl TryFrom<Form> for TableRange {
+    type Error = TableRangeError;
+
+    fn try_from(form: Form) -> Result<Self, TableRangeError> {
+        Self::new(form.start, form.count)
+    }
 }
 
 /// Why a range of tables was refused.

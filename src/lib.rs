@@ -123,7 +123,7 @@ pub mod preflight;
 mod range;
 mod reconciler;
 #[cfg(feature = "serde")]
-mod serde_impls;
+mod serde_forms;
 mod sim;
 pub mod state;
 #[cfg(all(feature = "kernel", any(test, feature = "testing"), target_os = "linux"))]

@@ -1,7 +1,5 @@
 //! Where in the 32 bits of a packet's mark our values live.
 
-#[cfg(feature = "serde")]
-use crate::serde_impls::LayoutForm;
 use crate::state::MarkBits;
 use crate::types::Mark;
 
@@ -20,13 +18,50 @@ use crate::types::Mark;
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "serde", serde(try_from = "LayoutForm", into = "LayoutForm"))]
+#[cfg_attr(feature = "serde", serde(try_from = "Form"))]
 pub struct MarkLayout {
+    #[cfg_attr(feature = "serde", serde(serialize_with = "as_mark"))]
     prefix: u32,
+    #[cfg_attr(feature = "serde", serde(serialize_with = "as_mark"))]
     prefix_mask: u32,
     shift: u8,
     bits: u8,
+    #[cfg_attr(feature = "serde", serde(serialize_with = "as_mark"))]
     avoid: u32,
+}
+
+#[cfg(feature = "serde")]
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+fn as_mark<S: serde::Serializer>(bits: &u32, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&Mark::new(*bits))
+}
+
+/// A layout as it is written.
+#[cfg(feature = "serde")]
+#[derive(serde::Deserialize)]
+#[serde(rename = "MarkLayout", deny_unknown_fields)]
+struct Form {
+    prefix: Mark,
+    prefix_mask: Mark,
+    shift: u8,
+    bits: u8,
+    #[serde(default = "known_foreign")]
+    avoid: Mark,
+}
+
+#[cfg(feature = "serde")]
+const fn known_foreign() -> Mark {
+    Mark::new(MarkLayout::KNOWN_FOREIGN)
+}
+
+#[cfg(feature = "serde")]
+impl TryFrom<Form> for MarkLayout {
+    type Error = LayoutError;
+
+    fn try_from(form: Form) -> Result<Self, LayoutError> {
+        let (prefix, mask) = (form.prefix.get(), form.prefix_mask.get());
+        Ok(Self::new(prefix, mask, form.shift, form.bits)?.with_avoid(form.avoid.get()))
+    }
 }
 
 /// Why a layout was refused.
