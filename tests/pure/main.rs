@@ -20,6 +20,7 @@ mod hostile;
 mod mutate;
 #[path = "../lab/numbered.rs"]
 mod numbered;
+mod preview;
 mod random;
 mod rules;
 mod semantics;

@@ -375,6 +375,16 @@ fn what_is_known_is_not_read_again() {
 }
 
 #[test]
+fn what_a_preview_found_as_wanted_is_not_read_again() {
+    let mut egress = Reconciler::new(Known::default());
+    egress.reconcile(&cluster(), [one_policy()]).unwrap();
+    assert!(egress.preview(&cluster(), [one_policy()]).unwrap().changes.is_empty());
+    assert_eq!(egress.datapath.reads, 2);
+    assert!(egress.repair().unwrap().changes.is_empty());
+    assert_eq!(egress.datapath.reads, 2);
+}
+
+#[test]
 fn connections_are_left_to_be_settled_and_never_forgotten() {
     let settlers: [fn(&mut Egress) -> Report; 4] = [
         |egress| egress.settle().unwrap(),
