@@ -27,7 +27,7 @@ fn main() {
 
 fn planned(cluster: &Cluster, policies: &[EgressPolicy]) -> Plan {
     let mut marks = MarkPool::default();
-    let mut tables = TablePool::new(TableRange::default()).with_dice(|_: u32| 0);
+    let mut tables = TablePool::new(TableRange::default()).with_start(0);
     plan(cluster, policies, &mut marks, &mut tables).unwrap()
 }
 

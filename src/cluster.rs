@@ -22,7 +22,7 @@ pub struct Cluster {
     /// Prefixes that are never steered: pods, services, whatever else is inside. At least one.
     ///
     /// The nodes' own addresses, link-local and multicast destinations are always added.
-    #[cfg_attr(feature = "serde", serde(deserialize_with = "crate::serde_impls::nets"))]
+    #[cfg_attr(feature = "serde", serde(deserialize_with = "crate::serde_forms::nets"))]
     pub excluded: Vec<IpNet>,
     /// The tunnel between the nodes.
     #[cfg_attr(feature = "serde", serde(default))]
@@ -234,7 +234,7 @@ pub struct Node {
     /// Its addresses on the network that carries the tunnel, at most one per family.
     pub underlay: Vec<IpAddr>,
     /// Its addresses inside the tunnel, at most one per family, with the tunnel's prefix length.
-    #[cfg_attr(feature = "serde", serde(deserialize_with = "crate::serde_impls::nets"))]
+    #[cfg_attr(feature = "serde", serde(deserialize_with = "crate::serde_forms::nets"))]
     pub tunnel: Vec<IpNet>,
     /// Ethernet address of its tunnel device; derived from its name if `None`.
     #[cfg_attr(feature = "serde", serde(default))]

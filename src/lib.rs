@@ -119,7 +119,7 @@ mod range;
 mod reconcile;
 mod rules;
 #[cfg(feature = "serde")]
-mod serde_impls;
+mod serde_forms;
 mod sim;
 pub mod state;
 #[cfg(all(feature = "kernel", any(test, feature = "testing"), target_os = "linux"))]
@@ -127,8 +127,8 @@ pub mod testing;
 mod types;
 
 pub use alloc::{
-    AllocError, Dice, MarkAllocator, MarkPool, TableAllocator, TablePool, TableRange,
-    TableRangeError, TablesInUse,
+    AllocError, MarkAllocator, MarkPool, TableAllocator, TablePool, TableRange, TableRangeError,
+    TablesInUse,
 };
 #[cfg(feature = "mock")]
 pub use alloc::{MockMarkAllocator, MockTableAllocator};

@@ -1,15 +1,13 @@
 //! Where in the 32 bits of a packet's mark our values live.
 
-#[cfg(feature = "serde")]
-use crate::serde_impls::LayoutForm;
 use crate::state::MarkBits;
 use crate::types::Mark;
 
 /// Which bits of a packet's mark are ours, and how a gateway's number is written into them.
 ///
-/// A mark is `prefix | value << shift`. Some values of the same bits are set aside and never
-/// given to a gateway: [`tunnel`](Self::tunnel) for packets this node must translate, and
-/// [`reply`](Self::reply) for replies that go back through the tunnel.
+/// A mark is `prefix | value << shift`. Two values of the same bits are set aside and never given
+/// to a gateway: [`tunnel`](Self::tunnel) for packets this node must translate, and one for
+/// packets that are dropped where they leave.
 ///
 /// ```
 /// use egress_datapath::{Mark, MarkLayout};
@@ -20,13 +18,50 @@ use crate::types::Mark;
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "serde", serde(try_from = "LayoutForm", into = "LayoutForm"))]
+#[cfg_attr(feature = "serde", serde(try_from = "Form"))]
 pub struct MarkLayout {
+    #[cfg_attr(feature = "serde", serde(serialize_with = "as_mark"))]
     prefix: u32,
+    #[cfg_attr(feature = "serde", serde(serialize_with = "as_mark"))]
     prefix_mask: u32,
     shift: u8,
     bits: u8,
+    #[cfg_attr(feature = "serde", serde(serialize_with = "as_mark"))]
     avoid: u32,
+}
+
+#[cfg(feature = "serde")]
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+fn as_mark<S: serde::Serializer>(bits: &u32, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&Mark::new(*bits))
+}
+
+/// A layout as it is written.
+#[cfg(feature = "serde")]
+#[derive(serde::Deserialize)]
+#[serde(rename = "MarkLayout", deny_unknown_fields)]
+struct Form {
+    prefix: Mark,
+    prefix_mask: Mark,
+    shift: u8,
+    bits: u8,
+    #[serde(default = "known_foreign")]
+    avoid: Mark,
+}
+
+#[cfg(feature = "serde")]
+const fn known_foreign() -> Mark {
+    Mark::new(MarkLayout::KNOWN_FOREIGN)
+}
+
+#[cfg(feature = "serde")]
+impl TryFrom<Form> for MarkLayout {
+    type Error = LayoutError;
+
+    fn try_from(form: Form) -> Result<Self, LayoutError> {
+        let (prefix, mask) = (form.prefix.get(), form.prefix_mask.get());
+        Ok(Self::new(prefix, mask, form.shift, form.bits)?.with_avoid(form.avoid.get()))
+    }
 }
 
 /// Why a layout was refused.
@@ -187,7 +222,7 @@ impl MarkLayout {
             return None;
         }
         let mark = Mark::new(self.prefix | value << self.shift);
-        if mark.get() == 0 || mark.get() == self.tunnel().get() || mark.get() == self.reply().get()
+        if mark.get() == 0 || mark.get() == self.tunnel().get() || mark.get() == self.closed().get()
         {
             return None;
         }
@@ -216,8 +251,11 @@ impl MarkLayout {
         }
     }
 
-    /// Mark of replies that return to the pod's node through the tunnel.
-    pub const fn reply(&self) -> Mark {
+    /// Mark of packets that are dropped where they leave, because their policy is closed.
+    ///
+    /// Only the iptables backend sets it: its chain at prerouting comes before destination NAT, so
+    /// it cannot tell yet whether a packet stays inside.
+    pub(crate) const fn closed(&self) -> Mark {
         if self.tells_by_prefix() {
             Mark::new(self.other_prefix(1))
         } else {
@@ -254,7 +292,7 @@ impl MarkLayout {
     pub fn tested(&self, marks: impl IntoIterator<Item = Mark>) -> u32 {
         let used = marks
             .into_iter()
-            .chain([self.tunnel(), self.reply()])
+            .chain([self.tunnel(), self.closed()])
             .fold(0, |bits, mark| bits | mark.get());
         self.prefix_mask | (self.value_mask() & (!self.avoid | used))
     }
@@ -311,12 +349,12 @@ mod tests {
             let mark = layout.mark(value).unwrap();
             assert_eq!(layout.value(mark), Some(value));
             assert_ne!(mark.get() & layout.mask(), layout.tunnel().get());
-            assert_ne!(mark.get() & layout.mask(), layout.reply().get());
+            assert_ne!(mark.get() & layout.mask(), layout.closed().get());
             seen.insert(mark);
         }
         assert_eq!(seen.len(), layout.capacity());
         assert_eq!(layout.tunnel(), Mark::new(0x2700_0000));
-        assert_eq!(layout.reply(), Mark::new(0x2400_0000));
+        assert_eq!(layout.closed(), Mark::new(0x2400_0000));
     }
 
     #[test]
@@ -327,7 +365,7 @@ mod tests {
             assert_eq!(usable, count);
             assert_eq!(layout.mark(0), None);
             assert_eq!(layout.value(layout.tunnel()), None);
-            assert_eq!(layout.value(layout.reply()), None);
+            assert_eq!(layout.value(layout.closed()), None);
         }
         assert_eq!(MarkLayout::COMPACT.mask(), 0x3fc0_0000);
         assert_eq!(MarkLayout::COMPACT6.mask(), 0x3f00_0000);
@@ -336,7 +374,7 @@ mod tests {
     #[test]
     fn a_two_bit_prefix_still_sets_aside_two_others() {
         let layout = MarkLayout::new(0x0001_0000, 0x0003_0000, 0, 8).unwrap();
-        let marks = [layout.tunnel(), layout.reply(), layout.mark(0).unwrap(), Mark::new(0)];
+        let marks = [layout.tunnel(), layout.closed(), layout.mark(0).unwrap(), Mark::new(0)];
         let distinct: std::collections::BTreeSet<_> = marks.into_iter().collect();
         assert_eq!(distinct.len(), 4, "{marks:?}");
     }

@@ -164,7 +164,7 @@ pub struct EgressPolicy {
     #[cfg_attr(feature = "serde", serde(default))]
     pub priority: u32,
     /// Pod prefixes whose traffic the policy takes.
-    #[cfg_attr(feature = "serde", serde(deserialize_with = "crate::serde_impls::nets"))]
+    #[cfg_attr(feature = "serde", serde(deserialize_with = "crate::serde_forms::nets"))]
     pub sources: Vec<IpNet>,
     /// Where that traffic must be headed.
     #[cfg_attr(feature = "serde", serde(default))]
@@ -221,5 +221,133 @@ impl Policy for EgressPolicy {
 
     fn unavailable(&self) -> Unavailable {
         self.unavailable
+    }
+}
+
+#[cfg(feature = "serde")]
+mod form {
+    use std::fmt;
+    use std::net::{Ipv4Addr, Ipv6Addr};
+
+    use serde::de::{self, MapAccess, SeqAccess, Visitor, value};
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    use super::{Destinations, EgressIp};
+    use crate::serde_forms::{nets, parsed};
+    use crate::types::Family;
+
+    /// The word that stands for the node's own address.
+    const NODE: &str = "node";
+    /// The word that stands for every destination that is not excluded.
+    const EXTERNAL: &str = "external";
+
+    impl Serialize for EgressIp {
+        /// The text `node`, or an object of `v4`, `v6` or both.
+        fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+            let key = |family| if family == Family::V4 { "v4" } else { "v6" };
+            match self {
+                Self::Node => serializer.serialize_str(NODE),
+                _ => serializer.collect_map(self.addresses().map(|ip| (key(Family::of(ip)), ip))),
+            }
+        }
+    }
+
+    #[derive(Deserialize)]
+    #[serde(rename = "EgressIp", deny_unknown_fields)]
+    struct Addresses {
+        v4: Option<V4>,
+        v6: Option<V6>,
+    }
+
+    struct V4(Ipv4Addr);
+
+    impl<'de> Deserialize<'de> for V4 {
+        fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+            let parse = |text: &str| text.parse().map_err(|_| "is not an IPv4 address");
+            parsed(deserializer, parse).map(Self)
+        }
+    }
+
+    struct V6(Ipv6Addr);
+
+    impl<'de> Deserialize<'de> for V6 {
+        fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+            parsed(deserializer, |text| match text.parse::<Ipv6Addr>() {
+                Err(_) => Err("is not an IPv6 address"),
+                Ok(address) if address.to_ipv4_mapped().is_some() => {
+                    Err("is an IPv4-mapped IPv6 address; write IPv4 addresses as v4")
+                }
+                Ok(address) => Ok(Self(address)),
+            })
+        }
+    }
+
+    impl<'de> Deserialize<'de> for EgressIp {
+        fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+            struct Form;
+
+            impl<'de> Visitor<'de> for Form {
+                type Value = EgressIp;
+
+                fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                    write!(f, "{NODE:?} or an object with v4, v6 or both")
+                }
+
+                fn visit_str<E: de::Error>(self, text: &str) -> Result<EgressIp, E> {
+                    let other = || E::invalid_value(de::Unexpected::Str(text), &self);
+                    (text == NODE).then_some(EgressIp::Node).ok_or_else(other)
+                }
+
+                fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<EgressIp, A::Error> {
+                    let form = value::MapAccessDeserializer::new(map);
+                    let Addresses { v4, v6 } = Addresses::deserialize(form)?;
+                    match (v4, v6) {
+                        (Some(V4(v4)), Some(V6(v6))) => Ok(EgressIp::Dual(v4, v6)),
+                        (Some(V4(v4)), None) => Ok(EgressIp::V4(v4)),
+                        (None, Some(V6(v6))) => Ok(EgressIp::V6(v6)),
+                        (None, None) => Err(de::Error::custom(
+                            "an egress IP needs v4, v6 or both; none is given",
+                        )),
+                    }
+                }
+            }
+
+            deserializer.deserialize_any(Form)
+        }
+    }
+
+    impl Serialize for Destinations {
+        /// The text `external`, or a list of prefixes.
+        fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+            match self {
+                Self::External => serializer.serialize_str(EXTERNAL),
+                Self::Nets(nets) => nets.serialize(serializer),
+            }
+        }
+    }
+
+    impl<'de> Deserialize<'de> for Destinations {
+        fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+            struct Form;
+
+            impl<'de> Visitor<'de> for Form {
+                type Value = Destinations;
+
+                fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                    write!(f, "{EXTERNAL:?} or a list of prefixes")
+                }
+
+                fn visit_str<E: de::Error>(self, text: &str) -> Result<Destinations, E> {
+                    let other = || E::invalid_value(de::Unexpected::Str(text), &self);
+                    (text == EXTERNAL).then_some(Destinations::External).ok_or_else(other)
+                }
+
+                fn visit_seq<A: SeqAccess<'de>>(self, list: A) -> Result<Destinations, A::Error> {
+                    nets(value::SeqAccessDeserializer::new(list)).map(Destinations::Nets)
+                }
+            }
+
+            deserializer.deserialize_any(Form)
+        }
     }
 }

@@ -3,6 +3,7 @@
 mod adopt;
 mod counters;
 mod incremental;
+mod preview;
 
 use crate::alloc::{MarkAllocator, MarkPool, TableAllocator, TablePool};
 use crate::cluster::{Cluster, Steering};
@@ -193,21 +194,6 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     pub fn audit(&mut self) -> Result<Report, Error> {
         self.in_step = false;
         self.repair()
-    }
-
-    /// What [`reconcile`](Self::reconcile) would change and report, without changing it.
-    pub fn preview<P: Policy>(
-        &mut self,
-        cluster: &Cluster,
-        policies: impl IntoIterator<Item = P>,
-    ) -> Result<Report, Error> {
-        let draft = Draft::new(cluster, policies)?;
-        let observed = self.observe_before(&draft)?;
-        adopt(cluster, &observed, &mut self.marks, &mut self.tables);
-        let (index, state) = draft.number(&mut self.marks, &mut self.tables)?;
-        let changes = Changes::between(&observed, &state);
-        let settled = self.settled && self.unsettled.is_none();
-        Ok(Report { changes, findings: index.findings(), settled })
     }
 
     /// Removes everything of ours.

@@ -96,6 +96,30 @@ impl fmt::Display for Mark {
     }
 }
 
+#[cfg(feature = "serde")]
+impl serde::Serialize for Mark {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+#[cfg(feature = "serde")]
+impl<'de> serde::Deserialize<'de> for Mark {
+    /// From text: `0x` and hexadecimal digits, or decimal digits.
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        crate::serde_forms::parsed(deserializer, |text| {
+            let hexadecimal = text.strip_prefix("0x").map(|digits| (digits, 16));
+            let (digits, radix) = hexadecimal.unwrap_or((text, 10));
+            // `from_str_radix` takes a sign.
+            let plain = Some(digits).filter(|digits| !digits.starts_with('+'));
+            plain
+                .and_then(|digits| u32::from_str_radix(digits, radix).ok())
+                .map(Self)
+                .ok_or("is not a mark: write 0x26000100, or a decimal number, of 32 bits")
+        })
+    }
+}
+
 /// A kernel routing table; never one of the kernel's own (0, 253, 254, 255).
 ///
 /// Table ids are 32-bit numbers; there is no limit of 255 tables, and 0 means the main table

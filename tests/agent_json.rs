@@ -128,7 +128,7 @@ fn mutated_files_of_the_agent() {
                 return None;
             }
         };
-        let mut tables = TablePool::new(config.tables).with_dice(|_: u32| u32::MAX);
+        let mut tables = TablePool::new(config.tables).with_start(u32::MAX);
         match plan(&config.cluster, &config.policies, &mut marks.clone(), &mut tables) {
             Ok(planned) => {
                 let mut kernel = Sim::new();

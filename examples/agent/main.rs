@@ -15,8 +15,8 @@ use backend::{Choice, Egress, datapath, reconciler};
 use config::Config;
 use egress_datapath::preflight::{Preflight, Severity};
 use egress_datapath::{
-    AllocError, Backend, Connection, Counts, Error, IptablesDatapath, KernelDatapath, MarkLayout,
-    MarkPool, Op, PlanError, Report, State, TablePool, TableRange, plan,
+    AllocError, Backend, Changes, Connection, Counts, Error, IptablesDatapath, KernelDatapath,
+    MarkLayout, MarkPool, Op, PlanError, Report, State, TablePool, TableRange, plan,
 };
 
 const USAGE: &str = "\
@@ -150,7 +150,7 @@ fn reconcile(options: &[&str], mode: Mode) -> Result<(), Failure> {
     };
     let report = report.map_err(|error| failure(file, &config, error))?;
     if as_shell {
-        return Ok(write!(io::stdout(), "{}", report.changes.as_shell())?);
+        return script(&report.changes);
     }
     summary(&report, what)?;
     predecessors.map_or(Ok(()), |mut datapath| clear(&mut datapath))
@@ -329,6 +329,17 @@ fn remove(patience: Duration) -> Result<(), Failure> {
     }
     all.changes.extend(egress.remove().map_err(Failure::kernel)?.changes);
     summary(&all, "changes")
+}
+
+/// The changes as a shell script that stops at the first command that fails.
+fn script(changes: &Changes) -> Result<(), Failure> {
+    let mut out = io::stdout().lock();
+    writeln!(out, "set -e")?;
+    for step in changes.steps() {
+        writeln!(out, "\n# {:?}", step.phase)?;
+        step.ops.iter().try_for_each(|op| writeln!(out, "{op}"))?;
+    }
+    Ok(())
 }
 
 fn summary(Report { changes, findings, .. }: &Report, what: &str) -> Result<(), Failure> {

@@ -1,7 +1,5 @@
 //! A difference of two states, cut into steps in an order that is safe at every point.
 
-mod shell;
-
 use std::collections::BTreeSet;
 use std::fmt;
 
@@ -97,7 +95,8 @@ pub(crate) type Made = (usize, Vec<(Op, KernelError)>);
 
 /// Operations that turn one state into another, in an order that is safe at every point.
 ///
-/// `Display` writes a line per command, as an operator would type them.
+/// `Display` writes them as a shell reads them, a command a line. It is for reading, and for a look
+/// at a single command: what the library makes in one transaction is thousands of commands.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[must_use]
 pub struct Changes {

@@ -2,7 +2,8 @@
 
 mod iptables;
 
-use std::fmt;
+use std::borrow::Cow;
+use std::fmt::{self, Write};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -15,7 +16,8 @@ use crate::state::{
 };
 use crate::types::{DeviceName, Family, MacAddr};
 
-/// One change to the kernel; `Display` writes it as the command an operator would type.
+/// One change to the kernel; `Display` writes it as the command an operator would type, with the
+/// quotes that a shell needs.
 ///
 /// Verbs are strict: what is added must not exist, what is deleted must. `Put` creates or
 /// replaces. An operation that finds the kernel otherwise is refused, so that drift shows.
@@ -165,19 +167,42 @@ impl Op {
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 pub(crate) use iptables::write_edit;
 
+/// Characters that mean nothing to a shell, beside letters and digits.
+const PLAIN: &str = "-_./:=,@%+";
+
 impl fmt::Display for Op {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.is_nft() {
-            nft_command(f, self)
-        } else if self.is_xtables() {
-            iptables::command(f, self)
-        } else {
-            ip_command(f, self)
+        if self.is_xtables() {
+            // What it names has no character that means something to a shell.
+            return iptables::command(f, self);
         }
+        let mut text = String::new();
+        if self.is_nft() {
+            nft_commands(&mut text, self)?;
+            let plain = format!(" {PLAIN}");
+            let commands = text.lines().map(|line| format!("nft {}", quoted(line, &plain)));
+            return f.write_str(&commands.collect::<Vec<_>>().join("\n"));
+        }
+        commands(&mut text, self)?;
+        let commands = text.lines().map(|line| {
+            let words = line.split(' ').map(|word| quoted(word, PLAIN));
+            words.collect::<Vec<_>>().join(" ")
+        });
+        f.write_str(&commands.collect::<Vec<_>>().join(" && "))
     }
 }
 
-fn ip_command(f: &mut fmt::Formatter<'_>, op: &Op) -> fmt::Result {
+/// A text that a shell reads back as one word, or as it is if all its characters are plain.
+fn quoted<'a>(text: &'a str, plain: &str) -> Cow<'a, str> {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || plain.contains(c);
+    if text.chars().all(is_plain) {
+        return text.into();
+    }
+    format!("'{}'", text.replace('\'', r"'\''")).into()
+}
+
+/// The commands of an operation on devices, routes, rules or connections, one a line.
+fn commands(f: &mut String, op: &Op) -> fmt::Result {
     match op {
         Op::AddLink(link) => {
             write!(f, "ip link add {} address {} mtu {} ", link.name, link.mac, link.mtu)?;
@@ -185,11 +210,11 @@ fn ip_command(f: &mut fmt::Formatter<'_>, op: &Op) -> fmt::Result {
             link_attributes(f, link)?;
             write!(f, " dstport {} nolearning", link.port)?;
             // The kernel ignores an alias in the request that creates a device.
-            write!(f, " && ip link set {} alias {LINK_ALIAS} addrgenmode none", link.name)?;
+            write!(f, "\nip link set {} alias {LINK_ALIAS} addrgenmode none", link.name)?;
             rp_filter(f, link)?;
             // Else an address takes others of its network along when it goes.
             write!(f, " net/ipv4/conf/{}/promote_secondaries=1", link.name)?;
-            if link.up { write!(f, " && ip link set {} up", link.name) } else { Ok(()) }
+            if link.up { write!(f, "\nip link set {} up", link.name) } else { Ok(()) }
         }
         Op::SetLink(link) => {
             write!(f, "ip link set {} address {} mtu {} ", link.name, link.mac, link.mtu)?;
@@ -242,7 +267,7 @@ fn ip_command(f: &mut fmt::Formatter<'_>, op: &Op) -> fmt::Result {
     }
 }
 
-fn link_attributes(f: &mut fmt::Formatter<'_>, link: &Vxlan) -> fmt::Result {
+fn link_attributes(f: &mut String, link: &Vxlan) -> fmt::Result {
     write!(f, "local {}", link.local)?;
     match &link.underlay {
         Some(underlay) => write!(f, " dev {underlay}"),
@@ -250,46 +275,47 @@ fn link_attributes(f: &mut fmt::Formatter<'_>, link: &Vxlan) -> fmt::Result {
     }
 }
 
-fn rp_filter(f: &mut fmt::Formatter<'_>, link: &Vxlan) -> fmt::Result {
+fn rp_filter(f: &mut String, link: &Vxlan) -> fmt::Result {
     // Slashes, because the device's name has a dot in it.
-    write!(f, " && sysctl -w net/ipv4/conf/{}/rp_filter={}", link.name, link.rp_filter)
+    write!(f, "\nsysctl -w net/ipv4/conf/{}/rp_filter={}", link.name, link.rp_filter)
 }
 
-fn nft_command(f: &mut fmt::Formatter<'_>, op: &Op) -> fmt::Result {
+/// The commands of an operation of nf_tables, one a line, as `nft -f` takes them.
+fn nft_commands(f: &mut String, op: &Op) -> fmt::Result {
     let table = format!("{} {NFT_TABLE}", op.table());
     match op {
-        Op::WakeTable(_) => write!(f, "nft add table {table}"),
-        Op::AddTable(_) => write!(f, "nft create table {table}"),
-        Op::DeleteTable(_) => write!(f, "nft delete table {table}"),
+        Op::WakeTable(_) => write!(f, "add table {table}"),
+        Op::AddTable(_) => write!(f, "create table {table}"),
+        Op::DeleteTable(_) => write!(f, "delete table {table}"),
         Op::AddSet(set) => add_set(f, *set),
-        Op::DeleteSet(set) => write!(f, "nft delete {} {table} {set}", noun(*set)),
-        Op::AddChain(chain, None) => write!(f, "nft create chain {table} {chain}"),
+        Op::DeleteSet(set) => write!(f, "delete {} {table} {set}", noun(*set)),
+        Op::AddChain(chain, None) => write!(f, "create chain {table} {chain}"),
         Op::AddChain(chain, Some(base)) => {
-            write!(f, "nft create chain {table} {chain} {{ {base} }}")
+            write!(f, "create chain {table} {chain} {{ {base} }}")
         }
-        Op::DeleteChain(chain) => write!(f, "nft delete chain {table} {chain}"),
+        Op::DeleteChain(chain) => write!(f, "delete chain {table} {chain}"),
         Op::SetRules(chain, rules) => {
-            write!(f, "nft flush chain {table} {chain}")?;
-            rules.iter().try_for_each(|rule| write!(f, "\nnft add rule {table} {chain} {rule}"))
+            write!(f, "flush chain {table} {chain}")?;
+            rules.iter().try_for_each(|rule| write!(f, "\nadd rule {table} {chain} {rule}"))
         }
         Op::AddElement(key, value) => {
             let set = key.set();
             let counter = if set.is_counting() { " counter" } else { "" };
-            write!(f, "nft create element {table} {set} {{ {key}{counter}{value} }}")
+            write!(f, "create element {table} {set} {{ {key}{counter}{value} }}")
         }
         Op::DeleteElement(key, _) => {
-            write!(f, "nft delete element {table} {} {{ {key} }}", key.set())
+            write!(f, "delete element {table} {} {{ {key} }}", key.set())
         }
         Op::DeleteStray(_, Stray::Chain(name)) => {
-            write!(f, "nft delete chain {table} {}", name.escape_default())
+            write!(f, "delete chain {table} {}", name.escape_default())
         }
         Op::DeleteStray(_, Stray::Set(name)) => {
-            write!(f, "nft delete set {table} {}", name.escape_default())
+            write!(f, "delete set {table} {}", name.escape_default())
         }
         Op::HoldAnswers(connection) => {
             let Connection { peer, wears, protocol, peer_port, wears_port, .. } = connection;
             let set = connection.answers();
-            write!(f, "nft add element {table} {set} {{ {peer} . {wears} . {protocol}")?;
+            write!(f, "add element {table} {set} {{ {peer} . {wears} . {protocol}")?;
             if let Set::Answer(_) = set {
                 write!(f, " . {peer_port} . {wears_port}")?;
             }
@@ -303,9 +329,9 @@ fn noun(set: Set) -> &'static str {
     if set.data().is_some() { "map" } else { "set" }
 }
 
-fn add_set(f: &mut fmt::Formatter<'_>, set: Set) -> fmt::Result {
+fn add_set(f: &mut String, set: Set) -> fmt::Result {
     let key: Vec<_> = set.key().iter().map(|part| part.name()).collect();
-    write!(f, "nft create {} {} {NFT_TABLE} {set} ", noun(set), set.table())?;
+    write!(f, "create {} {} {NFT_TABLE} {set} ", noun(set), set.table())?;
     write!(f, "{{ type {}", key.join(" . "))?;
     if let Some(data) = set.data() {
         write!(f, " : {}", data.name())?;
@@ -322,7 +348,7 @@ fn add_set(f: &mut fmt::Formatter<'_>, set: Set) -> fmt::Result {
 }
 
 fn route_command(
-    f: &mut fmt::Formatter<'_>,
+    f: &mut String,
     verb: &str,
     device: &DeviceName,
     key: &RouteKey,
@@ -347,4 +373,28 @@ fn route_command(
         write!(f, " metric {}", key.metric)?;
     }
     write!(f, " proto {PROTOCOL}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_that_mean_something_to_a_shell_are_quoted() {
+        let name = |text| DeviceName::new(text).unwrap();
+        let printed = |text| Op::DeleteLink(name(text)).to_string();
+        assert_eq!(printed("egress.vxlan"), "ip link del egress.vxlan");
+        assert_eq!(printed("a;b"), "ip link del 'a;b'");
+        assert_eq!(printed("$a'b"), r"ip link del '$a'\''b'");
+        assert_eq!(printed("&&"), "ip link del '&&'");
+    }
+
+    #[test]
+    fn nft_commands_with_braces_are_quoted_as_a_whole() {
+        let set = Set::Peer(Family::V4);
+        let made = Op::AddSet(set).to_string();
+        assert_eq!(made, "nft 'create set inet egress_datapath peer4 { type ipv4_addr; }'");
+        let deleted = Op::DeleteSet(set).to_string();
+        assert_eq!(deleted, "nft delete set inet egress_datapath peer4");
+    }
 }

@@ -185,7 +185,7 @@ impl Bench<'_> {
         let opened: std::result::Result<_, egress_datapath::KernelError> =
             self.host.netns.run(open)?;
         let (datapath, in_use) = opened?;
-        let tables = TablePool::with_probe(TableRange::default(), in_use).with_dice(|_: u32| 0);
+        let tables = TablePool::with_probe(TableRange::default(), in_use).with_start(0);
         Ok(Reconciler::with_allocators(datapath, MarkPool::new(self.cluster.marks), tables))
     }
 

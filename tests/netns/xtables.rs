@@ -63,7 +63,7 @@ of_both! {
     a_restart_changes_nothing
     what_others_change_is_put_right
     a_refused_change_leaves_the_table_as_it_was
-    the_shell_text_makes_the_same
+    the_printed_commands_make_the_same
     the_limits_are_as_documented
     a_drained_node_takes_another_layout
     chains_of_our_names_are_taken_over
@@ -269,7 +269,7 @@ fn a_refused_change_leaves_the_table_as_it_was(variant: Variant) -> Result {
     Ok(())
 }
 
-fn the_shell_text_makes_the_same(variant: Variant) -> Result {
+fn the_printed_commands_make_the_same(variant: Variant) -> Result {
     let lab = lab_with(variant);
     for host in lab.nodes() {
         let mut cluster = lab.cluster(host)?;
@@ -277,7 +277,7 @@ fn the_shell_text_makes_the_same(variant: Variant) -> Result {
             Backend::Iptables(Iptables { accept: true, weave: true, ..Iptables::new(variant) });
         let (mut marks, mut tables) = (MarkPool::new(cluster.marks), TablePool::default());
         let plan = plan(&cluster, &policies()?, &mut marks, &mut tables)?;
-        let text = Changes::between(&State::default(), &plan.state).as_shell().to_string();
+        let text = Changes::between(&State::default(), &plan.state).to_string();
         let mut kernel = datapath(&host.netns, cluster.backend)?;
         shell(&host.netns, &text)?;
         let by_shell = kernel.observe()?;
@@ -292,13 +292,13 @@ fn the_shell_text_makes_the_same(variant: Variant) -> Result {
 }
 
 #[test]
-fn the_shell_text_of_nftables_makes_the_same() -> Result {
+fn the_printed_commands_of_nftables_make_the_same() -> Result {
     let lab = lab();
     harness::needs(&["nft", "ip", "bridge"]);
     let cluster = lab.cluster(&lab.node_b)?;
     let (mut marks, mut tables) = (MarkPool::new(cluster.marks), TablePool::default());
     let plan = plan(&cluster, &policies()?, &mut marks, &mut tables)?;
-    let text = Changes::between(&State::default(), &plan.state).as_shell().to_string();
+    let text = Changes::between(&State::default(), &plan.state).to_string();
     shell(&lab.node_b.netns, &text)?;
     let found = datapath(&lab.node_b.netns, Backend::Nftables)?.observe()?;
     assert_eq!(found, plan.state);
@@ -309,6 +309,7 @@ fn the_shell_text_of_nftables_makes_the_same() -> Result {
 fn shell(netns: &Netns, script: &str) -> Result {
     let output = netns.run(|| {
         let mut shell = Command::new("sh")
+            .arg("-e")
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())

@@ -289,7 +289,7 @@ proptest! {
         let mut kernel = egress.datapath().clone();
         // Another table than before, unless it is recovered.
         let (marks, tables) = pools(&cluster);
-        let tables = tables.with_dice(|_| 50);
+        let tables = tables.with_start(50);
         let mut successor = Reconciler::with_allocators(&mut kernel, marks, tables);
         successor.reconcile(&cluster, &after).unwrap();
         prop_assert!(successor.reconcile(&cluster, &after).unwrap().changes.is_empty());

@@ -13,7 +13,7 @@ use egress_datapath::{
 use crate::{cluster, cluster_v4, dual, nets, planned, policy, v4};
 
 #[track_caller]
-fn check(file: &str, plan: &Plan, from: &State) {
+pub(crate) fn check(file: &str, plan: &Plan, from: &State) {
     let changes = Changes::between(from, &plan.state);
     let mut text = String::new();
     for step in changes.steps() {

@@ -191,7 +191,7 @@ fn layouts() -> Vec<MarkLayout> {
 }
 
 fn planned(world: &World, pools: &[MarkPool]) -> Result<Plan, PlanError> {
-    let mut tables = TablePool::new(world.tables).with_dice(|_: u32| u32::MAX);
+    let mut tables = TablePool::new(world.tables).with_start(u32::MAX);
     plan(&world.cluster, &world.policies, &mut pools[world.pool].clone(), &mut tables)
 }
 

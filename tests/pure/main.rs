@@ -20,6 +20,7 @@ mod hostile;
 mod mutate;
 #[path = "../lab/numbered.rs"]
 mod numbered;
+mod preview;
 mod random;
 mod rules;
 mod semantics;
@@ -94,7 +95,7 @@ fn dual(v4: &str, v6: &str) -> EgressIp {
 
 /// Allocators that give the same every time.
 fn pools(cluster: &Cluster) -> (MarkPool, TablePool) {
-    let tables = TablePool::new(TableRange::default()).with_dice(|_| 0);
+    let tables = TablePool::new(TableRange::default()).with_start(0);
     (MarkPool::new(cluster.marks), tables)
 }
 

@@ -22,7 +22,7 @@ fn every_table_of_the_range_can_be_a_gateways() {
     let mut egress = Reconciler::with_allocators(
         Sim::new(),
         MarkPool::default(),
-        TablePool::new(range).with_dice(|_: u32| 0),
+        TablePool::new(range).with_start(0),
     );
     let first = egress.reconcile(&cluster, &all[..1]).unwrap();
     assert_eq!(first.findings, []);

@@ -1,15 +1,14 @@
 //! The iptables backend: its text, and that differences of it make what is wanted.
 
-use std::path::Path;
-
 use egress_datapath::state::{Ipset, IpsetContents, Variant, XtRule, XtTarget};
 use egress_datapath::{
     Backend, Changes, Cluster, Datapath, Decision, Destinations, EgressPolicy, Iptables, Packet,
-    Sim, State, Steering, explain,
+    Plan, Sim, State, Steering, explain,
 };
 use proptest::prelude::*;
 use proptest::sample::Index;
 
+use crate::golden::check;
 use crate::random::{clusters, policies};
 use crate::{cluster_v4, nets, planned, policy, v4};
 
@@ -17,19 +16,6 @@ fn with(mut cluster: Cluster, iptables: Iptables) -> Cluster {
     cluster.backend = Backend::Iptables(iptables);
     cluster.policy_counters = false;
     cluster
-}
-
-#[track_caller]
-fn check(file: &str, text: &str) {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/pure/golden").join(file);
-    if std::env::var_os("UPDATE_GOLDEN").is_some() {
-        std::fs::write(&path, text).unwrap();
-    }
-    let expected = std::fs::read_to_string(&path).unwrap_or_default();
-    for (number, (is, should)) in (1..).zip(text.lines().zip(expected.lines())) {
-        assert_eq!(is, should, "{file}:{number}");
-    }
-    assert_eq!(text.lines().count(), expected.lines().count(), "{file}");
 }
 
 fn one() -> EgressPolicy {
@@ -40,25 +26,26 @@ fn one() -> EgressPolicy {
 }
 
 /// The example of the datapath's ancestors: one policy, one gateway.
-fn shell(node: &str, variant: Variant) -> String {
+fn planned_by(variant: Variant, node: &str) -> Plan {
     let iptables = Iptables { accept: true, weave: true, ..Iptables::new(variant) };
-    let plan = planned(&with(cluster_v4(node), iptables), [&one()]).unwrap();
-    Changes::between(&State::default(), &plan.state).as_shell().to_string()
+    planned(&with(cluster_v4(node), iptables), [&one()]).unwrap()
 }
 
 #[test]
-fn the_shell_text_of_a_client() {
-    check("shell_client.sh", &shell("a", Variant::Legacy));
-    assert_eq!(
-        shell("a", Variant::Nft),
-        shell("a", Variant::Legacy).replace("-legacy", "-nft"),
-        "the variants differ in the command alone"
-    );
+fn the_commands_of_a_client() {
+    let legacy = planned_by(Variant::Legacy, "a");
+    check("iptables_client.txt", &legacy, &State::default());
+    let nft = planned_by(Variant::Nft, "a");
+    let [legacy, nft] =
+        [legacy, nft].map(|plan| Changes::between(&State::default(), &plan.state).to_string());
+    let why = "the variants differ in the command alone";
+    assert_eq!(nft, legacy.replace("-legacy", "-nft"), "{why}");
 }
 
 #[test]
-fn the_shell_text_of_a_gateway() {
-    check("shell_gateway.sh", &shell("b", Variant::Legacy));
+fn the_commands_of_a_gateway() {
+    let plan = planned_by(Variant::Legacy, "b");
+    check("iptables_gateway.txt", &plan, &State::default());
 }
 
 #[test]

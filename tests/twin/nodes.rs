@@ -79,12 +79,12 @@ pub(crate) fn datapath(host: &Host) -> io::Result<KernelDatapath> {
 
 pub(crate) fn kernel(host: &Host, cluster: &Cluster) -> io::Result<Reconciler<KernelDatapath>> {
     let datapath = datapath(host)?;
-    let tables = TablePool::new(TableRange::default()).with_dice(|_| 0);
+    let tables = TablePool::new(TableRange::default()).with_start(0);
     Ok(Reconciler::with_allocators(datapath, MarkPool::new(cluster.marks), tables))
 }
 
 pub(crate) fn simulated(cluster: &Cluster) -> Reconciler<Sim> {
-    let tables = TablePool::new(TableRange::default()).with_dice(|_| 0);
+    let tables = TablePool::new(TableRange::default()).with_start(0);
     Reconciler::with_allocators(Sim::new(), MarkPool::new(cluster.marks), tables)
 }
 

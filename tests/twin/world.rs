@@ -114,6 +114,6 @@ pub(crate) fn cluster(random: &mut Random, of: &str) -> Cluster {
 
 /// What a node should hold for some policies.
 pub(crate) fn planned(cluster: &Cluster, policies: &[EgressPolicy]) -> State {
-    let mut tables = TablePool::new(TableRange::default()).with_dice(|_| 0);
+    let mut tables = TablePool::new(TableRange::default()).with_start(0);
     plan(cluster, policies, &mut MarkPool::new(cluster.marks), &mut tables).unwrap().state
 }

@@ -81,7 +81,7 @@ fn planned(here: &str, variant: Variant, numbers: [u8; 3]) -> State {
         )
     });
     let tables = TableRange::new(3000, 100).unwrap();
-    let mut tables = TablePool::new(tables).with_dice(|_| 0);
+    let mut tables = TablePool::new(tables).with_start(0);
     plan(&cluster, policies, &mut MarkPool::new(cluster.marks), &mut tables).unwrap().state
 }
 

@@ -100,9 +100,8 @@ impl Rules<'_> {
         self.sets.world.cluster.marks.tunnel()
     }
 
-    /// Of packets that are dropped once it is known that they do not stay inside; no gateway's.
     fn closed(&self) -> Mark {
-        self.sets.world.cluster.marks.reply()
+        self.sets.world.cluster.marks.closed()
     }
 
     fn connection(&self) -> MarkBits {

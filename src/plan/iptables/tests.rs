@@ -108,7 +108,7 @@ fn a_jump_passes_by_only_what_its_chain_would() {
         let state = planned(layout);
         let tables = &state.xtables[&Variant::Nft];
         let gateways = [1, 2].map(|value| layout.mark(value).unwrap().get());
-        let ours = [layout.tunnel().get(), layout.reply().get()];
+        let ours = [layout.tunnel().get(), layout.closed().get()];
         let foreign = !layout.mask() & 0x0000_f00f;
         let marks = gateways.into_iter().chain(ours).chain([0]);
         let (mut touched, mut untouched) = (0, 0);

@@ -101,7 +101,7 @@ fn planned(
     egress: &Egress,
     policies: &BTreeMap<PolicyId, EgressPolicy>,
 ) -> Result<crate::Plan, PlanError> {
-    let mut tables = TablePool::new(egress.tables.range()).with_dice(|_| 0);
+    let mut tables = TablePool::new(egress.tables.range()).with_start(0);
     for (node, table) in egress.tables.iter() {
         tables.reserve(node, table).unwrap();
     }
@@ -235,7 +235,7 @@ fn check(egress: &mut Egress, policies: &BTreeMap<PolicyId, EgressPolicy>) {
 
 fn run(acts: Vec<Act>, tables: u32) {
     let range = TableRange::new(3000, tables).unwrap();
-    let tables = TablePool::new(range).with_dice(|_| 0);
+    let tables = TablePool::new(range).with_start(0);
     let mut egress = Reconciler::with_allocators(Known::default(), MarkPool::default(), tables);
     let mut policies = BTreeMap::new();
     egress.reconcile(&cluster(), policies.values()).unwrap();
@@ -372,6 +372,16 @@ fn what_is_known_is_not_read_again() {
     let _handed_out = egress.datapath();
     assert!(egress.repair().unwrap().changes.is_empty());
     assert_eq!(egress.datapath.reads, 3);
+}
+
+#[test]
+fn what_a_preview_found_as_wanted_is_not_read_again() {
+    let mut egress = Reconciler::new(Known::default());
+    egress.reconcile(&cluster(), [one_policy()]).unwrap();
+    assert!(egress.preview(&cluster(), [one_policy()]).unwrap().changes.is_empty());
+    assert_eq!(egress.datapath.reads, 2);
+    assert!(egress.repair().unwrap().changes.is_empty());
+    assert_eq!(egress.datapath.reads, 2);
 }
 
 #[test]

@@ -77,7 +77,7 @@ impl Nodes {
 
     /// A reconciler that knows nothing, with the same numbers every time.
     pub(super) fn egress<D: Datapath>(&self, datapath: D) -> Reconciler<D> {
-        let tables = TablePool::new(TableRange::default()).with_dice(|_| 0);
+        let tables = TablePool::new(TableRange::default()).with_start(0);
         // To make one takes longer than all the rest.
         Reconciler::with_allocators(datapath, self.marks.clone(), tables)
     }

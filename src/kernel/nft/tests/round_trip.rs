@@ -136,7 +136,11 @@ fn script(ops: &[Op]) -> String {
         let text = op.to_string();
         text.lines().map(String::from).collect::<Vec<_>>()
     });
-    lines.map(|line| line.strip_prefix("nft ").unwrap().to_owned() + "\n").collect()
+    let unquoted = |line: String| {
+        let command = line.strip_prefix("nft ").unwrap();
+        command.trim_matches('\'').to_owned() + "\n"
+    };
+    lines.map(unquoted).collect()
 }
 
 #[test]

@@ -45,7 +45,7 @@ fn routing(gateways: &[&str], tables: u32, change: impl FnOnce(&mut Cluster)) ->
     let policies: Vec<_> = gateways.iter().enumerate().map(policy).collect();
     let mut marks = MarkPool::new(cluster.marks);
     let range = TableRange::new(3000, tables).unwrap();
-    let mut tables = TablePool::new(range).with_dice(|_: u32| 0);
+    let mut tables = TablePool::new(range).with_start(0);
     let state = plan(&cluster, &policies, &mut marks, &mut tables).unwrap().state;
     State { hook: None, ..state.routing() }
 }

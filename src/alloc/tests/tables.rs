@@ -6,10 +6,6 @@ use proptest::prelude::*;
 
 use super::*;
 
-fn node(n: impl fmt::Display) -> NodeName {
-    NodeName::new(format!("node-{n}")).unwrap()
-}
-
 fn table(id: u32) -> TableId {
     TableId::new(id).unwrap()
 }
@@ -46,9 +42,9 @@ fn every_start_reaches_the_only_free_table_in_as_many_looks_as_it_is_away() {
     for offset in 0..range.len() {
         for free in range.iter() {
             let mut looks = 0;
-            let found = first_free(range, offset, |table| {
+            let found = range.ring(offset).find(|table| {
                 looks += 1;
-                table == free
+                *table == free
             });
             assert_eq!(found, Some(free));
             let away = (free.get() + range.len() - range.start() - offset) % range.len();
@@ -63,8 +59,8 @@ fn a_full_range_is_looked_at_exactly_once() {
         let range = range(3000, count);
         for offset in 0..range.len() {
             let mut looked = Vec::new();
-            let found = first_free(range, offset, |table| {
-                looked.push(table);
+            let found = range.ring(offset).find(|table| {
+                looked.push(*table);
                 false
             });
             assert_eq!(found, None);
@@ -76,13 +72,9 @@ fn a_full_range_is_looked_at_exactly_once() {
 }
 
 #[test]
-fn the_start_is_what_the_dice_say_and_after_the_last_comes_the_first() {
+fn tables_are_given_out_from_the_start_and_after_the_last_comes_the_first() {
     for offset in 0..=100 {
-        let rolled = move |sides: u32| {
-            assert_eq!(sides, 101);
-            offset
-        };
-        let mut pool = TablePool::new(TableRange::default()).with_dice(rolled);
+        let mut pool = TablePool::new(TableRange::default()).with_start(offset);
         for n in 0..101 {
             let expected = table(3000 + (offset + n) % 101);
             assert_eq!(pool.allocate(&node(n)), Ok(expected));
@@ -95,14 +87,13 @@ fn the_start_is_what_the_dice_say_and_after_the_last_comes_the_first() {
 }
 
 #[test]
-fn dice_beyond_their_sides_still_lead_into_the_range() {
-    let mut pool = TablePool::new(TableRange::default()).with_dice(|_: u32| u32::MAX);
-    let given = pool.allocate(&node("a")).unwrap();
-    assert!(pool.range().contains(given));
+fn a_start_beyond_the_range_wraps_around() {
+    let mut pool = TablePool::new(TableRange::default()).with_start(u32::MAX);
+    assert_eq!(pool.allocate(&node("a")), Ok(table(3000 + u32::MAX % 101)));
 }
 
 #[test]
-fn the_default_dice_start_in_different_places() {
+fn pools_without_a_given_start_begin_at_different_tables() {
     let start = |n: u32| {
         let mut pool = TablePool::new(TableRange::default());
         pool.allocate(&node(n)).unwrap()
@@ -116,7 +107,7 @@ fn the_kernel_is_asked_once_for_a_new_node_and_not_for_a_known_one() {
     let asked = Arc::default();
     let probe =
         Answers { list: [Ok([3000].into()), Ok([3001].into())].into(), asked: Arc::clone(&asked) };
-    let mut pool = TablePool::with_probe(range(3000, 2), probe).with_dice(|_: u32| 0);
+    let mut pool = TablePool::with_probe(range(3000, 2), probe).with_start(0);
     assert_eq!(pool.allocate(&node("a")), Ok(table(3001)));
     assert_eq!(pool.allocate(&node("a")), Ok(table(3001)));
     assert_eq!(asked.load(Ordering::Relaxed), 1);
@@ -198,7 +189,7 @@ proptest! {
     ) {
         let range = range(start, count);
         let used: BTreeSet<u32> = used.into_iter().map(|n| start + n).collect();
-        let mut pool = TablePool::with_probe(range, used.clone()).with_dice(move |_: u32| offset);
+        let mut pool = TablePool::with_probe(range, used.clone()).with_start(offset);
         let mut blocked = used;
         for n in reserved.into_iter().filter(|n| *n <= count) {
             pool.reserve(&node(format_args!("old-{n}")), table(start + n)).unwrap();
@@ -215,6 +206,64 @@ proptest! {
         if let Some(id) = free.last() {
             prop_assert_eq!(pool.release(&node(free.len() - 1)), Ok(table(*id)));
             prop_assert_eq!(pool.allocate(&node("new")), Ok(table(*id)));
+        }
+    }
+}
+
+#[test]
+fn the_kernels_tables_are_refused_wherever_they_lie() {
+    for table in [0, 253, 254, 255] {
+        for below in 0..=table.min(3) {
+            for above in 0..=3 {
+                let refused = TableRange::new(table - below, below + above);
+                assert!(
+                    matches!(refused, Err(TableRangeError::Kernel { .. })),
+                    "{table} {below} {above}"
+                );
+            }
+        }
+    }
+    for (start, count) in [(1, 251), (252, 0), (256, 0), (256, u32::MAX - 256)] {
+        assert!(TableRange::new(start, count).is_ok(), "{start} {count}");
+    }
+    assert!(TableRange::new(0, u32::MAX).is_err());
+    assert!(TableRange::new(1, u32::MAX - 1).is_err());
+}
+
+#[test]
+fn ranges_beyond_the_last_table_are_refused() {
+    assert!(TableRange::new(u32::MAX, 0).is_ok());
+    for (start, count) in [(u32::MAX, 1), (3000, u32::MAX), (u32::MAX, u32::MAX)] {
+        let refused = TableRange::new(start, count).unwrap_err();
+        assert_eq!(refused, TableRangeError::Overflow { start, count });
+    }
+}
+
+#[test]
+fn the_end_belongs_to_the_range() {
+    let range = TableRange::default();
+    let holds = |id| range.contains(TableId::new(id).unwrap());
+    assert_eq!([2999, 3000, 3100, 3101].map(holds), [false, true, true, false]);
+    let last = TableRange::new(u32::MAX - 1, 1).unwrap();
+    assert!(last.iter().map(TableId::get).eq([u32::MAX - 1, u32::MAX]));
+}
+
+proptest! {
+    #[test]
+    fn a_ring_has_every_table_once_in_order(
+        start in prop_oneof![256..5000_u32, u32::MAX - 700..u32::MAX - 300],
+        count in 0..300_u32,
+        offset in any::<u32>(),
+    ) {
+        let range = TableRange::new(start, count).unwrap();
+        let ring: Vec<_> = range.ring(offset).collect();
+        prop_assert_eq!(ring.len(), count as usize + 1);
+        prop_assert_eq!(ring[0].get(), start + offset % (count + 1));
+        let distinct: BTreeSet<_> = ring.iter().copied().collect();
+        prop_assert!(distinct.into_iter().eq(range.iter()));
+        for pair in ring.windows(2) {
+            let next = if pair[0].get() == range.end() { start } else { pair[0].get() + 1 };
+            prop_assert_eq!(pair[1].get(), next);
         }
     }
 }

@@ -1,12 +1,6 @@
-use std::collections::{BTreeMap, BTreeSet};
-
 use proptest::prelude::*;
 
 use super::*;
-
-fn node(n: impl fmt::Display) -> NodeName {
-    NodeName::new(format!("node-{n}")).unwrap()
-}
 
 /// Takes all marks of a layout in turn.
 fn drain(layout: MarkLayout) -> (MarkPool, Vec<Mark>) {
@@ -87,7 +81,7 @@ fn foreign_marks_are_refused() {
         let mut pool = MarkPool::new(layout);
         let good = layout.mark(1).unwrap().get();
         let outside = Mark::new(good | 1);
-        for mark in [Mark::new(0), outside, layout.tunnel(), layout.reply()] {
+        for mark in [Mark::new(0), outside, layout.tunnel(), layout.closed()] {
             let foreign = AllocError::Foreign { id: mark };
             assert_eq!(pool.reserve(&node("a"), mark), Err(foreign));
         }
