@@ -69,7 +69,7 @@ pub enum Problem {
         /// Interface, or `all`.
         device: String,
     },
-    /// Packets that the kernel sends in reply carry the mark of the packet (`fwmark_reflect`).
+    /// Kernel-generated replies carry the mark of the packet they reply to (`fwmark_reflect`).
     #[error(
         "the kernel's own {family} answers carry the mark of what they answer (fwmark_reflect)"
     )]
@@ -244,8 +244,9 @@ pub enum Problem {
         /// Set if iptables-nft has tables as well.
         both: bool,
     },
-    /// A NAT chain of another program runs before the datapath's; the first NAT rule that matches
-    /// wins.
+    /// A NAT chain of another program runs before the datapath's chain.
+    ///
+    /// The first chain that translates a connection wins.
     #[error("NAT chain {chain} of nft table {table} runs at {priority}, before ours at {ours}")]
     NatFirst {
         /// Family and name of the table.
