@@ -1,4 +1,4 @@
-//! The iptables backend: the tools, ipset, and the takeover of another program's rules.
+//! iptables backend: iptables tools, ipset, and the takeover of another program's rules.
 
 pub(crate) mod datapath;
 pub(crate) mod ipset;

@@ -1,12 +1,12 @@
-//! What on this host may keep the datapath from working, found before it is programmed.
+//! Checks this host for problems that keep the datapath from working, before programming it.
 //!
-//! A [`Preflight`] reads what is there of other people's: settings, devices, addresses, routing
-//! rules and tables, and nf_tables rules including those of `iptables-nft`. It judges that
-//! against what the datapath is going to do, and changes nothing. Whatever it finds is a
-//! [`Problem`]: a sentence with the facts, how bad it is, and what to do about it.
+//! [`Preflight`] reads the objects of other programs on the host: sysctl settings, interfaces,
+//! addresses, routing rules and tables, and nf_tables rules, those of `iptables-nft` included. It
+//! compares them with the plan of the datapath and changes nothing. Each finding is a [`Problem`]:
+//! a sentence with the facts, a severity and a remedy.
 //!
 //! Run it in the network namespace and with the privilege of the datapath, before the first
-//! [`reconcile`](crate::Reconciler::reconcile) and whenever traffic does not do what it should.
+//! [`reconcile`](crate::Reconciler::reconcile) and whenever traffic does not flow as it should.
 //!
 //! ```no_run
 //! use egress_datapath::preflight::{Preflight, Severity};
@@ -23,10 +23,11 @@
 //! # }
 //! ```
 //!
-//! # What it cannot see
+//! # Limits
 //!
-//! The rules of legacy iptables, programs attached to devices (eBPF), what the network between
-//! the nodes drops, and sockets other than VXLAN devices on the tunnel's UDP port.
+//! The check does not see the rules of legacy iptables, eBPF programs attached to interfaces,
+//! packets that the network between the nodes drops, and sockets other than VXLAN devices on the
+//! tunnel's UDP port.
 
 mod devices;
 mod egress_ips;
@@ -57,34 +58,34 @@ use facts::Facts;
 pub use problem::Problem;
 pub use terms::{DropHook, KernelPart, MarkKind, Severity};
 
-/// A look at this host with the eyes of the datapath that is to run on it.
+/// Check of this host for problems with the datapath of one cluster.
 #[derive(Clone, Debug)]
 pub struct Preflight<'a> {
     cluster: &'a Cluster,
     tables: TableRange,
-    /// Families of the traffic.
+    /// Address families of the traffic.
     families: BTreeSet<Family>,
-    /// Of policies, whose packets they are.
+    /// Source prefixes of the policies.
     sources: Vec<IpNet>,
     egress_ips: BTreeMap<IpAddr, Wearer>,
-    /// Other nodes that this one sends packets to.
+    /// Gateway nodes other than this node that the policies name.
     gateways: BTreeSet<NodeName>,
 }
 
-/// Who wears an egress IP.
+/// Use of an egress IP by the policies.
 #[derive(Clone, Debug)]
 struct Wearer {
     policy: PolicyId,
-    /// Whether this node is the gateway of one of the policies that wear it.
+    /// Set if this node is the gateway of one of the policies that use the egress IP.
     here: bool,
-    /// Single sources that wear it here, once for each policy.
+    /// Single-address sources that use the egress IP on this node, counted once per policy.
     pods: usize,
 }
 
 impl<'a> Preflight<'a> {
-    /// A look for what this cluster and these policies need, with the default table range.
+    /// Creates a check for this cluster and these policies, with the default routing table range.
     ///
-    /// Without policies it looks for what the families of this node's tunnel addresses need.
+    /// Without policies the check covers the families of this node's tunnel addresses.
     pub fn new<P: Policy>(cluster: &'a Cluster, policies: impl IntoIterator<Item = P>) -> Self {
         let mut preflight = Self {
             cluster,
@@ -104,21 +105,21 @@ impl<'a> Preflight<'a> {
         preflight
     }
 
-    /// The same for another range of routing tables.
+    /// Sets another range of routing tables.
     #[must_use]
     pub const fn with_tables(mut self, tables: TableRange) -> Self {
         self.tables = tables;
         self
     }
 
-    /// Looks, in the network namespace of the calling thread; the worst problems come first.
+    /// Runs the check in the network namespace of the calling thread; the worst problems first.
     ///
-    /// It needs `CAP_NET_ADMIN`; without it, that is a problem like others, and what cannot be
-    /// read is not judged.
+    /// The check needs `CAP_NET_ADMIN`. Its absence is reported as a problem ([`Problem::Denied`]),
+    /// and facts that cannot be read are not judged.
     ///
     /// # Errors
     ///
-    /// The part of the kernel that could not be read.
+    /// Fails if a part of the kernel could not be read; the error names it.
     pub fn run(&self) -> Result<Vec<Problem>, KernelError> {
         let devices = [self.cluster.tunnel.device.as_str(), "lo"];
         Ok(self.judge(&probe::facts(&devices)?))
@@ -155,7 +156,7 @@ impl<'a> Preflight<'a> {
         self.judge_egress_ips(facts, &mut problems);
         self.judge_routing(facts, &mut problems);
         self.judge_firewall(facts, &mut problems);
-        // A stable sort, so that what belongs together stays together.
+        // The sort is stable, so that related problems stay adjacent.
         problems.sort_by_key(|problem| std::cmp::Reverse(problem.severity()));
         problems
     }
@@ -164,12 +165,12 @@ impl<'a> Preflight<'a> {
         self.cluster.nodes.iter().find(|node| node.name == self.cluster.node)
     }
 
-    /// The address that outer packets leave from.
+    /// Source address of the outer VXLAN packets.
     fn underlay(&self) -> Option<IpAddr> {
         self.here()?.underlay.iter().copied().min_by_key(|address| Family::of(*address))
     }
 
-    /// The bits of the mark that are compared and written.
+    /// Bits of the firewall mark that the datapath tests and writes.
     fn mark_bits(&self) -> u32 {
         let given = self.cluster.nodes.iter().filter_map(|node| node.mark);
         self.cluster.marks.tested(given)

@@ -1,7 +1,8 @@
-//! The kernel of a network namespace with iptables and ipset in place of our nf_tables table.
+//! Datapath of a network namespace with iptables and ipset in place of the nf_tables table.
 //!
-//! Sets go over netlink. Rules go through the host's own `iptables-restore`, which alone knows
-//! the binary form that its kernel and its other users agree on, and honours their lock.
+//! Sets are changed over netlink. Rules are changed by the host's own `iptables-restore`: only it
+//! knows the binary form that the host's kernel and its other iptables users agree on, and it takes
+//! their lock.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -25,28 +26,30 @@ use crate::types::{DeviceName, Family};
 
 use super::tool::Tools;
 
-/// The kernel of a network namespace, with the rules in iptables.
+/// Datapath of a network namespace with its rules in iptables.
 ///
-/// It reads and changes everything that a [`KernelDatapath`] does, and what we have in iptables, of
-/// both variants, and ipset. So a reconciliation that wants another
-/// [`Backend`](crate::Backend) than the one found makes the new complete before the old goes.
+/// The datapath covers everything that a [`KernelDatapath`] reads and changes, and its own objects
+/// in ipset and in iptables, of both variants. So a reconciliation that wants another
+/// [`Backend`](crate::Backend) than the one found makes the new state complete before it removes
+/// the old one.
 ///
-/// It runs `iptables-save` and `iptables-restore`, milliseconds each, and waits up to five seconds
-/// for the lock that all users of iptables share. Those run in the network namespace of the calling
-/// thread: call it where it was opened, anything else is an error.
+/// The datapath runs `iptables-save` and `iptables-restore`, milliseconds each, and waits up to
+/// five seconds for the lock that all users of iptables share. These programs run in the network
+/// namespace of the calling thread: call the datapath in the namespace where it was opened,
+/// anything else is an error.
 ///
-/// Nobody tells when others change iptables or sets: call
-/// [`Reconciler::repair`](crate::Reconciler::repair) now and then.
+/// There is no notification when other programs change iptables or sets: call
+/// [`Reconciler::repair`](crate::Reconciler::repair) periodically.
 #[derive(Debug)]
 pub struct IptablesDatapath {
     kernel: KernelDatapath,
     sets: Sets,
     tools: Tools,
-    /// The network namespace, by the number of its file.
+    /// Network namespace, identified by the inode number of its file.
     namespace: u64,
 }
 
-/// Who reads and writes sets.
+/// Access to ipset sets: netlink or libipset.
 #[derive(Debug)]
 enum Sets {
     Netlink(Ipsets),
@@ -55,18 +58,18 @@ enum Sets {
 }
 
 impl IptablesDatapath {
-    /// Opens sockets in the network namespace of the calling thread, and looks for the tools.
+    /// Opens sockets in the network namespace of the calling thread, and finds the iptables tools.
     ///
     /// # Errors
     ///
-    /// What is missing: of the kernel, or both variants of iptables.
+    /// A kernel feature is missing, or both variants of iptables are.
     pub fn open() -> Result<Self, KernelError> {
         let mut kernel = KernelDatapath::open()?;
         let sets = Sets::Netlink(Ipsets::probe(&mut kernel.netfilter)?);
         Ok(Self { kernel, sets, tools: Tools::find()?, namespace: namespace()? })
     }
 
-    /// The same with the sets read and written through libipset, in processes of their own.
+    /// Opens the datapath with sets read and written through libipset, in separate processes.
     ///
     /// # Errors
     ///
@@ -79,12 +82,14 @@ impl IptablesDatapath {
         Ok(Self { kernel, sets, tools: Tools::find()?, namespace: namespace()? })
     }
 
-    /// Whether this namespace has sets of ours: then a reconciliation needs this datapath, also
-    /// one that wants nf_tables. Asks the kernel alone, and runs nothing.
+    /// Returns true if this namespace has sets of the datapath.
+    ///
+    /// A reconciliation then needs this datapath, also one that wants nf_tables. The check asks
+    /// only the kernel, and runs no program.
     ///
     /// # Errors
     ///
-    /// The part of the kernel that is missing; that it has no sets at all is none.
+    /// A kernel feature is missing; a kernel without ipset is no error.
     pub fn is_in_use() -> Result<bool, KernelError> {
         let mut socket = nft::open()?;
         match Ipsets::probe(&mut socket) {
@@ -94,17 +99,19 @@ impl IptablesDatapath {
         }
     }
 
-    /// The variants of iptables that are installed.
+    /// Installed variants of iptables.
     pub fn variants(&self) -> impl Iterator<Item = Variant> + '_ {
         Variant::BOTH.into_iter().filter(|variant| self.tools.has(*variant))
     }
 
-    /// The variant that others on this host use: the one with more rules in it, and of two with as
-    /// many the newer one that is installed.
+    /// Returns the iptables variant that other programs on this host use.
+    ///
+    /// The variant with more rules of other programs is chosen; at equal numbers, nft if it is
+    /// installed.
     ///
     /// # Errors
     ///
-    /// That a tool failed.
+    /// A tool failed.
     pub fn prevailing(&mut self) -> Result<Variant, KernelError> {
         self.check_namespace()?;
         let count = |variant: Variant| -> Result<usize, KernelError> {
@@ -119,29 +126,29 @@ impl IptablesDatapath {
         Ok(if legacy_wins { Variant::Legacy } else { Variant::Nft })
     }
 
-    /// The MTU of a device in bytes; `None` if there is no device of that name.
+    /// MTU of an interface in bytes; `None` if no interface has that name.
     pub fn mtu_of(&mut self, device: &DeviceName) -> Result<Option<u32>, KernelError> {
         self.kernel.mtu_of(device)
     }
 
-    /// The half that needs no tools.
+    /// Part of the datapath that needs no tools.
     pub const fn kernel(&mut self) -> &mut KernelDatapath {
         &mut self.kernel
     }
 
-    /// Lets a plan of faults have a say in which tools run.
+    /// Applies a fault plan to the tools that are run.
     #[cfg(feature = "testing")]
     pub(crate) fn tap(&mut self, faults: &crate::faults::Faults) {
         self.tools.set_faults(faults.clone());
     }
 
-    /// All that a variant's tables of a family hold.
+    /// Output of `iptables-save` for one variant and family.
     pub(crate) fn saved(&self, variant: Variant, family: Family) -> Result<String, KernelError> {
         self.check_namespace()?;
         self.tools.save(variant, family)
     }
 
-    /// Changes one table by a script, all of it or nothing.
+    /// Applies a script to one table, completely or not at all.
     pub(crate) fn restored(
         &self,
         variant: Variant,
@@ -160,7 +167,7 @@ impl IptablesDatapath {
         Err(KernelError::answer("run iptables", what))
     }
 
-    /// Makes changes to sets; gives those that were refused by their index.
+    /// Applies changes to sets; returns the refused ones by index.
     fn make_sets(&mut self, ops: &[&Op]) -> Vec<(usize, KernelError)> {
         match &self.sets {
             Sets::Netlink(ipsets) => ipsets.make_all(&mut self.kernel.netfilter, ops),
@@ -172,7 +179,7 @@ impl IptablesDatapath {
         }
     }
 
-    /// Makes a step: what belongs to nf_tables first, then sets and tables in their order.
+    /// Applies a step: nf_tables operations first, then sets and iptables tables in their order.
     fn step(&mut self, step: &Step) -> Made {
         let (xtables, others): (Vec<&Op>, Vec<&Op>) =
             step.ops.iter().partition(|op| op.is_xtables());
@@ -199,7 +206,7 @@ impl IptablesDatapath {
                     let restored = self.check_namespace().and_then(|()| {
                         self.tools.restore(variant, family, &super::script::of(table, group))
                     });
-                    // Of a table all changes are made, or none.
+                    // `iptables-restore` makes all changes to a table or none.
                     match restored {
                         Ok(()) => Vec::new(),
                         Err(error) => return (made, vec![((*first).clone(), error)]),

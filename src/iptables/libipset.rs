@@ -1,14 +1,14 @@
-//! Sets through libipset, in a process of their own.
+//! ipset sets through libipset, in a separate process.
 //!
 //! [`IptablesDatapath`](crate::IptablesDatapath) writes its sets over netlink. A host that wants
 //! them written by libipset, as the `ipset` program does it, enables the feature `ipset-sys` and
 //! opens the datapath with a [`Libipset`].
 //!
-//! libipset ends the process that it is in when a command is refused, prints what it lists to that
-//! process's output, and keeps what it was told once (`-exist`) for later commands. So it never
-//! runs in the host's process: for each batch of commands the host's binary, or another one, is
-//! started once more and calls [`serve`]. That the process ends is then an answer like others: a
-//! [`KernelError`] with libipset's words.
+//! libipset ends its process when a command is refused, prints listings to that process's standard
+//! output, and applies an option given once (`-exist`) to all later commands. So it never runs in
+//! the host's process: for each batch of commands the host's binary, or another one, is started
+//! once more and calls [`serve`]. The end of that process is then reported as a [`KernelError`]
+//! with libipset's message.
 //!
 //! ```no_run
 //! use egress_datapath::IptablesDatapath;
@@ -28,10 +28,10 @@
 //!
 //! # Why it is not the default
 //!
-//! A set of 100 000 members takes a process and a dozen times as long, half-filled sets are left
-//! behind by a process that dies (under a temporary name, and found again), the binary is bound to
-//! the GPL by libipset, and to build it needs `libipset-dev` and `libclang-dev`. The crate
-//! `ipset-sys` brings an old `bindgen`: it cannot be in one dependency graph with a newer one.
+//! A set of 100 000 members takes a process and a dozen times as long; a process that dies leaves
+//! half-filled sets behind (under a temporary name, which a later read finds); libipset binds the
+//! binary to the GPL; and the build needs `libipset-dev` and `libclang-dev`. The crate `ipset-sys`
+//! brings an old `bindgen`: it cannot be in one dependency graph with a newer one.
 
 mod saved;
 
@@ -49,29 +49,29 @@ use crate::diff::op::Op;
 use crate::error::{KernelError, errno};
 use crate::state::{Ipset, IpsetContents};
 
-/// What the process says before each command, so that its last words have a place.
+/// Marker that the process prints before each command, to attribute later messages to it.
 const MARKER: &str = "command ";
 
-/// In front of commands that may find done what they ask for.
+/// Prefix of commands that succeed if their effect is already there.
 const LENIENT: &str = "-exist ";
 
-/// Times that all sets are read until none goes away meanwhile.
+/// Number of attempts to read all sets without one being deleted meanwhile.
 const ATTEMPTS: usize = 5;
 
 /// Runs the commands on the standard input in libipset, until one is refused.
 ///
-/// What a binary calls that is started by [`Libipset`], before anything else. libipset may end the
-/// process in the middle; if this returns, end it.
+/// A binary that [`Libipset`] starts calls this before anything else. libipset may end the process
+/// during the call; if it returns, end the process.
 ///
 /// # Errors
 ///
-/// Input that cannot be read, or a refusal that libipset did not end the process for.
+/// Input that cannot be read, or a refusal for which libipset did not end the process.
 pub fn serve() -> io::Result<()> {
-    // All of it first: nobody reads what is said here before all is written.
+    // Read all input first: the parent reads no output before it has written everything.
     let mut input = String::new();
     io::stdin().lock().read_to_string(&mut input)?;
     let open = || IpsetSys::init().map_err(io::Error::other);
-    // What is said once of leniency holds for all commands of a handle.
+    // `-exist`, once given, holds for all commands of a handle.
     let (mut strict, mut lenient) = (open()?, open()?);
     for (number, command) in input.lines().enumerate() {
         writeln!(io::stderr(), "{MARKER}{number}")?;
@@ -81,40 +81,40 @@ pub fn serve() -> io::Result<()> {
     Ok(())
 }
 
-/// The program that libipset runs in, and how it is started.
+/// Program that runs libipset, and its arguments.
 ///
-/// It runs in the network namespace of the calling thread.
+/// The program runs in the network namespace of the calling thread.
 #[derive(Clone, Debug)]
 pub struct Libipset {
     program: PathBuf,
     arguments: Vec<OsString>,
 }
 
-/// A batch that ended early.
+/// Batch that ended early.
 struct Refused {
-    /// Index of the command; that many were made.
+    /// Index of the refused command, which is also the number of commands that succeeded.
     command: usize,
     words: String,
 }
 
 impl Libipset {
-    /// A program that calls [`serve`] when it is started without arguments.
+    /// Creates a description of a program that calls [`serve`] when started without arguments.
     pub fn new(program: impl Into<PathBuf>) -> Self {
         Self { program: program.into(), arguments: Vec::new() }
     }
 
-    /// The same with an argument more.
+    /// Adds an argument.
     #[must_use]
     pub fn with_argument(mut self, argument: impl Into<OsString>) -> Self {
         self.arguments.push(argument.into());
         self
     }
 
-    /// Whether an address is in a set, as a rule that looks into it would find.
+    /// Returns true if a set matches an address, as a rule that looks up the set would find.
     ///
     /// # Errors
     ///
-    /// That there is no such set, or what libipset says.
+    /// The set does not exist, or libipset reports another error.
     pub fn contains(&self, set: Ipset, address: IpAddr) -> Result<bool, KernelError> {
         let command = format!("test {set} {address}");
         match self.run(std::slice::from_ref(&command))? {
@@ -124,11 +124,11 @@ impl Libipset {
         }
     }
 
-    /// All sets of ours with their members; of others not more than the name is read.
+    /// Reads all sets of the datapath with their members, and only the names of other sets.
     ///
     /// # Errors
     ///
-    /// What libipset says, or that it printed what this crate cannot read.
+    /// libipset reports an error, or its output cannot be parsed.
     pub fn observe(&self) -> Result<BTreeMap<Ipset, IpsetContents>, KernelError> {
         let mut gone = None;
         for _ in 0..ATTEMPTS {
@@ -150,7 +150,7 @@ impl Libipset {
         Err(gone.unwrap_or_else(|| KernelError::answer("ipset save", "sets come and go")))
     }
 
-    /// Asks for the names in a process of their own: what is asked for once is said for ever.
+    /// Lists the set names in a separate process, because the option `-n` stays in force.
     fn names(&self) -> Result<Vec<Ipset>, KernelError> {
         let command = "list -n".to_owned();
         match self.run(&[command])? {
@@ -159,7 +159,7 @@ impl Libipset {
         }
     }
 
-    /// Makes operations one after another; gives those that were refused by their index.
+    /// Applies operations one after another; returns the refused ones by index.
     pub(crate) fn make_all(&self, ops: &[&Op]) -> Vec<(usize, KernelError)> {
         let of_op = |(index, op): (usize, &&Op)| {
             commands(op).into_iter().map(move |command| (index, command))
@@ -167,7 +167,7 @@ impl Libipset {
         let (owners, commands): (Vec<usize>, Vec<String>) =
             ops.iter().enumerate().flat_map(of_op).unzip();
         let (mut refused, mut from) = (Vec::new(), 0);
-        // Every round is at least one operation further.
+        // Every round advances by at least one operation.
         while from < commands.len() {
             let ended = match self.run(commands.get(from..).unwrap_or_default()) {
                 Ok(Ok(_)) => break,
@@ -181,7 +181,7 @@ impl Libipset {
             let Some((op, command)) = owners.get(at).zip(commands.get(at)) else { break };
             refused.push((*op, explained(format!("ipset {command}"), &ended.words)));
             if let Some(Op::AddIpset(set, _) | Op::PutIpset(set, _)) = ops.get(*op) {
-                // It may be there or not, and nobody waits for it.
+                // The temporary set may or may not exist, and the result does not matter.
                 let _gone = self.run(&[format!("destroy {}", Ipset::Temporary(set.family()))]);
             }
             from = owners.partition_point(|owner| owner <= op);
@@ -189,7 +189,7 @@ impl Libipset {
         refused
     }
 
-    /// Runs commands in a new process; what it printed, or why it ended early.
+    /// Runs commands in a new process; returns its output, or why it ended early.
     fn run(&self, commands: &[String]) -> Result<Result<String, Refused>, KernelError> {
         let request = format!("run libipset in {}", self.program.display());
         let failed = |error: io::Error| KernelError::io(&request, &error);
@@ -201,7 +201,7 @@ impl Libipset {
             .spawn()
             .map_err(failed)?;
         let input: String = commands.iter().flat_map(|command| [command, "\n"]).collect();
-        // A broken pipe means that it has said why.
+        // A broken pipe means that the process has already reported the reason.
         let written = child.stdin.take().map_or(Ok(()), |mut to| to.write_all(input.as_bytes()));
         let Output { status, stdout, stderr } = child.wait_with_output().map_err(failed)?;
         let said = String::from_utf8_lossy(&stderr);
@@ -227,7 +227,7 @@ impl Libipset {
     }
 }
 
-/// The commands of an operation, without the program's name.
+/// Commands of an operation, without the program's name.
 fn commands(op: &Op) -> Vec<String> {
     let lines = |op: &Op| -> Vec<String> {
         let text = op.to_string();
@@ -236,7 +236,7 @@ fn commands(op: &Op) -> Vec<String> {
     };
     match op {
         Op::AddIpset(set, contents) => {
-            // Under its name it is complete, or not there.
+            // Filled under a temporary name, so that the set is complete or absent under its own.
             let new = Ipset::Temporary(set.family());
             let mut commands = lines(&Op::AddIpset(new, contents.clone()));
             commands.push(format!("rename {new} {set}"));
@@ -247,7 +247,7 @@ fn commands(op: &Op) -> Vec<String> {
     }
 }
 
-/// The number of the last command that was begun, and what was said about it.
+/// Returns the index of the last command begun and the messages about it.
 fn last_words(said: &str) -> (Option<usize>, String) {
     let (mut command, mut words) = (None, Vec::new());
     for line in said.lines() {
@@ -262,7 +262,7 @@ fn last_words(said: &str) -> (Option<usize>, String) {
     (command, words.join(" "))
 }
 
-/// What libipset says where the kernel has a number.
+/// Messages of libipset for errors that have a number in the kernel.
 const NUMBERS: [(&str, i32); 8] = [
     ("name does not exist", errno::ENOENT),
     ("same name already exists", errno::EEXIST),

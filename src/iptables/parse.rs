@@ -1,7 +1,8 @@
-//! Rules as `iptables-save` prints them.
+//! Parser of rules as `iptables-save` prints them.
 //!
-//! Only lines of our own chains, and those of built-in chains that lead to ours, are ever read;
-//! what is not understood in them is kept as it is written, and differs from all that is wanted.
+//! Only lines of the datapath's own chains, and those of built-in chains that jump to them, are
+//! read. A part that is not understood is kept as it is written, and differs from every wanted
+//! rule.
 
 use std::collections::BTreeSet;
 use std::str::FromStr;
@@ -13,7 +14,7 @@ use crate::rules::iptables::{
 use crate::rules::stmt::{Direction, MarkBits};
 use crate::types::{DeviceName, Family};
 
-/// The words of a line: split at blanks, with double quotes around those that have some.
+/// Splits a line into words at blanks, with double quotes around words that contain some.
 pub(crate) fn words(line: &str) -> Vec<String> {
     let mut words = Vec::new();
     let (mut word, mut quoted, mut begun) = (String::new(), false, false);
@@ -43,13 +44,13 @@ pub(crate) fn words(line: &str) -> Vec<String> {
     words
 }
 
-/// The chain of ours that a line of a built-in chain leads to, if it does.
+/// Returns the datapath chain that a line of a built-in chain jumps to, if any.
 pub(crate) fn read_jump(words: &[String]) -> Option<XtName> {
     let at = words.iter().rposition(|word| word == "-j" || word == "-g")?;
     words.get(at + 1).and_then(|word| XtName::from_name(word)).filter(|name| !name.is_built_in())
 }
 
-/// The rule that stands behind the chain's name.
+/// Reads the rule specification after the chain's name.
 pub(crate) fn read_rule(text: &str, family: Family) -> XtRule {
     let words = words(text);
     let mut reader = Reader {
@@ -76,7 +77,7 @@ pub(crate) fn read_rule(text: &str, family: Family) -> XtRule {
 struct Reader<'a> {
     words: std::collections::VecDeque<&'a str>,
     family: Family,
-    /// The match or target whose options follow.
+    /// Match or target module whose options follow.
     module: &'a str,
     protocol: &'a str,
     rule: XtRule,
@@ -91,7 +92,7 @@ impl Reader<'_> {
         (self.words.pop_front()? == word).then_some(())
     }
 
-    /// The whole rule, or nothing if there is one word of it that we never write.
+    /// Reads the whole rule; `None` if it contains a word that the datapath never writes.
     fn read(&mut self) -> Option<()> {
         while let Some(word) = self.words.pop_front() {
             let (is, option) =
@@ -109,7 +110,7 @@ impl Reader<'_> {
                 }
                 option => {
                     let found = self.matching(is, option)?;
-                    // Twice the same would read back as once.
+                    // A repeated match would read back as a single one.
                     self.rule.matches.insert(found).then_some(())?;
                 }
             }
@@ -200,7 +201,7 @@ impl Reader<'_> {
     }
 }
 
-/// `value/mask`, or a value alone, in hexadecimal as every version prints them.
+/// Reads `value/mask`, or a value alone, in hexadecimal as every iptables version prints them.
 fn bits(text: &str) -> Option<MarkBits> {
     let number = |text: &str| u32::from_str_radix(text.strip_prefix("0x")?, 16).ok();
     match text.split_once('/') {

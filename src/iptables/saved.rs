@@ -1,12 +1,12 @@
-//! What `iptables-save` prints, as far as it is ours.
+//! Parser of `iptables-save` output for chains and rules of the datapath.
 
 use crate::rules::iptables::{read_jump, read_rule, words};
 use crate::state::{XtChain, XtName, XtTable, Xtables};
 use crate::types::Family;
 
-/// Adds chains of ours, and the rules of built-in chains that lead to them with their places.
+/// Adds the datapath's chains, and rules of built-in chains that jump to them, with positions.
 ///
-/// Of what is not ours only the number of rules before ours counts.
+/// Of the rules of other programs only the number before the datapath's rules counts.
 pub(crate) fn read(text: &str, family: Family, tables: &mut Xtables) {
     let (mut table, mut place) = (None, (None, 0));
     for line in text.lines() {
@@ -28,7 +28,7 @@ pub(crate) fn read(text: &str, family: Family, tables: &mut Xtables) {
                 tables.chains.entry(chain).or_default().push(read_rule(rule, family));
                 continue;
             }
-            // Rules of a chain stand together, in their order.
+            // `iptables-save` prints the rules of a chain together, in their order.
             place = if place.0 == Some(name) { (place.0, place.1 + 1) } else { (Some(name), 1) };
             if read_jump(&words(rule)).is_some() {
                 tables.jumps.entry(chain).or_default().push((place.1, read_rule(rule, family)));
@@ -37,7 +37,7 @@ pub(crate) fn read(text: &str, family: Family, tables: &mut Xtables) {
     }
 }
 
-/// How many rules are not ours.
+/// Number of rules that do not belong to the datapath.
 pub(crate) fn foreign_rules(text: &str) -> usize {
     let rules = text.lines().filter_map(|line| line.strip_prefix("-A "));
     let ours = |rule: &&str| {

@@ -1,15 +1,15 @@
-//! What `iptables-restore` is given.
+//! Input of `iptables-restore`.
 
 use std::fmt::Write;
 
 use crate::diff::op::{Op, write_edit};
 use crate::state::XtTable;
 
-/// Changes to one table, as one transaction.
+/// Script with changes to one table, as one transaction.
 pub(crate) fn of(table: XtTable, ops: &[&Op]) -> String {
     let mut text = format!("*{}\n", table.name());
     for op in ops {
-        // Nothing that is written into a text is refused.
+        // Writing into a `String` cannot fail.
         let _written = match op {
             Op::AddXtChain(_, chain) => writeln!(text, "-N {}", chain.name),
             Op::DeleteXtChain(_, chain) => writeln!(text, "-F {0}\n-X {0}", chain.name),

@@ -1,14 +1,16 @@
-//! What the agent of spidernet's egressgateway leaves on a node, told from what is like it.
+//! Detection and removal of the state of spidernet's egressgateway agent on a node.
 //!
-//! | object | theirs if |
+//! An object is recognised as the agent's by these criteria:
+//!
+//! | object | belongs to the agent if |
 //! |---|---|
-//! | rule of iptables | it has the comment `egw:` and a hash of 16 characters, by which their agent itself knows it |
-//! | chain | it has one of their three names, such a rule leads to it or is in it, and no other does |
-//! | set | it is a `hash:net` with one of their names: a prefix and hex digits, 31 bytes in all, or one of two fixed ones |
+//! | iptables rule | it has the comment `egw:` and a hash of 16 characters, by which the agent itself recognises it |
+//! | chain | it has one of the agent's three chain names, a rule of the agent leads to it or is in it, and no other rule does |
+//! | set | it is a `hash:net` with a name of the agent: a prefix and hex digits, 31 bytes in all, or one of two fixed names |
 //! | routing rule | its priority is 99, and it looks up the table whose number is its whole mark, 0x26000001 to 0x26fffffe |
-//! | VXLAN device | it does not learn and is not ours; a route of such a table leaves by it, or name, VNI and port are their defaults |
+//! | VXLAN device | it does not learn and is not the datapath's; a route of such a table leaves by it, or name, VNI and port are the agent's defaults |
 //!
-//! Addresses, forwarding entries, neighbours and routes go with the device.
+//! Addresses, FDB entries, neighbours and routes are removed with the device.
 
 mod saved;
 
@@ -35,17 +37,17 @@ use crate::types::Family;
 
 use saved::Lines;
 
-/// Priority of their routing rules.
+/// Priority of the agent's routing rules.
 pub(crate) const PRIORITY: u32 = 99;
 
-/// Name, VNI and port of their device, where nobody chose others.
+/// Default name, VNI and UDP port of the agent's VXLAN device.
 pub(crate) const DEVICE: (&str, u32, u16) = ("egress.vxlan", 100, 7789);
 
-/// Names of their sets that do not depend on a policy, with the family.
+/// Set names of the agent that do not depend on a policy, with the address family.
 const FIXED_SETS: [(&str, Family); 2] =
     [("egress-cluster-cidr-ipv4", Family::V4), ("egress-cluster-cidr-ipv6", Family::V6)];
 
-/// What the names of the others begin with.
+/// Prefixes of the agent's set names that depend on a policy, with the address family.
 const SET_PREFIXES: [(&str, Family); 4] = [
     ("egress-src-v4-", Family::V4),
     ("egress-dst-v4-", Family::V4),
@@ -53,15 +55,15 @@ const SET_PREFIXES: [(&str, Family); 4] = [
     ("egress-dst-v6-", Family::V6),
 ];
 
-/// Length of these names: as long as the kernel lets them be.
+/// Length of the policy-dependent set names: the maximum that the kernel accepts.
 const SET_NAME: usize = 31;
 
-/// Whether a mark is one that they give to a node.
+/// Returns true for a mark in the range that the agent gives to nodes.
 pub(crate) fn is_mark(mark: u32) -> bool {
     (0x2600_0001..=0x26ff_fffe).contains(&mark)
 }
 
-/// The family of the set that they give this name.
+/// Returns the address family of the agent's set with this name.
 fn family_of_set(name: &str) -> Option<Family> {
     let fixed = FIXED_SETS.into_iter().find(|(fixed, _)| *fixed == name);
     let hashed = || {
@@ -73,16 +75,16 @@ fn family_of_set(name: &str) -> Option<Family> {
     fixed.or_else(hashed).map(|(_, family)| family)
 }
 
-/// What the agent of spidernet's egressgateway left in a network namespace, as far as it is
-/// provably its own.
+/// State that the agent of spidernet's egressgateway left in a network namespace.
 ///
-/// Its `Display` is the commands that remove it, one a line.
+/// Only objects that provably belong to that agent are included. Its `Display` is the commands that
+/// remove them, one a line.
 ///
-/// Stop that agent first: it puts back what it misses. Then [set its chains
-/// aside](IptablesDatapath::set_predecessor_aside), make our own state whole, and only then
-/// [remove](IptablesDatapath::remove_predecessor) this: no packet leaves with a pod's address
-/// meanwhile. While both are there packets may be dropped: theirs and ours take each other's marks
-/// for one that has lost its way.
+/// Stop that agent first: it restores what is missing. Then [set its chains
+/// aside](IptablesDatapath::set_predecessor_aside), make this datapath's state complete, and only
+/// then [remove](IptablesDatapath::remove_predecessor) the agent's state: no packet leaves with a
+/// pod's address meanwhile. While the state of both is installed packets may be dropped: the rules
+/// of each take the marks of the other for marks of packets that missed their routing rule.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[must_use]
 pub struct Predecessor {
@@ -92,7 +94,7 @@ pub struct Predecessor {
     sets: Vec<String>,
 }
 
-/// What is theirs in one table of iptables.
+/// Objects of the agent in one iptables table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Leftover {
     variant: Variant,
@@ -102,21 +104,21 @@ struct Leftover {
 }
 
 impl Predecessor {
-    /// Whether there is nothing of theirs.
+    /// Returns true if no object of the agent was found.
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }
 
-    /// Their tunnel device.
+    /// Name of the agent's tunnel device.
     pub fn device(&self) -> Option<&str> {
         self.device.as_ref().map(|device| device.name.as_str())
     }
 
-    /// Whether a routing rule of theirs takes packets that one of ours is for: theirs are asked
-    /// first, and compare all bits of a mark of which we write but some.
+    /// Returns true if a routing rule of the agent takes packets that `ours` is meant for.
     ///
-    /// Such a packet would go to a node of theirs. Give the gateway another mark
-    /// ([`Node::mark`](crate::Node::mark)) before anything is programmed.
+    /// The agent's rules come first, and compare all bits of a mark, of which the datapath writes
+    /// only some. Such a packet would go to a gateway node of the agent. Give the gateway another
+    /// mark ([`Node::mark`](crate::Node::mark)) before anything is programmed.
     pub fn takes(&self, ours: &Rule) -> bool {
         let steers = matches!(ours.action, RuleAction::Lookup(_)) && ours.mask != 0;
         let (family, mark) = (ours.family, ours.mark.get());
@@ -124,10 +126,10 @@ impl Predecessor {
             && self.rules.iter().any(|(of, theirs, _)| *of == family && theirs & ours.mask == mark)
     }
 
-    /// Why a tunnel like this one cannot be there as long as theirs is: it has the name, or the VNI
-    /// and port.
+    /// Conflict of a tunnel with the agent's device: equal name, or equal VNI and UDP port.
     ///
-    /// Theirs must stay until ours works, so the remedy is another name and another VNI.
+    /// A tunnel with such a conflict cannot be created while the agent's device exists. That device
+    /// must stay until the datapath works, so the remedy is another name and another VNI.
     pub fn in_the_way(&self, tunnel: &Tunnel) -> Option<Problem> {
         let found = self.device.as_ref()?;
         let device = found.name.clone();
@@ -159,7 +161,7 @@ impl fmt::Display for Predecessor {
 }
 
 impl IptablesDatapath {
-    /// Looks for what the agent of spidernet's egressgateway left here; changes nothing.
+    /// Finds the state of spidernet's egressgateway agent in this namespace; changes nothing.
     ///
     /// # Errors
     ///
@@ -178,7 +180,8 @@ impl IptablesDatapath {
                 }));
             }
         }
-        // Marks first, and what translates and accepts after it.
+        // The mangle table, which sets marks, comes first, then the tables that translate and
+        // accept.
         tables.sort_by_key(|left| std::cmp::Reverse(left.table));
         let kernel = self.kernel();
         let rules = kernel.routing.their_rules()?;
@@ -187,8 +190,9 @@ impl IptablesDatapath {
         Ok(Predecessor { device, rules, tables, sets })
     }
 
-    /// Gives chains of theirs that have the name of one of ours another name, so that ours can be
-    /// made beside them; they go on doing what they do. What is there then is found anew.
+    /// Renames the agent's chains that have the name of a datapath chain; returns the new state.
+    ///
+    /// The datapath's chains can then be created beside them. The renamed chains keep working.
     ///
     /// # Errors
     ///
@@ -205,17 +209,19 @@ impl IptablesDatapath {
         self.predecessor()
     }
 
-    /// Removes what was found: rules of iptables and their chains, one transaction for each table,
-    /// routing rules, the device, sets.
+    /// Removes the agent's state that was found.
     ///
-    /// Call it when our own state is in force, as after a
-    /// [`reconcile`](crate::Reconciler::reconcile): what they steered and no policy of ours
-    /// selects leaves with its own address from then on.
+    /// The order is: iptables rules and their chains, one transaction for each table; routing
+    /// rules; the device; sets.
+    ///
+    /// Call it when the datapath's own state is in force, as after a
+    /// [`reconcile`](crate::Reconciler::reconcile): packets that the agent steered and that no
+    /// policy selects leave with their own source address from then on.
     ///
     /// # Errors
     ///
-    /// The first request that was refused. A set that somebody else's rule looks into is left, and
-    /// the rest is removed all the same.
+    /// The first request that was refused. A set that a rule of another program looks up is left,
+    /// and the rest is removed all the same.
     pub fn remove_predecessor(&mut self, found: &Predecessor) -> Result<(), KernelError> {
         for Leftover { variant, family, table, lines } in &found.tables {
             self.restored(*variant, *family, &script(*table, &lines.remove))?;
@@ -240,7 +246,7 @@ impl IptablesDatapath {
     }
 }
 
-/// Changes to one table, as one transaction.
+/// Script with changes to one table, as one transaction.
 fn script(table: XtTable, lines: &[String]) -> String {
     let mut text = format!("*{}\n", table.name());
     text.extend(lines.iter().flat_map(|line| [line, "\n"]));
@@ -275,13 +281,13 @@ impl RouteSocket {
                 return false;
             };
             let usual = (device.name.as_str(), tunnel.vni, tunnel.port) == DEVICE;
-            // An alias or a group is somebody's who has plans with it.
+            // An alias, a group or a master shows that another program uses the device.
             let unnamed = device.alias.is_none() && device.group == 0 && device.master == 0;
             unnamed && !device.is_ours() && (usual || leads_out.contains(&device.index))
         }))
     }
 
-    /// The devices that default routes of their tables leave by.
+    /// Returns the interfaces of the default routes in the agent's routing tables.
     fn devices_of_tables(
         &mut self,
         rules: &[(Family, u32, RuleMessage)],
@@ -307,7 +313,7 @@ impl RouteSocket {
     }
 }
 
-/// The mark of a routing rule of theirs, which is also its table.
+/// Returns the mark of a routing rule of the agent, which is also its table number.
 fn their_mark(message: &RuleMessage) -> Option<u32> {
     let header = &message.header;
     let selects = (header.src_len, header.dst_len, header.tos) != (0, 0, 0);
@@ -325,7 +331,7 @@ fn their_mark(message: &RuleMessage) -> Option<u32> {
             RuleAttribute::Protocol(_)
             | RuleAttribute::Table(_)
             | RuleAttribute::SuppressPrefixLen(u32::MAX) => {}
-            // A selector or an option that they never ask for.
+            // A selector or an option that the agent never uses.
             _ => return None,
         }
     }

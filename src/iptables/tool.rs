@@ -1,4 +1,4 @@
-//! The host's own tools.
+//! iptables tools of the host: `iptables-save` and `iptables-restore`.
 
 use std::env;
 use std::io::Write;
@@ -11,18 +11,19 @@ use crate::faults::Faults;
 use crate::state::Variant;
 use crate::types::Family;
 
-/// Seconds that are waited for the lock that all users of iptables share.
+/// Time to wait for the lock that all users of iptables share, in seconds.
 const PATIENCE: &str = "5";
 
-/// What `iptables-restore` ends with if it did not get the lock, or the kernel was too busy
-/// (`RESOURCE_PROBLEM` of `xtables.h`).
+/// Exit code of `iptables-restore` without the lock or with a busy kernel.
+///
+/// `RESOURCE_PROBLEM` of `xtables.h`.
 const BUSY: i32 = 4;
 
 const HELD: &str = "another program holds /run/xtables.lock: try again, and give this process the \
                     host's /run";
 const NO_TOOLS: &str = "install iptables from 1.8 on";
 
-/// Where the tools are.
+/// Paths of the tools.
 #[derive(Debug)]
 pub(crate) struct Tools {
     found: Vec<(Variant, Family, Pair)>,
@@ -30,7 +31,7 @@ pub(crate) struct Tools {
     faults: Option<Faults>,
 }
 
-/// The two tools of a variant and family.
+/// Save and restore tool of one variant and family.
 #[derive(Clone, Debug)]
 struct Pair {
     save: PathBuf,
@@ -38,7 +39,7 @@ struct Pair {
 }
 
 impl Tools {
-    /// Looks for both variants.
+    /// Finds the tools of both variants.
     pub(crate) fn find() -> Result<Self, KernelError> {
         let mut found = Vec::new();
         for variant in Variant::BOTH {
@@ -58,13 +59,13 @@ impl Tools {
         })
     }
 
-    /// Lets a plan of faults have a say in what is run.
+    /// Sets a fault plan that decides about the tools that are run.
     #[cfg(feature = "testing")]
     pub(crate) fn set_faults(&mut self, faults: Faults) {
         self.faults = Some(faults);
     }
 
-    /// Runs a tool, unless the plan of a test is against it.
+    /// Runs a tool, unless the fault plan of a test refuses it.
     #[cfg(feature = "testing")]
     fn run<T>(
         &self,
@@ -102,7 +103,7 @@ impl Tools {
         })
     }
 
-    /// All rules of a variant and family.
+    /// Returns all rules of a variant and family.
     pub(crate) fn save(&self, variant: Variant, family: Family) -> Result<String, KernelError> {
         let text = format!("{}-save", variant.command(family));
         let pair = self.pair(variant, family)?;
@@ -110,12 +111,12 @@ impl Tools {
             let output = Command::new(&pair.save).stdin(Stdio::null()).output();
             let output = output.map_err(|error| KernelError::io(&text, &error))?;
             succeeded(&text, &output)?;
-            // Comments of others may be any bytes.
+            // Comments of other programs may contain any bytes.
             Ok(String::from_utf8_lossy(&output.stdout).into_owned())
         })
     }
 
-    /// Makes changes to one table, all or none; what they do not name is not touched.
+    /// Applies changes to one table, all or none; objects not named in the script stay as they are.
     pub(crate) fn restore(
         &self,
         variant: Variant,
@@ -129,7 +130,7 @@ impl Tools {
     }
 }
 
-/// Gives the tool its script, and waits for it.
+/// Passes the script to the tool and waits for its end.
 fn feed(restore: &Path, text: &str, script: &str) -> Result<(), KernelError> {
     let failed = |error: std::io::Error| KernelError::io(text, &error);
     let mut child = Command::new(restore)
@@ -139,7 +140,8 @@ fn feed(restore: &Path, text: &str, script: &str) -> Result<(), KernelError> {
         .stderr(Stdio::piped())
         .spawn()
         .map_err(failed)?;
-    // It says little before it has read all; a broken pipe means that it has said why.
+    // The tool prints little before it has read all input, so the pipes cannot deadlock; a broken
+    // pipe means that the tool has already reported the reason.
     let written = child.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(script.as_bytes()));
     let output = child.wait_with_output().map_err(failed)?;
     succeeded(text, &output)?;
@@ -177,7 +179,7 @@ fn pair(variant: Variant, family: Family) -> Option<Pair> {
     Some(Pair { save: plain("save")?, restore: plain("restore")? })
 }
 
-/// A program, also where the search path of a service does not lead.
+/// Finds a program in `PATH` and in `/usr/sbin` and `/sbin`, which a service's `PATH` may lack.
 fn find(name: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     let usual = ["/usr/sbin", "/sbin"].map(PathBuf::from);

@@ -1,4 +1,4 @@
-//! Alone in charge, or one of several.
+//! Exclusive or shared ownership of the nf_tables table.
 
 use std::fs;
 use std::os::linux::net::SocketAddrExt;
@@ -9,52 +9,59 @@ use super::nft;
 use crate::error::{KernelError, errno};
 use crate::state::TableFamily;
 
-/// Whether other programs may change our nf_tables table.
+/// Ownership of the datapath's nf_tables table: permission for other programs to change it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Ownership {
-    /// Whoever has the privilege may, also `nft flush ruleset`. For processes that live shortly,
-    /// as CNI plugins do, and come one after another.
+    /// Every privileged program may change the table, `nft flush ruleset` included.
+    ///
+    /// For short-lived processes that run one after another, such as CNI plugins.
     #[default]
     Shared,
-    /// Nobody but this datapath, for as long as it lives; a second one is refused.
+    /// Only this datapath may change the table, for as long as it lives; a second one is refused.
     ///
-    /// The kernel enforces it from 6.9 on; older ones keep other datapaths out, but not other
-    /// programs. [`KernelDatapath::protection`](crate::KernelDatapath::protection) says which it is.
+    /// The kernel enforces this from 6.9 on; on older kernels other datapaths are kept out, but
+    /// other programs are not. [`KernelDatapath::protection`](crate::KernelDatapath::protection)
+    /// tells which applies.
     Exclusive,
 }
 
-/// What a datapath is protected by against changes that others make to its nf_tables table.
+/// Protection of a datapath's nf_tables table against changes by other programs.
 ///
-/// More is greater: `protection() < Protection::Kernel` is a datapath whose table other programs
-/// can change.
+/// Stronger protection compares as greater: `protection() < Protection::Kernel` is a datapath whose
+/// table other programs can change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum Protection {
-    /// Nothing: it is [`Ownership::Shared`].
+    /// No protection: the datapath is [`Ownership::Shared`].
     None,
-    /// A name that only one can have, which keeps out other exclusive datapaths. All that Linux
-    /// before 5.12 has.
+    /// Unique name in the network namespace, which keeps out other exclusive datapaths.
+    ///
+    /// This is the only protection on Linux before 5.12.
     Name,
-    /// Also a lock that shared datapaths ask for before they change anything: a table
-    /// `egress_datapath_lock`, which only its owner can touch, and which goes with it
-    /// (`NFT_TABLE_F_OWNER`). A shared one that is amid its changes ends them. Linux from 5.12 on.
+    /// Name and lock; shared datapaths check the lock before they change anything.
+    ///
+    /// The lock is a table `egress_datapath_lock` that only its owner can change and that is
+    /// removed with its owner (`NFT_TABLE_F_OWNER`). A shared datapath that is in the middle of its
+    /// changes finishes them. Linux from 5.12 on.
     Lock,
-    /// The kernel: the table has an owner, and stays when that dies, for the next one to take it
-    /// over (`NFT_TABLE_F_PERSIST`). Linux from 6.9 on.
+    /// Table owner enforced by the kernel (`NFT_TABLE_F_PERSIST`).
+    ///
+    /// The table stays when its owner dies, and the next owner takes it over. Linux from 6.9 on.
     Kernel,
 }
 
-/// What keeps others out.
+/// Objects that protect the table against other programs.
 #[derive(Debug)]
 pub(super) struct Hold {
     pub(super) protection: Protection,
-    /// Flags that the table is made with.
+    /// Flags for the creation of the table.
     pub(super) table_flags: u32,
-    /// Names in the abstract socket namespace, which is part of the network namespace. The
-    /// kernel frees them with the process, however it ends.
+    /// Names in the abstract socket namespace, which is part of the network namespace.
+    ///
+    /// The kernel frees the names with the process, however it ends.
     _names: Option<[UnixListener; 2]>,
-    /// Whether this kernel may have a lock that must be asked for, once that is known.
+    /// Set if this kernel may have a lock to check; `None` until that is known.
     asks: Option<bool>,
 }
 
@@ -65,7 +72,7 @@ const PLAIN_TABLE: &str = "remove what a shared datapath made, then make it excl
                            gives a table that has no owner none later";
 
 impl Hold {
-    /// Takes hold of this network namespace, and of the table if there is one.
+    /// Takes ownership of this network namespace, and of the table if it exists.
     pub(super) fn take(ownership: Ownership, socket: &mut Socket) -> Result<Self, KernelError> {
         if ownership == Ownership::Shared {
             let protection = Protection::None;
@@ -98,15 +105,15 @@ impl Hold {
         Ok(Self { protection, table_flags, _names: names, asks: Some(false) })
     }
 
-    /// Refuses changes while another has the lock.
+    /// Refuses changes while another datapath holds the lock.
     ///
-    /// Where the table itself has an owner there is no lock, and nothing to ask for: a change of one
-    /// element is not to wait for an answer that is known.
+    /// On kernels where the table itself has an owner there is no lock to check: a change of one
+    /// element must not wait for a reply that is known beforehand.
     pub(super) fn may_change(&mut self, socket: &mut Socket) -> Result<(), KernelError> {
         let asks = match self.asks {
             Some(asks) => asks,
             None => *self.asks.insert(match nft::has_owners(socket) {
-                // Without nf_tables nobody has locked them.
+                // A kernel without nf_tables has no lock table.
                 Err(error) if nft::is_absent(&error) => false,
                 has => !has?,
             }),
@@ -124,7 +131,7 @@ impl Hold {
     }
 }
 
-/// Takes the lock, and leaves a name that says who has it.
+/// Takes the lock, and publishes the process id of its holder as a socket name.
 fn lock() -> Result<[UnixListener; 2], KernelError> {
     let bind = |name: &str| {
         let address = SocketAddr::from_abstract_name(name)?;
@@ -143,14 +150,14 @@ fn lock() -> Result<[UnixListener; 2], KernelError> {
     Ok([lock, holder])
 }
 
-/// The process that has the lock of the calling thread's network namespace.
+/// Returns the process that holds the lock of the calling thread's network namespace.
 pub(super) fn holder() -> Option<u32> {
     holder_in(&fs::read("/proc/thread-self/net/unix").ok()?)
 }
 
-/// The process that has the lock, in the kernel's list of sockets.
+/// Returns the process that holds the lock, according to the kernel's list of sockets.
 ///
-/// Anybody may put any bytes into that list as the name of a socket: it is a hint.
+/// The result is a hint: any program may put any bytes into that list as the name of a socket.
 fn holder_in(list: &[u8]) -> Option<u32> {
     // The kernel writes the NUL that begins an abstract name as `@`.
     let name = |line: &str| line.split_once(" @")?.1.strip_prefix(HOLDER)?.parse().ok();
@@ -174,7 +181,7 @@ mod tests {
         State { firewall: Some(Firewall::default()), ..State::default() }
     }
 
-    /// Ends a test about what only the kernel keeps others out of.
+    /// Skips a test that needs enforcement by the kernel.
     fn needs_owners(datapath: &KernelDatapath) {
         let by_kernel = datapath.protection() == Protection::Kernel;
         harness::needs_kernel("owners of tables that stay (Linux 6.9)", by_kernel);
@@ -202,7 +209,7 @@ mod tests {
         in_netns(|socket| {
             let mut shared = KernelDatapath::open().unwrap();
             assert_eq!(shared.protection(), Protection::None);
-            // As on a kernel whose tables do not stay without their owner.
+            // Simulates a kernel whose tables do not persist without their owner.
             shared.hold.asks = Some(true);
             let locked = nft::lock(socket).unwrap();
             harness::needs_kernel("owners of tables (Linux 5.12)", locked);
@@ -215,7 +222,7 @@ mod tests {
                 assert_eq!(error.holder(), Some(socket.port()));
                 assert!(shared.observe().unwrap().is_empty());
                 shared.apply(&Changes::default()).unwrap();
-                // Nobody else can take the lock away.
+                // No other program can take the lock away.
                 assert!(nft::lock(&mut nft::open().unwrap()).is_err());
                 nft(&["flush", "ruleset"], "").unwrap();
             }

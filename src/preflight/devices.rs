@@ -1,4 +1,4 @@
-//! The tunnel, its port and what carries it.
+//! Checks of the tunnel device, its UDP port and the underlay interface.
 
 use super::facts::{Action, Device, Facts, Rule};
 use super::{Preflight, Problem};
@@ -59,7 +59,7 @@ impl Preflight<'_> {
     }
 }
 
-/// What spidernet's egressgateway leaves, as far as these facts tell.
+/// Detects state of spidernet's egressgateway, as far as these facts show it.
 fn predecessor(facts: &Facts) -> Option<Problem> {
     let is_rule = |rule: &&Rule| match (rule.mark, rule.action) {
         (Some((mark, u32::MAX)), Action::Lookup { table, .. }) => {

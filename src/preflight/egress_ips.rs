@@ -1,4 +1,4 @@
-//! Who has the egress IPs.
+//! Checks of the egress IPs among the addresses of this host.
 
 use std::net::IpAddr;
 
@@ -21,7 +21,7 @@ impl Preflight<'_> {
         }
     }
 
-    /// An egress IP that is where it belongs.
+    /// Judges an egress IP that is on this node, its gateway.
     fn judge_own(&self, facts: &Facts, found: &Address) -> Vec<Problem> {
         let (address, device) = (found.ip, found.device.clone());
         let mut problems = Vec::new();
@@ -37,7 +37,7 @@ impl Preflight<'_> {
         problems
     }
 
-    /// The device of the underlay, if it does not answer for an address of the loopback device.
+    /// Returns the underlay interface, if it does not answer ARP or NDP for an address of `lo`.
     fn silent_uplink(&self, facts: &Facts, address: IpAddr) -> Option<String> {
         let underlay = self.underlay()?;
         let uplink = facts.addresses.iter().find(|found| found.ip == underlay)?;

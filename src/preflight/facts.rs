@@ -1,4 +1,4 @@
-//! What is judged: facts about a host, as plain values.
+//! Facts about a host that the preflight check judges, as plain values.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -9,30 +9,30 @@ use ipnet::IpNet;
 use super::terms::{KernelPart, MarkKind};
 use crate::types::Family;
 
-/// What is there, and not ours.
+/// Objects and settings on this host that do not belong to the datapath.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Facts {
-    /// Whether the kernel refuses changes for want of a privilege.
+    /// Set if the kernel refuses changes because a privilege is missing.
     pub(crate) denied: bool,
     pub(crate) missing: Vec<KernelPart>,
-    /// The kernel's version, major and minor, if it says one.
+    /// Major and minor version of the kernel, if it reports one.
     pub(crate) version: Option<(u32, u32)>,
     pub(crate) settings: Settings,
     pub(crate) devices: Vec<Device>,
     pub(crate) addresses: Vec<Address>,
     pub(crate) rules: Vec<Rule>,
-    /// Tables that somebody's rule names or that hold somebody's route.
+    /// Routing tables that a rule of another program names or that hold its routes.
     pub(crate) tables: BTreeSet<u32>,
-    /// Of these, those that have a route for every destination.
+    /// Tables among `tables` that have a route for every destination, by family.
     pub(crate) catch_all: BTreeSet<(Family, u32)>,
-    /// Routes of others in tables that hold one of ours.
+    /// Routes of other programs in tables that hold a route of the datapath.
     pub(crate) intruders: Vec<Intruder>,
     pub(crate) firewall: Firewall,
     /// Tables of legacy iptables.
     pub(crate) legacy: Vec<String>,
 }
 
-/// Settings below `/proc/sys/net`, by their names with slashes; what is missing is not there.
+/// Sysctl settings below `/proc/sys/net`, by name with slashes; missing settings have no entry.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Settings(pub(crate) BTreeMap<String, u64>);
 
@@ -41,66 +41,66 @@ impl Settings {
         self.0.get(name).copied()
     }
 
-    /// A setting of which the kernel takes the larger of that of all devices and of this one.
+    /// Effective value of a setting where the kernel takes the larger of `all` and the interface.
     pub(crate) fn larger(&self, name: &str, device: &str) -> u64 {
         let of = |device| self.get(&format!("ipv4/conf/{device}/{name}")).unwrap_or(0);
         of("all").max(of(device))
     }
 }
 
-/// A network device.
+/// Network interface.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Device {
     pub(crate) name: String,
     pub(crate) ours: bool,
-    /// Whether it takes packets out of other packets.
+    /// Set if the interface decapsulates packets (a tunnel device).
     pub(crate) decapsulates: bool,
     pub(crate) mtu: u32,
     pub(crate) rp_filter: u32,
     pub(crate) vxlan: Option<Vxlan>,
 }
 
-/// What only a VXLAN device has.
+/// Attributes of a VXLAN device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Vxlan {
     pub(crate) vni: u32,
     pub(crate) port: u16,
-    /// Whether it takes every VNI, and another program sorts them.
+    /// Set if the device takes every VNI, and another program dispatches them (`external`).
     pub(crate) external: bool,
 }
 
-/// An address of a device.
+/// Address of an interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Address {
     pub(crate) ip: IpAddr,
     pub(crate) device: String,
-    /// Whether its preferred lifetime is over.
+    /// Set if the preferred lifetime of the address is over.
     pub(crate) deprecated: bool,
 }
 
-/// A routing rule of somebody else.
+/// Routing rule of another program.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Rule {
     pub(crate) family: Family,
     pub(crate) priority: u32,
-    /// Value and mask.
+    /// Value and mask of the firewall mark.
     pub(crate) mark: Option<(u32, u32)>,
     pub(crate) source: Option<IpNet>,
-    /// Whether anything else of the packet is asked for.
+    /// Set if the rule has selectors besides firewall mark and source.
     pub(crate) selects: bool,
-    /// Whether all of the selectors are to fail.
+    /// Set if the rule matches packets that fail its selectors (`not`).
     pub(crate) inverted: bool,
     pub(crate) action: Action,
 }
 
-/// What a routing rule does.
+/// Action of a routing rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Action {
-    /// Looks in a table; perhaps not at its default route.
+    /// Looks up a routing table; with `without_default`, its default route is ignored.
     Lookup { table: u32, without_default: bool },
-    /// Ends the packet.
+    /// Ends the lookup and refuses the packet.
     Refuse,
-    /// Anything else.
+    /// Any other action.
     Other,
 }
 
@@ -128,41 +128,41 @@ impl fmt::Display for Rule {
     }
 }
 
-/// A route of somebody else in a table of ours.
+/// Route of another program in a routing table of the datapath.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Intruder {
     pub(crate) family: Family,
-    /// As `ip route` takes it.
+    /// Route in the syntax of `ip route`.
     pub(crate) text: String,
 }
 
-/// What others have in nf_tables.
+/// Chains and mark uses of other programs in nf_tables.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Firewall {
     pub(crate) chains: Vec<Chain>,
     pub(crate) marks: Vec<MarkUse>,
 }
 
-/// A base chain.
+/// Base chain.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Chain {
-    /// Family and name, as `nft` takes them.
+    /// Family and name of the table, in the syntax of `nft`.
     pub(crate) table: String,
     pub(crate) name: String,
-    /// Families of the packets it sees.
+    /// Address families of the packets that pass through the chain.
     pub(crate) families: Vec<Family>,
     pub(crate) nat: bool,
-    /// Number of the hook (`enum nf_inet_hooks`).
+    /// Hook number (`enum nf_inet_hooks`).
     pub(crate) hook: u32,
     pub(crate) priority: i32,
     pub(crate) drops: bool,
 }
 
-/// Rules of one table that do the same to a mark.
+/// Rules of one table that use the same bits of a mark in the same way.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct MarkUse {
     pub(crate) table: String,
-    /// The first chain that has one.
+    /// First chain with such a rule.
     pub(crate) chain: String,
     pub(crate) kind: MarkKind,
     pub(crate) bits: u32,

@@ -1,4 +1,4 @@
-//! Chains and rules of others in nf_tables, and legacy iptables.
+//! Checks of nf_tables chains and rules of other programs, and of legacy iptables.
 
 use std::collections::BTreeSet;
 
@@ -7,7 +7,7 @@ use super::{DropHook, MarkKind, Preflight, Problem};
 use crate::plan::BEFORE_SNAT;
 use crate::types::Family;
 
-/// `NF_INET_POST_ROUTING`.
+/// Hook number `NF_INET_POST_ROUTING`.
 const POSTROUTING: u32 = 4;
 
 impl Preflight<'_> {
@@ -57,7 +57,7 @@ impl Preflight<'_> {
     }
 
     fn translates_first(&self, chain: &Chain) -> Option<Problem> {
-        // Of two chains at one priority the younger runs first.
+        // At equal priority, the chain created later runs first.
         let first = chain.nat && chain.hook == POSTROUTING && chain.priority <= BEFORE_SNAT;
         (first && sees(chain, &self.families)).then(|| Problem::NatFirst {
             table: chain.table.clone(),
@@ -72,7 +72,7 @@ fn sees(chain: &Chain, families: &BTreeSet<Family>) -> bool {
     chain.families.iter().any(|family| families.contains(family))
 }
 
-/// Whether a chain has the table and the name that iptables-nft gives its own.
+/// Returns true for a chain with the table and the chain name that iptables-nft uses.
 fn is_iptables(chain: &Chain) -> bool {
     let names = ["ip filter", "ip nat", "ip mangle", "ip raw", "ip6 filter", "ip6 nat"];
     let upper = chain.name.chars().all(|c| c.is_ascii_uppercase());

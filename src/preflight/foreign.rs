@@ -1,4 +1,4 @@
-//! What others have in nf_tables, iptables-nft among them.
+//! Reads nf_tables chains and mark uses of other programs, including iptables-nft.
 
 mod marks;
 #[cfg(test)]
@@ -12,14 +12,16 @@ use crate::kernel::nft::{Answered, Request, ask_any, batch, chain, generation, k
 use crate::state::NFT_TABLE;
 use crate::types::Family;
 
-/// Times that the lists are read until nobody changes anything meanwhile.
+/// Number of attempts to read the lists without a change of the ruleset in between.
 const ATTEMPTS: usize = 5;
 
-/// Families whose packets we steer (`NFPROTO_*`), as `nft` writes them.
+/// Families whose packets the datapath steers: `NFPROTO_*` number and `nft` name.
 const FAMILIES: [(u8, &str, &[Family]); 3] =
     [(batch::INET, "inet", &Family::BOTH), (2, "ip", &[Family::V4]), (10, "ip6", &[Family::V6])];
 
-/// Reads base chains and the uses of the mark in all tables but ours.
+/// Reads base chains and mark uses from all tables except the datapath's.
+///
+/// A read is repeated if the ruleset generation changed meanwhile or a dump was interrupted.
 pub(crate) fn foreign(socket: &mut Socket) -> Result<Firewall, KernelError> {
     for _ in 0..ATTEMPTS {
         let before = generation(socket)?;
@@ -59,7 +61,7 @@ fn chains(
     ask_any(socket, &request, |writer| writer.nfgen(number, 0), take)
 }
 
-/// A base chain of others.
+/// Reads a base chain of another program; other chains and the datapath's own give `None`.
 fn read_chain(
     attributes: Attributes<'_>,
     family: &str,
@@ -73,7 +75,7 @@ fn read_chain(
             1 => table = text(&attribute),
             3 => name = text(&attribute),
             4 => hook = Some(chain::read_hook(attribute.nested())?),
-            // `NF_DROP`.
+            // The policy is `NF_DROP`.
             5 => drops = attribute.be32()? == 0,
             7 => kind = text(&attribute),
             _ => {}
@@ -105,7 +107,7 @@ fn rules(
     ask_any(socket, &request, |writer| writer.nfgen(number, 0), take)
 }
 
-/// Adds the uses of marks in a rule of others.
+/// Adds the mark uses of a rule of another program.
 fn read_rule(
     attributes: Attributes<'_>,
     family: &str,
@@ -132,7 +134,7 @@ fn read_rule(
     Ok(())
 }
 
-/// Adds a use to those of its table that are alike.
+/// Adds a mark use to an equal one of its table.
 fn count(found: &mut Vec<MarkUse>, used: MarkUse) {
     let alike = found.iter_mut().find(|other| {
         (other.kind, other.writes, other.bits) == (used.kind, used.writes, used.bits)
@@ -148,7 +150,7 @@ fn is_ours(family: &str, table: &str) -> bool {
     family == "inet" && table == NFT_TABLE
 }
 
-/// A name that can be printed: the kernel takes any bytes for one.
+/// Returns a name in printable form, because the kernel accepts any bytes as a name.
 fn text(attribute: &Attribute<'_>) -> String {
     let bytes = attribute.bytes();
     let bytes = bytes.strip_suffix(&[0]).unwrap_or(bytes);

@@ -1,4 +1,4 @@
-//! The facts about a host that the preflight judges.
+//! Reads the facts about a host that the preflight check judges.
 
 mod devices;
 #[cfg(test)]
@@ -17,9 +17,9 @@ use crate::error::{KernelError, errno};
 use crate::kernel::nft;
 use crate::kernel::rtnetlink::socket::RouteSocket;
 
-/// Reads the facts, with the settings of these devices and of those that are found to matter.
+/// Reads the facts, including the settings of `devices` and of every interface with an address.
 ///
-/// Netlink and `/proc/sys/net` both speak of the network namespace of the calling thread.
+/// Netlink and `/proc/sys/net` both show the network namespace of the calling thread.
 pub(crate) fn facts(devices: &[&str]) -> Result<Facts, KernelError> {
     let mut socket = RouteSocket::open()?;
     let mut facts = Facts::default();
@@ -51,7 +51,7 @@ pub(crate) fn facts(devices: &[&str]) -> Result<Facts, KernelError> {
     Ok(facts)
 }
 
-/// What others have in nf_tables, if there is one and we may look.
+/// Reads nf_tables objects of other programs, if nf_tables exists and may be read.
 fn firewall(missing: &mut Vec<KernelPart>, denied: &mut bool) -> Result<Firewall, KernelError> {
     let mut socket = match nft::open() {
         Err(error) if nft::is_absent(&error) => {

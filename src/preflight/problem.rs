@@ -1,90 +1,93 @@
-//! What can be found, each with its facts.
+//! Problems that the preflight check can find, each with its facts.
 
 use std::net::IpAddr;
 
 use super::terms::{DropHook, KernelPart, MarkKind, Severity};
 use crate::types::{Family, PolicyId};
 
-/// Something on this host that may keep the datapath from working.
+/// Condition on this host that may keep the datapath from working.
 ///
 /// Its `Display` is one sentence with the facts.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Problem {
-    /// The kernel refuses changes of this network namespace.
+    /// The kernel refuses changes of this network namespace: `CAP_NET_ADMIN` is missing.
     #[error("the kernel refuses changes of this network namespace: CAP_NET_ADMIN is missing")]
     Denied,
-    /// The kernel was built without something, or does not load it.
+    /// The kernel was built without a feature that the datapath needs, or does not load it.
     #[error("the kernel has no {part}")]
     Missing {
-        /// What is missing.
+        /// Missing feature.
         part: KernelPart,
     },
-    /// The kernel misses a range in a set while the range is replaced by another that begins alike,
-    /// and 6.1 also while one beside it changes.
+    /// The kernel may miss a range in an nf_tables set while ranges of the set change.
     ///
-    /// That is so until the commit is over: microseconds, unless the processor is taken away from
-    /// it. Seen on 6.1 and 6.12, not on 6.18 (`__nft_rbtree_lookup` in
-    /// `net/netfilter/nft_set_rbtree.c`).
+    /// A lookup misses a range while the range is replaced by another one with the same start, and
+    /// on 6.1 also while an adjacent range changes. This lasts until the commit is over:
+    /// microseconds, unless the CPU is preempted. Seen on 6.1 and 6.12, not on 6.18
+    /// (`__nft_rbtree_lookup` in `net/netfilter/nft_set_rbtree.c`).
     #[error(
         "Linux {major}.{minor} may miss a range of sources while ranges change: a packet of it can \
          leave with the pod's own address then"
     )]
     RangesMissed {
-        /// The first number of the kernel's version.
+        /// Major version of the kernel.
         major: u32,
-        /// The second one.
+        /// Minor version of the kernel.
         minor: u32,
     },
-    /// The host does not forward packets.
+    /// The host does not forward packets of a family (sysctl `forwarding`).
     #[error("this host does not forward {family} packets")]
     NotForwarding {
-        /// The family.
+        /// Address family.
         family: Family,
     },
-    /// The tunnel device drops what it would not send back the same way, which is everything.
+    /// Strict reverse path filtering on the tunnel device drops every steered packet.
+    ///
+    /// Strict filtering drops packets that the host would not send back over the same interface;
+    /// for the tunnel device that is every packet.
     #[error("reverse path filtering of {device} is strict: it drops every packet that is steered")]
     StrictTunnel {
-        /// The tunnel device.
+        /// Tunnel device.
         device: String,
     },
-    /// Strict filtering on devices of a network of pods.
+    /// Strict reverse path filtering on the interfaces of an overlay network of pods.
     #[error(
         "reverse path filtering is strict on {}: replies from outside that come back over them \
          are dropped", devices.join(", ")
     )]
     StrictOverlay {
-        /// Devices that take packets out of others.
+        /// Interfaces that decapsulate packets.
         devices: Vec<String>,
     },
-    /// Strict filtering by default.
+    /// Strict reverse path filtering on every interface without a value of its own.
     #[error("reverse path filtering is strict on every device that has no value of its own")]
     StrictByDefault,
-    /// The reverse path is looked up with the packet's mark.
+    /// The reverse path lookup uses the packet's firewall mark (`src_valid_mark`).
     #[error("{device} looks reverse paths up with the packet's mark (src_valid_mark)")]
     MarkInReversePath {
-        /// The device, or `all`.
+        /// Interface, or `all`.
         device: String,
     },
-    /// The kernel's own answers carry the mark of what they answer.
+    /// Kernel-generated replies carry the mark of the packet they reply to (`fwmark_reflect`).
     #[error(
         "the kernel's own {family} answers carry the mark of what they answer (fwmark_reflect)"
     )]
     MarkReflected {
-        /// The family.
+        /// Address family.
         family: Family,
     },
-    /// A routing rule of others tests bits of our marks.
+    /// A routing rule of another program tests bits of the datapath's marks.
     #[error("{rule} tests bits {bits:#010x} of the mark, of which {shared:#010x} are ours")]
     MarkTestedByRule {
-        /// The rule as `ip rule` shows it.
+        /// Rule as `ip rule` shows it.
         rule: String,
-        /// The bits it tests.
+        /// Bits of the mark that the rule tests.
         bits: u32,
-        /// Those of them that are ours.
+        /// Bits among them that belong to the datapath.
         shared: u32,
     },
-    /// Firewall rules of others test or write bits of our marks.
+    /// nf_tables rules of another program test or write bits of the datapath's marks.
     #[error(
         "{rules} rule(s) of nft table {table}, one in chain {chain}, {} bits {bits:#010x} of the \
          {kind} mark, of which {shared:#010x} are ours", if *writes { "write" } else { "test" }
@@ -92,74 +95,74 @@ pub enum Problem {
     MarkUsedByFirewall {
         /// Family and name of the table.
         table: String,
-        /// A chain that has such a rule.
+        /// Chain with such a rule.
         chain: String,
-        /// How many there are.
+        /// Number of such rules.
         rules: usize,
-        /// Whose mark it is.
+        /// Kind of mark: firewall mark or connection mark.
         kind: MarkKind,
-        /// Whether they write the bits; otherwise they test them.
+        /// Set if the rules write the bits; otherwise they test them.
         writes: bool,
-        /// The bits.
+        /// Bits of the mark that the rules use.
         bits: u32,
-        /// Those of them that are ours.
+        /// Bits among them that belong to the datapath.
         shared: u32,
     },
-    /// A routing rule ahead of ours decides about the packets that we steer.
+    /// A routing rule before the datapath's rules decides the route of steered packets.
     #[error("{rule} comes before ours at {priority} and takes the packets that we steer")]
     RuleTakesFirst {
-        /// The rule as `ip rule` shows it.
+        /// Rule as `ip rule` shows it.
         rule: String,
-        /// Priority of ours.
+        /// Priority of the datapath's first rule.
         priority: u32,
     },
-    /// A routing rule of others at one of our four priorities.
+    /// A routing rule of another program at one of the datapath's four rule priorities.
     #[error(
         "{rule} has a priority of ours: which of them is asked first depends on their age, and \
          packets without our mark may pass it by"
     )]
     PriorityShared {
-        /// The rule as `ip rule` shows it.
+        /// Rule as `ip rule` shows it.
         rule: String,
     },
-    /// The rule for local addresses does not come before ours.
+    /// The rule for the `local` table does not come before the datapath's rules.
     #[error(
         "no {family} rule looks in the table of local addresses before ours at {priority}: packets \
          to this host are steered away"
     )]
     LocalRuleLate {
-        /// The family.
+        /// Address family.
         family: Family,
-        /// Priority of ours.
+        /// Priority of the datapath's first rule.
         priority: u32,
     },
-    /// A route of somebody else in a table of ours takes packets that we steer.
+    /// A route of another program in a table of the datapath takes steered packets.
     #[error("{command} {route} is not ours, and packets that we steer by this table take it")]
     RouteInOurTable {
-        /// The command that lists it: `ip route` or `ip -6 route`.
+        /// Command that lists the route: `ip route` or `ip -6 route`.
         command: &'static str,
-        /// The route as that command takes it.
+        /// Route in the syntax of that command.
         route: String,
     },
-    /// The tunnel device has no IPv6, or will have none.
+    /// IPv6 is disabled on the tunnel device, or will be on a new device.
     #[error("IPv6 is switched off for {device}: the tunnel can carry none of it")]
     TunnelWithoutIpv6 {
-        /// The device, or `default` where there is none yet.
+        /// Tunnel device, or `default` while it does not exist.
         device: String,
     },
-    /// Routing tables that we may give out are in use.
+    /// Routing tables of the datapath's range are in use by other programs.
     #[error("{taken} of the routing tables {start} to {end} are in use by others, {free} are free")]
     TablesTaken {
         /// First table of the range.
         start: u32,
         /// Last table of the range.
         end: u32,
-        /// How many are in use.
+        /// Number of tables in use.
         taken: u32,
-        /// How many are not.
+        /// Number of free tables.
         free: u32,
     },
-    /// There are fewer routing tables for us than gateways.
+    /// The range has fewer free routing tables than there are gateway nodes.
     #[error(
         "{gateways} gateways need a routing table each, and {free} of {start} to {end} are free"
     )]
@@ -168,143 +171,145 @@ pub enum Problem {
         start: u32,
         /// Last table of the range.
         end: u32,
-        /// How many nobody else uses.
+        /// Number of tables that no other program uses.
         free: u32,
-        /// How many gateways the policies name, besides this node.
+        /// Number of gateway nodes that the policies name, without this node.
         gateways: u32,
     },
-    /// Another VXLAN device has our VNI and port.
+    /// Another VXLAN device has the VNI and the UDP port of the tunnel.
     #[error("VXLAN device {device} has our VNI {vni} and our UDP port {port}")]
     VxlanTaken {
-        /// The device.
+        /// VXLAN device.
         device: String,
-        /// The VNI.
+        /// VNI.
         vni: u32,
-        /// The port.
+        /// UDP port.
         port: u16,
     },
-    /// Another VXLAN device takes everything that arrives at our port.
+    /// Another VXLAN device takes every VNI on the UDP port of the tunnel.
     #[error("VXLAN device {device} takes every VNI on our UDP port {port}")]
     PortTaken {
-        /// The device.
+        /// VXLAN device.
         device: String,
-        /// The port.
+        /// UDP port.
         port: u16,
     },
-    /// Another VXLAN device has our port and another VNI, which works.
+    /// Another VXLAN device has the UDP port of the tunnel and another VNI, which works.
     #[error("VXLAN device {device} uses our UDP port {port} too, with VNI {vni}")]
     PortShared {
-        /// The device.
+        /// VXLAN device.
         device: String,
-        /// Its VNI.
+        /// VNI of the other device.
         vni: u32,
-        /// The port.
+        /// UDP port.
         port: u16,
     },
-    /// The agent of spidernet's egressgateway runs here, or has left its state.
+    /// The agent of spidernet's egressgateway runs on this node, or has left its state.
     #[error(
         "{rules} routing rule(s){} are as spidernet's egressgateway makes them",
         device.as_ref().map(|name| format!(" and VXLAN device {name}")).unwrap_or_default()
     )]
     Predecessor {
-        /// How many of its routing rules there are.
+        /// Number of routing rules of that agent.
         rules: usize,
-        /// Its tunnel device, if it has its usual name, VNI and port.
+        /// Tunnel device of that agent, if it has its usual name, VNI and port.
         device: Option<String>,
     },
-    /// Somebody else's device has the name of our tunnel device.
+    /// A device of another program has the name of the tunnel device.
     #[error("device {device} exists and is not ours")]
     NameTaken {
-        /// The name.
+        /// Name of the device.
         device: String,
     },
-    /// A base chain drops what nobody accepts.
+    /// A base chain with policy drop drops packets that no rule of it accepts.
     #[error("chain {chain} of nft table {table} drops {hook} packets that no rule of it accepts")]
     DropPolicy {
         /// Family and name of the table.
         table: String,
-        /// The chain.
+        /// Base chain.
         chain: String,
-        /// Which packets.
+        /// Hook of the chain, and so the packets affected.
         hook: DropHook,
         /// UDP port of the tunnel.
         port: u16,
     },
-    /// There are rules of legacy iptables, which this check cannot see.
+    /// Legacy iptables has rules, which this check cannot see.
     #[error(
         "legacy iptables has tables ({}), whose rules this check cannot see{}", tables.join(", "),
         if *both { "; iptables-nft is in use as well" } else { "" }
     )]
     LegacyIptables {
-        /// Its tables.
+        /// Tables of legacy iptables.
         tables: Vec<String>,
-        /// Whether iptables-nft has tables as well.
+        /// Set if iptables-nft has tables as well.
         both: bool,
     },
-    /// A NAT chain of others runs before ours, and the first that translates wins.
+    /// A NAT chain of another program runs before the datapath's chain.
+    ///
+    /// The first chain that translates a connection wins.
     #[error("NAT chain {chain} of nft table {table} runs at {priority}, before ours at {ours}")]
     NatFirst {
         /// Family and name of the table.
         table: String,
-        /// The chain.
+        /// NAT chain.
         chain: String,
-        /// Its priority.
+        /// Priority of the chain.
         priority: i32,
-        /// Priority of ours.
+        /// Priority of the datapath's chain.
         ours: i32,
     },
-    /// No device has this node's underlay address.
+    /// No interface has this node's underlay address.
     #[error("no device has {address}, the underlay address of this node")]
     NoUnderlay {
-        /// The address.
+        /// Underlay address.
         address: IpAddr,
     },
-    /// The underlay device has another MTU than the cluster says.
+    /// The MTU of the underlay interface differs from the one in the cluster configuration.
     #[error("device {device} has MTU {found}, and the cluster says {said}")]
     UnderlayMtu {
-        /// The device.
+        /// Underlay interface.
         device: String,
-        /// What it has, in bytes.
+        /// MTU of the interface, in bytes.
         found: u32,
-        /// What the cluster says, in bytes.
+        /// MTU in the cluster configuration, in bytes.
         said: u32,
     },
-    /// Our tunnel device has another MTU than it should.
+    /// The MTU of the datapath's tunnel device is wrong.
     #[error("tunnel device {device} has MTU {found} in place of {wanted}")]
     TunnelMtu {
-        /// The device.
+        /// Tunnel device.
         device: String,
-        /// What it has, in bytes.
+        /// MTU of the device, in bytes.
         found: u32,
-        /// What it should have, in bytes.
+        /// MTU that the device should have, in bytes.
         wanted: u32,
     },
-    /// An egress IP of this gateway is on none of its devices.
+    /// An egress IP of this gateway node is on none of its interfaces.
     #[error("egress IP {address} of policy {policy} is on no device of this gateway")]
     EgressIpAbsent {
-        /// The address.
+        /// Egress IP.
         address: IpAddr,
-        /// A policy that wears it.
+        /// Policy that uses the egress IP.
         policy: PolicyId,
     },
-    /// More pods wear an egress IP than it has ports.
+    /// More pods use an egress IP than it has ports.
     #[error(
         "{pods} pods wear egress IP {address}, and it has ports for {} connections at a time to \
          one destination",
         Self::PORTS
     )]
     PortsFew {
-        /// The address.
+        /// Egress IP.
         address: IpAddr,
-        /// Single sources of the policies that wear it on this node.
+        /// Single-address sources of the policies that use the egress IP on this node.
         pods: usize,
     },
-    /// An egress IP is on the loopback device, and the uplink does not answer for it.
+    /// An egress IP is on `lo`, and the uplink does not answer ARP or NDP for it.
     #[error("egress IP {address} is on lo, and {device} does not answer for it")]
     EgressIpSilent {
-        /// The address.
+        /// Egress IP.
         address: IpAddr,
-        /// The uplink.
+        /// Uplink interface.
         device: String,
     },
     /// An egress IP is on a node that is not its gateway.
@@ -313,40 +318,42 @@ pub enum Problem {
          gateway"
     )]
     EgressIpElsewhere {
-        /// The address.
+        /// Egress IP.
         address: IpAddr,
-        /// A policy that wears it.
+        /// Policy that uses the egress IP.
         policy: PolicyId,
-        /// The device.
+        /// Interface with the egress IP.
         device: String,
     },
-    /// The host itself may take an IPv6 egress IP as its source address.
+    /// The host may select an IPv6 egress IP as the source address of its own packets.
     #[error("egress IP {address} on {device} may become the source of this host's own packets")]
     EgressIpPreferred {
-        /// The address.
+        /// Egress IP.
         address: IpAddr,
-        /// The device.
+        /// Interface with the egress IP.
         device: String,
     },
-    /// The table of connections is nearly full.
+    /// The conntrack table is nearly full.
     #[error("{count} of {max} connections are tracked: the next ones will be dropped")]
     ConntrackFull {
-        /// Connections tracked.
+        /// Number of conntrack entries.
         count: u64,
-        /// How many there can be.
+        /// Maximum number of conntrack entries.
         max: u64,
     },
-    /// Connections are not picked up in the middle.
+    /// Conntrack does not pick up established TCP connections (`nf_conntrack_tcp_loose=0`).
     #[error("TCP connections are not picked up in the middle: one that moves to this gateway ends")]
     ConntrackStrict,
 }
 
 impl Problem {
-    /// Ports that an egress IP has for one address, port and protocol outside: from 1024 on
-    /// (`nf_nat_l4proto_unique_tuple` in `net/netfilter/nf_nat_core.c`).
+    /// Ports of an egress IP for one remote address, remote port and protocol.
+    ///
+    /// Source NAT uses ports from 1024 on (`nf_nat_l4proto_unique_tuple` in
+    /// `net/netfilter/nf_nat_core.c`).
     pub const PORTS: usize = 64_512;
 
-    /// How bad it is.
+    /// Severity of the problem.
     pub fn severity(&self) -> Severity {
         match self {
             Self::Missing { part } if part.can_be_done_without() => Severity::Note,

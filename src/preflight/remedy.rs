@@ -1,10 +1,10 @@
-//! What to do about a problem.
+//! Remedies for problems.
 
 use super::{DropHook, KernelPart, Problem};
 use crate::types::Family;
 
 impl Problem {
-    /// What to do about it, as an imperative or a command.
+    /// Remedy for the problem, as an imperative or a command.
     pub fn remedy(&self) -> String {
         match self {
             Self::StrictTunnel { device } => loose(device),
@@ -56,7 +56,7 @@ impl Problem {
         }
     }
 
-    /// What to do about those problems whose facts make no difference.
+    /// Remedy for a problem whose facts make no difference to it.
     const fn fixed_remedy(&self) -> &'static str {
         match self {
             Self::Denied => {
@@ -115,7 +115,7 @@ impl Problem {
     }
 }
 
-/// What to do without a part of the kernel.
+/// Remedy for a missing kernel feature.
 fn missing(part: KernelPart) -> String {
     let kernel = match part.since() {
         Some((major, minor)) => format!("use a kernel from {major}.{minor} on"),
@@ -137,6 +137,6 @@ fn missing(part: KernelPart) -> String {
 }
 
 fn loose(device: &str) -> String {
-    // With slashes, because a dot in a name would be taken for a step of the path.
+    // Slashes separate the name's parts: a dot in an interface name would be taken for a separator.
     format!("sysctl -w net/ipv4/conf/{device}/rp_filter=2")
 }

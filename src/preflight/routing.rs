@@ -1,11 +1,11 @@
-//! Routing rules and tables of others.
+//! Checks of routing rules and routing tables of other programs.
 
 use super::facts::{Action, Facts, Rule};
 use super::{Preflight, Problem};
 use crate::cluster::{RulePriorities, Steering};
 use crate::types::Family;
 
-/// The kernel's table of local addresses.
+/// Number of the kernel's table of local addresses (`local`).
 const LOCAL: u32 = 255;
 
 impl Preflight<'_> {
@@ -51,7 +51,7 @@ impl Preflight<'_> {
             let local = matches!(rule.action, Action::Lookup { table: LOCAL, .. });
             local && rule.takes_all() && rule.priority < priority
         };
-        // No rule at all is a kernel without the family.
+        // A family without any rule is one that the kernel does not have.
         if !rules.is_empty() && !rules.iter().any(first) {
             problems.push(Problem::LocalRuleLate { family, priority });
         }
@@ -64,7 +64,7 @@ impl Preflight<'_> {
             return;
         }
         let ours = RulePriorities::of(self.cluster);
-        // Without a prefix there is neither a guard nor a closing rule.
+        // Without a mark prefix there is neither a guard rule nor a closing rule.
         let ours = if self.cluster.marks.tells_by_prefix() {
             ours.guard..=ours.closing
         } else {
@@ -80,7 +80,7 @@ impl Preflight<'_> {
         }
     }
 
-    /// Whether a rule decides about a packet that has a mark of ours.
+    /// Returns true if a rule decides the route of a packet with a mark of the datapath.
     fn takes(&self, rule: &Rule, facts: &Facts) -> bool {
         let ends = match rule.action {
             Action::Lookup { table: LOCAL, .. } | Action::Other => false,
@@ -95,7 +95,8 @@ impl Preflight<'_> {
     fn matches(&self, rule: &Rule) -> bool {
         let marks = &self.cluster.marks;
         let free = self.mark_bits() & marks.value_mask();
-        // All values of the free bits can occur; the others are the prefix, or nobody's and 0.
+        // The free bits can have any value; the other bits are the mark prefix, or belong to no
+        // program and are 0.
         let mark =
             rule.mark.is_none_or(|(value, mask)| (value ^ marks.prefix()) & mask & !free == 0);
         let source = rule.source.is_none_or(|net| {
@@ -108,7 +109,7 @@ impl Preflight<'_> {
 }
 
 impl Rule {
-    /// Whether it asks nothing of a packet.
+    /// Returns true if the rule has no selectors and so matches every packet.
     fn takes_all(&self) -> bool {
         self.mark.is_none() && self.source.is_none() && !self.selects && !self.inverted
     }

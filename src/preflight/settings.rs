@@ -1,4 +1,4 @@
-//! Privilege, parts of the kernel, and its settings.
+//! Checks of privilege, kernel parts and sysctl settings.
 
 use ipnet::IpNet;
 
@@ -7,10 +7,10 @@ use super::{KernelPart, Preflight, Problem};
 use crate::cluster::{Backend, Steering};
 use crate::types::Family;
 
-/// The first version of those tested that finds ranges while some change.
+/// First tested kernel version whose sets find ranges while some of them change.
 const STEADY: (u32, u32) = (6, 18);
 
-/// `rp_filter` where packets must come in by the device that the host would answer by.
+/// Strict `rp_filter`: packets must arrive on the interface of the route back to their source.
 const STRICT: u64 = 1;
 
 impl Preflight<'_> {
@@ -100,7 +100,7 @@ impl Preflight<'_> {
 fn judge_conntrack(facts: &Facts, problems: &mut Vec<Problem>) {
     let setting = |name: &str| facts.settings.get(&format!("netfilter/nf_conntrack_{name}"));
     if let (Some(count), Some(max)) = (setting("count"), setting("max")) {
-        // A limit of 0 is none.
+        // A limit of 0 means no limit.
         if max > 0 && count.saturating_mul(5) > max.saturating_mul(4) {
             problems.push(Problem::ConntrackFull { count, max });
         }

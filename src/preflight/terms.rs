@@ -1,13 +1,13 @@
-//! The words that problems are told in.
+//! Vocabulary of problems: severity, kernel part, hook and mark kind.
 
 use std::fmt;
 
-/// How bad a problem is.
+/// Severity of a problem.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Severity {
-    /// It may be as meant, or belongs to the picture.
+    /// Possibly intended, or only context for other problems.
     Note,
-    /// Some traffic may not get through, or may not look as it should.
+    /// Some traffic may be dropped or may leave with unexpected properties.
     Risk,
     /// The datapath cannot be programmed, or cannot carry traffic.
     Broken,
@@ -23,42 +23,43 @@ impl fmt::Display for Severity {
     }
 }
 
-/// A part of the kernel that the datapath needs.
+/// Kernel feature that the datapath needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, thiserror::Error)]
 #[non_exhaustive]
 pub enum KernelPart {
     /// nf_tables as a whole.
     #[error("nf_tables (CONFIG_NF_TABLES)")]
     NfTables,
-    /// nf_tables for both IP versions at once.
+    /// `inet` family of nf_tables: one table for IPv4 and IPv6.
     #[error("the inet family of nf_tables (CONFIG_NF_TABLES_INET)")]
     InetFamily,
-    /// Chains that translate addresses.
+    /// NAT chains.
     #[error("NAT chains of nf_tables (CONFIG_NFT_NAT)")]
     NatChain,
-    /// Tests of the connection.
+    /// Expressions that match on the conntrack entry.
     #[error("the ct expression of nf_tables (CONFIG_NFT_CT)")]
     Ct,
-    /// Translation to a given address.
+    /// NAT to a given address.
     #[error("the nat expression of nf_tables (CONFIG_NFT_NAT)")]
     Nat,
-    /// Translation to the device's address.
+    /// Masquerade: source NAT to the address of the outgoing interface.
     #[error("the masq expression of nf_tables (CONFIG_NFT_MASQ)")]
     Masquerade,
     /// Counters in rules.
     #[error("the counter expression of nf_tables (CONFIG_NF_TABLES)")]
     Counter,
-    /// Chains where a device sends, for [`Steering::EgressHook`](crate::Steering::EgressHook).
+    /// Egress hook of an interface, for [`Steering::EgressHook`](crate::Steering::EgressHook).
     #[error("the egress hook of nf_tables (CONFIG_NFT_NETDEV, CONFIG_NETFILTER_EGRESS)")]
     EgressHook,
-    /// Owners of tables that stay without them, for
-    /// [`Ownership::Exclusive`](crate::Ownership::Exclusive); nothing else needs it.
+    /// Table owner whose table persists without it (`NFT_TABLE_F_PERSIST`).
+    ///
+    /// Only [`Ownership::Exclusive`](crate::Ownership::Exclusive) needs it.
     #[error("owners of nf_tables tables that stay (NFT_TABLE_F_PERSIST)")]
     TableOwner,
     /// VXLAN devices.
     #[error("VXLAN (CONFIG_VXLAN)")]
     Vxlan,
-    /// Routing rules.
+    /// Policy routing: routing rules.
     #[error("policy routing (CONFIG_IP_MULTIPLE_TABLES)")]
     PolicyRouting,
     /// IPv6.
@@ -67,8 +68,9 @@ pub enum KernelPart {
 }
 
 impl KernelPart {
-    /// The version of Linux that brings it, where that is younger than nf_tables; a kernel may have
-    /// been built without it.
+    /// Linux version that introduced the feature, if that is newer than nf_tables itself.
+    ///
+    /// A newer kernel may still have been built without it.
     pub const fn since(self) -> Option<(u8, u8)> {
         match self {
             Self::NatChain | Self::Nat | Self::Masquerade => Some((5, 2)),
@@ -84,20 +86,20 @@ impl KernelPart {
         }
     }
 
-    /// Whether there is another way to do everything that it is for.
+    /// Returns true if there is an alternative for every use of the feature.
     pub(super) const fn can_be_done_without(self) -> bool {
         matches!(self, Self::TableOwner)
     }
 }
 
-/// Which packets a base chain drops unless a rule accepts them.
+/// Hook of a base chain with policy drop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum DropHook {
-    /// Those to this host, and so what arrives in the tunnel.
+    /// Packets to this host, which includes packets that arrive in the tunnel.
     Input,
-    /// Those routed through this host: the pods' own.
+    /// Packets routed through this host, which includes the packets of the pods.
     Forward,
-    /// Those from this host, and so what it sends into the tunnel.
+    /// Packets from this host, which includes packets sent into the tunnel.
     Output,
 }
 
@@ -111,12 +113,12 @@ impl fmt::Display for DropHook {
     }
 }
 
-/// Whose mark it is.
+/// Kind of mark.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum MarkKind {
-    /// A packet's, `meta mark`.
+    /// Firewall mark of a packet, `meta mark`.
     Packet,
-    /// A connection's, `ct mark`.
+    /// Connection mark, `ct mark`.
     Connection,
 }
 

@@ -1,4 +1,4 @@
-//! Facts in, problems out; no kernel.
+//! Tests of the judgement of given facts, without a kernel.
 
 mod devices;
 mod egress_ips;
@@ -50,7 +50,7 @@ fn address(ip: &str, device: &str) -> Address {
     Address { ip: ip.parse().unwrap(), device: device.to_owned(), deprecated: false }
 }
 
-/// A host without any problem for IPv4.
+/// Facts about a host without any problem for IPv4.
 fn facts() -> Facts {
     Facts {
         settings: Settings([("ipv4/ip_forward".to_owned(), 1)].into()),
@@ -67,7 +67,7 @@ fn set(facts: &mut Facts, name: &str, value: u64) {
     facts.settings.0.insert(name.to_owned(), value);
 }
 
-/// The problems of a node that sends its pods' packets to another.
+/// Problems of a node that sends its pods' packets to another gateway node.
 fn judge(facts: &Facts) -> Vec<Problem> {
     judge_for(&cluster(), &policy("node-b", EIP), facts)
 }

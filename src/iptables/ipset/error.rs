@@ -1,8 +1,8 @@
-//! The subsystem's own error numbers, which nobody else has words for.
+//! Error numbers of the ipset subsystem, for which the C library has no text.
 
 use crate::error::{KernelError, errno};
 
-/// `IPSET_ERR_PRIVATE` and what follows it, and from 4352 on what a type of sets says.
+/// `IPSET_ERR_PRIVATE` and the numbers after it; set types have their own numbers from 4352 on.
 const WORDS: [(i32, i32, &str); 16] = [
     (4097, errno::EINVAL, "a request that ipset does not understand"),
     (4098, errno::EOPNOTSUPP, "the kernel has no such type of set"),
@@ -24,8 +24,7 @@ const WORDS: [(i32, i32, &str); 16] = [
 
 const NO_IPSET: &str = "load ip_set and ip_set_hash_net or use a kernel with CONFIG_IP_SET";
 
-/// Replaces a number of the subsystem's own by the one that the C library has words for, and adds
-/// what it means here.
+/// Replaces an error number of ipset by a standard `errno` and adds its meaning as text.
 pub(crate) fn explained(error: KernelError) -> KernelError {
     let Some(number) = error.errno() else { return error };
     match WORDS.iter().find(|(private, ..)| *private == number) {

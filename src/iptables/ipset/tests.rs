@@ -1,4 +1,4 @@
-//! The kernel and `ipset` as judges.
+//! Tests of ipset messages against the kernel and the `ipset` program.
 
 use std::io::Write;
 use std::process::{Command, Stdio};
@@ -13,7 +13,7 @@ use crate::state::MarkBits;
 const V4: Family = Family::V4;
 const V6: Family = Family::V6;
 
-/// What `ipset` prints, in the namespace of the calling thread.
+/// Output of `ipset`, run in the network namespace of the calling thread.
 fn ipset(arguments: &[&str], input: &str) -> Result<String, String> {
     harness::needs(&["ipset"]);
     let mut child = Command::new("ipset")
@@ -33,7 +33,7 @@ fn net(text: &str) -> IpNet {
     text.parse().unwrap()
 }
 
-/// One set of each kind, with each kind of member.
+/// Sample sets: one set of each kind, with each kind of member.
 fn samples() -> Vec<(Ipset, IpsetContents)> {
     let marked = |value| Member::Marked(MarkBits { mask: 0xffff_1100, value });
     vec![
@@ -70,7 +70,7 @@ fn lines(text: &str) -> Vec<String> {
     lines
 }
 
-/// The lines of `ipset save` without what the kernel chooses.
+/// Lines of `ipset save`, without the values that the kernel chooses.
 fn saved() -> Vec<String> {
     let text = ipset(&["save"], "").unwrap();
     let chosen = ["hashsize", "bucketsize", "initval"];
@@ -99,7 +99,7 @@ fn wanted() -> Vec<String> {
             contents.capacity
         ));
         for (net, member) in &contents.members {
-            // `ipset` leaves the length of a single address out.
+            // `ipset` omits the prefix length of a single address.
             let full = net.prefix_len() == net.max_prefix_len();
             let net = if full { net.addr().to_string() } else { net.to_string() };
             let member = match member {
@@ -217,14 +217,14 @@ fn refusals_are_sentences() {
         assert!(missing.is_not_found(), "{missing}");
         let missing = Op::PutIpset(Ipset::Closed(V6), IpsetContents::of([]));
         assert!(ipsets.make(socket, &missing).unwrap_err().is_not_found());
-        // What the swap could not take is not left lying about.
+        // A set that could not be swapped in must not be left under its temporary name.
         ipsets.make(socket, &Op::AddIpset(Ipset::Closed(V6), IpsetContents::of([]))).unwrap();
         let found: Vec<_> = observe(&ipsets, socket).unwrap().into_keys().collect();
         assert_eq!(found, [Ipset::Closed(V4), Ipset::Closed(V6)]);
     });
 }
 
-/// Listings as a kernel with our sets in it gives them.
+/// Dumps as a kernel with sets of the datapath returns them.
 fn corpus() -> Vec<Vec<u8>> {
     let sets = |set: &Ipset| {
         let mut writer = Writer::default();
@@ -238,7 +238,7 @@ fn corpus() -> Vec<Vec<u8>> {
         let ipsets = Ipsets::probe(socket).unwrap();
         add_all(&ipsets, socket);
     });
-    // What such a kernel says, for where there may be none.
+    // The messages are built by hand for kernels that may have no ipset.
     for (set, contents) in samples() {
         let mut writer = Writer::default();
         let message = writer.message(kind::LIST, 2, 1);

@@ -1,4 +1,4 @@
-//! What `ipset save` prints.
+//! Parser of `ipset save` output.
 
 use std::collections::BTreeMap;
 
@@ -9,11 +9,11 @@ use crate::state::{Ipset, IpsetContents, MarkBits, Member};
 
 type Found = BTreeMap<Ipset, IpsetContents>;
 
-/// Sets and their members; of lines that are not about a set of ours nothing is read.
+/// Reads sets of the datapath and their members; lines about other sets are skipped.
 ///
 /// # Errors
 ///
-/// The line that says of a set of ours what none of ours has.
+/// A line about a set of the datapath has a form that the datapath never writes.
 pub(crate) fn read(text: &str) -> Result<Found, KernelError> {
     let mut found = Found::new();
     for line in text.lines() {
@@ -51,7 +51,7 @@ fn create(words: &[&str]) -> Option<IpsetContents> {
 
 fn member(words: &[&str]) -> Option<(IpNet, Member)> {
     let (net, options) = words.split_first()?;
-    // A single address has no length.
+    // A single address has no prefix length.
     let net = net.parse().ok().or_else(|| Some(net.parse::<std::net::IpAddr>().ok()?.into()))?;
     let member = match options {
         [] => Member::In,

@@ -1,17 +1,17 @@
-//! What `iptables-save` prints, as far as it is theirs.
+//! Parser of `iptables-save` output for rules and chains of spidernet's egressgateway agent.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::rules::iptables::words;
 use crate::state::XtTable;
 
-/// Their chains that have the name of one of ours, and what these are called once set aside.
+/// Agent chains with the name of a datapath chain: table, name, and name once set aside.
 const NAMESAKES: [(XtTable, &str, &str); 2] = [
     (XtTable::Mangle, "EGRESSGATEWAY-MARK-REQUEST", "EGRESSGATEWAY-OLD-REQUEST"),
     (XtTable::Nat, "EGRESSGATEWAY-SNAT-EIP", "EGRESSGATEWAY-OLD-SNAT-EIP"),
 ];
 
-/// Their other one.
+/// Agent chain whose name the datapath does not use.
 const REPLIES: (XtTable, &str) = (XtTable::Mangle, "EGRESSGATEWAY-REPLY-ROUTING");
 
 fn is_chain(table: XtTable, name: &str) -> bool {
@@ -20,19 +20,19 @@ fn is_chain(table: XtTable, name: &str) -> bool {
     REPLIES == (table, name) || NAMESAKES.iter().any(namesake)
 }
 
-/// What their hash of a rule begins with, and how many characters it has.
+/// Prefix of the agent's rule hash and number of its characters.
 const HASH: (&str, usize) = ("egw:", 16);
 
-/// What is done with what is theirs in one table.
+/// `iptables-restore` lines about the agent's objects in one table.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Lines {
-    /// Gives chains that have the name of one of ours another one.
+    /// Lines that rename chains with the name of a datapath chain.
     pub(crate) aside: Vec<String>,
-    /// Removes rules by what they say, then chains.
+    /// Lines that delete rules by specification, then chains.
     pub(crate) remove: Vec<String>,
 }
 
-/// What is theirs, by table.
+/// Reads the agent's rules and chains, by table.
 pub(crate) fn read(text: &str) -> BTreeMap<XtTable, Lines> {
     let mut found: BTreeMap<XtTable, Table<'_>> = BTreeMap::new();
     let mut table = None;
@@ -57,13 +57,13 @@ pub(crate) fn read(text: &str) -> BTreeMap<XtTable, Lines> {
 
 #[derive(Default)]
 struct Table<'a> {
-    /// Chains that have a name of theirs.
+    /// Chains with a name of the agent.
     chains: BTreeSet<&'a str>,
-    /// Their rules, as they are printed.
+    /// Rules of the agent, as printed.
     rules: Vec<&'a str>,
-    /// Chains that a rule of theirs is in or leads to.
+    /// Chains that contain a rule of the agent or are the target of one.
     proven: BTreeSet<String>,
-    /// Chains that a rule of others is in or leads to.
+    /// Chains that contain a rule of another program or are the target of one.
     shared: BTreeSet<String>,
 }
 
@@ -101,7 +101,7 @@ impl<'a> Table<'a> {
     }
 }
 
-/// Whether a comment is their agent's hash of a rule, in the URL's alphabet of base64.
+/// Returns true for a comment that is the agent's hash of a rule, in URL-safe base64.
 fn is_hash(comment: &str) -> bool {
     let (prefix, length) = HASH;
     comment.strip_prefix(prefix).is_some_and(|hash| {
@@ -149,7 +149,7 @@ COMMIT
             let lines = &found[&table].remove;
             lines.iter().filter(|line| line.starts_with("-X ")).cloned().collect::<Vec<_>>()
         };
-        // In the other one is a rule of somebody else.
+        // `EGRESSGATEWAY-REPLY-ROUTING` contains a rule of another program.
         assert_eq!(chains(XtTable::Mangle), ["-X EGRESSGATEWAY-MARK-REQUEST"]);
         assert_eq!(chains(XtTable::Nat), ["-X EGRESSGATEWAY-SNAT-EIP"]);
         assert!(!found.contains_key(&XtTable::Filter));
@@ -161,7 +161,7 @@ COMMIT
     fn names_fit() {
         // `XT_EXTENSION_MAXNAMELEN` with its NUL is 29.
         assert!(NAMESAKES.iter().all(|(_, _, aside)| aside.len() <= 28));
-        // They are not ours.
+        // The names once set aside are not names of the datapath's chains.
         let is_ours = |name: &str| crate::state::XtName::from_name(name).is_some();
         assert!(NAMESAKES.iter().all(|(_, own, aside)| is_ours(own) && !is_ours(aside)));
     }

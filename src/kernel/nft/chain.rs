@@ -1,4 +1,4 @@
-//! Chains and their rules as bytes.
+//! Encoding and decoding of chains and rules.
 
 use super::expr::Expr;
 use super::stmt;
@@ -6,10 +6,10 @@ use crate::kernel::netlink::message::{Attributes, Malformed, Writer};
 use crate::state::{Base, ChainId, ChainType, Hook, NFT_TABLE, NftRule, TableFamily};
 use crate::types::DeviceName;
 
-/// `NF_ACCEPT`, the policy of every base chain of ours.
+/// `NF_ACCEPT`, the policy of every base chain of the datapath.
 const ACCEPT: u32 = 1;
 
-/// `NFTA_HOOK_DEV`, and `NFTA_HOOK_DEVS`, of which the kernel lists a single one, too.
+/// `NFTA_HOOK_DEV` and `NFTA_HOOK_DEVS`; the kernel lists a single device in the latter, too.
 const DEVICE: u16 = 3;
 const DEVICES: u16 = 4;
 
@@ -55,16 +55,16 @@ pub(super) fn write_rule(writer: &mut Writer, chain: ChainId, rule: &NftRule) {
     });
 }
 
-/// By whom a chain is called.
+/// Kind of a listed chain: regular chain, or base chain with its hook.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Called {
     ByRules,
     ByHook(Base),
-    /// In a way that we never ask for.
+    /// Base chain with attributes that the datapath never uses.
     Otherwise,
 }
 
-/// A chain as the kernel lists it.
+/// Chain as the kernel lists it.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Found {
     pub(super) name: String,
@@ -72,8 +72,10 @@ pub(super) struct Found {
 }
 
 impl Found {
-    /// Which of our chains it is; `None` if it is none of the table's, or is called in a way we
-    /// never say.
+    /// Returns the datapath's chain that this is, if any.
+    ///
+    /// `None` if the chain is none of the table's, or a base chain with attributes that the
+    /// datapath never uses.
     pub(super) fn ours(&self, table: TableFamily) -> Option<(ChainId, Option<Base>)> {
         let base = match &self.called {
             Called::ByRules => None,
@@ -103,7 +105,7 @@ pub(super) fn read(
             _ => {}
         }
     }
-    // The kernel lists the chains of all tables, and takes any bytes for a name.
+    // The kernel lists the chains of all tables, and accepts any bytes as a name.
     if !ours {
         return Ok(None);
     }
@@ -119,7 +121,7 @@ pub(super) fn read(
     Ok(Some(Found { name, called }))
 }
 
-/// The number of a base chain's hook, and its priority.
+/// Reads hook number and priority of a base chain.
 pub(crate) fn read_hook(attributes: Attributes<'_>) -> Result<(u32, i32), Malformed> {
     let (mut number, mut priority) = (u32::MAX, 0);
     for attribute in attributes {
@@ -133,7 +135,7 @@ pub(crate) fn read_hook(attributes: Attributes<'_>) -> Result<(u32, i32), Malfor
     Ok((number, priority))
 }
 
-/// The one device that a chain is called for, if there is one and no other.
+/// Returns the device of a base chain; `None` for no device or several.
 fn device(attributes: Attributes<'_>) -> Result<Option<DeviceName>, Malformed> {
     let (mut one, mut count) = (None, 0);
     for attribute in attributes {
@@ -147,7 +149,7 @@ fn device(attributes: Attributes<'_>) -> Result<Option<DeviceName>, Malformed> {
     Ok(one.filter(|_| count <= 1))
 }
 
-/// The hook with this number, which a device's chains have of their own.
+/// Returns the hook with this number; chains of a device have hook numbers of their own.
 fn hook_of(table: TableFamily, number: u32, device: Option<DeviceName>) -> Option<Hook> {
     match (table, number) {
         (TableFamily::Inet, 0) => Some(Hook::Prerouting),
@@ -169,7 +171,7 @@ fn base(kind: &str, hook: Option<Hook>, priority: i32, policy: u32) -> Option<Ba
     hook.filter(|_| policy == ACCEPT).map(|hook| Base { kind, hook, priority })
 }
 
-/// A rule as the kernel lists it.
+/// Rule as the kernel lists it.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct FoundRule {
     pub(super) chain: String,

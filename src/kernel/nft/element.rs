@@ -1,4 +1,4 @@
-//! Elements of sets and maps as bytes.
+//! Encoding and decoding of set and map elements.
 
 use std::net::IpAddr;
 
@@ -13,13 +13,13 @@ use crate::range::{address, number};
 use crate::state::{ChainId, Comment, Data, Datum, Key, Set, Tag, Value};
 use crate::types::{Family, MacAddr, Mark};
 
-/// `NFT_SET_ELEM_INTERVAL_END`: the first key behind a range.
+/// `NFT_SET_ELEM_INTERVAL_END`: flag of the first key after a range.
 const END: u32 = 1;
 
-/// `NFTA_SET_ELEM_EXPR`: what is run when the element is looked up.
+/// `NFTA_SET_ELEM_EXPR`: expression that the kernel runs when the element is looked up.
 const EXPR: u16 = 7;
 
-/// Writes an element: one attribute, or two where it is a range.
+/// Writes an element: one attribute, or two for a range.
 pub(super) fn write(writer: &mut Writer, key: &Key, value: Option<&Value>) {
     writer.nest(expr::ELEMENT, |writer| {
         if let Key::Excluded(_) | Key::SourceNet(_) = key {
@@ -29,7 +29,7 @@ pub(super) fn write(writer: &mut Writer, key: &Key, value: Option<&Value>) {
         if let Some(value) = value {
             write_value(writer, value);
             if key.set().is_counting() {
-                // Not every kernel that has them gives an element those of its set.
+                // Some kernels with set expressions do not copy the set's counter to a new element.
                 Expr::Counter.write_as(writer, EXPR);
             }
         }
@@ -42,11 +42,11 @@ pub(super) fn write(writer: &mut Writer, key: &Key, value: Option<&Value>) {
     }
 }
 
-/// The key of the answers to a connection, in [`Connection::answers`].
+/// Key of the replies of a connection, in the set [`Connection::answers`].
 pub(super) fn answer(connection: &Connection) -> Vec<u8> {
     let mut key = octets(connection.peer);
     key.extend(octets(connection.wears));
-    // Every part fills a register.
+    // Every part of a concatenation fills a register.
     key.extend([connection.protocol, 0, 0, 0]);
     if let Set::Answer(_) = connection.answers() {
         for port in [connection.peer_port, connection.wears_port] {
@@ -57,7 +57,7 @@ pub(super) fn answer(connection: &Connection) -> Vec<u8> {
     key
 }
 
-/// Writes an element that keeps answers back, and goes by itself; or its key alone.
+/// Writes an element that drops late replies until its timeout, or only its key.
 pub(super) fn write_answer(writer: &mut Writer, key: &[u8], whole: bool) {
     let held = u64::try_from(Connection::ANSWERS_HELD.as_millis()).unwrap_or(u64::MAX);
     writer.nest(expr::ELEMENT, |writer| {
@@ -92,7 +92,7 @@ fn write_value(writer: &mut Writer, value: &Value) {
     }
     let note = value.comment.as_ref().and_then(|comment| {
         let text = comment.as_str().as_bytes();
-        // The note's length has one byte and counts the closing NUL.
+        // The length of a user data entry is one byte and includes the NUL.
         let length = u8::try_from(text.len().checked_add(1)?).ok()?;
         Some([&[0, length], text, &[0]].concat())
     });
@@ -101,7 +101,7 @@ fn write_value(writer: &mut Writer, value: &Value) {
     }
 }
 
-/// Writes the key, of a range its first address.
+/// Writes the key; for a range, its first address.
 fn write_key(writer: &mut Writer, key: &Key) {
     match key {
         Key::Peer(address) | Key::Underlay(address) | Key::Eip(address) | Key::Source(address) => {
@@ -125,7 +125,7 @@ fn write_key(writer: &mut Writer, key: &Key) {
     }
 }
 
-/// The first address behind a range, unless there is none.
+/// First address after a range; `None` after the highest address of the family.
 fn behind(key: &Key) -> Option<IpAddr> {
     let (Key::Excluded(range) | Key::SourceNet(range)) = key else { return None };
     address(range.family(), number(range.last()).checked_add(1)?)
@@ -145,17 +145,17 @@ fn octets(address: IpAddr) -> Vec<u8> {
     }
 }
 
-/// An element as the kernel lists it.
+/// Element as the kernel lists it.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Found {
     pub(super) key: Vec<u8>,
-    /// Whether it is the first key behind a range.
+    /// Set for the first key after a range.
     pub(super) is_end: bool,
-    /// The right side; `None` if it is not one that we write.
+    /// Data and comment; `None` if the datapath never writes such an element.
     pub(super) value: Option<Value>,
 }
 
-/// Reads one element of a set; `None` if it has no key, as a catch-all has none.
+/// Reads one element of a set; `None` if it has no key, like a catch-all element.
 pub(super) fn read(element: &Attribute<'_>, set: Set) -> Result<Option<Found>, Malformed> {
     let (mut key, mut data, mut flags, mut comment, mut counts) = (None, None, 0, None, false);
     for attribute in element.nested() {
@@ -183,7 +183,9 @@ pub(super) fn read(element: &Attribute<'_>, set: Set) -> Result<Option<Found>, M
     }))
 }
 
-/// Reads what an element of a counting set has counted; `None` if it is not one that we write.
+/// Reads key and counter of an element of a counting set.
+///
+/// `None` if the datapath never writes such an element.
 pub(super) fn read_count(
     element: &Attribute<'_>,
     set: Set,
@@ -223,7 +225,7 @@ fn read_data(data: &Attribute<'_>, datum: Datum) -> Result<Option<Data>, Malform
     })
 }
 
-/// The comment among an element's notes.
+/// Returns the comment in the user data of an element.
 fn note(mut bytes: &[u8]) -> Option<Comment> {
     while let [kind, length, rest @ ..] = bytes {
         let value = rest.get(..usize::from(*length))?;
@@ -236,7 +238,7 @@ fn note(mut bytes: &[u8]) -> Option<Comment> {
     None
 }
 
-/// The key of a set without ranges; `None` if it is not one that we write.
+/// Decodes the key of a set without ranges; `None` if the datapath never writes such a key.
 pub(super) fn key(set: Set, bytes: &[u8]) -> Option<Key> {
     Some(match set {
         Set::Peer(family) => Key::Peer(ip(family, bytes)?),
@@ -263,7 +265,7 @@ pub(super) fn key(set: Set, bytes: &[u8]) -> Option<Key> {
     })
 }
 
-/// An address of the family from its bytes.
+/// Decodes an address of the family.
 pub(super) fn ip(family: Family, bytes: &[u8]) -> Option<IpAddr> {
     match family {
         Family::V4 => <[u8; 4]>::try_from(bytes).ok().map(IpAddr::from),
@@ -347,7 +349,7 @@ mod tests {
         assert_eq!(read(&element, set).unwrap().unwrap().value, Some(value));
         let count = Count { packets: 6, bytes: 270 };
         assert_eq!(read_count(&element, set).unwrap(), Some((key, count)));
-        // Without a counter it is nobody's.
+        // An element without a counter does not belong to the datapath.
         let bare = b"\x10\0\x01\0\x0c\0\x01\0\x08\0\x01\0\x02\0\x01\0";
         let element = Attributes::new(bare).next().unwrap().unwrap();
         assert_eq!(read(&element, set).unwrap().unwrap().value, None);

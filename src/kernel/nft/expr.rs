@@ -1,4 +1,4 @@
-//! Expressions: the instructions of the kernel's packet classifier that statements are made of.
+//! nf_tables expressions: the kernel's instructions that statements compile to.
 //!
 //! Numbers are those of `include/uapi/linux/netfilter/nf_tables.h`.
 
@@ -11,17 +11,19 @@ pub(super) use read::{Verdict, count, value};
 
 pub(crate) const ELEMENT: u16 = 1;
 
-/// Registers. A register of 32 bits that begins a register of 128 bits has two numbers; the
-/// kernel prints the shorter name, and so do we.
+/// Register numbers.
+///
+/// A 32-bit register at the start of a 128-bit register has two numbers; the kernel lists the
+/// 128-bit register, and so does this module.
 pub(super) mod reg {
     pub(crate) const VERDICT: u32 = 0;
     pub(crate) const R1: u32 = 1;
-    /// The register at so many bytes behind the first one.
+    /// Register at an offset in bytes from the first one.
     pub(crate) const fn after(bytes: u32) -> u32 {
         canonical(8 + bytes / 4)
     }
 
-    /// The number that the kernel prints for a register.
+    /// Register number that the kernel lists.
     pub(super) const fn canonical(number: u32) -> u32 {
         match number {
             8 | 12 | 16 | 20 => number / 4 - 1,
@@ -51,47 +53,47 @@ pub(crate) mod ct {
     pub(crate) const MARK: u32 = 3;
 }
 
-/// Headers that `payload` counts from.
+/// Headers that offsets of `payload` are relative to.
 pub(super) mod base {
     pub(crate) const LINK: u32 = 0;
     pub(crate) const NETWORK: u32 = 1;
     pub(crate) const TRANSPORT: u32 = 2;
 }
 
-/// One expression.
+/// nf_tables expression.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Expr {
-    /// Loads a property of the packet.
+    /// Loads metadata of the packet into a register.
     MetaLoad { key: u32, dreg: u32 },
-    /// Sets a property of the packet.
+    /// Sets metadata of the packet from a register.
     MetaSet { key: u32, sreg: u32 },
-    /// Loads bytes of the packet.
+    /// Loads bytes of the packet into a register.
     Payload { base: u32, offset: u32, len: u32, dreg: u32 },
     /// Sets bytes of the packet that no checksum covers.
     PayloadSet { base: u32, offset: u32, len: u32, sreg: u32 },
-    /// Ends the rule unless a register has, or has not, this value.
+    /// Ends the rule unless a register equals the value (`equal` false: unless it differs).
     Cmp { sreg: u32, equal: bool, data: Vec<u8> },
-    /// Masks a register, then turns bits over.
+    /// Masks a register, then inverts bits (xor).
     Bitwise { sreg: u32, dreg: u32, mask: Vec<u8>, xor: Vec<u8> },
     /// Looks a register up in a set; ends the rule if it is not there (`invert`: if it is).
     Lookup { set: String, sreg: u32, dreg: Option<u32>, invert: bool },
-    /// Loads a property of the connection.
+    /// Loads a property of the conntrack entry into a register.
     Ct { key: u32, dreg: u32 },
-    /// Sets a property of the connection.
+    /// Sets a property of the conntrack entry from a register.
     CtSet { key: u32, sreg: u32 },
-    /// Keeps the packet out of the tracking of connections.
+    /// Excludes the packet from connection tracking.
     NoTrack,
-    /// Loads a constant.
+    /// Loads a constant into a register.
     Load { dreg: u32, data: Vec<u8> },
     /// Ends the rule with a verdict.
     Immediate(Verdict),
-    /// Translates the source to the address in a register.
+    /// Source NAT to the address in a register.
     Snat { family: u32, sreg: u32 },
-    /// Translates the source to the address of the device.
+    /// Source NAT to the address of the outgoing interface.
     Masquerade,
-    /// Counts.
+    /// Counter.
     Counter,
-    /// Anything else; the number tells two of them apart.
+    /// Any other expression; the hash distinguishes two of them.
     Other(u64),
 }
 
@@ -104,7 +106,7 @@ pub(super) mod verdict {
 }
 
 impl Expr {
-    /// Writes the expression as an element of a rule's list.
+    /// Writes the expression as an element of a rule's expression list.
     pub(crate) fn write(&self, writer: &mut Writer) {
         self.write_as(writer, ELEMENT);
     }
@@ -123,7 +125,7 @@ impl Expr {
             Self::Snat { .. } => "nat",
             Self::Masquerade => "masq",
             Self::Counter => "counter",
-            // Not an expression of any kernel, so that a rule with one is refused, not weakened.
+            // No kernel has this expression, so a rule with one is refused instead of weakened.
             Self::Other(_) => "unknown",
         };
         writer.nest(kind, |writer| {
@@ -203,10 +205,10 @@ impl Expr {
         }
     }
 
-    /// Reads an element of a rule's list, or an attribute with a single expression.
+    /// Reads an element of a rule's expression list, or an attribute with a single expression.
     ///
-    /// What has another form than ours is not malformed but somebody else's: the direction in
-    /// `ct original packets` is a single byte.
+    /// An expression of a form that the datapath never writes is not malformed but belongs to
+    /// another program: the direction in `ct original packets` is a single byte.
     pub(crate) fn read(element: &Attribute<'_>) -> Self {
         let read = Self::read_ours(element).ok().flatten();
         read.unwrap_or_else(|| Self::Other(fnv1a(element.bytes())))
@@ -225,7 +227,7 @@ impl Expr {
         read::data(name, data)
     }
 
-    /// A number that tells the expression apart from others.
+    /// Hash that distinguishes the expression from others.
     pub(super) fn hash(&self) -> u64 {
         if let Self::Other(hash) = self {
             return *hash;

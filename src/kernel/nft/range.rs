@@ -1,11 +1,11 @@
-//! Ranges put together from the ends that interval sets consist of.
+//! Ranges of interval sets, reconstructed from interval start and end elements.
 
 use super::element::{Found, ip};
 use crate::range::{IpRange, address, number};
 use crate::state::{Key, Set, Value};
 use crate::types::Family;
 
-/// The ranges of an interval set; `None` if its ends are not those of ranges that we write.
+/// Returns the ranges of an interval set; `None` if the datapath never writes such elements.
 pub(super) fn ranges(set: Set, found: Vec<Found>) -> Option<Vec<(Key, Value)>> {
     let (family, key): (_, fn(IpRange) -> Key) = match set {
         Set::Excluded(family) => (family, Key::Excluded),
@@ -17,7 +17,7 @@ pub(super) fn ranges(set: Set, found: Vec<Found>) -> Option<Vec<(Key, Value)>> {
         let at = number(ip(family, &end.key)?);
         ends.push((at, !end.is_end, end.value));
     }
-    // At one address the end of a range comes before the start of the next.
+    // At one address the end of a range sorts before the start of the next.
     ends.sort_by_key(|(at, is_start, _)| (*at, *is_start));
     ends.dedup_by_key(|(at, is_start, _)| (*at, *is_start));
 
@@ -31,7 +31,7 @@ pub(super) fn ranges(set: Set, found: Vec<Found>) -> Option<Vec<(Key, Value)>> {
                     IpRange::new(address(family, first)?, address(family, at.checked_sub(1)?)?)?;
                 ranges.push((key(range), value));
             }
-            // `nft` begins a set that does not hold the lowest address with an end there.
+            // `nft` starts a set without the lowest address with an end element at that address.
             (false, None) if at == 0 => {}
             _ => return None,
         }

@@ -1,4 +1,4 @@
-//! Sets and maps: what the kernel is told of one, and whether one it has is ours.
+//! Encoding of sets and maps, and recognition of the datapath's sets among listed ones.
 
 use super::expr::Expr;
 use crate::kernel::netlink::message::{Attributes, Malformed, Writer};
@@ -9,18 +9,19 @@ const INTERVAL: u32 = 0x4;
 const MAP: u32 = 0x8;
 const TIMEOUT: u32 = 0x10;
 
-/// `NFTA_SET_EXPR` and `NFTA_SET_EXPRESSIONS`: what every element runs when it is looked up, one
-/// expression or a list of several.
+/// Expressions that every element of a set runs when it is looked up.
+///
+/// `NFTA_SET_EXPR` holds one expression and `NFTA_SET_EXPRESSIONS` a list of several.
 const EXPR: u16 = 17;
 const EXPRESSIONS: u16 = 18;
 
-/// `NFTA_SET_DESC`, with `NFTA_SET_DESC_SIZE` in it.
+/// `NFTA_SET_DESC`, which contains `NFTA_SET_DESC_SIZE`.
 const DESCRIPTION: u16 = 9;
 
 /// Data type of a verdict (`NFT_DATA_VERDICT`).
 const VERDICT: u32 = 0xffff_ff00;
 
-/// Type numbers of `nft` (`include/datatype.h`); the kernel only keeps them for it.
+/// Type number of `nft` (`include/datatype.h`), which the kernel only stores.
 const fn type_of(datum: Datum) -> u32 {
     match datum {
         Datum::Ipv4 => 7,
@@ -34,7 +35,7 @@ const fn type_of(datum: Datum) -> u32 {
     }
 }
 
-/// Byte order as `nft` notes it: 0 for none, 1 for the host's, 2 for the network's.
+/// Byte order in the notation of `nft`: 0 for none, 1 for host order, 2 for network order.
 const fn byte_order(datum: Datum) -> u8 {
     match datum {
         Datum::Ipv4 | Datum::Ipv6 | Datum::Ethernet | Datum::Service => 2,
@@ -43,7 +44,7 @@ const fn byte_order(datum: Datum) -> u8 {
     }
 }
 
-/// What the kernel knows of a set besides its name.
+/// Attributes of a set that the kernel lists, without its name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Shape {
     flags: u32,
@@ -62,7 +63,7 @@ impl Shape {
             flags: if set.is_interval() { INTERVAL } else { 0 }
                 | if set.is_fleeting() { TIMEOUT } else { 0 }
                 | if data.is_some() { MAP } else { 0 },
-            // Six bits a part, the first one highest.
+            // Six bits for each part, the first part highest.
             key_type: set.key().iter().fold(0, |sum, part| sum << 6 | type_of(*part)),
             key_len: u32::try_from(key_len).unwrap_or(u32::MAX),
             data_type: data.map_or(0, type_of),
@@ -72,7 +73,9 @@ impl Shape {
     }
 }
 
-/// Writes a new set; `id` is unique within the transaction. One with a size never grows.
+/// Writes a new set; `id` is unique within the transaction.
+///
+/// A set with a size never grows.
 pub(super) fn write(writer: &mut Writer, set: Set, id: u32, size: Option<u32>) {
     let shape = Shape::of(set);
     writer.string(1, NFT_TABLE);
@@ -94,7 +97,7 @@ pub(super) fn write(writer: &mut Writer, set: Set, id: u32, size: Option<u32>) {
     }
 }
 
-/// Notes for `nft`, as it writes them itself: without them it prints numbers turned around.
+/// User data for `nft`, as `nft` writes it; without it, `nft` prints numbers byte-swapped.
 fn userdata(set: Set) -> Vec<u8> {
     let order = match set.key() {
         [part] => byte_order(*part),
@@ -105,7 +108,7 @@ fn userdata(set: Set) -> Vec<u8> {
         bytes.extend(note(1, byte_order(data)));
     }
     if set.key().len() > 1 {
-        // The key is a concatenation: an expression of type 13 with nothing in it.
+        // The key is a concatenation: expression type 13 with empty content.
         let expression = [note(0, 13), vec![1, 0]].concat();
         bytes.extend([3, 8]);
         bytes.extend(expression);
@@ -122,24 +125,25 @@ fn note(kind: u8, value: u8) -> Vec<u8> {
     bytes
 }
 
-/// A set as the kernel lists it.
+/// Set as the kernel lists it.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Found {
     pub(super) name: String,
-    /// Number of elements, where the kernel says it.
+    /// Number of elements, if the kernel reports it.
     pub(super) count: Option<u32>,
     shape: Shape,
 }
 
 impl Found {
-    /// Which of our sets it is; `None` if it is none of the table's, or has the name of one and
-    /// another type.
+    /// Returns the datapath's set that this is, if any.
+    ///
+    /// `None` if the set is none of the table's, or has the name of one and another type.
     pub(super) fn ours(&self, table: TableFamily) -> Option<Set> {
         let set = Set::from_name(&self.name).filter(|set| set.table() == table)?;
         (Shape::of(set) == self.shape).then_some(set)
     }
 
-    /// Whether it belongs to a rule: the kernel deletes it with that.
+    /// Returns true for an anonymous set, which belongs to a rule and is deleted with it.
     pub(super) const fn is_anonymous(&self) -> bool {
         self.shape.flags & 1 != 0
     }
@@ -158,7 +162,7 @@ pub(super) fn read(attributes: Attributes<'_>) -> Result<Option<Found>, Malforme
             5 => shape.key_len = attribute.be32()?,
             6 => shape.data_type = attribute.be32()?,
             7 => shape.data_len = attribute.be32()?,
-            // One of several is none of ours.
+            // A set with several expressions is none of the datapath's.
             EXPR | EXPRESSIONS => shape.runs = Some(Expr::read(&attribute)),
             20 => count = Some(attribute.be32()?),
             _ => {}
@@ -168,7 +172,8 @@ pub(super) fn read(attributes: Attributes<'_>) -> Result<Option<Found>, Malforme
         return Ok(None);
     }
     if shape.data_type == VERDICT {
-        // The kernel says how much memory it takes, which is not ours to know.
+        // For a verdict the kernel reports the memory that it takes, which is an implementation
+        // detail.
         shape.data_len = 0;
     }
     let name = name.ok_or(Malformed("a set has no name"))?.text()?.to_owned();
@@ -180,7 +185,7 @@ mod tests {
     use super::*;
     use crate::types::Family;
 
-    /// What follows the table's name in the bytes of a new set.
+    /// Bytes of a new set after the table's name.
     fn bytes(set: Set, id: u32) -> Vec<u8> {
         let mut writer = Writer::default();
         write(&mut writer, set, id, None);

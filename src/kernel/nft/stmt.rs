@@ -1,8 +1,9 @@
-//! Statements as expressions, in the form that `nft` gives them, and expressions as statements.
+//! Compiles statements to the expressions that `nft` sends, and recognises them again.
 //!
-//! One table says how the kernel loads each field: [`load`], [`Form`], [`protocol`] and [`family`].
-//! Both directions read it. What [`recognise`] finds is compiled and compared with what is there,
-//! so whatever is recognised compiles to what was found.
+//! One table defines how the kernel loads each field: [`load`], [`Form`], [`protocol`] and
+//! [`family`]. Both directions read it. A statement that [`recognise`] finds is compiled and
+//! compared with the expressions read, so every recognised statement compiles to the expressions
+//! that were found.
 
 #[cfg(test)]
 mod tests;
@@ -18,13 +19,13 @@ const TCP: u8 = 6;
 const UDP: u8 = 17;
 const ICMP6: u8 = 58;
 
-/// `ARPHRD_ETHER`, as the tunnel device is.
+/// `ARPHRD_ETHER`, the type of the tunnel device.
 const ETHERNET: u16 = 1;
 
-/// Place of the flags in a TCP header (RFC 9293 section 3.1).
+/// Offset of the flags in a TCP header (RFC 9293 section 3.1).
 const TCP_FLAGS: u32 = 13;
 
-/// Every field that is loaded, with each family.
+/// All fields that can be loaded, with each family.
 const FIELDS: [Field; 18] = [
     Field::Input,
     Field::Output,
@@ -46,7 +47,7 @@ const FIELDS: [Field; 18] = [
     Field::Icmp6Type,
 ];
 
-/// The expression that loads a field into a register.
+/// Returns the expression that loads a field into a register.
 const fn load(field: Field, dreg: u32) -> Expr {
     const fn payload(base: u32, offset: u32, len: u32, dreg: u32) -> Expr {
         Expr::Payload { base, offset, len, dreg }
@@ -72,16 +73,16 @@ const fn load(field: Field, dreg: u32) -> Expr {
     }
 }
 
-/// How a value stands in a register.
+/// Representation of a value in a register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Form {
-    /// A number of 32 bits in the machine's byte order: a mark, a priority, an index, bits.
+    /// 32-bit number in host byte order: a mark, a priority, an index, bits.
     Host,
-    /// A single byte.
+    /// Single byte.
     Byte,
-    /// A port, in network byte order.
+    /// Port, in network byte order.
     Port,
-    /// An address.
+    /// Address.
     Address(Family),
 }
 
@@ -94,7 +95,7 @@ const fn form(field: Field) -> Form {
     }
 }
 
-/// The transport protocol that must be tested before the field is loaded.
+/// Returns the transport protocol that must be tested before the field is loaded.
 const fn protocol(field: Field) -> Option<u8> {
     match field {
         Field::UdpDestinationPort => Some(UDP),
@@ -104,7 +105,7 @@ const fn protocol(field: Field) -> Option<u8> {
     }
 }
 
-/// The family that must be tested before the field is loaded, unless the rule did already.
+/// Returns the family that must be tested before the field is loaded, unless the rule tested it.
 const fn family(field: Field) -> Option<Family> {
     match field {
         Field::Icmp6Type => Some(Family::V6),
@@ -113,7 +114,7 @@ const fn family(field: Field) -> Option<Family> {
 }
 
 impl Form {
-    /// A number in this form.
+    /// Encodes a number in this form.
     fn bytes(self, number: u32) -> Option<Vec<u8>> {
         Some(match self {
             Self::Host => number.to_ne_bytes().to_vec(),
@@ -123,7 +124,7 @@ impl Form {
         })
     }
 
-    /// The number that these bytes are.
+    /// Decodes a number in this form.
     fn number(self, bytes: &[u8]) -> Option<u32> {
         match self {
             Self::Host => bytes.try_into().ok().map(u32::from_ne_bytes),
@@ -133,7 +134,7 @@ impl Form {
         }
     }
 
-    /// Bytes of registers that a value fills.
+    /// Number of register bytes that a value fills.
     const fn width(self) -> u32 {
         match self {
             Self::Address(Family::V6) => 16,
@@ -142,7 +143,7 @@ impl Form {
     }
 }
 
-/// Protocol family as `meta nfproto` and `nat` have it.
+/// Protocol family number in `meta nfproto` and `nat`.
 const fn nfproto(family: Family) -> u8 {
     match family {
         Family::V4 => 2,
@@ -150,7 +151,7 @@ const fn nfproto(family: Family) -> u8 {
     }
 }
 
-/// The mask of a prefix length, in network byte order.
+/// Mask of a prefix length, in network byte order.
 fn netmask(family: Family, length: u8) -> Vec<u8> {
     let low = u128::MAX.checked_shr(length.into()).unwrap_or(0);
     let bytes = (!low).to_be_bytes();
@@ -158,7 +159,7 @@ fn netmask(family: Family, length: u8) -> Vec<u8> {
     bytes.into_iter().take(width).collect()
 }
 
-/// A test for a constant.
+/// Comparison of the first register with a constant.
 const fn cmp(equal: bool, data: Vec<u8>) -> Expr {
     Expr::Cmp { sreg: reg::R1, equal, data }
 }
@@ -168,7 +169,7 @@ fn family_test(family: Family) -> [Expr; 2] {
     [load, cmp(true, vec![nfproto(family)])]
 }
 
-/// Loads a field into a register and leaves its part there.
+/// Loads a field into a register and masks it.
 fn select(Selector { field, mask }: Selector, register: u32) -> Option<Vec<Expr>> {
     let mut exprs = vec![load(field, register)];
     let mask = match (mask, form(field)) {
@@ -184,17 +185,17 @@ fn select(Selector { field, mask }: Selector, register: u32) -> Option<Vec<Expr>
     Some(exprs)
 }
 
-/// The expressions of a rule.
+/// Compiles a rule to expressions.
 pub(super) fn compile(rule: &NftRule) -> Vec<Expr> {
     let mut family = None;
     let statements = rule.0.iter();
     statements
-        // What no rule can say is nothing that the kernel takes.
+        // A statement that cannot be expressed becomes an expression that the kernel refuses.
         .flat_map(|one| expressions(one, &mut family).unwrap_or_else(|| vec![Expr::Other(0)]))
         .collect()
 }
 
-/// The expressions of a statement; `known` is the family that the rule has tested.
+/// Compiles a statement to expressions; `known` is the family that the rule has tested.
 fn expressions(statement: &Stmt, known: &mut Option<Family>) -> Option<Vec<Expr>> {
     let mut exprs = Vec::new();
     let mut require = |exprs: &mut Vec<Expr>, field: Field| {
@@ -239,7 +240,7 @@ fn expressions(statement: &Stmt, known: &mut Option<Family>) -> Option<Vec<Expr>
         }
         Stmt::Map { key: parts, map, into } => {
             if *into == Target::EthernetDestination {
-                // At this hook the device counts as the one that the packet came in by.
+                // At the egress hook, the kernel takes the device for the packet's input interface.
                 let load = Expr::MetaLoad { key: meta::IIFTYPE, dreg: reg::R1 };
                 exprs.extend([load, cmp(true, ETHERNET.to_ne_bytes().to_vec())]);
             }
@@ -263,7 +264,7 @@ fn expressions(statement: &Stmt, known: &mut Option<Family>) -> Option<Vec<Expr>
             exprs.extend(store(Target::Priority));
         }
         Stmt::KeepSource(family) => {
-            // `nft` tests the family once more.
+            // `nft` repeats the family test.
             exprs.extend(family_test(*family));
             *known = Some(*family);
             exprs.push(load(Field::Source(*family), reg::R1));
@@ -281,10 +282,10 @@ fn expressions(statement: &Stmt, known: &mut Option<Family>) -> Option<Vec<Expr>
     Some(exprs)
 }
 
-/// Bytes of an interface's name, with zeros behind it (`IFNAMSIZ`).
+/// Length of an interface name, padded with zeros (`IFNAMSIZ`).
 const DEVICE: usize = 16;
 
-/// The expression that takes the value of a map from the first register.
+/// Returns the expression that stores the value of a map from the first register.
 fn store(target: Target) -> Option<Expr> {
     let sreg = reg::R1;
     Some(match target {
@@ -297,7 +298,7 @@ fn store(target: Target) -> Option<Expr> {
     })
 }
 
-/// The statements of a rule; what is not one of ours becomes [`Stmt::Unknown`].
+/// Recognises the statements of a rule; any other expression becomes [`Stmt::Unknown`].
 pub(super) fn recognise(exprs: &[Expr]) -> NftRule {
     let mut known = None;
     let mut statements = Vec::new();
@@ -311,7 +312,7 @@ pub(super) fn recognise(exprs: &[Expr]) -> NftRule {
     NftRule(statements)
 }
 
-/// The statement in front, and how many expressions it is.
+/// Recognises the first statement; returns it with its number of expressions.
 fn next(exprs: &[Expr], known: &mut Option<Family>) -> Option<(Stmt, usize)> {
     let statement = guess(exprs)?;
     let mut family = *known;
@@ -323,7 +324,7 @@ fn next(exprs: &[Expr], known: &mut Option<Family>) -> Option<(Stmt, usize)> {
     Some((statement, shape.len()))
 }
 
-/// Takes a test in front of the list; gives what it tests for.
+/// Takes a comparison for equality from the front of the list; returns the compared value.
 fn tested<'a>(exprs: &mut &'a [Expr], of: u32) -> Option<&'a [u8]> {
     match exprs {
         [
@@ -338,7 +339,7 @@ fn tested<'a>(exprs: &mut &'a [Expr], of: u32) -> Option<&'a [u8]> {
     }
 }
 
-/// Takes a selector in front of the list, of those that need this protocol.
+/// Takes a selector from the front of the list, with a field that needs this protocol.
 fn selected(exprs: &mut &[Expr], register: u32, tested: Option<u8>) -> Option<Selector> {
     let (first, rest) = exprs.split_first()?;
     let of = |field: &&Field| protocol(**field) == tested && load(**field, register) == *first;
@@ -359,7 +360,7 @@ fn selected(exprs: &mut &[Expr], register: u32, tested: Option<u8>) -> Option<Se
     Some(Selector { field, mask })
 }
 
-/// The statement that these expressions look like.
+/// Guesses the statement of these expressions; the caller verifies it.
 fn guess(mut exprs: &[Expr]) -> Option<Stmt> {
     match exprs.first()? {
         Expr::NoTrack => return Some(Stmt::NoTrack),

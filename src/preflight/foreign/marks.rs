@@ -1,4 +1,4 @@
-//! Which bits of a packet's and of a connection's mark a rule tests and writes.
+//! Bits of the firewall mark and the connection mark that a rule tests and writes.
 
 use std::collections::BTreeMap;
 
@@ -6,7 +6,7 @@ use crate::kernel::netlink::message::{Attribute, Attributes, Malformed};
 use crate::kernel::nft::expr::{ELEMENT, Expr, ct, meta};
 use crate::preflight::MarkKind;
 
-/// Bits, by whose mark it is and whether they are written rather than tested.
+/// Mark bits, by kind of mark and by access (true for written, false for tested).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Uses(pub(crate) BTreeMap<(MarkKind, bool), u32>);
 
@@ -19,7 +19,7 @@ impl Uses {
         *self.0.entry((kind, true)).or_default() |= bits;
     }
 
-    /// A register becomes a mark.
+    /// Records that a register is stored into a mark.
     fn stores(&mut self, kind: MarkKind, held: Option<&Held>) {
         // A value that was not made from the same mark replaces all of it.
         let own = held.filter(|held| held.kind == kind);
@@ -27,7 +27,7 @@ impl Uses {
     }
 }
 
-/// What is left of a mark in a register: bits that are kept, and bits that are turned over.
+/// Part of a mark that a register holds: bits kept and bits inverted.
 #[derive(Clone, Copy)]
 struct Held {
     kind: MarkKind,
@@ -97,13 +97,13 @@ fn follow(expr: &Expr, registers: &mut BTreeMap<u32, Held>, uses: &mut Uses) {
         | Expr::Payload { dreg, .. }
         | Expr::Ct { dreg, .. }
         | Expr::Load { dreg, .. } => drop(registers.remove(dreg)),
-        // Nothing is known of what it leaves in the registers.
+        // The registers may hold anything after an unknown expression.
         Expr::Other(_) => registers.clear(),
         _ => {}
     }
 }
 
-/// Takes a match or a target of iptables; whether it was one.
+/// Reads an iptables match or target; returns false for any other expression.
 fn extension(element: &Attribute<'_>, uses: &mut Uses) -> bool {
     let mut is_extension = false;
     let mut data = Attributes::new(&[]);
@@ -128,8 +128,8 @@ fn extension(element: &Attribute<'_>, uses: &mut Uses) -> bool {
     }
     let word = |n: usize| info.get(n * 4..n * 4 + 4).and_then(host).unwrap_or_default();
     // `struct xt_mark_mtinfo1`, `xt_connmark_mtinfo1` and `xt_mark_tginfo2` begin with value and
-    // mask, `xt_connmark_tginfo1` and `2` with value, mask and the mask of the packet's mark; then
-    // comes the mode, in the second after two bytes of shifting.
+    // mask, `xt_connmark_tginfo1` and `xt_connmark_tginfo2` with value, mask and the mask of the
+    // packet's mark; then comes the mode, in the second of them after two bytes of shifting.
     match (name, revision) {
         ("mark", 1) => uses.tests(MarkKind::Packet, word(1)),
         ("connmark", 1) => uses.tests(MarkKind::Connection, word(1)),
@@ -145,7 +145,7 @@ fn extension(element: &Attribute<'_>, uses: &mut Uses) -> bool {
     true
 }
 
-/// A number in host byte order.
+/// Reads a number in host byte order.
 fn host(bytes: &[u8]) -> Option<u32> {
     bytes.try_into().ok().map(u32::from_ne_bytes)
 }

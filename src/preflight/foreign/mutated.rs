@@ -1,4 +1,4 @@
-//! Other people's chains and rules, damaged.
+//! Mutation tests of the parsers for chains and rules of other programs.
 
 use super::*;
 use crate::kernel::mutate;
@@ -17,7 +17,7 @@ fn corpus(kind: u16) -> Vec<Vec<u8>> {
     found
 }
 
-/// A rule as iptables-nft makes them.
+/// Rule as iptables-nft makes it.
 fn iptables_rule() -> Vec<u8> {
     let mut writer = Writer::default();
     let message = writer.message(kind::NEWRULE, 0, 1);
@@ -42,7 +42,7 @@ fn iptables_rule() -> Vec<u8> {
     writer.finish().unwrap()
 }
 
-/// Calls it with the bodies of the messages of a type; whether one could be read.
+/// Calls `take` with the body of each message of a type; `None` if none could be read.
 fn each(input: &[u8], kind: u16, mut take: impl FnMut(Attributes<'_>) -> bool) -> Option<()> {
     let messages = Messages::new(input).flatten().filter(|message| message.kind == kind);
     let bodies = messages.filter_map(|message| message.nfgen().ok());

@@ -1,4 +1,4 @@
-//! Devices, their addresses, and whether there can be a VXLAN device.
+//! Reads interfaces and their addresses, and tests for VXLAN support.
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::RouteNetlinkMessage;
@@ -15,10 +15,10 @@ use crate::kernel::rtnetlink::socket::RouteSocket;
 use crate::preflight::facts::{Address, Device, Vxlan};
 use crate::types::Family;
 
-/// One more than the highest VNI, which no VXLAN device can have.
+/// VNI one above the highest (24 bits), invalid for every VXLAN device.
 const IMPOSSIBLE_VNI: u32 = 1 << 24;
 
-/// A device, and its index.
+/// Interface index and interface.
 pub(crate) type Indexed = (u32, Device);
 
 impl RouteSocket {
@@ -58,9 +58,10 @@ impl RouteSocket {
         Ok(all)
     }
 
-    /// Whether the kernel has VXLAN devices, which it loads if it can.
+    /// Returns true if the kernel supports VXLAN devices; the kernel loads the module if it can.
     ///
-    /// It is asked for one that it must refuse: the kind is looked for before the VNI is.
+    /// The request has an invalid VNI, so the kernel must refuse it: it looks for the device kind
+    /// before it checks the VNI.
     pub(crate) fn has_vxlan(&mut self) -> Result<bool, KernelError> {
         let mut message = LinkMessage::default();
         message.attributes = vec![LinkAttribute::LinkInfo(vec![

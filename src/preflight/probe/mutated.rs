@@ -1,4 +1,4 @@
-//! Other people's devices, addresses, routes and rules, damaged.
+//! Mutation tests of the parsers for interfaces, addresses, routes and rules of other programs.
 
 use netlink_packet_route::RouteNetlinkMessage;
 

@@ -1,4 +1,4 @@
-//! Rules and tables of others.
+//! Reads routing rules and tables of other programs.
 
 use std::collections::BTreeSet;
 
@@ -15,22 +15,23 @@ use crate::preflight::facts::{Action, Intruder, Rule};
 use crate::state::PROTOCOL;
 use crate::types::{Family, TableId};
 
-/// What others have in routing tables.
+/// Routing tables that other programs use.
 #[derive(Default)]
 pub(crate) struct Tables {
-    /// Those in use.
+    /// Tables in use.
     pub(crate) used: BTreeSet<u32>,
-    /// Of these, those with a route for every destination.
+    /// Tables in use that have a route for every destination, by family.
     pub(crate) catch_all: BTreeSet<(Family, u32)>,
-    /// Routes in tables that hold one of ours.
+    /// Routes of other programs in tables that hold a route of the datapath.
     pub(crate) intruders: Vec<Intruder>,
 }
 
-/// A listed route.
+/// Route from a dump.
 struct Listed {
     table: u32,
-    /// Of a route of somebody else: as `ip route` takes it, in a table that may be ours, and
-    /// whether it takes everything.
+    /// Route of another program: its text and whether it matches every destination.
+    ///
+    /// The text is in the syntax of `ip route`, and present in a table that may be the datapath's.
     foreign: Option<(Option<String>, bool)>,
 }
 
@@ -61,7 +62,7 @@ impl RouteSocket {
                 Some(Listed { table, foreign: (!ours).then(|| (text(), is_catch_all(message))) })
             });
             let found = match found {
-                // The same kernel has no rules, and says so there.
+                // The same kernel has no rules, and the rule dump reports that.
                 Err(error) if error.errno() == Some(errno::EOPNOTSUPP) => Vec::new(),
                 other => other?,
             };
@@ -89,7 +90,7 @@ pub(crate) fn is_catch_all(message: &RouteMessage) -> bool {
     message.header.destination_prefix_length == 0 && message.header.kind != RouteType::Throw
 }
 
-/// Somebody else's rule.
+/// Reads a rule of another program.
 pub(crate) fn foreign(message: &RuleMessage, family: Family) -> Option<Rule> {
     let header = &message.header;
     let mut found = Rule {

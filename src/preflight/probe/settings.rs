@@ -1,4 +1,4 @@
-//! Settings of the kernel; the only file that reads files.
+//! Reads kernel settings; the only module that reads files.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -19,9 +19,9 @@ const FIXED: [&str; 11] = [
     "netfilter/nf_conntrack_tcp_loose",
 ];
 
-/// Reads what there is of the settings that matter, and of those of these devices.
+/// Reads the existing settings that matter, global ones and those of `devices`.
 ///
-/// The kernel shows the settings of the network namespace of the thread that looks.
+/// The kernel shows the settings of the network namespace of the reading thread.
 pub(crate) fn settings(devices: &BTreeSet<&str>) -> Settings {
     let of_devices = devices.iter().flat_map(|device| {
         ["ipv4 src_valid_mark", "ipv4 arp_ignore", "ipv6 disable_ipv6"]
@@ -37,7 +37,7 @@ pub(crate) fn settings(devices: &BTreeSet<&str>) -> Settings {
     Settings(found)
 }
 
-/// Major and minor number of the kernel's version.
+/// Major and minor number of the kernel version.
 pub(crate) fn version() -> Option<(u32, u32)> {
     read_version(&fs::read_to_string("/proc/sys/kernel/osrelease").ok()?)
 }
@@ -47,7 +47,7 @@ fn read_version(release: &str) -> Option<(u32, u32)> {
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
-/// Tables of legacy iptables, as far as we may know them.
+/// Tables of legacy iptables, as far as the kernel lets this process read them.
 pub(crate) fn legacy_tables() -> Vec<String> {
     // `/proc/net` is that of the process, which may be in another namespace than this thread.
     let read = |file| fs::read_to_string(format!("/proc/thread-self/net/{file}"));

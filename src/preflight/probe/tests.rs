@@ -1,4 +1,4 @@
-//! The facts of real kernels, in network namespaces of their own.
+//! Tests of the facts that real kernels report, in separate network namespaces.
 
 use std::process::Command;
 
@@ -32,7 +32,7 @@ fn policy(gateway: &str, egress_ip: EgressIp) -> EgressPolicy {
 
 const EIP: EgressIp = EgressIp::V4(std::net::Ipv4Addr::new(198, 51, 100, 7));
 
-/// Problems that a script makes on a host that had none.
+/// Problems that a script causes on a host that had none.
 #[track_caller]
 fn problems(script: &str) -> Vec<Problem> {
     problems_of(&policy("node-b", EIP), script)
@@ -46,9 +46,9 @@ fn problems_of(policy: &EgressPolicy, script: &str) -> Vec<Problem> {
         for d in u0 foreign; do echo 0 >/proc/sys/net/ipv4/conf/$d/rp_filter; done");
     sh(script);
     let mut found = Preflight::new(&cluster(), [policy]).run().unwrap();
-    // Legacy iptables may be in every namespace of this kernel.
+    // The kernel may have legacy iptables in every namespace.
     found.retain(|problem| !matches!(problem, Problem::LegacyIptables { both: false, .. }));
-    // And what a kernel has not is so in all of them.
+    // A feature that the kernel lacks is missing in every namespace.
     let of_kernel = |problem: &Problem| {
         let missing = Problem::Missing { part: KernelPart::TableOwner };
         *problem == missing || matches!(problem, Problem::RangesMissed { .. })

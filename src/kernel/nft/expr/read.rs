@@ -1,11 +1,11 @@
-//! Reading expressions.
+//! Decoding of expressions.
 
 use super::{Expr, reg};
 use crate::count::Count;
 use crate::kernel::netlink::message::{Attribute, Attributes, Malformed, Writer};
 use crate::state::ChainId;
 
-/// A verdict as the kernel writes it.
+/// Verdict as the kernel encodes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Verdict {
     pub(crate) code: i32,
@@ -25,7 +25,7 @@ impl Verdict {
         Self { code: super::verdict::JUMP, chain: Some(chain.to_string()) }
     }
 
-    /// Writes it as the content of a data attribute.
+    /// Writes the verdict as the content of a data attribute.
     pub(crate) fn write(&self, writer: &mut Writer) {
         writer.nest(2, |writer| {
             writer.attribute(1, &self.code.to_be_bytes());
@@ -35,7 +35,7 @@ impl Verdict {
         });
     }
 
-    /// Reads it from a data attribute, `None` if that holds something else.
+    /// Reads a verdict from a data attribute; `None` if the attribute holds a value.
     pub(crate) fn read(data: &Attribute<'_>) -> Result<Option<Self>, Malformed> {
         let Some(inside) = find(data.nested(), 2)? else {
             return Ok(None);
@@ -49,12 +49,12 @@ impl Verdict {
     }
 }
 
-/// The bytes in a data attribute, `None` if that holds a verdict.
+/// Bytes in a data attribute; `None` if the attribute holds a verdict.
 pub(crate) fn value<'a>(data: &Attribute<'a>) -> Result<Option<&'a [u8]>, Malformed> {
     Ok(find(data.nested(), 1)?.map(|value| value.bytes()))
 }
 
-/// What a counter has counted; `None` if it is another expression.
+/// Reads packets and bytes of a counter; `None` for another expression.
 pub(crate) fn count(expr: &Attribute<'_>) -> Result<Option<Count>, Malformed> {
     let name = find(expr.nested(), 1)?;
     let data = find(expr.nested(), 2)?;
@@ -76,7 +76,7 @@ fn find(list: Attributes<'_>, kind: u16) -> Result<Option<Attribute<'_>>, Malfor
     Ok(None)
 }
 
-/// The attributes of one expression, by type.
+/// Attributes of one expression, by type.
 struct Fields<'a>(Attributes<'a>);
 
 impl<'a> Fields<'a> {
@@ -99,7 +99,7 @@ impl<'a> Fields<'a> {
         find(self.0.clone(), kind)
     }
 
-    /// Whether all of these are absent or zero.
+    /// Returns true if all these attributes are absent or zero.
     fn none(&self, kinds: &[u16]) -> Result<bool, Malformed> {
         for kind in kinds {
             if self.number(*kind)?.unwrap_or(0) != 0 {
@@ -110,10 +110,10 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// Reads the data of an expression; `None` if it is not one that we write.
+/// Decodes an expression; `None` if the datapath never writes one of this form.
 ///
-/// Attributes that we do not know are those of later kernels, which give them a meaning only
-/// where they are not the default; those that we know to change the meaning make it not ours.
+/// Unknown attributes are those of later kernels, which use them only to override a default. Known
+/// attributes that change the meaning make the expression one of another program.
 pub(super) fn data(name: &str, list: Attributes<'_>) -> Result<Option<Expr>, Malformed> {
     let fields = Fields(list);
     Ok(match name {
@@ -153,7 +153,7 @@ fn payload(fields: &Fields<'_>) -> Result<Option<Expr>, Malformed> {
         (Some(dreg), None, (Some(base), Some(offset), Some(len))) => {
             Some(Expr::Payload { base, offset, len, dreg })
         }
-        // No checksum is made good.
+        // The datapath's payload writes update no checksum.
         (None, Some(sreg), (Some(base), Some(offset), Some(len))) if fields.none(&[6, 8])? => {
             Some(Expr::PayloadSet { base, offset, len, sreg })
         }
@@ -197,7 +197,7 @@ fn immediate(fields: &Fields<'_>) -> Result<Option<Expr>, Malformed> {
     Ok(value(&data)?.map(|data| Expr::Load { dreg, data: data.to_vec() }))
 }
 
-/// `NF_NAT_RANGE_MAP_IPS`: the kernel sets it where there is an address.
+/// `NF_NAT_RANGE_MAP_IPS`: the kernel sets the flag if there is an address.
 const MAP_IPS: u32 = 1;
 
 fn nat(fields: &Fields<'_>) -> Result<Option<Expr>, Malformed> {

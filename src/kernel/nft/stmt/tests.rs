@@ -1,4 +1,4 @@
-//! Statements against what `nft` sends, and against hostile bytes.
+//! Tests of statements against the messages of `nft` and against hostile bytes.
 
 use proptest::prelude::*;
 
@@ -33,7 +33,7 @@ fn written(exprs: &[Expr]) -> Vec<u8> {
     writer.finish().unwrap()
 }
 
-/// Each kind of statement at least once.
+/// Statements, each kind at least once.
 fn statements() -> Vec<Stmt> {
     let mut list: Vec<_> =
         golden().iter().flat_map(|(_, bytes)| recognise(&read(bytes).unwrap()).0).collect();
@@ -54,9 +54,10 @@ fn statements() -> Vec<Stmt> {
         list.extend((1..=family.bits()).map(|bits| Stmt::by_prefix(destination, bits)));
         list.extend((1..=family.bits()).map(|bits| Stmt::by_prefix(source, bits)));
     }
-    // Each field, with and without a mask, whether or not a rule of ours compares it.
+    // Each field, with and without a mask, even if no rule of the datapath compares it.
     for field in FIELDS.iter().filter(|field| field.family().is_none()) {
-        // Nothing but a key has the protocol: a test for it belongs to the field behind it.
+        // The protocol occurs only in set keys: a comparison of it belongs to the field that
+        // follows.
         if *field != Field::Protocol {
             let bits = MarkBits { mask: 0x7f, value: 0x13 };
             list.extend([field.is(7), field.is_not(0), field.has(bits), field.has_not(bits)]);
@@ -84,9 +85,9 @@ fn rules_are_what_nft_makes_of_their_words() {
         let rule = recognise(&exprs);
         assert_eq!(rule.to_string(), text);
         assert_eq!(compile(&rule), exprs, "{text}");
-        // `nft` adds to a lookup the number it gave the set for its transaction, and leaves the
-        // default operation out where it masks bits of a connection or of TCP's flags; the kernel
-        // lists no difference.
+        // In a lookup, `nft` adds the set's number within its transaction; where it masks bits of
+        // conntrack or of the TCP flags, it leaves out the default operation. The kernel lists both
+        // forms alike.
         let differs = |expr: &Expr| match expr {
             Expr::Lookup { .. } | Expr::Ct { .. } => true,
             Expr::Bitwise { mask, .. } => mask.len() == 1,
