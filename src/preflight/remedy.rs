@@ -85,7 +85,7 @@ impl Problem {
                  addresses, or move the other rule"
             }
             Self::PriorityShared { .. } => {
-                "give the cluster another rule priority: it and the next must be free"
+                "give the cluster another rule priority: it and the next three must be free"
             }
             Self::LocalRuleLate { .. } => {
                 "move the rule for the local table ahead, or give the cluster a higher priority"
