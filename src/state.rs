@@ -217,7 +217,8 @@ pub struct Rule {
     pub inverted: bool,
     /// Input interface of the lookups that the rule is limited to (`iif`).
     ///
-    /// [`LOOPBACK`](Self::LOOPBACK) stands for the node's own packets. In a reverse path lookup, the kernel
+    /// [`LOOPBACK`](Self::LOOPBACK) stands for the node's own packets. In a reverse path lookup,
+    /// the kernel
     /// uses the interface by which the packet is about to leave (`__fib_validate_source` in
     /// `net/ipv4/fib_frontend.c`).
     pub input: Option<DeviceName>,

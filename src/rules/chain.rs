@@ -34,8 +34,9 @@ impl fmt::Display for TableFamily {
 pub enum ChainId {
     /// Prerouting base chain: marks a pod's packet, after destination NAT and before routing.
     Prerouting,
-    /// Input base chain: drops tunnel packets of unknown senders and traffic to services on egress
-    /// IPs.
+    /// Input base chain: drops tunnel packets of unknown senders and traffic to egress IPs.
+    ///
+    /// No service of the node is reachable at an egress IP.
     Input,
     /// Output base chain: exempts the tunnel's outer packets from connection tracking.
     Output,
@@ -47,8 +48,7 @@ pub enum ChainId {
     Guard,
     /// Packets with a gateway's mark: clears it before encapsulation, drops packets not tunnelled.
     Marked,
-    /// Packets of our tracked connections: drops those that are neither steered nor translated any
-    /// more.
+    /// Packets of our tracked connections: drops those that are not steered or translated any more.
     Bound,
     /// Packets that imitate a tunnel packet of this node: drops them.
     Injected,
@@ -185,8 +185,10 @@ pub enum ChainType {
     Nat,
 }
 
-/// A netfilter hook (`include/uapi/linux/netfilter.h`, `enum nf_inet_hooks` and
-/// `enum nf_dev_hooks`).
+/// A netfilter hook.
+///
+/// The hooks are those of `include/uapi/linux/netfilter.h`, `enum nf_inet_hooks` and `enum
+/// nf_dev_hooks`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Hook {
     /// Packets before routing.

@@ -126,8 +126,7 @@ impl Elements {
         Iter { small, rest: self.rest.iter().peekable(), left: self.len() }
     }
 
-    /// Whether a source has a comment from another program; all other sources are stored as
-    /// numbers.
+    /// Whether another program commented a source; all other sources are stored as numbers.
     pub(crate) fn has_noted_sources(&self) -> bool {
         let lowest = Key::Source(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
         let next = self.rest.range(lowest..).next();
@@ -189,8 +188,9 @@ impl Elements {
         Some(key)
     }
 
-    /// Replaces the single sources of each family and their classes; those in `self` must be in
-    /// order.
+    /// Replaces the single sources of each family and their classes.
+    ///
+    /// `self` must hold its single sources in order.
     pub(crate) fn fill_sources(
         &mut self,
         v4: impl IntoIterator<Item = (u32, Tag)>,

@@ -198,7 +198,7 @@ impl fmt::Display for XtName {
 /// An iptables rule: matches, target and comment.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct XtRule {
-    /// Matches that must all hold; a match has no effect on the packet, so their order is
+    /// Matches that must all hold. A match has no effect on the packet, so their order is
     /// irrelevant.
     pub matches: BTreeSet<XtMatch>,
     /// The target of the rule.
@@ -293,8 +293,8 @@ pub enum XtTarget {
     Snat(IpAddr),
     /// `MASQUERADE`
     Masquerade,
-    /// `NETMAP --to` all addresses: maps the connection to its own source, which prevents a
-    /// masquerade
+    /// `NETMAP --to` all addresses: maps the connection to its own source, so that no rule
+    /// masquerades it
     Netmap(Family),
     /// `NFQUEUE` to a queue without a reader, which drops; the nat table refuses `DROP`.
     Sink,
@@ -400,7 +400,6 @@ pub enum XtEdit {
     Insert(usize, XtRule),
     /// Deletes the rule at a position of a chain of our own.
     Delete(usize),
-    /// Deletes a rule of a built-in chain by its contents, because other programs may have moved
-    /// it.
+    /// Deletes a rule of a built-in chain by its contents: another program may have moved it.
     Remove(XtRule),
 }

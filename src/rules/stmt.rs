@@ -169,8 +169,8 @@ pub enum Stmt {
     SetMark(MarkOf, MarkBits),
     /// `meta priority set none`
     ClearPriority,
-    /// `snat ip to ip saddr`: translates the connection to its own source, which prevents a
-    /// masquerade.
+    /// `snat ip to ip saddr`: translates the connection to its own source, so no rule masquerades
+    /// it.
     KeepSource(Family),
     /// `masquerade`
     Masquerade,
@@ -186,8 +186,9 @@ pub enum Stmt {
     Jump(ChainId),
     /// `goto chain`
     Goto(ChainId),
-    /// A statement in the kernel that this crate never writes; the number distinguishes two of
-    /// them.
+    /// A statement in the kernel that this crate never writes.
+    ///
+    /// The number distinguishes two such statements.
     Unknown(u64),
 }
 

@@ -33,8 +33,7 @@ pub struct Firewall {
     pub elements: Elements,
     /// Sets and chains found in our table that this crate never makes, by name.
     pub strays: BTreeSet<Stray>,
-    /// Whether the table has the `dormant` flag, set by another program: the kernel skips its
-    /// chains.
+    /// Whether another program set the table's `dormant` flag: the kernel then skips its chains.
     pub dormant: bool,
 }
 

@@ -24,8 +24,7 @@ pub struct StrayRouting {
     pub family: Family,
     /// Description that lets an operator find the object.
     pub text: String,
-    /// The kernel's message about the object, without header and without attributes that change by
-    /// themselves.
+    /// The kernel's message about the object, without header and without volatile attributes.
     pub message: Vec<u8>,
 }
 

@@ -20,8 +20,7 @@ pub(crate) enum WayOut {
     Closed,
     /// The packet is sent to the gateway with this mark.
     To(Mark),
-    /// The packet leaves from this node with this source address, or with the node's own for
-    /// `None`.
+    /// The packet leaves from this node with this source address; `None` is the node's own address.
     Here(Option<IpAddr>),
 }
 
@@ -53,7 +52,7 @@ impl State {
         self.firewall.as_ref().and_then(Firewall::connection_mark).or_else(tables)
     }
 
-    /// Whether a guard drops packets with this connection mark that are neither steered nor
+    /// Whether a guard drops packets with this connection mark unless they are steered or
     /// translated.
     ///
     /// A connection with such a mark is ours, even if connections now get other marks.
