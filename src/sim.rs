@@ -43,29 +43,22 @@ pub use watch::SimWatch;
 /// A [`Datapath`] in memory that refuses an operation where the kernel would refuse it.
 ///
 /// An added object must not exist, a deleted object must exist, a referenced object cannot be
-/// deleted,
-/// and an nf_tables transaction is all or nothing. Changes of the VXLAN device have the kernel's
-/// side
-/// effects. Its deletion removes its addresses, FDB entries, neighbours and routes. Setting it down
-/// removes routes, neighbours and IPv6 addresses. A new MAC address removes the neighbours. An MTU
-/// too small for IPv6 removes everything of IPv6. Deleting the last IPv4 address removes IPv4
-/// routes
-/// and neighbours.
+/// deleted, and an nf_tables transaction is all or nothing. Changes of the VXLAN device have the
+/// kernel's side effects. Its deletion removes its addresses, FDB entries, neighbours and routes.
+/// Setting it down removes routes, neighbours and IPv6 addresses. A new MAC address removes the
+/// neighbours. An MTU too small for IPv6 removes everything of IPv6. Deleting the last IPv4 address
+/// removes IPv4 routes and neighbours.
 ///
 /// The simulator also forwards packets: [`send`](Self::send) evaluates the rules of its state for
-/// one
-/// packet, and tracks connections. No unsolicited replies are simulated, and no ICMP errors (RFC
-/// 792,
-/// RFC 4443), which the kernel assigns to the connection that they report on. Packets consist of
-/// headers
-/// only, without options; counters count the bytes of these headers.
+/// one packet, and tracks connections. No unsolicited replies are simulated, and no ICMP errors
+/// (RFC 792, RFC 4443), which the kernel assigns to the connection that they report on. Packets
+/// consist of headers only, without options; counters count the bytes of these headers.
 ///
 /// For tests of a program that runs while other programs write, or that dies half-way, pass the
 /// simulator to a [`SharedSim`].
 ///
 /// Only objects of this crate are simulated: no other tables, rules, routes or interfaces, no
-/// sysctls
-/// but `rp_filter`, no underlay. No connection expires, and no packet is lost or delayed.
+/// sysctls but `rp_filter`, no underlay. No connection expires, and no packet is lost or delayed.
 ///
 /// ```
 /// use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, NodeName, PolicyId};
@@ -207,8 +200,7 @@ impl Sim {
     /// Mutable access to the state, without the kernel's side effects and without notifications.
     ///
     /// Listeners are told that notifications were lost. [`edit`](Self::edit) makes a change as
-    /// another
-    /// program would.
+    /// another program would.
     pub fn state_mut(&mut self) -> &mut State {
         self.generation = self.generation.wrapping_add(1);
         self.tell(
@@ -292,9 +284,9 @@ impl Sim {
         if self.has_iptables() { Drift::Unknown } else { trust.drift() }
     }
 
-    /// Refuses one valid operation with an error number (positive).
+    /// Refuses one operation with an error number (positive), even if the operation is valid.
     ///
-    /// It is the operation that follows this many others from now on.
+    /// `after` is the number of operations from now on that are applied before it.
     ///
     /// ```
     /// use egress_datapath::{Changes, Datapath, Sim, State};

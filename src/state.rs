@@ -1,8 +1,8 @@
 //! The state of one network namespace: the objects that this crate programs, wanted or found.
 //!
 //! The same type describes both sides: [`plan`](crate::plan) computes it from policies, a
-//! [`Datapath`](crate::Datapath) reads it back from the kernel, and
-//! [`Changes`](crate::Changes) is the difference of two states.
+//! [`Datapath`](crate::Datapath) reads it back from the kernel, and [`Changes`](crate::Changes) is
+//! the difference of two states.
 //!
 //! After a restart without memory, each object can still be distinguished from objects of other
 //! programs:
@@ -55,9 +55,8 @@ pub const LINK_ALIAS: &str = "egress-datapath";
 /// Group of our VXLAN device: the letters `egrx`.
 ///
 /// The kernel sets a group when it creates an interface, and an alias only later. The group
-/// therefore
-/// identifies a device whose creator died in between, and one whose alias another program has
-/// changed.
+/// therefore identifies a device whose creator died in between, and one whose alias another program
+/// has changed.
 pub const LINK_GROUP: u32 = 0x6567_7278;
 
 /// Name of our nf_tables tables.
@@ -69,8 +68,7 @@ pub const NFT_TABLE: &str = "egress_datapath";
 /// Metric of the `unreachable` route in each of our routing tables.
 ///
 /// It is one step above the highest metric that anybody would use by hand, so that the route loses
-/// to
-/// every other default route.
+/// to every other default route.
 pub const BACKSTOP_METRIC: u32 = 4_278_198_272;
 
 /// All objects of this crate in one network namespace, wanted or found.
@@ -101,7 +99,7 @@ pub struct State {
 }
 
 impl State {
-    /// A copy without what may be large, such as the nf_tables table with a million elements.
+    /// A copy without the parts that may be large, such as a table with a million elements.
     pub(crate) fn routing(&self) -> Self {
         Self {
             link: self.link.clone(),
@@ -218,9 +216,8 @@ pub struct Rule {
     /// Input interface of the lookups that the rule is limited to (`iif`).
     ///
     /// [`LOOPBACK`](Self::LOOPBACK) stands for the node's own packets. In a reverse path lookup,
-    /// the kernel
-    /// uses the interface by which the packet is about to leave (`__fib_validate_source` in
-    /// `net/ipv4/fib_frontend.c`).
+    /// the kernel uses the interface by which the packet is about to leave (`__fib_validate_source`
+    /// in `net/ipv4/fib_frontend.c`).
     pub input: Option<DeviceName>,
     /// Action for a packet that matches.
     pub action: RuleAction,

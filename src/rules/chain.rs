@@ -58,9 +58,9 @@ pub enum ChainId {
     Select,
     /// Segments of a TCP connection whose opening segment conntrack has not seen.
     Midway,
-    /// Drops such TCP segments if they come from a destination that a policy selects.
+    /// Mid-connection TCP segments: drops those from a destination that a policy selects.
     Answering(Family),
-    /// Packets of a selected pod: passes those on that a policy may take.
+    /// Packets of a selected pod: excludes those that no policy may take.
     Admit(Family),
     /// Policy lookup by class and destination.
     Pick(Family),
@@ -187,8 +187,7 @@ pub enum ChainType {
 
 /// A netfilter hook.
 ///
-/// The hooks are those of `include/uapi/linux/netfilter.h`, `enum nf_inet_hooks` and `enum
-/// nf_dev_hooks`.
+/// Constants in `include/uapi/linux/netfilter.h`: `enum nf_inet_hooks` and `enum nf_dev_hooks`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Hook {
     /// Packets before routing.

@@ -17,8 +17,7 @@ use crate::types::Family;
 ///
 /// It behaves like any other map, except that it returns copies. A pod's address and its class, of
 /// which there may be a million, take a dozen bytes instead of a hundred. Clones share them until
-/// one
-/// of the clones changes.
+/// one of the clones changes.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct Elements {
     v4: Arc<BTreeMap<u32, Tag>>,
@@ -188,9 +187,7 @@ impl Elements {
         Some(key)
     }
 
-    /// Replaces the single sources of each family and their classes.
-    ///
-    /// `self` must hold its single sources in order.
+    /// Sets the single sources of each family and their classes, which must come in key order.
     pub(crate) fn fill_sources(
         &mut self,
         v4: impl IntoIterator<Item = (u32, Tag)>,

@@ -198,8 +198,7 @@ impl fmt::Display for XtName {
 /// An iptables rule: matches, target and comment.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct XtRule {
-    /// Matches that must all hold. A match has no effect on the packet, so their order is
-    /// irrelevant.
+    /// Matches that must all hold; their order is irrelevant, because a match has no effect.
     pub matches: BTreeSet<XtMatch>,
     /// The target of the rule.
     pub target: XtTarget,
@@ -293,8 +292,7 @@ pub enum XtTarget {
     Snat(IpAddr),
     /// `MASQUERADE`
     Masquerade,
-    /// `NETMAP --to` all addresses: maps the connection to its own source, so that no rule
-    /// masquerades it
+    /// `NETMAP --to` all addresses: maps the connection to its own source, which blocks masquerades
     Netmap(Family),
     /// `NFQUEUE` to a queue without a reader, which drops; the nat table refuses `DROP`.
     Sink,

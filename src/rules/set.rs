@@ -67,8 +67,7 @@ pub enum Set {
     /// Replies to terminated connections: source, destination, protocol and ports.
     ///
     /// [`Op::HoldAnswers`](crate::Op::HoldAnswers) adds the elements. They expire after a timeout
-    /// and are
-    /// not part of a state.
+    /// and are not part of a state.
     Answer(Family),
     /// Replies to terminated connections of protocols without ports.
     PortlessAnswer(Family),

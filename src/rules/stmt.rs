@@ -169,8 +169,9 @@ pub enum Stmt {
     SetMark(MarkOf, MarkBits),
     /// `meta priority set none`
     ClearPriority,
-    /// `snat ip to ip saddr`: translates the connection to its own source, so no rule masquerades
-    /// it.
+    /// `snat ip to ip saddr`: translates the connection to its own source.
+    ///
+    /// No masquerade in any table applies to the connection after that.
     KeepSource(Family),
     /// `masquerade`
     Masquerade,

@@ -17,12 +17,9 @@ use crate::types::{Family, MacAddr, Mark, PolicyId, fnv1a};
 /// One of our nf_tables tables: its chains, and the elements of its sets and maps.
 ///
 /// The chains never change in steady state. Evaluation goes through the maps: the source of a
-/// packet
-/// gives a class (a distinct ordered combination of policies), class and destination give a policy,
-/// the
-/// policy gives an action, and the action gives a verdict. Moving a policy to another gateway
-/// therefore
-/// changes one element, however many pods the policy selects.
+/// packet gives a class (a distinct ordered combination of policies), class and destination give a
+/// policy, the policy gives an action, and the action gives a verdict. Moving a policy to another
+/// gateway therefore changes one element, however many pods the policy selects.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Firewall {
     /// Chains and their rules.
@@ -231,7 +228,7 @@ impl Value {
 pub struct Comment(Arc<str>);
 
 impl Comment {
-    /// Maximum length in bytes; `nft` allows 128 with the closing NUL.
+    /// Maximum length in bytes; `nft` allows 128 including the terminating NUL.
     pub const MAX: usize = 120;
 
     /// The comment for a policy: its id; of a long id the beginning, and a hash of the whole id.

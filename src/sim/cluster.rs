@@ -12,8 +12,7 @@ use crate::types::NodeName;
 /// A simulated cluster: nodes and the packets between them, in memory.
 ///
 /// Whatever the datapath does not decide is kept simple: a packet is delivered to the node that has
-/// its
-/// destination address, and an address of no node is outside the cluster.
+/// its destination address, and an address of no node is outside the cluster.
 ///
 /// ```
 /// use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, NodeName, Packet, PolicyId};
@@ -113,8 +112,7 @@ enum Next {
 }
 
 impl SimCluster {
-    /// A cluster of these nodes; the first node with an address, in this order, receives its
-    /// packets.
+    /// A cluster of these nodes; the first node that has an address receives its packets.
     pub fn new(nodes: impl IntoIterator<Item = SimNode>) -> Self {
         Self { nodes: nodes.into_iter().collect() }
     }

@@ -25,8 +25,7 @@ const CUT: &str = "the answer ends in the middle";
 /// A [`Datapath`] to a simulated kernel that other programs may write to, too.
 ///
 /// [`SharedSim::open`] makes it. As the kernel's datapath does, it reads one kind of object after
-/// the
-/// other, receives notifications of changes by other programs meanwhile, repeats a read of the
+/// the other, receives notifications of changes by other programs meanwhile, repeats a read of the
 /// nf_tables table during which the generation changed, and skips reads of unchanged objects.
 #[derive(Debug)]
 pub struct SimDatapath {

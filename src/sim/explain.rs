@@ -11,11 +11,9 @@ use crate::types::Family;
 /// Traces the first packet of a connection that a pod on the node opens.
 ///
 /// The trace evaluates the rules, maps, routes and FDB entries of the state, not the policies that
-/// they
-/// were made from, so it works alike for a planned and for an observed state. Other objects of the
-/// host
-/// are not known: its routes, its firewall and its translations. The destination is that after
-/// destination NAT.
+/// they were made from, so it works alike for a planned and for an observed state. Other objects of
+/// the host are not known: its routes, its firewall and its translations. The destination is that
+/// after destination NAT.
 ///
 /// iptables rules are not evaluated. If the state has any, the first reason is
 /// [`Decision::Unknown`](crate::Decision::Unknown), and the rest is the path without them.

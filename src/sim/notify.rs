@@ -30,8 +30,8 @@ pub(super) struct Written {
 }
 
 impl Written {
-    /// The difference of two states in the objects of rtnetlink, as far as the kernel notifies of
-    /// it.
+    /// Difference of two states in objects of rtnetlink, without changes the kernel does not
+    /// notify.
     pub(super) fn between(before: &State, after: &State) -> Self {
         let strays = |kind: StrayKind| {
             let is = move |stray: &&StrayRouting| stray.kind == kind;

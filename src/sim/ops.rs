@@ -193,8 +193,7 @@ fn nft(firewall: &mut Firewall, op: &Op) -> Result<(), Errno> {
         Op::DeleteChain(chain) => {
             if goes_to(firewall, *chain) {
                 // The kernel has deleted the chain's rules by then and released their references;
-                // the aborted
-                // transaction undoes all of it (`nf_tables_delchain`).
+                // the aborted transaction undoes all of it (`nf_tables_delchain`).
                 if let Some((_, rules)) = firewall.chains.get_mut(chain) {
                     rules.clear();
                 }

@@ -1,8 +1,7 @@
 //! The path of a packet through one node, evaluated on a [`State`] as the kernel would.
 //!
 //! Policies are unknown here: rules, maps, routes and FDB entries are evaluated as they are,
-//! whether
-//! they were planned or read from a kernel.
+//! whether they were planned or read from a kernel.
 
 mod chains;
 pub(crate) mod conntrack;
@@ -102,10 +101,8 @@ impl Walk<'_> {
     /// The reverse path filter that drops the packet, if any (`__fib_validate_source`).
     ///
     /// The route back to a pod of another node is not the tunnel, so strict filtering drops the
-    /// packet.
-    /// Without an address on the interface, loose filtering drops every packet as well. IPv6 has no
-    /// such
-    /// filter.
+    /// packet. Without an address on the interface, loose filtering drops every packet as well.
+    /// IPv6 has no such filter.
     fn filtered(&self, link: &Vxlan, source: IpAddr) -> Option<String> {
         let bare = || !self.state.addresses.iter().any(|net| net.addr().is_ipv4());
         match link.rp_filter {

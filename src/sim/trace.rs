@@ -10,8 +10,7 @@ use crate::types::{MacAddr, Mark, NodeName, TableId};
 /// The path of a packet through one or several nodes, as a list of decisions.
 ///
 /// `Display` writes one line per reason for operators. With the feature `serde` it serializes as
-/// one
-/// document whose field names are stable.
+/// one document whose field names are stable.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Trace {
     /// The packet, as it was sent.
@@ -84,8 +83,9 @@ pub enum Decision {
 pub enum Fate {
     /// The packet is dropped.
     Dropped,
-    /// The packet is sent to another node; [`explain_received`](crate::explain_received) continues
-    /// there.
+    /// The packet is sent to another node.
+    ///
+    /// [`explain_received`](crate::explain_received) continues the trace there.
     Tunnelled(Frame),
     /// The packet is routed by the host's own routes, with this source address.
     ///

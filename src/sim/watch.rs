@@ -17,10 +17,8 @@ use crate::event::News;
 /// Watch for changes by other programs to objects that a [`SimDatapath`](super::SimDatapath) wrote.
 ///
 /// Its file descriptor is readable when such a change was made. It corresponds to the kernel's
-/// `Watch`.
-/// It reports every part that changed, including side effects, and no writes of its own datapath.
-/// It
-/// does not report the writer: [`News::writers`] is empty.
+/// `Watch`. It reports every part that changed, including side effects, and no writes of its own
+/// datapath. It does not report the writer: [`News::writers`] is empty.
 #[derive(Debug)]
 pub struct SimWatch {
     listener: Arc<Listener>,

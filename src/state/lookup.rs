@@ -52,10 +52,9 @@ impl State {
         self.firewall.as_ref().and_then(Firewall::connection_mark).or_else(tables)
     }
 
-    /// Whether a guard drops packets with this connection mark unless they are steered or
-    /// translated.
+    /// Whether a guard drops packets with this connection mark that are not steered or translated.
     ///
-    /// A connection with such a mark is ours, even if connections now get other marks.
+    /// A connection with such a mark is ours, even if connections get other marks now.
     pub(crate) fn holds_back(&self, mark: u32) -> bool {
         self.firewall.as_ref().is_some_and(|firewall| firewall.holds_back(mark))
     }

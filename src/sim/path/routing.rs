@@ -25,7 +25,7 @@ pub(crate) enum Routed<'a> {
 impl<'a> Walk<'a> {
     /// Evaluates the routing rules in order, and the tables that they look up.
     ///
-    /// `input` is the packet's input interface, if it is one that a rule of ours may name.
+    /// `input` is the packet's input interface, if it is one that our rules may name.
     pub(crate) fn route(
         &mut self,
         destination: IpAddr,

@@ -81,8 +81,7 @@ fn routed(state: &State, to: &str, mark: u32, input: Option<&str>) -> &'static s
 /// Asserts that reverse path lookups and replies of the node stay out of the tunnel.
 ///
 /// The reverse path lookup must find that steered packets come from their pods, and the node's
-/// replies
-/// must reach those pods.
+/// replies must reach those pods.
 fn check(state: &State, marks: &BTreeSet<u32>, when: &str) {
     let device = "egress.vxlan";
     for mark in marks {
