@@ -1,4 +1,4 @@
-//! The language of rules: chains, statements, sets and their elements.
+//! The rule model: chains, statements, sets and their elements.
 
 pub(crate) mod chain;
 pub(crate) mod elements;

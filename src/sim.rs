@@ -1,4 +1,4 @@
-//! A kernel in memory: refuses what the kernel refuses.
+//! A simulated kernel in memory, with the kernel's error checks.
 
 mod cluster;
 mod datapath;
@@ -40,24 +40,25 @@ pub use shared::SharedSim;
 use side_effects::{Footing, follow};
 pub use watch::SimWatch;
 
-/// A [`Datapath`] in memory that refuses what the kernel refuses.
+/// A [`Datapath`] in memory that refuses an operation where the kernel would refuse it.
 ///
-/// What is added must not exist, what is deleted must, what is referred to cannot go, and an
-/// nf_tables transaction is all or nothing. A device takes along what was on it: addresses,
-/// forwarding entries, neighbours and routes with the device; routes, neighbours and IPv6 addresses
-/// when it goes down; neighbours when its Ethernet address changes; all of IPv6 where the MTU
-/// becomes too small for that; IPv4 routes and neighbours with the last IPv4 address.
+/// An added object must not exist, a deleted object must exist, a referenced object cannot be
+/// deleted, and an nf_tables transaction is all or nothing. Changes of the VXLAN device have the
+/// kernel's side effects. Its deletion removes its addresses, FDB entries, neighbours and routes.
+/// Setting it down removes routes, neighbours and IPv6 addresses. A new MAC address removes the
+/// neighbours. An MTU too small for IPv6 removes everything of IPv6. Deleting the last IPv4 address
+/// removes IPv4 routes and neighbours.
 ///
-/// It also carries packets: [`send`](Self::send) walks one through the rules that it holds, and
-/// keeps track of connections. Nobody around it answers unasked, and it has no errors (RFC 792,
-/// RFC 4443), which to the kernel are packets of the connection that they are about. Its packets are
-/// nothing but headers, without options: so many bytes are counted.
+/// The simulator also forwards packets: [`send`](Self::send) evaluates the rules of its state for
+/// one packet, and tracks connections. No unsolicited replies are simulated, and no ICMP errors
+/// (RFC 792, RFC 4443), which the kernel assigns to the connection that they report on. Packets
+/// consist of headers only, without options; counters count the bytes of these headers.
 ///
-/// A test of a program that lives on while others write, or that dies half-way, gives it to a
-/// [`SharedSim`].
+/// For tests of a program that runs while other programs write, or that dies half-way, pass the
+/// simulator to a [`SharedSim`].
 ///
-/// What it has of a kernel is what is ours: no other tables, rules, routes or devices, no sysctls but
-/// `rp_filter`, no underlay. No connection expires, and no packet is lost or late.
+/// Only objects of this crate are simulated: no other tables, rules, routes or interfaces, no
+/// sysctls but `rp_filter`, no underlay. No connection expires, and no packet is lost or delayed.
 ///
 /// ```
 /// use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, NodeName, PolicyId};
@@ -87,31 +88,31 @@ pub use watch::SimWatch;
 #[derive(Clone, Debug, Default)]
 pub struct Sim {
     state: State,
-    /// How many operations to make before one fails, and how.
+    /// Number of operations to apply before one fails, and the fault of that one.
     fault: Option<(usize, Fault)>,
     conntrack: Conntrack,
-    /// What the counters stand at that are not at zero, and perhaps some that are not there.
+    /// Counter values other than zero; may include counters that no longer exist.
     counts: Counts,
     around: Surroundings,
     /// Number of transactions and edits of the nf_tables table.
     generation: u32,
-    /// What its own datapath knows.
+    /// Trust of the simulator's own datapath in its last read.
     trust: Trust,
     bulletin: Bulletin,
 }
 
 impl Sim {
-    /// A kernel that holds nothing of ours.
+    /// A simulated kernel without objects of this crate.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// A kernel that holds this.
+    /// A simulated kernel that holds this state.
     pub fn with_state(state: State) -> Self {
         Self { state, ..Self::default() }
     }
 
-    /// The same with these addresses of the host around it.
+    /// Sets the host addresses around the simulated kernel.
     #[must_use]
     pub fn surrounded_by(self, around: Surroundings) -> Self {
         Self { around, ..self }
@@ -119,29 +120,30 @@ impl Sim {
 
     /// Sends a packet that comes from a pod of this node, or from the network.
     ///
-    /// Its connection is remembered, so that a later packet of it goes the same way and
-    /// [`Packet::reply`] finds back.
+    /// Its connection is tracked, so that later packets take the same path and [`Packet::reply`] is
+    /// translated back.
     pub fn send(&mut self, packet: Packet) -> Trace {
         self.walk(packet, |walk| walk.arrive(packet)).0
     }
 
-    /// Sends a packet that belongs to no connection and cannot open one, as a TCP segment out of
-    /// its window.
+    /// Sends a packet with conntrack state `INVALID`, such as a TCP segment outside its window.
+    ///
+    /// Such a packet belongs to no connection and cannot open one.
     pub fn send_invalid(&mut self, packet: Packet) -> Trace {
         self.walk(packet, |walk| walk.arrive_invalid(packet)).0
     }
 
-    /// Sends a frame of another node.
+    /// Receives a tunnel frame of another node.
     pub fn receive(&mut self, frame: &Frame) -> Trace {
         self.walk(frame.packet, |walk| walk.receive(frame)).0
     }
 
-    /// The connections that it forwards.
+    /// The connections that this node forwards.
     fn forwarded(&self) -> impl Iterator<Item = Connection> {
         self.conntrack.connections().filter(|found| !self.around.local.contains(&found.peer))
     }
 
-    /// What the counters stand at that the table has.
+    /// The values of the counters that the table has.
     fn counted(&self) -> Counts {
         let elements = self.state.elements().into_iter().flat_map(Elements::rest);
         let counted = elements.filter_map(|(key, _)| match *key {
@@ -152,28 +154,28 @@ impl Sim {
         counted.map(|one| (one, stands(one))).collect()
     }
 
-    /// Those of one source, or of all.
+    /// The forwarded connections of one source, or of all sources for `None`.
     fn forwarded_of(&self, source: Option<IpAddr>) -> Vec<Connection> {
         let of_source = |found: &Connection| source.is_none_or(|source| found.source == source);
         self.forwarded().filter(of_source).collect()
     }
 
-    /// Those that are not translated as wanted.
+    /// The forwarded connections whose translation is not as wanted.
     fn stale(&self, wanted: &State, before: &State) -> BTreeSet<Connection> {
         self.forwarded().filter(|connection| connection.is_stale(wanted, before)).collect()
     }
 
-    /// Forgets all connections, as `conntrack -F` does.
+    /// Deletes all conntrack entries, as `conntrack -F` does.
     pub fn forget_connections(&mut self) {
         self.conntrack.clear();
     }
 
-    /// Lets time pass, which ends what has a timeout: answers that are held back.
+    /// Advances the time, which expires elements with a timeout: the blocked replies.
     pub fn pass(&mut self, time: Duration) {
         self.conntrack.held.pass(time);
     }
 
-    /// What became of a packet here, and the packet as it goes on.
+    /// Walks a packet through this node; returns its trace, and the packet as forwarded.
     fn walk(
         &mut self,
         packet: Packet,
@@ -190,16 +192,15 @@ impl Sim {
         (Trace { packet, reasons: walk.reasons, fate }, after)
     }
 
-    /// What it holds.
+    /// The state that the simulated kernel holds.
     pub const fn state(&self) -> &State {
         &self.state
     }
 
-    /// What it holds, to be changed behind the library's back and that of the kernel, which adds
-    /// nothing of its own.
+    /// Mutable access to the state, without the kernel's side effects and without notifications.
     ///
-    /// Who listens is told that news was lost; [`edit`](Self::edit) does what another program
-    /// would.
+    /// Listeners are told that notifications were lost. [`edit`](Self::edit) makes a change as
+    /// another program would.
     pub fn state_mut(&mut self) -> &mut State {
         self.generation = self.generation.wrapping_add(1);
         self.tell(
@@ -209,8 +210,9 @@ impl Sim {
         &mut self.state
     }
 
-    /// Changes what it holds as another program would: with what the kernel does along with that,
-    /// such as to forget the routes of a device that goes down.
+    /// Edits the state as another program would, with the kernel's side effects.
+    ///
+    /// An interface that goes down loses its routes, for example.
     ///
     /// ```
     /// use egress_datapath::{Datapath, Drift, Sim};
@@ -245,13 +247,12 @@ impl Sim {
         self.tell(Writer::Stranger, &written);
     }
 
-    /// Tells who listens that there was more news than could be kept, as a kernel does whose
-    /// listeners are slow.
+    /// Reports lost notifications to all listeners, as a kernel does whose socket buffers overflow.
     pub fn lose_news(&mut self) {
         self.tell(Writer::Stranger, &Written { anything: true, ..Written::default() });
     }
 
-    /// Lets somebody write, and tells the others.
+    /// Runs a write and notifies all listeners but the writer.
     fn write_as(&mut self, writer: Writer, write: impl FnOnce(&mut Self) -> Made) -> Made {
         if !self.bulletin.is_read() && writer == Writer::Own {
             return write(self);
@@ -278,13 +279,14 @@ impl Sim {
         !self.state.ipsets.is_empty() || !self.state.xtables.is_empty()
     }
 
-    /// What may have changed, to somebody who has heard so much; of iptables nobody is told.
+    /// Possible drift for a listener with this trust; changes of iptables produce no notification.
     fn drift_by(&self, trust: Trust) -> Drift {
         if self.has_iptables() { Drift::Unknown } else { trust.drift() }
     }
 
-    /// Refuses one operation with an error number (positive), however good it is: the one that
-    /// comes after this many others from now on.
+    /// Refuses one operation with an error number (positive), even if the operation is valid.
+    ///
+    /// `after` is the number of operations from now on that are applied before it.
     ///
     /// ```
     /// use egress_datapath::{Changes, Datapath, Sim, State};
@@ -299,8 +301,9 @@ impl Sim {
         self.fault = Some((after, Fault::Refuse(errno)));
     }
 
-    /// Makes one operation, and says that it was not: the answer is lost. With it in one
-    /// transaction, the others are made, too.
+    /// Applies one operation and reports failure, as if the acknowledgement were lost.
+    ///
+    /// The other operations of the same transaction are applied, too.
     ///
     /// ```
     /// use egress_datapath::{Changes, Datapath, Sim, State};
@@ -315,7 +318,7 @@ impl Sim {
         self.fault = Some((after, Fault::LoseAnswer));
     }
 
-    /// The fault that an operation meets.
+    /// The fault of the current operation, if one is due.
     const fn met(&mut self) -> Option<Fault> {
         match &mut self.fault {
             Some((0, fault)) => {
@@ -331,7 +334,7 @@ impl Sim {
         }
     }
 
-    /// Makes an operation, or refuses it.
+    /// Applies an operation, or refuses it.
     fn op(&mut self, op: &Op) -> Result<(), Errno> {
         match op {
             Op::MarkConnection(connection, bits) => {
@@ -353,7 +356,7 @@ impl Sim {
                     self.keep_held();
                 }
                 if let (Op::AddElement(Key::Count(family, policy), _), Ok(())) = (op, made) {
-                    // A new one, whatever was there before.
+                    // The element is new, and starts at zero whatever the counter was before.
                     self.counts.remove(&(*family, *policy));
                 }
                 made
@@ -361,7 +364,7 @@ impl Sim {
         }
     }
 
-    /// What sets with timeouts hold goes with them.
+    /// Removes the elements with timeouts of sets that no longer exist.
     fn keep_held(&mut self) {
         let firewall = self.state.firewall.as_ref();
         let sets = |set| firewall.is_some_and(|table| table.sets.contains(&set));
@@ -372,7 +375,7 @@ impl Sim {
         self.state.firewall.as_ref().is_some_and(|firewall| firewall.sets.contains(&set))
     }
 
-    /// Makes a step; of a transaction all or nothing, of other requests those that are accepted.
+    /// Applies a step: a transaction all or nothing, of other requests those that are accepted.
     fn step(&mut self, step: &Step) -> Made {
         let transaction = step.ops.first().is_some_and(Op::is_nft);
         let now = || (self.state.clone(), self.conntrack.held.clone(), self.counts.clone());
@@ -380,7 +383,7 @@ impl Sim {
         let (mut refused, mut lost) = (Vec::new(), None);
         let mut ended = None;
         for op in &step.ops {
-            // Elements of one set are one message, which ends with the first that is refused.
+            // Elements of one set are one message, which ends with the first refused element.
             let message = elements(op);
             if message.is_some() && message == ended {
                 continue;
@@ -416,7 +419,7 @@ impl Sim {
     }
 }
 
-/// What an operation meets.
+/// Fault of an operation.
 #[derive(Clone, Copy, Debug)]
 enum Fault {
     Refuse(Errno),
@@ -425,7 +428,7 @@ enum Fault {
 
 const LOST: &str = "the kernel's answer was lost: whether the changes were made must be read";
 
-/// The set that elements are added to, or deleted from.
+/// The set whose elements an operation adds (`true`) or deletes (`false`).
 fn elements(op: &Op) -> Option<(Set, bool)> {
     match op {
         Op::AddElement(key, _) => Some((key.set(), true)),

@@ -1,20 +1,21 @@
-//! What one network namespace holds of ours, wanted or found.
+//! The state of one network namespace: the objects that this crate programs, wanted or found.
 //!
-//! The same value describes both sides: [`plan`](crate::plan) makes it from policies, a
-//! [`Datapath`](crate::Datapath) reads it back from the kernel, and
-//! [`Changes`](crate::Changes) is the difference of two of them.
+//! The same type describes both sides: [`plan`](crate::plan) computes it from policies, a
+//! [`Datapath`](crate::Datapath) reads it back from the kernel, and [`Changes`](crate::Changes) is
+//! the difference of two states.
 //!
-//! Everything in it can be told from other people's objects after a restart with no memory:
+//! After a restart without memory, each object can still be distinguished from objects of other
+//! programs:
 //!
 //! | object | ours if |
 //! |---|---|
 //! | VXLAN device | it has our [`LINK_ALIAS`] or our [`LINK_GROUP`] |
-//! | address, forwarding entry, neighbour | it is on our device |
+//! | address, FDB entry, neighbour | it is on our VXLAN device |
 //! | route | its protocol is [`PROTOCOL`] and its table is not one of the kernel's own |
 //! | rule | its protocol is [`PROTOCOL`] |
 //! | set, chain, element | it is in the nf_tables table `inet egress_datapath` or `netdev egress_datapath` |
 //! | ipset | its name is one that [`Ipset`] prints |
-//! | iptables chain, rule | the chain's name is one that [`XtName`] prints, or it leads to one |
+//! | iptables chain, rule | the chain's name is one that [`XtName`] prints, or the rule jumps to one |
 
 mod leftovers;
 pub(crate) mod lookup;
@@ -45,7 +46,7 @@ pub use leftovers::{StrayKind, StrayRouting};
 
 /// Protocol number of our routes and rules, as `ip route` and `ip rule` print it.
 ///
-/// Not in `include/uapi/linux/rtnetlink.h` nor in iproute2's `rt_protos`.
+/// It is neither in `include/uapi/linux/rtnetlink.h` nor in iproute2's `rt_protos`.
 pub const PROTOCOL: u8 = 69;
 
 /// Alias of our VXLAN device.
@@ -53,47 +54,52 @@ pub const LINK_ALIAS: &str = "egress-datapath";
 
 /// Group of our VXLAN device: the letters `egrx`.
 ///
-/// The kernel takes a group when it creates a device, and an alias only later: one whose maker
-/// died in between is known by it, and so is one whose alias others have used for their own ends.
+/// The kernel sets a group when it creates an interface, and an alias only later. The group
+/// therefore identifies a device whose creator died in between, and one whose alias another program
+/// has changed.
 pub const LINK_GROUP: u32 = 0x6567_7278;
 
-/// Name of our nf_tables tables, one of family `inet` and, where
-/// [`Steering::EgressHook`](crate::Steering::EgressHook) asks for it, one of family `netdev`.
+/// Name of our nf_tables tables.
+///
+/// One table is of family `inet`. The other is of family `netdev`, and exists where
+/// [`Steering::EgressHook`](crate::Steering::EgressHook) asks for it.
 pub const NFT_TABLE: &str = "egress_datapath";
 
-/// Metric of the `unreachable` route in each of our tables: the highest that anybody would use
-/// by hand plus one step, so that it loses to every other default route.
+/// Metric of the `unreachable` route in each of our routing tables.
+///
+/// It is one step above the highest metric that anybody would use by hand, so that the route loses
+/// to every other default route.
 pub const BACKSTOP_METRIC: u32 = 4_278_198_272;
 
-/// Everything of ours in one network namespace: wanted or found.
+/// All objects of this crate in one network namespace, wanted or found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct State {
-    /// The tunnel device.
+    /// The VXLAN device of the tunnel.
     pub link: Option<Vxlan>,
-    /// Addresses of the tunnel device, with their prefix length.
+    /// Addresses of the VXLAN device, with their prefix length.
     pub addresses: BTreeSet<IpNet>,
-    /// Which node a tunnelled frame goes to, by its destination address.
+    /// FDB entries of the VXLAN device: destination MAC address to underlay address of the node.
     pub fdb: BTreeMap<MacAddr, IpAddr>,
-    /// Ethernet addresses of the other nodes' tunnel addresses.
+    /// Neighbours: the MAC address of each tunnel address of the other nodes.
     pub neighbours: BTreeMap<IpAddr, MacAddr>,
-    /// Routes in our tables.
+    /// Routes in our routing tables.
     pub routes: BTreeMap<RouteKey, Route>,
-    /// Rules that send marked packets to our tables, and others past them.
+    /// Routing rules that send marked packets to our tables, and rules that skip those tables.
     pub rules: BTreeSet<Rule>,
-    /// Routes and rules found with our protocol number that we never make.
+    /// Routes and rules with our protocol number that this crate never makes.
     pub strays: BTreeSet<StrayRouting>,
     /// The nf_tables table of family `inet`.
     pub firewall: Option<Firewall>,
-    /// The nf_tables table of family `netdev`, at the egress hook of the tunnel device.
+    /// The nf_tables table of family `netdev`, at the egress hook of the VXLAN device.
     pub hook: Option<Firewall>,
-    /// Sets that iptables rules look into.
+    /// Sets that the iptables rules match.
     pub ipsets: BTreeMap<Ipset, IpsetContents>,
-    /// Chains in iptables, by its variant.
+    /// Chains in iptables, by variant.
     pub xtables: BTreeMap<Variant, Xtables>,
 }
 
 impl State {
-    /// What is little to read: a million elements may be in the rest.
+    /// A copy without the parts that may be large, such as a table with a million elements.
     pub(crate) fn routing(&self) -> Self {
         Self {
             link: self.link.clone(),
@@ -116,7 +122,7 @@ impl State {
         }
     }
 
-    /// The place of one of the two nf_tables tables.
+    /// A mutable reference to one of the two nf_tables tables.
     pub(crate) const fn table_mut(&mut self, family: TableFamily) -> &mut Option<Firewall> {
         match family {
             TableFamily::Inet => &mut self.firewall,
@@ -124,21 +130,21 @@ impl State {
         }
     }
 
-    /// What its sets hold, if it has the table.
+    /// The elements of the `inet` table; `None` without that table.
     pub(crate) fn elements(&self) -> Option<&Elements> {
         self.firewall.as_ref().map(|firewall| &firewall.elements)
     }
 
-    /// Whether there is nothing.
+    /// Whether the state has no objects.
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }
 }
 
-/// The tunnel device.
+/// The VXLAN device of the tunnel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Vxlan {
-    /// Its name.
+    /// The interface name.
     pub name: DeviceName,
     /// VXLAN network identifier, 24 bits; the kernel cannot change it later.
     pub vni: u32,
@@ -146,34 +152,35 @@ pub struct Vxlan {
     pub port: u16,
     /// Source address of the outer packets, an address of this node.
     pub local: IpAddr,
-    /// Device that carries the outer packets.
+    /// Underlay interface, which carries the outer packets.
     pub underlay: Option<DeviceName>,
-    /// Ethernet address of the device.
+    /// MAC address of the VXLAN device.
     pub mac: MacAddr,
-    /// Largest inner packet in bytes.
+    /// Maximum size of an inner packet in bytes.
     pub mtu: u32,
-    /// `rp_filter` of the device; 2, because strict filtering drops every steered packet.
+    /// `rp_filter` of the interface; 2, because strict filtering drops every steered packet.
     pub rp_filter: u32,
-    /// Whether it is up.
+    /// Whether the interface is up.
     pub up: bool,
-    /// Whether the rest of it is as we make it: our alias and our group, in no bridge, without
-    /// learning, and frames with the host's TTL.
+    /// Whether the other attributes are as this crate sets them.
+    ///
+    /// They are our alias and our group, no bridge, no learning, and the host's TTL on frames.
     pub intact: bool,
 }
 
-/// What the kernel tells routes apart by.
+/// The properties by which the kernel distinguishes routes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RouteKey {
-    /// The table.
+    /// The routing table.
     pub table: TableId,
-    /// The destination.
+    /// The destination prefix.
     pub dst: IpNet,
     /// The metric; lower wins. IPv6 has no metric 0, the kernel makes it 1024.
     pub metric: u32,
 }
 
 impl RouteKey {
-    /// Metric that the kernel gives to a route for which none was asked.
+    /// Metric of a route that was added without one.
     pub const fn default_metric(family: Family) -> u32 {
         match family {
             Family::V4 => 0,
@@ -182,59 +189,60 @@ impl RouteKey {
     }
 }
 
-/// What a route does with a packet.
+/// Type and next hop of a route.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Route {
-    /// Sends it to a neighbour on the tunnel device.
+    /// Sends the packet to a neighbour on the VXLAN device.
     Via(IpAddr),
     /// Ends the lookup in this table; the next rule decides.
     Throw,
-    /// Refuses it, and says so to the sender.
+    /// Rejects the packet and notifies the sender.
     Unreachable,
 }
 
-/// A routing rule: what packets with a mark, or without it, are routed by.
+/// A routing rule, for packets with or without a firewall mark.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Rule {
-    /// Its family.
+    /// The address family.
     pub family: Family,
-    /// Its place; lower is asked first.
+    /// Priority of the rule; lower is evaluated first.
     pub priority: u32,
-    /// The mark to look for.
+    /// The firewall mark to match.
     pub mark: Mark,
-    /// The bits of the mark that are compared.
+    /// Mask of the compared bits of the mark.
     pub mask: u32,
-    /// Whether it is for packets that have another mark.
+    /// Whether the rule matches packets with any other mark.
     pub inverted: bool,
-    /// Only for lookups by which a packet comes in by this device (`iif`).
+    /// Input interface of the lookups that the rule is limited to (`iif`).
     ///
-    /// [`LOOPBACK`](Self::LOOPBACK) is that of the node's own packets. Where the kernel looks the
-    /// way back to a sender up, it is the device by which the packet is about to leave
-    /// (`__fib_validate_source` in `net/ipv4/fib_frontend.c`).
+    /// [`LOOPBACK`](Self::LOOPBACK) stands for the node's own packets. In a reverse path lookup,
+    /// the kernel uses the interface by which the packet is about to leave (`__fib_validate_source`
+    /// in `net/ipv4/fib_frontend.c`).
     pub input: Option<DeviceName>,
-    /// What happens to a packet that it is for.
+    /// Action for a packet that matches.
     pub action: RuleAction,
 }
 
 impl Rule {
-    /// The device that a node's own packets come in by, as far as rules can tell.
+    /// Input interface of the node's own packets in rule lookups.
     pub const LOOPBACK: &'static str = "lo";
 }
 
-/// What a routing rule does.
+/// Action of a routing rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum RuleAction {
-    /// Refuses the packet, and says so to the sender.
+    /// Rejects the packet and notifies the sender.
     Unreachable,
-    /// Looks the destination up in a table; if it finds nothing the next rule is asked.
+    /// Looks up the destination in a table; without a matching route, the next rule is evaluated.
     Lookup(TableId),
-    /// Goes on with the rule of this priority, which must be a later one; while there is none the
-    /// next rule is asked.
+    /// Continues with the rule of this priority, which must be a later one.
+    ///
+    /// While no rule has that priority, the next rule is evaluated.
     Goto(u32),
 }
 
 impl fmt::Display for Rule {
-    /// The rule as `ip rule add` takes it.
+    /// The rule in the syntax of `ip rule add`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let not = if self.inverted { "not " } else { "" };
         write!(f, "pref {} {not}fwmark {}/{:#010x} ", self.priority, self.mark, self.mask)?;

@@ -1,21 +1,22 @@
-//! Tables and chains, and where the kernel calls them.
+//! The nf_tables tables and chains, and the hooks of the base chains.
 
 use std::fmt;
 
 use crate::types::{DeviceName, Family, Mark};
 
-/// Which of our two tables something is in: they have the same name, and nf_tables tells them
-/// apart by their family.
+/// Address family of one of our two nf_tables tables.
+///
+/// Both tables have the same name; nf_tables distinguishes them by their family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum TableFamily {
-    /// `inet`: IPv4 and IPv6 on their way through the host.
+    /// `inet`: IPv4 and IPv6 packets that pass through the host.
     Inet,
-    /// `netdev`: frames on a device.
+    /// `netdev`: frames on an interface.
     Netdev,
 }
 
 impl TableFamily {
-    /// Both.
+    /// Both families.
     pub const BOTH: [Self; 2] = [Self::Inet, Self::Netdev];
 }
 
@@ -28,59 +29,61 @@ impl fmt::Display for TableFamily {
     }
 }
 
-/// A chain of our tables; its name follows from which one it is.
+/// A chain of our tables; its name follows from the variant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ChainId {
-    /// Puts a pod's packet on its way, after destination NAT and before routing.
+    /// Prerouting base chain: marks a pod's packet, after destination NAT and before routing.
     Prerouting,
-    /// Keeps strangers out of the tunnel and services off the egress IPs.
+    /// Input base chain: drops tunnel packets of unknown senders and traffic to egress IPs.
+    ///
+    /// No service of the node is reachable at an egress IP.
     Input,
-    /// Keeps the tunnel's own packets out of the tracking of connections.
+    /// Output base chain: exempts the tunnel's outer packets from connection tracking.
     Output,
-    /// Finds what is on a way of ours, or should be.
+    /// Forward base chain: dispatches marked and tracked packets.
     Forward,
-    /// Translates, ahead of every other masquerade.
+    /// Source NAT base chain at postrouting: translates before every other masquerade.
     NatPostrouting,
-    /// Looks at what was really translated.
+    /// Postrouting base chain after source NAT: checks the translation that a packet really got.
     Guard,
-    /// Has a gateway's mark: takes it off before encapsulation, and stops what is not tunnelled.
+    /// Packets with a gateway's mark: clears it before encapsulation, drops packets not tunnelled.
     Marked,
-    /// Belongs to a connection of ours: stops what is on no way of ours any more.
+    /// Packets of our tracked connections: drops those that are not steered or translated any more.
     Bound,
-    /// What is made to look like a tunnel packet of this node.
+    /// Packets that imitate a tunnel packet of this node: drops them.
     Injected,
-    /// What came out of the tunnel.
+    /// Packets received from the tunnel.
     Arrived,
-    /// Finds a packet's class, where its mark does not tell.
+    /// Class lookup by source, for packets whose mark does not give the class.
     Select,
-    /// What belongs to a TCP connection whose beginning nobody saw.
+    /// Segments of a TCP connection whose opening segment conntrack has not seen.
     Midway,
-    /// Whether it would answer what a policy takes.
+    /// Mid-connection TCP segments: drops those from a destination that a policy selects.
     Answering(Family),
-    /// Which packets of a selected pod a policy may take.
+    /// Packets of a selected pod: excludes those that no policy may take.
     Admit(Family),
-    /// From a class to a policy, by destination.
+    /// Policy lookup by class and destination.
     Pick(Family),
-    /// From a policy to its way out.
+    /// Action lookup by policy.
     Steer(Family),
-    /// Way out: translate it here.
+    /// Action: translate the packet on this node.
     Here,
-    /// Way out: leave it alone.
+    /// Action: leave the packet unchanged.
     Bypass,
-    /// Way out: the gateway with this mark.
+    /// Action: steer the packet to the gateway with this mark.
     To(Mark),
-    /// Way out of a connection that is on its way to the gateway with this mark.
+    /// Action for a connection that is already steered to the gateway with this mark.
     Via(Mark),
-    /// From a class to a policy, by destination, on the gateway.
+    /// Policy lookup by class and destination, on the gateway node.
     Translate(Family),
-    /// From a policy to the address it wears.
+    /// Egress IP lookup by policy: translates the source address.
     Wear(Family),
-    /// Gives a frame the Ethernet address of its gateway, and takes the mark off.
+    /// Egress hook base chain: sets a frame's MAC address to its gateway's and clears the mark.
     Egress,
 }
 
 impl ChainId {
-    /// The table it is in.
+    /// The table that the chain is in.
     pub const fn table(self) -> TableFamily {
         match self {
             Self::Egress => TableFamily::Netdev,
@@ -162,41 +165,42 @@ impl fmt::Display for ChainId {
     }
 }
 
-/// Where the kernel calls a base chain; its policy is always `accept`.
+/// Hook, type and priority of a base chain; its policy is always `accept`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Base {
     /// Filter or NAT.
     pub kind: ChainType,
-    /// The hook.
+    /// The hook that calls the chain.
     pub hook: Hook,
-    /// Its place among the chains of the hook; lower runs first.
+    /// Order among the chains of the hook; lower runs first.
     pub priority: i32,
 }
 
 /// Type of a base chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ChainType {
-    /// Sees every packet.
+    /// A chain that sees every packet.
     Filter,
-    /// Sees the first packet of a connection.
+    /// A chain that sees the first packet of a connection.
     Nat,
 }
 
-/// A netfilter hook (`include/uapi/linux/netfilter.h`, `enum nf_inet_hooks` and
-/// `enum nf_dev_hooks`).
+/// A netfilter hook.
+///
+/// Constants in `include/uapi/linux/netfilter.h`: `enum nf_inet_hooks` and `enum nf_dev_hooks`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Hook {
-    /// Before routing.
+    /// Packets before routing.
     Prerouting,
-    /// Delivered to this host.
+    /// Packets delivered to this host.
     Input,
-    /// Routed through this host.
+    /// Packets routed through this host.
     Forward,
-    /// Sent by this host.
+    /// Packets sent by this host.
     Output,
-    /// On the way out.
+    /// Packets about to leave this host.
     Postrouting,
-    /// Handed to this device to be sent; Linux 5.16.
+    /// Packets handed to this interface to be sent; Linux 5.16.
     Egress(DeviceName),
 }
 

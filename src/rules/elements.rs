@@ -1,4 +1,4 @@
-//! The elements of all sets and maps, in little memory.
+//! Memory-compact storage for the elements of all sets and maps.
 
 use std::collections::{BTreeMap, btree_map};
 use std::fmt;
@@ -13,20 +13,20 @@ use crate::state::Set;
 #[cfg(any(test, all(feature = "kernel", target_os = "linux")))]
 use crate::types::Family;
 
-/// Elements by key, in the order of the keys.
+/// An ordered map from element key to value.
 ///
-/// A map like any other, except that it hands out copies: a pod's address and its class, of which
-/// there may be a million, take a dozen bytes instead of a hundred, and are shared by copies of the
-/// whole until one of them changes.
+/// It behaves like any other map, except that it returns copies. A pod's address and its class, of
+/// which there may be a million, take a dozen bytes instead of a hundred. Clones share them until
+/// one of the clones changes.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct Elements {
     v4: Arc<BTreeMap<u32, Tag>>,
     v6: Arc<BTreeMap<u128, Tag>>,
-    /// All but sources with a class and no comment.
+    /// All elements except sources with a class and no comment.
     rest: BTreeMap<Key, Value>,
 }
 
-/// Where an element is kept.
+/// Storage location of an element.
 enum Place {
     V4(u32),
     V6(u128),
@@ -58,7 +58,7 @@ impl Elements {
         self.v4.len() + self.v6.len() + self.rest.len()
     }
 
-    /// Whether there are none.
+    /// Whether there are no elements.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -83,7 +83,7 @@ impl Elements {
         small || self.rest.contains_key(key)
     }
 
-    /// Adds an element; gives the value that it had before.
+    /// Adds an element and returns the previous value of its key.
     pub fn insert(&mut self, key: Key, value: Value) -> Option<Value> {
         let before = match (small(&value), place(&key)) {
             (Some(tag), Place::V4(address)) => Arc::make_mut(&mut self.v4).insert(address, tag),
@@ -93,7 +93,7 @@ impl Elements {
                 return self.rest.insert(key, value).or(before.map(large));
             }
         };
-        // The other place has it only where somebody commented a source.
+        // The other location has the key only if another program commented a source.
         before.map(large).or_else(|| self.rest.remove(&key))
     }
 
@@ -105,7 +105,7 @@ impl Elements {
         }
     }
 
-    /// Takes an element out.
+    /// Removes an element and returns its value.
     pub fn remove(&mut self, key: &Key) -> Option<Value> {
         self.remove_small(key).map(large).or_else(|| self.rest.remove(key))
     }
@@ -125,26 +125,26 @@ impl Elements {
         Iter { small, rest: self.rest.iter().peekable(), left: self.len() }
     }
 
-    /// Whether somebody commented a source; all others are kept as numbers.
+    /// Whether another program commented a source; all other sources are stored as numbers.
     pub(crate) fn has_noted_sources(&self) -> bool {
         let lowest = Key::Source(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
         let next = self.rest.range(lowest..).next();
         next.is_some_and(|(key, _)| matches!(key, Key::Source(_)))
     }
 
-    /// The IPv4 sources without comment; none if the other shares them.
+    /// The IPv4 sources without comment; none if `other` shares them.
     pub(crate) fn v4_apart_from(&self, other: &Self) -> btree_map::Iter<'_, u32, Tag> {
         static NONE: BTreeMap<u32, Tag> = BTreeMap::new();
         if Arc::ptr_eq(&self.v4, &other.v4) { NONE.iter() } else { self.v4.iter() }
     }
 
-    /// The IPv6 sources without comment; none if the other shares them.
+    /// The IPv6 sources without comment; none if `other` shares them.
     pub(crate) fn v6_apart_from(&self, other: &Self) -> btree_map::Iter<'_, u128, Tag> {
         static NONE: BTreeMap<u128, Tag> = BTreeMap::new();
         if Arc::ptr_eq(&self.v6, &other.v6) { NONE.iter() } else { self.v6.iter() }
     }
 
-    /// The elements of one set, in no order that means anything.
+    /// The elements of one set, in unspecified order.
     #[cfg(any(test, all(feature = "kernel", target_os = "linux")))]
     pub(crate) fn of(&self, set: Set) -> impl Iterator<Item = (Key, Value)> + '_ {
         let small4 = (set == Set::Source(Family::V4)).then(|| self.v4.iter().map(v4));
@@ -154,7 +154,7 @@ impl Elements {
         small.chain(rest.map(|(key, value)| (*key, value.clone())))
     }
 
-    /// Takes the elements of a set from the other; it has none of them.
+    /// Copies the elements of a set from `other`; `self` must have none of that set.
     #[cfg(any(test, all(feature = "kernel", target_os = "linux")))]
     pub(crate) fn take_over(&mut self, other: &Self, set: Set) {
         match set {
@@ -176,30 +176,30 @@ impl Elements {
         self.iter().map(|(_, value)| value)
     }
 
-    /// The elements that are not single sources, in order and without copying.
+    /// The elements other than single sources, in key order and without copying.
     pub(crate) fn rest(&self) -> impl Iterator<Item = (&Key, &Value)> {
         self.rest.iter()
     }
 
-    /// The last element up to a key, of those that are not single sources.
+    /// The last element up to a key, among the elements other than single sources.
     pub(crate) fn last_range_up_to(&self, end: &Key) -> Option<&Key> {
         let (key, _) = self.rest.range((Bound::Unbounded, Bound::Included(end))).next_back()?;
         Some(key)
     }
 
-    /// The single sources of each family with their classes; those in `self` must come in order.
+    /// Sets the single sources of each family and their classes, which must come in key order.
     pub(crate) fn fill_sources(
         &mut self,
         v4: impl IntoIterator<Item = (u32, Tag)>,
         v6: impl IntoIterator<Item = (u128, Tag)>,
     ) {
-        // Made at once from what is in order, the nodes of the trees are full.
+        // A tree that is built at once from sorted input has full nodes.
         self.v4 = Arc::new(v4.into_iter().collect());
         self.v6 = Arc::new(v6.into_iter().collect());
     }
 }
 
-/// Single sources of one family as elements.
+/// Iterator over the single sources of one family as elements.
 type Small<'a, A> = Map<btree_map::Iter<'a, A, Tag>, fn((&'a A, &'a Tag)) -> (Key, Value)>;
 
 fn v4((address, tag): (&u32, &Tag)) -> (Key, Value) {
@@ -210,7 +210,7 @@ fn v6((address, tag): (&u128, &Tag)) -> (Key, Value) {
     (Key::Source(IpAddr::V6(Ipv6Addr::from_bits(*address))), large(*tag))
 }
 
-/// Elements in the order of their keys; made by [`Elements::iter`].
+/// Iterator over elements in key order; made by [`Elements::iter`].
 #[derive(Clone)]
 pub struct Iter<'a> {
     small: Peekable<Chain<Small<'a, u32>, Small<'a, u128>>>,

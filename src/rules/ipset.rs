@@ -1,4 +1,4 @@
-//! The sets that iptables rules look into, as `ipset` shows them.
+//! The ipsets that iptables rules match, as `ipset` prints them.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -8,31 +8,32 @@ use ipnet::IpNet;
 use super::stmt::MarkBits;
 use crate::types::Family;
 
-/// A set of ours, of type `hash:net`; its name follows from which one it is.
+/// An ipset of our own, of type `hash:net`; its name follows from the variant.
 ///
-/// Names begin with `egress4-` or `egress6-`, and nobody else's are known to.
+/// Names begin with `egress4-` or `egress6-`; no other program is known to use these prefixes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Ipset {
-    /// Sources of a policy, by a hash of its id.
+    /// Sources of a policy, named by a hash of the policy id.
     Sources(Family, u64),
-    /// Destinations of a policy, by a hash of its id.
+    /// Destinations of a policy, named by a hash of the policy id.
     Destinations(Family, u64),
-    /// Sources of all policies that steer, translate or close: who is in none of them pays for
-    /// one lookup.
+    /// Sources of all policies that steer, translate or drop.
+    ///
+    /// A packet from any other source costs one lookup.
     Selected(Family),
     /// Destinations that are never steered.
     Ignored(Family),
-    /// Sources whose one policy takes every destination, each with the mark it gets.
+    /// Sources with a single policy that takes every destination, each with the mark it sets.
     Marks(Family),
-    /// Sources whose one policy takes every destination and is closed.
+    /// Sources with a single policy that takes every destination and drops.
     Closed(Family),
-    /// The other nodes' addresses on the network that carries the tunnel.
+    /// Addresses of the other nodes on the underlay, the network that carries the tunnel.
     Peers(Family),
-    /// This node's addresses on that network: where tunnel packets are sent to.
+    /// Underlay addresses of this node, the destinations of tunnel packets.
     Underlay(Family),
     /// Egress IPs of this node.
     EgressIps(Family),
-    /// What another set is about to hold.
+    /// Temporary set for the new contents of another set.
     Temporary(Family),
 }
 
@@ -62,7 +63,7 @@ impl Ipset {
         (set.to_string() == name).then_some(set)
     }
 
-    /// The family of its members.
+    /// The address family of the set's members.
     pub const fn family(self) -> Family {
         match self {
             Self::Sources(family, _)
@@ -97,24 +98,24 @@ impl fmt::Display for Ipset {
     }
 }
 
-/// What a set holds.
+/// Parameters and members of an ipset.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct IpsetContents {
-    /// How many members it can have (`maxelem`); the kernel cannot change it later.
+    /// Maximum number of members (`maxelem`); the kernel cannot change it later.
     pub capacity: u32,
     /// Whether members can carry a mark (`skbinfo`); the kernel cannot change it later.
     pub with_marks: bool,
-    /// Its members; the longest prefix that an address has decides.
+    /// Members of the set; the longest prefix that contains an address decides.
     pub members: BTreeMap<IpNet, Member>,
 }
 
 impl IpsetContents {
-    /// The kernel's own default of `maxelem`.
+    /// The kernel's default of `maxelem`.
     pub const CAPACITY: u32 = 65_536;
 
-    /// A set that has room for its members, and for as many again as make a power of two.
+    /// A set with capacity for its members, rounded up to a power of two.
     ///
-    /// The kernel takes no prefix of length 0 into such a set; its two halves take its place.
+    /// The kernel accepts no prefix of length 0 in such a set; its two halves replace it.
     pub fn new(with_marks: bool, members: impl IntoIterator<Item = (IpNet, Member)>) -> Self {
         let members: BTreeMap<_, _> = members
             .into_iter()
@@ -125,37 +126,37 @@ impl IpsetContents {
         Self { capacity, with_marks, members }
     }
 
-    /// A set that a lookup only answers yes or no about.
+    /// A set without marks, whose lookup answers only yes or no.
     pub fn of(nets: impl IntoIterator<Item = IpNet>) -> Self {
         Self::new(false, nets.into_iter().map(|net| (net, Member::In)))
     }
 
-    /// Whether it has the shape to hold what the other one holds.
+    /// Whether a set with these parameters can hold the members of `other`.
     pub(crate) fn can_hold(&self, other: &Self) -> bool {
         self.with_marks == other.with_marks && self.capacity >= other.capacity
     }
 }
 
-/// A prefix, or the two halves of the one that has length 0.
+/// A prefix, or the two halves of a prefix of length 0.
 fn halves(net: IpNet) -> impl Iterator<Item = IpNet> {
     let parts = if net.prefix_len() == 0 { net.subnets(1).ok() } else { None };
     let whole = parts.is_none().then_some(net);
     parts.into_iter().flatten().chain(whole)
 }
 
-/// What a member says about the addresses in it.
+/// Result of a lookup that matches a member.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Member {
-    /// They are in the set.
+    /// The addresses are in the set.
     In,
-    /// They are in the set, and a packet gets this mark.
+    /// The addresses are in the set, and a packet gets this mark.
     Marked(MarkBits),
-    /// They are not, although a shorter prefix is (`nomatch`).
+    /// The addresses are not in the set, although a shorter prefix is (`nomatch`).
     Not,
 }
 
 impl fmt::Display for Member {
-    /// The part of `ipset add` behind the prefix.
+    /// The part of `ipset add` after the prefix.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::In => Ok(()),
@@ -202,7 +203,7 @@ mod tests {
             "egress4-src-000000000000000G",
             "egress4-src-00000000000000AA",
             "egress4-src-+000000000000001",
-            // As spidernet's egressgateway names its own.
+            // Names as spidernet's egressgateway forms them.
             "egress-src-v4-6d6b7c1c6a8e5f7a9",
             "egress-cluster-cidr-ipv4",
             "egress-ingore-cidr",

@@ -1,4 +1,4 @@
-//! What we keep in iptables: chains of our own, and the jumps to them.
+//! Our iptables objects: our own chains, and the jumps to them.
 
 mod walk;
 
@@ -14,23 +14,24 @@ use crate::types::{DeviceName, Family, Mark};
 pub(crate) use crate::iptables::parse::{read_jump, read_rule, words};
 pub(crate) use crate::sim::iptables::make;
 
-/// Which of the two implementations of iptables: both may have rules on one host, and then both
-/// act.
+/// One of the two implementations of iptables.
+///
+/// Both may have rules on one host, and then both act on packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "lowercase"))]
 pub enum Variant {
     /// The kernel's `ip_tables`.
     Legacy,
-    /// nf_tables through its compatibility layer.
+    /// nf_tables through the iptables compatibility layer.
     Nft,
 }
 
 impl Variant {
-    /// Both.
+    /// Both variants.
     pub const BOTH: [Self; 2] = [Self::Legacy, Self::Nft];
 
-    /// The name of the command for a family, as distributions install it beside `iptables`.
+    /// The command name for a family, as distributions install it beside `iptables`.
     pub const fn command(self, family: Family) -> &'static str {
         match (self, family) {
             (Self::Legacy, Family::V4) => "iptables-legacy",
@@ -41,12 +42,12 @@ impl Variant {
     }
 }
 
-/// Our part of the rules of one variant of iptables, both families.
+/// Our chains and jumps in one variant of iptables, both families.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Xtables {
-    /// Chains of ours and their rules.
+    /// Our chains and their rules.
     pub chains: BTreeMap<XtChain, Vec<XtRule>>,
-    /// By built-in chain the rules that lead to ours, each with its place, counted from 1.
+    /// Rules in built-in chains that jump to our chains, each with its position, counted from 1.
     pub jumps: BTreeMap<XtChain, Vec<(usize, XtRule)>>,
 }
 
@@ -62,10 +63,10 @@ pub enum XtTable {
 }
 
 impl XtTable {
-    /// All of them.
+    /// All tables that this crate uses.
     pub const ALL: [Self; 3] = [Self::Filter, Self::Nat, Self::Mangle];
 
-    /// Its name.
+    /// The table's name.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Filter => "filter",
@@ -75,62 +76,63 @@ impl XtTable {
     }
 }
 
-/// A chain of one family and table.
+/// A chain, identified by family, table and name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct XtChain {
     /// The family.
     pub family: Family,
     /// The table.
     pub table: XtTable,
-    /// Which one.
+    /// The chain's name.
     pub name: XtName,
 }
 
-/// The name of a chain, built in or ours.
+/// The name of a built-in chain or of a chain of our own.
 ///
-/// Ours begin with `EGRESSGATEWAY-`, four of them with the names that operators of spidernet's
-/// egressgateway know; on a node only one of the two can run.
+/// Our names begin with `EGRESSGATEWAY-`. Four of them are names that operators of spidernet's
+/// egressgateway know; only one of the two programs can run on a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum XtName {
-    /// Built in.
+    /// Built-in chain `PREROUTING`.
     Prerouting,
-    /// Built in.
+    /// Built-in chain `INPUT`.
     Input,
-    /// Built in.
+    /// Built-in chain `FORWARD`.
     Forward,
-    /// Built in.
+    /// Built-in chain `OUTPUT`.
     Output,
-    /// Built in.
+    /// Built-in chain `POSTROUTING`.
     Postrouting,
-    /// Gives the packets of policies their mark, before routing and before destination NAT. Only
-    /// what comes from a selected source and not out of the tunnel is sent here.
+    /// Sets the mark on packets that policies take, before routing and before destination NAT.
+    ///
+    /// Only packets from a selected source that do not come from the tunnel are sent to this chain.
     MarkRequest,
-    /// Takes the mark off before encapsulation; stops what is marked but not tunnelled.
+    /// Clears the mark before encapsulation; drops marked packets that do not enter the tunnel.
     ResetMark,
-    /// Keeps strangers out of the tunnel and services off the egress IPs.
+    /// Drops tunnel packets of unknown senders and traffic to services on egress IPs.
     Guard,
-    /// Looks at how connections that are open were translated.
+    /// Checks the source translation of open connections.
     CheckSnat,
-    /// Accepts what is ours where the host's default is to drop.
+    /// Accepts our packets where the host's default is to drop.
     KeepMark,
-    /// Accepts the tunnel's own packets where the host's default is to drop.
+    /// Accepts the tunnel's outer packets where the host's default is to drop.
     Tunnel,
-    /// Keeps others from translating what enters the tunnel.
+    /// Prevents other rules from translating packets that enter the tunnel.
     NoSnat,
-    /// Translates.
+    /// Source NAT to the egress IPs.
     SnatEip,
-    /// Way out: translate it here.
+    /// Action: translate the packet on this node.
     Here,
-    /// Way out: leave it alone.
+    /// Action: leave the packet unchanged.
     Clear,
-    /// Way out: drop it where it leaves, if it does.
+    /// Action: drop the packet where it would leave the node, if it does.
     Closed,
-    /// Way out: the gateway with this mark.
+    /// Action: steer the packet to the gateway with this mark.
     To(Mark),
 }
 
 impl XtName {
-    /// The chain with this name; `None` for chains of others.
+    /// The chain with this name; `None` for chains of other programs.
     pub fn from_name(name: &str) -> Option<Self> {
         Some(match name {
             "PREROUTING" => Self::Prerouting,
@@ -159,7 +161,7 @@ impl XtName {
         })
     }
 
-    /// Whether the kernel has it anyway.
+    /// Whether the kernel creates the chain itself.
     pub const fn is_built_in(self) -> bool {
         matches!(
             self,
@@ -193,18 +195,18 @@ impl fmt::Display for XtName {
     }
 }
 
-/// A rule: what a packet must have, what is done with it, and what it is for.
+/// An iptables rule: matches, target and comment.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct XtRule {
-    /// All of them must hold; none has an effect, so that their order has no meaning.
+    /// Matches that must all hold; their order is irrelevant, because a match has no effect.
     pub matches: BTreeSet<XtMatch>,
-    /// What is done.
+    /// The target of the rule.
     pub target: XtTarget,
-    /// For the reader; may be empty. Iptables cuts what is longer than 255 bytes.
+    /// Comment for the operator; may be empty. Iptables truncates it beyond 255 bytes.
     pub comment: Box<str>,
 }
 
-/// What a packet must have.
+/// A match of an iptables rule.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum XtMatch {
     /// `-i device`
@@ -221,9 +223,9 @@ pub enum XtMatch {
     Connmark(Is, MarkBits),
     /// `--ctdir`
     Direction(Direction),
-    /// `--ctstate`: one of these
+    /// `--ctstate`: any of these states
     State(Is, CtState),
-    /// `--ctstatus CONFIRMED`: not the first packet of its connection
+    /// `--ctstatus CONFIRMED`: the packet is not the first of its connection
     Confirmed(Is),
     /// `--match-set`
     Set(Is, Ipset, Side),
@@ -232,22 +234,22 @@ pub enum XtMatch {
 /// Whether a match is inverted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Is {
-    /// It must hold.
+    /// The match must hold.
     So,
-    /// It must not.
+    /// The match must not hold (`!`).
     Not,
 }
 
-/// Which address is looked up.
+/// The address of a packet that is looked up in a set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Side {
-    /// The source.
+    /// The source address.
     Src,
-    /// The destination.
+    /// The destination address.
     Dst,
 }
 
-/// States of a connection that our rules look for.
+/// Connection states that our rules match.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum CtState {
     /// `INVALID`
@@ -271,7 +273,7 @@ impl CtState {
     }
 }
 
-/// What is done with a packet.
+/// A target of an iptables rule.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum XtTarget {
     /// `ACCEPT`
@@ -290,19 +292,19 @@ pub enum XtTarget {
     Snat(IpAddr),
     /// `MASQUERADE`
     Masquerade,
-    /// `NETMAP --to` everything: binds the connection to its own source, so nobody masquerades it
+    /// `NETMAP --to` all addresses: maps the connection to its own source, which blocks masquerades
     Netmap(Family),
-    /// `NFQUEUE` to a queue that nobody reads, which drops; `DROP` is refused in the nat table.
+    /// `NFQUEUE` to a queue without a reader, which drops; the nat table refuses `DROP`.
     Sink,
     /// `-j chain`
     Jump(XtName),
     /// `-g chain`
     Goto(XtName),
-    /// Something found that we never write, as it is written.
+    /// A rule in the kernel that this crate never writes, as its text.
     Unknown(Box<str>),
 }
 
-/// The queue that [`XtTarget::Sink`] names.
+/// The queue number of [`XtTarget::Sink`].
 pub(crate) const SINK_QUEUE: u16 = 65_535;
 
 pub(crate) const fn everything(family: Family) -> &'static str {
@@ -342,7 +344,7 @@ fn xmark(MarkBits { mask, value }: MarkBits) -> String {
 }
 
 impl fmt::Display for XtRule {
-    /// The rule as `iptables` takes it, behind the chain's name.
+    /// The rule in `iptables` syntax, without the chain's name.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let XtTarget::Unknown(text) = &self.target {
             return f.write_str(text);
@@ -371,8 +373,9 @@ impl fmt::Display for XtRule {
     }
 }
 
-/// A word in double quotes, as `iptables-restore` reads it, and a shell too: our own comments have
-/// nothing in them that it would expand.
+/// A word in double quotes, as `iptables-restore` and a shell read it.
+///
+/// Our own comments contain nothing that a shell would expand.
 fn quoted(text: &str) -> String {
     let mut word = String::with_capacity(text.len() + 2);
     word.push('"');
@@ -386,15 +389,15 @@ fn quoted(text: &str) -> String {
     word
 }
 
-/// A change to one chain; places count from 1.
+/// An edit of one chain; positions count from 1.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum XtEdit {
-    /// Appends a rule to a chain of ours.
+    /// Appends a rule to a chain of our own.
     Append(XtRule),
-    /// Inserts a rule at a place of a chain of ours, or of a built-in one.
+    /// Inserts a rule at a position of our own or a built-in chain.
     Insert(usize, XtRule),
-    /// Deletes the rule at a place of a chain of ours.
+    /// Deletes the rule at a position of a chain of our own.
     Delete(usize),
-    /// Deletes a rule of a built-in chain by what it says: others may have moved it meanwhile.
+    /// Deletes a rule of a built-in chain by its contents: another program may have moved it.
     Remove(XtRule),
 }

@@ -1,11 +1,11 @@
-//! The sets and maps of our table: their names, types and flags.
+//! The sets and maps of our nf_tables tables: names, types and flags.
 
 use std::fmt;
 
 use super::chain::TableFamily;
 use crate::types::Family;
 
-/// Type of a key part or of a map's value, as `nft` names it.
+/// Data type of a key part or of a map's value, as `nft` names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Datum {
     Ipv4,
@@ -39,8 +39,9 @@ impl Datum {
         }
     }
 
-    /// Bytes of the value; a part of a key fills whole registers, and a verdict has no length of
-    /// its own.
+    /// Length of the value in bytes.
+    ///
+    /// A part of a key fills whole registers, and a verdict has no length of its own.
     #[cfg(all(feature = "kernel", target_os = "linux"))]
     pub(crate) const fn len(self) -> usize {
         match self {
@@ -52,51 +53,55 @@ impl Datum {
     }
 }
 
-/// A set or map of our tables; its name, types and flags follow from which one it is.
+/// A set or map of our tables; its name, types and flags follow from the variant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Set {
-    /// Underlay addresses of the other nodes: who may send tunnel packets.
+    /// Underlay addresses of the other nodes, the permitted senders of tunnel packets.
     Peer(Family),
-    /// Underlay addresses of this node: where tunnel packets are sent to.
+    /// Underlay addresses of this node, the destinations of tunnel packets.
     Underlay(Family),
     /// Destinations that are never steered.
     Excluded(Family),
-    /// Egress IPs that this node speaks with.
+    /// Egress IPs that this node uses as source addresses.
     Eip(Family),
-    /// Answers to connections that were ended: from, to, protocol and ports. Its elements come
-    /// with [`Op::HoldAnswers`](crate::Op::HoldAnswers), go by themselves, and are part of no state.
+    /// Replies to terminated connections: source, destination, protocol and ports.
+    ///
+    /// [`Op::HoldAnswers`](crate::Op::HoldAnswers) adds the elements. They expire after a timeout
+    /// and are not part of a state.
     Answer(Family),
-    /// The same of protocols without ports.
+    /// Replies to terminated connections of protocols without ports.
     PortlessAnswer(Family),
-    /// Marks in use, in layouts without prefix.
+    /// Marks in use, in mark layouts without prefix.
     Gateway,
-    /// Mark of a connection → verdict, where the first packet decides for all.
+    /// Connection mark → verdict, where the first packet of a connection decides for all.
     Connection,
-    /// Way out → verdict.
+    /// Action → verdict.
     Verdict,
-    /// Policy → way out.
+    /// Policy → action.
     Steer(Family),
     /// Policy → egress IP.
     Snat(Family),
-    /// Policies that wear the node's own address.
+    /// Policies that use the node's own address as source.
     Masquerade(Family),
-    /// Policies whose packets are counted: each element has a counter, which counts what is looked
-    /// up. Where it stands is part of no state.
+    /// Policies whose packets are counted.
+    ///
+    /// Each element has a counter, which counts lookups that match. Its value is not part of a
+    /// state.
     Count(Family),
     /// Class → policy for every external destination.
     Any(Family),
-    /// Destination cut to this prefix length, and class → policy.
+    /// Destination truncated to this prefix length, and class → policy.
     Destination(Family, u8),
     /// Source address → class.
     Source(Family),
     /// Range of source addresses → class.
     SourceNet(Family),
-    /// Mark → Ethernet address of the gateway.
+    /// Mark → MAC address of the gateway.
     NextHop,
 }
 
 impl Set {
-    /// The table it is in.
+    /// The table that the set is in.
     pub const fn table(self) -> TableFamily {
         match self {
             Self::NextHop => TableFamily::Netdev,
@@ -104,7 +109,7 @@ impl Set {
         }
     }
 
-    /// Those that every table has for a family.
+    /// The sets of a family that every table has.
     pub(crate) const fn of(family: Family) -> [Self; 12] {
         [
             Self::Peer(family),
@@ -122,7 +127,7 @@ impl Set {
         ]
     }
 
-    /// Its name in the table.
+    /// The set's name in the table.
     pub fn name(self) -> String {
         match self {
             Self::Peer(family) => format!("peer{}", family.digit()),
@@ -232,7 +237,7 @@ impl Set {
         }
     }
 
-    /// The family that the rules' packets must be of to be looked up in it, if it matters.
+    /// The family that a packet must have to be looked up in the set; `None` for any family.
     pub(crate) fn family(self) -> Option<Family> {
         match self.key().first() {
             Some(Datum::Ipv4) => Some(Family::V4),
@@ -264,17 +269,17 @@ impl Set {
         }
     }
 
-    /// Whether it holds ranges.
+    /// Whether the set holds ranges.
     pub(crate) const fn is_interval(self) -> bool {
         matches!(self, Self::Excluded(_) | Self::SourceNet(_))
     }
 
-    /// Whether each of its elements has a counter.
+    /// Whether each element of the set has a counter.
     pub(crate) const fn is_counting(self) -> bool {
         matches!(self, Self::Count(_))
     }
 
-    /// Whether its elements go by themselves after a while.
+    /// Whether the set's elements expire after a timeout.
     pub(crate) const fn is_fleeting(self) -> bool {
         matches!(self, Self::Answer(_) | Self::PortlessAnswer(_))
     }

@@ -1,5 +1,6 @@
-//! The language of rules: selector, operation and target, as the kernel's packet classifier has
-//! them, and as `nft` prints them.
+//! The nf_tables rule language: selector, operation and target.
+//!
+//! They are modelled as the kernel's packet classifier has them, and as `nft` prints them.
 
 use std::fmt;
 
@@ -9,21 +10,21 @@ use super::chain::ChainId;
 use super::set::Set;
 use crate::types::{DeviceName, Family};
 
-/// Direction of a packet in its connection.
+/// Direction of a packet in its connection, as conntrack defines it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Direction {
-    /// From the side that opened it.
+    /// Packets from the initiator.
     Original = 0,
-    /// Back to it.
+    /// Packets to the initiator.
     Reply = 1,
 }
 
-/// A value in some bits of a mark.
+/// A value and the bits of a mark that hold it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct MarkBits {
-    /// The bits.
+    /// Mask of the bits.
     pub mask: u32,
-    /// Their value; none outside the mask.
+    /// Value of the bits; bits outside the mask are 0.
     pub value: u32,
 }
 
@@ -33,13 +34,13 @@ impl MarkBits {
         mark & self.mask == self.value
     }
 
-    /// The mark with these bits set to this value, and the others as they are.
+    /// The mark with these bits set to this value, and the other bits unchanged.
     pub const fn set_in(self, mark: u32) -> u32 {
         mark & !self.mask | self.value
     }
 }
 
-/// A property of a packet or of its connection.
+/// A property of a packet or of its connection that a rule can load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum Field {
@@ -65,9 +66,9 @@ pub enum Field {
     Source(Family),
     /// `ip daddr` or `ip6 daddr`.
     Destination(Family),
-    /// `th sport`, of whatever protocol.
+    /// `th sport`, for any transport protocol.
     SourcePort,
-    /// `th dport`, of whatever protocol: cheaper than [`Field::UdpDestinationPort`].
+    /// `th dport`, for any transport protocol: cheaper than [`Field::UdpDestinationPort`].
     DestinationPort,
     /// `udp dport`.
     UdpDestinationPort,
@@ -80,24 +81,24 @@ pub enum Field {
 /// The part of a field that is compared or looked up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Mask {
-    /// All of it.
+    /// The whole field.
     Whole,
     /// These bits of a number.
     Bits(u32),
-    /// The first bits of an address: less than it has.
+    /// The first bits of an address: fewer than the address has.
     Prefix(u8),
 }
 
-/// What is loaded from a packet: a field, or a part of it.
+/// A field or a part of it, as loaded from a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Selector {
     /// The field.
     pub field: Field,
-    /// The part.
+    /// The part of the field.
     pub mask: Mask,
 }
 
-/// Where the value of a map goes.
+/// Destination of a map's value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum Target {
@@ -105,7 +106,7 @@ pub enum Target {
     Priority,
     /// `vmap`: a verdict.
     Verdict,
-    /// `snat ip to`: the source address that the connection gets.
+    /// `snat ip to`: the source address of the connection.
     Snat(Family),
     /// `ether daddr set`
     EthernetDestination,
@@ -129,44 +130,48 @@ pub enum Interface {
     Output,
 }
 
-/// One statement of a rule: a test that must hold for the next to run, or something done.
+/// One statement of a rule.
+///
+/// A match must hold for the next statement to run; the other statements act on the packet.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum Stmt {
     /// `selector == value`, or `!=`.
     Match {
-        /// What is compared.
+        /// The selector that is compared.
         of: Selector,
-        /// Whether it must not be the value.
+        /// Whether the comparison is `!=`.
         negated: bool,
-        /// With what; outside the selector's bits 0.
+        /// The value to compare with; bits outside the selector's mask are 0.
         value: u32,
     },
     /// `iifname "…"` or `oifname "…"`
     Interface(Interface, DeviceName),
     /// `key @set`, or `!=`; where the set's elements have counters, they count the packet.
     Lookup {
-        /// What is looked up, in the order of the set's key.
+        /// The key to look up, in the order of the set's key parts.
         key: Vec<Selector>,
-        /// In which set.
+        /// The set.
         set: Set,
-        /// Whether it must not be there.
+        /// Whether the key must not be in the set.
         negated: bool,
     },
-    /// `target key map @map`; the rule ends where the map has no such key.
+    /// `target key map @map`; the rule ends if the map lacks the key.
     Map {
-        /// What is looked up, in the order of the map's key.
+        /// The key to look up, in the order of the map's key parts.
         key: Vec<Selector>,
-        /// In which map.
+        /// The map.
         map: Set,
-        /// Where the value goes.
+        /// Destination of the map's value.
         into: Target,
     },
-    /// `meta mark set meta mark & ~mask | value`, or of the connection.
+    /// `meta mark set meta mark & ~mask | value`, or the same for the connection mark.
     SetMark(MarkOf, MarkBits),
     /// `meta priority set none`
     ClearPriority,
-    /// `snat ip to ip saddr`: binds the connection to its own source, so nobody masquerades it.
+    /// `snat ip to ip saddr`: translates the connection to its own source.
+    ///
+    /// No masquerade in any table applies to the connection after that.
     KeepSource(Family),
     /// `masquerade`
     Masquerade,
@@ -178,26 +183,28 @@ pub enum Stmt {
     Drop,
     /// `return`
     Return,
-    /// `jump chain`: the rule goes on behind the last rule of the chain.
+    /// `jump chain`: after the chain's last rule, evaluation continues with the next statement.
     Jump(ChainId),
     /// `goto chain`
     Goto(ChainId),
-    /// Something found in the kernel that we never write; the number tells two of them apart.
+    /// A statement in the kernel that this crate never writes.
+    ///
+    /// The number distinguishes two such statements.
     Unknown(u64),
 }
 
 impl Field {
-    /// All of the field.
+    /// A selector of the whole field.
     pub const fn whole(self) -> Selector {
         Selector { field: self, mask: Mask::Whole }
     }
 
-    /// Bits of a number.
+    /// A selector of these bits of a number.
     pub const fn bits(self, mask: u32) -> Selector {
         Selector { field: self, mask: Mask::Bits(mask) }
     }
 
-    /// The first bits of an address.
+    /// A selector of the first bits of an address.
     pub fn prefix(self, length: u8) -> Selector {
         let mask = if self.family().is_some_and(|family| length < family.bits()) {
             Mask::Prefix(length)
@@ -207,7 +214,7 @@ impl Field {
         Selector { field: self, mask }
     }
 
-    /// The family of an address.
+    /// The family of an address field.
     pub const fn family(self) -> Option<Family> {
         match self {
             Self::Source(family) | Self::Destination(family) => Some(family),
@@ -215,44 +222,44 @@ impl Field {
         }
     }
 
-    /// A test for this value.
+    /// A match for this value.
     pub const fn is(self, value: u32) -> Stmt {
         Stmt::Match { of: self.whole(), negated: false, value }
     }
 
-    /// A test for any other value.
+    /// A match for any other value.
     pub const fn is_not(self, value: u32) -> Stmt {
         Stmt::Match { of: self.whole(), negated: true, value }
     }
 
-    /// A test for a value in some bits.
+    /// A match for a value in some bits.
     pub const fn has(self, MarkBits { mask, value }: MarkBits) -> Stmt {
         Stmt::Match { of: self.bits(mask), negated: false, value }
     }
 
-    /// A test for any other value in some bits.
+    /// A match for any other value in some bits.
     pub const fn has_not(self, MarkBits { mask, value }: MarkBits) -> Stmt {
         Stmt::Match { of: self.bits(mask), negated: true, value }
     }
 
-    /// A test whether it is in a set.
+    /// A match for membership in a set.
     pub fn is_in(self, set: Set) -> Stmt {
         Stmt::Lookup { key: vec![self.whole()], set, negated: false }
     }
 
-    /// A test whether it is not in a set.
+    /// A match for absence from a set.
     pub fn is_not_in(self, set: Set) -> Stmt {
         Stmt::Lookup { key: vec![self.whole()], set, negated: true }
     }
 
-    /// A value that a map has for it.
+    /// A map lookup of the whole field.
     pub fn map(self, map: Set, into: Target) -> Stmt {
         self.whole().map(map, into)
     }
 }
 
 impl Selector {
-    /// These bits, with a value.
+    /// The selector's bits with this value; `None` if it selects no bits of a number.
     const fn with(self, value: u32) -> Option<MarkBits> {
         match self.mask {
             Mask::Bits(mask) => Some(MarkBits { mask, value }),
@@ -260,12 +267,12 @@ impl Selector {
         }
     }
 
-    /// A test whether it is in a set.
+    /// A match for membership in a set.
     pub fn is_in(self, set: Set) -> Stmt {
         Stmt::Lookup { key: vec![self], set, negated: false }
     }
 
-    /// A value that a map has for it.
+    /// A map lookup of the selector.
     pub fn map(self, map: Set, into: Target) -> Stmt {
         Stmt::Map { key: vec![self], map, into }
     }
@@ -292,7 +299,7 @@ impl Stmt {
         Field::CtDirection.is(direction as u32)
     }
 
-    /// `ct state …`: one of these bits.
+    /// `ct state …`: matches any of these bits.
     pub const fn state(bits: u32) -> Self {
         Field::CtState.has_not(MarkBits { mask: bits, value: 0 })
     }
@@ -307,8 +314,9 @@ impl Stmt {
         Field::TcpFlags.has(MarkBits { mask: Self::SYN, value: 0 })
     }
 
-    /// Addresses, protocol and, where the keys of the set have them, ports: in a set of
-    /// [answers](Set::Answer).
+    /// A lookup of addresses and protocol in a set of [replies](Set::Answer).
+    ///
+    /// Ports are part of the key where the set's keys have them.
     pub fn answers(set: Set) -> Self {
         let family = set.family().unwrap_or(Family::V4);
         let mut key = vec![Field::Source(family), Field::Destination(family), Field::Protocol];
@@ -319,15 +327,16 @@ impl Stmt {
         Self::Lookup { key, set, negated: false }
     }
 
-    /// `meta priority set address & length . meta priority map @…`, by a [`Set::Destination`]; the
-    /// address is a source or a destination.
+    /// `meta priority set address & length . meta priority map @…`, by a [`Set::Destination`].
+    ///
+    /// The address is a source or a destination.
     pub fn by_prefix(address: Field, length: u8) -> Self {
         let family = address.family().unwrap_or(Family::V4);
         let key = vec![address.prefix(length), Field::Priority.whole()];
         Self::Map { key, map: Set::Destination(family, length), into: Target::Priority }
     }
 
-    /// The value in bits of a field that it tests for.
+    /// The value in bits of a field that the match requires.
     pub(crate) fn tests(&self, field: Field) -> Option<MarkBits> {
         match self {
             Self::Match { of, negated: false, value } if of.field == field => of.with(*value),
@@ -335,7 +344,7 @@ impl Stmt {
         }
     }
 
-    /// The value in bits of a field that a packet must not have.
+    /// The value in bits of a field that the match excludes.
     pub(crate) fn excludes(&self, field: Field) -> Option<MarkBits> {
         match self {
             Self::Match { of, negated: true, value } if of.field == field => of.with(*value),
@@ -343,7 +352,7 @@ impl Stmt {
         }
     }
 
-    /// The set that it looks into.
+    /// The set or map that the statement looks up.
     pub(crate) const fn set(&self) -> Option<Set> {
         match self {
             Self::Lookup { set, .. } | Self::Map { map: set, .. } => Some(*set),
@@ -411,7 +420,7 @@ impl fmt::Display for Concatenated<'_> {
     }
 }
 
-/// A comparison; where `nft` has a name for the value, by that name.
+/// Writes a comparison; uses the name of the value where `nft` has one.
 fn comparison(f: &mut fmt::Formatter<'_>, of: Selector, negated: bool, value: u32) -> fmt::Result {
     let not = if negated { "!= " } else { "" };
     match (of.field, of.mask, negated, value) {
@@ -485,7 +494,7 @@ impl fmt::Display for Stmt {
     }
 }
 
-/// One rule: its statements in order.
+/// An nf_tables rule: its statements in order.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NftRule(pub Vec<Stmt>);
 

@@ -14,28 +14,28 @@ use super::stmt::NftRule;
 use crate::range::IpRange;
 use crate::types::{Family, MacAddr, Mark, PolicyId, fnv1a};
 
-/// An nf_tables table of ours: chains that never change in steady state, and the elements of the
-/// maps they look into.
+/// One of our nf_tables tables: its chains, and the elements of its sets and maps.
 ///
-/// A packet walks down the maps: its source gives a class (a distinct ordered combination of
-/// policies), class and destination give a policy, the policy gives a way out, the way out a
-/// verdict. So moving a policy to another gateway is one element, however many pods it has.
+/// The chains never change in steady state. Evaluation goes through the maps: the source of a
+/// packet gives a class (a distinct ordered combination of policies), class and destination give a
+/// policy, the policy gives an action, and the action gives a verdict. Moving a policy to another
+/// gateway therefore changes one element, however many pods the policy selects.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Firewall {
     /// Chains and their rules.
     pub chains: BTreeMap<ChainId, (Option<Base>, Vec<NftRule>)>,
-    /// Sets and maps that exist.
+    /// Sets and maps that the table has.
     pub sets: BTreeSet<Set>,
     /// Elements of all sets and maps.
     pub elements: Elements,
-    /// Sets and chains found in our table that we never make, by name.
+    /// Sets and chains found in our table that this crate never makes, by name.
     pub strays: BTreeSet<Stray>,
-    /// Whether somebody has put the table to sleep: the kernel then asks no chain of it.
+    /// Whether another program set the table's `dormant` flag: the kernel then skips its chains.
     pub dormant: bool,
 }
 
 impl Firewall {
-    /// An element of the same set whose range shares addresses with that of the key.
+    /// An element of the same set whose range overlaps the range of the key.
     ///
     /// `None` for keys that are not ranges.
     pub fn overlapping(&self, key: &Key) -> Option<&Key> {
@@ -44,7 +44,8 @@ impl Firewall {
             Key::SourceNet(range) => (range, Key::SourceNet),
             _ => return None,
         };
-        // Ranges of one set are disjoint, so only the last that begins in time can reach it.
+        // Ranges of one set are disjoint, so only the last one that begins early enough can
+        // overlap.
         let end = make(IpRange::from_to_end(range.last()));
         let other = self.elements.last_range_up_to(&end)?;
         let (Key::Excluded(found) | Key::SourceNet(found)) = other else { return None };
@@ -52,7 +53,7 @@ impl Firewall {
     }
 }
 
-/// Something found in our table that we never make.
+/// A set or chain found in our table that this crate never makes.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Stray {
     /// A chain with this name.
@@ -63,19 +64,19 @@ pub enum Stray {
 
 /// A value that a packet carries from one map to the next in `meta priority`.
 ///
-/// Both halves are never zero, so that `nft` prints it as `a:b` and reads it back.
+/// Neither half is ever zero, so that `nft` prints it as `a:b` and can parse it again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Tag(u32);
 
 impl Tag {
-    /// Way out: drop the packet.
+    /// Action: drop the packet.
     pub const CLOSED: Self = Self(0x0001_0001);
-    /// Way out: translate it here.
+    /// Action: translate the packet on this node.
     pub const HERE: Self = Self(0x0001_0002);
-    /// Way out: leave it alone.
+    /// Action: leave the packet unchanged.
     pub const BYPASS: Self = Self(0x0001_0003);
 
-    /// The tag with this number, `None` if one of its halves is zero or it is all ones.
+    /// The tag with this number; `None` if one of its halves is zero or all bits are one.
     pub const fn new(number: u32) -> Option<Self> {
         if number >> 16 == 0 || number.trailing_zeros() >= 16 || number == u32::MAX {
             return None;
@@ -88,7 +89,7 @@ impl Tag {
         self.0
     }
 
-    /// Way out: the gateway whose mark has this value.
+    /// Action: steer the packet to the gateway whose mark has this value.
     pub const fn gateway(value: u16) -> Self {
         let value = value as u32;
         Self((0x0002 + (value >> 15)) << 16 | ((value & 0x7fff) + 1))
@@ -101,7 +102,7 @@ impl fmt::Display for Tag {
     }
 }
 
-/// An element: the set it is in and its key there.
+/// An element key: the set and the key in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Key {
     /// In [`Set::Peer`].
@@ -139,7 +140,7 @@ pub enum Key {
 }
 
 impl Key {
-    /// The set the element is in.
+    /// The set that the element is in.
     pub fn set(&self) -> Set {
         match *self {
             Self::Peer(address) => Set::Peer(Family::of(address)),
@@ -182,36 +183,36 @@ impl fmt::Display for Key {
     }
 }
 
-/// What a map gives for a key.
+/// Value of a map element.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Data {
-    /// Nothing: the element of a set.
+    /// No value: the element of a set.
     None,
-    /// A class, policy or way out.
+    /// A class, a policy or an action.
     Tag(Tag),
     /// An egress IP.
     Address(IpAddr),
-    /// The address of a gateway's tunnel device.
+    /// MAC address of a gateway's tunnel device.
     Ethernet(MacAddr),
-    /// What happens to the packet.
+    /// A verdict on the packet.
     Verdict(Verdict),
 }
 
-/// What happens to a packet at the end of the maps.
+/// Verdict at the end of the map lookups.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Verdict {
-    /// It is dropped.
+    /// Drop the packet.
     Drop,
-    /// It goes on to this chain.
+    /// Continue in this chain.
     Goto(ChainId),
 }
 
-/// The right side of an element: what its map gives, and the comment an operator reads.
+/// The value of an element: the map's data, and a comment for the operator.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Value {
-    /// What the map gives.
+    /// The data of the map.
     pub data: Data,
-    /// Which policy or node the element stands for.
+    /// Comment that names the policy or node of the element.
     pub comment: Option<Comment>,
 }
 
@@ -222,15 +223,15 @@ impl Value {
     }
 }
 
-/// The comment of an element: at most 120 bytes that `nft` prints and reads back.
+/// The comment of an element: at most 120 bytes that `nft` can print and parse again.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Comment(Arc<str>);
 
 impl Comment {
-    /// Longest comment in bytes; `nft` allows 128 with the closing NUL.
+    /// Maximum length in bytes; `nft` allows 128 including the terminating NUL.
     pub const MAX: usize = 120;
 
-    /// The comment for a policy: its id, or the beginning of a long one and a hash of it all.
+    /// The comment for a policy: its id; of a long id the beginning, and a hash of the whole id.
     pub fn of_policy(id: &PolicyId) -> Self {
         Self::of_name(id.as_str())
     }
@@ -243,7 +244,7 @@ impl Comment {
         Self(format!("{head}~{:016x}", fnv1a(name.as_bytes())).into())
     }
 
-    /// A comment as it was found in the kernel, whatever it says.
+    /// A comment as found in the kernel, with any text.
     #[cfg(all(feature = "kernel", target_os = "linux"))]
     pub(crate) fn found(text: &str) -> Self {
         Self(text.into())
@@ -256,7 +257,7 @@ impl Comment {
 }
 
 impl fmt::Display for Value {
-    /// The part of the element behind its key: ` comment "…" : data`.
+    /// The part of the element after its key: ` comment "…" : data`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(comment) = &self.comment {
             write!(f, " comment \"{}\"", comment.as_str().escape_default())?;

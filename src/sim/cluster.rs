@@ -1,4 +1,4 @@
-//! Several simulated nodes, and the way of a packet from one to the other.
+//! Several simulated nodes, and the path of a packet between them.
 
 use std::net::IpAddr;
 
@@ -9,10 +9,10 @@ use super::packet::{Frame, Packet};
 use super::trace::{Decision, Fate, Reason, Trace};
 use crate::types::NodeName;
 
-/// Nodes and the packets between them, in memory.
+/// A simulated cluster: nodes and the packets between them, in memory.
 ///
-/// What the datapath does not decide is as simple as can be: whoever has an address gets what is
-/// sent to it, and what nobody has is outside.
+/// Whatever the datapath does not decide is kept simple: a packet is delivered to the node that has
+/// its destination address, and an address of no node is outside the cluster.
 ///
 /// ```
 /// use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, NodeName, Packet, PolicyId};
@@ -59,51 +59,51 @@ pub struct SimCluster {
     nodes: Vec<SimNode>,
 }
 
-/// A node and its pods.
+/// A simulated node and its pods.
 #[derive(Clone, Debug)]
 pub struct SimNode {
-    /// Its name.
+    /// The node's name.
     pub name: NodeName,
-    /// Its kernel; the node's addresses on the underlay must be among those around it.
+    /// The node's kernel; its `Surroundings` must include the node's underlay addresses.
     pub sim: Sim,
-    /// Where its pods' addresses are.
+    /// The address ranges of the node's pods.
     pub pods: Vec<IpNet>,
 }
 
-/// A packet's way through a cluster.
+/// The path of a packet through a cluster.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Journey {
-    /// What each node decided; the fate is that on the last.
+    /// The decisions of each node; the fate is that on the last node.
     pub trace: Trace,
-    /// How it ended.
+    /// The outcome.
     pub outcome: Outcome,
 }
 
-/// How a packet's way through a cluster ends.
+/// Outcome of a packet in a cluster.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// It left the cluster.
+    /// The packet left the cluster.
     Left {
-        /// From this node.
+        /// The node that it left from.
         node: NodeName,
-        /// As this; its source is what it wears.
+        /// The packet as it left; its source is the translated address.
         packet: Packet,
     },
-    /// It came to a pod or to a node.
+    /// The packet was delivered to a pod or to a node.
     Arrived {
-        /// On this node.
+        /// The node that received it.
         node: NodeName,
-        /// As this.
+        /// The packet as it arrived.
         packet: Packet,
     },
-    /// It was dropped; the trace says by what.
+    /// The packet was dropped; the trace names the object that dropped it.
     Dropped {
-        /// On this node, or sent by this node to nobody; `None` if it never came to one.
+        /// The node that dropped it or sent it to an unknown node; `None` if it reached no node.
         node: Option<NodeName>,
     },
 }
 
-/// Nodes that a packet passes at most: as many as its time to live.
+/// Maximum number of nodes that a packet passes: its initial time to live.
 const HOPS: usize = 64;
 
 enum Next {
@@ -112,7 +112,7 @@ enum Next {
 }
 
 impl SimCluster {
-    /// The nodes, which are asked in this order who has an address.
+    /// A cluster of these nodes; the first node that has an address receives its packets.
     pub fn new(nodes: impl IntoIterator<Item = SimNode>) -> Self {
         Self { nodes: nodes.into_iter().collect() }
     }
@@ -127,17 +127,17 @@ impl SimCluster {
         self.nodes.iter_mut().find(|node| node.name == *name)
     }
 
-    /// Sends a packet: from the pod that has its source, or else from outside to who has its
-    /// destination.
+    /// Sends a packet from the pod with its source address, or else from outside the cluster.
     ///
-    /// From outside to an address that no node has, it goes to the first node.
+    /// From outside, it goes to the node that has its destination, or to the first node if no node
+    /// has it.
     pub fn send(&mut self, packet: Packet) -> Journey {
         let pod = self.nodes.iter().position(|node| node.has_pod(packet.source));
         let at = pod.or_else(|| self.holder(packet.destination)).unwrap_or_default();
         self.journey(at, packet)
     }
 
-    /// Sends a packet from outside to a node, whoever has its destination.
+    /// Sends a packet from outside to a node, even if another node has its destination.
     pub fn send_to(&mut self, node: &NodeName, packet: Packet) -> Journey {
         let at = self.nodes.iter().position(|other| other.name == *node);
         self.journey(at.unwrap_or(usize::MAX), packet)

@@ -1,4 +1,4 @@
-//! One of those who have a simulated kernel open.
+//! A datapath to a simulated kernel that several programs use.
 
 use std::collections::BTreeSet;
 use std::fmt::Display;
@@ -16,17 +16,17 @@ use crate::error::{ApplyError, KernelError, errno};
 use crate::faults::{Call, Fault, Faults, Subsystem};
 use crate::state::{Firewall, NFT_TABLE, State, StrayKind};
 
-/// Times that what changes meanwhile is read, as the kernel's datapath does.
+/// Number of attempts to read objects that change meanwhile, as in the kernel's datapath.
 const ATTEMPTS: usize = 5;
 
 const DEAD: &str = "the process was killed by a fault";
 const CUT: &str = "the answer ends in the middle";
 
-/// A [`Datapath`] to a simulated kernel that others may write to, too.
+/// A [`Datapath`] to a simulated kernel that other programs may write to, too.
 ///
-/// Made by [`SharedSim::open`]. As the kernel's does, it reads one kind of object after the other,
-/// hears what others write meanwhile, reads the nf_tables table under one generation of the rules
-/// or again, and reads nothing that nobody can have changed.
+/// [`SharedSim::open`] makes it. As the kernel's datapath does, it reads one kind of object after
+/// the other, receives notifications of changes by other programs meanwhile, repeats a read of the
+/// nf_tables table during which the generation changed, and skips reads of unchanged objects.
 #[derive(Debug)]
 pub struct SimDatapath {
     kernel: SharedSim,
@@ -37,10 +37,10 @@ pub struct SimDatapath {
     dead: bool,
 }
 
-/// What came of a call to read.
+/// Result of a read call.
 enum Answer<T> {
     Whole(T),
-    /// What was listed changed meanwhile, or part of the answer was lost.
+    /// The listed objects changed meanwhile, or part of the reply was lost.
     Torn,
 }
 
@@ -62,11 +62,12 @@ impl SimDatapath {
         self
     }
 
-    /// Begins to listen for changes that others make.
+    /// Starts a watch for changes that other programs make.
     ///
     /// # Errors
     ///
-    /// `EBUSY` while another watch of this datapath lives; or there is no descriptor left.
+    /// `EBUSY` while another watch of this datapath exists, or the error of creating a file
+    /// descriptor.
     pub fn watch(&self) -> Result<SimWatch, KernelError> {
         let what = "watch the simulated kernel";
         let mut sim = self.kernel.lock();
@@ -82,7 +83,7 @@ impl SimDatapath {
         Ok(watch)
     }
 
-    /// What goes wrong with the next call before it is made; an error if it is not made at all.
+    /// The fault of the next call, before the call is made; an error if the call is not made.
     fn fault(&mut self, call: Call, what: &dyn Display) -> Result<Option<Fault>, KernelError> {
         if self.dead {
             return Err(KernelError::answer(what, DEAD));
@@ -104,7 +105,7 @@ impl SimDatapath {
         }
     }
 
-    /// What goes wrong with a call after it was made, where nothing can be asked again.
+    /// Applies a fault to the reply of a call, where the request cannot be repeated.
     fn after(&mut self, fault: Option<&Fault>, what: &dyn Display) -> Result<(), KernelError> {
         match fault {
             Some(Fault::LoseReply) => {
@@ -130,13 +131,13 @@ impl SimDatapath {
         let taken = take(&self.kernel.lock());
         match fault {
             Some(Fault::TornDump) => Ok(Answer::Torn),
-            // What routing loses it is asked for again.
+            // The rtnetlink client repeats a dump whose reply was lost.
             Some(Fault::LoseReply) if subsystem == Subsystem::Routing => Ok(Answer::Torn),
             fault => self.after(fault.as_ref(), what).map(|()| Answer::Whole(taken)),
         }
     }
 
-    /// Lists objects of one kind until they stay as they are meanwhile.
+    /// Lists objects of one kind, and repeats a listing during which they changed.
     fn list<T>(
         &mut self,
         subsystem: Subsystem,
@@ -187,7 +188,7 @@ impl SimDatapath {
         self.list(Subsystem::Firewall, "nft list ruleset", |sim| sim.generation)
     }
 
-    /// Reads the table under one generation of the rules, or again.
+    /// Reads the nf_tables table under one generation; repeats the read if the generation changed.
     fn read_table(&mut self) -> Result<Option<Firewall>, KernelError> {
         let what = format!("nft list table inet {NFT_TABLE}");
         for _ in 0..ATTEMPTS {
@@ -218,7 +219,7 @@ impl SimDatapath {
     }
 
     fn read(&mut self) -> Result<State, KernelError> {
-        // What others wrote before does not matter.
+        // Earlier changes by other programs are covered by the read that follows.
         let _heard = self.ears.take();
         self.trust = Trust::default();
         let mut state = self.read_rest()?;
@@ -234,7 +235,7 @@ impl SimDatapath {
         Ok(state)
     }
 
-    /// Makes a step: one transaction, or every request in turn.
+    /// Applies a step: one transaction, or one request after the other.
     fn step(&mut self, step: &Step) -> Made {
         let made = match step.ops.first() {
             Some(first) if first.is_nft() => self.write(Subsystem::Firewall, first, step),
@@ -253,7 +254,7 @@ impl SimDatapath {
         made
     }
 
-    /// One call to write; `first` is what an error of all of it is told of.
+    /// One write call; an error of the whole call is reported for the operation `first`.
     fn write(&mut self, subsystem: Subsystem, first: &Op, step: &Step) -> Made {
         let fault = match self.fault(Call { subsystem, writes: true }, first) {
             Ok(fault) => fault,
@@ -286,7 +287,7 @@ impl Datapath for SimDatapath {
         if self.trust.table && self.generation().is_err() {
             self.trust.table = false;
         }
-        // What happened before the answer was told before it.
+        // A change before the generation reply has its notification queued before that reply.
         self.trust.hear(&self.ears.take());
         self.kernel.lock().drift_by(self.trust)
     }

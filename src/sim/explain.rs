@@ -1,4 +1,4 @@
-//! Why a packet goes where it goes.
+//! Explains the path of a packet through a node.
 
 use super::packet::{Frame, Packet};
 use super::path::conntrack::Conntrack;
@@ -8,15 +8,15 @@ use crate::count::Counts;
 use crate::state::State;
 use crate::types::Family;
 
-/// What a node does with the first packet of a connection that a pod on it opens.
+/// Traces the first packet of a connection that a pod on the node opens.
 ///
-/// The state's own rules, maps, routes and entries are read, not what they were made from, so it
-/// says the same of a state that is planned and of one that was observed. What is not ours on the
-/// host is not known: its routes, its firewall and its translations. The destination is that after
-/// destination NAT.
+/// The trace evaluates the rules, maps, routes and FDB entries of the state, not the policies that
+/// they were made from, so it works alike for a planned and for an observed state. Other objects of
+/// the host are not known: its routes, its firewall and its translations. The destination is that
+/// after destination NAT.
 ///
-/// Rules in iptables are not read. Where the state has some, the first reason is
-/// [`Decision::Unknown`](crate::Decision::Unknown), and the rest is what would happen without them.
+/// iptables rules are not evaluated. If the state has any, the first reason is
+/// [`Decision::Unknown`](crate::Decision::Unknown), and the rest is the path without them.
 ///
 /// ```
 /// use egress_datapath::{Cluster, EgressIp, EgressPolicy, Fate, Node, NodeName, Packet, PolicyId};
@@ -57,7 +57,7 @@ pub fn explain(state: &State, packet: &Packet) -> Trace {
     alone(state, *packet, |walk| walk.arrive(*packet).0)
 }
 
-/// What a node does with a frame that another node sent it through the tunnel.
+/// Traces a frame that another node sent to the node through the tunnel.
 pub fn explain_received(state: &State, frame: &Frame) -> Trace {
     alone(state, frame.packet, |walk| walk.receive(frame).0)
 }

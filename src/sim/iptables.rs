@@ -1,4 +1,4 @@
-//! Changes to sets and rules as the kernel makes them, or refuses to.
+//! Applies ipset and iptables operations with the kernel's error checks.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -9,7 +9,7 @@ use crate::rules::ipset::{Ipset, IpsetContents};
 use crate::rules::iptables::{Variant, XtChain, XtEdit, XtMatch, XtRule, XtTarget, Xtables};
 use crate::state::State;
 
-/// Makes an operation on sets or iptables; an error number if the kernel would refuse it.
+/// Applies an operation on ipsets or iptables; returns the error number of a refusal.
 pub(crate) fn make(state: &mut State, op: &Op) -> Result<(), i32> {
     match op {
         Op::AddIpset(set, contents) => match state.ipsets.entry(*set) {
@@ -150,7 +150,7 @@ fn leads_to(tables: &Xtables, chain: XtChain) -> bool {
     })
 }
 
-/// The sets that a rule looks into.
+/// The sets that a rule matches or maps by.
 fn sets_of(rule: &XtRule) -> impl Iterator<Item = Ipset> {
     let mapped = match rule.target {
         XtTarget::MapMark(set) => Some(set),

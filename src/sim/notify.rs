@@ -1,4 +1,4 @@
-//! Who is told of what others write.
+//! Delivers change notifications to simulated listeners.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -8,29 +8,30 @@ use crate::datapath::Drift;
 use crate::event::Part;
 use crate::state::{Route, RouteKey, State, StrayKind, StrayRouting};
 
-/// Who writes, as the kernel knows it by the port of a socket.
+/// The writer of a change, as the kernel identifies it by the port id of a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Writer {
     /// The simulator's own datapath.
     Own,
-    /// The datapath of this number.
+    /// The datapath with this number.
     Datapath(u32),
-    /// Somebody else.
+    /// Another program.
     Stranger,
 }
 
-/// What somebody wrote.
+/// A change that a writer made.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Written {
     pub(super) parts: BTreeSet<Part>,
-    /// Sets or rules of iptables, of which the kernel tells nobody.
+    /// Whether ipsets or iptables rules changed, for which the kernel sends no notification.
     pub(super) untold: bool,
-    /// It may have been anything.
+    /// Whether anything may have changed.
     pub(super) anything: bool,
 }
 
 impl Written {
-    /// What differs between two states, of the half that rtnetlink is asked for, and is told.
+    /// Difference of two states in objects of rtnetlink, without changes the kernel does not
+    /// notify.
     pub(super) fn between(before: &State, after: &State) -> Self {
         let strays = |kind: StrayKind| {
             let is = move |stray: &&StrayRouting| stray.kind == kind;
@@ -48,7 +49,7 @@ impl Written {
         Self { parts: parts.collect(), ..Self::default() }
     }
 
-    /// Whether a watch is told of it.
+    /// Whether a watch is notified of it.
     pub(super) fn is_told(&self) -> bool {
         self.anything || !self.parts.is_empty()
     }
@@ -60,8 +61,10 @@ impl Written {
     }
 }
 
-/// Whether routes differ in a way that the kernel tells: of IPv4 routes that go along with a device
-/// or its last address it says nothing (`fib_sync_down_dev`, `fib_disable_ip`).
+/// Whether routes differ in a way that the kernel sends notifications for.
+///
+/// It sends none for IPv4 routes that are removed with an interface or its last address
+/// (`fib_sync_down_dev`, `fib_disable_ip`).
 fn routes_differ(before: &State, after: &State) -> bool {
     let on_same_ground = before.link == after.link && before.addresses == after.addresses;
     let is_told = |(key, route): (&RouteKey, &Route)| {
@@ -75,7 +78,7 @@ fn routes_differ(before: &State, after: &State) -> bool {
     before.routes.iter().any(is_told) || after.routes.keys().any(is_new)
 }
 
-/// What is as it was read and written, for certain.
+/// Parts of the state that certainly are as last read and written.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Trust {
     pub(super) table: bool,
@@ -98,14 +101,14 @@ impl Trust {
     }
 }
 
-/// One who is told of what others write.
+/// A subscriber to the changes of other writers.
 #[derive(Debug)]
 pub(super) struct Listener {
-    /// Of whose writes it is not told.
+    /// The writer whose changes are not delivered.
     deaf_to: Writer,
-    /// Since it was last asked for.
+    /// Changes since the last call of `take`.
     heard: Mutex<Written>,
-    /// Of a watch; the ears of a datapath have none.
+    /// Wake-up of a watch; the listener of a datapath has none.
     bell: Option<Arc<Bell>>,
 }
 
@@ -123,7 +126,7 @@ impl Listener {
         }
     }
 
-    /// Takes out what was heard.
+    /// Takes the changes received so far.
     pub(super) fn take(&self) -> Written {
         let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(bell) = &self.bell {
@@ -133,7 +136,7 @@ impl Listener {
     }
 }
 
-/// All who are told; of a copy of the simulator nobody is.
+/// All listeners; a clone of the simulator has none.
 #[derive(Debug, Default)]
 pub(super) struct Bulletin {
     listeners: Vec<Weak<Listener>>,
@@ -147,7 +150,7 @@ impl Clone for Bulletin {
 }
 
 impl Bulletin {
-    /// A datapath that there was not yet.
+    /// Registers a new datapath as a writer.
     pub(super) fn writer(&mut self) -> Writer {
         self.datapaths += 1;
         Writer::Datapath(self.datapaths)
@@ -158,7 +161,7 @@ impl Bulletin {
         self.listeners.push(Arc::downgrade(listener));
     }
 
-    /// Whether a watch of this writer lives.
+    /// Whether a watch of this writer exists.
     pub(super) fn has_watch(&self, writer: Writer) -> bool {
         let mut alive = self.listeners.iter().filter_map(Weak::upgrade);
         alive.any(|listener| listener.deaf_to == writer && listener.bell.is_some())
@@ -168,7 +171,7 @@ impl Bulletin {
         self.listeners.iter().any(|listener| listener.strong_count() > 0)
     }
 
-    /// Tells everybody but the writer.
+    /// Notifies all listeners but the writer.
     pub(super) fn tell(&self, writer: Writer, written: &Written) {
         for listener in self.listeners.iter().filter_map(Weak::upgrade) {
             if listener.deaf_to != writer {

@@ -1,4 +1,4 @@
-//! Operations, with the kernel's manners.
+//! Applies one operation with the kernel's error checks.
 
 use std::collections::btree_map::Entry;
 
@@ -13,7 +13,7 @@ use crate::types::DeviceName;
 /// An error number, positive.
 pub(super) type Errno = i32;
 
-/// Makes an operation, or refuses it.
+/// Applies an operation, or refuses it.
 pub(super) fn make(state: &mut State, op: &Op) -> Result<(), Errno> {
     match op {
         Op::AddTable(family) => {
@@ -89,7 +89,8 @@ fn request(state: &mut State, op: &Op) -> Result<(), Errno> {
             has(device)?;
             match state.fdb.entry(*mac) {
                 Entry::Occupied(entry) if entry.get() == node => drop(entry.remove()),
-                // An entry to another node stays, and nothing is said (`__vxlan_fdb_delete`).
+                // An FDB entry to another node stays, and no error is returned
+                // (`__vxlan_fdb_delete`).
                 Entry::Occupied(_) => {}
                 Entry::Vacant(_) => return Err(errno::ENOENT),
             }
@@ -118,7 +119,7 @@ fn request(state: &mut State, op: &Op) -> Result<(), Errno> {
             state.routes.insert(*key, *route);
         }
         Op::DeleteRoute(_, key, route) => match state.routes.entry(*key) {
-            // IPv6 does not look at the type of what it deletes (`ip6_route_del`).
+            // IPv6 does not compare the type of the route that it deletes (`ip6_route_del`).
             Entry::Occupied(entry)
                 if entry.get() == route
                     || key.dst.addr().is_ipv6() && !matches!(route, Route::Via(_)) =>
@@ -147,7 +148,7 @@ fn rules(state: &mut State, op: &Op) -> Result<(), Errno> {
                 return Err(errno::ENOENT);
             }
         }
-        // One that went with its device is gone as asked.
+        // A route that was removed with its interface is deleted, as requested.
         Op::DeleteStrayRouting(stray) => {
             state.strays.remove(stray);
         }
@@ -156,7 +157,7 @@ fn rules(state: &mut State, op: &Op) -> Result<(), Errno> {
     Ok(())
 }
 
-/// Whether there can be such a device (`eth_validate_addr`, `vxlan_validate`, RFC 791).
+/// Checks the attributes of a VXLAN device (`eth_validate_addr`, `vxlan_validate`, RFC 791).
 fn possible(link: &Vxlan) -> Result<(), Errno> {
     let octets = link.mac.octets();
     if octets[0] & 1 != 0 || octets == [0; 6] {
@@ -191,8 +192,8 @@ fn nft(firewall: &mut Firewall, op: &Op) -> Result<(), Errno> {
         },
         Op::DeleteChain(chain) => {
             if goes_to(firewall, *chain) {
-                // Its rules are gone by then, and with them what they refer to is free; all of it
-                // is undone with the transaction (`nf_tables_delchain`).
+                // The kernel has deleted the chain's rules by then and released their references;
+                // the aborted transaction undoes all of it (`nf_tables_delchain`).
                 if let Some((_, rules)) = firewall.chains.get_mut(chain) {
                     rules.clear();
                 }
@@ -227,7 +228,7 @@ fn nft(firewall: &mut Firewall, op: &Op) -> Result<(), Errno> {
         Op::DeleteStray(_, stray) => {
             firewall.strays.remove(stray).then_some(()).ok_or(errno::ENOENT)
         }
-        // Its set is not there.
+        // The set of the element does not exist.
         Op::HoldAnswers(_) => Err(errno::ENOENT),
         _ => Err(errno::EINVAL),
     }

@@ -1,11 +1,11 @@
-//! A packet, as far as the datapath looks at one.
+//! The packet model: the headers that the datapath evaluates.
 
 use std::fmt;
 use std::net::IpAddr;
 
 use crate::types::MacAddr;
 
-/// A packet: its addresses and ports.
+/// A packet: protocol, addresses and ports.
 ///
 /// ```
 /// use egress_datapath::Packet;
@@ -21,11 +21,11 @@ pub struct Packet {
     pub protocol: u8,
     /// Source address.
     pub source: IpAddr,
-    /// Source port; of ICMP the identifier.
+    /// Source port; for ICMP the identifier.
     pub source_port: u16,
     /// Destination address.
     pub destination: IpAddr,
-    /// Destination port; of ICMP type and code, the type in the upper byte.
+    /// Destination port; for ICMP type and code, the type in the upper byte.
     pub destination_port: u16,
 }
 
@@ -69,7 +69,7 @@ impl Packet {
         Self { protocol, source, source_port: identifier, destination, destination_port }
     }
 
-    /// Bytes of its headers: those of IP, without options, and those behind it.
+    /// Size of the headers in bytes: IP without options, and the transport header.
     pub(crate) const fn headers(&self) -> u64 {
         let ip = match self.source {
             IpAddr::V4(_) => 20,
@@ -82,7 +82,7 @@ impl Packet {
         }
     }
 
-    /// The packet that answers it.
+    /// The reply to the packet.
     #[must_use]
     pub const fn reply(self) -> Self {
         let Self { protocol, source, source_port, destination, destination_port } = self;
@@ -94,7 +94,7 @@ impl Packet {
     }
 }
 
-/// Type and code of the message that answers an echo request, and the other way round.
+/// Type and code of the ICMP reply to an echo request, and the reverse.
 const fn echo(protocol: u8, kind: u16) -> u16 {
     match (protocol, kind >> 8) {
         (Packet::ICMP, 8) => 0,
@@ -122,20 +122,20 @@ impl fmt::Display for Packet {
     }
 }
 
-/// A packet in the tunnel, between two nodes.
+/// A VXLAN frame between two nodes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Frame {
-    /// The node that sent it, as the outer packet says.
+    /// Source address of the outer packet: the sending node.
     pub from: IpAddr,
-    /// The node it is sent to.
+    /// Destination address of the outer packet: the receiving node.
     pub to: IpAddr,
     /// UDP destination port of the outer packet.
     pub port: u16,
     /// VXLAN network identifier.
     pub vni: u32,
-    /// Ethernet address that the frame inside is for.
+    /// Destination MAC address of the inner frame.
     pub mac: MacAddr,
-    /// The packet inside.
+    /// The inner packet.
     pub packet: Packet,
 }
 

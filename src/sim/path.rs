@@ -1,7 +1,7 @@
-//! The way of a packet through one node: the walk that the kernel makes, on a [`State`].
+//! The path of a packet through one node, evaluated on a [`State`] as the kernel would.
 //!
-//! Nothing here knows what a policy is: the rules, maps, routes and entries are read as they are,
-//! be they planned or found in a kernel.
+//! Policies are unknown here: rules, maps, routes and FDB entries are evaluated as they are,
+//! whether they were planned or read from a kernel.
 
 mod chains;
 pub(crate) mod conntrack;
@@ -25,12 +25,12 @@ use conntrack::{Conntrack, Seen};
 use routing::Routed;
 use skb::{Skb, Tracking};
 
-/// What the walk must know of a node beside what is ours there.
+/// Addresses of a simulated host, beside the objects of this crate.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Surroundings {
-    /// Addresses of the node: a packet to one of them is delivered, not forwarded.
+    /// Addresses of the node: packets to them are delivered, not forwarded.
     pub local: Vec<IpAddr>,
-    /// Which address the node's own packets to a destination have; the longest prefix decides.
+    /// Source address of the node's own packets by destination; the longest prefix decides.
     pub own: Vec<(IpNet, IpAddr)>,
 }
 
@@ -41,7 +41,7 @@ impl Surroundings {
     }
 }
 
-/// A packet's way through one node.
+/// Evaluation of a packet on one node.
 pub(crate) struct Walk<'a> {
     pub(crate) state: &'a State,
     pub(crate) conntrack: &'a mut Conntrack,
@@ -50,28 +50,28 @@ pub(crate) struct Walk<'a> {
     pub(crate) reasons: Vec<Reason>,
 }
 
-/// How a packet arrives.
+/// Input of a packet: the tunnel or another interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Arrival {
-    /// From a pod here, or from the network outside the tunnel.
+    /// A pod on this node, or the network outside the tunnel.
     Wire,
     Tunnel,
 }
 
 impl Walk<'_> {
-    /// A packet that comes in by any device but the tunnel, as it is when it goes on.
+    /// Evaluates a packet from an interface other than the tunnel; returns it as forwarded.
     pub(crate) fn arrive(&mut self, packet: Packet) -> (Fate, Packet) {
         self.pass(packet, Arrival::Wire)
     }
 
-    /// A packet of which conntrack can make nothing.
+    /// Evaluates a packet with conntrack state `INVALID`.
     pub(crate) fn arrive_invalid(&mut self, packet: Packet) -> (Fate, Packet) {
         let mut skb = Skb::new(packet, Tracking::Invalid);
         let fate = self.through(&mut skb, None, Arrival::Wire);
         (fate, skb.packet)
     }
 
-    /// A frame of another node.
+    /// Evaluates a tunnel frame of another node.
     pub(crate) fn receive(&mut self, frame: &Frame) -> (Fate, Packet) {
         let packet = frame.packet;
         let outer = Packet::udp(frame.from, u16::MAX, frame.to, frame.port);
@@ -98,9 +98,11 @@ impl Walk<'_> {
         self.pass(packet, Arrival::Tunnel)
     }
 
-    /// Whether the device's filter of sources drops it (`__fib_validate_source`): the way back to a
-    /// pod of another node is not the tunnel, and without an address not even the loose one lets
-    /// anything in. IPv6 has no such filter.
+    /// The reverse path filter that drops the packet, if any (`__fib_validate_source`).
+    ///
+    /// The route back to a pod of another node is not the tunnel, so strict filtering drops the
+    /// packet. Without an address on the interface, loose filtering drops every packet as well.
+    /// IPv6 has no such filter.
     fn filtered(&self, link: &Vxlan, source: IpAddr) -> Option<String> {
         let bare = || !self.state.addresses.iter().any(|net| net.addr().is_ipv4());
         match link.rp_filter {
@@ -114,11 +116,11 @@ impl Walk<'_> {
     fn pass(&mut self, packet: Packet, arrival: Arrival) -> (Fate, Packet) {
         let seen = self.conntrack.see(packet);
         let mut skb = Skb::new(packet, Tracking::Seen(seen.facts()));
-        // Destinations are translated back right before our chain.
+        // The kernel translates destinations of replies back right before our chain.
         seen.translate_back(&mut skb.packet);
         let fate = self.through(&mut skb, Some(seen), arrival);
-        // Of a connection that is known a rule sets the mark at once, and it stays where the packet
-        // is dropped.
+        // On a known connection a rule sets the mark immediately, and it stays if the packet is
+        // dropped.
         if let Tracking::Seen(facts) = &skb.tracking {
             self.conntrack.note(&seen, facts.mark);
         }
@@ -150,7 +152,7 @@ impl Walk<'_> {
         };
         skb.routed = true;
         if skb.packet.destination.is_ipv4() {
-            // Forwarding sets the priority by the type of service (`ip_forward`).
+            // Forwarding sets the priority from the type of service (`ip_forward`).
             skb.priority = 0;
         }
         if let End::Dropped = self.hook(&Hook::Forward, skb, false) {
@@ -165,14 +167,14 @@ impl Walk<'_> {
             End::Nat(done) => nat = Some(done),
         }
         self.confirm(skb, seen, nat);
-        // By its first packet, that is, not just now.
+        // The connection was translated at its first packet, not by a rule just now.
         if nat.is_none() && skb.packet.source != before {
             self.say("connection", Decision::Connection);
         }
         self.leave(skb, nat, tunnel)
     }
 
-    /// Sends a packet off: through the tunnel, or by the host's own routes.
+    /// Sends a packet through the tunnel, or by the host's own routes.
     fn leave(&mut self, skb: &mut Skb, nat: Option<Nat>, tunnel: Option<(&Vxlan, IpAddr)>) -> Fate {
         let Some((link, via)) = tunnel else {
             let unknown =
@@ -203,12 +205,12 @@ impl Walk<'_> {
         }
     }
 
-    /// Whether the outer packet, which inherits the mark, gets out of this node.
+    /// Whether the outer packet, which inherits the firewall mark, leaves this node.
     fn outer(&mut self, frame: &Frame, mark: u32, device: &DeviceName) -> bool {
         let outer = Packet::udp(frame.from, u16::MAX, frame.to, frame.port);
         let mut skb = Skb::new(outer, Tracking::fresh());
         skb.mark = mark;
-        // As postrouting sees it; it is not that device's to send.
+        // Postrouting sees the VXLAN device as the input interface; it is not the output interface.
         skb.input = Some(device.clone());
         match self.route(frame.to, mark, Some(Rule::LOOPBACK)) {
             Routed::Own => {}
@@ -224,7 +226,7 @@ impl Walk<'_> {
             .all(|hook| self.hook(&hook, &mut skb, true) != End::Dropped)
     }
 
-    /// Notes what has become of the connection, and translates the packet's source.
+    /// Confirms the conntrack entry of the connection, and translates the packet's source.
     fn confirm(&mut self, skb: &mut Skb, seen: Option<Seen>, nat: Option<Nat>) {
         let Some(mut seen) = seen else { return };
         if let Tracking::Seen(facts) = &skb.tracking {

@@ -1,14 +1,15 @@
-//! A simulated kernel that several have open.
+//! A simulated kernel that several programs use.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{Sim, SimDatapath};
 use crate::state::State;
 
-/// A [`Sim`] that several programs have open, as they have a kernel: the one under test, its
-/// successor, and others that write to what is ours.
+/// A [`Sim`] that several programs have open, as they would a kernel.
 ///
-/// A clone is the same kernel. Who repairs what others change can be tested like this:
+/// Examples are the program under test, its successor, and other programs that write to our
+/// objects. A clone refers to the same kernel. A test of a program that repairs changes of other
+/// programs:
 ///
 /// ```
 /// # use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, NodeName, PolicyId};
@@ -40,29 +41,29 @@ use crate::state::State;
 pub struct SharedSim(Arc<Mutex<Sim>>);
 
 impl SharedSim {
-    /// A kernel that holds what the simulator holds.
+    /// A shared kernel that holds the simulator's state.
     pub fn new(sim: Sim) -> Self {
         Self(Arc::new(Mutex::new(sim)))
     }
 
-    /// Opens it, as a process opens the kernel that it runs on.
+    /// Opens a datapath, as a process opens the kernel that it runs on.
     pub fn open(&self) -> SimDatapath {
         SimDatapath::new(self.clone())
     }
 
-    /// Changes what is there behind everybody's back: [`Sim::edit`].
+    /// Edits the state as another program: [`Sim::edit`].
     pub fn edit(&self, edit: impl FnOnce(&mut State)) {
         self.lock().edit(edit);
     }
 
-    /// Everything that it holds now.
+    /// The current state.
     pub fn state(&self) -> State {
         self.lock().state().clone()
     }
 
-    /// The simulator itself, to send packets through; everybody else waits meanwhile.
+    /// Locks the simulator, for example to send packets; all datapaths wait meanwhile.
     pub fn lock(&self) -> MutexGuard<'_, Sim> {
-        // What a panicking test did not finish is no worse than what a fault leaves.
+        // A state that a panicking test left unfinished is no worse than one that a fault leaves.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

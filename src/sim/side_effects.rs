@@ -1,18 +1,18 @@
-//! What the kernel does by itself where a device changes.
+//! Side effects of link changes: routes, neighbours and addresses that the kernel removes.
 
 use std::net::IpAddr;
 
 use crate::state::{Route, State, Vxlan};
 
-/// Smallest MTU that IPv6 works with, in bytes (RFC 8200).
+/// Minimum MTU of IPv6 in bytes (RFC 8200).
 const IPV6_MIN_MTU: u32 = 1280;
 
-/// Whether IPv6 works on a device (`ipv6_add_dev`).
+/// Whether IPv6 works on an interface (`ipv6_add_dev`).
 pub(super) const fn has_ipv6(link: &Vxlan) -> bool {
     link.mtu >= IPV6_MIN_MTU
 }
 
-/// The device, and whether it has an IPv4 address: what other objects depend on.
+/// The properties that other objects depend on: the VXLAN device, and having an IPv4 address.
 #[derive(Clone, Debug)]
 pub(super) struct Footing {
     link: Option<Vxlan>,
@@ -26,10 +26,10 @@ impl Footing {
     }
 }
 
-/// Takes away what a change of the device, or of its last address, takes along; `was` is from
-/// before.
+/// Applies the side effects of a change of the VXLAN device or of its last address.
 ///
-/// What is gone does not come back when the device is as it was.
+/// `was` is the footing before the change. Removed objects do not return when the change is
+/// reverted.
 pub(super) fn follow(was: &Footing, state: &mut State) {
     match (&was.link, state.link.clone()) {
         (Some(_), None) => {
@@ -43,7 +43,7 @@ pub(super) fn follow(was: &Footing, state: &mut State) {
             }
             if old.up && !new.up {
                 gone_with_device(state, |_| true);
-                // IPv6 addresses go with it (`addrconf_ifdown`), IPv4 addresses stay.
+                // IPv6 addresses are removed (`addrconf_ifdown`), IPv4 addresses stay.
                 state.addresses.retain(|net| net.addr().is_ipv4());
             }
             if has_ipv6(old) && !has_ipv6(&new) {
@@ -55,12 +55,12 @@ pub(super) fn follow(was: &Footing, state: &mut State) {
         (None, _) => {}
     }
     if was.ipv4 && !Footing::of(state).ipv4 {
-        // The device's IPv4 ends with its last address (`fib_inetaddr_event`).
+        // IPv4 on the interface ends with its last address (`fib_inetaddr_event`).
         gone_with_device(state, |address| address.is_ipv4());
     }
 }
 
-/// Routes and neighbours do not outlive the device, nor do they come back when it is up again.
+/// Removes the routes and neighbours of an interface; they do not return when it is up again.
 fn gone_with_device(state: &mut State, of: impl Fn(IpAddr) -> bool) {
     state.neighbours.retain(|address, _| !of(*address));
     state.routes.retain(|_, route| !matches!(route, Route::Via(via) if of(*via)));

@@ -1,4 +1,4 @@
-//! Packets of connections, on simulated nodes.
+//! Tests of packets and connections on simulated nodes.
 
 mod shared;
 
@@ -71,7 +71,7 @@ fn sim<'a>(sims: &'a mut SimCluster, of: &str) -> &'a mut Sim {
     &mut sims.node_mut(&name(of)).unwrap().sim
 }
 
-/// Where a packet left, and as whom.
+/// Node and source address with which a packet left the cluster.
 fn left(journey: &Journey) -> Option<(&str, IpAddr)> {
     match &journey.outcome {
         Outcome::Left { node, packet } => Some((node.as_str(), packet.source)),
@@ -123,7 +123,7 @@ fn the_first_packet_of_a_connection_decides_until_the_connection_is_looked_at() 
     assert!(!unasked(&sims.send(asked())));
     assert!(unasked(&sims.send(asked())), "the second packet is asked for nothing");
 
-    // The new gateway knows first, the client next, the old one last.
+    // Order of reconciliation: the new gateway, the pod's node, the old gateway.
     let moved = [policy("c")];
     let _report = reconcile(&mut sims, 2, &moved);
     assert_eq!(left(&sims.send(asked())), Some(("b", ip(EIP))));
@@ -181,7 +181,7 @@ fn what_was_open_before_ends_with_the_change() {
     assert_eq!(left(&sims.send(asked())), Some(("c", ip(EIP))));
     apply(&mut sims, &[]);
     assert_eq!(left(&sims.send(asked())), Some(("a", ip(POD))));
-    // Nobody has translated it, so it must end before the gateway can.
+    // No node has translated the connection, so it must end before the gateway can.
     apply(&mut sims, &[policy("b")]);
     assert_eq!(left(&sims.send(asked())), Some(("b", ip(EIP))));
 }
@@ -228,7 +228,7 @@ fn what_is_invalid_goes_nowhere() {
     let trace = sim(&mut sims, "a").send_invalid(asked());
     assert_eq!(trace.fate, Fate::Dropped);
     assert!(trace.dropped_by().unwrap().object.contains("ct state invalid"), "{trace}");
-    // Of others' packets nothing is known.
+    // Invalid packets of a source that no policy selects are not dropped.
     let stranger = Packet { source: ip("10.244.1.11"), ..asked() };
     let trace = sim(&mut sims, "a").send_invalid(stranger);
     assert_eq!(trace.fate, Fate::Routed(Some(ip("10.244.1.11"))));
@@ -334,7 +334,7 @@ fn an_answer_that_comes_late_does_not_turn_a_connection_around() {
     let late = sims.send(packet.reply());
     assert_eq!(late.outcome, Outcome::Dropped { node: Some(name("a")) }, "{}", late.trace);
     assert_eq!(left(&sims.send(asked())), Some(("b", ip(EIP))));
-    // A new one is not that late, if all has ended in between.
+    // After the timeout and without conntrack entries, the packet opens a new connection.
     sim(&mut sims, "a").forget_connections();
     sim(&mut sims, "a").pass(Connection::ANSWERS_HELD);
     let new = sims.send(packet.reply());

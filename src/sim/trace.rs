@@ -1,4 +1,4 @@
-//! What became of a packet, and which objects decided it.
+//! The trace of a packet: its decisions, and the objects that made them.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -7,86 +7,91 @@ use super::packet::{Frame, Packet};
 use crate::state::{Comment, MarkBits, Tag};
 use crate::types::{MacAddr, Mark, NodeName, TableId};
 
-/// What became of a packet, reason by reason.
+/// The path of a packet through one or several nodes, as a list of decisions.
 ///
-/// `Display` writes a line per reason for people; with the feature `serde` it serializes as one
-/// document whose field names are stable.
+/// `Display` writes one line per reason for operators. With the feature `serde` it serializes as
+/// one document whose field names are stable.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Trace {
     /// The packet, as it was sent.
     pub packet: Packet,
-    /// What was decided, in order.
+    /// The decisions, in order.
     pub reasons: Vec<Reason>,
-    /// How it ended.
+    /// The fate of the packet.
     pub fate: Fate,
 }
 
-/// One object's say.
+/// One decision, and the object that made it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reason {
-    /// The node; `None` where only one was asked.
+    /// The node; `None` where only one node was traced.
     pub node: Option<NodeName>,
     /// The object that decided, as the kernel's tools print it.
     pub object: String,
-    /// What it decided.
+    /// The decision.
     pub decision: Decision,
 }
 
-/// What an object decides about a packet.
+/// The decision of an object about a packet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Decision {
     /// The source is in this class.
     Class(Tag),
-    /// This policy takes the packet; its id as the comment has it, `None` if nothing names it.
+    /// This policy takes the packet.
+    ///
+    /// The comment gives the policy's id; `None` if no element has one.
     Policy(Tag, Option<Comment>),
-    /// This policy of the class takes the destination, too, and comes later.
+    /// This policy of the class also takes the destination, but with lower precedence.
     Overlapped(Tag, Option<Comment>),
-    /// It goes to this gateway, named by the comment.
+    /// The packet is steered to this gateway, named by the comment.
     Gateway(Option<Comment>),
-    /// It is translated on this node.
+    /// The packet is translated on this node.
     Here,
-    /// It is left alone.
+    /// The packet is left unchanged.
     LeftAlone,
-    /// Its mark is now this.
+    /// The firewall mark is now this.
     Mark(Mark),
-    /// Its connection's mark has these bits now.
+    /// The connection mark now has this value in these bits.
     ConnectionMark(MarkBits),
-    /// This table routes it.
+    /// This routing table routes the packet.
     Table(TableId),
     /// The table ends the lookup; the next rule decides.
     Throw,
-    /// It is sent to this neighbour on the tunnel device.
+    /// The packet is sent to this neighbour on the VXLAN device.
     Via(IpAddr),
-    /// The neighbour has this Ethernet address.
+    /// The neighbour, or the egress hook, gives this MAC address.
     Ethernet(MacAddr),
-    /// Frames for the address go to this node.
+    /// The FDB entry for the MAC address leads to this node.
     Tunnel(IpAddr),
-    /// It came out of the tunnel.
+    /// The packet was received from the tunnel.
     Received,
-    /// Its source becomes this address; `None` is the node's own.
+    /// The source is translated to this address; `None` is the node's own address.
     Wears(Option<IpAddr>),
-    /// Its source stays, and nobody else may change it.
+    /// The source is kept, and no other rule can translate it.
     Bound,
-    /// It is an earlier packet's connection, which keeps its translation.
+    /// The packet belongs to a known connection and is translated as its first packet was.
     Connection,
-    /// It is dropped.
+    /// The packet is dropped.
     Dropped,
-    /// It cannot be said: the rule has a statement that is not ours, or is in iptables.
+    /// The decision is unknown: the rule has an unknown statement, or is in iptables.
     Unknown,
 }
 
-/// How the way of a packet ends.
+/// Fate of a packet on a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fate {
-    /// It is dropped.
+    /// The packet is dropped.
     Dropped,
-    /// It is sent to another node; [`explain_received`](crate::explain_received) goes on there.
+    /// The packet is sent to another node.
+    ///
+    /// [`explain_received`](crate::explain_received) continues the trace there.
     Tunnelled(Frame),
-    /// It goes where the host's own routes lead it, with this source; `None` is the node's own
-    /// address, on the device it leaves by.
+    /// The packet is routed by the host's own routes, with this source address.
+    ///
+    /// `None` is the node's own address on the output interface.
     Routed(Option<IpAddr>),
-    /// It is delivered to this host.
+    /// The packet is delivered to this host.
     Delivered,
 }
 
@@ -95,7 +100,7 @@ impl Trace {
         self.reasons.iter().find_map(what)
     }
 
-    /// The class of its source, where it is selected.
+    /// The class of the packet's source, if a policy selects it.
     pub fn class(&self) -> Option<Tag> {
         self.find(|reason| match reason.decision {
             Decision::Class(class) => Some(class),
@@ -103,7 +108,7 @@ impl Trace {
         })
     }
 
-    /// The id of the policy that took it, as a comment has it.
+    /// The id of the policy that took the packet, as in the comment of an element.
     pub fn policy(&self) -> Option<&str> {
         self.find(|reason| match &reason.decision {
             Decision::Policy(_, Some(id)) => Some(id.as_str()),
@@ -111,7 +116,7 @@ impl Trace {
         })
     }
 
-    /// The ids of policies of its class that would take it if that one did not.
+    /// The ids of overlapping policies of the class, which would take the packet without that one.
     pub fn overlapped(&self) -> impl Iterator<Item = &str> {
         self.reasons.iter().filter_map(|reason| match &reason.decision {
             Decision::Overlapped(_, Some(id)) => Some(id.as_str()),
@@ -119,7 +124,7 @@ impl Trace {
         })
     }
 
-    /// The name of the gateway it is sent to.
+    /// The name of the gateway that the packet is steered to.
     pub fn gateway(&self) -> Option<&str> {
         self.find(|reason| match &reason.decision {
             Decision::Gateway(Some(name)) => Some(name.as_str()),
@@ -127,7 +132,7 @@ impl Trace {
         })
     }
 
-    /// The mark it is routed by.
+    /// The firewall mark that routes the packet.
     pub fn mark(&self) -> Option<Mark> {
         self.find(|reason| match reason.decision {
             Decision::Mark(mark) => Some(mark),
@@ -135,7 +140,7 @@ impl Trace {
         })
     }
 
-    /// The table that sends it to the gateway.
+    /// The routing table that sends the packet to the gateway.
     pub fn table(&self) -> Option<TableId> {
         self.find(|reason| match reason.decision {
             Decision::Table(table) => Some(table),
@@ -143,7 +148,7 @@ impl Trace {
         })
     }
 
-    /// The address that it is translated to.
+    /// The address that the source is translated to.
     pub fn egress_ip(&self) -> Option<IpAddr> {
         self.find(|reason| match reason.decision {
             Decision::Wears(address) => address,
@@ -151,13 +156,13 @@ impl Trace {
         })
     }
 
-    /// The object that dropped it.
+    /// The decision that dropped the packet, with its object.
     pub fn dropped_by(&self) -> Option<&Reason> {
         self.find(|reason| (reason.decision == Decision::Dropped).then_some(reason))
     }
 }
 
-/// Writes ` name`, quoted as a comment, or nothing.
+/// Writes ` name`, quoted as a comment; nothing for `None`.
 fn named(f: &mut fmt::Formatter<'_>, name: Option<&Comment>) -> fmt::Result {
     name.map_or(Ok(()), |name| write!(f, " \"{}\"", name.as_str().escape_default()))
 }

@@ -1,4 +1,4 @@
-//! News of a simulated kernel.
+//! Watch for changes of a simulated kernel.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -14,11 +14,11 @@ use super::notify::{Listener, Writer, Written};
 use crate::error::KernelError;
 use crate::event::News;
 
-/// Readable when somebody else touched what a [`SimDatapath`](super::SimDatapath) has written: what
-/// `Watch` is to the kernel's.
+/// Watch for changes by other programs to objects that a [`SimDatapath`](super::SimDatapath) wrote.
 ///
-/// It tells every part that changed, side effects too, and nothing of what its own datapath wrote.
-/// Who it was is not told: [`News::writers`] is empty.
+/// Its file descriptor is readable when such a change was made. It corresponds to the kernel's
+/// `Watch`. It reports every part that changed, including side effects, and no writes of its own
+/// datapath. It does not report the writer: [`News::writers`] is empty.
 #[derive(Debug)]
 pub struct SimWatch {
     listener: Arc<Listener>,
@@ -27,7 +27,7 @@ pub struct SimWatch {
 }
 
 impl SimWatch {
-    /// Hears everybody but a writer.
+    /// A watch for the changes of all writers but one.
     pub(super) fn of(writer: Writer) -> io::Result<(Self, Arc<Listener>)> {
         let bell = Arc::new(Bell::new()?);
         let listener = Listener::new(writer, Some(Arc::clone(&bell)));
@@ -39,9 +39,9 @@ impl SimWatch {
         Ok((watch, listener))
     }
 
-    /// Takes all news out; afterwards it is not readable until there is more.
+    /// Takes all events; the descriptor is not readable until there are more.
     ///
-    /// It never fails; the result is for those who also drain a kernel's `Watch`.
+    /// It never fails; the result type matches that of the kernel's `Watch`.
     pub fn drain(&mut self) -> Result<News, KernelError> {
         let Written { parts, anything, .. } = self.listener.take();
         Ok(News { changed: parts, lost: anything, writers: BTreeSet::new() })
@@ -55,7 +55,7 @@ impl AsFd for SimWatch {
     }
 }
 
-/// Makes a descriptor readable, where there are descriptors.
+/// Wake-up of a file descriptor, on platforms that have file descriptors.
 #[derive(Debug)]
 pub(super) struct Bell {
     #[cfg(unix)]
@@ -74,7 +74,7 @@ impl Bell {
     }
 
     pub(super) fn ring(&self) {
-        // Where there is no room it is readable already.
+        // If the buffer is full, the descriptor is already readable.
         let _full = (&self.rung).write(&[0]);
     }
 

@@ -1,10 +1,10 @@
-//! Routes and rules that have our protocol number and are not of our making.
+//! Routes and rules with our protocol number that this crate did not make.
 
 use std::fmt;
 
 use crate::types::Family;
 
-/// What a [`StrayRouting`] is.
+/// Kind of a [`StrayRouting`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum StrayKind {
     /// A route.
@@ -13,23 +13,23 @@ pub enum StrayKind {
     Rule,
 }
 
-/// A route or a rule with our protocol number that we never make.
+/// A route or rule with our protocol number that this crate never makes.
 ///
-/// It may have any shape there is, so it is kept as the kernel tells of it, to be deleted by that.
+/// Such an object may have any shape, so the kernel's message is kept and used to delete it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct StrayRouting {
-    /// What it is.
+    /// Route or rule.
     pub kind: StrayKind,
-    /// Its family.
+    /// The address family.
     pub family: Family,
-    /// Enough of it for an operator to find it.
+    /// Description that lets an operator find the object.
     pub text: String,
-    /// The kernel's message that tells of it, without header and without what changes by itself.
+    /// The kernel's message about the object, without header and without volatile attributes.
     pub message: Vec<u8>,
 }
 
 impl fmt::Display for StrayRouting {
-    /// As `ip route` or `ip rule` takes it.
+    /// The object in the syntax of `ip route` or `ip rule`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.text)
     }

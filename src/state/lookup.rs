@@ -1,4 +1,4 @@
-//! What the maps say about a packet: the walk that the kernel makes, on a [`Firewall`].
+//! Evaluates the maps of a [`Firewall`] for a packet, as the kernel does.
 
 use std::net::IpAddr;
 
@@ -11,32 +11,33 @@ use super::{
 use crate::range::IpRange;
 use crate::types::{Family, Mark};
 
-/// What becomes of a packet, by its source and its destination after destination NAT.
+/// The action for a packet, by its source and its destination after destination NAT.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum WayOut {
-    /// No policy takes it.
+    /// No policy takes the packet.
     None,
-    /// It is dropped.
+    /// The packet is dropped.
     Closed,
-    /// It is sent to the gateway with this mark.
+    /// The packet is sent to the gateway with this mark.
     To(Mark),
-    /// It leaves from here, wearing this address, or with `None` the node's own.
+    /// The packet leaves from this node with this source address; `None` is the node's own address.
     Here(Option<IpAddr>),
 }
 
-/// What the marks of connections say of the gateway that they go to.
+/// The part of connection marks that caches the gateway of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Cached {
-    /// That there is one.
+    /// Bits that say that a gateway is cached.
     pub(crate) some: MarkBits,
-    /// The bits that say which.
+    /// Mask of the bits that identify the gateway.
     pub(crate) mask: u32,
 }
 
 impl State {
-    /// What becomes of a packet of a new connection.
+    /// The action for the first packet of a connection.
     ///
-    /// Where nf_tables and iptables have rules of ours, one is about to go and they agree.
+    /// If both nf_tables and iptables have our rules, one backend is about to be removed and they
+    /// agree.
     pub(crate) fn way_out(&self, source: IpAddr, destination: IpAddr) -> WayOut {
         match (&self.firewall, self.xtables.values().next()) {
             (Some(firewall), _) => firewall.way_out(source, destination),
@@ -45,37 +46,38 @@ impl State {
         }
     }
 
-    /// The bits of a connection's mark that say that it was translated, or left alone, by us.
+    /// The bits of a connection mark that say that we translated the connection or exempted it.
     pub(crate) fn connection_mark(&self) -> Option<MarkBits> {
         let tables = || self.xtables.values().find_map(Xtables::connection_mark);
         self.firewall.as_ref().and_then(Firewall::connection_mark).or_else(tables)
     }
 
-    /// Whether a guard holds a connection with this mark back where no way of ours is open to it,
-    /// and so whether it was ours, also if connections get other marks now.
+    /// Whether a guard drops packets with this connection mark that are not steered or translated.
+    ///
+    /// A connection with such a mark is ours, even if connections get other marks now.
     pub(crate) fn holds_back(&self, mark: u32) -> bool {
         self.firewall.as_ref().is_some_and(|firewall| firewall.holds_back(mark))
     }
 
-    /// What the marks of connections say of the gateway, where the first packet decides for all.
+    /// The connection mark bits that cache the gateway, where the first packet decides for all.
     pub(crate) fn cached(&self) -> Option<Cached> {
         self.firewall.as_ref().and_then(Firewall::cached)
     }
 
-    /// Whether an address is an egress IP that connections wear here.
+    /// Whether an address is an egress IP that connections use as source on this node.
     pub(crate) fn speaks_as(&self, address: IpAddr) -> bool {
         let spoken = |table: &Firewall| table.elements.contains_key(&Key::Eip(address));
         self.firewall.as_ref().is_some_and(spoken)
     }
 
-    /// Whether there is nothing that marks or translates.
+    /// Whether the state has no rules that mark or translate.
     pub(crate) fn decides_nothing(&self) -> bool {
         self.firewall.is_none() && self.xtables.is_empty()
     }
 }
 
 impl Firewall {
-    /// What becomes of a packet of a new connection.
+    /// The action for the first packet of a connection.
     pub(crate) fn way_out(&self, source: IpAddr, destination: IpAddr) -> WayOut {
         let family = Family::of(source);
         let Some(policy) = self.class_of(source).and_then(|class| {
@@ -130,7 +132,7 @@ impl Firewall {
         }
     }
 
-    /// What the marks of connections say of the gateway, where the first packet decides for all.
+    /// The connection mark bits that cache the gateway, where the first packet decides for all.
     fn cached(&self) -> Option<Cached> {
         let (_, rules) = self.chains.get(&ChainId::Prerouting)?;
         rules.iter().find_map(|rule| match rule.0.as_slice() {
@@ -142,7 +144,7 @@ impl Firewall {
         })
     }
 
-    /// The bits of a connection's mark that say that it was translated, or left alone, by us.
+    /// The bits of a connection mark that say that we translated the connection or exempted it.
     pub(crate) fn connection_mark(&self) -> Option<MarkBits> {
         let (_, rules) = self.chains.get(&ChainId::NatPostrouting)?;
         rules.iter().flat_map(|rule| &rule.0).find_map(|statement| match statement {

@@ -1,4 +1,4 @@
-//! What the rules say about a packet: the walk that the kernel makes.
+//! Evaluates our iptables rules for a packet, as the kernel does.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -11,13 +11,13 @@ use crate::rules::stmt::{Direction, MarkBits};
 use crate::state::lookup::WayOut;
 use crate::types::{Family, Mark};
 
-/// The sets that the rules look into.
+/// The ipsets that the rules match.
 pub(crate) type Ipsets = BTreeMap<Ipset, IpsetContents>;
 
-/// Chains that a packet goes through before the walk is given up; ours go four deep.
+/// Maximum depth of nested chains that are followed; our chains nest four deep.
 const DEEPEST: u8 = 16;
 
-/// A packet that opens a connection from a pod.
+/// The first packet of a connection from a pod.
 struct Packet<'a> {
     chains: &'a BTreeMap<XtChain, Vec<XtRule>>,
     sets: &'a Ipsets,
@@ -26,20 +26,20 @@ struct Packet<'a> {
     mark: u32,
 }
 
-/// How a chain ends.
+/// Result of a chain.
 enum End {
-    /// By itself, or by `RETURN`.
+    /// End of the chain, or `RETURN`.
     Through,
     Dropped,
     Translated(Option<IpAddr>),
 }
 
 impl Xtables {
-    /// What becomes of a packet of a new connection, by its destination after destination NAT.
+    /// The action for the first packet of a connection, by its destination after destination NAT.
     pub(crate) fn way_out(&self, sets: &Ipsets, source: IpAddr, destination: IpAddr) -> WayOut {
         let mut packet = Packet { chains: &self.chains, sets, source, destination, mark: 0 };
         let family = Family::of(source);
-        // The jump to the chain asks.
+        // The jump to the chain has this match.
         if !packet.holds(&XtMatch::Set(Is::So, Ipset::Selected(family), Side::Src)) {
             return WayOut::None;
         }
@@ -67,7 +67,7 @@ impl Xtables {
         }
     }
 
-    /// The bits of a connection's mark that say that it was translated, or left alone, by us.
+    /// The bits of a connection mark that say that we translated the connection or exempted it.
     pub(crate) fn connection_mark(&self) -> Option<MarkBits> {
         let chains = self.chains.iter().filter(|(chain, _)| chain.name == XtName::NoSnat);
         chains.flat_map(|(_, rules)| rules).find_map(|rule| match rule.target {
@@ -113,7 +113,7 @@ impl Packet<'_> {
 
     fn holds(&self, one: &XtMatch) -> bool {
         match one {
-            // It comes from a pod, and goes where nobody asks.
+            // The packet comes from a pod and has none of the properties that these matches test.
             XtMatch::OutputDevice(_) | XtMatch::UdpPort(_) | XtMatch::Icmp6Type(_) => false,
             XtMatch::Mark(is, bits) => bits.are_in(self.mark) == (*is == Is::So),
             XtMatch::Connmark(is, bits) => bits.are_in(0) == (*is == Is::So),
@@ -132,7 +132,7 @@ impl Packet<'_> {
         }
     }
 
-    /// The member with the longest prefix that an address has.
+    /// The member with the longest prefix that contains an address.
     fn member(&self, set: Ipset, address: IpAddr) -> Option<Member> {
         let members = &self.sets.get(&set)?.members;
         (1..=Family::of(address).bits())

@@ -1,4 +1,4 @@
-//! The interpreter of our chains: what the kernel does with each statement.
+//! Interpreter of our chains: executes each statement as the kernel does.
 
 use std::net::IpAddr;
 
@@ -14,41 +14,43 @@ use crate::state::{
 };
 use crate::types::{Family, Mark};
 
-/// How a hook ends for a packet.
+/// Result of a hook for a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum End {
     Accepted,
     Dropped,
-    /// It goes on, and its connection's source is decided.
+    /// The packet continues, and the source translation of its connection is decided.
     Nat(Nat),
 }
 
-/// What becomes of a connection's source.
+/// Source translation of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Nat {
     To(IpAddr),
     Masquerade,
-    /// Bound to what it is.
+    /// The source is kept.
     Bound,
 }
 
-/// What comes after a statement.
+/// Next step after a statement.
 enum Next {
     Statement,
-    /// The statement does not hold: the next rule.
+    /// The statement does not match; evaluation continues with the next rule.
     Rule,
     Goto(ChainId),
     Jump(ChainId),
-    /// Back behind the jump that led here; out of the base chain if there was none.
+    /// Continues after the jump that led to the chain; without a jump, ends the base chain.
     Return,
     End(End),
 }
 
-/// Jumps within jumps that the kernel takes (`NFT_JUMP_STACK_SIZE`).
+/// Maximum depth of nested jumps in the kernel (`NFT_JUMP_STACK_SIZE`).
 const JUMPS: usize = 16;
 
-/// Where a base chain really runs: the kernel calls all NAT chains of a hook together, at one
-/// place (`NF_IP_PRI_NAT_DST`, `NF_IP_PRI_NAT_SRC`), and there in the order of their priorities.
+/// Effective order of a base chain in its hook.
+///
+/// The kernel runs all NAT chains of a hook together, at one priority (`NF_IP_PRI_NAT_DST`,
+/// `NF_IP_PRI_NAT_SRC`), and there in the order of their own priorities.
 const fn place(base: &Base) -> (i32, i32) {
     match (base.kind, &base.hook) {
         (ChainType::Filter, _) => (base.priority, base.priority),
@@ -58,7 +60,7 @@ const fn place(base: &Base) -> (i32, i32) {
 }
 
 impl Walk<'_> {
-    /// Runs the base chains of a hook; NAT chains only while the connection's source is open.
+    /// Runs the base chains of a hook; NAT chains only until the source translation is decided.
     pub(crate) fn hook(&mut self, hook: &Hook, skb: &mut Skb, mut open: bool) -> End {
         let state = self.state;
         let table = match hook {
@@ -100,7 +102,7 @@ impl Walk<'_> {
         depth: usize,
     ) -> Option<End> {
         let mut chain = start;
-        // The kernel refuses loops of chains, a state by hand may have one.
+        // The kernel refuses loops of chains, but a hand-written state may have one.
         'chain: for _ in 0..=firewall.chains.len() {
             let (_, rules) = firewall.chains.get(&chain)?;
             'rule: for rule in rules {
@@ -210,7 +212,7 @@ impl Walk<'_> {
         if holds { Next::Statement } else { Next::Rule }
     }
 
-    /// Whether a set has an element for these values; the element counts the packet if it counts.
+    /// Whether a set has an element for these values; a counter of the element counts the packet.
     fn is_in(&mut self, firewall: &Firewall, set: Set, values: &[Loaded], skb: &Skb) -> bool {
         let key = element(firewall, set, values).filter(|key| holds(firewall, key));
         if let Some(Key::Count(family, policy)) = key {
@@ -221,7 +223,7 @@ impl Walk<'_> {
         key.is_some()
     }
 
-    /// Puts the value of a map where the rule wants it.
+    /// Stores the value of a map in the target of the rule.
     fn store(
         &mut self,
         firewall: &Firewall,
@@ -238,7 +240,8 @@ impl Walk<'_> {
                 Next::Statement
             }
             (Target::Verdict, Data::Verdict(Verdict::Drop)) => {
-                // Of a policy the rule tells more than the element of all that are dropped.
+                // For a policy, the rule says more than the element that all dropping policies
+                // share.
                 let object = match key {
                     Key::Connection(_) => shown(firewall, &key),
                     _ => here(),
@@ -265,7 +268,7 @@ impl Walk<'_> {
         }
     }
 
-    /// What a tag means that a packet got from an element; `class` is the tag it had.
+    /// Reports the meaning of a tag from an element; `class` is the packet's previous tag.
     fn say_tag(&mut self, firewall: &Firewall, key: &Key, tag: Tag, class: Option<Tag>) {
         let policy = |family| Decision::Policy(tag, id(firewall, family, tag));
         let decision = match key {
@@ -282,7 +285,7 @@ impl Walk<'_> {
         }
     }
 
-    /// The policies of the class that take the destination by a shorter prefix.
+    /// Reports the policies of the class that take the destination by a shorter prefix.
     fn overlapped(&mut self, firewall: &Firewall, class: Tag, policy: Tag, net: IpNet) {
         let family = Family::of(net.addr());
         let shorter = (1..net.prefix_len())
@@ -303,7 +306,7 @@ impl Walk<'_> {
     }
 }
 
-/// What a way out means; one that is closed is told of by who drops the packet.
+/// The decision for an action; a drop is reported by the rule that drops the packet.
 fn way_out(firewall: &Firewall, way_out: Tag) -> Option<Decision> {
     let Value { data, comment } = found(firewall, &Key::Verdict(way_out))?;
     match data {

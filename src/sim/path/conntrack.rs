@@ -1,4 +1,4 @@
-//! Connections, as the kernel tracks them; none of them ever expires.
+//! Simulated connection tracking, without expiry of connections.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -9,28 +9,28 @@ use crate::connection::Connection;
 use crate::sim::packet::Packet;
 use crate::state::{Direction, MarkBits};
 
-/// The connections of one network namespace.
+/// The conntrack table of one network namespace.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Conntrack {
     entries: BTreeMap<u32, Entry>,
-    /// Which entry a packet belongs to, and in which direction.
+    /// Entry and direction of each tuple.
     tuples: BTreeMap<Packet, (u32, Direction)>,
     last: u32,
-    /// What the sets with timeouts hold.
+    /// Elements of the sets with timeouts.
     pub(crate) held: Held,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Entry {
-    /// The packet that opened it, as it came in.
+    /// The packet that opened the connection, as received.
     original: Packet,
-    /// The packet that answers it, as it comes in.
+    /// The reply to that packet, as received.
     reply: Packet,
     mark: u32,
     established: bool,
 }
 
-/// A packet's connection, while the packet is on its way.
+/// The connection of a packet that is being evaluated.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Seen {
     id: Option<u32>,
@@ -39,7 +39,7 @@ pub(crate) struct Seen {
 }
 
 impl Conntrack {
-    /// The connection of a packet that comes in; a new one if there is none.
+    /// The connection of a received packet; a new one if it has no entry.
     pub(crate) fn see(&mut self, packet: Packet) -> Seen {
         let known = self.tuples.get(&packet).copied();
         let known = known.and_then(|(id, direction)| {
@@ -54,7 +54,7 @@ impl Conntrack {
         })
     }
 
-    /// Keeps a connection whose packet gets through; a new one with its source translated.
+    /// Confirms a connection whose packet passed; a new connection gets its source translated.
     pub(crate) fn confirm(&mut self, seen: &mut Seen, source: Option<IpAddr>) {
         if seen.id.is_some() {
             return;
@@ -62,7 +62,7 @@ impl Conntrack {
         if let Some(source) = source {
             seen.entry.reply.destination = source;
         }
-        // Two connections cannot have the same answer: the later one gets another port.
+        // Two connections cannot have the same reply tuple: the later one gets another port.
         for _ in 0..=u16::MAX {
             if !self.tuples.contains_key(&seen.entry.reply) {
                 break;
@@ -83,7 +83,7 @@ impl Conntrack {
         self.tuples.insert(seen.entry.reply, (id, Direction::Reply));
     }
 
-    /// What the rules made of the mark of a connection that was known before the packet came.
+    /// Stores the mark that rules set on a connection with an entry.
     pub(crate) fn note(&mut self, seen: &Seen, mark: u32) {
         if let Some(entry) = seen.id.and_then(|id| self.entries.get_mut(&id)) {
             entry.mark = mark;
@@ -108,14 +108,14 @@ impl Conntrack {
         })
     }
 
-    /// Sets bits of a connection's mark; one that has ended by itself is no error.
+    /// Sets bits of a connection's mark; an entry that is already gone is no error.
     pub(crate) fn mark(&mut self, connection: &Connection, bits: MarkBits) {
         if let Some(entry) = self.entries.get_mut(&connection.id) {
             entry.mark = entry.mark & !bits.mask | bits.value;
         }
     }
 
-    /// Forgets a connection; one that has ended by itself is no error.
+    /// Deletes a connection; an entry that is already gone is no error.
     pub(crate) fn end(&mut self, connection: &Connection) {
         if let Some(entry) = self.entries.remove(&connection.id) {
             self.tuples.remove(&entry.original);
@@ -123,7 +123,7 @@ impl Conntrack {
         }
     }
 
-    /// Forgets all connections.
+    /// Deletes all connections.
     pub(crate) fn clear(&mut self) {
         self.entries.clear();
         self.tuples.clear();
@@ -145,7 +145,7 @@ impl Seen {
             || self.entry.reply.reply().source_port != self.entry.original.source_port
     }
 
-    /// Whether its source can still be translated.
+    /// Whether the source can still be translated.
     pub(crate) const fn is_untranslated(&self) -> bool {
         self.id.is_none()
     }
@@ -154,7 +154,7 @@ impl Seen {
         self.entry.mark = mark;
     }
 
-    /// Undoes the translation of a packet that answers.
+    /// Reverses the source translation of a reply.
     pub(crate) const fn translate_back(&self, packet: &mut Packet) {
         if let Direction::Reply = self.direction {
             let answer = self.entry.original.reply();
@@ -164,7 +164,7 @@ impl Seen {
         }
     }
 
-    /// Translates the source of a packet that does not answer.
+    /// Translates the source of a packet in the original direction.
     pub(crate) const fn translate(&self, packet: &mut Packet) {
         if let Direction::Original = self.direction {
             let asked = self.entry.reply.reply();

@@ -1,4 +1,4 @@
-//! Look-ups in the sets and maps.
+//! Lookups in sets and maps.
 
 use std::net::IpAddr;
 
@@ -9,7 +9,7 @@ use crate::range::IpRange;
 use crate::state::{Comment, Firewall, Key, Set, Tag, Value};
 use crate::types::{Family, Mark};
 
-/// What a set or map has for a key.
+/// The value of a set or map element.
 pub(crate) fn found(firewall: &Firewall, key: &Key) -> Option<Value> {
     firewall.elements.get(key)
 }
@@ -18,7 +18,7 @@ pub(crate) fn holds(firewall: &Firewall, key: &Key) -> bool {
     firewall.elements.contains_key(key)
 }
 
-/// The key that a set or map of this kind may have for values that were loaded from a packet.
+/// The key in a set or map for values that were loaded from a packet, if there can be one.
 pub(crate) fn element(firewall: &Firewall, set: Set, values: &[Loaded]) -> Option<Key> {
     match *values {
         [Loaded::Address(address)] => by_address(firewall, set, address),
@@ -31,7 +31,7 @@ pub(crate) fn element(firewall: &Firewall, set: Set, values: &[Loaded]) -> Optio
     }
 }
 
-/// The key that an address has in a set of addresses or ranges, if it can have one.
+/// The key of an address in a set of addresses or ranges, if there can be one.
 fn by_address(firewall: &Firewall, set: Set, address: IpAddr) -> Option<Key> {
     let range = || IpRange::from(IpNet::from(address));
     if set.family() != Some(Family::of(address)) {
@@ -48,7 +48,7 @@ fn by_address(firewall: &Firewall, set: Set, address: IpAddr) -> Option<Key> {
     }
 }
 
-/// The key that a mark or a tag has.
+/// The key of a mark or a tag.
 fn by_number(set: Set, number: u32) -> Option<Key> {
     let (mark, tag) = (Mark::new(number), Tag::new(number));
     Some(match set {
@@ -65,18 +65,18 @@ fn by_number(set: Set, number: u32) -> Option<Key> {
     })
 }
 
-/// The key of a destination, cut to a length, and a class.
+/// The key of a destination, truncated to a prefix length, and a class.
 pub(crate) fn by_destination(destination: IpAddr, length: u8, class: Tag) -> Option<Key> {
     let net = IpNet::new(destination, length).ok()?.trunc();
     Some(Key::Destination(net, class))
 }
 
-/// The id of a policy, as its way out says.
+/// The id of a policy, from the comment of its action element.
 pub(crate) fn id(firewall: &Firewall, family: Family, policy: Tag) -> Option<Comment> {
     found(firewall, &Key::Steer(family, policy))?.comment
 }
 
-/// An element as an operator would look for it.
+/// The text of an element, as an operator would search for it.
 pub(crate) fn shown(firewall: &Firewall, key: &Key) -> String {
     let element = format!("element {} {{ {key} }}", key.set());
     match found(firewall, key).and_then(|value| value.comment) {

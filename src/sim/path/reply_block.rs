@@ -1,4 +1,4 @@
-//! Answers to connections that were ended, held back for a while.
+//! Blocks late replies to terminated connections for a limited time.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -11,38 +11,38 @@ use crate::state::Set;
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Held {
     now: Duration,
-    /// Until when.
+    /// Expiry time of each element.
     elements: BTreeMap<(Set, Packet), Duration>,
 }
 
 impl Held {
-    /// Holds answers to a connection back; those held already are held no longer for it.
+    /// Blocks replies to a connection; an existing block is not extended.
     pub(crate) fn hold(&mut self, connection: &Connection) {
         let set = connection.answers();
         let until = self.now + Connection::ANSWERS_HELD;
         self.elements.entry((set, key(set, &connection.answer()))).or_insert(until);
     }
 
-    /// Whether a set has a packet.
+    /// Whether a set has an element for a packet.
     pub(crate) fn holds(&self, set: Set, packet: &Packet) -> bool {
         let until = self.elements.get(&(set, key(set, packet)));
         until.is_some_and(|until| self.now < *until)
     }
 
-    /// Lets time pass.
+    /// Advances the time, and removes expired elements.
     pub(crate) fn pass(&mut self, time: Duration) {
         self.now += time;
         let now = self.now;
         self.elements.retain(|_, until| now < *until);
     }
 
-    /// Keeps only what is in these sets.
+    /// Retains only the elements of these sets.
     pub(crate) fn keep(&mut self, sets: impl Fn(Set) -> bool) {
         self.elements.retain(|(set, _), _| sets(*set));
     }
 }
 
-/// What a set knows of a packet.
+/// The fields of a packet that are part of a set's key.
 fn key(set: Set, packet: &Packet) -> Packet {
     match set {
         Set::PortlessAnswer(_) => Packet { source_port: 0, destination_port: 0, ..*packet },

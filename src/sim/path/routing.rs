@@ -1,4 +1,4 @@
-//! Rules and routes.
+//! Policy routing: rules and routes.
 
 #[cfg(test)]
 mod tests;
@@ -11,20 +11,21 @@ use crate::sim::trace::Decision;
 use crate::state::{Route, RouteKey, RuleAction, Vxlan};
 use crate::types::{Family, TableId};
 
-/// Where a packet goes.
+/// Result of a route lookup.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Routed<'a> {
-    /// To a neighbour on the tunnel device.
+    /// To a neighbour on the VXLAN device.
     Via(&'a Vxlan, IpAddr),
-    /// Nowhere.
+    /// Rejected.
     Refused,
-    /// Where the host's own routes lead.
+    /// Routed by the host's own routes.
     Own,
 }
 
 impl<'a> Walk<'a> {
-    /// Asks the rules in their order, and the tables that they name; `input` is the device that the
-    /// packet came in by, if it is one that a rule of ours may name.
+    /// Evaluates the routing rules in order, and the tables that they look up.
+    ///
+    /// `input` is the packet's input interface, if it is one that our rules may name.
     pub(crate) fn route(
         &mut self,
         destination: IpAddr,
@@ -73,7 +74,7 @@ impl<'a> Walk<'a> {
         Routed::Own
     }
 
-    /// The route of a table: the longest prefix, then the lowest metric.
+    /// The best route of a table: the longest prefix, then the lowest metric.
     fn look_up(&self, table: TableId, destination: IpAddr) -> Option<(RouteKey, Route)> {
         let up = self.state.link.as_ref().is_some_and(|link| link.up);
         let leads = |route: &Route| up || !matches!(route, Route::Via(_));

@@ -1,4 +1,4 @@
-//! A packet on its way, with what the kernel knows of it, and what rules load from it.
+//! A packet in the kernel with its metadata, and the fields that rules load from it.
 
 use std::net::IpAddr;
 
@@ -14,36 +14,36 @@ pub(crate) struct Skb {
     pub(crate) packet: Packet,
     pub(crate) mark: u32,
     pub(crate) priority: u32,
-    /// The tunnel device if it came in by it; others are not told apart.
+    /// The VXLAN device if it is the input interface; other interfaces are not distinguished.
     pub(crate) input: Option<DeviceName>,
-    /// The tunnel device if it goes out by it.
+    /// The VXLAN device if it is the output interface.
     pub(crate) output: Option<DeviceName>,
-    /// Whether it is known by which device it goes out.
+    /// Whether the output interface is known.
     pub(crate) routed: bool,
-    /// Where the frame goes, once it is one.
+    /// Destination MAC address, once the packet is a frame.
     pub(crate) ethernet: Option<MacAddr>,
     pub(crate) tracking: Tracking,
 }
 
-/// What conntrack makes of it.
+/// Conntrack state of a packet.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Tracking {
-    /// Nothing.
+    /// Conntrack cannot assign the packet to a connection.
     Invalid,
-    /// Nothing, because a rule says so.
+    /// A `notrack` rule exempts the packet from tracking.
     Untracked,
-    /// It belongs to a connection.
+    /// The packet belongs to a connection.
     Seen(Facts),
 }
 
-/// What the rules ask about its connection.
+/// The properties of a connection that rules match.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Facts {
     pub(crate) direction: Direction,
-    /// A reply has been seen.
+    /// Whether a reply has been seen.
     pub(crate) established: bool,
     pub(crate) mark: u32,
-    /// Its source is translated.
+    /// Whether the source is translated.
     pub(crate) translated: bool,
 }
 
@@ -70,7 +70,7 @@ impl Skb {
 }
 
 impl Tracking {
-    /// Of the first packet of a connection.
+    /// The state of the first packet of a connection.
     pub(crate) const fn fresh() -> Self {
         let direction = Direction::Original;
         Self::Seen(Facts { direction, established: false, mark: 0, translated: false })
@@ -95,14 +95,14 @@ impl Tracking {
     }
 }
 
-/// A value that was loaded from a packet.
+/// A value loaded from a packet.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Loaded {
     Number(u32),
     Address(IpAddr),
 }
 
-/// What a rule loads; `None` where the packet has no such field, which ends the rule.
+/// Loads a selector's value; `None` if the packet has no such field, which ends the rule.
 pub(super) fn load(Selector { field, mask }: Selector, skb: &Skb) -> Option<Loaded> {
     let Packet { source, destination, protocol, source_port, destination_port, .. } = skb.packet;
     let facts = skb.tracking.facts();
@@ -116,7 +116,7 @@ pub(super) fn load(Selector { field, mask }: Selector, skb: &Skb) -> Option<Load
                 Mask::Whole | Mask::Bits(_) => address,
             }));
         }
-        // Packets of the host's own processes, which came in by no interface, are not walked.
+        // Packets of the host's own processes, which have no input interface, are not simulated.
         Field::Input => 1,
         Field::Output => u32::from(skb.routed),
         Field::Mark => skb.mark,
@@ -126,11 +126,11 @@ pub(super) fn load(Selector { field, mask }: Selector, skb: &Skb) -> Option<Load
         Field::CtState => skb.tracking.state(),
         Field::CtStatus => u32::from(facts?.translated) * Stmt::SNAT,
         Field::CtMark => facts?.mark,
-        // Of a protocol without ports, what comes behind asks for the protocol.
+        // For a protocol without ports, a later statement of the rule tests the protocol.
         Field::SourcePort => source_port.into(),
         Field::DestinationPort => destination_port.into(),
         Field::UdpDestinationPort if protocol == Packet::UDP => destination_port.into(),
-        // What opens a connection is taken to be where one begins.
+        // A TCP connection is assumed to begin with SYN where its first segment is seen.
         Field::TcpFlags if protocol == Packet::TCP => Stmt::SYN,
         Field::Icmp6Type if protocol == Packet::ICMP6 => (destination_port >> 8).into(),
         Field::UdpDestinationPort | Field::TcpFlags | Field::Icmp6Type => return None,
@@ -141,7 +141,7 @@ pub(super) fn load(Selector { field, mask }: Selector, skb: &Skb) -> Option<Load
     }))
 }
 
-/// All parts of a key.
+/// Loads all parts of a key.
 pub(super) fn values(key: &[Selector], skb: &Skb) -> Option<Vec<Loaded>> {
     key.iter().map(|part| load(*part, skb)).collect()
 }

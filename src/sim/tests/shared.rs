@@ -1,4 +1,4 @@
-//! Several have one simulated kernel open.
+//! Tests of a simulated kernel that several programs use.
 
 use std::collections::BTreeSet;
 
@@ -10,7 +10,7 @@ use crate::faults::{Call, Fault, Faults, Subsystem};
 
 const READ: Call = Call { subsystem: Subsystem::Firewall, writes: false };
 
-/// A node that is as it should be, the calls of its program, and that.
+/// A converged simulated node: its kernel, the calls of its program, and the reconciler.
 fn right() -> (SharedSim, Faults, Reconciler<SimDatapath>) {
     let (kernel, faults) = (SharedSim::default(), Faults::new());
     let mut egress = Reconciler::new(kernel.open().with_faults(&faults));

@@ -1,4 +1,4 @@
-//! Whatever a change has come to, what is not to enter the tunnel is kept from it.
+//! Tests that packets to cluster destinations stay out of the tunnel at every step of a change.
 
 use std::collections::BTreeSet;
 
@@ -16,14 +16,14 @@ use crate::state::{Rule, State};
 use crate::types::{NodeName, PolicyId};
 use crate::{MarkPool, TablePool, TableRange, plan};
 
-/// A destination outside and one inside, of each family.
+/// A destination outside the cluster and one inside, of each family.
 const TO: [[&str; 2]; 2] = [["192.0.2.1", "10.244.1.10"], ["2001:db8::1", "fd44::10"]];
 
 fn name(of: &str) -> NodeName {
     NodeName::new(of).unwrap()
 }
 
-/// The routes and rules of a node with these gateways, in a range of so many tables.
+/// The routes and rules of a node with these gateways, in a range with this many tables.
 fn routing(gateways: &[&str], tables: u32, change: impl FnOnce(&mut Cluster)) -> State {
     let node = |(number, of): (usize, &str)| {
         let tunnel = [format!("172.31.0.{}/16", number + 1), format!("fd11::{}/112", number + 1)];
@@ -50,7 +50,7 @@ fn routing(gateways: &[&str], tables: u32, change: impl FnOnce(&mut Cluster)) ->
     State { hook: None, ..state.routing() }
 }
 
-/// As it was when every table kept by itself from the tunnel what is not to enter it.
+/// The state with `throw` routes in every table instead of rules by input interface.
 fn with_throws(mut state: State) -> State {
     state.rules.retain(|rule| rule.input.is_none());
     let tables: BTreeSet<_> = state.routes.keys().map(|key| key.table).collect();
@@ -78,7 +78,10 @@ fn routed(state: &State, to: &str, mark: u32, input: Option<&str>) -> &'static s
     }
 }
 
-/// Packets that are steered are found to come from their pods, and answers of the node reach them.
+/// Asserts that reverse path lookups and replies of the node stay out of the tunnel.
+///
+/// The reverse path lookup must find that steered packets come from their pods, and the node's
+/// replies must reach those pods.
 fn check(state: &State, marks: &BTreeSet<u32>, when: &str) {
     let device = "egress.vxlan";
     for mark in marks {
@@ -135,7 +138,7 @@ fn a_gateways_table_has_no_more_than_its_way_where_rules_lead_past_it() {
     };
     let plain = |_: &mut Cluster| {};
     assert_eq!(steered(&routing(&["b", "c"], 8, plain)), [4, 4]);
-    // Six that are inside, and the gateway's own address.
+    // Six destinations inside the cluster, and the gateway's own address.
     assert_eq!(steered(&routing(&["b", "c"], 8, |it| it.marks = MarkLayout::COMPACT)), [11, 11]);
     let full = routing(&["b", "c"], 1, plain);
     assert_eq!(steered(&full), [11, 11], "no table is left for closing");
