@@ -78,7 +78,7 @@ pub struct Cluster {
     /// The firewall in which packets are marked and translated; default nf_tables.
     #[cfg_attr(feature = "serde", serde(default))]
     pub backend: Backend,
-    /// The way a marked packet is routed to its gateway; default a routing table for each gateway.
+    /// The steering of marked packets to their gateway; default a routing table for each gateway.
     #[cfg_attr(feature = "serde", serde(default))]
     pub steering: Steering,
 }

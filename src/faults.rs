@@ -51,12 +51,11 @@ pub enum Fault {
     LoseReply,
     /// The kernel acknowledges all operations of a transaction, but commits nothing.
     ///
-    /// The end message of the transaction is lost on the way.
+    /// The end message of the transaction is lost before it reaches the kernel.
     AckWithoutCommit,
     /// Another program changes the objects during a dump.
     ///
-    /// One object is missing, and the reply says so in the way that the kernel has for this kind of
-    /// object.
+    /// One object is missing, and the reply signals it as the kernel does for this kind of object.
     TornDump,
     /// The first datagram of the reply is truncated.
     CutReply,

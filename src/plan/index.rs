@@ -1,4 +1,4 @@
-//! The index of a plan, which allows to plan a change at the cost of that change alone.
+//! The index of a plan, by which the cost of planning a change depends on that change alone.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;

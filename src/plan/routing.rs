@@ -165,7 +165,7 @@ fn inside(world: &World, table: TableId, family: Family, outer: Option<IpAddr>, 
 }
 
 fn backstop(table: TableId, family: Family, state: &mut State) {
-    // The route needs no interface, so that it stays when the tunnel's routes have gone with the
+    // The route needs no interface, so that it stays when the tunnel's routes are deleted with the
     // tunnel; without it the lookup would continue in the main table.
     let backstop = RouteKey { table, dst: everything(family), metric: BACKSTOP_METRIC };
     state.routes.insert(backstop, Route::Unreachable);

@@ -164,9 +164,9 @@ impl Skeleton<'_> {
 
     /// Returns the bits that identify the mark of packets that this node must translate.
     ///
-    /// They tell it from the gateways' marks, whichever gateways there are. Other mark bits are not
-    /// tested: bits that another program sets, or that must be tested because of a new gateway,
-    /// must not let a packet pass the guard rules.
+    /// The bits distinguish it from the gateways' marks, whichever gateways there are. Other mark
+    /// bits are not tested: bits that another program sets, or that must be tested because of a new
+    /// gateway, must not let a packet pass the guard rules.
     fn tunnel_bits(&self) -> MarkBits {
         let mask = self.connection.mask & self.mask;
         MarkBits { mask, value: self.tunnel.get() & mask }
@@ -330,8 +330,8 @@ impl Skeleton<'_> {
 
     /// Dispatches marked packets and packets of tracked connections.
     ///
-    /// The rules are ordered so that most packets match the fewest. Whatever mark of ours a packet
-    /// has here, our rules set it.
+    /// The rules are ordered so that most packets match the fewest. If a packet has one of our
+    /// marks here, our rules have set it.
     fn forward(&self) -> Vec<Vec<Stmt>> {
         let marked = |is: Stmt| vec![is, Stmt::Goto(ChainId::Marked)];
         let mut rules = match (self.used.translates, self.shared) {

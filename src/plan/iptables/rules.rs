@@ -215,7 +215,7 @@ impl Rules<'_> {
                 ..self.set_mark(0, "egress gateway: change mark")
             },
             rule([self.to_tunnel()], XtTarget::Return, "egress gateway: into the tunnel"),
-            // The connection was ours, but no rule of ours steers the packet any more: its policy
+            // The connection was ours, but none of our rules steers the packet any more: its policy
             // was removed.
             rule(
                 [XtMatch::Connmark(Is::So, self.connection()), original, self.is_tunnel(Is::Not)],

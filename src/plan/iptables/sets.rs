@@ -45,7 +45,7 @@ pub(crate) enum Way {
     Bypass,
 }
 
-/// The way in which packets of a class are matched.
+/// The kind of match for the packets of a class.
 enum Kind {
     /// An entry in one set, however many policies there are.
     Flat(Way),
