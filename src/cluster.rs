@@ -1,4 +1,4 @@
-//! The world a plan is made for: this node, the other nodes, and what stays inside.
+//! The cluster as input of a plan: this node, the other nodes, excluded prefixes and settings.
 
 use std::net::IpAddr;
 
@@ -8,158 +8,173 @@ use crate::mark::MarkLayout;
 use crate::state::Variant;
 use crate::types::{DeviceName, MacAddr, Mark, NodeName};
 
-/// The cluster as one of its nodes sees it.
+/// The cluster as seen by one of its nodes.
 ///
-/// Plain data; [`plan`](crate::plan) checks it.
+/// Plain data; [`plan`](crate::plan) validates it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct Cluster {
-    /// The node that is planned for; one of `nodes`.
+    /// The node that the plan is for; one of `nodes`.
     pub node: NodeName,
     /// All nodes, in any order.
     pub nodes: Vec<Node>,
-    /// Prefixes that are never steered: pods, services, whatever else is inside. At least one.
+    /// Destination prefixes that are never steered; at least one.
     ///
-    /// The nodes' own addresses, link-local and multicast destinations are always added.
+    /// These are the prefixes of pods, services and other internal destinations. The nodes' own
+    /// addresses, link-local and multicast destinations are always added.
     #[cfg_attr(feature = "serde", serde(deserialize_with = "crate::serde_forms::nets"))]
     pub excluded: Vec<IpNet>,
-    /// The tunnel between the nodes.
+    /// The VXLAN tunnel between the nodes.
     #[cfg_attr(feature = "serde", serde(default))]
     pub tunnel: Tunnel,
-    /// Which bits of a packet's mark are ours.
+    /// The bits of a packet's firewall mark that this crate uses.
     #[cfg_attr(feature = "serde", serde(default))]
     pub marks: MarkLayout,
-    /// The first of the four priorities of our routing rules, 1 to 32762: guards that lead packets
-    /// without our prefix and this node's own past the gateways, then the gateways' rules in two
-    /// halves, then the closing one.
+    /// The first of the four consecutive priorities of our routing rules, 1 to 32762; default 101.
     ///
-    /// Default 101: behind the rule for local addresses, also where Cilium has moved it to 100,
-    /// and ahead of everything that has a default route.
+    /// The four are: guard rules that skip the gateways' rules for packets without our mark prefix
+    /// and for this node's own packets, then the gateways' rules in two halves, then the fallback
+    /// rule.
+    ///
+    /// The default is behind the rule for local addresses, also where Cilium has moved that rule to
+    /// 100, and ahead of every rule whose table has a default route.
     #[cfg_attr(feature = "serde", serde(default = "rule_priority"))]
     pub rule_priority: u32,
-    /// Whether the first packet of a connection decides for all of them; default no.
+    /// Enables connection caching: the first packet of a connection decides for all; default off.
     ///
-    /// The connection's mark then has the bits of its gateway's, and later packets from the pod are
-    /// asked for nothing else: they cost the same however many policies there are. A change
-    /// of policies takes hold of open connections when [`reconcile`](crate::Reconciler::reconcile)
-    /// or [`settle`](crate::Reconciler::settle) has looked them through, not with the first packet
-    /// behind it; until then they go on to their old gateway, which translates or drops them.
+    /// The connection mark then has the bits of the gateway's mark, and later packets from the pod
+    /// are matched by that mark alone: they cost the same however many policies there are. A change
+    /// of policies applies to open connections only when
+    /// [`reconcile`](crate::Reconciler::reconcile) or [`settle`](crate::Reconciler::settle) has
+    /// processed them, not from the first packet after the commit. Until then they go to their old
+    /// gateway, which translates or drops them.
     ///
-    /// Nothing comes of it in a layout without prefix, where the marks of connections cannot be
-    /// told from other people's, and with iptables. It cannot be had together with
+    /// The option has no effect in a mark layout without prefix, where our connection marks cannot
+    /// be told from those of other programs, and with iptables. It cannot be combined with
     /// [`policy_counters`](Self::policy_counters).
     #[cfg_attr(feature = "serde", serde(default))]
     pub connection_caching: bool,
-    /// Whether packets and bytes are counted for each policy; default no, because it costs every
-    /// steered packet a look-up.
+    /// Enables packet and byte counters for each policy; default off.
     ///
-    /// A node counts the packets of its own pods: those of connections that the pods opened, in
-    /// that direction and with ICMP errors about answers, whatever becomes of them. What is
-    /// dropped because the policy is closed counts, too; what is dropped because no policy has
-    /// been asked does not. A packet is what the kernel handles as one, which may be several
-    /// segments put together (GRO), and its bytes are those of IP.
+    /// Counting costs every steered packet a lookup. A node counts the packets of its own pods:
+    /// those of connections that the pods opened, in the original direction and with ICMP errors
+    /// about replies, whatever becomes of the packets. Packets that are dropped because the policy
+    /// is denied are counted; packets that are dropped before a policy is looked up are not. A
+    /// packet is what the kernel handles as one, which may be several segments merged by GRO, and
+    /// its bytes are those from the IP header on.
     ///
-    /// [`Reconciler::counts`](crate::Reconciler::counts) reads them. They go on over changes of the
-    /// policy, moves and restarts, and end with the policy, or with its last source of the family;
-    /// those of all end when everything is removed, or when this is switched off.
+    /// [`Reconciler::counts`](crate::Reconciler::counts) reads the counters. They continue over
+    /// changes of the policy, moves and restarts, and end with the policy or with its last source
+    /// of the family. All of them end when everything is removed, or when this option is switched
+    /// off.
     ///
-    /// It cannot be had together with [`connection_caching`](Self::connection_caching), where most
-    /// packets come by no policy and some policies would count everything and others hardly
-    /// anything, nor with iptables, where a policy is no rule of its own. It needs Linux 5.7.
+    /// The option cannot be combined with [`connection_caching`](Self::connection_caching), where
+    /// most packets match no policy and some policies would count everything and others hardly
+    /// anything, nor with iptables, where not every policy has a rule of its own. It needs Linux
+    /// 5.7.
     #[cfg_attr(feature = "serde", serde(default))]
     pub policy_counters: bool,
-    /// Where packets are marked and translated; default nf_tables.
+    /// The firewall in which packets are marked and translated; default nf_tables.
     #[cfg_attr(feature = "serde", serde(default))]
     pub backend: Backend,
-    /// How a marked packet finds its gateway; default by a routing table for each.
+    /// The steering of marked packets to their gateway; default a routing table for each gateway.
     #[cfg_attr(feature = "serde", serde(default))]
     pub steering: Steering,
 }
 
-/// What leads a marked packet to its gateway.
+/// The mechanism that routes a marked packet to its gateway.
 ///
-/// Both close when something is lost, and a node may change from one to the other while packets
-/// flow.
+/// Both mechanisms fail closed when an object is lost, and a node may change from one to the other
+/// without losing packets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
 #[non_exhaustive]
 pub enum Steering {
-    /// A routing rule and a table for each gateway, as many gateways as there are tables.
+    /// A routing rule and a routing table for each gateway, so that tables limit the gateways.
     ///
-    /// The kernel asks the rules in turn, twice for each packet.
+    /// The kernel evaluates the rules in turn, twice for each packet.
     #[default]
     Tables,
-    /// One rule and one table for all gateways, as many as there are marks: a chain at the egress
-    /// hook of the tunnel device looks up the Ethernet address of a mark's gateway.
+    /// One routing rule and one table for all gateways, so that only marks limit the gateways.
     ///
-    /// It needs a kernel with `CONFIG_NETFILTER_EGRESS` (Linux 5.16), which
-    /// [`Preflight`](crate::preflight::Preflight) looks for, a layout of marks with a prefix, and
+    /// A chain at the egress hook of the tunnel interface looks up the MAC address of a mark's
+    /// gateway. This needs a kernel with `CONFIG_NETFILTER_EGRESS` (Linux 5.16), which
+    /// [`Preflight`](crate::preflight::Preflight) checks, a mark layout with a prefix, and
     /// nf_tables as backend. Packets keep their mark through postrouting. The tunnel addresses of
-    /// other nodes are no neighbours of this one, so that its own packets do not get there.
+    /// other nodes have no neighbour entries on this node, so that its own packets do not reach
+    /// them.
     EgressHook,
 }
 
-/// What marks and translates packets on a node.
+/// The packet filter that marks and translates packets on a node.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "lowercase"))]
 #[non_exhaustive]
 pub enum Backend {
-    /// A table of nf_tables of its own.
+    /// A separate nf_tables table.
     #[default]
     Nftables,
-    /// Chains in iptables that look into ipsets, for nodes where everything else is there too; it
-    /// closes less than nf_tables can, see [`Iptables`].
+    /// Chains in iptables that look up ipsets, for nodes on which other software uses iptables too.
+    ///
+    /// This backend drops less than nf_tables can where an object is lost or bypassed; see
+    /// [`Iptables`].
     Iptables(Iptables),
 }
 
-/// How iptables is used.
+/// Options of the iptables backend.
 ///
-/// It has limits that no rule of it removes:
+/// The backend has limitations that none of its rules can remove:
 ///
-/// - Packets are classified before destination NAT. One to a service address outside
-///   [`Cluster::excluded`] is steered by that address, and stays inside if it turns out to go
-///   there; one to an excluded service address is not steered, wherever it goes in the end.
-/// - Whoever inserts a masquerade above ours, has one in the other variant, or one in an nf_tables
-///   table of their own, translates first. Our place is repaired with every reconciliation; a
-///   packet that was translated otherwise is dropped from the second one of its connection on.
-/// - The first packets of a connection that somebody else translates first do get out, with the
-///   address that they were given, where they leave from the pod's own node.
-/// - Whoever overwrites the whole mark of a packet takes ours away, and the packet leaves as if
-///   there were no policy.
-/// - An answer that is under way when its connection is ended, or when somebody empties the table
-///   of connections, may open it the other way round; the pod's packets then leave as answers to
-///   that, with its own address.
+/// - Packets are classified before destination NAT. A packet to a service address outside
+///   [`Cluster::excluded`] is steered by that address, and stays inside if its translated
+///   destination is inside; a packet to an excluded service address is not steered, whatever its
+///   translated destination is.
+/// - A program translates first if it inserts a masquerade above our rules, has one in the other
+///   iptables variant, or has one in its own nf_tables table. Every reconciliation restores the
+///   position of our rules. A connection that was translated otherwise is dropped from its second
+///   packet on.
+/// - The first packets of a connection that another program translates first do leave, with the
+///   address that program gave them, if they leave from the pod's own node.
+/// - A program that overwrites the whole mark of a packet removes our mark, and the packet leaves
+///   as if there were no policy.
+/// - A reply that is in flight when its connection is ended, or when another program flushes the
+///   conntrack table, may open the connection in the reverse direction. The pod's packets then
+///   leave as replies to it, with the pod's own address.
 /// - Each policy with a list of destinations costs every steered packet two lookups, and every
-///   policy of a gateway its connections' first packets.
-/// - The packets of the tunnel are tracked like others, one connection for each of the pods'.
-/// - The layout of the marks cannot be changed while policies are in force:
+///   policy whose gateway is this node costs the first packet of each connection.
+/// - Packets of the tunnel are tracked like others: one conntrack entry for each connection of the
+///   pods.
+/// - The mark layout cannot be changed while policies are in force:
 ///   [drain](crate::Reconciler::drain) the node first.
-/// - Of connections nothing is cached, [`Cluster::connection_caching`] or not, and
-///   [`explain`](crate::sim::explain()) does not read the rules.
-/// - Several tables and sets are not changed at once: the order of the steps keeps them safe.
-/// - Nobody tells when others have changed something.
+/// - Connections are not cached, with or without [`Cluster::connection_caching`], and
+///   [`explain`](crate::sim::explain()) does not read the iptables rules.
+/// - Several tables and sets do not change atomically: the order of the steps keeps them safe.
+/// - There are no notifications of changes by other programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Iptables {
-    /// Which of the two implementations.
+    /// The iptables implementation: nft or legacy.
     pub variant: Variant,
-    /// Whether to accept what is ours where the host's firewall drops by default: the tunnel's
-    /// packets, and what goes in and comes out of it. Default no, because it is accepted ahead of
-    /// network policies.
+    /// Accepts our packets where the host's firewall drops by default; default off.
+    ///
+    /// Our packets are those of the tunnel, and those that enter and leave it. The option is off by
+    /// default because it accepts them ahead of network policies.
     #[cfg_attr(feature = "serde", serde(default))]
     pub accept: bool,
-    /// Whether to keep Weave Net, which masquerades by what it thinks is inside, from translating
-    /// the packets of policies on their own node, whatever device they leave by. Default no; what
-    /// enters the tunnel is kept from being translated in any case.
+    /// Keeps Weave Net from translating the packets of policies on the pod's own node; default off.
+    ///
+    /// Weave Net masquerades by its own notion of internal addresses. With this option it does not
+    /// translate packets of policies, whatever interface they leave by. Packets that enter the
+    /// tunnel are never translated, with or without this option.
     #[cfg_attr(feature = "serde", serde(default))]
     pub weave: bool,
 }
 
 impl Iptables {
-    /// The variant without any option.
+    /// Creates the options for a variant, with all of them off.
     pub const fn new(variant: Variant) -> Self {
         Self { variant, accept: false, weave: false }
     }
@@ -174,7 +189,7 @@ impl Cluster {
     /// Default of the first priority of our routing rules.
     pub const RULE_PRIORITY: u32 = 101;
 
-    /// A cluster with the default tunnel, marks and rule priority.
+    /// Creates a cluster with the default tunnel, mark layout and rule priority.
     pub fn new(node: NodeName, nodes: Vec<Node>, excluded: Vec<IpNet>) -> Self {
         Self {
             node,
@@ -194,23 +209,27 @@ impl Cluster {
 /// Priorities of our routing rules.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RulePriorities {
-    /// Leads packets without our prefix, this node's own, and lookups of the way back to a sender
-    /// past the gateways' rules; only in layouts with a prefix.
+    /// Priority of the guard rules, which skip the gateways' rules; only in layouts with a prefix.
     ///
-    /// It is for three rules: no packet fits two of them, and all lead to the same, so that it is
-    /// no matter which of them is asked first.
+    /// They skip for packets without our mark prefix, for this node's own packets, and for lookups
+    /// of the reverse path to a sender. There are three such rules: no packet matches two of them,
+    /// and all have the same target, so that their order has no effect.
     pub(crate) guard: u32,
-    /// Leads packets with a gateway's mark to its table.
+    /// Priority of the rules that send packets with a gateway's mark to the gateway's table.
     pub(crate) gateways: u32,
-    /// The same for the marks with [`MarkLayout::half`], which a rule at `gateways` leads here: a
-    /// packet is asked about half of the gateways.
+    /// Priority of the gateways' rules for marks with the [`MarkLayout::half`] bit.
+    ///
+    /// A rule at `gateways` skips to it, so that a packet is matched against half of the gateways
+    /// only.
     pub(crate) half: u32,
-    /// Refuses other packets with our prefix; only in layouts with a prefix.
+    /// Priority of the fallback rule; only in layouts with a prefix.
+    ///
+    /// Packets with our prefix that matched no gateway's rule fail closed there.
     pub(crate) closing: u32,
 }
 
 impl RulePriorities {
-    /// The highest that the first can have: 32766 is the kernel's rule for the main table.
+    /// The highest value of the first priority: 32766 is the kernel's rule for the main table.
     pub(crate) const LAST: u32 = 32_762;
 
     pub(crate) const fn of(cluster: &Cluster) -> Self {
@@ -229,28 +248,28 @@ impl RulePriorities {
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct Node {
-    /// Its name.
+    /// Name of the node.
     pub name: NodeName,
-    /// Its addresses on the network that carries the tunnel, at most one per family.
+    /// Addresses on the underlay network that carries the tunnel, at most one per family.
     pub underlay: Vec<IpAddr>,
-    /// Its addresses inside the tunnel, at most one per family, with the tunnel's prefix length.
+    /// Addresses inside the tunnel, at most one per family, with the tunnel's prefix length.
     #[cfg_attr(feature = "serde", serde(deserialize_with = "crate::serde_forms::nets"))]
     pub tunnel: Vec<IpNet>,
-    /// Ethernet address of its tunnel device; derived from its name if `None`.
+    /// MAC address of the node's tunnel interface; derived from the node's name if `None`.
     #[cfg_attr(feature = "serde", serde(default))]
     pub mac: Option<MacAddr>,
-    /// Firewall mark of traffic to it as a gateway; allocated if `None`.
+    /// Firewall mark of traffic to this node as a gateway; allocated if `None`.
     #[cfg_attr(feature = "serde", serde(default))]
     pub mark: Option<Mark>,
 }
 
 impl Node {
-    /// A node whose Ethernet address is derived and whose mark is allocated.
+    /// Creates a node whose MAC address is derived and whose mark is allocated.
     pub const fn new(name: NodeName, underlay: Vec<IpAddr>, tunnel: Vec<IpNet>) -> Self {
         Self { name, underlay, tunnel, mac: None, mark: None }
     }
 
-    /// Ethernet address of its tunnel device.
+    /// Returns the MAC address of the node's tunnel interface.
     pub fn mac(&self) -> MacAddr {
         self.mac.unwrap_or_else(|| MacAddr::of_node(&self.name))
     }
@@ -261,15 +280,15 @@ impl Node {
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct Tunnel {
-    /// Name of the device; default `egress.vxlan`.
+    /// Name of the VXLAN device; default `egress.vxlan`.
     pub device: DeviceName,
     /// VXLAN network identifier, 1 to 2²⁴ − 1; default 100.
     pub vni: u32,
-    /// UDP port; default 7789.
+    /// UDP destination port; default 7789.
     pub port: u16,
-    /// Device that carries the outer packets on this node; if it goes, the tunnel goes with it.
+    /// Interface that carries the outer packets on this node; if it is deleted, so is the tunnel.
     pub underlay_device: Option<DeviceName>,
-    /// MTU of that device in bytes; default 1500.
+    /// MTU of the underlay interface in bytes; default 1500.
     pub underlay_mtu: u32,
 }
 

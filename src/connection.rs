@@ -1,4 +1,4 @@
-//! Connections that the kernel tracks, and whether they are translated as they should be.
+//! Conntrack entries, and whether their translation is the wanted one.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -9,57 +9,61 @@ use crate::state::lookup::WayOut;
 use crate::state::{MarkBits, Set, State};
 use crate::types::Family;
 
-/// A connection that the kernel tracks, by the packet that opened it.
+/// A connection that the kernel tracks (conntrack entry), identified by its original tuple.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Connection {
     /// Protocol number of the IP header.
     pub protocol: u8,
-    /// Who opened it.
+    /// Original source.
     pub source: IpAddr,
-    /// Source port; of ICMP the identifier.
+    /// Original source port; for ICMP the identifier.
     pub source_port: u16,
-    /// To whom, as the opener wrote it.
+    /// Original destination, before destination NAT.
     pub destination: IpAddr,
-    /// Destination port; of ICMP type and code.
+    /// Original destination port; for ICMP type and code.
     pub destination_port: u16,
-    /// To whom it really goes, after destination NAT.
+    /// Source of replies: the real destination, after destination NAT.
     pub peer: IpAddr,
-    /// The port that answers come from; of ICMP the identifier.
+    /// Source port of replies; for ICMP the identifier.
     pub peer_port: u16,
-    /// As whom: the address that answers are sent to.
+    /// Destination of replies: the address that the connection uses as source after source NAT.
     pub wears: IpAddr,
-    /// The port that answers are sent to; of ICMP type and code of an answer.
+    /// Destination port of replies; for ICMP type and code of a reply.
     pub wears_port: u16,
-    /// Its mark.
+    /// Connection mark.
     pub mark: u32,
-    /// Its conntrack zone.
+    /// Conntrack zone.
     pub zone: u16,
-    /// The kernel's number of it; another connection with the same addresses has another one.
+    /// Conntrack id; another connection with the same addresses has another id.
     pub id: u32,
 }
 
-/// Protocols whose header begins with two ports: TCP, UDP, DCCP, SCTP, UDP-Lite
-/// (IANA "Protocol Numbers").
+/// Protocols whose header begins with two ports: TCP, UDP, DCCP, SCTP, UDP-Lite.
+///
+/// Numbers from IANA "Protocol Numbers".
 const WITH_PORTS: [u8; 5] = [6, 17, 33, 132, 136];
 
-/// An answer to an echo request opens nothing (`net/netfilter/nf_conntrack_proto_icmp.c`).
+/// ICMP and ICMPv6, whose echo replies open no connection.
+///
+/// Source: `net/netfilter/nf_conntrack_proto_icmp.c`.
 const ICMP: [u8; 2] = [1, 58];
 
 impl Connection {
-    /// How long answers to an ended connection are held back: as long as one may reasonably be
-    /// under way, and the gateway may take to learn of the change.
+    /// Time for which replies to an ended connection are dropped.
+    ///
+    /// It covers replies in flight and the time the gateway may need to learn of the change.
     pub const ANSWERS_HELD: Duration = Duration::from_secs(30);
 
-    /// Whether answers to it come to its opener unchanged, so that one of them, after it was
-    /// ended, would open it the other way round.
+    /// Returns whether a late reply can reopen the connection in the reverse direction.
     ///
-    /// The kernel would take the opener's next packet for the answer to that, and leave its
-    /// source alone.
+    /// This is so if replies reach the original source untranslated. After the connection was
+    /// ended, the kernel would take the next packet of the original source for a reply to that
+    /// reply, and would not translate its source.
     pub(crate) fn can_turn_around(&self) -> bool {
         self.wears == self.source && !ICMP.contains(&self.protocol)
     }
 
-    /// The set that holds answers to it back once it was ended.
+    /// Returns the set in which replies to the connection are blocked after it was ended.
     pub(crate) fn answers(&self) -> Set {
         let family = Family::of(self.source);
         if WITH_PORTS.contains(&self.protocol) {
@@ -69,7 +73,7 @@ impl Connection {
         }
     }
 
-    /// The answer to its first packet.
+    /// Returns the reply to the connection's first packet.
     pub(crate) const fn answer(&self) -> Packet {
         Packet {
             protocol: self.protocol,
@@ -80,11 +84,11 @@ impl Connection {
         }
     }
 
-    /// Whether its translation is not what the wanted table would give it now.
+    /// Returns whether the connection is stale: not translated as the wanted table would do now.
     ///
-    /// The kernel decides about a connection's translation once, at its first packet. One that
-    /// was decided otherwise keeps a wrong address for as long as it lives, or is dropped by the
-    /// guards, so it must end.
+    /// The kernel decides on a connection's translation once, at its first packet. A connection
+    /// that was translated otherwise keeps a wrong address for its lifetime, or is dropped by the
+    /// guard rules, so it must be ended.
     pub(crate) fn is_stale(&self, wanted: &State, before: &State) -> bool {
         let ours = self.has(wanted.connection_mark());
         let was_ours = self.is_of(before);
@@ -92,8 +96,10 @@ impl Connection {
         let way_out = |state: &State| state.way_out(self.source, self.peer);
         match way_out(wanted) {
             WayOut::None => self.is_of(wanted) || was_ours,
-            // Nothing of it gets out, and it is looked at again when the policy opens; unless its
-            // mark says where it goes, or nothing would tell then that it wears an egress IP.
+            // The connection is dropped while its policy is denied, and is checked again once the
+            // policy has a gateway. Two cases must end now: a cached gateway mark, and a source
+            // address that is no egress IP of this node any more, since nothing would identify it
+            // as one later.
             WayOut::Closed => {
                 let forgotten = before.speaks_as(self.wears) && !wanted.speaks_as(self.wears);
                 self.is_cached(wanted) || forgotten
@@ -106,7 +112,8 @@ impl Connection {
             },
             WayOut::Here(Some(address)) => !ours || self.wears != address,
             WayOut::Here(None) => {
-                // By a policy before, or by one that has been closed in between.
+                // Translated to an egress IP by an earlier policy, or by one that was denied in
+                // between.
                 let wore = way_out(before) == WayOut::Here(Some(self.wears))
                     || [wanted, before].iter().any(|state| state.speaks_as(self.wears));
                 !ours || !translated || wore
@@ -114,10 +121,11 @@ impl Connection {
         }
     }
 
-    /// The mark that it should have instead of being ended: it goes to a gateway as it should,
-    /// but by its mark to another one.
+    /// Returns the mark to set instead of ending the connection.
     ///
-    /// Ended, it would have to be opened anew by its opener, who may have nothing to say.
+    /// This is for a connection that is steered to a gateway as wanted, but whose mark selects
+    /// another gateway. If it were ended, its client would have to open it again, and may have
+    /// nothing to send.
     pub(crate) fn due_mark(&self, wanted: &State, before: &State) -> Option<MarkBits> {
         let WayOut::To(gateway) = wanted.way_out(self.source, self.peer) else { return None };
         if self.wears != self.source || !(self.is_of(wanted) || self.is_of(before)) {
@@ -136,19 +144,19 @@ impl Connection {
         }
     }
 
-    /// Whether a state's rules have translated or bound it.
+    /// Returns whether the rules of a state have translated or marked the connection.
     fn is_of(&self, state: &State) -> bool {
         self.has(state.connection_mark()) || self.is_cached(state) || state.holds_back(self.mark)
     }
 
-    /// Whether its mark says which gateway it goes to.
+    /// Returns whether the connection mark selects a gateway (connection caching).
     fn is_cached(&self, state: &State) -> bool {
         self.has(state.cached().map(|cached| cached.some))
     }
 }
 
 impl fmt::Display for Connection {
-    /// The connection as `conntrack -D` takes it.
+    /// Writes the connection as arguments of `conntrack -D`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let family = if self.source.is_ipv4() { "ipv4" } else { "ipv6" };
         let Self { protocol, source, destination, .. } = self;

@@ -1,4 +1,4 @@
-//! The boundary between what is wanted and who holds it.
+//! The `Datapath` trait: reads and writes the kernel state of one network namespace.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -9,32 +9,32 @@ use crate::diff::changes::Changes;
 use crate::error::{ApplyError, KernelError};
 use crate::state::{Elements, State};
 
-/// What may differ from what was last known of a datapath.
+/// The parts of a datapath that may differ from its last known state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Drift {
-    /// Nothing: that is certain.
+    /// No part differs: this is certain.
     None,
-    /// Everything but the nf_tables table of family `inet`, which certainly is as it was.
+    /// All parts may differ except the nf_tables table of family `inet`, which certainly does not.
     Rest,
-    /// Everything.
+    /// All parts may differ.
     Unknown,
 }
 
-/// The kernel, or a stand-in for it: can be read, and can be changed.
+/// Read and write access to the state of the kernel, or of a substitute such as a simulator.
 #[cfg_attr(feature = "mock", mockall::automock)]
 pub trait Datapath: Send {
-    /// Reads back everything here that is ours, and nothing else.
+    /// Reads everything that this crate installed, and nothing else.
     ///
     /// # Errors
     ///
-    /// The request that the kernel refused, with its words.
+    /// The request that the kernel refused, with its extended acknowledgement.
     fn observe(&mut self) -> Result<State, KernelError>;
 
-    /// The same, asked by someone who knows many elements that are probably there.
+    /// Reads the same as [`observe`](Self::observe), given elements that are probably installed.
     ///
-    /// What is said is what is there, whatever is expected: a datapath that can ask whether
-    /// something is there for less than it takes to list all of it may do so. The default, and
-    /// what is asked where few elements are expected, is to [`observe`](Self::observe).
+    /// The result is what is installed, whatever is expected: a datapath that can query single keys
+    /// for less than it costs to list a set may do so. The default calls
+    /// [`observe`](Self::observe), which is also what callers use where few elements are expected.
     ///
     /// # Errors
     ///
@@ -44,18 +44,19 @@ pub trait Datapath: Send {
         self.observe()
     }
 
-    /// What may differ from what it held when it was last [observed](Self::observe), with all that
-    /// was [applied](Self::apply) since.
+    /// Returns the parts that may differ from the last known state.
     ///
-    /// It must be proven that something is as it was: a datapath that cannot tell, as one cannot
-    /// after a refusal, says [`Drift::Unknown`] and is read again. That is the default.
+    /// The last known state is the last [observed](Self::observe) one plus all changes
+    /// [applied](Self::apply) since. A part may be reported as unchanged only if that is proven. A
+    /// datapath that cannot tell, for example after a refused operation, returns [`Drift::Unknown`]
+    /// and is read again. That is the default.
     fn drift(&mut self) -> Drift {
         Drift::Unknown
     }
 
-    /// Reads back everything of ours but the nf_tables table of family `inet`.
+    /// Reads everything of this crate except the nf_tables table of family `inet`.
     ///
-    /// Asked for where [`drift`](Self::drift) says [`Drift::Rest`].
+    /// It is called where [`drift`](Self::drift) returns [`Drift::Rest`].
     ///
     /// # Errors
     ///
@@ -64,11 +65,12 @@ pub trait Datapath: Send {
         Ok(State { firewall: None, ..self.observe()? })
     }
 
-    /// Connections of ours, or of selected sources, that are not translated as `wanted` says.
+    /// Returns stale connections, which are not translated as `wanted` says.
     ///
-    /// `before` is what was there when they began. Asked once the changes are made, and once more
-    /// before the guards of a table that goes are taken away. A datapath that tracks no
-    /// connections has none.
+    /// Only our connections and those of selected sources can be stale. `before` is the state that
+    /// was installed when they were opened. The method is called once the changes are made, and
+    /// again before the guard rules of a table that is removed are deleted. A datapath that tracks
+    /// no connections returns none.
     #[expect(unused_variables, reason = "the names are for those who have some")]
     fn stale_connections(
         &mut self,
@@ -78,11 +80,11 @@ pub trait Datapath: Send {
         Ok(BTreeSet::new())
     }
 
-    /// Connections that are forwarded, of one source or of all; `None` if it cannot list them.
+    /// Returns forwarded connections, of one source or of all; `None` if they cannot be listed.
     ///
-    /// Asked for after an [update](crate::Reconciler::update), if they may not be translated as
-    /// wanted any more; a datapath that says `None`, as is the default, is asked for its
-    /// [stale connections](Self::stale_connections).
+    /// It is called after an [update](crate::Reconciler::update) if connections may no longer be
+    /// translated as wanted. A datapath that returns `None`, which is the default, is asked for its
+    /// [stale connections](Self::stale_connections) instead.
     #[expect(unused_variables, reason = "the name is for those who have some")]
     fn connections(
         &mut self,
@@ -91,12 +93,12 @@ pub trait Datapath: Send {
         Ok(None)
     }
 
-    /// What the counters of policies stand at, of all that are there.
+    /// Returns the values of all policy counters that are installed.
     ///
-    /// Asked for by [`Reconciler::counts`](crate::Reconciler::counts) where
-    /// [`Cluster::policy_counters`](crate::Cluster::policy_counters) is on. They are part of no
-    /// state: what was counted is no difference. A datapath that counts nothing has none, which is
-    /// the default.
+    /// [`Reconciler::counts`](crate::Reconciler::counts) calls it where
+    /// [`Cluster::policy_counters`](crate::Cluster::policy_counters) is on. Counter values belong
+    /// to no state, so that they are no difference. A datapath without counters returns none, which
+    /// is the default.
     ///
     /// # Errors
     ///
@@ -105,14 +107,14 @@ pub trait Datapath: Send {
         Ok(Counts::new())
     }
 
-    /// Makes the changes, step by step.
+    /// Applies the changes, step by step.
     ///
-    /// A step in which an operation is refused is finished, and is the last: the steps are in
-    /// an order in which every beginning is safe, not every selection.
+    /// A step in which an operation is refused is finished, and is the last one: the order of the
+    /// steps makes every prefix of them safe, but not every subset.
     ///
     /// # Errors
     ///
-    /// What was refused, and how much was done before and left undone.
+    /// The refused operations, and how many were applied before and skipped after.
     fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError>;
 }
 

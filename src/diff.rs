@@ -1,4 +1,4 @@
-//! The difference of two states, and the one place that puts it in order.
+//! The difference of two states as ordered operations; no other module orders them.
 
 pub(crate) mod changes;
 mod elements;
@@ -19,7 +19,7 @@ use changes::{Changes, Phase, Step};
 use op::Op;
 
 impl Changes {
-    /// The operations that turn what is there into what is wanted.
+    /// Returns the operations that turn the observed state into the desired one.
     ///
     /// Equal states give no changes; [`State::default`] as `desired` removes everything.
     pub fn between(observed: &State, desired: &State) -> Self {
@@ -33,11 +33,11 @@ impl Changes {
         Self::new(steps.finish())
     }
 
-    /// The operations for a change that is known beforehand.
+    /// Returns the operations of a change that is known beforehand.
     ///
-    /// `parts` is everything but elements, before and after, where any of it changes; the firewall
-    /// is there on both sides. `elements` are those that may change, with their values before and
-    /// after; none of them is a range.
+    /// `parts` is everything except elements, before and after, where any of it changes; both sides
+    /// have a firewall. `elements` are those that may change, with their values before and after;
+    /// none of them is a range.
     pub(crate) fn of(
         parts: Option<(&State, &State)>,
         elements: impl IntoIterator<Item = (Key, Option<Value>, Option<Value>)>,
@@ -60,14 +60,15 @@ impl Changes {
     }
 }
 
-/// Sources that come or go in one transaction: its messages take a few megabytes, not hundreds.
+/// Number of sources in one transaction, whose messages then take a few megabytes, not hundreds.
 const SOURCES_AT_ONCE: usize = 32_768;
 
 #[derive(Default)]
 struct Steps {
     phases: BTreeMap<Phase, Vec<Op>>,
-    /// Single sources that come, and those that go: each is a matter of its own, so that they need
-    /// no common transaction.
+    /// Single-address sources that are added, and those that are deleted.
+    ///
+    /// They are independent of each other, so that they need no common transaction.
     coming: Vec<Vec<Op>>,
     going: Vec<Vec<Op>>,
 }
@@ -82,7 +83,7 @@ impl Steps {
         match parts.last_mut() {
             Some(part) if part.len() < SOURCES_AT_ONCE => part.push(op),
             Some(_) => {
-                // Where there are so many, there are mostly some more.
+                // If a first part is full, there are mostly some more sources.
                 let mut part = Vec::with_capacity(SOURCES_AT_ONCE / 8);
                 part.push(op);
                 parts.push(part);
@@ -96,8 +97,8 @@ impl Steps {
     }
 
     fn finish(mut self) -> Vec<Step> {
-        // One that comes may take the place of its range: it is there before the range goes. One
-        // that is replaced, or has but few beside it, shares the transaction with the ranges.
+        // An added source may replace its range, and must exist before the range is deleted. A
+        // source that is replaced, or one of few, shares the transaction with the ranges.
         let mut parted = Vec::new();
         for (phase, mut parts) in
             [(Phase::FillSources, self.coming), (Phase::EmptySources, self.going)]
@@ -116,7 +117,7 @@ impl Steps {
     }
 }
 
-/// What changes from one ordered map to another.
+/// The change of one key between two ordered maps.
 enum Change<K, V> {
     Same,
     Added(K, V),
@@ -136,7 +137,7 @@ impl<K, V: PartialEq> Change<K, V> {
     }
 }
 
-/// Walks two ordered maps side by side.
+/// Compares two ordered maps and reports the change of every key.
 fn changes<K: Ord, V: PartialEq>(
     observed: impl IntoIterator<Item = (K, V)>,
     desired: impl IntoIterator<Item = (K, V)>,
@@ -161,8 +162,10 @@ fn changes<K: Ord, V: PartialEq>(
     }
 }
 
-/// What an element's change takes; `stays` says whether its set does, `overlapped` whether a range
-/// that is wanted shares addresses with it.
+/// Adds the operations for the change of an element.
+///
+/// `stays` returns whether its set stays, `overlapped` whether a wanted range shares addresses with
+/// it.
 fn element(
     change: Change<Key, Value>,
     stays: impl Fn(&Key) -> bool,
@@ -177,20 +180,20 @@ fn element(
             let ops = steps.phases.entry(phase).or_default();
             ops.extend([Op::DeleteElement(key, was), Op::AddElement(key, is)]);
         }
-        // Sets that go take their elements along.
+        // Sets that are deleted take their elements with them.
         Change::Removed(key, _) if !stays(&key) => {}
         Change::Removed(key, value) => {
-            // The kernel refuses overlapping ranges: one that goes and one that stays or comes
-            // in its place cannot be there at once.
+            // The kernel refuses overlapping ranges: an old range cannot exist together with one
+            // that stays or replaces it.
             let phase = if overlapped(&key) { filled_in(&key) } else { emptied_in(&key) };
             steps.add(phase, Op::DeleteElement(key, value));
         }
     }
 }
 
-/// Puts the operations of each transaction in order.
+/// Sorts the operations of each transaction.
 fn order_nft(steps: &mut Steps) {
-    // A chain that goes at the start makes room for the one that takes its place.
+    // A chain that is deleted first makes room for its replacement.
     sort(steps, Phase::Skeleton, |op| match op {
         Op::DeleteChain(_) => 0,
         op => rank(op),
@@ -222,7 +225,7 @@ fn rtnetlink(observed: &State, desired: &State, steps: &mut Steps) {
             steps.add(Phase::DeletePeers, Op::DeleteAddress(device.clone(), *net));
         }
     }
-    // A device that is gone took what was on it along, so that what is left here has a device.
+    // A deleted device took its entries with it, so that all entries left here have a device.
     let device = new.or(old);
     changes(&observed.fdb, &desired.fdb, |change| match (change, &device) {
         (Change::Added(mac, node) | Change::Replaced(mac, _, node), Some(device)) => {
@@ -258,21 +261,23 @@ fn rtnetlink(observed: &State, desired: &State, steps: &mut Steps) {
     }
     sort(steps, Phase::Rules, |op| (!is_stray(op), Reverse(rule_order(op))));
     sort(steps, Phase::DeleteRules, rule_order);
-    // The last address of a family takes the neighbours of its network along.
+    // The last address of a family takes the neighbours of its network with it.
     sort(steps, Phase::DeletePeers, |op| matches!(op, Op::DeleteAddress(..)));
 }
 
-/// Whether it makes room: what is not of our making may be where ours belongs.
+/// Returns whether the operation deletes a stray route or rule.
+///
+/// This makes room: an object that this crate did not create may be where one of ours belongs.
 const fn is_stray(op: &Op) -> bool {
     matches!(op, Op::DeleteStrayRouting(_))
 }
 
-/// In which order rules go, and the other way round in which they come.
+/// Returns the order in which rules are deleted, and in reverse created.
 ///
-/// The rule that refuses is made first and taken away last. Those that lead to it, past the ones
-/// that send, are there before these and as long as these are: they keep from the tunnel what is not
-/// to enter it. Of them the one without a device goes last: the kernel takes a request for it for
-/// the others, too.
+/// The fallback rule is created first and deleted last. The guard rules, which skip to it past the
+/// gateways' rules, exist before and as long as these: they keep packets that must not enter the
+/// tunnel out of it. Of the guard rules the one without an input interface is deleted last: the
+/// kernel takes a request for it as a match for the others, too.
 fn rule_order(op: &Op) -> (u32, bool, bool) {
     match op {
         Op::AddRule(rule) | Op::DeleteRule(rule) => match rule.action {
@@ -289,7 +294,7 @@ fn sort<K: Ord>(steps: &mut Steps, phase: Phase, key: impl Fn(&Op) -> K) {
     }
 }
 
-/// Brings the device about, and strikes from `observed` what goes with a device that is deleted.
+/// Adds the operations for the device, and removes from `observed` what is deleted with it.
 fn link(observed: &mut State, desired: &State, steps: &mut Steps) {
     let took_along = |observed: &mut State| {
         observed.addresses.clear();
@@ -316,7 +321,7 @@ fn link(observed: &mut State, desired: &State, steps: &mut Steps) {
             }
             if old != *new {
                 if old.mac != new.mac {
-                    // The kernel forgets even permanent neighbours with the address.
+                    // With the MAC address the kernel deletes even permanent neighbours.
                     observed.neighbours.clear();
                 }
                 steps.add(Phase::Tunnel, Op::SetLink(new.clone()));
@@ -326,7 +331,9 @@ fn link(observed: &mut State, desired: &State, steps: &mut Steps) {
     }
 }
 
-/// Whether the kernel cannot give a device what is asked; it keeps silent about the last of them.
+/// Returns whether the kernel cannot change a device as wanted, so that it must be recreated.
+///
+/// The kernel reports no error for the last of these conditions.
 fn must_be_made_anew(old: &Vxlan, new: &Vxlan) -> bool {
     (&old.name, old.vni, old.port) != (&new.name, new.vni, new.port)
         || old.local.is_ipv4() != new.local.is_ipv4()
@@ -334,8 +341,8 @@ fn must_be_made_anew(old: &Vxlan, new: &Vxlan) -> bool {
 }
 
 fn routes(observed: &State, desired: &State, steps: &mut Steps) {
-    // Routes that name no device are told apart by table, destination and metric alone; any name
-    // will do for those that outlived theirs.
+    // Routes without a device are identified by table, destination and metric alone; any device
+    // name is valid for those whose device was deleted.
     let link = desired.link.as_ref().or(observed.link.as_ref());
     let device = link.map_or_else(|| Tunnel::default().device, |link| link.name.clone());
     changes(&observed.routes, &desired.routes, |change| match change {
@@ -355,7 +362,8 @@ fn routes(observed: &State, desired: &State, steps: &mut Steps) {
 }
 
 fn firewall(family: TableFamily, observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
-    // What has a name of ours and another shape cannot be changed, and our rules hold on to it.
+    // An object with one of our names but another type cannot be changed, and our rules refer to
+    // it.
     let misshapen = |stray: &Stray| match stray {
         Stray::Set(name) => Set::from_name(name).is_some_and(|set| set.table() == family),
         Stray::Chain(name) => ChainId::from_name(name).is_some_and(|chain| chain.table() == family),
@@ -381,14 +389,16 @@ fn firewall(family: TableFamily, observed: &Firewall, desired: &Firewall, steps:
         steps.add(Phase::EmptyVerdicts, Op::DeleteStray(family, stray.clone()));
     }
     for set in observed.sets.difference(&desired.sets) {
-        // Guards that are about to retire look into that one.
+        // Guard rules that are deleted later look up that set.
         let guards = matches!(set, Set::Gateway);
         let phase = if guards { Phase::RetireGuards } else { Phase::EmptyVerdicts };
         steps.add(phase, Op::DeleteSet(*set));
     }
 }
 
-/// Order within a transaction: nothing is made before what it refers to, nor deleted after.
+/// Returns the order within a transaction.
+///
+/// No object is created before one that it refers to, nor deleted after it.
 fn rank(op: &Op) -> u8 {
     match op {
         Op::DeleteTable(_) => 0,
@@ -396,10 +406,10 @@ fn rank(op: &Op) -> u8 {
         Op::AddSet(_) => 2,
         Op::AddChain(..) => 3,
         Op::SetRules(..) => 4,
-        // A range that is cut in two must be gone before its parts come.
+        // A range that is split must be deleted before its parts are added.
         Op::DeleteElement(..) => 5,
         Op::AddElement(..) => 6,
-        // Its elements go to chains.
+        // Its elements refer to chains.
         Op::DeleteSet(Set::Connection) => 7,
         Op::DeleteChain(_) | Op::DeleteStray(_, Stray::Chain(_)) => 8,
         _ => 9,
@@ -445,7 +455,7 @@ fn chains(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
         }
     }
     for chain in observed.chains.keys().filter(|chain| !desired.chains.contains_key(chain)) {
-        // What has the mark that it holds back may be under way until then.
+        // Packets with the mark that the guard chain matches may be in flight until then.
         let guards = matches!(chain, ChainId::Guard);
         let phase = if guards { Phase::RetireGuards } else { Phase::EmptyVerdicts };
         steps.add(phase, Op::DeleteChain(*chain));
@@ -471,7 +481,7 @@ const fn filled_in(key: &Key) -> Phase {
 }
 
 const fn emptied_in(key: &Key) -> Phase {
-    // A packet that was marked before its rule went must still be known when it comes by.
+    // A packet that was marked before its rule was deleted must still match when it arrives.
     if let Key::Gateway(_) | Key::NextHop(_) = key {
         return Phase::EmptyGuards;
     }

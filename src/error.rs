@@ -1,13 +1,13 @@
-//! What can go wrong between us and the kernel.
+//! Errors of kernel requests and of applied changes.
 
 use std::fmt;
 
 use crate::diff::op::Op;
 
-/// A request that the kernel refused, or an answer that was not one.
+/// An error of a kernel request: the kernel refused it, or its reply could not be understood.
 ///
-/// Its `Display` is one sentence: the request as an operator would type it, the kernel's error,
-/// and the kernel's own words where it has any.
+/// `Display` writes one sentence: the request as an operator would type it, the kernel's error, and
+/// the message of its extended acknowledgement where there is one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KernelError(Box<Inner>);
 
@@ -36,7 +36,7 @@ pub(crate) mod errno {
     };
 }
 
-/// Those of `asm-generic/errno*.h`, for a build that talks to no kernel.
+/// The error numbers of `asm-generic/errno*.h`, for a build without the kernel backend.
 #[cfg(not(all(feature = "kernel", target_os = "linux")))]
 pub(crate) mod errno {
     pub(crate) const EPERM: i32 = 1;
@@ -60,17 +60,17 @@ pub(crate) mod errno {
 }
 
 impl KernelError {
-    /// The kernel answered this request with an error number (positive).
+    /// Creates the error of a request that the kernel refused with an error number (positive).
     pub fn refused(request: impl fmt::Display, errno: i32) -> Self {
         Self::with(request, Cause::Errno(errno))
     }
 
-    /// The answer to this request could not be understood, or there was none.
+    /// Creates the error of a request whose reply was missing or could not be understood.
     pub fn answer(request: impl fmt::Display, what: &'static str) -> Self {
         Self::with(request, Cause::Answer(what))
     }
 
-    /// The system call under this request failed.
+    /// Creates the error of a request whose system call failed.
     #[cfg(all(feature = "kernel", target_os = "linux"))]
     pub(crate) fn io(request: impl fmt::Display, error: &std::io::Error) -> Self {
         match error.raw_os_error() {
@@ -84,21 +84,21 @@ impl KernelError {
         Self(Box::new(Inner { request, cause, words: None, remedy: None, holder: None }))
     }
 
-    /// Adds the kernel's own words, from an extended acknowledgement.
+    /// Adds the kernel's message from an extended acknowledgement.
     #[must_use]
     pub fn with_words(mut self, words: Option<String>) -> Self {
         self.0.words = words.filter(|words| !words.is_empty());
         self
     }
 
-    /// Adds what the operator can do about it.
+    /// Adds the remedy: what the operator can do about the error.
     #[must_use]
     pub fn with_remedy(mut self, remedy: &'static str) -> Self {
         self.0.remedy = Some(remedy);
         self
     }
 
-    /// Adds who has what was asked for.
+    /// Adds the process that holds the requested object.
     #[cfg(all(feature = "kernel", target_os = "linux"))]
     #[must_use]
     #[cfg(all(feature = "kernel", target_os = "linux"))]
@@ -108,20 +108,20 @@ impl KernelError {
         self
     }
 
-    /// The process that has what was asked for: the lock, or the nf_tables table.
+    /// Returns the process that holds the requested object: the lock, or the nf_tables table.
     ///
-    /// Of a table it is the port of its owner's netlink socket, which is the number of the process
-    /// unless that has more than one.
+    /// For a table it is the port id of its owner's netlink socket. That is the PID of the owner,
+    /// unless the process has more than one netlink socket.
     pub fn holder(&self) -> Option<u32> {
         self.0.holder
     }
 
-    /// The request, as an operator would type it.
+    /// Returns the request, as an operator would type it.
     pub fn request(&self) -> &str {
         &self.0.request
     }
 
-    /// The kernel's error number, positive; `None` if the answer was not understood.
+    /// Returns the kernel's error number, positive; `None` if the reply was not understood.
     pub fn errno(&self) -> Option<i32> {
         match self.0.cause {
             Cause::Errno(errno) => Some(errno),
@@ -129,12 +129,12 @@ impl KernelError {
         }
     }
 
-    /// The kernel's own words, if it had any.
+    /// Returns the kernel's message from the extended acknowledgement, if there was one.
     pub fn words(&self) -> Option<&str> {
         self.0.words.as_deref()
     }
 
-    /// What the operator can do about it, where that is known.
+    /// Returns the remedy, what the operator can do about the error, where one is known.
     pub fn remedy(&self) -> Option<&'static str> {
         self.0.remedy.or(match self.errno()? {
             errno::EPERM | errno::EACCES => {
@@ -145,7 +145,7 @@ impl KernelError {
         })
     }
 
-    /// Whether the object did not exist.
+    /// Returns whether the object did not exist.
     pub fn is_not_found(&self) -> bool {
         matches!(
             self.errno(),
@@ -153,17 +153,17 @@ impl KernelError {
         )
     }
 
-    /// Whether the object existed already.
+    /// Returns whether the object already existed.
     pub fn is_exists(&self) -> bool {
         self.errno() == Some(errno::EEXIST)
     }
 
-    /// Whether a privilege was missing.
+    /// Returns whether a privilege was missing.
     pub fn is_denied(&self) -> bool {
         matches!(self.errno(), Some(errno::EPERM | errno::EACCES))
     }
 
-    /// Whether the same request may succeed when it is made again.
+    /// Returns whether the same request may succeed if it is repeated.
     pub fn is_transient(&self) -> bool {
         matches!(
             self.errno(),
@@ -194,17 +194,17 @@ impl fmt::Display for KernelError {
 
 impl std::error::Error for KernelError {}
 
-/// Changes that were not all made.
+/// An error of [`Datapath::apply`](crate::Datapath::apply): not all changes were made.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ApplyError {
-    /// Operations done.
+    /// Number of operations done.
     pub applied: usize,
-    /// Operations refused, all of one step, each with the kernel's error.
+    /// Refused operations, all of one step, each with the kernel's error.
     ///
-    /// Of an nf_tables transaction that was refused nothing is done, also of its other
-    /// operations; those count as skipped.
+    /// An nf_tables transaction that is refused changes nothing. Its other operations are not done
+    /// either, and count as skipped.
     pub refused: Vec<(Op, KernelError)>,
-    /// Operations of the same transaction or of later steps, not tried or undone.
+    /// Number of operations not done: of the same transaction or of later steps.
     pub skipped: usize,
 }
 

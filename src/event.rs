@@ -1,23 +1,23 @@
-//! What a watch tells.
+//! Events that `Watch` reports.
 
 use std::collections::BTreeSet;
 use std::fmt;
 
-/// What others may have changed since the news was last taken out.
+/// Changes by other programs since the last time the events were drained.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[must_use]
 #[non_exhaustive]
 pub struct News {
-    /// What was changed.
+    /// The changed parts.
     pub changed: BTreeSet<Part>,
-    /// More happened than could be kept: everything may have changed.
+    /// Notifications were lost: everything may have changed.
     pub lost: bool,
-    /// Who changed the nf_tables table; of the other parts the kernel does not say it.
+    /// Processes that changed the nf_tables table; for the other parts the kernel names no process.
     pub writers: BTreeSet<Process>,
 }
 
 impl News {
-    /// Whether nothing of ours was touched.
+    /// Returns whether none of our objects was changed.
     pub fn is_empty(&self) -> bool {
         self.changed.is_empty() && !self.lost
     }
@@ -50,13 +50,13 @@ impl fmt::Display for News {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum Part {
-    /// The tunnel device.
+    /// The tunnel interface (VXLAN device).
     Link,
-    /// Addresses of the tunnel device.
+    /// Addresses of the tunnel interface.
     Address,
-    /// Forwarding entries of the tunnel device.
+    /// FDB entries (forwarding entries) of the tunnel interface.
     Fdb,
-    /// Neighbours on the tunnel device.
+    /// Neighbours on the tunnel interface.
     Neighbour,
     /// Routes in the gateways' tables.
     Route,
@@ -80,12 +80,12 @@ impl fmt::Display for Part {
     }
 }
 
-/// Who wrote.
+/// A process that changed the nf_tables table.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Process {
-    /// Number of the thread in the kernel's first pid namespace.
+    /// Thread id in the kernel's initial PID namespace.
     pub pid: u32,
-    /// Its name, of at most 15 bytes.
+    /// Name of the thread, of at most 15 bytes.
     pub name: String,
 }
 

@@ -1,12 +1,12 @@
-//! What goes wrong by plan, and when: of a simulated datapath, and with the feature `testing` of the
-//! kernel's.
+//! Fault injection: planned faults of a datapath, and the calls at which they happen.
 //!
-//! A call is what the kernel is asked at once: a read asks for something, a write changes
-//! something. Of a [`SimDatapath`](crate::SimDatapath) that is each kind of object that is listed,
-//! each nf_tables transaction, and each other operation; of a kernel one request to the
-//! routing subsystem, though many go in one datagram, one other datagram that a socket of the
-//! datapath sends, or one run of a tool of iptables. Of a datagram that the kernel does not get
-//! ([`Fault::Errno`]) it gets no request.
+//! It works for a simulated datapath, and with the feature `testing` for the kernel's. A call is
+//! one unit of communication with the kernel: a read queries something, a write changes something.
+//! For a [`SimDatapath`](crate::SimDatapath) that is each kind of object that is listed, each
+//! nf_tables transaction, and each other operation. For a kernel it is one rtnetlink request,
+//! though many go in one datagram, one other datagram that a socket of the datapath sends, or one
+//! run of an iptables tool. If the kernel does not get a datagram ([`Fault::Errno`]), it gets no
+//! request of it.
 //!
 //! ```
 //! use egress_datapath::faults::{Fault, Faults};
@@ -41,29 +41,30 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// What goes wrong at a call.
+/// A fault that happens at a call.
 pub enum Fault {
     /// The system call fails with this error number; the kernel gets nothing.
     Errno(i32),
-    /// The kernel answers with this error number, and has done nothing.
+    /// The kernel refuses the request with this error number, and changes nothing.
     Refuse(i32),
-    /// The kernel does what it is asked, and the first datagram of its answer is lost for want of
-    /// memory (`ENOBUFS`).
+    /// The kernel does what is requested, but the first datagram of its reply is lost (`ENOBUFS`).
     LoseReply,
-    /// A transaction loses its end on the way: the kernel accepts all operations and acknowledges
-    /// them, and commits nothing.
+    /// The kernel acknowledges all operations of a transaction, but commits nothing.
+    ///
+    /// The end message of the transaction is lost before it reaches the kernel.
     AckWithoutCommit,
-    /// Somebody changes the objects while they are listed: one is missing, and the answer says so
-    /// in the way that the kernel has for them.
+    /// Another program changes the objects during a dump.
+    ///
+    /// One object is missing, and the reply signals it as the kernel does for this kind of object.
     TornDump,
-    /// The first datagram of the answer ends in the middle.
+    /// The first datagram of the reply is truncated.
     CutReply,
-    /// Somebody else does this right before the call.
+    /// Another program makes this change right before the call.
     ForeignWrite(Box<dyn FnOnce() + Send>),
     /// The process is killed right before the call.
     ///
-    /// A simulated datapath does nothing any more then, and says so: drop it, and
-    /// [open](crate::SharedSim::open) another.
+    /// After that a simulated datapath does nothing and returns an error: drop it, and
+    /// [open](crate::SharedSim::open) another one.
     KillBefore,
     /// The process is killed right after the call.
     KillAfter,
@@ -85,35 +86,36 @@ impl fmt::Debug for Fault {
     }
 }
 
-/// The part of the kernel that a call goes to.
+/// The kernel subsystem or the tool that a call goes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Subsystem {
-    /// Links, addresses, neighbours, routes and rules.
+    /// Links, addresses, neighbours, routes and rules (rtnetlink).
     Routing,
-    /// The table of `nf_tables`.
+    /// The `nf_tables` table.
     Firewall,
-    /// The connections that the kernel tracks.
+    /// Tracked connections (conntrack).
     Connections,
     /// The sets of `ipset`.
     Sets,
-    /// A run of `iptables-save` or `iptables-restore`; of faults only error numbers and deaths
-    /// happen there.
+    /// A run of `iptables-save` or `iptables-restore`.
+    ///
+    /// Of all faults only error numbers and kills happen there.
     Iptables,
 }
 
-/// What the kernel is asked at once.
+/// A call: one read or write of a subsystem.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Call {
-    /// To whom.
+    /// The subsystem.
     pub subsystem: Subsystem,
-    /// Whether it changes something.
+    /// True for a write, false for a read.
     pub writes: bool,
 }
 
-/// The faults of one datapath, and the calls that it has made.
+/// The planned faults of one datapath, and a record of the calls it has made.
 ///
-/// Clones are the same plan. A fault happens once; one at a call that never comes, or that does
-/// not fit the call, stays [pending](Self::pending).
+/// Clones share the plan. A fault happens once. A fault at a call that is never made, or that does
+/// not fit its call, stays [pending](Self::pending).
 #[derive(Clone, Debug, Default)]
 pub struct Faults(Arc<Mutex<Plan>>);
 
@@ -133,51 +135,53 @@ enum At {
 }
 
 impl Faults {
-    /// No fault yet; calls are counted.
+    /// Creates a plan without faults, which only counts calls.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// With a fault at the call of this number, counted from 0.
+    /// Adds a fault at the call with this number, counted from 0.
     #[must_use]
     pub fn at_call(self, number: usize, fault: Fault) -> Self {
         self.add(At::Call(number), fault)
     }
 
-    /// With a fault at the read of this number, counted from 0.
+    /// Adds a fault at the read with this number, counted from 0.
     #[must_use]
     pub fn at_read(self, number: usize, fault: Fault) -> Self {
         self.add(At::Read(number), fault)
     }
 
-    /// With a fault at the write of this number, counted from 0.
+    /// Adds a fault at the write with this number, counted from 0.
     #[must_use]
     pub fn at_write(self, number: usize, fault: Fault) -> Self {
         self.add(At::Write(number), fault)
     }
 
-    /// All calls so far, in order.
+    /// Returns all calls so far, in order.
     pub fn calls(&self) -> Vec<Call> {
         self.plan().calls.clone()
     }
 
-    /// How many of them were writes.
+    /// Returns the number of writes among the calls so far.
     pub fn writes(&self) -> usize {
         self.plan().writes
     }
 
-    /// How long the kernel took to take the writes: what they would cost a caller who had them
-    /// ready, because the kernel carries a write out before it lets the sender go on.
+    /// Returns the total time that the kernel took to accept the writes.
+    ///
+    /// It is what the writes would cost a caller who has them ready, because the kernel carries a
+    /// write out before it returns to the sender.
     pub fn sending(&self) -> Duration {
         self.plan().sending.values().sum()
     }
 
-    /// How much of [`sending`](Self::sending) was for one part of the kernel.
+    /// Returns the share of [`sending`](Self::sending) that went to one subsystem.
     pub fn sending_to(&self, subsystem: Subsystem) -> Duration {
         self.plan().sending.get(&subsystem).copied().unwrap_or_default()
     }
 
-    /// How many faults have not happened.
+    /// Returns the number of faults that have not happened.
     pub fn pending(&self) -> usize {
         self.plan().planned.len()
     }
@@ -198,7 +202,7 @@ impl Faults {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts a call, and says what goes wrong with it.
+    /// Counts a call, and returns the fault that happens at it.
     pub(crate) fn next(&self, call: Call) -> Option<Fault> {
         let mut plan = self.plan();
         let (number, writes) = (plan.calls.len(), plan.writes);

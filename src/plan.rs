@@ -1,4 +1,4 @@
-//! From policies to what this node's kernel should hold; pure, and the same for the same input.
+//! Plans the kernel state of one node from its policies; pure and deterministic.
 
 mod classes;
 mod egress_hook;
@@ -38,28 +38,29 @@ pub use update::Update;
 pub(crate) use update::{Part, Planned};
 use validate::World;
 
-/// What this node's kernel should hold, and what the caller should know about it.
+/// The planned kernel state of this node, with information for the caller.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Plan {
-    /// What the kernel should hold.
+    /// The planned kernel state.
     pub state: State,
-    /// The gateways this node steers to, each with its mark and its table.
+    /// The gateways that this node steers to, each with its mark and its routing table.
     pub gateways: BTreeMap<NodeName, (Mark, TableId)>,
-    /// What is as asked, but perhaps not as meant.
+    /// Warnings about the plan, which is valid but may not do what was intended.
     pub findings: Vec<Finding>,
 }
 
-/// What this node's kernel should hold for these policies.
+/// Plans the kernel state of this node for these policies.
 ///
-/// The order of the input never matters. Gateways that this node steers to get their mark and
-/// their table from the allocators; a mark given with a [`Node`] is reserved first. In a layout
-/// with a prefix this node gets a table too, for marked packets that find no gateway's, as long as
-/// the gateways leave one; with [`Steering::EgressHook`] it is the only one, and all gateways'.
+/// The order of the input has no effect. Gateways that this node steers to get their mark and their
+/// routing table from the allocators; a mark given with a [`Node`] is reserved first. In a layout
+/// with a prefix this node gets a table too, the fallback table for marked packets that match no
+/// gateway's rule, as long as the gateways leave one free. With [`Steering::EgressHook`] the
+/// fallback table is the only one, and all gateways share it.
 ///
 /// # Errors
 ///
-/// The first contradiction found. Allocators may have given out ids by then, nothing else is
-/// touched.
+/// The first contradiction found. By then the allocators may have given out ids; nothing else is
+/// changed.
 pub fn plan<P: Policy>(
     cluster: &Cluster,
     policies: impl IntoIterator<Item = P>,
@@ -70,7 +71,7 @@ pub fn plan<P: Policy>(
     Ok(Plan { state, gateways: index.gateways(), findings: index.findings() })
 }
 
-/// Makes the allocator agree with the marks that the caller gives.
+/// Reserves the marks that the caller gives in the allocator.
 fn reserve_given(cluster: &Cluster, marks: &mut dyn MarkAllocator) -> Result<(), PlanError> {
     let given = |node: &NodeName| {
         cluster.nodes.iter().find(|other| other.name == *node).and_then(|other| other.mark)
@@ -81,7 +82,7 @@ fn reserve_given(cluster: &Cluster, marks: &mut dyn MarkAllocator) -> Result<(),
             marks.release(&node.name).map_err(PlanError::Mark)?;
         }
         match marks.reserve(&node.name, mark) {
-            // Whoever has it by allocation alone gets another one.
+            // A node that has the mark by allocation alone gets another one.
             Err(AllocError::Taken { holder, .. }) if given(&holder).is_none_or(|m| m != mark) => {
                 marks.release(&holder).map_err(PlanError::Mark)?;
                 marks.reserve(&node.name, mark).map_err(PlanError::Mark)?;
@@ -92,14 +93,14 @@ fn reserve_given(cluster: &Cluster, marks: &mut dyn MarkAllocator) -> Result<(),
     Ok(())
 }
 
-/// The table of the closing rule, and how many there are if the gateways leave none.
+/// Returns the table of the fallback rule; if the gateways leave none, the number of tables.
 fn closing_table(
     cluster: &Cluster,
     gateways: &Gateways,
     tables: &mut dyn TableAllocator,
 ) -> Result<(Option<TableId>, Option<usize>), PlanError> {
-    // Without a prefix our marks cannot be told from other people's, so nothing can be closed
-    // but what a gateway's mark is on.
+    // Without a prefix our marks cannot be told from those of other programs, so that only packets
+    // with a gateway's mark can be dropped.
     if !cluster.marks.tells_by_prefix() {
         return Ok((None, None));
     }
@@ -111,8 +112,9 @@ fn closing_table(
     }
 }
 
-/// A free table; where there is none, that of an idle node, which is no gateway any more or needs
-/// it less.
+/// Allocates a free table; if there is none, takes the table of an idle node.
+///
+/// An idle node is no gateway any more, or needs its table less.
 fn table_for(
     name: &NodeName,
     cluster: &Cluster,
@@ -123,12 +125,13 @@ fn table_for(
         Err(error @ AllocError::Exhausted { .. }) => error,
         other => return other,
     };
-    // This node, whose table is the closing rule's, is asked last.
+    // This node comes last, because its table is the fallback rule's.
     let others = cluster.nodes.iter().map(|node| &node.name).filter(|node| **node != cluster.node);
     for node in others.chain([&cluster.node]).filter(|node| idle(node)) {
         if let Some(table) = tables.get(node) {
             tables.release(node)?;
-            // Not allocated: what the kernel has in it is ours, and would count as in use.
+            // Not allocated: the routes that the kernel has in the table are ours, and would count
+            // as in use.
             tables.reserve(name, table)?;
             return Ok(table);
         }
@@ -139,10 +142,10 @@ fn table_for(
 /// A gateway that this node steers to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Gateway {
-    /// The node's place in the cluster's list.
+    /// Index of the node in the cluster's list.
     place: usize,
     mark: Mark,
-    /// The number in the mark.
+    /// The gateway number in the mark.
     value: u16,
     table: TableId,
 }
@@ -150,14 +153,14 @@ struct Gateway {
 /// The gateways that this node steers to.
 type Gateways = BTreeMap<NodeName, Gateway>;
 
-/// What becomes of a policy's traffic of one family on this node.
+/// The treatment of a policy's traffic of one family on this node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
-    /// It is sent to the node at this place of the cluster's list.
+    /// The traffic is sent to the gateway node at this index of the cluster's list.
     Client(usize),
-    /// It leaves from here.
+    /// The traffic leaves from this node.
     Gateway,
-    /// It is dropped.
+    /// The policy cannot be carried out: its traffic is dropped, or bypasses the policy.
     Closed(Closed),
 }
 
@@ -179,13 +182,13 @@ fn role(policy: &Kept, family: Family, world: &World) -> Role {
     }
 }
 
-/// What becomes of a policy's traffic of the families that it has sources of.
+/// Returns the roles of a policy for the families of its sources.
 fn roles(policy: &Kept, world: &World) -> impl Iterator<Item = (Family, Role)> {
     let families = Family::BOTH.into_iter().filter(|family| policy.sources.has(*family));
     families.map(|family| (family, role(policy, family, world)))
 }
 
-/// Gives the gateways at these places of the cluster's list their marks and tables.
+/// Assigns marks and tables to the gateways at these indices of the cluster's list.
 fn numbered(
     used: impl IntoIterator<Item = usize>,
     world: &World,

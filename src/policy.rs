@@ -1,4 +1,4 @@
-//! What a caller wants: which traffic leaves where, wearing what.
+//! Egress policies: which traffic leaves the cluster, by which gateway node, with which source.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
@@ -7,51 +7,55 @@ use ipnet::IpNet;
 
 use crate::types::{Family, NodeName, PolicyId};
 
-/// One egress policy: which traffic leaves through which node, wearing which address.
+/// An egress policy: the selected traffic, its gateway node and its egress IP.
 ///
-/// Implement it for a type of your own to plan from it without copying; [`EgressPolicy`] is the
-/// plain value for everybody else. Whatever the implementation returns is checked by
-/// [`plan`](crate::plan).
+/// Implement the trait for a type of your own to plan from it without copying; [`EgressPolicy`] is
+/// the plain data type that implements it. [`plan`](crate::plan) validates the values that an
+/// implementation returns.
 #[cfg_attr(feature = "mock", mockall::automock)]
 pub trait Policy: Send + Sync {
-    /// Stable identity; the comment on the kernel objects made for the policy.
+    /// Returns the stable identity, which is also the comment on the policy's kernel objects.
     fn id(&self) -> &PolicyId;
 
-    /// Rank among policies that take the same packet: lower wins, then the smaller id.
+    /// Returns the rank among policies that select the same packet.
+    ///
+    /// The lower number wins, then the smaller id.
     fn priority(&self) -> u32;
 
-    /// Pod prefixes whose traffic the policy takes, without host bits; order never matters.
+    /// Returns the pod prefixes whose traffic the policy selects.
+    ///
+    /// Host bits must be zero. The order has no effect.
     fn sources(&self) -> &[IpNet];
 
-    /// Where that traffic must be headed.
+    /// Returns the destinations whose traffic the policy selects.
     fn destinations(&self) -> &Destinations;
 
-    /// Node that sends the traffic out of the cluster; with `None` the traffic is dropped.
+    /// Returns the gateway node; with `None` the selected traffic is dropped.
     #[expect(clippy::needless_lifetimes, reason = "the mock needs the lifetime to have a name")]
     fn gateway<'a>(&'a self) -> Option<&'a NodeName>;
 
-    /// Source address the traffic wears outside.
+    /// Returns the source address of the traffic outside the cluster.
     fn egress_ip(&self) -> EgressIp;
 
-    /// What becomes of the traffic where the policy cannot be carried out.
+    /// Returns the treatment of traffic for which the policy cannot be carried out.
     fn unavailable(&self) -> Unavailable {
         Unavailable::Drop
     }
 }
 
-/// What becomes of a policy's traffic of a family that has no gateway, no egress IP, or no way
-/// through the tunnel.
+/// Treatment of a policy's traffic of one family if the policy cannot be carried out.
 ///
-/// It is about what the policy says. Traffic that is steered and finds its gateway, tunnel or route
-/// gone is dropped in any case.
+/// This applies where the policy has no gateway, no egress IP of the family, or no tunnel address
+/// of the family on one of the two nodes. It depends on the policy and the cluster only: traffic
+/// that is steered while its gateway, tunnel or route is missing is dropped in any case.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "lowercase"))]
 pub enum Unavailable {
-    /// It is dropped.
+    /// The traffic is dropped.
     #[default]
     Drop,
-    /// It leaves as if there were no policy, with whatever address that gives.
+    /// The traffic leaves as if there were no policy, with whatever source address results.
     Bypass,
 }
 
@@ -91,34 +95,34 @@ macro_rules! delegate {
 
 delegate!(&P, Box<P>, Arc<P>);
 
-/// Where a policy's traffic must be headed.
+/// The destinations whose traffic a policy selects.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub enum Destinations {
-    /// Anywhere but the excluded prefixes.
+    /// All destinations except the excluded prefixes.
     #[default]
     External,
-    /// These prefixes, excluded ones apart; at least one, without host bits.
+    /// These prefixes, minus the excluded ones; at least one, with zero host bits.
     Nets(Vec<IpNet>),
 }
 
-/// The stable source address that traffic wears outside.
+/// The stable source address of a policy's traffic outside the cluster.
 ///
-/// A family without an address is closed: the policy's traffic of that family is dropped, not
-/// leaked.
+/// For a family without an address the policy fails closed: its traffic of that family is dropped,
+/// not leaked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EgressIp {
     /// An IPv4 address.
     V4(Ipv4Addr),
     /// An IPv6 address.
     V6(Ipv6Addr),
-    /// One of each.
+    /// An address of each family.
     Dual(Ipv4Addr, Ipv6Addr),
-    /// Whatever address the gateway node has on the device the packet leaves by.
+    /// Masquerade: the address of the gateway node on the interface by which the packet leaves.
     Node,
 }
 
 impl EgressIp {
-    /// The address of a family; `None` if there is none, and for [`EgressIp::Node`].
+    /// Returns the address of a family; `None` if there is none, and for [`EgressIp::Node`].
     pub const fn address(self, family: Family) -> Option<IpAddr> {
         match (self, family) {
             (Self::V4(v4) | Self::Dual(v4, _), Family::V4) => Some(IpAddr::V4(v4)),
@@ -127,12 +131,12 @@ impl EgressIp {
         }
     }
 
-    /// Whether traffic of a family has something to wear.
+    /// Returns whether traffic of a family has a source address to use.
     pub const fn serves(self, family: Family) -> bool {
         matches!(self, Self::Node) || self.address(family).is_some()
     }
 
-    /// The addresses, IPv4 first.
+    /// Returns the addresses, IPv4 first.
     pub fn addresses(self) -> impl Iterator<Item = IpAddr> {
         Family::BOTH.into_iter().filter_map(move |family| self.address(family))
     }
@@ -160,27 +164,29 @@ impl EgressIp {
 pub struct EgressPolicy {
     /// Stable identity.
     pub id: PolicyId,
-    /// Rank among policies that take the same packet: lower wins, then the smaller id.
+    /// Rank among policies that select the same packet: the lower number wins, then the smaller id.
     #[cfg_attr(feature = "serde", serde(default))]
     pub priority: u32,
-    /// Pod prefixes whose traffic the policy takes.
+    /// Pod prefixes whose traffic the policy selects.
     #[cfg_attr(feature = "serde", serde(deserialize_with = "crate::serde_forms::nets"))]
     pub sources: Vec<IpNet>,
-    /// Where that traffic must be headed.
+    /// Destinations whose traffic the policy selects.
     #[cfg_attr(feature = "serde", serde(default))]
     pub destinations: Destinations,
-    /// Node that sends the traffic out of the cluster; with `None` the traffic is dropped.
+    /// Gateway node that sends the traffic out of the cluster; with `None` the traffic is dropped.
     #[cfg_attr(feature = "serde", serde(default))]
     pub gateway: Option<NodeName>,
-    /// Source address the traffic wears outside.
+    /// Source address of the traffic outside the cluster.
     pub egress_ip: EgressIp,
-    /// What becomes of the traffic where the policy cannot be carried out.
+    /// Treatment of traffic for which the policy cannot be carried out.
     #[cfg_attr(feature = "serde", serde(default))]
     pub unavailable: Unavailable,
 }
 
 impl EgressPolicy {
-    /// A policy of priority 0 for everything external, closed until it gets a gateway.
+    /// Creates a policy of priority 0 for all external destinations, without gateway.
+    ///
+    /// Its traffic is dropped until it gets a gateway.
     pub const fn new(id: PolicyId, sources: Vec<IpNet>, egress_ip: EgressIp) -> Self {
         Self {
             id,

@@ -1,4 +1,4 @@
-//! Closed ranges of addresses, the form in which the kernel's interval sets hold prefixes.
+//! Closed ranges of addresses, the form in which the kernel's interval sets store prefixes.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -15,12 +15,12 @@ pub struct IpRange {
 }
 
 impl IpRange {
-    /// The range from `first` to `last`; `None` if the families differ or they are out of order.
+    /// Creates a range; `None` if the families differ or `first` is greater than `last`.
     pub fn new(first: IpAddr, last: IpAddr) -> Option<Self> {
         (Family::of(first) == Family::of(last) && first <= last).then_some(Self { first, last })
     }
 
-    /// The range from an address to the last of its family.
+    /// Creates the range from an address to the last address of its family.
     pub(crate) const fn from_to_end(first: IpAddr) -> Self {
         let last = match first {
             IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::BROADCAST),
@@ -29,22 +29,22 @@ impl IpRange {
         Self { first, last }
     }
 
-    /// The lowest address.
+    /// Returns the lowest address.
     pub const fn first(&self) -> IpAddr {
         self.first
     }
 
-    /// The highest address.
+    /// Returns the highest address.
     pub const fn last(&self) -> IpAddr {
         self.last
     }
 
-    /// The family of both ends.
+    /// Returns the family of both ends.
     pub const fn family(&self) -> Family {
         Family::of(self.first)
     }
 
-    /// Whether the address lies in the range.
+    /// Returns whether the address lies in the range.
     pub fn contains(&self, address: IpAddr) -> bool {
         Family::of(address) == self.family() && self.first <= address && address <= self.last
     }
@@ -74,7 +74,7 @@ impl fmt::Display for IpRange {
     }
 }
 
-/// The address as a number, for arithmetic.
+/// Converts an address to a number, for arithmetic.
 pub(crate) fn number(address: IpAddr) -> u128 {
     match address {
         IpAddr::V4(v4) => u128::from(v4.to_bits()),
@@ -82,7 +82,7 @@ pub(crate) fn number(address: IpAddr) -> u128 {
     }
 }
 
-/// The address with this number, `None` if the family has none.
+/// Converts a number to an address; `None` if it is out of range for the family.
 pub(crate) fn address(family: Family, number: u128) -> Option<IpAddr> {
     match family {
         Family::V4 => u32::try_from(number).ok().map(|n| Ipv4Addr::from_bits(n).into()),

@@ -1,4 +1,4 @@
-//! Plan, observe, diff, apply: one call that makes a node right.
+//! Reconciliation: plan, observe, diff and apply in one call.
 
 mod adopt;
 mod counters;
@@ -18,81 +18,86 @@ use crate::state::{Elements, Firewall, State};
 use adopt::adopt;
 use incremental::Unsettled;
 
-/// Elements from which on it may pay to tell the datapath what is expected.
+/// Number of elements from which on it may pay to tell the datapath which elements to expect.
 const MANY: usize = 8192;
 
-/// Keeps one network namespace as the policies want it.
+/// Reconciles the egress state of one network namespace with the wanted policies.
 ///
-/// Every call is given the whole of what is wanted; what is ours in the kernel and not wanted is
-/// removed. Nothing is kept in files: after a restart marks and tables are recovered from the
-/// kernel, and a call that finds everything right writes nothing.
+/// Each call of [`reconcile`](Self::reconcile) gets the whole set of wanted policies; objects of
+/// this crate in the kernel that are not wanted are removed. Nothing is stored in files: after a
+/// restart marks and tables are recovered from the kernel, and a call that finds the wanted state
+/// writes nothing.
 #[derive(Debug)]
 pub struct Reconciler<D, M = MarkPool, T = TablePool> {
     datapath: D,
     marks: M,
     tables: T,
-    /// What the plan for that rests on, to follow changes with.
+    /// The index of the plan for `wanted`, which updates are planned from.
     index: Option<Index>,
-    /// What the last call that could plan wanted.
+    /// The state wanted by the last call whose plan succeeded.
     wanted: Option<State>,
-    /// What is to be said of it, once it was asked for.
+    /// Warnings about `wanted`, once they were requested.
     findings: Option<Vec<Finding>>,
-    /// Whether the datapath was left holding exactly that.
+    /// True if the datapath was left in exactly the `wanted` state.
     in_step: bool,
-    /// Whether the last call was carried through, connections included.
+    /// True if the last call was completed, including the end of stale connections.
     settled: bool,
-    /// Changes whose connections were left for later.
+    /// Changes whose stale connections were left for later.
     unsettled: Option<Unsettled>,
 }
 
-/// What a call did.
+/// The result of a call.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Report {
     /// The changes that were made.
     pub changes: Changes,
-    /// What is as asked, but perhaps not as meant; of an [update](Reconciler::update) what is new.
+    /// Warnings about the plan; after an [update](Reconciler::update) only the new ones.
     pub findings: Vec<Finding>,
-    /// Whether no connection is left to be ended by [`settle`](Reconciler::settle).
+    /// True if no stale connection is left for [`settle`](Reconciler::settle) to end.
     pub settled: bool,
 }
 
-/// Why a call did not do all that it should.
+/// The reason why a call was not completed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The input contradicts itself; the kernel was not touched.
+    /// The input contradicts itself; the kernel state was not changed.
     #[error(transparent)]
     Plan(#[from] PlanError),
-    /// The kernel could not be read.
+    /// The kernel state could not be read.
     #[error("cannot read the kernel's state: {0}")]
     Observe(KernelError),
-    /// The kernel refused a change; those before it were made, in an order in which that is safe.
+    /// The kernel refused a change.
+    ///
+    /// The changes before it were made, in an order in which that is safe.
     #[error(transparent)]
     Apply(#[from] ApplyError),
-    /// An update, and nothing that it could be one of; the kernel was not touched.
+    /// An update was requested before the first reconciliation; the kernel state was not changed.
     #[error("nothing is wanted that could be updated: reconcile first")]
     NothingWanted,
 }
 
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 impl Reconciler<crate::KernelDatapath> {
-    /// A reconciler of the kernel of the calling thread's network namespace.
+    /// Opens a reconciler for the network namespace of the calling thread.
     ///
-    /// Others may change the nf_tables table, too; [`open_as`](Self::open_as) can keep them out.
-    /// Tables are given out from the range, those left out that any rule or route here uses.
+    /// Other programs may change the nf_tables table, too; [`open_as`](Self::open_as) can exclude
+    /// them. Routing tables are allocated from the range, except those that any rule or route in
+    /// the namespace uses.
     ///
     /// # Errors
     ///
-    /// What is missing: a privilege, or a part of the kernel.
+    /// [`Error::Observe`] if a privilege or a part of the kernel is missing.
     pub fn open(marks: crate::MarkLayout, tables: crate::TableRange) -> Result<Self, Error> {
         Self::open_as(crate::Ownership::Shared, marks, tables)
     }
 
-    /// The same, alone in charge or one of several.
+    /// Opens a reconciler with exclusive or shared ownership of the nf_tables table.
     ///
     /// # Errors
     ///
-    /// What is missing, or who is in charge already.
+    /// [`Error::Observe`] if a privilege or a part of the kernel is missing, or if another process
+    /// has exclusive ownership; the error names that process.
     pub fn open_as(
         ownership: crate::Ownership,
         marks: crate::MarkLayout,
@@ -106,14 +111,14 @@ impl Reconciler<crate::KernelDatapath> {
 }
 
 impl<D: Datapath> Reconciler<D> {
-    /// A reconciler with the default mark layout and table range.
+    /// Creates a reconciler with the default mark layout and table range.
     pub fn new(datapath: D) -> Self {
         Self::with_allocators(datapath, MarkPool::default(), TablePool::default())
     }
 }
 
 impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
-    /// A reconciler with allocators of one's own; the marks must be of the cluster's layout.
+    /// Creates a reconciler with custom allocators; the marks must be of the cluster's layout.
     pub const fn with_allocators(datapath: D, marks: M, tables: T) -> Self {
         Self {
             datapath,
@@ -128,14 +133,14 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         }
     }
 
-    /// Makes the kernel hold what the policies want, and nothing else of ours.
+    /// Installs the state that the policies require in the kernel.
     ///
-    /// What has not changed since the last call costs a comparison, and the kernel is read only if
-    /// it may have been changed by others.
+    /// Other objects of this crate are removed. Policies that have not changed since the last call
+    /// cost a comparison, and the kernel is read only if other programs may have changed it.
     ///
     /// # Errors
     ///
-    /// After [`Error::Plan`] nothing has changed. After the others the kernel may be between the
+    /// After [`Error::Plan`] nothing has changed. After other errors the kernel may be between the
     /// two states, in an order in which that is safe; call again.
     pub fn reconcile<P: Policy>(
         &mut self,
@@ -160,18 +165,18 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         Ok(self.report(changes))
     }
 
-    /// Makes the kernel hold again what the last [`reconcile`](Self::reconcile) or
-    /// [`update`](Self::update) wanted, whatever others have done to it since; the report has no
-    /// findings.
+    /// Restores the wanted state in the kernel, without planning.
     ///
-    /// Nothing is planned, where nothing has changed nothing is written, and where the datapath
-    /// [can tell](Datapath::drift) that nothing has, nothing is read. It also goes on with what a
-    /// failed [`Error::Apply`] left undone. Before the first reconciliation, and after
-    /// [`remove`](Self::remove), nothing is wanted, and nothing is done.
+    /// The wanted state is that of the last [`reconcile`](Self::reconcile) or
+    /// [`update`](Self::update). The call undoes changes by other programs, and completes the
+    /// changes that a failed [`Error::Apply`] left undone. The report has no findings. If nothing
+    /// has changed, nothing is written, and where the datapath [can prove](Datapath::drift) that,
+    /// nothing is read. Before the first reconciliation, and after [`remove`](Self::remove),
+    /// nothing is wanted, and the call does nothing.
     ///
     /// # Errors
     ///
-    /// [`Error::Observe`] and [`Error::Apply`], as of [`reconcile`](Self::reconcile).
+    /// [`Error::Observe`] and [`Error::Apply`], as for [`reconcile`](Self::reconcile).
     pub fn repair(&mut self) -> Result<Report, Error> {
         let changes = match self.wanted.take() {
             Some(wanted) => {
@@ -186,7 +191,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         Ok(Report { changes, findings: Vec::new(), settled: true })
     }
 
-    /// The same as [`repair`](Self::repair), and reads everything, whatever the kernel told.
+    /// Does the same as [`repair`](Self::repair), but always reads everything from the kernel.
     ///
     /// # Errors
     ///
@@ -196,29 +201,29 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         self.repair()
     }
 
-    /// Removes everything of ours.
+    /// Removes all objects of this crate.
     ///
-    /// On a node whose pods have connections open, [`drain`](Self::drain) it first: what holds
-    /// late answers back goes with the table.
+    /// On a node whose pods have open connections, [`drain`](Self::drain) it first: the rules that
+    /// block late replies are deleted with the table.
     ///
     /// # Errors
     ///
-    /// [`Error::Observe`] and [`Error::Apply`], as of [`reconcile`](Self::reconcile).
+    /// [`Error::Observe`] and [`Error::Apply`], as for [`reconcile`](Self::reconcile).
     pub fn remove(&mut self) -> Result<Report, Error> {
         self.empty(|_| None)
     }
 
-    /// Removes everything of ours but the rules, with nothing in their maps.
+    /// Removes all objects of this crate except the nf_tables rules, whose maps are emptied.
     ///
-    /// The connections that were steered or translated end, and the rules hold back what their
-    /// other ends still say: it would make a pod's next packet an answer to that, which leaves
-    /// with the pod's address. If the report has an [`Op::HoldAnswers`], let
-    /// [`Connection::ANSWERS_HELD`](crate::Connection::ANSWERS_HELD) pass, then
-    /// [`remove`](Self::remove) the rest.
+    /// Connections that were steered or translated are ended, and the rules drop late replies to
+    /// them. Such a reply would make the pod's next packet a reply to it, which leaves with the
+    /// pod's own address. If the report has an [`Op::HoldAnswers`], wait for
+    /// [`Connection::ANSWERS_HELD`](crate::Connection::ANSWERS_HELD), then [`remove`](Self::remove)
+    /// the rest.
     ///
     /// # Errors
     ///
-    /// [`Error::Observe`] and [`Error::Apply`], as of [`reconcile`](Self::reconcile).
+    /// [`Error::Observe`] and [`Error::Apply`], as for [`reconcile`](Self::reconcile).
     pub fn drain(&mut self) -> Result<Report, Error> {
         self.empty(|found| {
             let (chains, sets) = (found.chains.clone(), found.sets.clone());
@@ -226,7 +231,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         })
     }
 
-    /// Leaves nothing there but this much of the table that is found.
+    /// Removes everything except the part of the nf_tables table that `keep` returns.
     fn empty(&mut self, keep: impl Fn(&Firewall) -> Option<Firewall>) -> Result<Report, Error> {
         let wanted = self.wanted.take();
         (self.index, self.findings, self.unsettled) = (None, None, None);
@@ -242,16 +247,17 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         Ok(Report { changes, findings: Vec::new(), settled: true })
     }
 
-    /// The datapath.
+    /// Returns the datapath.
     ///
-    /// Whatever is done with it may change what it holds, so the next call reads it again.
+    /// The caller may change the state of the datapath, so the next call reads it again.
     pub const fn datapath(&mut self) -> &mut D {
         self.in_step = false;
         &mut self.datapath
     }
 
-    /// Reads everything, which probably has these elements; whether it is what is wanted is another
-    /// matter.
+    /// Reads everything, with a hint which elements are probably installed.
+    ///
+    /// The hint is independent of the wanted state.
     fn observe(&mut self, expected: Option<&Elements>) -> Result<State, Error> {
         self.in_step = false;
         let observed = match expected.filter(|elements| elements.len() >= MANY) {
@@ -261,8 +267,9 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         observed.map_err(Error::Observe)
     }
 
-    /// Reads everything, to carry out a plan: what was wanted before is there, or after a restart
-    /// about what is wanted now.
+    /// Reads everything before a plan is applied.
+    ///
+    /// The expected elements are those wanted before, or after a restart those of the draft.
     fn observe_before(&mut self, draft: &Draft) -> Result<State, Error> {
         let wanted = self.wanted.take();
         let expected = wanted.as_ref().and_then(State::elements);
@@ -271,7 +278,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         observed
     }
 
-    /// What may have changed since everything was as it is wanted.
+    /// Returns the parts that may have changed since the datapath had the wanted state.
     fn drift(&mut self) -> Drift {
         if self.in_step { self.datapath.drift() } else { Drift::Unknown }
     }
@@ -291,10 +298,10 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         }
     }
 
-    /// Makes the changes, and ends the connections that they leave behind with a translation
-    /// that is not wanted; the table's guards hold those back until then.
+    /// Applies changes, and ends the connections that they make stale.
     ///
-    /// The first call looks for them even if nothing changes: who ran before may have been stopped
+    /// The guard rules of the table drop packets of stale connections until then. The first call
+    /// looks for stale connections even if nothing changes: a previous process may have been killed
     /// between the two.
     fn make(&mut self, changes: Changes, before: &State, wanted: &State) -> Result<Changes, Error> {
         if self.settled && !changes.ops().any(Op::concerns_packets) {
@@ -304,7 +311,8 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         let (mut made, last) = changes.before_guards_go();
         self.datapath.apply(&made)?;
         let stale = self.datapath.stale_connections(wanted, before).map_err(Error::Observe)?;
-        // Where all goes, the table that was there is there until its guards are not needed.
+        // If everything is removed, the old table exists until its guard rules are no longer
+        // needed.
         let table = wanted.firewall.as_ref().or(before.firewall.as_ref());
         let mut rest = Changes::end(&stale, table, |one| one.due_mark(wanted, before));
         rest.extend(last);
@@ -314,7 +322,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         Ok(made)
     }
 
-    /// Makes changes that no connection's translation depends on.
+    /// Applies changes that do not affect the translation of any connection.
     fn make_quietly(&mut self, changes: Changes) -> Result<Changes, Error> {
         self.in_step = false;
         if !changes.is_empty() {
@@ -324,7 +332,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         Ok(changes)
     }
 
-    /// What a call reports that knows all of what is wanted.
+    /// Returns the report of a call that planned everything.
     fn report(&mut self, changes: Changes) -> Report {
         let index = self.index.as_ref();
         let findings =
@@ -333,7 +341,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         Report { changes, findings: findings.clone(), settled }
     }
 
-    /// Gives back what no gateway uses any more, now that the kernel does not either.
+    /// Releases unused marks and tables of nodes, once the kernel does not use them either.
     fn release(&mut self) {
         let Some(index) = &self.index else { return };
         let cluster = index.cluster();

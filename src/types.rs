@@ -1,4 +1,4 @@
-//! The small values everything else is made of; their ranges and units live here.
+//! Basic value types with their ranges and units: families, marks, tables, names, MAC addresses.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -7,7 +7,9 @@ use std::str::FromStr;
 
 use ipnet::IpNet;
 
-/// An IP version; every object of the kernel that carries addresses belongs to one.
+/// An IP version.
+///
+/// Every kernel object that carries addresses belongs to one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Family {
@@ -21,7 +23,7 @@ impl Family {
     /// Both families, IPv4 first.
     pub const BOTH: [Self; 2] = [Self::V4, Self::V6];
 
-    /// The family of an address.
+    /// Returns the family of an address.
     pub const fn of(address: IpAddr) -> Self {
         match address {
             IpAddr::V4(_) => Self::V4,
@@ -29,7 +31,7 @@ impl Family {
         }
     }
 
-    /// The family of a prefix.
+    /// Returns the family of a prefix.
     pub const fn of_net(net: &IpNet) -> Self {
         match net {
             IpNet::V4(_) => Self::V4,
@@ -37,7 +39,7 @@ impl Family {
         }
     }
 
-    /// The address of all zeros.
+    /// Returns the unspecified address: all zeros.
     pub(crate) const fn unspecified(self) -> IpAddr {
         match self {
             Self::V4 => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
@@ -45,7 +47,7 @@ impl Family {
         }
     }
 
-    /// 4 or 6, as names of kernel objects end.
+    /// Returns 4 or 6, the last character of the names of kernel objects of this family.
     pub(crate) const fn digit(self) -> char {
         match self {
             Self::V4 => '4',
@@ -53,7 +55,7 @@ impl Family {
         }
     }
 
-    /// Length of a full prefix in bits: 32 or 128.
+    /// Returns the length of a host prefix in bits: 32 or 128.
     pub const fn bits(self) -> u8 {
         match self {
             Self::V4 => 32,
@@ -73,18 +75,18 @@ impl fmt::Display for Family {
 
 /// A firewall mark that routes a packet to one gateway node.
 ///
-/// A plain number in host byte order; which of its bits are ours is said by the
-/// [`MarkLayout`](crate::MarkLayout) it was made from.
+/// A plain number in host byte order. The [`MarkLayout`](crate::MarkLayout) that it was made from
+/// says which of its bits belong to this crate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Mark(u32);
 
 impl Mark {
-    /// Takes the number as it is.
+    /// Creates a mark from a number, unchanged.
     pub const fn new(value: u32) -> Self {
         Self(value)
     }
 
-    /// The number.
+    /// Returns the number.
     pub const fn get(self) -> u32 {
         self.0
     }
@@ -120,15 +122,15 @@ impl<'de> serde::Deserialize<'de> for Mark {
     }
 }
 
-/// A kernel routing table; never one of the kernel's own (0, 253, 254, 255).
+/// The id of a kernel routing table, never one of the kernel's own (0, 253, 254, 255).
 ///
-/// Table ids are 32-bit numbers; there is no limit of 255 tables, and 0 means the main table
+/// Table ids are 32-bit numbers: there is no limit of 255 tables, and 0 means the main table
 /// (`include/uapi/linux/rtnetlink.h`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TableId(NonZeroU32);
 
 impl TableId {
-    /// The table with this id, `None` if the id belongs to the kernel.
+    /// Returns the table with this id, or `None` if the id belongs to the kernel.
     ///
     /// ```
     /// use egress_datapath::TableId;
@@ -145,7 +147,7 @@ impl TableId {
         }
     }
 
-    /// The id.
+    /// Returns the id.
     pub const fn get(self) -> u32 {
         self.0.get()
     }
@@ -157,17 +159,17 @@ impl fmt::Display for TableId {
     }
 }
 
-/// Why a name was refused.
+/// The reason why a name was rejected.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum NameError {
-    /// Nothing was given.
+    /// The name is empty.
     #[error("a {what} cannot be empty")]
     Empty {
         /// Kind of name.
         what: &'static str,
     },
-    /// More bytes than the limit.
+    /// The name has more bytes than the limit.
     #[error("a {what} has at most {limit} bytes, this one has {len}")]
     TooLong {
         /// Kind of name.
@@ -177,7 +179,7 @@ pub enum NameError {
         /// Bytes allowed.
         limit: usize,
     },
-    /// A character that has no place in such a name.
+    /// The name has a character that is not allowed.
     #[error("a {what} cannot contain {found:?} (at byte {at})")]
     Character {
         /// Kind of name.
@@ -207,10 +209,10 @@ fn check_name(
     }
 }
 
-/// The characters of identifiers: those of Kubernetes names and of the usual ways to join them.
+/// Allowed characters of identifiers: those of Kubernetes names and of the usual ways to join them.
 ///
-/// Quotes, `$`, `;`, blanks and control characters stay out, so an identifier can stand in a
-/// comment that `nft` prints and reads back.
+/// Quotes, `$`, `;`, blanks and control characters are excluded, so that an identifier can stand in
+/// a comment that `nft` prints and reads back.
 fn identifier(c: char) -> bool {
     c.is_ascii_alphanumeric() || "-_./:@+=,~#%".contains(c)
 }
@@ -228,14 +230,14 @@ macro_rules! name {
         pub struct $name(Box<str>);
 
         impl $name {
-            /// Checks the text and takes it.
+            /// Checks the text and creates the name.
             pub fn new(text: impl AsRef<str>) -> Result<Self, NameError> {
                 let text = text.as_ref();
                 check_name(text, $what, $limit, $allowed)?;
                 Ok(Self(text.into()))
             }
 
-            /// The text.
+            /// Returns the text.
             pub fn as_str(&self) -> &str {
                 &self.0
             }
@@ -288,7 +290,8 @@ macro_rules! name {
 name! {
     /// Stable identity of a policy: 1 to 253 bytes of ASCII letters, digits and `-_./:@+=,~#%`.
     ///
-    /// `namespace/name` fits. The kernel never sees it as a name of an object, only as a comment.
+    /// `namespace/name` is valid. The kernel sees the id only as a comment, never as the name of an
+    /// object.
     PolicyId, "policy id", 253, identifier
 }
 
@@ -298,42 +301,42 @@ name! {
 }
 
 name! {
-    /// Name of a network device: 1 to 15 bytes, no blank, slash, colon, quote or `*`.
+    /// Name of a network interface: 1 to 15 bytes, no blank, slash, colon, quote or `*`.
     ///
-    /// The limit is the kernel's `IFNAMSIZ` (`include/uapi/linux/if.h`); a trailing `*` is a
+    /// The limit is the kernel's `IFNAMSIZ` (`include/uapi/linux/if.h`). A trailing `*` is a
     /// wildcard to `nft`.
     DeviceName, "device name", 15, device
 }
 
 impl DeviceName {
-    /// A name written in the source, which is known to be good.
+    /// Creates a name from a literal that is known to be valid.
     pub(crate) fn known(name: &'static str) -> Self {
         debug_assert!(Self::new(name).is_ok());
         Self(name.into())
     }
 }
 
-/// An Ethernet address.
+/// A MAC address (Ethernet address).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(try_from = "String", into = "String"))]
 pub struct MacAddr([u8; 6]);
 
 impl MacAddr {
-    /// The address with these six bytes.
+    /// Creates the address from its six bytes.
     pub const fn new(bytes: [u8; 6]) -> Self {
         Self(bytes)
     }
 
-    /// The six bytes.
+    /// Returns the six bytes.
     pub const fn octets(self) -> [u8; 6] {
         self.0
     }
 
-    /// A locally administered unicast address that depends on the node's name alone.
+    /// Derives a locally administered unicast address from the node's name alone.
     ///
-    /// The first byte is 0x66, the other five are the low bytes of the name's 64-bit FNV-1a hash,
-    /// so that every node computes the same address for a peer.
+    /// The first byte is 0x66, the other five are the low bytes of the 64-bit FNV-1a hash of the
+    /// name, so that every node computes the same address for a peer.
     pub fn of_node(node: &NodeName) -> Self {
         let mut bytes = [0x66; 6];
         let hash = fnv1a(node.as_str().as_bytes()).to_be_bytes();
@@ -341,13 +344,13 @@ impl MacAddr {
         Self(bytes)
     }
 
-    /// Whether a device can have the address: not zero and not a group address.
+    /// Returns whether an interface can have the address: not zero and not a group address.
     pub fn is_unicast(self) -> bool {
         self.0 != [0; 6] && self.0[0] & 1 == 0
     }
 }
 
-/// The 64-bit FNV-1a hash: the same on every machine and in every version, and no more than that.
+/// The 64-bit FNV-1a hash: stable over machines and versions, and not cryptographic.
 pub(crate) fn fnv1a(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
         (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
@@ -369,7 +372,7 @@ impl fmt::Debug for MacAddr {
     }
 }
 
-/// A text that is not six pairs of hex digits joined by colons.
+/// An error for text that is not six pairs of hex digits joined by colons.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is not an Ethernet address such as 66:f7:06:23:81:6b")]
 pub struct ParseMacError(String);

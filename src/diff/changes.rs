@@ -1,4 +1,4 @@
-//! A difference of two states, cut into steps in an order that is safe at every point.
+//! The difference of two states, as steps in an order that is safe at every point.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -8,95 +8,110 @@ use crate::connection::Connection;
 use crate::error::{ApplyError, KernelError};
 use crate::state::{Firewall, MarkBits};
 
-/// A part of a change; the order of the variants is the order of the steps.
+/// A phase of a change; the order of the variants is the order of the steps.
 ///
-/// A pod's packet must never find a half-built path, whichever step was the last one made:
+/// A pod's packet must never meet a half-built path, whichever step was the last one made:
 ///
-/// - What a packet meets late is made early and taken away late. The guards come before
-///   everything, the routes before the marks that use them, and the maps are filled from the
+/// - Objects that a packet meets late are created early and deleted late. The guard rules come
+///   before everything, the routes before the marks that use them, and the maps are filled from the
 ///   verdict back to the source and emptied from the source on.
-/// - What must move between two sets takes two transactions, the new place first. One commit of
-///   nf_tables is all or nothing for its reader, but a packet makes several lookups and may make
-///   the first before and the second after it.
+/// - A move between two sets takes two transactions, the new place first. One commit of nf_tables
+///   is atomic for its reader, but a packet makes several lookups, and may make the first before
+///   the commit and the second after it.
 /// - Within a step the order is that of the operations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Phase {
-    /// A table that was put to sleep, in a transaction of its own: the kernel takes no new chains
-    /// in that one.
+    /// Clears the dormant flag of a table, in a transaction of its own.
+    ///
+    /// The kernel accepts no new chains in that transaction.
     Wake,
-    /// Table, sets and guarding chains, with nothing in the maps yet.
+    /// Creates the table, sets and guard chains, with empty maps.
     Skeleton,
-    /// The tunnel device, its addresses, forwarding entries and neighbours.
+    /// Creates the tunnel device, its addresses, FDB entries and neighbours.
     Tunnel,
-    /// The chain at the device's egress hook, and the gateways' Ethernet addresses that it looks
-    /// up; what enters the tunnel keeps its mark from then on.
+    /// Creates the chain at the egress hook, and the gateways' MAC addresses that it looks up.
+    ///
+    /// From then on packets that enter the tunnel keep their mark.
     Hook,
-    /// Routes: those that are not of our making go, then the ones that refuse come, then the ones
-    /// that send.
+    /// Changes routes.
+    ///
+    /// Routes that this crate did not create are deleted first, then `unreachable` and `throw`
+    /// routes are added, then routes via a gateway.
     Routes,
-    /// Rules: those that are not of our making go, then the one that refuses comes, then those that
-    /// lead to it past the ones that send, and these last.
+    /// Changes routing rules.
+    ///
+    /// Rules that this crate did not create are deleted first. Then the fallback rule is added,
+    /// then the guard rules, which skip to it past the gateways' rules, and the gateways' rules
+    /// last.
     Rules,
-    /// New sets, ways out, peers, egress IPs, exclusions.
+    /// Adds sets, policy actions, peers, egress IPs and exclusions.
     FillVerdicts,
-    /// Rules of chains that look into the sets, now that those are visible to packets.
+    /// Changes rules of chains that look up the sets, now that the sets are visible to packets.
     Chains,
-    /// Policies: their way out and the address they wear.
+    /// Adds policies: their action and their SNAT address.
     FillPolicies,
-    /// Classes: which policy a destination has.
+    /// Adds classes: the policy of each destination.
     FillClasses,
-    /// Sources: which class a pod has.
+    /// Adds sources: the class of each pod.
     FillSources,
-    /// Sources that left.
+    /// Deletes sources.
     EmptySources,
-    /// Classes that left.
+    /// Deletes classes.
     EmptyClasses,
-    /// Policies that left.
+    /// Deletes policies.
     EmptyPolicies,
-    /// Chains and rules of chains that look into sets which are about to go.
+    /// Deletes chains and rules that look up sets which are about to be deleted.
     EmptyVerdicts,
-    /// On removal of everything, the device first: nothing comes in or goes out by the tunnel.
+    /// Deletes the tunnel device when everything is removed.
+    ///
+    /// This comes first, so that nothing enters or leaves by the tunnel.
     DeleteTunnel,
-    /// Rules that left, the other way round.
+    /// Deletes routing rules, in the reverse order of their creation.
     DeleteRules,
-    /// Routes that left, the ones that send before the ones that refuse.
+    /// Deletes routes, those via a gateway before `unreachable` and `throw` routes.
     DeleteRoutes,
-    /// Marks that the guards hold back or the hook looks up, now that no packet is under way that a
-    /// rule had to catch; if there is to be no hook, what enters the tunnel loses its mark.
+    /// Deletes marks that the guard rules match or the hook looks up.
+    ///
+    /// No packet that a routing rule had to match is in flight any more. If the egress hook is
+    /// removed, packets that enter the tunnel lose their mark from here on.
     EmptyGuards,
-    /// The table at the device's egress hook, now that nothing comes by that needs it.
+    /// Deletes the table at the egress hook, now that no packet needs it.
     DeleteHook,
-    /// Neighbours, forwarding entries and addresses that left.
+    /// Deletes neighbours, FDB entries and addresses.
     DeletePeers,
-    /// Connections that go on to another gateway.
+    /// Sets the marks of connections that are steered to another gateway.
     MarkConnections,
-    /// Answers to connections that are about to end.
+    /// Blocks replies to connections that are about to end.
     HoldAnswers,
-    /// Connections that the table would now treat otherwise.
+    /// Ends stale connections, which the table would now treat otherwise.
     EndConnections,
-    /// Guards that hold marks of packets and connections back which are made no more, now that
-    /// there are none left: the bits of the marks were changed, or what connections' marks say.
+    /// Deletes guard rules for marks that are no longer set.
+    ///
+    /// No packet or connection has such a mark any more. This happens where the bits of the marks
+    /// were changed, or the meaning of connection marks.
     RetireGuards,
-    /// The table, last of all: its guards hold until nothing is left to guard.
+    /// Deletes the table, last of all.
+    ///
+    /// Its guard rules are in force until everything else is removed.
     DeleteTable,
 }
 
 /// Operations that are made together.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Step {
-    /// Which part of the change it is.
+    /// The phase of the step.
     pub phase: Phase,
-    /// The operations, in order: one nf_tables transaction, or requests one after another.
+    /// The operations, in order: one nf_tables transaction, or single requests one after another.
     pub ops: Vec<Op>,
 }
 
-/// What became of a step: how many operations were made, and which were refused.
+/// The result of a step: the number of operations made, and the refused ones.
 pub(crate) type Made = (usize, Vec<(Op, KernelError)>);
 
 /// Operations that turn one state into another, in an order that is safe at every point.
 ///
-/// `Display` writes them as a shell reads them, a command a line. It is for reading, and for a look
-/// at a single command: what the library makes in one transaction is thousands of commands.
+/// `Display` writes one command on each line, with the quotes that a shell needs. It is for reading,
+/// and for a look at a single command: one transaction of the library is thousands of commands.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[must_use]
 pub struct Changes {
@@ -108,11 +123,11 @@ impl Changes {
         Self { steps }
     }
 
-    /// Ends connections, and holds answers to them back where the table has the sets for that;
-    /// those that need no more than another mark get it and go on.
+    /// Ends connections, and blocks replies to them where the table has the sets for that.
     ///
-    /// An answer that is under way when its connection ends would open it the other way round,
-    /// and the opener's packets would then leave as answers to that: with its own address.
+    /// Connections that only need another mark get it, and are not ended. A reply that is in flight
+    /// when its connection ends would open it in the reverse direction, and the client's packets
+    /// would then leave as replies to it: with the client's own address.
     pub(crate) fn end(
         connections: &BTreeSet<Connection>,
         table: Option<&Firewall>,
@@ -127,7 +142,7 @@ impl Changes {
             bits.is_none()
         });
         let held = connections.iter().filter(|one| one.can_turn_around() && has(one.answers()));
-        // Elements of one set share messages.
+        // Elements of one set share netlink messages.
         let mut held: Vec<_> = held.copied().collect();
         held.sort_by_key(Connection::answers);
         let held: Vec<_> = held.into_iter().map(Op::HoldAnswers).collect();
@@ -141,7 +156,7 @@ impl Changes {
         Self { steps: steps.map(|(phase, ops)| Step { phase, ops }).collect() }
     }
 
-    /// Makes step after step, until one is refused something.
+    /// Runs the steps in order, until an operation is refused.
     pub(crate) fn make(&self, mut step: impl FnMut(&Step) -> Made) -> Result<(), ApplyError> {
         let mut applied = 0;
         for part in &self.steps {
@@ -155,34 +170,34 @@ impl Changes {
         Ok(())
     }
 
-    /// Parts the changes before guards go that may still be needed.
+    /// Splits off the last steps, which delete guard rules that may still be needed.
     pub(crate) fn before_guards_go(mut self) -> (Self, Self) {
         let at = self.steps.partition_point(|step| step.phase < Phase::RetireGuards);
         let last = self.steps.split_off(at);
         (self, Self { steps: last })
     }
 
-    /// Appends other changes, that were or are to be made after these.
+    /// Appends other changes, which were or are to be made after these.
     pub fn extend(&mut self, other: Self) {
         self.steps.extend(other.steps);
     }
 
-    /// The steps, in order; none is empty.
+    /// Returns the steps, in order; none is empty.
     pub fn steps(&self) -> &[Step] {
         &self.steps
     }
 
-    /// All operations, in order.
+    /// Returns all operations, in order.
     pub fn ops(&self) -> impl Iterator<Item = &Op> {
         self.steps.iter().flat_map(|step| &step.ops)
     }
 
-    /// Number of operations.
+    /// Returns the number of operations.
     pub fn len(&self) -> usize {
         self.steps.iter().map(|step| step.ops.len()).sum()
     }
 
-    /// Whether there is nothing to do.
+    /// Returns whether there are no operations.
     pub fn is_empty(&self) -> bool {
         self.steps.is_empty()
     }

@@ -1,21 +1,21 @@
-//! The difference of what sets hold.
+//! Differences of the elements of sets.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::{Change, changes};
 use crate::state::{Data, Elements, Key, Tag, Value};
 
-/// Says of every element how it changes, the single sources first, and each kind in order.
+/// Reports the change of every element, single-address sources first, and each kind in order.
 ///
-/// There may be a million sources: they are compared as the numbers that they are kept as, and
-/// only those that change become elements.
+/// There may be a million sources: they are compared in the numeric form in which they are stored,
+/// and only those that change become elements.
 pub(super) fn elements(
     observed: &Elements,
     desired: &Elements,
     mut each: impl FnMut(Change<Key, Value>),
 ) {
     if observed.has_noted_sources() || desired.has_noted_sources() {
-        // The same source may be kept as a number on one side and with its note on the other.
+        // The same source may be stored as a number on one side and with its comment on the other.
         return changes(observed, desired, each);
     }
     let source = |address: IpAddr| Key::Source(address);

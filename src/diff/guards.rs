@@ -1,9 +1,10 @@
-//! What holds packets back that have a mark of ours, and is made and taken away with care.
+//! Guard rules, which drop packets with one of our marks, and how they change safely.
 
 use crate::state::{ChainId, Field, Firewall, MarkBits, NftRule, Stmt};
 
-/// The rules wanted, each guard also for the marks that the one found holds back: for as long as
-/// packets and connections have them, nothing else would.
+/// Returns the wanted rules, with each guard rule also for the marks that the found rules match.
+///
+/// As long as packets and connections have the old marks, no other rule would drop them.
 pub(super) fn guarded(found: &[NftRule], wanted: &[NftRule]) -> Vec<NftRule> {
     let mut rules = Vec::with_capacity(wanted.len());
     for rule in wanted {
@@ -14,7 +15,7 @@ pub(super) fn guarded(found: &[NftRule], wanted: &[NftRule]) -> Vec<NftRule> {
     rules
 }
 
-/// A guard, for the mark that another one of its kind asks for.
+/// Returns a copy of a guard rule for the mark that another rule of the same kind matches.
 fn with_marks_of(other: &NftRule, guard: &NftRule) -> Option<NftRule> {
     let end = guard.0.last().filter(|end| other.0.last() == Some(*end))?;
     let guards = matches!(end, Stmt::Drop | Stmt::Goto(ChainId::Marked | ChainId::Bound));
@@ -37,13 +38,13 @@ fn with_marks_of(other: &NftRule, guard: &NftRule) -> Option<NftRule> {
     Some(rule)
 }
 
-/// Whether whatever has the one mark has the other: they are of one layout.
+/// Returns whether the mark of one test includes that of the other; both are of one layout.
 fn includes(one: &Stmt, other: &Stmt) -> bool {
     let marks = one.tests(Field::Mark).zip(other.tests(Field::Mark));
     marks.is_some_and(|(one, other)| one.mask & other.mask == one.mask && one.are_in(other.value))
 }
 
-/// Whether it is the test of a mark that only we give.
+/// Returns whether a statement tests a mark that only this crate sets.
 fn is_mark_of_ours(statement: &Stmt) -> bool {
     match statement {
         Stmt::Lookup { key, negated: false, .. } => {
@@ -53,13 +54,13 @@ fn is_mark_of_ours(statement: &Stmt) -> bool {
     }
 }
 
-/// The mark of what this node translates, if it translates anything.
+/// Returns the mark of packets that this node translates, if it translates any.
 pub(super) fn translated(table: &Firewall) -> Option<MarkBits> {
     let (_, rules) = table.chains.get(&ChainId::Guard)?;
     rules.iter().flat_map(|rule| &rule.0).find_map(|statement| statement.excludes(Field::Mark))
 }
 
-/// Whether it is for packets with this mark, though perhaps not for them alone.
+/// Returns whether a rule matches packets with this mark, though perhaps others, too.
 pub(super) fn holds(rule: &NftRule, mark: MarkBits) -> bool {
     let asks = |asked: MarkBits| (mark.value ^ asked.value) & asked.mask & mark.mask == 0;
     rule.0.iter().filter_map(|one| one.tests(Field::Mark)).any(asks)

@@ -1,7 +1,7 @@
-//! The difference of what is kept in iptables and its sets.
+//! Differences of iptables chains and ipsets.
 //!
-//! A set takes effect through the rules that look into it, and all of them look into the set of
-//! selected sources first: it is filled last and emptied first. A rule that is replaced stays
+//! A set takes effect through the rules that look it up, and all of them look up the set of
+//! selected sources first: that set is filled last and emptied first. A rule that is replaced stays
 //! behind the new one until no source leads to it any more.
 
 #[cfg(test)]
@@ -41,15 +41,17 @@ pub(super) fn xtables(observed: &State, desired: &State, steps: &mut Steps) {
     ] {
         super::sort(steps, phase, rank);
     }
-    // Who is no longer marked needs no translation.
+    // Packets that are no longer marked need no translation.
     super::sort(steps, Phase::DeleteTable, |op| {
         let (kind, table, within) = rank(op);
         (kind, table.map(std::cmp::Reverse), within)
     });
 }
 
-/// Order within a step: what refers to something comes after it is made and before it goes, and
-/// translation is there before the mark that asks for it.
+/// Returns the order within a step.
+///
+/// An object that refers to another is created after it and deleted before it, and translation is
+/// set up before the mark that requests it.
 fn rank(op: &Op) -> (u8, Option<(Variant, XtTable, crate::Family)>, u8) {
     let group = |chain: &XtChain| (chain.table, chain.family);
     match op {
@@ -95,14 +97,14 @@ const fn emptied_in(set: Ipset) -> Phase {
 }
 
 fn sets(observed: &State, desired: &State, steps: &mut Steps) {
-    // Rules that go last of all look into them until then.
+    // Rules that are deleted last of all look up the sets until then.
     let last = observed.xtables.keys().any(|variant| !desired.xtables.contains_key(variant));
     let gone =
         if last || desired.xtables.is_empty() { Phase::DeleteTable } else { Phase::EmptyGuards };
     changes(&observed.ipsets, &desired.ipsets, |change| match change {
         Change::Same => {}
         Change::Added(set, contents) => {
-            // The one that everything looks into first stays empty until the rest is there.
+            // The set that every rule looks up first stays empty until the rest is complete.
             let gate = matches!(set, Ipset::Selected(_));
             let members = if gate { BTreeMap::new() } else { contents.members.clone() };
             let contents = IpsetContents { members, ..*contents };
@@ -128,11 +130,11 @@ fn sets(observed: &State, desired: &State, steps: &mut Steps) {
     });
 }
 
-/// Whether the last member of a prefix length leaves, and others stay.
+/// Returns whether the last member of a prefix length is deleted while others stay.
 ///
-/// The kernel then moves the lengths that are left in the list that look-ups go through without a
-/// lock (`mtype_del_cidr` in `ip_set_hash_gen.h`), and one of them may be passed over: the packet
-/// would be taken for one that is in no set. A set that takes the place of the old one is safe.
+/// The kernel then moves the remaining lengths in the list that lookups read without a lock
+/// (`mtype_del_cidr` in `ip_set_hash_gen.h`), and a lookup may skip one of them: the packet would
+/// seem to be in no set. Replacing the set by a swap is safe.
 fn loses_a_length(was: &IpsetContents, is: &IpsetContents) -> bool {
     let lengths = |contents: &IpsetContents| {
         contents.members.keys().map(IpNet::prefix_len).collect::<BTreeSet<_>>()
@@ -141,7 +143,7 @@ fn loses_a_length(was: &IpsetContents, is: &IpsetContents) -> bool {
     !is.is_empty() && !was.is_subset(&is)
 }
 
-/// Whatever is in one of them: what leaves leaves later, and so do exceptions come.
+/// Returns the union of two contents: deletions and new exceptions (`nomatch`) come later.
 fn both(was: &IpsetContents, is: &IpsetContents) -> IpsetContents {
     let stays = |net: &IpNet| was.members.get(net) == Some(&Member::Not);
     let new = is.members.iter().filter(|(net, member)| **member != Member::Not || stays(net));
@@ -160,7 +162,7 @@ fn members_of(set: Ipset, was: &IpsetContents, is: Option<&IpsetContents>, steps
     changes(&was.members, &is.members, |change| match change {
         Change::Same => {}
         Change::Added(net, member) | Change::Replaced(net, _, member) => {
-            // An exception makes a set smaller.
+            // An exception (`nomatch`) makes the set match less.
             let smaller = *member == Member::Not;
             let phase = if smaller { emptied_in(set) } else { filled_in(set) };
             steps.add(phase, Op::PutMember(set, *net, *member));
@@ -184,7 +186,7 @@ fn chains(variant: Variant, observed: &Xtables, desired: &Xtables, steps: &mut S
         }
         Change::Replaced(chain, was, is) => {
             let Edits { add, delete } = edits(was, is);
-            // Guards and ways out are short, and look into nothing that is emptied.
+            // Guard chains and action chains are short, and look up no set that is emptied.
             let gone = match chain.name {
                 XtName::MarkRequest => Phase::EmptyPolicies,
                 XtName::ResetMark => Phase::EmptyGuards,
@@ -203,18 +205,19 @@ fn chains(variant: Variant, observed: &Xtables, desired: &Xtables, steps: &mut S
     });
 }
 
-/// How one list of rules becomes another: first the new ones are added, then the old ones deleted.
+/// Edits that turn one list of rules into another: additions first, then deletions.
 struct Edits {
     add: Vec<XtEdit>,
     delete: Vec<XtEdit>,
 }
 
-/// The fewest edits: rules that are in both in the same order are not touched, and keep their
-/// counters.
+/// Returns the fewest edits.
+///
+/// Rules that are in both lists in the same order are not touched, and keep their counters.
 fn edits(was: &[XtRule], is: &[XtRule]) -> Edits {
     let kept = kept(was, is);
     let (mut add, mut delete) = (Vec::new(), Vec::new());
-    // The list in between has, in each gap between rules that stay, the new before the old.
+    // In the intermediate list each gap between kept rules has the new rules before the old ones.
     let (mut old, mut new, mut place) = (0, 0, 1);
     for (was_at, is_at) in kept.into_iter().chain([(was.len(), is.len())]) {
         for rule in is.get(new..is_at).unwrap_or_default() {
@@ -228,12 +231,12 @@ fn edits(was: &[XtRule], is: &[XtRule]) -> Edits {
         (old, new) = (was_at + 1, is_at + 1);
         place += 1;
     }
-    // From the end on, so that no place moves before it is used.
+    // From the end on, so that no index moves before it is used.
     delete.reverse();
     Edits { add, delete }
 }
 
-/// The longest sequence of rules that both lists have in the same order, by their indices.
+/// Returns the longest sequence of rules that both lists have in the same order, by their indices.
 fn kept(was: &[XtRule], is: &[XtRule]) -> Vec<(usize, usize)> {
     let mut places: HashMap<&XtRule, Vec<usize>> = HashMap::new();
     for (index, rule) in is.iter().enumerate().rev() {
@@ -244,7 +247,8 @@ fn kept(was: &[XtRule], is: &[XtRule]) -> Vec<(usize, usize)> {
         .enumerate()
         .filter_map(|(index, rule)| Some((index, places.get_mut(rule)?.pop()?)))
         .collect();
-    // Longest increasing subsequence by patience: the last pair of each length, and its forerunner.
+    // Longest increasing subsequence by patience sorting: the last pair of each length, and its
+    // predecessor.
     let mut tails: Vec<usize> = Vec::new();
     let mut before: Vec<Option<usize>> = Vec::with_capacity(pairs.len());
     let at = |index: &usize| pairs.get(*index).map(|(_, is)| *is);
@@ -266,7 +270,7 @@ fn kept(was: &[XtRule], is: &[XtRule]) -> Vec<(usize, usize)> {
     kept
 }
 
-/// Our rules in built-in chains, each at its place: others may have inserted theirs above.
+/// Edits our rules in built-in chains at their indices: other programs may insert rules above ours.
 fn jumps(variant: Variant, observed: &Xtables, desired: &Xtables, steps: &mut Steps) {
     changes(&observed.jumps, &desired.jumps, |change| {
         let (chain, was, is): (_, &[_], &[_]) = match change {
@@ -283,7 +287,7 @@ fn jumps(variant: Variant, observed: &Xtables, desired: &Xtables, steps: &mut St
     });
 }
 
-/// Everything of a variant, last of all.
+/// Removes everything of a variant, last of all.
 fn remove(variant: Variant, observed: &Xtables, steps: &mut Steps) {
     for (chain, rules) in &observed.jumps {
         let edits = rules.iter().map(|(_, rule)| XtEdit::Remove(rule.clone())).collect();

@@ -1,4 +1,4 @@
-//! One change to the kernel, written as the command an operator would type.
+//! Kernel operations, each printed as the command that an operator would type.
 
 mod iptables;
 
@@ -16,34 +16,38 @@ use crate::state::{
 };
 use crate::types::{DeviceName, Family, MacAddr};
 
-/// One change to the kernel; `Display` writes it as the command an operator would type, with the
-/// quotes that a shell needs.
+/// An operation on the kernel; `Display` writes it as the command that an operator would type.
 ///
-/// Verbs are strict: what is added must not exist, what is deleted must. `Put` creates or
-/// replaces. An operation that finds the kernel otherwise is refused, so that drift shows.
+/// The command has the quotes that a shell needs.
+///
+/// Verbs are strict: an object that is added must not exist, an object that is deleted must. `Put`
+/// creates or replaces. An operation that finds the kernel otherwise is refused, so that drift
+/// becomes visible.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Op {
-    /// Creates the tunnel device and brings it up.
+    /// Creates the tunnel device and brings its link up.
     AddLink(Vxlan),
-    /// Gives the device its changeable attributes: local address, underlay device, Ethernet
-    /// address, MTU, `rp_filter`, up, and what is the same for every device of ours.
+    /// Sets the changeable attributes of the tunnel device.
+    ///
+    /// These are local address, underlay interface, MAC address, MTU, `rp_filter`, up, and the
+    /// attributes that all our devices have in common.
     SetLink(Vxlan),
-    /// Deletes the device, and with it its addresses, routes and neighbours.
+    /// Deletes the tunnel device, and with it its addresses, routes and neighbours.
     DeleteLink(DeviceName),
     /// Adds an address to the device.
     AddAddress(DeviceName, IpNet),
     /// Deletes an address of the device.
     DeleteAddress(DeviceName, IpNet),
-    /// Sends frames for an Ethernet address to a node.
+    /// Creates or replaces an FDB entry: frames to a MAC address are sent to a node.
     PutFdb(DeviceName, MacAddr, IpAddr),
-    /// Deletes a forwarding entry.
+    /// Deletes an FDB entry.
     DeleteFdb(DeviceName, MacAddr, IpAddr),
-    /// Makes an Ethernet address known.
+    /// Creates or replaces a neighbour: the MAC address of an IP address.
     PutNeighbour(DeviceName, IpAddr, MacAddr),
     /// Deletes a neighbour.
     DeleteNeighbour(DeviceName, IpAddr),
-    /// Creates or replaces a route; one via the tunnel leaves by this device.
+    /// Creates or replaces a route; one via the tunnel uses this device.
     PutRoute(DeviceName, RouteKey, Route),
     /// Deletes a route.
     DeleteRoute(DeviceName, RouteKey, Route),
@@ -51,52 +55,53 @@ pub enum Op {
     AddRule(Rule),
     /// Deletes a routing rule, by all its attributes.
     DeleteRule(Rule),
-    /// Deletes a route or a rule that has our protocol number and is not of our making.
+    /// Deletes a route or a rule that has our protocol number, but that this crate did not create.
     DeleteStrayRouting(StrayRouting),
-    /// Has the kernel ask the chains of a table again.
+    /// Clears the dormant flag of a table, so that the kernel runs its chains again.
     WakeTable(TableFamily),
-    /// Creates an nf_tables table of ours.
+    /// Creates one of our nf_tables tables.
     AddTable(TableFamily),
-    /// Deletes an nf_tables table of ours with all that is in it.
+    /// Deletes one of our nf_tables tables and everything in it.
     DeleteTable(TableFamily),
     /// Creates an empty set or map.
     AddSet(Set),
     /// Deletes a set or map.
     DeleteSet(Set),
-    /// Creates a chain without rules; `None` for one that others go to.
+    /// Creates a chain without rules; `None` for one that is no base chain.
     AddChain(ChainId, Option<Base>),
     /// Deletes a chain and its rules.
     DeleteChain(ChainId),
-    /// Makes these the rules of the chain.
+    /// Replaces all rules of a chain.
     SetRules(ChainId, Vec<NftRule>),
     /// Adds an element.
     AddElement(Key, Value),
     /// Deletes an element.
     DeleteElement(Key, Value),
-    /// Deletes something in a table of ours that we never make.
+    /// Deletes an object in one of our tables that this crate never creates.
     DeleteStray(TableFamily, Stray),
-    /// Creates a set with these members.
+    /// Creates an ipset with these members.
     AddIpset(Ipset, IpsetContents),
-    /// Gives a set that is there another capacity and these members instead, all at once.
+    /// Replaces the capacity and the members of an ipset, all at once by a swap.
     PutIpset(Ipset, IpsetContents),
-    /// Deletes a set that no rule looks into.
+    /// Deletes an ipset that no rule looks up.
     DeleteIpset(Ipset),
-    /// Adds a member to a set, or changes what it says.
+    /// Adds a member to an ipset, or changes its mark or `nomatch` flag.
     PutMember(Ipset, IpNet, Member),
-    /// Deletes a member of a set.
+    /// Deletes a member of an ipset.
     DeleteMember(Ipset, IpNet),
-    /// Creates a chain of iptables without rules.
+    /// Creates an iptables chain without rules.
     AddXtChain(Variant, XtChain),
-    /// Deletes a chain of iptables and its rules.
+    /// Deletes an iptables chain and its rules.
     DeleteXtChain(Variant, XtChain),
-    /// Changes rules of a chain of iptables, one edit after the other.
+    /// Edits the rules of an iptables chain, one edit after the other.
     EditXtChain(Variant, XtChain, Vec<XtEdit>),
-    /// Keeps answers to a connection that is about to end from opening it the other way round,
-    /// for [`Connection::ANSWERS_HELD`].
+    /// Blocks replies to a connection that is about to end, for [`Connection::ANSWERS_HELD`].
+    ///
+    /// Such a reply would open the connection in the reverse direction.
     HoldAnswers(Connection),
     /// Sets bits of a connection's mark.
     MarkConnection(Connection, MarkBits),
-    /// Makes the kernel forget a connection, so that its next packet is decided about anew.
+    /// Deletes a conntrack entry, so that the connection's next packet is classified again.
     EndConnection(Connection),
 }
 
@@ -108,12 +113,12 @@ const fn ip(family: Family) -> &'static str {
 }
 
 impl Op {
-    /// Whether packets may be translated otherwise once it is made.
+    /// Returns whether the operation may change how packets are translated.
     pub(crate) const fn concerns_packets(&self) -> bool {
         self.is_nft() || self.is_xtables()
     }
 
-    /// The connection that it ends.
+    /// Returns the connection that the operation ends.
     #[cfg(test)]
     pub(crate) const fn ended(&self) -> Option<&Connection> {
         match self {
@@ -122,13 +127,13 @@ impl Op {
         }
     }
 
-    /// Whether it changes or ends a connection.
+    /// Returns whether the operation changes or ends a connection.
     #[cfg(all(feature = "kernel", target_os = "linux"))]
     pub(crate) const fn is_conntrack(&self) -> bool {
         matches!(self, Self::MarkConnection(..) | Self::EndConnection(_))
     }
 
-    /// Whether it is part of an nf_tables transaction rather than a request of its own.
+    /// Returns whether the operation belongs to an nf_tables transaction.
     pub(crate) const fn is_nft(&self) -> bool {
         matches!(
             self,
@@ -147,7 +152,7 @@ impl Op {
         )
     }
 
-    /// The table that an operation on tables, sets, chains and elements is about.
+    /// Returns the table of an operation on tables, sets, chains and elements.
     pub(crate) fn table(&self) -> TableFamily {
         match self {
             Self::WakeTable(family)
@@ -212,7 +217,7 @@ fn commands(f: &mut String, op: &Op) -> fmt::Result {
             // The kernel ignores an alias in the request that creates a device.
             write!(f, "\nip link set {} alias {LINK_ALIAS} addrgenmode none", link.name)?;
             rp_filter(f, link)?;
-            // Else an address takes others of its network along when it goes.
+            // Without it the deletion of an address also deletes other addresses of its network.
             write!(f, " net/ipv4/conf/{}/promote_secondaries=1", link.name)?;
             if link.up { write!(f, "\nip link set {} up", link.name) } else { Ok(()) }
         }
@@ -276,7 +281,7 @@ fn link_attributes(f: &mut String, link: &Vxlan) -> fmt::Result {
 }
 
 fn rp_filter(f: &mut String, link: &Vxlan) -> fmt::Result {
-    // Slashes, because the device's name has a dot in it.
+    // With slashes, because the interface name has a dot in it.
     write!(f, "\nsysctl -w net/ipv4/conf/{}/rp_filter={}", link.name, link.rp_filter)
 }
 

@@ -1,11 +1,11 @@
-//! The two nf_tables tables, and the mark that the one leaves to the other.
+//! Differences of the two nf_tables tables, and the mark that one passes to the other.
 
 use super::changes::Phase;
 use super::op::Op;
 use super::{Steps, firewall};
 use crate::state::{ChainId, Firewall, Interface, NftRule, Set, State, Stmt, TableFamily};
 
-/// Brings one of the two nf_tables tables about.
+/// Adds the operations that turn one observed nf_tables table into the desired one.
 pub(super) fn table(family: TableFamily, observed: &State, desired: &State, steps: &mut Steps) {
     match (observed.table(family), desired.table(family)) {
         (None, None) => {}
@@ -21,8 +21,8 @@ pub(super) fn table(family: TableFamily, observed: &State, desired: &State, step
             firewall(family, &Firewall::default(), desired, steps);
         }
         (Some(found), Some(wanted)) if family == TableFamily::Netdev => {
-            // On older kernels a device that goes takes the chains at its hooks along: they are made
-            // anew.
+            // On older kernels the chains at a device's hooks are deleted with the device: recreate
+            // them.
             let mut found = found.clone();
             if steps.has(Phase::Tunnel, |op| matches!(op, Op::DeleteLink(_))) {
                 for (chain, _) in std::mem::take(&mut found.chains) {
@@ -35,28 +35,29 @@ pub(super) fn table(family: TableFamily, observed: &State, desired: &State, step
     }
 }
 
-/// When the rules of a chain change, and when to the last of what they are to be.
+/// Returns the phases of the first and of the last change of a chain's rules.
 pub(super) fn phases(chain: ChainId, found: &[NftRule], wanted: &[NftRule]) -> (Phase, Phase) {
     match (chain, keeps_mark(found), keeps_mark(wanted)) {
-        // The hook must be there, and routes that need it are not yet.
+        // The hook must exist, and no route may need it yet.
         (ChainId::Marked | ChainId::Bound, false, true) => (Phase::Hook, Phase::EmptyVerdicts),
-        // The routes that need the hook must have gone.
+        // The routes that need the hook must be deleted.
         (ChainId::Marked | ChainId::Bound, true, false) => (Phase::Chains, Phase::EmptyGuards),
         _ => (Phase::Chains, Phase::EmptyVerdicts),
     }
 }
 
-/// Whether a chain lets what enters the tunnel pass with its mark.
+/// Returns whether a chain accepts packets that enter the tunnel without clearing their mark.
 fn keeps_mark(rules: &[NftRule]) -> bool {
     let enters = rules.first().map(|NftRule(rule)| rule.as_slice());
     matches!(enters, Some([Stmt::Interface(Interface::Output, _), Stmt::Return]))
 }
 
-/// The rules wanted, and those found that look up a source or a destination: for as long as
-/// sources still have the old classes, both are needed; so are the bits of a mark that its next hop
-/// is looked up by. What enters the tunnel keeps its mark for as long as a route may need it. Where
-/// the guard retires, what comes out of the tunnel is translated for as long as a policy may need
-/// that.
+/// Returns the rules of a chain during the transition: the wanted rules and some of the old ones.
+///
+/// Old rules that look up a source or a destination stay: as long as sources have the old classes,
+/// both are needed. So does the old lookup of a next hop, by other bits of the mark. Packets that
+/// enter the tunnel keep their mark as long as a route may need it. Where the guard chain is
+/// deleted, packets from the tunnel are translated as long as a policy may need that.
 pub(super) fn transitional(
     chain: ChainId,
     found: &[NftRule],
@@ -86,7 +87,8 @@ pub(super) fn transitional(
             Some(Stmt::Map { map: Set::Source(_) | Set::SourceNet(_), .. }) => {
                 Some(behind(&rules, found, rule))
             }
-            // By other bits of the mark: what has just got it comes by here in a moment.
+            // The lookup uses other bits of the mark: packets that just got such a mark arrive here
+            // in a moment.
             Some(Stmt::Map { map: Set::NextHop, .. }) => Some(rules.len().saturating_sub(1)),
             _ => None,
         };
@@ -97,8 +99,9 @@ pub(super) fn transitional(
     rules
 }
 
-/// The place of a rule that looks up sources: behind what it was found behind, and ranges behind
-/// single addresses.
+/// Returns the index for a rule that looks up sources.
+///
+/// The rule goes behind the rules that it was found behind, and ranges go behind single addresses.
 fn behind(rules: &[NftRule], found: &[NftRule], rule: &NftRule) -> usize {
     let single = rule.0.first().and_then(|first| match first {
         Stmt::Map { key, map: Set::SourceNet(of), into } => {

@@ -1,11 +1,11 @@
-//! From policies that overlap to classes that do not.
+//! Assigns every source to a class, from policies whose sources and destinations may overlap.
 //!
-//! A class is a distinct ordered combination of policies that share a source. Sources become
-//! disjoint, each with one class; within a class every destination prefix gets the one policy
-//! that comes first in (priority, id) among those that contain it. The longest prefix then
-//! decides as the order would.
+//! A class is a distinct ordered combination of policies that share a source. Sources are made
+//! disjoint, each with one class. Within a class every destination prefix gets the one policy that
+//! comes first in (priority, id) among those whose prefixes contain it. The longest-prefix match
+//! then gives the same policy as the order.
 //!
-//! They are made of all policies at once, or follow them one source at a time.
+//! Classes are built from all policies at once, or updated one source at a time.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -25,7 +25,7 @@ pub(super) trait Address: Copy + Ord + std::fmt::Debug {
 
     fn ip(self) -> IpAddr;
 
-    /// The single addresses among the sources of a policy.
+    /// Returns the single-address sources of a policy.
     fn of(sources: &Sources) -> &std::collections::BTreeSet<Self>;
 }
 
@@ -53,46 +53,47 @@ impl Address for u128 {
     }
 }
 
-/// Number of a combination.
+/// Index of a combination.
 type Place = u32;
 
-/// Policies in order.
+/// Policies in their total order.
 type Members = Arc<[Handle]>;
 
-/// A combination of policies that name the same sources.
+/// A combination of policies that have the same sources in common.
 #[derive(Debug)]
 struct Combination {
     members: Members,
-    /// Its class: what is left of it up to a policy that takes every destination.
+    /// Its class: the members up to the first one that selects every destination.
     class: Members,
     tag: Tag,
-    /// Sources that have it.
+    /// Number of sources with this combination.
     users: usize,
 }
 
 #[derive(Debug)]
 struct Class {
     tag: Tag,
-    /// Combinations that come to it.
+    /// Number of combinations with this class.
     users: usize,
 }
 
 /// The sources of one family, each with its class.
 #[derive(Debug)]
 pub(super) struct Classes<A> {
-    /// Single addresses, also those that their range sends the same way.
+    /// Single addresses, including those whose range has the same class.
     hosts: BTreeMap<A, Place>,
-    /// Ranges of addresses, disjoint and in order.
+    /// Ranges of addresses, disjoint and sorted.
     ranges: Vec<(IpRange, Place)>,
     combinations: Vec<Option<Combination>>,
     free: Vec<Place>,
     places: HashMap<Members, Place>,
     numbered: HashMap<Members, Class>,
     numbers: Numbers,
-    /// Pairs of policies that take the same packets of some source, with how many combinations
-    /// they are in: who gets the packets, who does not.
+    /// Pairs of policies that select the same packets of some source, the winner first.
+    ///
+    /// The value is the number of combinations that have the pair.
     overlaps: HashMap<(Handle, Handle), usize>,
-    /// Lengths of destination prefixes, with how many elements have them.
+    /// Lengths of destination prefixes, with the number of elements of each.
     lengths: BTreeMap<u8, usize>,
 }
 
@@ -111,7 +112,7 @@ impl<A: Address> Classes<A> {
         }
     }
 
-    /// The classes of all policies, with the elements they come to, apart from single sources.
+    /// Builds the classes of all policies, and adds their elements, except single-address sources.
     pub(super) fn new(policies: &Policies, elements: &mut Elements) -> Self {
         let mut new = Self::empty();
         let singles = policies.iter().map(|(_, kept)| A::of(&kept.sources).len()).sum();
@@ -151,20 +152,20 @@ impl<A: Address> Classes<A> {
             grouped.push((*address, place));
         }
         drop(hosts);
-        // Each that stands alone was counted once too often, when it was made.
+        // A combination of one policy was counted once too often, when it was created.
         for place in alone.into_iter().flatten() {
             if let Some(Some(found)) = at(place).and_then(|at| new.combinations.get_mut(at)) {
                 found.users -= 1;
             }
         }
-        // In order, the tree is made at once and without gaps.
+        // From sorted input the tree is built at once and without gaps.
         new.hosts = grouped.into_iter().collect();
         new.number(policies);
         new.describe(policies, elements);
         new
     }
 
-    /// Numbers all classes, in an order that depends on nothing but the ids of their policies.
+    /// Assigns tags to all classes, which depend on nothing but the ids of their policies.
     fn number(&mut self, policies: &Policies) {
         let classes = self.numbered.iter_mut();
         let mut all: Vec<_> = classes.map(|(members, class)| (members, &mut class.tag)).collect();
@@ -176,7 +177,7 @@ impl<A: Address> Classes<A> {
         }
     }
 
-    /// Writes the elements of all classes and ranges down.
+    /// Adds the elements of all classes and ranges.
     fn describe(&mut self, policies: &Policies, elements: &mut Elements) {
         for (members, class) in &self.numbered {
             for (key, value) in class_elements::<A>(members, class.tag, policies) {
@@ -199,22 +200,22 @@ impl<A: Address> Classes<A> {
         elements.extend(joined.into_iter().map(|(range, tag)| (Key::SourceNet(range), plain(tag))));
     }
 
-    /// The single sources that need an element, with their classes.
+    /// Returns the single-address sources that need an element, with their classes.
     pub(super) fn sources(&self) -> impl Iterator<Item = (A, Tag)> {
         self.hosts.iter().filter_map(|(address, place)| {
             let tag = self.tag(*place)?;
-            // One that its range already sends the same way needs no element.
+            // An address whose range has the same class needs no element.
             let around = self.around(*address).and_then(|place| self.tag(place));
             (around != Some(tag)).then_some((*address, tag))
         })
     }
 
-    /// Whether there are sources that are single addresses.
+    /// Returns whether there are single-address sources.
     pub(super) fn has_singles(&self) -> bool {
         !self.hosts.is_empty()
     }
 
-    /// Whether there are sources that are not single addresses.
+    /// Returns whether there are sources that are ranges.
     pub(super) fn has_ranges(&self) -> bool {
         !self.ranges.is_empty()
     }
@@ -223,7 +224,7 @@ impl<A: Address> Classes<A> {
         self.lengths.keys().copied()
     }
 
-    /// Who takes packets that another policy wants, too: first who gets them, then who does not.
+    /// Returns pairs of policies that select the same packets, the winner first.
     pub(super) fn overlaps(&self) -> impl Iterator<Item = (Handle, Handle)> + '_ {
         self.overlaps.keys().copied()
     }
@@ -246,7 +247,7 @@ impl<A: Address> Classes<A> {
         self.combination(place).map(|found| found.tag)
     }
 
-    /// The combination of the range around an address.
+    /// Returns the combination of the range that contains an address.
     fn around(&self, address: A) -> Option<Place> {
         if self.ranges.is_empty() {
             return None;
@@ -257,8 +258,9 @@ impl<A: Address> Classes<A> {
         range.contains(address).then_some(*place)
     }
 
-    /// The combination of these members, which are in order, for one more source; it has no tag
-    /// yet if it is new.
+    /// Returns the combination of these sorted members, counting one more source.
+    ///
+    /// A new combination has no tag yet.
     fn combine(&mut self, members: Vec<Handle>, policies: &Policies) -> Place {
         if let Some(place) = self.places.get(members.as_slice()).copied() {
             self.used(place);
@@ -287,7 +289,7 @@ impl<A: Address> Classes<A> {
         place
     }
 
-    /// A source joins a policy.
+    /// Adds a source to a policy.
     pub(super) fn add(
         &mut self,
         address: A,
@@ -310,7 +312,7 @@ impl<A: Address> Classes<A> {
         self.settle(address, Some(members), policies, delta);
     }
 
-    /// A source leaves a policy.
+    /// Removes a source from a policy.
     pub(super) fn remove(
         &mut self,
         address: A,
@@ -320,7 +322,7 @@ impl<A: Address> Classes<A> {
     ) {
         let Some(old) = self.hosts.get(&address).copied() else { return };
         let around = self.around(address);
-        // Those that name it by a range are not among those that name it alone.
+        // A policy that names the address by a range, too, does not count as naming it alone.
         let by_range = around.map_or(&[][..], |place| self.members(place));
         if by_range.contains(&handle) {
             return;
@@ -331,7 +333,7 @@ impl<A: Address> Classes<A> {
         self.settle(address, named.then_some(members), policies, delta);
     }
 
-    /// Gives a source another combination.
+    /// Changes the combination of a source.
     fn settle(
         &mut self,
         address: A,
@@ -354,7 +356,7 @@ impl<A: Address> Classes<A> {
         }
     }
 
-    /// The same as [`combine`](Self::combine), with a tag.
+    /// Does the same as [`combine`](Self::combine), and assigns a tag.
     fn combine_numbered(
         &mut self,
         members: Vec<Handle>,
@@ -393,7 +395,7 @@ impl<A: Address> Classes<A> {
         place
     }
 
-    /// A source has its combination no longer.
+    /// Counts one source less for a combination, and removes the combination with its last source.
     fn release(&mut self, place: Place, policies: &Policies, delta: &mut Delta) {
         let Some(slot) = at(place).and_then(|at| self.combinations.get_mut(at)) else { return };
         let Some(found) = slot else { return };
@@ -450,7 +452,7 @@ fn ids<'a>(
     members.iter().filter_map(|handle| policies.get(*handle)).map(|kept| &kept.id)
 }
 
-/// Drops what comes after a policy that takes everything.
+/// Removes members after the first policy that selects every destination.
 fn cut(members: &Members, policies: &Policies, family: Family) -> Members {
     let takes_all = |handle: &Handle| policies.get(*handle).is_some_and(|k| k.takes_all(family));
     match members.iter().position(takes_all) {
@@ -459,7 +461,7 @@ fn cut(members: &Members, policies: &Policies, family: Family) -> Members {
     }
 }
 
-/// Pairs that take the same packets.
+/// Returns the pairs of members that select the same packets.
 fn pairs<'a>(
     members: &'a [Handle],
     policies: &'a Policies,
@@ -471,7 +473,7 @@ fn pairs<'a>(
     })
 }
 
-/// The elements of a class.
+/// Returns the elements of a class.
 fn class_elements<A: Address>(
     members: &[Handle],
     class: Tag,

@@ -1,4 +1,4 @@
-//! The table at the egress hook of the tunnel device.
+//! The nf_tables table at the egress hook of the tunnel interface.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -12,11 +12,12 @@ use crate::state::{
 };
 use crate::types::Family;
 
-/// What marked packets are routed to: a neighbour whose Ethernet address is this node's own, which
-/// no forwarding entry here has. A frame that the hook does not rewrite goes nowhere.
+/// Returns the next hop of all marked packets: a neighbour with this node's own MAC address.
 ///
-/// RFC 7600 section 4.8 keeps the IPv4 address for what needs one and has none, RFC 6666 the IPv6
-/// prefix for what is to be thrown away. A link-local one would not do: those are the kernel's.
+/// No FDB entry on this node has that MAC address, so that a frame which the hook does not rewrite
+/// is dropped. RFC 7600 section 4.8 reserves the IPv4 address for hosts that need one and have
+/// none, RFC 6666 the IPv6 prefix for discarded traffic. A link-local address would not work: the
+/// kernel handles those itself.
 pub(super) const fn next_hop(family: Family) -> IpAddr {
     match family {
         Family::V4 => IpAddr::V4(Ipv4Addr::new(192, 0, 0, 8)),
@@ -24,8 +25,9 @@ pub(super) const fn next_hop(family: Family) -> IpAddr {
     }
 }
 
-/// Whether what the hook needs is there: one rule must tell our marks, and iptables has no such
-/// hook.
+/// Checks the requirements of the hook: a mark layout with a prefix, and nf_tables as backend.
+///
+/// One rule must match all our marks, and iptables has no such hook.
 pub(super) fn check(world: &World) -> Result<(), PlanError> {
     let cluster = &world.cluster;
     if cluster.steering == Steering::Tables {
@@ -40,7 +42,7 @@ pub(super) fn check(world: &World) -> Result<(), PlanError> {
     Ok(())
 }
 
-/// The table, if there is to be one.
+/// Returns the table, if steering uses the egress hook.
 pub(super) fn hook(world: &World, gateways: &Gateways) -> Option<Firewall> {
     if world.cluster.steering == Steering::Tables {
         return None;
@@ -49,7 +51,7 @@ pub(super) fn hook(world: &World, gateways: &Gateways) -> Option<Firewall> {
     let mask = layout.tested(gateways.values().map(|gateway| gateway.mark));
     let prefix = MarkBits { mask: layout.prefix_mask(), value: layout.prefix() };
     let rules = [
-        // Routed by somebody else; where it goes is decided by the Ethernet address that it has.
+        // Routed by another program; the MAC address that the frame has decides its path.
         vec![Field::Mark.has_not(prefix), Stmt::Return],
         vec![
             Field::Mark.bits(mask).map(Set::NextHop, Target::EthernetDestination),

@@ -1,4 +1,4 @@
-//! What contradicts itself.
+//! Errors of planning: contradictory or invalid input.
 
 use std::net::IpAddr;
 
@@ -8,40 +8,40 @@ use crate::alloc::AllocError;
 use crate::cluster::RulePriorities;
 use crate::types::{DeviceName, Family, MacAddr, Mark, NodeName, PolicyId, TableId};
 
-/// Input that contradicts itself or the kernel's limits; nothing was touched.
+/// An error in the input, which contradicts itself or the kernel's limits; nothing was changed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PlanError {
-    /// The node planned for is not in the list.
+    /// The node of the plan is not in the list of nodes.
     #[error("node {node} is not in the cluster's list of nodes")]
     UnknownNode {
-        /// Its name.
+        /// Name of the node.
         node: NodeName,
     },
-    /// The name of the tunnel device has characters that iptables takes for something else.
+    /// The name of the tunnel interface has characters that iptables interprets otherwise.
     #[error(
         "iptables cannot name the tunnel device {device}: use letters, digits and . _ - @ only"
     )]
     IptablesDevice {
-        /// The device.
+        /// The tunnel interface.
         device: DeviceName,
     },
-    /// Steering by the egress hook, in a layout of marks without prefix.
+    /// Steering by the egress hook was combined with a mark layout without prefix.
     #[error(
         "steering by the egress hook needs a layout of marks with a prefix: one routing rule must \
          tell them all"
     )]
     EgressHookPrefix,
-    /// Steering by the egress hook, and iptables as backend.
+    /// Steering by the egress hook was combined with iptables as backend.
     #[error("steering by the egress hook needs nf_tables as backend: iptables has no such hook")]
     EgressHookBackend,
-    /// A name occurs twice.
+    /// A node name occurs twice.
     #[error("node {node} is listed twice")]
     DuplicateNode {
         /// The name.
         node: NodeName,
     },
-    /// An underlay or tunnel address that no host can have.
+    /// An underlay or tunnel address is not a unicast address of a host.
     #[error("node {node} cannot have address {address}: it is not a unicast address")]
     NodeAddress {
         /// The node.
@@ -49,7 +49,7 @@ pub enum PlanError {
         /// The address.
         address: IpAddr,
     },
-    /// An IPv4 address written as IPv6.
+    /// An IPv4 address of a node is written as an IPv4-mapped IPv6 address.
     #[error("node {node} has address {address}: write IPv4 addresses as IPv4")]
     NodeMapped {
         /// The node.
@@ -57,7 +57,7 @@ pub enum PlanError {
         /// The address.
         address: IpAddr,
     },
-    /// More than one underlay or tunnel address of a family.
+    /// A node has more than one underlay or tunnel address of a family.
     #[error("node {node} has more than one {family} underlay or tunnel address")]
     NodeFamily {
         /// The node.
@@ -71,7 +71,7 @@ pub enum PlanError {
         /// The node.
         node: NodeName,
     },
-    /// A node cannot be reached by outer packets of the family that this node uses.
+    /// A node has no underlay address of the family of this node's outer packets.
     #[error("node {node} has no {family} underlay address, which the tunnel of this node uses")]
     UnderlayFamily {
         /// The node.
@@ -85,7 +85,7 @@ pub enum PlanError {
         /// The node.
         node: NodeName,
     },
-    /// An Ethernet address that no device can have.
+    /// The MAC address of a node is zero or a group address.
     #[error("node {node} cannot have Ethernet address {mac}: it is zero or a group address")]
     Mac {
         /// The node.
@@ -93,7 +93,7 @@ pub enum PlanError {
         /// The address.
         mac: MacAddr,
     },
-    /// A mark outside the layout, or set aside in it.
+    /// The mark of a node is outside the layout, or reserved in it.
     #[error("node {node} cannot have mark {mark}: the layout has no such gateway mark")]
     ForeignMark {
         /// The node.
@@ -101,121 +101,123 @@ pub enum PlanError {
         /// The mark.
         mark: Mark,
     },
-    /// Two nodes have the same address, Ethernet address or mark.
+    /// Two nodes have the same address, MAC address or mark.
     #[error("nodes {one} and {other} both have {what}")]
     Shared {
-        /// What they share.
+        /// The shared address or mark.
         what: String,
-        /// The first of them.
+        /// The first node.
         one: NodeName,
-        /// The other.
+        /// The second node.
         other: NodeName,
     },
-    /// A VXLAN network identifier that is zero or longer than 24 bits.
+    /// The VXLAN network identifier is zero or longer than 24 bits.
     #[error("VXLAN network identifier {vni} is not between 1 and 16777215")]
     Vni {
         /// The identifier.
         vni: u32,
     },
-    /// UDP port 0.
+    /// The UDP port of the tunnel is 0.
     #[error("the tunnel needs a UDP port other than 0")]
     Port,
-    /// The underlay cannot carry IPv6 packets of minimum size in the tunnel.
+    /// The underlay MTU is too small for IPv6 packets of minimum size in the tunnel.
     #[error("underlay MTU {mtu} is too small: the tunnel needs {needed} to carry 1280 bytes")]
     Mtu {
-        /// The underlay's MTU in bytes.
+        /// The underlay MTU in bytes.
         mtu: u32,
-        /// What is needed.
+        /// The MTU needed, in bytes.
         needed: u32,
     },
-    /// A priority that is not between the kernel's own rules.
+    /// The rule priority is not between the kernel's own rules.
     #[error("rule priority {priority} is not between 1 and {}", RulePriorities::LAST)]
     RulePriority {
         /// The priority.
         priority: u32,
     },
-    /// Packets that are led by their connection's mark come by no policy that could count them.
+    /// Policy counters were combined with connection caching.
+    ///
+    /// Packets that are steered by their connection mark match no policy that could count them.
     #[error(
         "policy_counters and connection_caching cannot both be on: cached packets are not counted"
     )]
     CachedCounters,
-    /// In iptables no rule stands for a policy.
+    /// Policy counters were combined with iptables, where not every policy has a rule of its own.
     #[error("policy_counters need nf_tables: with iptables packets are not counted")]
     IptablesCounters,
-    /// No excluded prefix: everything would be external, also other pods.
+    /// No prefix is excluded, so that every destination would be external, other pods included.
     #[error("no excluded prefix is given: name at least the prefix of the pods")]
     NothingExcluded,
-    /// An excluded prefix that is none.
+    /// An excluded prefix is invalid.
     #[error("excluded prefixes: {source}")]
     Excluded {
-        /// What is wrong with it.
+        /// The error in the prefix.
         source: PolicyError,
     },
-    /// Two policies have one id.
+    /// Two policies have the same id.
     #[error("policy {policy} is given twice")]
     DuplicatePolicy {
         /// The id.
         policy: PolicyId,
     },
-    /// A policy that contradicts itself or the cluster.
+    /// A policy contradicts itself or the cluster.
     #[error("policy {policy}: {source}")]
     Policy {
-        /// Its id.
+        /// Id of the policy.
         policy: PolicyId,
-        /// What is wrong with it.
+        /// The error in the policy.
         source: PolicyError,
     },
-    /// A change of a policy that is not there.
+    /// An update names a policy that is not wanted.
     #[error("policy {policy} is not one of those that are wanted")]
     UnknownPolicy {
-        /// Its id.
+        /// Id of the policy.
         policy: PolicyId,
     },
-    /// A gateway could not be given a mark.
+    /// No mark could be allocated for a gateway.
     #[error("marks: {0}")]
     Mark(AllocError<Mark>),
-    /// A gateway could not be given a routing table.
+    /// No routing table could be allocated for a gateway.
     #[error("routing tables: {0}")]
     Table(AllocError<TableId>),
 }
 
-/// What is wrong with a policy or a prefix.
+/// An error in a policy or a prefix.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PolicyError {
-    /// A prefix with bits set behind its length.
+    /// A prefix has host bits set.
     #[error("{net} has host bits set; {meant} may be meant")]
     HostBits {
         /// The prefix.
         net: IpNet,
-        /// The same without them.
+        /// The prefix without host bits.
         meant: IpNet,
     },
-    /// An IPv4 prefix written as IPv6: it would never match a packet.
+    /// An IPv4 prefix is written as IPv4-mapped IPv6, which would never match a packet.
     #[error("{net} is an IPv4-mapped IPv6 prefix; write IPv4 prefixes as IPv4")]
     Mapped {
         /// The prefix.
         net: IpNet,
     },
-    /// No source: the policy would do nothing.
+    /// The policy has no source, so that it would have no effect.
     #[error("sources are empty; a policy needs at least one")]
     NoSources,
-    /// An empty list of destinations, which must not be mistaken for all of them.
+    /// The list of destinations is empty, which must not be mistaken for all destinations.
     #[error("destinations are an empty list; say external, or name a prefix")]
     NoDestinations,
-    /// A gateway that is not a node of the cluster.
+    /// The gateway is not a node of the cluster.
     #[error("gateway {gateway} is not a node of the cluster")]
     UnknownGateway {
-        /// The name.
+        /// Name of the gateway.
         gateway: NodeName,
     },
-    /// An egress IP that one host cannot have or speak with.
+    /// The egress IP is not a unicast address that one host can use beyond its link.
     #[error("egress IP {address} is not a unicast address that can leave the link")]
     EgressIpNotUnicast {
         /// The address.
         address: IpAddr,
     },
-    /// An egress IP that stays inside.
+    /// The egress IP lies in an excluded prefix.
     #[error("egress IP {address} lies in the excluded prefix {net}")]
     EgressIpExcluded {
         /// The address.
@@ -223,7 +225,7 @@ pub enum PolicyError {
         /// The prefix.
         net: IpNet,
     },
-    /// An egress IP that is a node's own address, which would be cut off from its services.
+    /// The egress IP is a node's own address, whose services would become unreachable.
     #[error("egress IP {address} is an address of node {node}; ask for the node's own instead")]
     EgressIpOfNode {
         /// The address.

@@ -1,22 +1,22 @@
-//! What is as asked, but perhaps not as meant.
+//! Warnings about a valid plan.
 
 use crate::types::{Family, PolicyId};
 
-/// Something that is as asked, but perhaps not as meant.
+/// A warning about a valid plan: it was carried out as requested, but may not do what was intended.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Finding {
-    /// Two policies take the same packets of some source.
+    /// Two policies select the same packets of a common source.
     #[error("policies {winner} and {loser} overlap in {family}: {winner} comes first and wins")]
     Overlap {
-        /// The policy that takes them: lower priority number, or the smaller id.
+        /// The policy that takes the packets: the lower priority number, or the smaller id.
         winner: PolicyId,
-        /// The policy that does not.
+        /// The policy that does not take them.
         loser: PolicyId,
         /// The family.
         family: Family,
     },
-    /// Every table of the range is a gateway's.
+    /// Every table of the range is used by a gateway, so that none is left for the fallback rule.
     #[error(
         "all {capacity} routing tables are gateways': a marked packet that has lost its rule is \
          stopped by the forward chain alone, not by a closing table"
@@ -25,7 +25,7 @@ pub enum Finding {
         /// Number of tables in the range.
         capacity: usize,
     },
-    /// The policy's traffic of a family leaves as if there were no policy, as it asks for.
+    /// The policy's traffic of a family bypasses the policy, as its `unavailable` says.
     #[error("policy {policy} leaves its {family} traffic alone: {why}")]
     Bypassed {
         /// The policy.
@@ -47,17 +47,17 @@ pub enum Finding {
     },
 }
 
-/// Why a policy's traffic cannot be sent out as it asks for.
+/// The reason why a policy's traffic cannot be sent to its gateway or out of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Closed {
-    /// No gateway is named.
+    /// The policy has no gateway.
     #[error("it has no gateway")]
     NoGateway,
-    /// There is nothing to wear.
+    /// The policy has no egress IP of the family.
     #[error("it has no egress IP of that family")]
     NoEgressIp,
-    /// The tunnel does not carry the family between the two nodes.
+    /// The tunnel does not carry the family between this node and the gateway.
     #[error("this node or the gateway has no tunnel address of that family")]
     NoTunnelAddress,
 }

@@ -1,4 +1,4 @@
-//! What a plan was made from, kept so that a change is planned from that change alone.
+//! The index of a plan, by which the cost of planning a change depends on that change alone.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -20,27 +20,27 @@ use crate::policy::{Policy, Unavailable};
 use crate::state::{Data, Elements, Key, State, Tag, Value};
 use crate::types::{Family, Mark, NodeName, PolicyId, TableId};
 
-/// The policies that are wanted, and what the plan for them rests on.
+/// The wanted policies, and the counts and classes that their plan is derived from.
 #[derive(Debug)]
 pub(crate) struct Index {
     pub(super) world: World,
     pub(super) policies: Policies,
     pub(super) v4: Classes<u32>,
     pub(super) v6: Classes<u128>,
-    /// How many policies are steered to a node, by its place and once for each family.
+    /// Number of policies steered to each gateway node, by its index and counted once per family.
     pub(super) used: BTreeMap<usize, usize>,
-    /// How many policies this node is the gateway of, once for each family.
+    /// Number of policies whose gateway is this node, counted once per family.
     pub(super) own: usize,
-    /// How many policies this node speaks for with an egress IP.
+    /// Number of policies for each egress IP that is local to this node.
     pub(super) spoken: BTreeMap<IpAddr, usize>,
     pub(super) gateways: Gateways,
-    /// Table of the closing rule.
+    /// Table of the fallback rule.
     pub(super) closing: Option<TableId>,
-    /// Number of tables, if none is left for closing.
+    /// Number of tables, if none is left for the fallback rule.
     pub(super) no_table: Option<usize>,
 }
 
-/// A plan as far as it goes without marks and tables.
+/// A plan up to the point where marks and tables are needed.
 #[derive(Debug)]
 pub(crate) struct Draft {
     world: World,
@@ -54,7 +54,7 @@ pub(crate) struct Draft {
 }
 
 impl Draft {
-    /// Checks the input, and finds every source its class.
+    /// Checks the input, and assigns a class to every source.
     pub(crate) fn new<P: Policy>(
         cluster: &Cluster,
         policies: impl IntoIterator<Item = P>,
@@ -80,12 +80,12 @@ impl Draft {
         Ok(Self { world, policies, v4, v6, used, own, spoken: speaks, elements })
     }
 
-    /// Elements of the sets of sources and classes, which depend on no mark.
+    /// Returns the elements of the sets of sources and classes, which depend on no mark.
     pub(crate) const fn elements(&self) -> &Elements {
         &self.elements
     }
 
-    /// The whole plan.
+    /// Completes the plan with marks and tables.
     pub(crate) fn number(
         self,
         marks: &mut dyn MarkAllocator,
@@ -102,7 +102,7 @@ impl Draft {
     }
 }
 
-/// The classes of all policies, and the elements of their sets.
+/// Returns the classes of all policies, and the elements of their sets.
 fn classes(policies: &Policies) -> (Classes<u32>, Classes<u128>, Elements) {
     let mut elements = Elements::default();
     let v4 = Classes::new(policies, &mut elements);
@@ -112,7 +112,7 @@ fn classes(policies: &Policies) -> (Classes<u32>, Classes<u128>, Elements) {
 }
 
 impl Index {
-    /// Makes everything that follows from the policies anew.
+    /// Rebuilds everything that is derived from the policies.
     pub(super) fn renew(&mut self) -> State {
         self.policies.number();
         let elements;
@@ -120,7 +120,7 @@ impl Index {
         self.state(elements)
     }
 
-    /// The state, of the elements of sources and classes.
+    /// Returns the state, given the elements of sources and classes.
     fn state(&self, mut elements: Elements) -> State {
         let (mut state, fixed) = self.parts();
         if let Backend::Iptables(iptables) = self.world.cluster.backend {
@@ -142,7 +142,7 @@ impl Index {
         state
     }
 
-    /// The state without elements, and those elements that no single policy has a part in.
+    /// Returns the state without elements, and the elements that belong to no single policy.
     pub(super) fn parts(&self) -> (State, BTreeMap<Key, Value>) {
         let mut state = State::default();
         routing::routing(&self.world, &self.gateways, self.closing, &mut state);
@@ -165,16 +165,16 @@ impl Index {
         (state, fixed)
     }
 
-    /// Whether this node is the gateway of any policy.
+    /// Returns whether this node is the gateway of any policy.
     pub(super) fn translates(&self) -> bool {
         self.own > 0
     }
 
-    /// How a snapshot differs from what is wanted; nothing if in most of it.
+    /// Returns the updates from the wanted policies to a snapshot; `None` if most of it differs.
     ///
     /// # Errors
     ///
-    /// A policy that is there twice.
+    /// [`PlanError::DuplicatePolicy`] for a policy that occurs twice.
     pub(crate) fn differences<'p, P: Policy>(
         &self,
         policies: &'p [P],
@@ -183,7 +183,7 @@ impl Index {
         let (mut updates, mut new) = (Vec::new(), BTreeSet::new());
         let (mut known, mut differing) = (0, 0);
         for (place, policy) in (0..).zip(policies) {
-            // A list that has not changed mostly comes in the order of the first time.
+            // A list that has not changed mostly comes in the same order as the first time.
             let same = self.policies.get(place).is_some_and(|kept| kept.id == *policy.id());
             let handle = if same { Some(place) } else { self.policies.find(policy.id()) };
             let slot = handle.and_then(|handle| seen.get_mut(usize::try_from(handle).ok()?));
@@ -206,33 +206,33 @@ impl Index {
             let gone = gone.filter_map(|(handle, _)| self.policies.get(handle));
             updates.extend(gone.map(|kept| Update::Remove(kept.id.clone())));
         }
-        // One by one they cost more than all at once.
+        // Beyond this, single updates cost more than a new plan.
         let all = self.policies.iter().map(|(_, kept)| kept.sources.len()).sum::<usize>();
         Ok((differing <= MANY || differing <= all / 4).then_some(updates))
     }
 
-    /// The cluster that it was made for.
+    /// Returns the cluster that the plan was made for.
     pub(crate) const fn cluster(&self) -> &Cluster {
         &self.world.cluster
     }
 
-    /// Whether it was made for this cluster.
+    /// Returns whether the plan was made for this cluster.
     pub(crate) fn is_of(&self, cluster: &Cluster) -> bool {
         self.world.cluster == *cluster
     }
 
-    /// The gateways this node steers to.
+    /// Returns the gateways that this node steers to.
     pub(crate) fn gateways(&self) -> BTreeMap<NodeName, (Mark, TableId)> {
         let gateways = self.gateways.iter();
         gateways.map(|(name, found)| (name.clone(), (found.mark, found.table))).collect()
     }
 
-    /// Whether this node steers to a gateway.
+    /// Returns whether this node steers to a gateway.
     pub(crate) fn steers_to(&self, node: &NodeName) -> bool {
         self.gateways.contains_key(node)
     }
 
-    /// The policies in the order of their ids, with what their counters are known by.
+    /// Returns the policies in the order of their ids, with the keys of their counters.
     pub(crate) fn counted(&self) -> Vec<(&PolicyId, Family, Tag)> {
         let all = self.policies.iter().flat_map(|(_, kept)| {
             roles(kept, &self.world).map(move |(family, _)| (&kept.id, family, kept.tag))
@@ -242,7 +242,7 @@ impl Index {
         all
     }
 
-    /// What is as asked, but perhaps not as meant.
+    /// Returns warnings about the plan, which is valid but may not do what was intended.
     pub(crate) fn findings(&self) -> Vec<Finding> {
         let ordered = self.policies.ordered();
         let mut findings: Vec<_> =
@@ -260,7 +260,7 @@ impl Index {
         findings
     }
 
-    /// What becomes of a policy that is not carried out.
+    /// Returns the warnings about a policy that cannot be carried out.
     pub(super) fn findings_of(&self, kept: &Kept) -> impl Iterator<Item = Finding> {
         roles(kept, &self.world).filter_map(|(family, role)| {
             let Role::Closed(why) = role else { return None };
@@ -282,8 +282,8 @@ impl Index {
     }
 }
 
-/// Sources that are not worth planning everything for.
+/// Number of changed sources up to which updates are always cheaper than a new plan.
 const MANY: usize = 1_000;
 
-/// The value of an element that has none.
+/// The value of an element without data.
 pub(super) const NOTHING: Value = Value::plain(Data::None);

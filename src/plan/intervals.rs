@@ -1,4 +1,4 @@
-//! Prefixes that overlap, made into what does not.
+//! Splits overlapping prefixes into disjoint ranges.
 
 use std::collections::BTreeMap;
 
@@ -8,10 +8,10 @@ use super::policies::{Handle, Policies};
 use crate::range::{IpRange, address, number};
 use crate::types::Family;
 
-/// Cuts overlapping prefixes into disjoint ranges, each with the handles of all that cover it.
+/// Splits overlapping prefixes into disjoint ranges, each with the handles that cover it.
 pub(super) fn segments(nets: &[(IpNet, Handle)], family: Family) -> Vec<(IpRange, Vec<Handle>)> {
-    // Where a prefix begins it joins, one past its end it leaves; past the last address there is
-    // no such place, and nothing more to cut.
+    // A prefix joins at its first address and leaves one past its last; past the last address of
+    // the family there is no such point, and nothing more to split.
     let mut edges: BTreeMap<u128, (Vec<Handle>, Vec<Handle>)> = BTreeMap::new();
     for (net, handle) in nets {
         edges.entry(number(net.network())).or_default().0.push(*handle);
@@ -51,7 +51,7 @@ pub(super) fn adjoins(lower: &IpRange, upper: &IpRange) -> bool {
     number(lower.last()).checked_add(1) == Some(number(upper.first()))
 }
 
-/// Whether two policies of one source want a destination in common.
+/// Returns whether two policies with a common source select a common destination.
 pub(super) fn overlap(
     policies: &Policies,
     (first, second): (Handle, Handle),
@@ -63,7 +63,7 @@ pub(super) fn overlap(
     if first.takes_all(family) || second.takes_all(family) {
         return true;
     }
-    // Both lists are sorted by address and free of inner overlaps: walk them together.
+    // Both lists are sorted by address and disjoint within themselves: walk them together.
     let (mut ours, mut theirs) =
         (first.listed(family).peekable(), second.listed(family).peekable());
     while let (Some(one), Some(other)) = (ours.peek(), theirs.peek()) {
@@ -79,7 +79,7 @@ pub(super) fn overlap(
     false
 }
 
-/// The destinations of a class: each prefix with the policy that a packet to it belongs to.
+/// Returns the destinations of a class: each prefix with the policy that its packets belong to.
 pub(super) fn destinations(
     members: &[Handle],
     policies: &Policies,
@@ -89,7 +89,7 @@ pub(super) fn destinations(
     for handle in members {
         let listed = policies.get(*handle).into_iter().flat_map(|policy| policy.listed(family));
         for net in listed {
-            // Members come in order: the first to name a prefix keeps it.
+            // Members are in order: the first one to name a prefix gets it.
             prefixes.entry((net.network(), net.prefix_len())).or_insert((net, *handle));
         }
     }
@@ -100,7 +100,7 @@ pub(super) fn destinations(
             inside.pop();
         }
         let outer = inside.last().map(|(_, handle)| *handle);
-        // Of two members the one that comes first in the list takes the packet.
+        // Of two members the first in the order takes the packet.
         let winner = match outer {
             Some(outer) if policies.order(outer, handle).is_lt() => outer,
             _ => handle,

@@ -1,4 +1,4 @@
-//! The same datapath in iptables: chains with the names of its ancestors, and sets.
+//! Plans the iptables backend: chains with the names of its predecessors, and ipsets.
 
 mod classes;
 mod rules;
@@ -19,8 +19,9 @@ use classes::Classes;
 use rules::Rules;
 use sets::Sets;
 
-/// What iptables cannot say: in the name of a device `+` is a wildcard, and some other characters
-/// are nobody's.
+/// Checks the name of the tunnel interface against the limits of iptables.
+///
+/// In an interface name `+` is a wildcard, and some other characters are allowed by no tool.
 pub(super) fn check(world: &World) -> Result<(), PlanError> {
     let device = &world.cluster.tunnel.device;
     let good = |c: char| c.is_ascii_alphanumeric() || "._-@".contains(c);
@@ -30,7 +31,7 @@ pub(super) fn check(world: &World) -> Result<(), PlanError> {
     Err(PlanError::IptablesDevice { device: device.clone() })
 }
 
-/// The sets and chains of this node.
+/// Returns the sets and chains of this node.
 pub(super) fn xtables(
     world: &World,
     policies: &Policies,

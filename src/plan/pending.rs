@@ -1,4 +1,4 @@
-//! What a change of some policies comes to.
+//! Pending edits of the planned state.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -7,18 +7,21 @@ use super::policies::Handle;
 use crate::state::{Key, Value};
 use crate::types::Family;
 
-/// What a change of some policies comes to.
+/// The effects of a change of some policies on the planned state.
 #[derive(Debug, Default)]
 pub(super) struct Delta {
-    /// Elements as they are after it; nothing for those that are gone.
+    /// Elements after the change; `None` for deleted ones.
     pub(super) elements: BTreeMap<Key, Option<Value>>,
-    /// Single sources whose way may have changed.
+    /// Single-address sources whose packets may take another path.
     pub(super) sources: BTreeSet<IpAddr>,
-    /// The rules may change, too.
+    /// True if the rules may change, too.
     pub(super) skeleton: bool,
-    /// A number depends on others: all of them must be given out anew.
+    /// True if everything must be planned again.
+    ///
+    /// This is so if a tag depends on other policies or classes, that is, after a hash collision,
+    /// or if ranges of sources change.
     pub(super) disputed: bool,
-    /// Policies that now meet at some source.
+    /// Pairs of policies that now share a source and a destination.
     pub(super) overlapping: BTreeSet<(Family, (Handle, Handle))>,
 }
 

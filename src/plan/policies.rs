@@ -1,4 +1,4 @@
-//! Policies without contradictions, kept for as long as they are wanted.
+//! Validated, normalised policies, stored for as long as they are wanted.
 
 use std::cmp::Ordering;
 use std::collections::{BTreeSet, HashMap};
@@ -13,34 +13,34 @@ use crate::policy::{Destinations, EgressIp, Policy, Unavailable};
 use crate::state::{Comment, Tag};
 use crate::types::{Family, NodeName, PolicyId};
 
-/// A policy's place among those that are kept.
+/// Index of a policy in the store.
 pub(super) type Handle = u32;
 
-/// A policy in canonical form, with no tie to the caller's.
+/// A policy in canonical form, independent of the caller's value.
 #[derive(Debug)]
 pub(super) struct Kept {
     pub(super) id: PolicyId,
     pub(super) comment: Comment,
-    /// What the kernel's maps know it by.
+    /// Identifies the policy in the kernel's maps.
     pub(super) tag: Tag,
     pub(super) priority: u32,
-    /// Disjoint, in order; a prefix of length 0 stands for all of its family.
+    /// Disjoint and sorted; a prefix of length 0 stands for all destinations of its family.
     pub(super) destinations: Option<Vec<IpNet>>,
-    /// Its place in the cluster's list of nodes.
+    /// Index of the gateway in the cluster's list of nodes.
     pub(super) gateway: Option<usize>,
     pub(super) egress_ip: EgressIp,
     pub(super) unavailable: Unavailable,
     pub(super) sources: Sources,
 }
 
-/// The sources of a policy, as the caller named them and each once.
+/// The sources of a policy as the caller gave them, without duplicates.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Sources {
     pub(super) v4: BTreeSet<u32>,
     pub(super) v6: BTreeSet<u128>,
-    /// Those that are more than one address, in order.
+    /// Prefixes of more than one address, sorted.
     nets: Vec<IpNet>,
-    /// The same, disjoint.
+    /// Disjoint prefixes that cover the same addresses as `nets`.
     pub(super) cover: Vec<IpNet>,
 }
 
@@ -52,7 +52,7 @@ impl Sources {
         let (mut v4, mut v6, mut wide) = (Vec::with_capacity(nets.len()), Vec::new(), Vec::new());
         for net in nets {
             match net {
-                // A single IPv4 address is never wrong.
+                // A single IPv4 address is always valid.
                 IpNet::V4(net) if net.prefix_len() == 32 => v4.push(net.addr().to_bits()),
                 net => {
                     check_net(net)?;
@@ -70,12 +70,14 @@ impl Sources {
         Ok(Self { v4, v6, nets: wide, cover })
     }
 
-    /// Whether a list names exactly these.
+    /// Returns whether a list has exactly these sources.
     pub(super) fn are(&self, nets: &[IpNet]) -> bool {
         self.are_in_order(nets) || Self::of(nets).is_ok_and(|other| *self == other)
     }
 
-    /// Whether a list names these one by one in order, as one that has not changed mostly does.
+    /// Returns whether a list has exactly these sources in sorted order.
+    ///
+    /// An unchanged list mostly does, and this check is cheaper.
     fn are_in_order(&self, nets: &[IpNet]) -> bool {
         let (mut v4, mut v6, mut wide) = (self.v4.iter(), self.v6.iter(), self.nets.iter());
         let same = nets.iter().all(|net| match net {
@@ -86,7 +88,7 @@ impl Sources {
         same && v4.next().is_none() && v6.next().is_none() && wide.next().is_none()
     }
 
-    /// Whether a list names all of these, and perhaps more.
+    /// Returns whether a list includes all of these sources.
     pub(super) fn are_all_among(&self, nets: &[IpNet]) -> bool {
         let named: BTreeSet<_> = nets.iter().filter(|net| self.contains(**net)).collect();
         named.len() == self.len()
@@ -100,7 +102,9 @@ impl Sources {
         }
     }
 
-    /// Adds a source; whether it was not there. The cover does not follow by itself.
+    /// Adds a source and returns whether it is new.
+    ///
+    /// Call [`fit_cover`](Self::fit_cover) afterwards.
     pub(super) fn insert(&mut self, net: IpNet) -> bool {
         match net {
             IpNet::V4(net) if net.prefix_len() == 32 => self.v4.insert(net.addr().to_bits()),
@@ -112,7 +116,9 @@ impl Sources {
         }
     }
 
-    /// Takes a source out; whether it was there. The cover does not follow by itself.
+    /// Removes a source and returns whether it existed.
+    ///
+    /// Call [`fit_cover`](Self::fit_cover) afterwards.
     pub(super) fn remove(&mut self, net: IpNet) -> bool {
         match net {
             IpNet::V4(net) if net.prefix_len() == 32 => self.v4.remove(&net.addr().to_bits()),
@@ -124,7 +130,7 @@ impl Sources {
         }
     }
 
-    /// Makes the cover fit; whether it did not.
+    /// Recomputes the disjoint prefixes, and returns whether they changed.
     pub(super) fn fit_cover(&mut self) -> bool {
         if self.nets.is_empty() && self.cover.is_empty() {
             return false;
@@ -135,14 +141,14 @@ impl Sources {
         changed
     }
 
-    /// The single addresses.
+    /// Returns the single-address sources.
     pub(super) fn single(&self) -> Vec<IpAddr> {
         let v4 = self.v4.iter().map(|address| IpAddr::from(Ipv4Addr::from_bits(*address)));
         let v6 = self.v6.iter().map(|address| IpAddr::from(Ipv6Addr::from_bits(*address)));
         v4.chain(v6).collect()
     }
 
-    /// The single addresses that others do not have.
+    /// Returns the single-address sources that `other` does not have.
     pub(super) fn without(&self, other: &Self) -> Vec<IpAddr> {
         let v4 = self.v4.difference(&other.v4).map(|a| IpAddr::from(Ipv4Addr::from_bits(*a)));
         let v6 = self.v6.difference(&other.v6).map(|a| IpAddr::from(Ipv6Addr::from_bits(*a)));
@@ -153,7 +159,7 @@ impl Sources {
         self.v4.len() + self.v6.len() + self.nets.len()
     }
 
-    /// Whether any is of this family.
+    /// Returns whether any source is of this family.
     pub(super) fn has(&self, family: Family) -> bool {
         let single = match family {
             Family::V4 => !self.v4.is_empty(),
@@ -162,7 +168,7 @@ impl Sources {
         single || self.cover.iter().any(|net| Family::of_net(net) == family)
     }
 
-    /// Whether an address is in one of the prefixes.
+    /// Returns whether an address is in one of the prefixes.
     pub(super) fn covers(&self, address: IpAddr) -> bool {
         around(&self.cover, address).is_some()
     }
@@ -201,7 +207,7 @@ impl Kept {
         })
     }
 
-    /// Whether the caller's policy is this one.
+    /// Returns whether the caller's policy equals this one.
     pub(super) fn is<P: Policy>(&self, policy: &P, world: &World) -> bool {
         let gateway = self.gateway.and_then(|place| world.node(place)).map(|node| &node.name);
         self.priority == policy.priority()
@@ -219,7 +225,7 @@ impl Kept {
             && self.sources.are(policy.sources())
     }
 
-    /// Whether the policy takes every external destination of a family.
+    /// Returns whether the policy selects every external destination of a family.
     pub(super) fn takes_all(&self, family: Family) -> bool {
         match &self.destinations {
             None => true,
@@ -229,7 +235,7 @@ impl Kept {
         }
     }
 
-    /// The listed destinations of a family; none if the policy takes them all.
+    /// Returns the listed destinations of a family; none if the policy selects all.
     pub(super) fn listed(&self, family: Family) -> impl Iterator<Item = IpNet> + '_ {
         let nets = self.destinations.as_deref().unwrap_or_default();
         nets.iter()
@@ -238,7 +244,7 @@ impl Kept {
     }
 }
 
-/// The place of a gateway in the cluster's list of nodes.
+/// Returns the index of a gateway in the cluster's list of nodes.
 pub(super) fn place(
     gateway: Option<&NodeName>,
     world: &World,
@@ -249,7 +255,7 @@ pub(super) fn place(
     gateway.map(known).transpose()
 }
 
-/// All policies that are wanted.
+/// The store of all wanted policies.
 #[derive(Debug, Default)]
 pub(super) struct Policies {
     slots: Vec<Option<Kept>>,
@@ -259,7 +265,7 @@ pub(super) struct Policies {
 }
 
 impl Policies {
-    /// Checks policies and takes them.
+    /// Validates and stores policies.
     pub(super) fn new<P: Policy>(
         policies: impl IntoIterator<Item = P>,
         world: &World,
@@ -275,7 +281,7 @@ impl Policies {
         Ok(all)
     }
 
-    /// Gives all their numbers, which depend on the ids alone.
+    /// Assigns a tag to every policy; the tags depend on the ids alone.
     pub(super) fn number(&mut self) {
         let kept = self.slots.iter_mut().flatten();
         let mut all: Vec<_> = kept.map(|Kept { id, tag, .. }| (&*id, tag)).collect();
@@ -320,24 +326,24 @@ impl Policies {
         self.by_id.len()
     }
 
-    /// One more than the highest handle.
+    /// Returns one more than the highest handle.
     pub(super) fn end(&self) -> usize {
         self.slots.len()
     }
 
-    /// All policies, in no order that means anything.
+    /// Iterates over all policies, in no particular order.
     pub(super) fn iter(&self) -> impl Iterator<Item = (Handle, &Kept)> {
         (0..).zip(&self.slots).filter_map(|(handle, kept)| Some((handle, kept.as_ref()?)))
     }
 
-    /// All policies in their total order: (priority, id).
+    /// Returns all policies in their total order: (priority, id).
     pub(super) fn ordered(&self) -> Vec<(Handle, &Kept)> {
         let mut all: Vec<_> = self.iter().collect();
         all.sort_unstable_by_key(|(_, kept)| (kept.priority, &kept.id));
         all
     }
 
-    /// Which of two policies comes first.
+    /// Compares two policies in their total order.
     pub(super) fn order(&self, one: Handle, other: Handle) -> Ordering {
         if one == other {
             return Ordering::Equal;

@@ -1,4 +1,4 @@
-//! Tunnel, routes and rules.
+//! Plans the tunnel, its neighbours and FDB entries, routes and rules.
 
 use std::net::IpAddr;
 
@@ -11,12 +11,12 @@ use crate::cluster::{Node, RulePriorities, Steering};
 use crate::state::{BACKSTOP_METRIC, Route, RouteKey, Rule, RuleAction, State, Vxlan};
 use crate::types::{DeviceName, Family, Mark, TableId};
 
-/// Whether the tunnel carries a family from this node to another.
+/// Returns whether the tunnel carries a family between this node and another.
 pub(super) fn carries(world: &World, peer: &Node, family: Family) -> bool {
     tunnel_of(&world.here, family).is_some() && tunnel_of(peer, family).is_some()
 }
 
-/// Fills in everything of a state but the firewall.
+/// Fills in everything of a state except the firewall.
 pub(super) fn routing(
     world: &World,
     gateways: &Gateways,
@@ -32,8 +32,9 @@ pub(super) fn routing(
         underlay: tunnel.underlay_device.clone(),
         mac: world.here.mac(),
         mtu: world.mtu(),
-        // Loose: the kernel takes the larger of this and `all`, and strict drops every steered
-        // packet on the gateway, whose way back to the pod is not the tunnel.
+        // Loose mode: the kernel uses the larger of this value and `all`, and strict mode would
+        // drop every steered packet on the gateway, where the reverse path to the pod is not the
+        // tunnel.
         rp_filter: 2,
         up: true,
         intact: true,
@@ -71,9 +72,10 @@ pub(super) fn routing(
             }
         }
         if let Some(table) = closing.filter(|_| tunnel_of(&world.here, family).is_some()) {
-            // Whatever carries our prefix and found no gateway's table is refused here, not sent
-            // by the main table. Not by the rule itself: the kernel looks the way back to the pod
-            // up with our mark where `src_valid_mark` is set, and that must pass.
+            // Packets with our prefix that match no gateway's rule fail closed here, and do not
+            // reach the main table. A table is used, not a rule that refuses: where
+            // `src_valid_mark` is set, the kernel looks up the reverse path to the pod with our
+            // mark, and that lookup must succeed.
             inside(world, table, family, None, state);
             let closing = Rule {
                 family,
@@ -86,7 +88,8 @@ pub(super) fn routing(
             };
             state.rules.insert(closing.clone());
             if one_for_all {
-                // The same once more, so that where one is lost the other leads on.
+                // A second rule to the same table, so that steering works if one of the two is
+                // lost.
                 state.rules.insert(Rule { priority: priorities.gateways, ..closing.clone() });
                 let via = next_hop(family);
                 state.routes.insert(default_route(table, family), Route::Via(via));
@@ -98,8 +101,8 @@ pub(super) fn routing(
                 rules.any(|rule| rule.family == family && rule.priority == priority)
             };
             if asked(priorities.gateways) && asked(priorities.half) {
-                // It only saves time, wherever it comes among those of its priority: none of them
-                // is for a mark that it is for.
+                // The rule only saves time, wherever it comes among those of its priority: none of
+                // them matches a mark that it matches.
                 state.rules.insert(Rule {
                     priority: priorities.gateways,
                     mark: Mark::new(layout.prefix() | layout.half()),
@@ -113,20 +116,21 @@ pub(super) fn routing(
                 action: RuleAction::Goto(priorities.closing),
                 ..closing
             };
-            // No gateway is for this node's own packets, such as an answer with the mark of what
-            // it answers (`fwmark_reflect`), nor for the way back to the sender of a packet that
-            // is about to enter the tunnel (`src_valid_mark`).
+            // No gateway's rule may match this node's own packets, such as a reply with the mark of
+            // the packet it replies to (`fwmark_reflect`), nor the lookup of the reverse path to
+            // the sender of a packet that is about to enter the tunnel (`src_valid_mark`).
             for device in [DeviceName::known(Rule::LOOPBACK), tunnel.device.clone()] {
                 state.rules.insert(Rule { input: Some(device), ..past.clone() });
             }
-            // Whatever carries no prefix of ours need not be asked about every gateway.
+            // Packets without our prefix need not be matched against every gateway.
             state.rules.insert(Rule { inverted: true, ..past });
         }
     }
 }
 
-/// The table of one gateway and one family; `spared` says that rules lead past it whatever is not
-/// to enter the tunnel.
+/// Adds the routes of one gateway and one family.
+///
+/// `spared` says that rules skip the table for packets that must not enter the tunnel.
 fn table(
     world: &World,
     gateway: &Node,
@@ -139,8 +143,8 @@ fn table(
     if spared {
         backstop(table, family, state);
     } else {
-        // The outer packet to the gateway has lost the mark by then; should it not have, it must
-        // still find another way than into the tunnel.
+        // The outer packet to the gateway has lost the mark by then. If it has not, it must still
+        // be routed otherwise than into the tunnel.
         inside(world, table, family, world.underlay(gateway), state);
     }
     state.routes.insert(default_route(table, family), Route::Via(via));
@@ -150,7 +154,7 @@ fn default_route(table: TableId, family: Family) -> RouteKey {
     RouteKey { table, dst: everything(family), metric: RouteKey::default_metric(family) }
 }
 
-/// The routes of a table that leave what stays inside to the main table, and refuse the rest.
+/// Adds routes that leave excluded destinations to the main table, and make others unreachable.
 fn inside(world: &World, table: TableId, family: Family, outer: Option<IpAddr>, state: &mut State) {
     let metric = RouteKey::default_metric(family);
     let inside = world.inside.iter().copied().chain(outer.map(IpNet::from));
@@ -161,8 +165,8 @@ fn inside(world: &World, table: TableId, family: Family, outer: Option<IpAddr>, 
 }
 
 fn backstop(table: TableId, family: Family, state: &mut State) {
-    // Needs no device, so it is still there when the tunnel's routes have gone with the tunnel;
-    // without it the lookup would fall through to the main table.
+    // The route needs no interface, so that it stays when the tunnel's routes are deleted with the
+    // tunnel; without it the lookup would continue in the main table.
     let backstop = RouteKey { table, dst: everything(family), metric: BACKSTOP_METRIC };
     state.routes.insert(backstop, Route::Unreachable);
 }

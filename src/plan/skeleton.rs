@@ -1,9 +1,9 @@
-//! The rules: a static skeleton, the same for one policy and for ten thousand.
+//! The chains and rules of the nf_tables table: static, and independent of the number of policies.
 //!
-//! A packet carries what was found out about it from one map to the next in `meta priority`. The
-//! mark cannot serve for that, because a map's value overwrites all 32 bits of it, and some are
-//! other people's. The priority is nobody's at that point: a packet out of a pod's veth has 0
-//! (`____dev_forward_skb`), and forwarding sets it anew from the TOS field (`ip_forward`).
+//! A packet carries the result of one map lookup to the next in `meta priority`. The mark cannot
+//! serve for that, because a map's value overwrites all 32 bits of it, and some bits belong to
+//! other programs. The priority is unused at that point: a packet from a pod's veth has 0
+//! (`____dev_forward_skb`), and forwarding sets it again from the TOS field (`ip_forward`).
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -13,47 +13,51 @@ use crate::state::{
 };
 use crate::types::{DeviceName, Family, Mark};
 
-/// What the rules depend on.
+/// Parameters of the chains and rules.
 pub(super) struct Skeleton<'a> {
-    /// The tunnel device.
+    /// The tunnel interface.
     pub(super) device: &'a DeviceName,
     /// UDP port of the tunnel.
     pub(super) port: u16,
-    /// The bits of the mark that are written and tested.
+    /// Mask of the mark bits that are written and tested.
     pub(super) mask: u32,
     /// Mark of packets that this node must translate.
     pub(super) tunnel: Mark,
-    /// Mark of connections that we translated or bound.
+    /// Mark of connections that this crate's rules translated or marked.
     pub(super) connection: MarkBits,
-    /// Whether the first packet of a connection decides for all; not in layouts without prefix.
+    /// Enables connection caching; never set in layouts without prefix.
     pub(super) caching: bool,
-    /// What the marks of gateways and of what must be translated share, and no others have; `None`
-    /// in layouts without prefix.
+    /// Bits that identify connection marks of this crate while connections are cached.
+    ///
+    /// The marks of gateways and the mark of packets to translate share these bits, and no other
+    /// marks have them. `None` in layouts without prefix.
     pub(super) shared: Option<MarkBits>,
-    /// Prefix of gateways' marks and its bits; `None` in layouts without.
+    /// Prefix of the gateways' marks as (value, mask); `None` in layouts without prefix.
     pub(super) prefix: Option<(u32, u32)>,
-    /// Whether what enters the tunnel keeps its mark, because a chain at the device needs it.
+    /// True if packets that enter the tunnel keep their mark, because the egress hook needs it.
     pub(super) keeps_mark: bool,
     /// Marks of the gateways.
     pub(super) gateways: BTreeSet<Mark>,
-    /// What is in use of all that policies may ask for.
+    /// The optional features that the policies use.
     pub(super) used: Used,
-    /// Family of the tunnel's own packets.
+    /// Family of the tunnel's outer packets.
     pub(super) underlay: Family,
-    /// Whether the packets of each policy are counted.
+    /// Enables a packet and byte counter for each policy.
     pub(super) counting: bool,
 }
 
-/// What policies ask for: the rest would only cost packets time.
+/// Features that the policies use; rules for any other feature would only cost packets time.
 pub(super) struct Used {
     /// Destination prefix lengths.
     pub(super) lengths: BTreeSet<(Family, u8)>,
-    /// Families in which there are single sources.
+    /// Families that have single-address sources.
     pub(super) singles: BTreeSet<Family>,
-    /// Families in which there are ranges of sources: to look for them costs every packet more
-    /// than all the rest of what an unselected one is asked.
+    /// Families that have ranges of sources.
+    ///
+    /// A lookup in a set of ranges costs every packet more than all other lookups for a packet that
+    /// no policy selects.
     pub(super) ranges: BTreeSet<Family>,
-    /// Whether this node is the gateway of any policy.
+    /// True if this node is the gateway of any policy.
     pub(super) translates: bool,
 }
 
@@ -61,11 +65,11 @@ type Chains = BTreeMap<ChainId, (Option<Base>, Vec<NftRule>)>;
 
 /// Priorities of the base chains (`include/uapi/linux/netfilter_ipv4.h`).
 pub(super) mod priority {
-    /// `raw`: ahead of the tracking of connections (-200).
+    /// `raw`: ahead of connection tracking (-200).
     pub(super) const RAW: i32 = -300;
-    /// Right after destination NAT (-100), so that a service's real destination decides.
+    /// Right after destination NAT (-100), so that the real destination of a service is matched.
     pub(super) const AFTER_DNAT: i32 = -99;
-    /// `mangle`: ahead of the filters of other people.
+    /// `mangle`: ahead of the filter chains of other programs.
     pub(super) const MANGLE: i32 = -150;
     /// Right ahead of source NAT (100): at 100 the chain created last would run first.
     pub(crate) const BEFORE_SNAT: i32 = 99;
@@ -73,7 +77,7 @@ pub(super) mod priority {
     pub(super) const AFTER_SNAT: i32 = 101;
 }
 
-/// From a tag to what a map has for it.
+/// Replaces the tag in the packet's priority by the value that a map has for it.
 fn by_tag(map: Set) -> Stmt {
     Field::Priority.map(map, Target::Priority)
 }
@@ -83,7 +87,7 @@ const fn base(kind: ChainType, hook: Hook, priority: i32) -> Base {
 }
 
 impl Skeleton<'_> {
-    /// All sets and maps that the rules name.
+    /// Returns all sets and maps that the rules refer to.
     pub(super) fn sets(&self) -> BTreeSet<Set> {
         let mut sets = BTreeSet::from([Set::Verdict]);
         if self.prefix.is_none() {
@@ -102,7 +106,7 @@ impl Skeleton<'_> {
         sets
     }
 
-    /// All chains and their rules.
+    /// Returns all chains and their rules.
     pub(super) fn chains(&self) -> Chains {
         use priority::{AFTER_DNAT, AFTER_SNAT, BEFORE_SNAT, MANGLE, RAW};
         let mut chains = Chains::new();
@@ -158,9 +162,11 @@ impl Skeleton<'_> {
         Stmt::SetMark(MarkOf::Packet, MarkBits { mask: self.mask, value: mark })
     }
 
-    /// The mark of what this node must translate, by the bits that tell it from gateways' whichever
-    /// there are: what others set among the rest, and what a new gateway has tested from now on,
-    /// must not let a packet pass.
+    /// Returns the bits that identify the mark of packets that this node must translate.
+    ///
+    /// The bits distinguish it from the gateways' marks, whichever gateways there are. Other mark
+    /// bits are not tested: bits that another program sets, or that must be tested because of a new
+    /// gateway, must not let a packet pass the guard rules.
     fn tunnel_bits(&self) -> MarkBits {
         let mask = self.connection.mask & self.mask;
         MarkBits { mask, value: self.tunnel.get() & mask }
@@ -181,7 +187,8 @@ impl Skeleton<'_> {
     fn prerouting(&self) -> Vec<Vec<Stmt>> {
         let mut rules = vec![vec![self.out_of_tunnel(), Stmt::Goto(ChainId::Arrived)]];
         if let (true, Some((value, mask))) = (self.caching, self.prefix) {
-            // Its first packet was decided about, and said so in the connection's mark.
+            // The first packet of the connection was classified, and its gateway is in the
+            // connection mark.
             rules.push(vec![
                 Field::CtMark.has(MarkBits { mask, value }),
                 Stmt::direction(Direction::Original),
@@ -192,24 +199,26 @@ impl Skeleton<'_> {
         rules
     }
 
-    /// Any connection that we translated or bound.
+    /// Matches connections that this crate's rules translated or marked.
     fn is_ours(&self) -> Stmt {
         let cached = self.shared.filter(|_| self.caching);
         Field::CtMark.has(cached.unwrap_or(self.connection))
     }
 
-    /// What came out of the tunnel is never put into it again: two nodes that disagree about the
-    /// gateway would send it to and fro.
+    /// Marks packets from the tunnel for translation.
+    ///
+    /// A packet from the tunnel is never sent into the tunnel again: two nodes that disagree about
+    /// the gateway would send it back and forth.
     fn arrived(&self) -> Vec<Vec<Stmt>> {
         let untracked = Stmt::state(Stmt::INVALID | Stmt::UNTRACKED);
         vec![
-            // No NAT will see it, whatever becomes of its mark.
+            // NAT ignores such packets, whatever their mark.
             vec![untracked, Stmt::Counter, Stmt::Drop],
             vec![self.set_mark(self.tunnel.get())],
         ]
     }
 
-    /// From a source to its class; the single addresses first.
+    /// Looks up the class of a source, single addresses first.
     fn by_source(
         &self,
         address: fn(Family) -> Field,
@@ -227,7 +236,7 @@ impl Skeleton<'_> {
         found.filter_map(|(family, set)| Some(rule(family, set?))).collect()
     }
 
-    /// From a class to a policy, by destination; the longest prefix first.
+    /// Looks up the policy of a destination within a class, the longest prefix first.
     fn by_destination(&self, family: Family, next: ChainId) -> Vec<Vec<Stmt>> {
         let found = self.by_net(Field::Destination(family));
         found.map(|find| vec![find, Stmt::Goto(next)]).collect()
@@ -240,10 +249,13 @@ impl Skeleton<'_> {
         lengths.map(move |(_, length)| Stmt::by_prefix(address, *length)).chain(any)
     }
 
-    /// A segment that opens nothing, and yet is the first one seen, to a selected pod from where
-    /// a policy would lead: if it opened the connection, the pod's own would be answers, and no
-    /// NAT would touch them. Without it the pod's next segment opens the connection the right
-    /// way round. That is how it is after somebody has emptied the table of connections.
+    /// Drops mid-stream segments that would open a connection in the reverse direction.
+    ///
+    /// Such a segment opens nothing by itself (no SYN), is the first one that conntrack sees, goes
+    /// to a selected pod, and comes from a destination that one of the pod's policies selects. If
+    /// it created the conntrack entry, the pod's packets would be replies, and NAT would not
+    /// translate them. After the drop the pod's next segment opens the connection in the right
+    /// direction. This happens after another program has flushed the conntrack table.
     fn answering(&self, family: Family) -> Vec<Vec<Stmt>> {
         let mut rules = vec![vec![
             Field::Source(family).is_in(Set::Excluded(family)),
@@ -259,14 +271,14 @@ impl Skeleton<'_> {
         let bypass = Stmt::Goto(ChainId::Bypass);
         let pick = Stmt::Goto(ChainId::Pick(family));
         vec![
-            // The first packet of the connection has been asked all of this. A destination that
-            // was excluded since makes no difference: no way but ours is open to the connection,
-            // and it is about to be ended.
+            // The first packet of the connection passed the checks below. A destination that was
+            // excluded since then needs no check: the connection has no other allowed path, and is
+            // about to be ended.
             vec![self.is_ours(), Stmt::direction(Direction::Original), pick.clone()],
             vec![Field::Destination(family).is_in(Set::Excluded(family)), bypass.clone()],
-            // Of connections that somebody opened to the pod.
+            // Packets of connections that were opened to the pod.
             vec![Stmt::direction(Direction::Reply), bypass],
-            // NAT leaves it alone, so it would leave with the pod's address.
+            // NAT ignores it, so it would leave with the pod's address.
             vec![Stmt::state(Stmt::INVALID), Stmt::Counter, Stmt::Drop],
             vec![pick],
         ]
@@ -284,7 +296,7 @@ impl Skeleton<'_> {
             vec![Stmt::Counter, Stmt::Drop],
         ];
         if self.counting {
-            // Not those that are decided about once more ahead of source NAT.
+            // Does not match packets that are classified again ahead of source NAT.
             rules.insert(0, vec![Field::Output.is(0), Field::Priority.is_in(Set::Count(family))]);
         }
         rules
@@ -293,7 +305,7 @@ impl Skeleton<'_> {
     fn send_to(&self, mark: Mark) -> Vec<Vec<Stmt>> {
         let mut rules = self.send(mark);
         if self.caching {
-            // Also of a connection that was on its way to another gateway.
+            // Also set for a connection that was steered to another gateway.
             let bits = MarkBits { mask: self.mask, value: mark.get() };
             rules.push(vec![Stmt::SetMark(MarkOf::Connection, bits)]);
         }
@@ -308,7 +320,7 @@ impl Skeleton<'_> {
         Field::Mark.has(self.tunnel_bits())
     }
 
-    /// It has the mark of a gateway.
+    /// Matches packets that have the mark of a gateway.
     fn is_stray(&self) -> Stmt {
         match self.prefix {
             Some((value, mask)) => Field::Mark.has(MarkBits { mask, value }),
@@ -316,12 +328,15 @@ impl Skeleton<'_> {
         }
     }
 
-    /// In the order of what most packets are spared. Whatever has a mark of ours has it from here.
+    /// Dispatches marked packets and packets of tracked connections.
+    ///
+    /// The rules are ordered so that most packets match the fewest. If a packet has one of our
+    /// marks here, our rules have set it.
     fn forward(&self) -> Vec<Vec<Stmt>> {
         let marked = |is: Stmt| vec![is, Stmt::Goto(ChainId::Marked)];
         let mut rules = match (self.used.translates, self.shared) {
             (true, _) => vec![marked(self.is_stray())],
-            // Nobody translates here what comes out of the tunnel.
+            // No chain on this node translates packets from the tunnel.
             (false, Some(bits)) => vec![marked(Field::Mark.has(bits))],
             (false, None) => vec![marked(self.is_stray()), marked(self.is_tunnel())],
         };
@@ -331,27 +346,32 @@ impl Skeleton<'_> {
         rules
     }
 
-    /// What enters the tunnel is where it belongs.
+    /// Accepts packets that enter the tunnel, which is their intended path.
     fn enter(&self) -> Vec<Stmt> {
         // The outer packet inherits the mark; routed by it, it would enter the tunnel again.
         let take_off = (!self.keeps_mark).then(|| self.set_mark(0));
         [Some(self.to_tunnel()), take_off, Some(Stmt::Return)].into_iter().flatten().collect()
     }
 
-    /// Marked, and yet not on its way into the tunnel: link, route or rule is missing.
+    /// Drops marked packets that do not enter the tunnel: the link, a route or a rule is missing.
     fn marked(&self) -> Vec<Vec<Stmt>> {
         vec![self.enter(), vec![Stmt::Counter, Stmt::Drop]]
     }
 
-    /// Of a connection that was ours, and on no way of ours any more: its policy has gone. The
-    /// kernel would send it on with the address it once got, the pod's own. What enters the tunnel
-    /// without our mark has had it overwritten by others since.
+    /// Drops packets of our connections that are not marked any more: their policy was removed.
+    ///
+    /// The kernel would forward such a packet with the source that the connection got at first, the
+    /// pod's own. A packet that enters the tunnel without our mark has had it overwritten by
+    /// another program since, and may pass.
     fn bound(&self) -> Vec<Vec<Stmt>> {
         let original = Stmt::direction(Direction::Original);
         vec![self.enter(), vec![original, self.is_not_tunnel(), Stmt::Counter, Stmt::Drop]]
     }
 
-    /// Masqueraded by this node, a pod's frame would come from a known one.
+    /// Drops forwarded packets to a peer's tunnel port whose source is not a node.
+    ///
+    /// If this node masqueraded such a packet, a frame forged by a pod would reach the peer from
+    /// the address of a known node.
     fn injected(&self) -> Vec<Vec<Stmt>> {
         let from_stranger = |family| {
             vec![
@@ -367,8 +387,8 @@ impl Skeleton<'_> {
 
     fn nat_postrouting(&self) -> Vec<Vec<Stmt>> {
         let mut rules = Vec::new();
-        // An answer to a connection that was ended would open it the other way round, and the
-        // pod's packets would leave as answers to that. Only what opens one comes by here.
+        // A late reply to an ended connection would open it in the reverse direction, and the pod's
+        // packets would leave as replies to it. Only first packets of connections pass a NAT chain.
         for family in Family::BOTH {
             for set in [Set::Answer(family), Set::PortlessAnswer(family)] {
                 rules.push(vec![Stmt::answers(set), Stmt::Counter, Stmt::Drop]);
@@ -384,17 +404,18 @@ impl Skeleton<'_> {
             // `accept` would not keep a masquerade in another table from binding.
             rules.push(vec![self.to_tunnel(), Stmt::KeepSource(family)]);
         }
-        // The tunnel's own packets seem to have come out of it: they keep its device.
+        // The outer packets have the tunnel interface as input interface, and would seem to come
+        // from the tunnel.
         rules.push([self.outer(), vec![Stmt::Return]].concat());
-        // Others may have overwritten the mark on the way: what came out of the tunnel is told by
-        // the device, and what did not is decided about once more. Before Linux 5.7 there is no
-        // device here, and the mark must do.
+        // Another program may have overwritten the mark since prerouting: packets from the tunnel
+        // are recognised by the input interface, and others are classified again. Before Linux 5.7
+        // there is no input interface in this hook, and the mark is used.
         rules.push(vec![self.out_of_tunnel(), self.set_mark(self.tunnel.get())]);
         rules.push(vec![self.is_not_tunnel(), Field::Input.is_not(0), Stmt::Jump(ChainId::Select)]);
         rules.push(vec![Field::Input.is_not(0), self.is_stray(), Stmt::Counter, Stmt::Drop]);
         rules.push(vec![self.is_not_tunnel(), Stmt::Return]);
         rules.extend(self.by_source(Field::Source, ChainId::Translate));
-        // Tunnelled to us, but nothing here knows the source.
+        // A packet from the tunnel whose source is in no policy of this node.
         rules.push(vec![Stmt::Counter, Stmt::Drop]);
         rules
     }
@@ -420,7 +441,7 @@ impl Skeleton<'_> {
         vec![
             vec![self.is_not_tunnel(), Stmt::Return],
             vec![untracked, Stmt::Counter, Stmt::Drop],
-            // Translated by somebody else, before there was a policy.
+            // Translated by another program, before there was a policy.
             vec![
                 original.clone(),
                 Field::CtMark.has_not(self.connection),
@@ -428,19 +449,19 @@ impl Skeleton<'_> {
                 Stmt::Drop,
             ],
             vec![original, Stmt::not_translated(), Stmt::Counter, Stmt::Drop],
-            // The tag that translation left behind would choose a queue of the device.
+            // The tag that translation left in the priority would select a queue of the device.
             vec![Stmt::state(Stmt::NEW), Stmt::ClearPriority],
             vec![self.set_mark(0)],
         ]
     }
 
     fn output(&self) -> Vec<Vec<Stmt>> {
-        // Nobody's NAT is to touch the outer packets, and their connections, one for each of the
-        // pods', would only fill the table.
+        // No NAT may translate the outer packets, and tracking them would only fill the conntrack
+        // table with one entry for each connection of the pods.
         vec![[self.outer(), vec![Stmt::NoTrack]].concat()]
     }
 
-    /// The tunnel's own packets.
+    /// Matches the tunnel's own outer packets.
     fn outer(&self) -> Vec<Stmt> {
         vec![
             Field::UdpDestinationPort.is(self.port.into()),
@@ -451,8 +472,9 @@ impl Skeleton<'_> {
     fn input(&self) -> Vec<Vec<Stmt>> {
         let mut rules = Vec::new();
         for family in Family::BOTH {
-            // VXLAN is not authenticated: anyone could speak with an egress IP. A pod that its node
-            // masquerades could, too, at an address of this node that no node sends to.
+            // VXLAN is not authenticated: any host could send packets with an egress IP as source.
+            // So could a pod whose packets its node masquerades, if it sends to an address of this
+            // node that is not the underlay address to which nodes send.
             for stranger in [
                 Field::Source(family).is_not_in(Set::Peer(family)),
                 Field::Destination(family).is_not_in(Set::Underlay(family)),
@@ -461,8 +483,8 @@ impl Skeleton<'_> {
                 rules.push(vec![port, stranger, Stmt::Counter, Stmt::Drop]);
             }
         }
-        // Neighbour solicitations and advertisements (RFC 4861): without an answer to a unicast
-        // probe the router forgets who has the address.
+        // Neighbour solicitations and advertisements (RFC 4861): if a unicast probe gets no reply,
+        // the router deletes its neighbour entry for the address.
         for kind in [135, 136] {
             rules.push(vec![
                 Field::Destination(Family::V6).is_in(Set::Eip(Family::V6)),
@@ -471,8 +493,8 @@ impl Skeleton<'_> {
             ]);
         }
         for family in Family::BOTH {
-            // No service of this node answers on an egress IP, and an open connection that moved
-            // here is not reset before its first packet out.
+            // No service of this node listens on an egress IP, and an open connection that moved to
+            // this node is not reset before its first outgoing packet.
             rules.push(vec![
                 Field::Destination(family).is_in(Set::Eip(family)),
                 Stmt::Counter,

@@ -1,4 +1,4 @@
-//! The elements of the maps.
+//! Plans the elements of the sets and maps.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -12,7 +12,7 @@ use crate::policy::Unavailable;
 use crate::range::IpRange;
 use crate::state::{ChainId, Comment, Data, Firewall, Key, Tag, Value, Verdict};
 
-/// The nf_tables table of this node with everything but what depends on policies one by one.
+/// Returns the nf_tables table of this node without the elements of single policies.
 pub(super) fn skeleton(
     world: &World,
     gateways: &Gateways,
@@ -52,7 +52,7 @@ pub(super) fn skeleton(
     (Firewall { chains, sets, ..Firewall::default() }, elements)
 }
 
-/// What does not depend on policies one by one.
+/// Returns the elements that do not depend on single policies.
 fn fixed(world: &World, gateways: &Gateways) -> BTreeMap<Key, Value> {
     let mut elements = BTreeMap::new();
     for peer in world.peers() {
@@ -82,7 +82,7 @@ fn fixed(world: &World, gateways: &Gateways) -> BTreeMap<Key, Value> {
     elements
 }
 
-/// What becomes of a policy's packets, what they wear if they leave from here, and their count.
+/// Returns the elements of a policy: its action, its SNAT address on this node, and its counter.
 pub(super) fn ways_out(
     world: &World,
     policy: &Kept,
@@ -105,14 +105,15 @@ pub(super) fn ways_out(
             Some(address) => (Key::Snat(family, policy.tag), value(Data::Address(address))),
             None => (Key::Masquerade(family, policy.tag), value(Data::None)),
         });
-        // Of the policy alone, so that what it has counted outlives any change of it.
+        // Depends on the policy's tag alone, so that the counter outlives every change of the
+        // policy.
         let counted = world.cluster.policy_counters;
         let count = counted.then(|| (Key::Count(family, policy.tag), value(Data::None)));
         [Some(steer), worn, count].into_iter().flatten()
     })
 }
 
-/// The egress IPs that this node speaks with for a policy.
+/// Returns the egress IPs of a policy that are local to this node, its gateway.
 pub(super) fn spoken(policy: &Kept, world: &World) -> impl Iterator<Item = IpAddr> {
     let here = roles(policy, world).filter(|(_, role)| *role == Role::Gateway);
     here.filter_map(|(family, _)| policy.egress_ip.address(family))

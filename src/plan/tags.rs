@@ -1,20 +1,20 @@
-//! Numbers that the kernel's maps know policies and classes by.
+//! Allocates the tags that identify policies and classes in the kernel's maps.
 
 use std::collections::BTreeSet;
 
 use crate::state::Tag;
 use crate::types::{PolicyId, fnv1a};
 
-/// Tags by hash: equal input gives an equal tag after a restart with no memory.
+/// A tag allocator by hash: equal input gives equal tags after a restart without stored state.
 #[derive(Debug, Default)]
 pub(super) struct Numbers {
     taken: BTreeSet<Tag>,
-    /// Tags that more than one wanted: who has one depends on all of them.
+    /// Tags with a hash collision: their assignment depends on all ids that hash to them.
     disputed: BTreeSet<Tag>,
 }
 
 impl Numbers {
-    /// Gives everything a tag by the ids that it has, and by nothing else.
+    /// Assigns a tag to every item by its policy ids, and by nothing else.
     pub(super) fn of_all<'a, N, I>(all: &mut [(N, &mut Tag)], ids: impl Fn(&N) -> I) -> Self
     where
         I: Iterator<Item = &'a PolicyId>,
@@ -26,7 +26,7 @@ impl Numbers {
             own.is_some()
         });
         if !undisputed {
-            // Who gets a tag that several want is decided by the order of the ids.
+            // On a hash collision the order of the ids decides which item gets the tag.
             numbers = Self::default();
             all.sort_by_cached_key(|(named, _)| ids(named).collect::<Vec<_>>());
             for (named, tag) in all {
@@ -36,7 +36,7 @@ impl Numbers {
         numbers
     }
 
-    /// A tag for these ids; they must come in order, so that the same ones get the same tags.
+    /// Allocates a tag for these ids; items must come in the order of their ids to get stable tags.
     fn take<'a>(&mut self, ids: impl IntoIterator<Item = &'a PolicyId>) -> Tag {
         let mut text = text(ids);
         loop {
@@ -49,7 +49,7 @@ impl Numbers {
         }
     }
 
-    /// A tag for ids that come out of order; nothing if it depends on the others.
+    /// Allocates a tag for ids in any order; `None` on a hash collision.
     pub(super) fn take_alone<'a>(
         &mut self,
         ids: impl IntoIterator<Item = &'a PolicyId>,
@@ -58,7 +58,7 @@ impl Numbers {
         self.taken.insert(tag).then_some(tag)
     }
 
-    /// Gives a tag back; whether the others may keep theirs.
+    /// Frees a tag, and returns whether the other tags are still valid (no collision involved it).
     pub(super) fn give_back(&mut self, tag: Tag) -> bool {
         self.taken.remove(&tag);
         !self.disputed.contains(&tag)
@@ -74,7 +74,7 @@ fn text<'a>(ids: impl IntoIterator<Item = &'a PolicyId>) -> Vec<u8> {
     text
 }
 
-/// The first tag that a text gives, itself or made longer.
+/// Returns the first valid tag of a text, which is extended until its hash gives one.
 fn first(text: &mut Vec<u8>) -> Tag {
     loop {
         if let Some(tag) = hashed(fnv1a(text)) {
@@ -84,7 +84,7 @@ fn first(text: &mut Vec<u8>) -> Tag {
     }
 }
 
-/// A tag from a hash; high halves below 16 are left to ways out.
+/// Converts a hash to a tag; high halves below 16 are reserved for policy actions.
 fn hashed(hash: u64) -> Option<Tag> {
     let folded = u32::try_from((hash >> 32) ^ (hash & 0xffff_ffff)).ok()?;
     #[cfg(test)]
@@ -102,7 +102,7 @@ pub(crate) mod tests {
         static NARROW: Cell<bool> = const { Cell::new(false) };
     }
 
-    /// Does something where so few tags are first choices that most are disputed.
+    /// Runs `work` with so few possible tags that most of them collide.
     pub(crate) fn with_few<T>(work: impl FnOnce() -> T) -> T {
         NARROW.set(true);
         let done = work();
@@ -111,7 +111,7 @@ pub(crate) mod tests {
     }
 
     pub(super) fn narrowed(folded: u32) -> u32 {
-        // The low half stays wide enough for everybody to get a tag at last.
+        // The low half stays wide enough for every item to get a tag in the end.
         if NARROW.get() { 0x0010_0000 | folded & 0x3f } else { folded }
     }
 

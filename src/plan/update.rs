@@ -1,4 +1,4 @@
-//! Changes of what is wanted, planned from themselves alone.
+//! Incremental planning: the cost of an update depends on the update, not on the total.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -17,58 +17,58 @@ use crate::policy::{EgressPolicy, Policy};
 use crate::state::{Key, State, Value};
 use crate::types::{NodeName, PolicyId};
 
-/// A change of what is wanted, for [`Reconciler::update`](crate::Reconciler::update).
+/// A change of the wanted policies, for [`Reconciler::update`](crate::Reconciler::update).
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Update<P = EgressPolicy> {
-    /// A policy is new, or takes the place of the one with its id.
+    /// Adds a policy, or replaces the one with the same id.
     Upsert(P),
-    /// A policy is not wanted any more; none with this id is no error.
+    /// Removes a policy; it is no error if none has this id.
     Remove(PolicyId),
-    /// Pods come under a policy; those that are there already are no error.
+    /// Adds pods to a policy; it is no error if they are sources already.
     AddSources {
-        /// The policy, which must be there.
+        /// The policy, which must exist.
         policy: PolicyId,
-        /// Their prefixes, without host bits.
+        /// Prefixes of the pods, without host bits.
         sources: Vec<IpNet>,
     },
-    /// Pods leave a policy, but not the last; those that are not there are no error.
+    /// Removes pods from a policy, but not the last one; it is no error if they are no sources.
     RemoveSources {
-        /// The policy, which must be there.
+        /// The policy, which must exist.
         policy: PolicyId,
-        /// Their prefixes, as they came.
+        /// Prefixes of the pods, as they were added.
         sources: Vec<IpNet>,
     },
-    /// A policy's traffic leaves by another node; with `None` it is dropped.
+    /// Moves a policy to another gateway node; with `None` its traffic is dropped.
     Move {
-        /// The policy, which must be there.
+        /// The policy, which must exist.
         policy: PolicyId,
-        /// The node.
+        /// The gateway node.
         gateway: Option<NodeName>,
     },
 }
 
-/// What changes come to.
+/// The effect of updates on the planned state.
 #[derive(Debug)]
 pub(crate) enum Planned {
-    /// These parts of the state.
+    /// Only these parts of the state change.
     Part(Part),
-    /// Perhaps all of it, because numbers or ranges depend on one another.
+    /// All of the state may change, because tags or ranges depend on one another.
     Whole(Box<State>),
 }
 
-/// The parts of a state that changes come to.
+/// The parts of a state that updates change.
 #[derive(Debug, Default)]
 pub(crate) struct Part {
-    /// Elements as they are then; nothing for those that are gone.
+    /// Elements after the updates; `None` for deleted ones.
     pub(crate) elements: BTreeMap<Key, Option<Value>>,
-    /// Everything but elements, if any of it changes.
+    /// Everything except elements, if any of it changes.
     pub(crate) rest: Option<Box<State>>,
-    /// Single sources whose way may change; nothing if it may be any's.
+    /// Single-address sources whose packets may take another path; `None` if any source's may.
     pub(crate) sources: Option<BTreeSet<IpAddr>>,
 }
 
-/// A change that contradicts nothing.
+/// A validated update.
 #[derive(Debug)]
 enum Edit {
     Insert(Box<Kept>),
@@ -79,22 +79,22 @@ enum Edit {
     Move(Handle, Option<usize>),
 }
 
-/// What goes on while changes are made.
+/// Bookkeeping of one `update` call.
 #[derive(Debug, Default)]
 struct Course {
     delta: Delta,
-    /// Policies whose ways out are taken out, to be put in again at the end.
+    /// Policies whose actions were removed, to be added again at the end.
     touched: BTreeSet<Handle>,
-    /// Sources of some policy have another way, whatever they are.
+    /// True if the path of all sources of some policy changes, whichever they are.
     everybody: bool,
 }
 
 impl Index {
-    /// Plans changes, one after another, and says what they come to and what is new about them.
+    /// Plans updates, one after another, and returns their effect and new warnings.
     ///
     /// # Errors
     ///
-    /// As for a plan; then nothing has changed.
+    /// The errors of a plan; the index is then unchanged.
     pub(crate) fn update<P: Policy>(
         &mut self,
         updates: impl IntoIterator<Item = Update<P>>,
@@ -127,7 +127,7 @@ impl Index {
         }
     }
 
-    /// Checks a change; nothing if it changes nothing.
+    /// Validates an update; `None` if it changes nothing.
     fn resolve<P: Policy>(&self, update: Update<P>) -> Result<Option<Edit>, PlanError> {
         let known = |id: &PolicyId| {
             let unknown = || PlanError::UnknownPolicy { policy: id.clone() };
@@ -172,7 +172,7 @@ impl Index {
         })
     }
 
-    /// Makes a change, and says what undoes it.
+    /// Applies an edit, and returns the edit that undoes it.
     fn edit(&mut self, edit: Edit, course: &mut Course) -> Option<Edit> {
         match edit {
             Edit::Insert(kept) => Some(Edit::Remove(self.insert(*kept, course))),
@@ -198,7 +198,7 @@ impl Index {
         }
     }
 
-    /// Takes a policy's ways out, unless that has been done.
+    /// Removes a policy's action elements and their counts, unless this was done before.
     fn touch(&mut self, handle: Handle, course: &mut Course) {
         let Some(kept) = self.policies.get(handle).filter(|_| course.touched.insert(handle)) else {
             return;
@@ -220,7 +220,7 @@ impl Index {
         }
     }
 
-    /// Counts what the ways out of these policies need.
+    /// Counts the gateways and egress IPs of these policies again.
     fn put_back(&mut self, touched: &BTreeSet<Handle>) {
         for kept in touched.iter().filter_map(|handle| self.policies.get(*handle)) {
             for (_, role) in roles(kept, &self.world) {
@@ -279,22 +279,22 @@ impl Index {
         Some(old)
     }
 
-    /// All single sources of a policy join it.
+    /// Adds all single-address sources of a policy to the classes.
     fn enter(&mut self, handle: Handle, delta: &mut Delta) {
         let all = self.policies.get(handle).map(|kept| kept.sources.single()).unwrap_or_default();
         self.follow(&all, handle, true, delta);
     }
 
-    /// All single sources of a policy leave it.
+    /// Removes all single-address sources of a policy from the classes.
     fn leave(&mut self, handle: Handle, delta: &mut Delta) {
         let all = self.policies.get(handle).map(|kept| kept.sources.single()).unwrap_or_default();
         self.follow(&all, handle, false, delta);
     }
 
-    /// The classes follow single sources that join a policy or leave it.
+    /// Updates the classes for single-address sources that are added to or removed from a policy.
     fn follow(&mut self, sources: &[IpAddr], handle: Handle, join: bool, delta: &mut Delta) {
         for address in sources {
-            // All is made anew in the end, and what is there fits the policies no longer.
+            // Everything is planned again in the end, and the classes no longer match the policies.
             if delta.disputed {
                 return;
             }
@@ -308,7 +308,7 @@ impl Index {
         }
     }
 
-    /// Adds sources to a policy; gives those that it did not have.
+    /// Adds sources to a policy, and returns those that are new.
     fn add(&mut self, handle: Handle, mut nets: Vec<IpNet>, delta: &mut Delta) -> Vec<IpNet> {
         if let Some(kept) = self.policies.get_mut(handle) {
             nets.retain(|net| kept.sources.insert(*net));
@@ -318,7 +318,7 @@ impl Index {
         nets
     }
 
-    /// Takes sources from a policy; gives those that it had.
+    /// Removes sources from a policy, and returns those that it had.
     fn drop(&mut self, handle: Handle, mut nets: Vec<IpNet>, delta: &mut Delta) -> Vec<IpNet> {
         if let Some(kept) = self.policies.get_mut(handle) {
             nets.retain(|net| kept.sources.remove(*net));
@@ -328,7 +328,7 @@ impl Index {
         nets
     }
 
-    /// Gives marks and tables to the gateways that are used now.
+    /// Allocates marks and tables for the gateways that are used now.
     fn allocate(
         &mut self,
         marks: &mut dyn MarkAllocator,
@@ -359,7 +359,7 @@ impl Index {
         let mut findings: Vec<_> = touched.iter().flat_map(|kept| self.findings_of(kept)).collect();
         let pairs = delta.overlapping.iter().copied();
         findings.extend(pairs.filter_map(|(family, pair)| self.overlap(family, pair)));
-        // In iptables there is no telling what a change comes to without all of it.
+        // With iptables the effect of an update is only known from a plan of everything.
         if delta.disputed || self.world.cluster.backend != Backend::Nftables {
             return (Planned::Whole(Box::new(self.renew())), findings);
         }
@@ -384,7 +384,7 @@ impl Index {
     }
 }
 
-/// Takes one off a count; whether it was the last.
+/// Decrements a count, and returns whether it reached zero.
 fn less<K: Ord>(counts: &mut BTreeMap<K, usize>, key: &K) -> bool {
     let Some(count) = counts.get_mut(key) else { return false };
     *count = count.saturating_sub(1);
@@ -395,7 +395,7 @@ fn less<K: Ord>(counts: &mut BTreeMap<K, usize>, key: &K) -> bool {
     last
 }
 
-/// The single addresses among prefixes.
+/// Returns the single addresses among prefixes.
 fn single(nets: &[IpNet]) -> Vec<IpAddr> {
     nets.iter().filter(|net| net.prefix_len() == net.max_prefix_len()).map(IpNet::addr).collect()
 }

@@ -1,4 +1,4 @@
-//! The edge: everything a caller hands over is checked here, once.
+//! Validation of all input; no other module checks a caller's values again.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv6Addr};
@@ -20,7 +20,7 @@ pub(super) fn never_steered() -> [IpNet; 4] {
     ]
 }
 
-/// A cluster without contradictions.
+/// A validated cluster.
 #[derive(Debug)]
 pub(super) struct World {
     pub(super) cluster: Cluster,
@@ -28,13 +28,13 @@ pub(super) struct World {
     pub(super) here: Node,
     /// Family of the outer packets.
     pub(super) underlay: Family,
-    /// What is never steered, disjoint and in order.
+    /// Destinations that are never steered, disjoint and sorted.
     pub(super) excluded: Vec<IpNet>,
-    /// The same without the nodes' own addresses.
+    /// The excluded destinations without the nodes' own addresses.
     pub(super) inside: Vec<IpNet>,
-    /// Places in the cluster's list, by name.
+    /// Indices in the cluster's list, by node name.
     nodes: BTreeMap<NodeName, usize>,
-    /// The same by address.
+    /// Indices in the cluster's list, by node address.
     addresses: BTreeMap<IpAddr, usize>,
 }
 
@@ -88,23 +88,23 @@ impl World {
         Ok(Self { cluster: cluster.clone(), here, underlay, excluded, inside, nodes, addresses })
     }
 
-    /// The place of a node in the cluster's list.
+    /// Returns the index of a node in the cluster's list.
     pub(super) fn place(&self, name: &NodeName) -> Option<usize> {
         self.nodes.get(name).copied()
     }
 
-    /// The node at a place of the cluster's list.
+    /// Returns the node at an index of the cluster's list.
     pub(super) fn node(&self, place: usize) -> Option<&Node> {
         self.cluster.nodes.get(place)
     }
 
-    /// All nodes but this one, by name.
+    /// Returns all nodes except this one, by name.
     pub(super) fn peers(&self) -> impl Iterator<Item = &Node> {
         let nodes = self.nodes.values().filter_map(|place| self.node(*place));
         nodes.filter(|node| node.name != self.here.name)
     }
 
-    /// The address of a node that outer packets go to.
+    /// Returns the underlay address of a node, to which outer packets are sent.
     pub(super) fn underlay(&self, node: &Node) -> Option<IpAddr> {
         underlay_of(node, self.underlay)
     }
@@ -122,7 +122,7 @@ fn underlay_of(node: &Node, family: Family) -> Option<IpAddr> {
     node.underlay.iter().copied().find(|address| Family::of(*address) == family)
 }
 
-/// The tunnel address of a node, without its prefix length.
+/// Returns the tunnel address of a node, without its prefix length.
 pub(super) fn tunnel_of(node: &Node, family: Family) -> Option<IpAddr> {
     node.tunnel.iter().find(|net| Family::of_net(net) == family).map(IpNet::addr)
 }
@@ -141,7 +141,7 @@ fn check_settings(cluster: &Cluster) -> Result<(), PlanError> {
     if cluster.policy_counters && cluster.backend != Backend::Nftables {
         return Err(PlanError::IptablesCounters);
     }
-    // 0 is the kernel's rule for local addresses.
+    // 0 is the priority of the kernel's rule for local addresses.
     if cluster.rule_priority == 0 || cluster.rule_priority > RulePriorities::LAST {
         return Err(PlanError::RulePriority { priority: cluster.rule_priority });
     }
@@ -182,8 +182,9 @@ fn check_node(node: &Node, cluster: &Cluster) -> Result<(), PlanError> {
     }
 }
 
-/// No two nodes share an address, an Ethernet address or a mark; gives whose address is whose, by
-/// their places.
+/// Checks that no two nodes share an address, a MAC address or a mark.
+///
+/// Returns the index of the owner of each address.
 fn check_distinct(nodes: &[Node]) -> Result<BTreeMap<IpAddr, usize>, PlanError> {
     let mut addresses: BTreeMap<IpAddr, usize> = BTreeMap::new();
     let mut macs: BTreeMap<MacAddr, &NodeName> = BTreeMap::new();
@@ -211,7 +212,7 @@ fn shared(what: &dyn std::fmt::Display, one: &NodeName, other: &NodeName) -> Pla
     PlanError::Shared { what: what.to_string(), one: one.clone(), other: other.clone() }
 }
 
-/// Underlay and tunnel addresses of a node.
+/// Returns the underlay and tunnel addresses of a node.
 fn own_addresses(node: &Node) -> impl Iterator<Item = IpAddr> + '_ {
     node.underlay.iter().copied().chain(node.tunnel.iter().map(IpNet::addr))
 }
@@ -221,18 +222,18 @@ pub(super) fn canonical(nets: &[IpNet]) -> Result<Vec<IpNet>, PolicyError> {
     Ok(disjoint(nets.to_vec()))
 }
 
-/// Sorted, each once, and none inside another.
+/// Sorts prefixes, and removes duplicates and prefixes inside others.
 ///
-/// Neighbouring prefixes are not joined: an address stays an element of its own, which can come
-/// and go without touching another.
+/// Adjacent prefixes are not merged: each address stays an element of its own, which can be added
+/// and deleted without a change of another element.
 pub(super) fn disjoint(mut nets: Vec<IpNet>) -> Vec<IpNet> {
-    // A prefix sorts before those inside it.
+    // A prefix sorts before the prefixes inside it.
     nets.sort_unstable_by_key(|net| (net.network(), net.prefix_len()));
     nets.dedup_by(|net, kept| kept.contains(&*net));
     nets
 }
 
-/// The one of disjoint prefixes in order that an address is in.
+/// Returns the one of disjoint sorted prefixes that contains an address.
 pub(super) fn around(nets: &[IpNet], address: IpAddr) -> Option<&IpNet> {
     let behind = nets.partition_point(|net| net.network() <= address);
     let last = behind.checked_sub(1).and_then(|last| nets.get(last));
@@ -243,7 +244,7 @@ pub(super) fn check_net(net: &IpNet) -> Result<(), PolicyError> {
     if net.addr() != net.network() {
         return Err(PolicyError::HostBits { net: *net, meant: net.trunc() });
     }
-    // A prefix wide enough to be more than mapped addresses has its own meaning.
+    // A prefix wider than the mapped addresses has a meaning of its own.
     if net.prefix_len() >= 96 && is_mapped(net.addr()) {
         return Err(PolicyError::Mapped { net: *net });
     }
@@ -268,7 +269,7 @@ fn is_mapped(address: IpAddr) -> bool {
     matches!(address, IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some())
 }
 
-/// Whether one host can have the address and speak with it beyond its link.
+/// Returns whether a single host can have the address and use it beyond its link.
 fn is_host(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(v4) => {

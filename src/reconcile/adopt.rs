@@ -1,4 +1,4 @@
-//! What a previous run left in the kernel: who has which mark and table.
+//! Recovers the marks and routing tables of gateways that a previous run left in the kernel.
 
 use std::net::IpAddr;
 
@@ -7,12 +7,14 @@ use crate::cluster::{Cluster, Node, Steering};
 use crate::state::{ChainId, Comment, Data, Key, Route, Rule, RuleAction, State, Verdict};
 use crate::types::{Mark, NodeName, TableId};
 
-/// Recovers which gateway has which mark and table from what a previous run left in the kernel.
+/// Recovers the mark and table of each gateway that a previous run left in the kernel.
 ///
-/// The way out to a gateway has the node's name and leads to the chain that sets its mark, the
-/// Ethernet address of a mark has the node's name, too, and a rule says which table a mark has.
-/// Where the firewall is gone, the table's default route says whose it is. What cannot be adopted,
-/// because the range or the layout has changed, is allocated anew and the old removed.
+/// The map element of a gateway's action has the node's name as comment and goes to the chain that
+/// sets the gateway's mark. The element with the MAC address of a mark has the node's name as
+/// comment, too, and a routing rule gives the table of a mark. Where the nf_tables table is lost,
+/// the default route of a routing table identifies its gateway. Marks and tables that cannot be
+/// adopted, because the range or the layout has changed, are allocated again and the old ones
+/// removed.
 pub(crate) fn adopt(
     cluster: &Cluster,
     observed: &State,
@@ -37,7 +39,7 @@ pub(crate) fn adopt(
         found.extend(to.map(|rule| (node, rule.mark, Some(table))));
     }
     for (node, mark, table) in found {
-        // With one table for all it is this node's.
+        // A table shared by all gateways is this node's.
         let table = table.filter(|_| cluster.steering == Steering::Tables);
         if let (Some(table), None) = (table, tables.get(node)) {
             let _refused = tables.reserve(node, table);

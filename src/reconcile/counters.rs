@@ -1,4 +1,4 @@
-//! What the policies' counters stand at.
+//! Reads the policy counters.
 
 use super::{Error, Reconciler};
 use crate::alloc::{MarkAllocator, TableAllocator};
@@ -6,13 +6,14 @@ use crate::count::PolicyCount;
 use crate::datapath::Datapath;
 
 impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
-    /// The packets and bytes that this node has counted for each policy that is wanted, in the
-    /// order of their ids, once for each family that the policy has sources of.
+    /// Returns the packets and bytes that this node counted for each wanted policy.
     ///
-    /// There are none without [`Cluster::policy_counters`](crate::Cluster::policy_counters), which
-    /// says what is counted, none before the first [`reconcile`](Self::reconcile), and none of a
-    /// policy whose counter somebody has taken away until it is put back. Nothing is changed, and
-    /// no counter is set to zero.
+    /// The result is in the order of the policy ids, with one entry for each family that a policy
+    /// has sources of. It is empty without
+    /// [`Cluster::policy_counters`](crate::Cluster::policy_counters), whose documentation says what
+    /// is counted, and before the first [`reconcile`](Self::reconcile). A policy whose counter
+    /// another program deleted has no entry until the counter is restored. Nothing is changed, and
+    /// no counter is reset to zero.
     ///
     /// ```
     /// # use egress_datapath::{Cluster, Count, EgressIp, EgressPolicy, Node, NodeName, Packet};

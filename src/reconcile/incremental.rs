@@ -1,4 +1,4 @@
-//! Changes that are carried out from what they are alone.
+//! Incremental updates: the cost depends on the change, not on the total.
 
 #[cfg(test)]
 mod tests;
@@ -17,33 +17,33 @@ use crate::plan::{Finding, Part, Planned, Update};
 use crate::policy::Policy;
 use crate::state::{Elements, Firewall, Key, State, Value};
 
-/// What was changed since the connections were last looked through.
+/// Changes since connections were last checked for stale ones.
 #[derive(Debug, Default)]
 pub(crate) struct Unsettled {
-    /// Single sources whose way may have changed; nothing if it may be any's.
+    /// Single-address sources whose packets may take another path; `None` if any source's may.
     sources: Option<BTreeSet<IpAddr>>,
-    /// Elements as they were.
+    /// Elements before the changes.
     before: BTreeMap<Key, Option<Value>>,
 }
 
-/// Sources that are looked for one by one rather than among all.
+/// Number of sources up to which connections are listed by source, not all at once.
 const FEW: usize = 2;
 
 impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
-    /// Changes what is wanted, and makes the kernel hold it, at a cost that depends on the changes
-    /// and not on everything else.
+    /// Updates the wanted policies and the kernel; the cost depends on the updates, not the total.
     ///
     /// The result is that of a [`reconcile`](Self::reconcile) with all policies as they are then,
-    /// except that open connections which are not translated as they should be are left to
-    /// [`settle`](Self::settle) if the report says so: to find them the kernel walks through all
-    /// its connections, which may take longer than everything else. Until they are ended the
-    /// guards of this node hold their packets back; but call it soon, above all on a gateway: what
-    /// the far end still says to them reaches the pod's node, which holds such answers back for no
-    /// longer than [`Connection::ANSWERS_HELD`](crate::Connection::ANSWERS_HELD). The cluster stays
-    /// that of the last [`reconcile`](Self::reconcile).
+    /// with one exception: stale connections, whose translation is not the wanted one, are left to
+    /// [`settle`](Self::settle) if the report says so. To find them the kernel walks all its
+    /// conntrack entries, which may take longer than everything else. Until they are ended the
+    /// guard rules of this node drop their packets. But call `settle` soon, above all on a gateway:
+    /// packets that the far end still sends to these connections reach the pod's node, which blocks
+    /// such replies for no longer than
+    /// [`Connection::ANSWERS_HELD`](crate::Connection::ANSWERS_HELD). The cluster stays that of the
+    /// last [`reconcile`](Self::reconcile).
     ///
-    /// Sources that are prefixes depend on one another: where one comes or goes, the plan is made
-    /// anew, though from memory.
+    /// Sources that are prefixes depend on one another: where one is added or removed, everything
+    /// is planned again, though from memory.
     ///
     /// ```
     /// # use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, NodeName, PolicyId};
@@ -74,8 +74,8 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     /// # Errors
     ///
     /// [`Error::NothingWanted`] before the first [`reconcile`](Self::reconcile), and
-    /// [`Error::Plan`]: then nothing has changed. After the others the changes are wanted, and the
-    /// kernel may be between the two states, in an order in which that is safe: call
+    /// [`Error::Plan`]: then nothing has changed. After other errors the changes are wanted, and
+    /// the kernel may be between the two states, in an order in which that is safe: call
     /// [`repair`](Self::repair).
     pub fn update<P: Policy>(
         &mut self,
@@ -90,10 +90,10 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         Ok(Report { changes, findings, settled })
     }
 
-    /// Ends the connections that [updates](Self::update) have left with a translation that is not
-    /// wanted.
+    /// Ends the stale connections that [updates](Self::update) have left.
     ///
-    /// [`reconcile`](Self::reconcile) and [`repair`](Self::repair) do it, too.
+    /// A connection is stale if its translation is not the wanted one.
+    /// [`reconcile`](Self::reconcile) and [`repair`](Self::repair) end stale connections, too.
     ///
     /// # Errors
     ///
@@ -106,7 +106,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         Ok(Report { changes, findings: Vec::new(), settled: true })
     }
 
-    /// Carries a snapshot out by its difference to the last one; nothing if that cannot be done.
+    /// Applies a snapshot as its difference to the last one; `None` if that is not possible.
     pub(crate) fn follow_snapshot<P: Policy>(
         &mut self,
         cluster: &Cluster,
@@ -125,7 +125,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         Ok(Some(changes))
     }
 
-    /// Plans updates and makes them.
+    /// Plans updates and applies them.
     fn follow<P: Policy>(
         &mut self,
         updates: impl IntoIterator<Item = Update<P>>,
@@ -165,7 +165,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         let was = part.rest.is_some().then(|| without_elements(wanted));
         let elements = change(wanted, part.elements, part.rest);
         if drift == Drift::Unknown {
-            // What others did is undone along with it.
+            // Changes by other programs are undone together with the update.
             return self.restore(wanted);
         }
         if elements.is_empty() && was.is_none() && drift == Drift::None {
@@ -187,8 +187,8 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         let changes = Changes::of(was.as_ref().zip(is.as_ref()), elements);
         let decides = changes.ops().any(Op::is_nft);
         if decides {
-            // Of an egress IP that nobody has here any more, other policies may have connections
-            // left that are closed for now.
+            // If an egress IP is no longer local to this node, other policies that are denied for
+            // now may have connections with it.
             let sources = part.sources.filter(|_| !changes.ops().any(takes_egress_ip));
             self.unsettled = Some(merged(self.unsettled.take(), sources, before));
         }
@@ -206,7 +206,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         self.make(changes, &observed, wanted)
     }
 
-    /// What is there now, where this was before; what may have changed is read.
+    /// Returns the current state, given the state before: parts that may have changed are read.
     pub(crate) fn current(&mut self, before: State, drift: Drift) -> Result<State, Error> {
         match drift {
             Drift::Unknown => self.observe(before.elements()),
@@ -220,7 +220,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         }
     }
 
-    /// What makes everything but the table right, after a look at that.
+    /// Returns the changes that repair everything but the nf_tables table, after reading it.
     pub(crate) fn rest_changes(&mut self, wanted: &State) -> Result<Changes, Error> {
         self.in_step = false;
         let rest = self.datapath.observe_rest().map_err(Error::Observe)?;
@@ -229,7 +229,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         Ok(Changes::of(Some((&was, &is)), []))
     }
 
-    /// Ends the connections that were left.
+    /// Ends the stale connections that were left for later.
     pub(crate) fn end_unsettled(&mut self) -> Result<Changes, Error> {
         let Some(unsettled) = self.unsettled.take() else { return Ok(Changes::default()) };
         let Some(wanted) = self.wanted.take() else { return Ok(Changes::default()) };
@@ -261,7 +261,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         Ok(changes)
     }
 
-    /// Connections that may be stale; nothing if the datapath cannot list them.
+    /// Returns connections that may be stale; `None` if the datapath cannot list them.
     fn candidates(&mut self, unsettled: &Unsettled) -> Result<Option<Vec<Connection>>, Error> {
         let mut list = |source| self.datapath.connections(source).map_err(Error::Observe);
         match &unsettled.sources {
@@ -286,7 +286,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
 }
 
 impl Unsettled {
-    /// What tells of the egress IPs that there were, and of nothing else.
+    /// Returns a state with the previous local egress IPs and nothing else.
     fn spoken(&self) -> State {
         let eips = self.before.iter().filter(|(key, _)| matches!(key, Key::Eip(_)));
         let eips = eips.filter_map(|(key, value)| Some((*key, value.clone()?)));
@@ -294,7 +294,7 @@ impl Unsettled {
         State { firewall: Some(firewall), ..State::default() }
     }
 
-    /// What was wanted before.
+    /// Returns the state that was wanted before.
     fn before(&self, wanted: &State) -> State {
         let mut before = wanted.clone();
         let elements = self.before.iter().map(|(key, value)| (*key, value.clone()));
@@ -314,8 +314,8 @@ fn merged(
         all
     });
     for (key, value) in before {
-        // What was there first is what connections were made by; an egress IP may have come and
-        // gone since.
+        // The first value is the one by which connections were translated; an egress IP may have
+        // been added and deleted since.
         let first = unsettled.before.entry(key).or_insert_with(|| value.clone());
         if matches!(key, Key::Eip(_)) && first.is_none() {
             *first = value;
@@ -324,12 +324,12 @@ fn merged(
     unsettled
 }
 
-/// Whether it takes an egress IP away.
+/// Returns whether the operation deletes an egress IP.
 const fn takes_egress_ip(op: &Op) -> bool {
     matches!(op, Op::DeleteElement(Key::Eip(_), _))
 }
 
-/// Changes a state; says what changed of its elements, with the values before and after.
+/// Changes a state, and returns the changed elements with their values before and after.
 fn change(
     state: &mut State,
     elements: BTreeMap<Key, Option<Value>>,
@@ -355,7 +355,7 @@ fn change(
     changed
 }
 
-/// A state with nothing in its sets.
+/// Returns a copy of a state without elements.
 fn without_elements(state: &State) -> State {
     let firewall = state.firewall.as_ref().map(|firewall| Firewall {
         chains: firewall.chains.clone(),

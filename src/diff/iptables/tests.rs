@@ -1,4 +1,4 @@
-//! What the order of changes means to a packet, and that few rules are touched.
+//! Tests of the order of changes, as a packet sees it, and that few rules are touched.
 
 use std::net::IpAddr;
 
@@ -39,7 +39,7 @@ proptest! {
         let mut rules = was.clone();
         apply(&mut rules, &add);
         for wanted in &is {
-            // What is wanted is met before what goes, rule by rule.
+            // Packets match wanted rules before old ones, rule by rule.
             let place = rules.iter().position(|rule| rule == wanted);
             prop_assert!(place.is_some());
         }
@@ -51,7 +51,7 @@ proptest! {
     }
 }
 
-/// Policies of a node with three pods, each of them as the number says.
+/// Plans the policies of a node with three pods, each policy encoded by its number.
 fn planned(here: &str, variant: Variant, numbers: [u8; 3]) -> State {
     let name = |text: &str| NodeName::new(text).unwrap();
     let node = |text: &str, number: u8| {
@@ -72,7 +72,7 @@ fn planned(here: &str, variant: Variant, numbers: [u8; 3]) -> State {
         gateway: [Some("a"), Some("b"), Some("c"), None][usize::from(kind / 6 % 4)].map(name),
         ..EgressPolicy::new(
             PolicyId::new(format!("p{number}")).unwrap(),
-            // The third is about the pods of the other two.
+            // The third policy selects the pods of the other two, too.
             [vec![1], vec![2], vec![1, 2, 3]][usize::from(number - 1)]
                 .iter()
                 .map(|pod| IpNet::from(IpAddr::from([10, 0, 0, *pod])))
@@ -88,8 +88,10 @@ fn planned(here: &str, variant: Variant, numbers: [u8; 3]) -> State {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..<_>::default() })]
 
-    /// Whoever stops between two operations leaves no pod without a policy of its own: what is
-    /// steered goes where one of them sends it, or nowhere, and nothing else is steered.
+    /// Checks that a stop between two operations leaves no pod without one of its own policies.
+    ///
+    /// Selected packets take the path of one of the policies or are dropped, and no other packets
+    /// are selected.
     #[test]
     fn no_operation_leaves_a_pod_on_a_way_of_its_own(
         here in proptest::sample::select(vec!["a", "b"]),
@@ -106,7 +108,7 @@ proptest! {
                 let way = |state: &State| {
                     let outside = IpAddr::from([198, 51, 100, destination]);
                     let pod = IpAddr::from([10, 0, 0, pod]);
-                    // Both variants act.
+                    // The rules of both variants see a packet.
                     let mut ways = state.xtables.values().map(|tables| {
                         tables.way_out(&state.ipsets, pod, outside)
                     });

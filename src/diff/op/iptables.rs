@@ -1,4 +1,4 @@
-//! Changes to sets and iptables as commands.
+//! Operations on ipsets and iptables as commands.
 
 use std::fmt;
 
@@ -9,7 +9,7 @@ use crate::state::{Ipset, IpsetContents, Member, Variant, XtChain, XtEdit};
 use crate::types::Family;
 
 impl Op {
-    /// Whether it is made with `ipset` or `iptables`.
+    /// Returns whether the operation uses `ipset` or `iptables`.
     pub(crate) const fn is_xtables(&self) -> bool {
         matches!(
             self,
@@ -24,7 +24,7 @@ impl Op {
         )
     }
 
-    /// The variant, family and table whose transaction it is part of.
+    /// Returns the variant and chain of an iptables operation, which determine its transaction.
     #[cfg(all(feature = "kernel", target_os = "linux"))]
     pub(crate) const fn xt_chain(&self) -> Option<(Variant, XtChain)> {
         match self {
@@ -36,7 +36,7 @@ impl Op {
     }
 }
 
-/// The commands of an operation, one a line.
+/// Writes the commands of an operation, one on each line.
 pub(crate) fn command(f: &mut fmt::Formatter<'_>, op: &Op) -> fmt::Result {
     match op {
         Op::AddIpset(set, contents) => create(f, *set, contents),
@@ -91,7 +91,7 @@ fn iptables(variant: Variant, chain: XtChain) -> String {
     format!("{} -t {}", variant.command(chain.family), chain.table.name())
 }
 
-/// An edit as `iptables` takes it behind the table, and `iptables-restore` as a line.
+/// Writes an edit as arguments of `iptables` after the table, or as a line for `iptables-restore`.
 pub(crate) fn write_edit(f: &mut dyn fmt::Write, chain: &XtChain, edit: &XtEdit) -> fmt::Result {
     match edit {
         XtEdit::Append(rule) => write!(f, "-A {} {rule}", chain.name),

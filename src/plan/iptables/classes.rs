@@ -1,4 +1,4 @@
-//! Sources that have the same policies.
+//! Classes of sources that have the same policies, for the iptables backend.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -11,7 +11,7 @@ use crate::types::Family;
 /// Rank of a policy in the total order (priority, id).
 pub(crate) type Rank = u32;
 
-/// Number of a class.
+/// Index of a class.
 pub(crate) type Class = usize;
 
 /// The sources of one family, each with its class.
@@ -19,9 +19,9 @@ pub(crate) type Class = usize;
 pub(crate) struct Classes {
     /// Single addresses.
     pub(crate) hosts: Vec<(IpAddr, Class)>,
-    /// Ranges of addresses, disjoint and in order.
+    /// Ranges of addresses, disjoint and sorted.
     pub(crate) ranges: Vec<(IpRange, Class)>,
-    /// The policies of each class in order; only the last may take every destination.
+    /// The sorted policies of each class; only the last one may select every destination.
     pub(crate) members: Vec<Vec<Rank>>,
 }
 
@@ -53,7 +53,7 @@ impl Classes {
         classes
     }
 
-    /// The class of these policies, without those that come after one that takes everything.
+    /// Returns the class of these policies, cut after the first one that selects every destination.
     fn class(
         &mut self,
         mut ranks: Vec<Rank>,

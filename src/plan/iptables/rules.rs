@@ -1,4 +1,4 @@
-//! The chains and their rules.
+//! Plans the iptables chains and their rules.
 
 use std::net::IpAddr;
 
@@ -21,13 +21,13 @@ fn rule<const N: usize>(matches: [XtMatch; N], target: XtTarget, comment: &str) 
     XtRule { matches: matches.into(), target, comment: comment.into() }
 }
 
-/// A jump to a chain of ours.
+/// Creates a jump to one of our chains.
 fn to<const N: usize>(matches: [XtMatch; N], chain: XtName, what: &str) -> XtRule {
     rule(matches, XtTarget::Jump(chain), &format!("egress gateway: {what}"))
 }
 
 impl Rules<'_> {
-    /// Adds the chains, and the jumps to them at the head of the built-in ones.
+    /// Adds the chains, and the jumps to them at the head of the built-in chains.
     pub(crate) fn add_to(&self, tables: &mut Xtables) {
         use XtName as N;
         use XtTable::{Filter, Mangle, Nat};
@@ -72,20 +72,24 @@ impl Rules<'_> {
         }
     }
 
-    /// A packet that is not ours passes no chain of ours when it is forwarded: each one costs it
-    /// a jump, its counter and comment, and the way back.
+    /// Returns the jumps for forwarded packets, whose conditions let other packets skip our chains.
+    ///
+    /// Each chain would cost a packet a jump, its counter and comment, and the return.
     fn to_mark_request(&self) -> Vec<XtRule> {
         let selected = [self.input(Is::Not), self.source(Is::So, Ipset::Selected)];
         vec![
-            // Never put into the tunnel again: two nodes that disagree about the gateway would
-            // send it to and fro. Later chains cannot trust the input device, so the mark does.
+            // Never sent into the tunnel again: two nodes that disagree about the gateway would
+            // send it back and forth. Later chains cannot match the input interface, so that the
+            // mark is set here.
             to([self.input(Is::So)], XtName::Here, "out of the tunnel"),
             to(selected, XtName::MarkRequest, "mark egress packet"),
         ]
     }
 
-    /// All that the chain acts on, in an order in which nothing passes it as marked first and then
-    /// again as what has lost its mark.
+    /// Returns the jumps to a chain that resets marks, covering all packets that the chain acts on.
+    ///
+    /// Their order keeps a packet from passing the chain first as a marked one and then again as
+    /// one that has lost its mark.
     fn to_reset_mark(&self) -> Vec<XtRule> {
         let ours = XtMatch::Connmark(Is::So, self.connection());
         let unmarked = [self.marked(Is::Not), ours, XtMatch::Direction(Direction::Original)];
@@ -100,6 +104,9 @@ impl Rules<'_> {
         self.sets.world.cluster.marks.tunnel()
     }
 
+    /// Returns the mark of packets to drop once it is known that they do not stay inside.
+    ///
+    /// It is no gateway's mark.
     fn closed(&self) -> Mark {
         self.sets.world.cluster.marks.closed()
     }
@@ -108,7 +115,7 @@ impl Rules<'_> {
         self.sets.world.cluster.marks.connection()
     }
 
-    /// Whether it came out of the tunnel.
+    /// Matches packets that come from the tunnel.
     fn input(&self, is: Is) -> XtMatch {
         XtMatch::InputDevice(is, self.sets.world.cluster.tunnel.device.clone())
     }
@@ -126,13 +133,13 @@ impl Rules<'_> {
         rule([], XtTarget::SetMark(MarkBits { mask, value: value & mask }), comment)
     }
 
-    /// By the bits that tell it from gateways' marks whichever there are.
+    /// Matches the mark to translate by the bits that tell it from any gateway's mark.
     fn is_tunnel(&self, is: Is) -> XtMatch {
         let mask = self.connection().mask & self.sets.mask();
         XtMatch::Mark(is, MarkBits { mask, value: self.tunnel().get() & mask })
     }
 
-    /// Whether any bit is set that tells our marks from others, whichever gateways there are.
+    /// Matches packets with any bit set that tells our marks from others, for any set of gateways.
     fn marked(&self, is: Is) -> XtMatch {
         let none = if is == Is::So { Is::Not } else { Is::So };
         XtMatch::Mark(none, MarkBits { mask: self.connection().mask, value: 0 })
@@ -146,7 +153,7 @@ impl Rules<'_> {
         XtMatch::Set(is, set(self.sets.family), Side::Dst)
     }
 
-    /// A rule for the packets of a policy.
+    /// Creates a rule for the packets of a policy.
     fn of_policy(&self, policy: &Kept, name: u64, target: XtTarget, what: &str) -> XtRule {
         let family = self.sets.family;
         let comment = format!("rule {}: {what}", policy.comment.as_str());
@@ -170,7 +177,7 @@ impl Rules<'_> {
                 "egress gateway: inside",
             ),
             rule([reply], XtTarget::Return, "egress gateway: opened by others"),
-            // Translation leaves it alone, so it would leave with the pod's address.
+            // NAT ignores it, so it would leave with the pod's address.
             rule([invalid], XtTarget::Drop, "egress gateway: cannot be translated"),
             rule(
                 [self.source(Is::So, Ipset::Closed)],
@@ -200,7 +207,7 @@ impl Rules<'_> {
             self.source(Is::Not, Ipset::Peers),
         ];
         let mut rules = vec![
-            // Masqueraded by this node, a pod's frame would come from a known one.
+            // If this node masqueraded it, a frame forged by a pod would come from a known node.
             rule(injected, XtTarget::Drop, "egress gateway: no pod speaks to the tunnel"),
             // The outer packet inherits the mark; routed by it, it would enter the tunnel again.
             XtRule {
@@ -208,7 +215,8 @@ impl Rules<'_> {
                 ..self.set_mark(0, "egress gateway: change mark")
             },
             rule([self.to_tunnel()], XtTarget::Return, "egress gateway: into the tunnel"),
-            // Of a connection that was ours, and on no way of ours any more: its policy has gone.
+            // The connection was ours, but none of our rules steers the packet any more: its policy
+            // was removed.
             rule(
                 [XtMatch::Connmark(Is::So, self.connection()), original, self.is_tunnel(Is::Not)],
                 XtTarget::Drop,
@@ -224,7 +232,7 @@ impl Rules<'_> {
         let mask = self.connection().mask & self.sets.mask();
         let closed = MarkBits { mask, value: self.closed().get() & mask };
         rules.push(rule([XtMatch::Mark(Is::So, closed)], XtTarget::Drop, "egress gateway: closed"));
-        // Marked, and yet not on its way into the tunnel: link, route or rule is missing.
+        // Marked, but not entering the tunnel: the link, a route or a rule is missing.
         let stray = |bits| {
             rule([XtMatch::Mark(Is::So, bits)], XtTarget::Drop, "egress gateway: way is missing")
         };
@@ -243,17 +251,17 @@ impl Rules<'_> {
 
     fn guard(&self) -> Vec<XtRule> {
         let stranger = [self.tunnel_port(), self.source(Is::Not, Ipset::Peers)];
-        // VXLAN is not authenticated: anyone could speak with an egress IP.
-        // To any other address of this node no node sends any: a pod's frame would come from where
-        // it is masqueraded.
+        // VXLAN is not authenticated: any host could send packets with an egress IP as source.
+        // Nodes send to no other address of this node: such a packet is a pod's frame that was
+        // masqueraded on the way.
         let elsewhere = [self.tunnel_port(), self.destination(Is::Not, Ipset::Underlay)];
         let mut rules = vec![
             rule(stranger, XtTarget::Drop, "egress gateway: unknown node"),
             rule(elsewhere, XtTarget::Drop, "egress gateway: not for a node"),
         ];
         if self.sets.family == Family::V6 {
-            // Neighbour discovery (RFC 4861): without an answer to a unicast probe the router
-            // forgets who has the address.
+            // Neighbour discovery (RFC 4861): if a unicast probe gets no reply, the router deletes
+            // its neighbour entry for the address.
             for kind in [135, 136] {
                 let matches =
                     [XtMatch::Icmp6Type(kind), self.destination(Is::So, Ipset::EgressIps)];
@@ -265,8 +273,9 @@ impl Rules<'_> {
         rules
     }
 
-    /// Of connections that are open: iptables has no place behind translation to look at the
-    /// first packet.
+    /// Returns the guard rules for open connections.
+    ///
+    /// iptables has no hook behind source NAT to check the first packet.
     fn check_snat(&self) -> Vec<XtRule> {
         let original = || XtMatch::Direction(Direction::Original);
         let open = || XtMatch::Confirmed(Is::So);
@@ -274,7 +283,8 @@ impl Rules<'_> {
         let foreign = XtMatch::Connmark(Is::Not, self.connection());
         let plain = XtMatch::State(Is::Not, CtState::Snat);
         vec![
-            // The jump asks the same, but not one that is about to be replaced by ours.
+            // The jump has the same condition, but an older jump that is about to be replaced may
+            // not.
             rule([self.is_tunnel(Is::Not)], XtTarget::Return, "egress gateway: not ours"),
             rule([untracked], XtTarget::Drop, "egress gateway: cannot be translated"),
             rule(
@@ -311,7 +321,7 @@ impl Rules<'_> {
         let mut rules = vec![
             rule([self.is_tunnel(Is::Not)], XtTarget::Return, "egress gateway: not ours"),
             rule([], bound, "egress gateway: snat EIP"),
-            // Of later packets it is taken off before they come here.
+            // Later packets of the connection lose the mark before they get here.
             self.set_mark(0, "egress gateway: snat EIP"),
         ];
         for (policy, name) in self.sets.local() {
@@ -321,7 +331,7 @@ impl Rules<'_> {
                 .map_or(XtTarget::Masquerade, |address: IpAddr| XtTarget::Snat(address));
             rules.push(self.of_policy(policy, name, target, "snat EIP"));
         }
-        // Tunnelled to us, but nothing here knows it.
+        // A packet from the tunnel whose source is in no policy of this node.
         rules.push(rule([], XtTarget::Sink, "egress gateway: no policy, drop"));
         rules
     }

@@ -1,4 +1,4 @@
-//! The sets and their members.
+//! Plans the ipsets and their members.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -13,7 +13,7 @@ use crate::range::IpRange;
 use crate::state::{Ipset, IpsetContents, MarkBits, Member};
 use crate::types::{Family, Mark, fnv1a};
 
-/// Hashes that the sets of each policy are named by; they depend on the ids alone, not on order.
+/// Returns hashes for the names of each policy's sets; they depend on the ids alone, not on order.
 pub(crate) fn names(policies: &[&Kept]) -> Vec<u64> {
     let mut by_id: Vec<_> = policies.iter().map(|policy| &policy.id).enumerate().collect();
     by_id.sort_unstable_by_key(|&(_, id)| id);
@@ -32,24 +32,24 @@ pub(crate) fn names(policies: &[&Kept]) -> Vec<u64> {
     names.into_iter().map(|(_, name)| name).collect()
 }
 
-/// What becomes of a policy's packets on this node.
+/// The action for a policy's packets on this node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Way {
-    /// They go to the gateway with this mark.
+    /// Steered to the gateway with this mark.
     To(Mark),
-    /// They leave from here.
+    /// Translated on this node, the gateway.
     Here,
-    /// They are dropped.
+    /// Dropped.
     Closed,
-    /// They are left alone.
+    /// Forwarded as if there were no policy.
     Bypass,
 }
 
-/// How a class is recognised.
+/// The kind of match for the packets of a class.
 enum Kind {
-    /// By an element of one set, however many policies there are.
+    /// An entry in one set, however many policies there are.
     Flat(Way),
-    /// By rules, one for each policy.
+    /// A rule for each policy.
     Ruled,
 }
 
@@ -78,20 +78,21 @@ impl Sets<'_> {
         }
     }
 
-    /// All bits of the mark that are written.
+    /// Returns the mask of all mark bits that are written.
     pub(crate) fn mask(&self) -> u32 {
         self.world.cluster.marks.tested(self.gateways.values().map(|gateway| gateway.mark))
     }
 
-    /// The policies that packets are sent on their way by a rule of their own for, in order, each
-    /// with its name.
+    /// Returns the policies whose packets are matched by a rule of their own, in order.
+    ///
+    /// Each policy comes with the hash for the names of its sets.
     pub(crate) fn ruled(&self) -> Vec<(&Kept, u64)> {
         let ranks = self.ruled_ranks();
         let ranked = (0..).zip(self.policies.iter().copied().zip(self.names.iter().copied()));
         ranked.filter(|(rank, _)| ranks.contains(rank)).map(|(_, policy)| policy).collect()
     }
 
-    /// The policies whose packets leave from here, in order, each with its name.
+    /// Returns the policies whose gateway is this node, in order, each with its name hash.
     pub(crate) fn local(&self) -> Vec<(&Kept, u64)> {
         let named = self.policies.iter().copied().zip(self.names.iter().copied());
         named.filter(|(policy, _)| self.is_local(policy)).collect()
@@ -117,7 +118,7 @@ impl Sets<'_> {
         }
     }
 
-    /// The sets that sources of a class are in.
+    /// Returns the sets that the sources of a class are members of.
     fn memberships(&self, class: Class, sets_of: &BTreeMap<Rank, Ipset>) -> Vec<(Ipset, Member)> {
         let family = self.family;
         let ranks = self.classes.members.get(class).map(Vec::as_slice).unwrap_or_default();
@@ -139,7 +140,7 @@ impl Sets<'_> {
         found
     }
 
-    /// All sets.
+    /// Returns all sets.
     pub(crate) fn contents(&self) -> BTreeMap<Ipset, IpsetContents> {
         let (family, mut members) = (self.family, Members::new());
         for set in [
@@ -185,8 +186,10 @@ impl Sets<'_> {
         filled.map(|(set, members)| (set, IpsetContents::new(with_marks(set), members))).collect()
     }
 
-    /// Puts every source into the sets of its class, and takes it out of those of the range
-    /// around it where it has another one.
+    /// Adds every source to the sets of its class.
+    ///
+    /// A single address is excluded (`nomatch`) from sets of the range that contains it which are
+    /// not sets of its own class.
     fn sources(&self, sets_of: &BTreeMap<Rank, Ipset>, members: &mut Members) {
         let known: Vec<Vec<(Ipset, Member)>> =
             (0..self.classes.members.len()).map(|class| self.memberships(class, sets_of)).collect();
@@ -214,7 +217,7 @@ impl Sets<'_> {
     }
 }
 
-/// The fewest prefixes that make up a range.
+/// Returns the fewest prefixes that make up a range.
 fn prefixes(range: &IpRange) -> Vec<IpNet> {
     use std::net::IpAddr::{V4, V6};
     match (range.first(), range.last()) {

@@ -1,4 +1,4 @@
-//! What the conditions of the jumps leave out, the chains would leave alone.
+//! Tests that packets which the conditions of the jumps exclude would pass the chains unchanged.
 
 use std::net::IpAddr;
 
@@ -12,12 +12,12 @@ use crate::state::{
 };
 use crate::types::{Family, NodeName, PolicyId};
 
-/// What the rules ask of a packet that is being forwarded.
+/// The fields of a forwarded packet that the rules match.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Packet {
     mark: u32,
     connmark: u32,
-    /// Whether each of the other things is so, by the bits of a number.
+    /// Results of the other matches, one bit each.
     facts: u16,
 }
 
@@ -48,7 +48,7 @@ impl Packet {
     }
 }
 
-/// The packet as it leaves a chain; `None` if it was dropped.
+/// Returns the packet as it leaves a chain; `None` if it was dropped.
 fn walk(tables: &Xtables, name: XtName, mut packet: Packet) -> Option<Packet> {
     let chain = XtChain { family: Family::V4, table: XtTable::Mangle, name };
     let rules: Vec<&XtRule> = if name.is_built_in() {

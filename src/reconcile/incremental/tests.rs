@@ -38,7 +38,7 @@ fn cluster() -> Cluster {
     Cluster { policy_counters: true, ..cluster }
 }
 
-/// A kernel in memory that knows whether it was touched, and counts what it is asked.
+/// A simulated kernel that reports drift, and records the reads.
 #[derive(Default)]
 struct Known {
     sim: Sim,
@@ -46,7 +46,7 @@ struct Known {
     reads: usize,
     listed: Vec<Option<IpAddr>>,
     connections: Vec<Connection>,
-    /// How many single sources it was told to expect, each time.
+    /// Number of single-address sources expected at each read.
     expected: Vec<usize>,
 }
 
@@ -96,7 +96,7 @@ impl Datapath for Known {
 
 type Egress = Reconciler<Known>;
 
-/// What a plan with the same allocators says.
+/// Plans the policies with allocators equal to those of the reconciler.
 fn planned(
     egress: &Egress,
     policies: &BTreeMap<PolicyId, EgressPolicy>,
@@ -186,7 +186,7 @@ fn acts() -> impl Strategy<Value = Act> {
     ]
 }
 
-/// What updates mean to a list of policies.
+/// Applies an update to a list of policies.
 fn apply(policies: &mut BTreeMap<PolicyId, EgressPolicy>, update: &Update) -> Option<()> {
     match update {
         Update::Upsert(policy) => {
@@ -206,7 +206,7 @@ fn apply(policies: &mut BTreeMap<PolicyId, EgressPolicy>, update: &Update) -> Op
     Some(())
 }
 
-/// The policies after all updates; nothing if one of them contradicts those before it.
+/// Returns the policies after all updates; `None` if one contradicts those before it.
 fn after(
     egress: &Egress,
     policies: &BTreeMap<PolicyId, EgressPolicy>,
@@ -215,7 +215,7 @@ fn after(
     let mut after = policies.clone();
     for update in updates {
         apply(&mut after, update)?;
-        // Only whether gateways can be numbered depends on all of them together.
+        // An error of the marks or tables depends on all policies together, and is checked last.
         if let Err(PlanError::Policy { .. }) = planned(egress, &after) {
             return None;
         }
@@ -247,7 +247,7 @@ fn run(acts: Vec<Act>, tables: u32) {
                 let made = egress.update(updates.clone());
                 assert_eq!(made.is_ok(), after.is_some(), "{made:?} of {updates:?}");
                 if let Ok(report) = made {
-                    // In the same order as if everything had been compared.
+                    // In the same order as from a comparison of the whole states.
                     let whole = Changes::between(&before, egress.datapath.sim.state());
                     assert_eq!(report.changes.to_string(), whole.to_string());
                 }
@@ -399,7 +399,7 @@ fn connections_are_left_to_be_settled_and_never_forgotten() {
     for settle in settlers {
         let mut egress = Reconciler::new(Known::default());
         egress.reconcile(&cluster(), [one_policy()]).unwrap();
-        // One that was open before the pod came under the policy, and one of a pod of none.
+        // A connection opened before the pod was added to the policy, and one of an unselected pod.
         let (stale, other) = (connection("10.0.0.2"), connection("10.0.7.7"));
         egress.datapath.connections = vec![stale, other];
         assert!(!egress.update(add("10.0.0.2/32")).unwrap().settled);
