@@ -2,12 +2,11 @@
 
 use std::thread;
 
+use common::backend::steering;
+use common::fleet::{Fleet, Result, check, dual, expect, lab, policy, tool, unless_beyond};
 use egress_datapath::state::RuleAction;
+use egress_datapath::testing::lab::{EIP_B, POD_A, POD_B, Proto, SERVER, probe};
 use egress_datapath::{Datapath, KernelDatapath, MarkLayout, Steering};
-
-use crate::fleet::{Fleet, Result, check, dual, expect, lab, policy, tool, unless_beyond};
-use crate::lab::inside::steering;
-use crate::lab::{EIP_B, POD_A, POD_B, Proto, SERVER, probe};
 
 const B: Option<&str> = Some("node-b");
 

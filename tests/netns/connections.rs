@@ -7,15 +7,17 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use common::fleet::{Fleet, Result, dual, lab, nft, policy, sources, tool};
 use egress_datapath::EgressPolicy;
+use egress_datapath::testing::lab::{
+    EIP_B, EIP_C, Host, Lab, NODE_A, Netns, POD_A, POD_C, Pair, SERVER, STRANGER,
+};
 
-use crate::fleet::{Fleet, Result, dual, lab, nft, policy, sources, tool};
 use crate::flows::masquerade;
-use crate::lab::{EIP_B, EIP_C, Host, Lab, NODE_A, Netns, POD_A, POD_C, Pair, SERVER, STRANGER};
 
 const PORT: u16 = 7002;
 /// Long enough for a segment that was lost to be sent again.
-const PATIENCE: Duration = Duration::from_secs(3);
+const PATIENCE: Duration = Duration::from_secs(120);
 const MOVES: usize = 20;
 const SERVICE: [&str; 2] = ["10.96.0.10", "fd96::10"];
 
@@ -209,7 +211,7 @@ fn flows_that_never_pause_never_show_the_pod_while_policies_come_and_go() -> Res
         let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
         let open = || -> io::Result<_> {
             let flow = UdpSocket::bind(any)?;
-            flow.connect((to, crate::lab::PORT))?;
+            flow.connect((to, egress_datapath::testing::lab::PORT))?;
             Ok(flow)
         };
         (0..4).map(|_| open()).collect()

@@ -6,12 +6,14 @@ use std::net::UdpSocket;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
+use common::fleet::{Fleet, Result, check, dual, expect, lab, nft, policy, sources, unless_beyond};
 use egress_datapath::state::Set;
+use egress_datapath::testing::lab::{
+    EIP_B, EIP_C, Lab, Netns, POD_A, POD_B, POD_C, Pair, SERVER, STRANGER,
+};
 use egress_datapath::{Count, Datapath, EgressPolicy, Family, KernelDatapath, NodeName};
 
-use crate::fleet::{Fleet, Result, check, dual, expect, lab, nft, policy, sources, unless_beyond};
 use crate::flows::masquerade;
-use crate::lab::{EIP_B, EIP_C, Lab, Netns, POD_A, POD_B, POD_C, Pair, SERVER, STRANGER};
 
 /// Bytes that a datagram carries.
 const PAYLOAD: u64 = 100;

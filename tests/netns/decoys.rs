@@ -1,8 +1,8 @@
 //! Objects that look like ours and are not.
 
-use crate::fleet::{Result, assert_same, dual, lab, lost, open, policy, settled, snapshot, tool};
-use crate::lab::{EIP_B, EIP_C, POD_A, POD_B};
-use crate::lookalikes;
+use common::fleet::{Result, assert_same, dual, lab, lost, open, policy, settled, snapshot, tool};
+use common::lookalikes;
+use egress_datapath::testing::lab::{EIP_B, EIP_C, POD_A, POD_B};
 
 #[test]
 fn what_is_not_ours_stays_as_it_is() -> Result {

@@ -8,17 +8,18 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
+use common::fleet::{Result, dual, lab, policy};
+use common::numbered;
+use egress_datapath::testing::lab::{
+    EIP_B, EIP_C, Host, Lab, Netns, OTHER_SERVER, POD_A, POD_B, SERVER, STRANGER, hosts,
+};
 use egress_datapath::testing::{Call, Fault, Faults, Subsystem};
 use egress_datapath::{
     Changes, Cluster, Datapath, Destinations, EgressPolicy, Error, KernelDatapath, KernelTables,
     Mark, MarkPool, Reconciler, Report, State, TablePool, TableRange,
 };
 
-use crate::fleet::{Result, dual, lab, policy};
 use crate::foreign::Foreign;
-use crate::lab::{
-    EIP_B, EIP_C, Host, Lab, Netns, OTHER_SERVER, POD_A, POD_B, SERVER, STRANGER, hosts, numbered,
-};
 
 /// Error numbers of `asm-generic/errno*.h`, from `EPERM` to `ENOBUFS`.
 const ERRNOS: [i32; 9] = [1, 105, 90, 17, 2, 16, 85, 4, 22];

@@ -2,16 +2,15 @@
 
 use std::{fs, thread};
 
+use common::fleet::{
+    Fleet, Result, assert_same, check, dual, expect, lab, needs_owners, open, policy, settled,
+    sources, tool,
+};
+use egress_datapath::testing::lab::{EIP_B, EIP_C, Host, POD_A, Proto, SERVER, STRANGER, probe};
 use egress_datapath::{
     Backend, Cluster, Datapath, Family, KernelDatapath, MarkLayout, Ownership, Reconciler,
     Steering, TableRange,
 };
-
-use crate::fleet::{
-    Fleet, Result, assert_same, check, dual, expect, lab, needs_owners, open, policy, settled,
-    sources, tool,
-};
-use crate::lab::{EIP_B, EIP_C, Host, POD_A, Proto, SERVER, STRANGER, probe};
 
 const B: Option<&str> = Some("node-b");
 

@@ -3,11 +3,11 @@
 use std::net::{TcpListener, TcpStream};
 use std::slice;
 
+use common::fleet::{Fleet, Result, dual, lab, nft, policy};
 use egress_datapath::EgressPolicy;
+use egress_datapath::testing::lab::{EIP_B, EIP_C, NODE_A, SERVER, STRANGER};
 
-use crate::fleet::{Fleet, Result, dual, lab, nft, policy};
 use crate::flows::{ask_twice, datagrams, masquerade, speak};
-use crate::lab::{EIP_B, EIP_C, NODE_A, SERVER, STRANGER};
 
 const PORT: u16 = 7003;
 

@@ -1,9 +1,8 @@
 //! What packets do with other marks, and with other software's.
 
+use common::fleet::{Fleet, Result, check, dual, expect, is_beyond, lab, nft, policy, tool};
+use egress_datapath::testing::lab::{EIP_B, EIP_C, POD_A, POD_B, SERVER, STRANGER};
 use egress_datapath::{EgressPolicy, Mark, MarkLayout};
-
-use crate::fleet::{Fleet, Result, check, dual, expect, is_beyond, lab, nft, policy, tool};
-use crate::lab::{EIP_B, EIP_C, POD_A, POD_B, SERVER, STRANGER};
 
 const B: Option<&str> = Some("node-b");
 const C: Option<&str> = Some("node-c");

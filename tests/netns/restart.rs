@@ -2,14 +2,14 @@
 
 use std::time::{Duration, Instant};
 
+use common::fleet::{Result, check, dual, expect, lab, open, policy};
 use egress_datapath::state::{Data, Key, State};
+use egress_datapath::testing::lab::{EIP_B, EIP_C, Host, POD_A, POD_B, POD_C, SERVER, STRANGER};
 use egress_datapath::{
     Cluster, Datapath, EgressPolicy, Error, KernelDatapath, MarkLayout, PlanError, PolicyError,
     Reconciler, TableRange,
 };
 
-use crate::fleet::{Result, check, dual, expect, lab, open, policy};
-use crate::lab::{EIP_B, EIP_C, Host, POD_A, POD_B, POD_C, SERVER, STRANGER};
 use crate::process::{Process, part, say};
 
 const RESTARTS: u32 = 100;
@@ -49,7 +49,7 @@ fn layout(name: &str) -> MarkLayout {
 }
 
 fn cluster(node: &str, marks: &str, layout: MarkLayout) -> Result<Cluster> {
-    let mut cluster = crate::lab::cluster(node)?;
+    let mut cluster = egress_datapath::testing::lab::cluster(node)?;
     cluster.marks = layout;
     if marks == "Explicit" {
         // In another order than they would be allocated in.

@@ -2,16 +2,17 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use common::fleet::{Result, assert_same, dual, lab, nft, open, policy, settled, snapshot, tool};
 use egress_datapath::state::{PROTOCOL, Route, RuleAction, State};
+use egress_datapath::testing::lab::{
+    EIP_B, EIP_C, Lab, Netns, OTHER_SERVER, POD_A, POD_B, POD_C, STRANGER, hosts,
+};
 use egress_datapath::{
     Datapath, Destinations, DeviceName, EgressIp, EgressPolicy, Family, MarkLayout, PolicyId,
     Reconciler,
 };
 use ipnet::IpNet;
 use serde_json::Value;
-
-use crate::fleet::{Result, assert_same, dual, lab, nft, open, policy, settled, snapshot, tool};
-use crate::lab::{EIP_B, EIP_C, Lab, Netns, OTHER_SERVER, POD_A, POD_B, POD_C, STRANGER, hosts};
 
 #[test]
 fn the_second_time_nothing_changes() -> Result {
@@ -275,7 +276,10 @@ fn policies() -> Result<Vec<EgressPolicy>> {
     ])
 }
 
-fn applied(lab: &Lab, host: &crate::lab::Host) -> Result<(egress_datapath::Cluster, State)> {
+fn applied(
+    lab: &Lab,
+    host: &egress_datapath::testing::lab::Host,
+) -> Result<(egress_datapath::Cluster, State)> {
     let mut cluster = lab.cluster(host)?;
     cluster.policy_counters = true;
     let mut node: Reconciler<_> = open(host, cluster.marks)?;

@@ -3,11 +3,12 @@
 
 use std::io;
 
+use common::backend::steering;
+use common::fleet::{Fleet, Result, check, dual, expect, lab, nft, policy, tool};
+use egress_datapath::testing::lab::{
+    EIP_B, EIP_C, Netns, POD_A, POD_C, Proto, SERVER, STRANGER, probe,
+};
 use egress_datapath::{Datapath, Family, KernelDatapath, MarkLayout, Steering};
-
-use crate::fleet::{Fleet, Result, check, dual, expect, lab, nft, policy, tool};
-use crate::lab::inside::steering;
-use crate::lab::{EIP_B, EIP_C, Netns, POD_A, POD_C, Proto, SERVER, STRANGER, probe};
 
 const B: Option<&str> = Some("node-b");
 const C: Option<&str> = Some("node-c");

@@ -6,25 +6,23 @@ use std::io::Write;
 use std::process::{Command, Stdio};
 use std::thread;
 
+use common::backend::datapath;
+use common::fleet::{
+    Expect, Fleet, Result, assert_same, check, dual, expect, expect_nothing, lab, lost, policy,
+    sources, tool,
+};
 use egress_datapath::state::Variant;
+use egress_datapath::testing::lab::{
+    EIP_B, EIP_C, Lab, NODE_A, NODE_B_OUTSIDE, Netns, OTHER_SERVER, POD_A, POD_B, POD_C, Proto,
+    SERVER, STRANGER, hosts, net, probe,
+};
 use egress_datapath::{
     ApplyError, Backend, Changes, Destinations, EgressIp, EgressPolicy, Family, Iptables,
     MarkLayout, MarkPool, State, TablePool, Unavailable, plan,
 };
-
 use rustix::fs::{FlockOperation, flock};
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use rustix::thread::UnshareFlags;
-
-use crate::fleet::{
-    Expect, Fleet, Result, assert_same, check, dual, expect, expect_nothing, lab, lost, policy,
-    sources, tool,
-};
-use crate::lab::inside::datapath;
-use crate::lab::{
-    EIP_B, EIP_C, Lab, NODE_A, NODE_B_OUTSIDE, Netns, OTHER_SERVER, POD_A, POD_B, POD_C, Proto,
-    SERVER, STRANGER, hosts, net, probe,
-};
 
 const B: Option<&str> = Some("node-b");
 const C: Option<&str> = Some("node-c");
@@ -335,7 +333,7 @@ fn the_limits_are_as_documented(variant: Variant) -> Result {
     }
     }";
     for host in [&lab.node_a, &lab.node_b] {
-        crate::fleet::nft(&host.netns, &[], masquerade)?;
+        common::fleet::nft(&host.netns, &[], masquerade)?;
     }
     let mut fleet = fleet(&lab, backend(variant))?;
     fleet.apply(&[policy("p", &[POD_A, POD_B], B, dual(EIP_B))?])?;

@@ -12,13 +12,12 @@ use std::io::Write;
 use std::time::Instant;
 use std::{env, io, thread};
 
+use common::numbered;
 use egress_datapath::faults::{Call, Fault, Faults, Subsystem};
 use egress_datapath::{Changes, Error, Reconciler, Report, SharedSim, SimDatapath, State};
 
 use nodes::{Nodes, Progress, send_all};
 use scenarios::{Scenario, Wanted, scenarios};
-
-use crate::numbered::numbered;
 
 /// Of other faults than a death one in so many is tried.
 const SELDOM: usize = 8;

@@ -3,16 +3,16 @@
 
 use std::net::IpAddr;
 
+use common::fleet::{dual, policy};
+use egress_datapath::testing::lab::{
+    EIP_A, EIP_B, EIP_C, Echo, Netns, OTHER_SERVER, POD_A, POD_B, POD_C, Preference, SERVER,
+    STRANGER, hosts, net,
+};
 use egress_datapath::{Destinations, EgressIp, EgressPolicy, Mark};
 use ipnet::IpNet;
 
 use super::special::{inbound, injected, invalid, scanned};
 use super::{Fleet, Pair, Result, World, nft, tool};
-use crate::fleet::{dual, policy};
-use crate::lab::{
-    EIP_A, EIP_B, EIP_C, Echo, Netns, OTHER_SERVER, POD_A, POD_B, POD_C, Preference, SERVER,
-    STRANGER, hosts, net,
-};
 
 /// A situation, and packets in it.
 pub(super) struct Scenario {
