@@ -128,7 +128,7 @@ fn check_noted(lab: &Lab, held: bool, what: &str) -> Result {
 }
 
 #[test]
-fn a_server_that_goes_on_talking_does_not_turn_a_flow_around() -> Result {
+fn late_answers_policy_removed_flow_not_reversed() -> Result {
     let lab = noting_lab()?;
     let held = !is_beyond("late answers are not held back");
     let mut fleet = Fleet::open(&lab)?;
@@ -176,7 +176,7 @@ fn a_server_that_goes_on_talking_does_not_turn_a_flow_around() -> Result {
 
 /// For datagrams nothing tells the two ends apart; see the design notes.
 #[test]
-fn a_connection_that_was_forgotten_is_opened_by_its_pod_only() -> Result {
+fn conntrack_flush_connection_reopened_by_pod_only() -> Result {
     let lab = noting_lab()?;
     let held = !is_beyond("answers of forgotten connections are not held back");
     let mut fleet = Fleet::open(&lab)?;
@@ -206,7 +206,7 @@ fn a_connection_that_was_forgotten_is_opened_by_its_pod_only() -> Result {
 }
 
 #[test]
-fn a_connection_ends_with_its_policy_whatever_its_mark_was_before() -> Result {
+fn connection_ends_with_policy_after_caching_change() -> Result {
     let lab = noting_lab()?;
     let policies = [policy("p", &[POD_A], Some("node-b"), dual(EIP_B))?];
     let open = |caching| Fleet::with(&lab, move |cluster| cluster.connection_caching = caching);

@@ -62,7 +62,7 @@ macro_rules! cases {
         )*
 
         #[test]
-        fn there_is_a_test_for_every_case() {
+        fn every_conformance_case_has_test() {
             let names: Vec<&str> = CASES.iter().map(|case| case.name).collect();
             assert_eq!(names, [$($name),*]);
         }

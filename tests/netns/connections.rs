@@ -110,12 +110,12 @@ fn hand_over(lab: &Lab, from: &Host, to: &Host, eip: Pair) -> Result {
 }
 
 #[test]
-fn connections_survive_every_move_that_keeps_the_egress_ip() -> Result {
+fn connections_survive_gateway_move_with_same_egress_ip() -> Result {
     they_survive(false)
 }
 
 #[test]
-fn connections_whose_first_packet_decided_survive_every_move_that_keeps_the_egress_ip() -> Result {
+fn cached_connections_survive_gateway_move_with_same_egress_ip() -> Result {
     they_survive(true)
 }
 
@@ -157,12 +157,12 @@ fn they_survive(caching: bool) -> Result {
 }
 
 #[test]
-fn a_connection_that_cannot_go_on_is_reset_and_does_not_hang() -> Result {
+fn connection_that_cannot_continue_is_reset() -> Result {
     they_are_reset(false)
 }
 
 #[test]
-fn a_connection_whose_first_packet_decided_is_reset_and_does_not_hang() -> Result {
+fn cached_connection_that_cannot_continue_is_reset() -> Result {
     they_are_reset(true)
 }
 
@@ -201,7 +201,7 @@ fn they_are_reset(caching: bool) -> Result {
 }
 
 #[test]
-fn flows_that_never_pause_never_show_the_pod_while_policies_come_and_go() -> Result {
+fn udp_flows_policy_changes_no_pod_address_leak() -> Result {
     let lab = lab();
     masquerade(&lab)?;
     let listeners = listen(&lab.server, SERVER)?;
@@ -255,7 +255,7 @@ fn flows_that_never_pause_never_show_the_pod_while_policies_come_and_go() -> Res
 }
 
 #[test]
-fn connections_inside_and_of_others_are_untouched_by_it_all() -> Result {
+fn unselected_connections_survive_policy_changes() -> Result {
     let lab = lab();
     masquerade(&lab)?;
     let [v4, v6] = SERVICE;

@@ -77,7 +77,7 @@ fn counting(lab: &Lab) -> Result<Fleet> {
 }
 
 #[test]
-fn each_packet_is_counted_once_where_its_pod_is_and_for_as_long_as_its_policy_is_there() -> Result {
+fn counters_survive_policy_change_and_restart() -> Result {
     unless_beyond("policies are not counted");
     let lab = lab();
     masquerade(&lab)?;
@@ -132,7 +132,7 @@ fn each_packet_is_counted_once_where_its_pod_is_and_for_as_long_as_its_policy_is
 }
 
 #[test]
-fn a_packet_that_is_decided_about_once_more_is_counted_once() -> Result {
+fn counters_mark_overwritten_packet_counted_once() -> Result {
     unless_beyond("policies are not counted");
     let lab = lab();
     let mut fleet = counting(&lab)?;
@@ -156,7 +156,7 @@ fn a_packet_that_is_decided_about_once_more_is_counted_once() -> Result {
 }
 
 #[test]
-fn counters_are_switched_on_and_off_in_one_go_and_nothing_leaks() -> Result {
+fn counters_switched_on_and_off_no_leak() -> Result {
     unless_beyond("policies are not counted");
     let lab = lab();
     masquerade(&lab)?;

@@ -203,7 +203,7 @@ fn run(scenario: &Scenario) -> Result<(String, usize)> {
 }
 
 #[test]
-fn what_is_explained_is_what_happens() -> Result {
+fn explain_matches_real_packets() -> Result {
     unless_beyond("chains are not explained");
     drop(lab());
     harness::needs(&["nft", "ip", "iptables-legacy"]);

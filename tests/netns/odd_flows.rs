@@ -12,7 +12,7 @@ use crate::flows::{ask_twice, datagrams, masquerade, speak};
 const PORT: u16 = 7003;
 
 #[test]
-fn what_a_node_has_open_itself_is_left_alone_by_a_policy_for_everybody() -> Result {
+fn node_connections_survive_policy_for_all_sources() -> Result {
     let lab = lab();
     let listener = lab.server.run(|| TcpListener::bind((SERVER[0], PORT)))??;
     let mut pairs = Vec::new();
@@ -40,7 +40,7 @@ fn what_a_node_has_open_itself_is_left_alone_by_a_policy_for_everybody() -> Resu
 }
 
 #[test]
-fn a_flow_whose_two_directions_are_in_different_zones_follows_its_policy() -> Result {
+fn conntrack_zone_per_direction_policy_followed() -> Result {
     let lab = lab();
     masquerade(&lab)?;
     let zones = "table inet zones {

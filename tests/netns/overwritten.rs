@@ -19,7 +19,7 @@ fn overwriting(hook: &str) -> String {
 }
 
 #[test]
-fn a_mark_that_is_overwritten_shows_neither_pod_nor_node() -> Result {
+fn mark_overwritten_no_pod_or_node_address_leak() -> Result {
     let lab = lab();
     masquerade(&lab)?;
     if is_beyond("whoever overwrites the whole mark takes ours away") {

@@ -18,7 +18,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Started by the tests below in a namespace of the lab.
 #[test]
-fn a_process_that_is_alone_in_charge() -> Result {
+fn exclusive_owner_process() -> Result {
     let Some(node) = part() else { return Ok(()) };
     let mut egress = exclusive()?;
     let report = egress.reconcile(&egress_datapath::testing::lab::cluster(&node)?, policies()?)?;
@@ -38,7 +38,7 @@ fn exclusive() -> std::result::Result<Reconciler<KernelDatapath>, KernelError> {
 }
 
 fn start(host: &Host) -> Result<(Process, String)> {
-    let test = "ownership::a_process_that_is_alone_in_charge";
+    let test = "ownership::exclusive_owner_process";
     let mut process = Process::start(&host.netns, test, host.name)?;
     let said = process.listen()?;
     Ok((process, said))
@@ -51,7 +51,7 @@ fn in_charge(lab: &Lab) -> Result<[Process; 2]> {
 }
 
 #[test]
-fn a_second_one_is_refused_at_once_and_told_which_process_it_is() -> Result {
+fn exclusive_second_open_refused_with_holder_pid() -> Result {
     let lab = lab();
     let processes = in_charge(&lab)?;
     for (host, first) in [&lab.node_a, &lab.node_b].into_iter().zip(&processes) {
@@ -75,7 +75,7 @@ fn a_second_one_is_refused_at_once_and_told_which_process_it_is() -> Result {
 }
 
 #[test]
-fn the_next_one_takes_over_what_a_killed_one_left_and_no_packet_sees_it() -> Result {
+fn exclusive_takeover_after_kill_is_noop() -> Result {
     let lab = lab();
     let [client, gateway] = in_charge(&lab)?;
     let _before = sources(&lab);
@@ -135,7 +135,7 @@ fn take_over(lab: &Lab, asked: &AtomicU32, all: [(&Host, Process); 2]) -> Result
 }
 
 #[test]
-fn other_programs_cannot_touch_it() -> Result {
+fn exclusive_table_protected_from_nft_and_iptables() -> Result {
     let lab = lab();
     harness::needs(&["nft", "iptables"]);
     needs_owners(&lab)?;

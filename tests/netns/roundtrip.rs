@@ -15,7 +15,7 @@ use ipnet::IpNet;
 use serde_json::Value;
 
 #[test]
-fn the_second_time_nothing_changes() -> Result {
+fn second_reconcile_is_noop() -> Result {
     for layout in [MarkLayout::SEED, MarkLayout::COMPACT] {
         let lab = lab();
         for host in lab.nodes() {
@@ -34,7 +34,7 @@ fn the_second_time_nothing_changes() -> Result {
 }
 
 #[test]
-fn what_was_read_is_what_was_wanted_whatever_was_there_before() -> Result {
+fn observed_state_equals_planned_state() -> Result {
     let lab = lab();
     let all = policies()?;
     for host in lab.nodes() {
@@ -52,7 +52,7 @@ fn what_was_read_is_what_was_wanted_whatever_was_there_before() -> Result {
 }
 
 #[test]
-fn removal_leaves_the_node_as_it_was() -> Result {
+fn remove_restores_node() -> Result {
     let lab = lab();
     for host in lab.nodes() {
         let before = settled(&host.netns)?;
@@ -70,7 +70,7 @@ fn removal_leaves_the_node_as_it_was() -> Result {
 }
 
 #[test]
-fn nft_reads_its_own_listing_of_ours() -> Result {
+fn nft_listing_accepted_by_nft() -> Result {
     for layout in [MarkLayout::SEED, MarkLayout::COMPACT] {
         let lab = lab();
         harness::needs(&["nft"]);
@@ -97,7 +97,7 @@ fn nft_reads_its_own_listing_of_ours() -> Result {
 }
 
 #[test]
-fn nft_counts_the_same_elements() -> Result {
+fn elements_match_nft_listing() -> Result {
     let lab = lab();
     harness::needs(&["nft"]);
     for host in lab.nodes() {
@@ -124,7 +124,7 @@ fn nft_counts_the_same_elements() -> Result {
 }
 
 #[test]
-fn ip_sees_the_same_rules() -> Result {
+fn rules_match_ip_listing() -> Result {
     let lab = lab();
     harness::needs(&["ip"]);
     for host in lab.nodes() {
@@ -162,7 +162,7 @@ fn ip_sees_the_same_rules() -> Result {
 }
 
 #[test]
-fn ip_sees_the_same_routes() -> Result {
+fn routes_match_ip_listing() -> Result {
     let lab = lab();
     harness::needs(&["ip"]);
     for host in lab.nodes() {
@@ -209,7 +209,7 @@ fn ip_sees_the_same_routes() -> Result {
 }
 
 #[test]
-fn ip_and_bridge_see_the_same_tunnel() -> Result {
+fn tunnel_matches_ip_and_bridge_listing() -> Result {
     let lab = lab();
     harness::needs(&["ip", "bridge"]);
     for host in lab.nodes() {

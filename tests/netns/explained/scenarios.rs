@@ -383,7 +383,7 @@ pub(super) const NOT_COVERED: &[(&str, &str)] = &[
     ("A06", "a node's own packets enter no chain that is explained; see conforms::node_itself"),
     (
         "B05",
-        "a mark of others on a packet of others is no way; see packets::a_foreign_bit_survives",
+        "a mark of others on a packet of others is no way; see packets::foreign_mark_bits_preserved",
     ),
     ("B06 B07", "a state has nothing of other people's firewalls; see conforms::network_policy"),
     ("B08", "nor of their routing rules, which come first there; preflight reports them"),
