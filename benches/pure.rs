@@ -10,16 +10,12 @@
 
 use std::cell::RefCell;
 
+use common::world::{cluster, name, policies};
 use divan::Bencher;
 use egress_datapath::{
     Changes, Cluster, EgressPolicy, MarkAllocator, MarkLayout, MarkPool, Plan, TableAllocator,
     TablePool, TableRange, plan,
 };
-
-#[path = "apply/world.rs"]
-mod world;
-
-use world::{cluster, name, policies};
 
 fn main() {
     divan::main();

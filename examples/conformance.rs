@@ -6,7 +6,7 @@
 //! fails. With a word behind it, only cases with that word in their name are run.
 //!
 //! ```text
-//! cargo run --example conformance --features testing
+//! cargo run --example conformance
 //! ```
 
 use std::env;

@@ -2,14 +2,12 @@
 //!
 //! Builds three nodes, their pods and a server outside out of network namespaces, gives each node
 //! the same policies, sends real packets and prints which source the server saw. Needs neither
-//! root nor any other program; ends with status 1 if a single packet wore the wrong address.
+//! root nor any other program; ends with status 1 if a single packet wore the wrong address. Copied
+//! into a crate of yours, it needs `egress-datapath` with the feature `testing`.
 //!
 //! ```text
 //! cargo run --example gateway
 //! ```
-
-#[path = "../tests/lab/mod.rs"]
-mod lab;
 
 use std::collections::BTreeSet;
 use std::error::Error;
@@ -17,13 +15,13 @@ use std::net::IpAddr;
 use std::process::ExitCode;
 use std::time::Instant;
 
+use egress_datapath::testing::lab::{
+    self, EIP_B, EIP_C, Lab, NODE_B_OUTSIDE, Netns, OTHER_SERVER, POD_A, POD_B, Pair, Proto,
+    SERVER, STRANGER, hosts, probe_patiently,
+};
 use egress_datapath::{
     Cluster, Destinations, EgressIp, EgressPolicy, KernelDatapath, NodeName, PolicyId, Reconciler,
     TableRange,
-};
-use lab::{
-    EIP_B, EIP_C, Lab, NODE_B_OUTSIDE, Netns, OTHER_SERVER, POD_A, POD_B, Pair, Proto, SERVER,
-    STRANGER, hosts, probe_patiently,
 };
 
 fn main() -> ExitCode {

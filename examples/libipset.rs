@@ -7,14 +7,8 @@ use std::io::{self, Write};
 
 use egress_datapath::libipset::{self, Libipset};
 use egress_datapath::state::{Ipset, IpsetContents};
+use egress_datapath::testing::lab;
 use egress_datapath::{Changes, Datapath, Family, IptablesDatapath, State};
-
-#[allow(dead_code, unreachable_pub, reason = "the tests need more of it")]
-#[path = "../src/testing/lab/netns.rs"]
-mod netns;
-#[allow(dead_code, unreachable_pub, reason = "the tests need more of it")]
-#[path = "../src/testing/lab/rtnl.rs"]
-mod rtnl;
 
 /// The argument that has this program be the process that libipset runs in.
 const SERVE: &str = "serve";
@@ -23,7 +17,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     if std::env::args().nth(1).as_deref() == Some(SERVE) {
         return Ok(libipset::serve()?);
     }
-    netns::isolate()?;
+    lab::isolate()?;
     let libipset = Libipset::new(std::env::current_exe()?).with_argument(SERVE);
     let mut datapath = IptablesDatapath::open_with_libipset(libipset.clone())?;
     let mut out = io::stdout();

@@ -3,9 +3,6 @@
 mod conntrack;
 mod monitor;
 #[cfg(test)]
-#[allow(dead_code, reason = "no includer needs all of it")]
-pub(crate) mod mutate;
-#[cfg(test)]
 pub(crate) mod mutated;
 pub(crate) mod netlink;
 pub(crate) mod nft;
@@ -24,6 +21,8 @@ use crate::diff::op::Op;
 use crate::error::{ApplyError, KernelError};
 use crate::state::{Elements, State, TableFamily};
 use crate::types::DeviceName;
+#[cfg(test)]
+pub(crate) use harness::mutate;
 
 pub use monitor::Watch;
 use monitor::freshness::Trust;

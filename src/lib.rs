@@ -90,9 +90,6 @@
 //! Programming a kernel needs `CAP_NET_ADMIN` in the user namespace that owns the network
 //! namespace. The minimum Rust version is 1.85.
 
-// The lab and its cases are also compiled into the tests, and say the same name there.
-#[cfg(all(feature = "kernel", any(test, feature = "testing"), target_os = "linux"))]
-extern crate self as egress_datapath;
 #[cfg(test)]
 #[macro_use]
 extern crate harness;
@@ -122,7 +119,7 @@ mod rules;
 mod serde_forms;
 mod sim;
 pub mod state;
-#[cfg(all(feature = "kernel", any(test, feature = "testing"), target_os = "linux"))]
+#[cfg(all(feature = "testing", target_os = "linux"))]
 pub mod testing;
 mod types;
 
@@ -174,7 +171,7 @@ struct Readme;
 #[cfg(test)]
 fn main() -> std::process::ExitCode {
     harness::main(|| {
-        #[cfg(all(feature = "kernel", target_os = "linux"))]
+        #[cfg(target_os = "linux")]
         let _refused = testing::lab::isolate();
     })
 }

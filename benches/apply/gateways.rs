@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
+use common::world::name;
 use egress_datapath::testing::{Faults, Subsystem};
 use egress_datapath::{
     Cluster, EgressIp, EgressPolicy, KernelDatapath, KernelTables, MarkPool, Node, PolicyId,
@@ -12,7 +13,6 @@ use egress_datapath::{
 };
 use ipnet::IpNet;
 
-use crate::world::name;
 use crate::{line, median, timed};
 
 const GATEWAYS: u32 = 100;

@@ -1,6 +1,6 @@
 //! What it costs to change a node's kernel: ours, the tools, and the kernel's own floor.
 //!
-//! `cargo bench --bench apply --features testing -- --quick`, as root; compare figures of one run
+//! `cargo bench --bench apply -- --quick`, as root; compare figures of one run
 //! with each other; `-- gateways`, `-- moves` and `-- sets` are those rows alone. Everything is made
 //! in a network namespace that ends with the process.
 
@@ -14,14 +14,13 @@
 mod gateways;
 mod sets;
 mod tools;
-mod world;
 
 use std::time::{Duration, Instant};
 
+use common::world::{self, cluster, policies};
 use egress_datapath::testing::Faults;
+use egress_datapath::testing::lab;
 use egress_datapath::{EgressPolicy, KernelDatapath, Reconciler, Update};
-
-use world::{cluster, policies};
 
 #[global_allocator]
 static MEMORY: memory::Counting = memory::Counting;
@@ -32,7 +31,8 @@ const SIZES: [(u32, u32); 6] =
 fn main() {
     let given = |option: &str| std::env::args().any(|argument| argument == option);
     let (quick, restore) = (given("--quick"), !given("--no-restore"));
-    enter_namespace();
+    // While there is one thread.
+    lab::isolate().unwrap();
     let named: Vec<_> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
     let sizes = SIZES.iter().enumerate().filter(|(place, (count, sources))| {
         let size = format!("{count}x{sources}");
@@ -191,11 +191,4 @@ fn steady(
     let (took, report) = timed(|| fresh.reconcile(cluster, &*policies).unwrap());
     assert!(report.changes.is_empty());
     line("reconcile after a restart", took, None);
-}
-
-/// Moves this process, which must not have started threads, off the host's network.
-#[expect(deprecated, reason = "deprecated because of CLONE_FILES, which is not used here")]
-fn enter_namespace() {
-    let unshared = rustix::thread::unshare(rustix::thread::UnshareFlags::NEWNET);
-    unshared.unwrap_or_else(|error| panic!("run as root, to get a network namespace: {error}"));
 }

@@ -17,6 +17,7 @@ use std::hint::black_box;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use egress_datapath::testing::lab;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
 use report::Report;
@@ -24,17 +25,11 @@ use variant::Variant;
 
 mod frame;
 mod iptables;
-#[allow(dead_code, unreachable_pub, reason = "the tests need more of it")]
-#[path = "../../src/testing/lab/netns.rs"]
-mod netns;
 mod ours;
 mod path;
 mod plot;
 mod port;
 mod report;
-#[allow(dead_code, unreachable_pub, reason = "the tests need more of it")]
-#[path = "../../src/testing/lab/rtnl.rs"]
-mod rtnl;
 mod seed;
 mod variant;
 
@@ -137,7 +132,7 @@ fn main() -> Result {
     if instructions && !clock_counts_instructions() {
         return Err("the clock does not count instructions: benches/instructions has one".into());
     }
-    netns::isolate()?;
+    lab::isolate()?;
     let mut variants = variants(&extent)?;
     // The receiving half of the path runs where the sending one does.
     let mut here = CpuSet::new();

@@ -13,14 +13,14 @@ use std::net::Ipv4Addr;
 use std::os::fd::AsFd;
 use std::process::{Command, Stdio};
 
+use egress_datapath::testing::lab::Netns;
+use egress_datapath::testing::lab::{Device, Preference};
 use ipnet::{IpNet, Ipv4Net};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use netlink_sys::{Socket, SocketAddr};
 
 use crate::Result;
-use crate::netns::Netns;
 use crate::port::{Port, Tap};
-use crate::rtnl::{Device, Preference};
 
 /// The router among the nodes.
 pub(crate) const NODE: Ipv4Addr = Ipv4Addr::new(10, 10, 0, 11);

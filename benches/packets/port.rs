@@ -3,6 +3,7 @@
 use std::net::{Ipv4Addr, UdpSocket};
 use std::os::fd::OwnedFd;
 
+use egress_datapath::testing::lab::Netns;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
@@ -11,7 +12,6 @@ use rustix::net::{
 };
 
 use crate::Result;
-use crate::netns::Netns;
 
 /// A device that frames are sent by.
 pub(crate) struct Port {

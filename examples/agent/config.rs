@@ -1,7 +1,6 @@
 //! The file that says what is wanted, and how it becomes a cluster and policies.
 
 use std::fmt::Display;
-use std::fs;
 use std::net::IpAddr;
 use std::str::FromStr;
 
@@ -21,15 +20,8 @@ pub(crate) struct Config {
 }
 
 impl Config {
-    /// Reads the file; an error is one sentence that names the field and its value.
-    pub(crate) fn read(node: &str, file: &str) -> Result<Self, String> {
-        let node = NodeName::new(node).map_err(|error| format!("--node {node:?}: {error}"))?;
-        let text =
-            fs::read_to_string(file).map_err(|error| format!("--cluster {file}: {error}"))?;
-        Self::parse(node, file, &text)
-    }
-
-    /// Reads the text of a file of this name.
+    /// Reads the text of a file of this name; an error is one sentence that names the field and its
+    /// value.
     pub(crate) fn parse(node: NodeName, file: &str, text: &str) -> Result<Self, String> {
         let mut json = serde_json::Deserializer::from_str(text);
         let form: File = serde_path_to_error::deserialize(&mut json).map_err(|error| {

@@ -6,6 +6,7 @@ mod explain;
 mod show;
 
 use std::fmt::Display;
+use std::fs;
 use std::io::{self, Write};
 use std::process::ExitCode;
 use std::thread;
@@ -16,7 +17,7 @@ use config::Config;
 use egress_datapath::preflight::{Preflight, Severity};
 use egress_datapath::{
     AllocError, Backend, Changes, Connection, Counts, Error, IptablesDatapath, KernelDatapath,
-    MarkLayout, MarkPool, Op, PlanError, Report, State, TablePool, TableRange, plan,
+    MarkLayout, MarkPool, NodeName, Op, PlanError, Report, State, TablePool, TableRange, plan,
 };
 
 const USAGE: &str = "\
@@ -103,12 +104,18 @@ enum Mode {
 /// that refuses.
 fn read<'a>(options: &[&'a str]) -> Result<(&'a str, Config, bool), Failure> {
     let Options { node, file, backend, as_shell } = options_of(options)?;
-    let mut config = Config::read(node, file).map_err(Failure::Input)?;
+    let mut config = config(node, file).map_err(Failure::Input)?;
     config.cluster.backend = backend.resolve().map_err(Failure::kernel)?;
     let Config { cluster, policies, tables } = &config;
     plan(cluster, policies, &mut MarkPool::new(cluster.marks), &mut TablePool::new(*tables))
         .map_err(|error| failure(file, &config, error.into()))?;
     Ok((file, config, as_shell))
+}
+
+fn config(node: &str, file: &str) -> Result<Config, String> {
+    let node = NodeName::new(node).map_err(|error| format!("--node {node:?}: {error}"))?;
+    let text = fs::read_to_string(file).map_err(|error| format!("--cluster {file}: {error}"))?;
+    Config::parse(node, file, &text)
 }
 
 fn doctor(options: &[&str]) -> Result<(), Failure> {

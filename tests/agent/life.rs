@@ -2,15 +2,10 @@
 
 use std::process::Command;
 
+use common::in_netns;
 use serde_json::{Value, json};
 
-use crate::lab::Netns;
 use crate::{File, changed, good, refusal, run};
-
-/// Runs the test in a network namespace of its own, which its children share.
-pub(crate) fn in_netns(test: impl FnOnce() + Send) {
-    harness::given("network namespace", Netns::new()).run(test).unwrap();
-}
 
 #[track_caller]
 fn ip(arguments: &[&str]) {

@@ -15,13 +15,12 @@ use std::path::PathBuf;
 use std::process::{Command, ExitCode, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use egress_datapath::testing::lab;
 use serde_json::{Value, json};
 
-#[path = "../lab/mod.rs"]
-mod lab;
 mod life;
 
-use life::in_netns;
+use common::in_netns;
 
 /// In a network namespace of its own where there can be one.
 fn main() -> ExitCode {

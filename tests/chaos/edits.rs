@@ -2,12 +2,11 @@
 
 use std::collections::BTreeSet;
 
+use common::fleet::{Result, nft, tool};
+use common::lookalikes;
 use egress_datapath::state::RuleAction;
+use egress_datapath::testing::lab::Netns;
 use egress_datapath::{DeviceName, State};
-
-use crate::fleet::{Result, nft, tool};
-use crate::lab::Netns;
-use crate::lookalikes;
 
 /// What an edit leaves of what keeps packets inside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -3,11 +3,11 @@
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use common::fleet::Result;
+use egress_datapath::testing::lab::Host;
 use egress_datapath::{Changes, Datapath, KernelDatapath, State};
 
 use crate::edits::{self, Edit};
-use crate::fleet::Result;
-use crate::lab::Host;
 
 /// How long a repair may take before it counts as none.
 const PATIENCE: Duration = Duration::from_secs(30);

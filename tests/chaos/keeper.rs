@@ -3,15 +3,14 @@
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
+use common::fleet::Result;
 use egress_datapath::Datapath;
+use egress_datapath::testing::lab::Host;
 use egress_datapath::{
     Cluster, EgressPolicy, KernelDatapath, MarkLayout, Ownership, Protection, Reconciler, State,
     TableRange, Watch,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-
-use crate::fleet::Result;
-use crate::lab::Host;
 
 /// A node with a watch.
 pub(crate) struct Keeper {

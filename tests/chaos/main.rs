@@ -6,21 +6,9 @@
 #[macro_use]
 extern crate harness;
 
-#[path = "../lab/mod.rs"]
-mod lab;
-
 mod edits;
-#[path = "../netns/fleet.rs"]
-#[allow(dead_code, reason = "shared with other tests")]
-mod fleet;
 mod hand;
 mod keeper;
-#[path = "../netns/lookalikes.rs"]
-#[allow(dead_code, reason = "shared with other tests")]
-mod lookalikes;
-#[path = "../flood/stream.rs"]
-#[allow(dead_code, reason = "shared with other tests")]
-mod stream;
 
 use std::env;
 use std::io::{self, Write};
@@ -29,14 +17,15 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use common::fleet::{self, Result, assert_same, check, dual, expect, policy, tool};
+use common::lookalikes;
+use common::stream::{self, Pod};
 use egress_datapath::Ownership;
+use egress_datapath::testing::lab::{self, EIP_B, Lab, Netns, POD_A, POD_B, SERVER};
 
 use edits::Leaves;
-use fleet::{Result, assert_same, check, dual, expect, policy, tool};
 use hand::Victim;
 use keeper::Keeper;
-use lab::{EIP_B, Lab, Netns, POD_A, POD_B, SERVER};
-use stream::Pod;
 
 /// In a network namespace of its own where there can be one.
 fn main() -> ExitCode {

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
+use common::fleet::Result;
+use egress_datapath::testing::lab::{Lab, Pair};
 use egress_datapath::{MarkLayout, Report};
 
-use crate::fleet::Result;
-use crate::lab::{Lab, Pair};
 use crate::nodes::Nodes;
 
 /// How much of a kind.

@@ -3,7 +3,12 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
+use common::backend::steering;
+use common::fleet::{Result, dual, policy};
 use egress_datapath::state::Variant;
+use egress_datapath::testing::lab::{
+    EIP_B, EIP_C, Lab, NODE_A, NODE_B_OUTSIDE, OTHER_SERVER, POD_A, POD_B, Pair, SERVER, hosts, net,
+};
 use egress_datapath::{
     Backend, Destinations, EgressIp, EgressPolicy, Iptables, Mark, MarkLayout, Node, NodeName,
     PolicyId, Report, Steering,
@@ -11,12 +16,7 @@ use egress_datapath::{
 use ipnet::IpNet;
 
 use crate::change::{Change, Loss, Reads, Size, To};
-use crate::fleet::{Result, dual, policy};
 use crate::growth::outgrown;
-use crate::lab::inside::steering;
-use crate::lab::{
-    EIP_B, EIP_C, Lab, NODE_A, NODE_B_OUTSIDE, OTHER_SERVER, POD_A, POD_B, Pair, SERVER, hosts, net,
-};
 use crate::moves::{egress_ip, moved, moved_otherwise, moved_with_many};
 use crate::nodes::Nodes;
 

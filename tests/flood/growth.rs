@@ -2,12 +2,12 @@
 
 use std::net::Ipv4Addr;
 
+use common::fleet::{Result, dual, policy};
+use egress_datapath::testing::lab::{EIP_C, Lab, net};
 use egress_datapath::{Destinations, EgressPolicy, Report};
 use ipnet::IpNet;
 
 use crate::changes::{GATEWAY_FIRST, make, p};
-use crate::fleet::{Result, dual, policy};
-use crate::lab::{EIP_C, Lab, net};
 use crate::nodes::Nodes;
 
 /// Destinations of another policy: a set that is made for some, gets more twice, and goes.

@@ -9,18 +9,11 @@
 #[macro_use]
 extern crate harness;
 
-#[path = "../lab/mod.rs"]
-mod lab;
-
 mod change;
 mod changes;
-#[path = "../netns/fleet.rs"]
-#[allow(dead_code, reason = "shared with other tests")]
-mod fleet;
 mod growth;
 mod moves;
 mod nodes;
-mod stream;
 mod takeover;
 
 use std::collections::BTreeMap;
@@ -30,14 +23,14 @@ use std::net::IpAddr;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use common::backend::backend;
+use common::fleet::{self, Result, nft, tool};
+use common::stream::{self, Pod, Progress, Tally};
+use egress_datapath::testing::lab::{self, Lab, POD_A, POD_B, POD_C, SERVER};
 use egress_datapath::{Backend, Phase, Report};
 
 use change::{Change, Loss, Size, To};
-use fleet::{Result, nft, tool};
-use lab::inside::backend;
-use lab::{Lab, POD_A, POD_B, POD_C, SERVER};
 use nodes::Nodes;
-use stream::{Pod, Progress, Tally};
 
 /// In a network namespace of its own where there can be one; a test for each kind of change.
 fn main() -> ExitCode {

@@ -4,11 +4,11 @@ use std::net::Ipv4Addr;
 use std::thread::sleep;
 use std::time::Duration;
 
+use common::fleet::{Result, dual};
+use egress_datapath::testing::lab::{EIP_B, EIP_C, Lab, net};
 use egress_datapath::{EgressPolicy, NodeName, Report, Update};
 
 use crate::changes::{GATEWAY_FIRST, beside, make, p};
-use crate::fleet::{Result, dual};
-use crate::lab::{EIP_B, EIP_C, Lab, net};
 use crate::nodes::Nodes;
 
 /// The new gateway, who sends to it, and the old one.

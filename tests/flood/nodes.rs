@@ -2,7 +2,10 @@
 
 use std::collections::BTreeSet;
 
+use common::backend::{backend, datapath, steering};
+use common::fleet::Result;
 use egress_datapath::state::Variant;
+use egress_datapath::testing::lab::{Host, Lab};
 use egress_datapath::{
     ApplyError, Backend, Changes, Cluster, Connection, Datapath, Drift, EgressPolicy, Iptables,
     KernelError, KernelTables, MarkPool, Reconciler, Report, State, TablePool, TableRange, Update,
@@ -10,9 +13,6 @@ use egress_datapath::{
 
 use crate::change::{Change, Reads};
 use crate::changes::beside;
-use crate::fleet::Result;
-use crate::lab::inside::{backend, datapath, steering};
-use crate::lab::{Host, Lab};
 
 /// The kernel, whose connections are listed now and then only.
 ///

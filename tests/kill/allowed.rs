@@ -2,7 +2,10 @@
 
 use std::net::IpAddr;
 
-use crate::lab::{NODE_A, NODE_B_OUTSIDE, NODE_C_OUTSIDE, POD_A, POD_B, POD_C, Pair, STRANGER};
+use egress_datapath::testing::lab::{
+    NODE_A, NODE_B_OUTSIDE, NODE_C_OUTSIDE, POD_A, POD_B, POD_C, Pair, STRANGER,
+};
+
 use crate::scenarios::{Pod, Scenario, Source};
 use crate::wire::Flow;
 

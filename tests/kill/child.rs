@@ -6,13 +6,13 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use egress_datapath::testing::lab::{Host, cluster};
 use egress_datapath::testing::{Fault, Faults, Subsystem};
 use egress_datapath::{
     Backend, Cluster, Datapath, Error, IptablesDatapath, KernelDatapath, KernelError, KernelTables,
     MarkPool, Ownership, Reconciler, Report, Steering, TablePool, TableRange,
 };
 
-use crate::lab::{Host, cluster};
 use crate::scenarios::{Wanted, scenarios};
 use crate::{NODES, Result};
 
@@ -20,7 +20,7 @@ use crate::{NODES, Result};
 const KILL: i32 = 9;
 
 /// How long somebody else may have the lock.
-const PATIENCE: Duration = Duration::from_secs(1);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A moment at which a process dies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -2,9 +2,9 @@
 //! does the next process put everything right?
 //!
 //! ```text
-//! cargo test --features testing --test kill
-//! EGRESS_KILL=all cargo test --features testing --test kill
-//! EGRESS_KILL=all EGRESS_BACKEND=iptables-legacy cargo test --features testing --test kill
+//! cargo test --test kill
+//! EGRESS_KILL=all cargo test --test kill
+//! EGRESS_KILL=all EGRESS_BACKEND=iptables-legacy cargo test --test kill
 //! ```
 //!
 //! With `all` every scenario runs also on nodes that masquerade what pods send, as most CNI
@@ -15,9 +15,6 @@
 //! `OF_IPTABLES` or `OF_HOOK` is tried then, and with a number in `EGRESS_KILL` one of so many. A
 //! word after `--` is looked for in the scenarios' names.
 
-#[path = "../lab/mod.rs"]
-mod lab;
-
 mod allowed;
 mod child;
 mod matrix;
@@ -27,15 +24,16 @@ mod wire;
 use std::env;
 use std::error::Error;
 use std::io::{self, Write};
-use std::process::{Command, ExitCode, Stdio};
+use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use allowed::Cni;
+use common::backend::{backend, steering};
+use egress_datapath::testing::lab::{self, Lab};
 use egress_datapath::{Backend, Family, MarkLayout, Steering};
 use harness::Trial;
-use lab::inside::{backend, steering};
-use lab::{Lab, Netns};
+
+use allowed::Cni;
 use matrix::{Counts, Matrix};
 use scenarios::{Scenario, scenarios};
 
@@ -134,16 +132,4 @@ fn one(scenario: &Scenario, number: usize, cni: Cni) -> Result {
         return Ok(());
     }
     Err(wrong.join("\n").into())
-}
-
-/// Feeds rules to a tool in a namespace.
-fn feed(netns: &Netns, program: &str, arguments: &[&str], rules: &str) -> Result {
-    let status = netns.run(|| {
-        let mut tool = Command::new(program).args(arguments).stdin(Stdio::piped()).spawn()?;
-        if let Some(mut stdin) = tool.stdin.take() {
-            stdin.write_all(rules.as_bytes())?;
-        }
-        tool.wait()
-    })??;
-    if status.success() { Ok(()) } else { Err(format!("{program} refused its rules").into()) }
 }

@@ -2,16 +2,18 @@
 
 use std::fmt;
 
+use common::backend::{backend, datapath};
+use common::fleet::feed;
+use common::numbered;
 use egress_datapath::testing::Faults;
+use egress_datapath::testing::lab::{Host, Lab, Netns};
 use egress_datapath::{Backend, Changes, Datapath, Family, Ownership, State};
 
+use crate::Result;
 use crate::allowed::{At, Cni, Progress, allowed};
 use crate::child::{Done, Moment, make, open, open_kernel, run};
-use crate::lab::inside::{backend, datapath};
-use crate::lab::{Host, Lab, Netns, numbered};
 use crate::scenarios::{Marks, Pod, Scenario, Source, Talk, Wanted};
 use crate::wire::{Flow, Wire, by_port, take_answers};
-use crate::{Result, feed};
 
 const MASQUERADE: &str = "table inet cni {
     chain postrouting {

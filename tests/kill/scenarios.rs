@@ -2,12 +2,12 @@
 
 use std::slice::from_ref;
 
-use egress_datapath::{Backend, Cluster, Destinations, EgressPolicy, MarkLayout, Ownership};
-
-use crate::lab::inside::{backend, steering};
-use crate::lab::{
+use common::backend::{backend, steering};
+use egress_datapath::testing::lab::{
     self, EIP_B, EIP_C, OTHER_SERVER, POD_A, POD_B, Pair, SERVER, STRANGER, dual, hosts,
 };
+use egress_datapath::{Backend, Cluster, Destinations, EgressPolicy, MarkLayout, Ownership};
+
 use crate::{NODES, Result};
 
 /// What a node should hold.

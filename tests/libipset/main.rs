@@ -12,13 +12,6 @@
 #[macro_use]
 extern crate harness;
 
-#[allow(dead_code, unreachable_pub, reason = "other tests need more of it")]
-#[path = "../../src/testing/lab/netns.rs"]
-mod netns;
-#[allow(dead_code, unreachable_pub, reason = "other tests need more of it")]
-#[path = "../../src/testing/lab/rtnl.rs"]
-mod rtnl;
-
 use std::collections::BTreeMap;
 use std::env;
 use std::error::Error;
@@ -28,6 +21,7 @@ use std::process::ExitCode;
 
 use egress_datapath::libipset::{self, Libipset};
 use egress_datapath::state::{Ipset, IpsetContents, MarkBits, Member};
+use egress_datapath::testing::lab;
 use egress_datapath::{Changes, Datapath, Family, IptablesDatapath, State};
 use ipnet::IpNet;
 
@@ -46,13 +40,8 @@ fn main() -> ExitCode {
             }
         },
         Some("idle") => ExitCode::SUCCESS,
-        _ => harness::main(|| drop(netns::isolate())),
+        _ => harness::main(|| drop(lab::isolate())),
     }
-}
-
-/// Moves the thread of a test into a network namespace of its own.
-fn isolate() {
-    harness::given("network namespace", netns::isolate());
 }
 
 fn libipset() -> Result<Libipset> {
@@ -128,7 +117,7 @@ fn states() -> Result<Vec<Sets>> {
 
 #[test]
 fn both_ways_to_write_give_the_same_sets() -> Result {
-    isolate();
+    harness::given("network namespace", lab::isolate());
     let [mut through_libipset, mut over_netlink] = both()?;
     let states = states()?;
     for first_is_libipset in [true, false] {
@@ -156,7 +145,7 @@ fn both_ways_to_write_give_the_same_sets() -> Result {
 
 #[test]
 fn every_address_is_found_by_both() -> Result {
-    isolate();
+    harness::given("network namespace", lab::isolate());
     let [_, mut over_netlink] = both()?;
     let sets = states()?.swap_remove(0);
     over_netlink.apply(&Changes::between(&State::default(), &holding(sets)))?;
@@ -181,7 +170,7 @@ fn every_address_is_found_by_both() -> Result {
 
 #[test]
 fn a_refusal_is_an_error_with_its_words() -> Result {
-    isolate();
+    harness::given("network namespace", lab::isolate());
     let [mut through_libipset, mut over_netlink] = both()?;
     let set = Ipset::Selected(Family::V4);
     let wanted = holding([(set, IpsetContents::of([]))].into());
@@ -210,7 +199,7 @@ fn a_refusal_is_an_error_with_its_words() -> Result {
 
 #[test]
 fn what_is_refused_keeps_nothing_else_back() -> Result {
-    isolate();
+    harness::given("network namespace", lab::isolate());
     let [mut through_libipset, mut over_netlink] = both()?;
     let [one, two, three] =
         [Ipset::Closed(Family::V4), Ipset::Ignored(Family::V4), Ipset::Peers(Family::V4)];
@@ -229,7 +218,7 @@ fn what_is_refused_keeps_nothing_else_back() -> Result {
 
 #[test]
 fn a_program_that_does_not_serve_is_named() -> Result {
-    isolate();
+    harness::given("network namespace", lab::isolate());
     let idle = Libipset::new(env::current_exe()?).with_argument("idle");
     let error = idle.observe().err().ok_or("a program that does nothing was believed")?;
     if !error.to_string().contains("libipset::serve") {

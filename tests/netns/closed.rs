@@ -2,17 +2,16 @@
 
 use std::thread;
 
+use common::backend::steering;
+use common::fleet::{Fleet, Result, check, dual, expect, lab, policy, tool, unless_beyond};
 use egress_datapath::state::RuleAction;
+use egress_datapath::testing::lab::{EIP_B, POD_A, POD_B, Proto, SERVER, probe};
 use egress_datapath::{Datapath, KernelDatapath, MarkLayout, Steering};
-
-use crate::fleet::{Fleet, Result, check, dual, expect, lab, policy, tool, unless_beyond};
-use crate::lab::inside::steering;
-use crate::lab::{EIP_B, POD_A, POD_B, Proto, SERVER, probe};
 
 const B: Option<&str> = Some("node-b");
 
 #[test]
-fn a_policy_without_a_gateway_is_reported_by_every_node() -> Result {
+fn policy_without_gateway_reported_by_every_node() -> Result {
     let lab = lab();
     let policies = [policy("p", &[POD_A, POD_B], None, dual(EIP_B))?];
     let reports = Fleet::open(&lab)?.apply(&policies)?;
@@ -21,7 +20,7 @@ fn a_policy_without_a_gateway_is_reported_by_every_node() -> Result {
 }
 
 #[test]
-fn nothing_gets_out_while_a_piece_is_missing_and_it_is_put_back() -> Result {
+fn missing_object_no_leak_and_restored() -> Result {
     let lab = lab();
     let policies = [policy("p", &[POD_A], B, dual(EIP_B))?];
     let mut fleet = Fleet::open(&lab)?;
@@ -85,8 +84,8 @@ fn nothing_gets_out_while_a_piece_is_missing_and_it_is_put_back() -> Result {
 }
 
 #[test]
-fn a_firewall_that_others_have_changed_is_put_right() -> Result {
-    unless_beyond("there is no table of nf_tables; see what_others_change_is_put_right");
+fn table_changed_by_others_restored() -> Result {
+    unless_beyond("there is no table of nf_tables; see objects_changed_by_others_restored");
     let lab = lab();
     let policies = [policy("p", &[POD_A], B, dual(EIP_B))?];
     let mut fleet = Fleet::open(&lab)?;

@@ -1,14 +1,13 @@
 //! The conformance kit's cases, passed by a reconciler of our own on each node.
 
+use common::backend::{backend, datapath, steering};
+use common::fleet::{Result, is_beyond, needs_backend};
+use egress_datapath::testing::conformance::{BoxError, CASES, Integration, Outcome};
+use egress_datapath::testing::lab::Host;
 use egress_datapath::{
     Cluster, Datapath, EgressPolicy, KernelTables, MarkLayout, MarkPool, Reconciler, TablePool,
     TableRange,
 };
-
-use crate::conformance::{BoxError, CASES, Integration, Outcome};
-use crate::fleet::{Result, is_beyond, needs_backend};
-use crate::lab::Host;
-use crate::lab::inside::{backend, datapath, steering};
 
 /// A reconciler of the backend that this run is about.
 struct Ours(Reconciler<Box<dyn Datapath>>);
@@ -63,7 +62,7 @@ macro_rules! cases {
         )*
 
         #[test]
-        fn there_is_a_test_for_every_case() {
+        fn every_conformance_case_has_test() {
             let names: Vec<&str> = CASES.iter().map(|case| case.name).collect();
             assert_eq!(names, [$($name),*]);
         }

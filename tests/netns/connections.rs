@@ -7,15 +7,17 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use common::fleet::{Fleet, Result, dual, lab, nft, policy, sources, tool};
 use egress_datapath::EgressPolicy;
+use egress_datapath::testing::lab::{
+    EIP_B, EIP_C, Host, Lab, NODE_A, Netns, POD_A, POD_C, Pair, SERVER, STRANGER,
+};
 
-use crate::fleet::{Fleet, Result, dual, lab, nft, policy, sources, tool};
 use crate::flows::masquerade;
-use crate::lab::{EIP_B, EIP_C, Host, Lab, NODE_A, Netns, POD_A, POD_C, Pair, SERVER, STRANGER};
 
 const PORT: u16 = 7002;
 /// Long enough for a segment that was lost to be sent again.
-const PATIENCE: Duration = Duration::from_secs(3);
+const PATIENCE: Duration = Duration::from_secs(120);
 const MOVES: usize = 20;
 const SERVICE: [&str; 2] = ["10.96.0.10", "fd96::10"];
 
@@ -108,12 +110,12 @@ fn hand_over(lab: &Lab, from: &Host, to: &Host, eip: Pair) -> Result {
 }
 
 #[test]
-fn connections_survive_every_move_that_keeps_the_egress_ip() -> Result {
+fn connections_survive_gateway_move_with_same_egress_ip() -> Result {
     they_survive(false)
 }
 
 #[test]
-fn connections_whose_first_packet_decided_survive_every_move_that_keeps_the_egress_ip() -> Result {
+fn cached_connections_survive_gateway_move_with_same_egress_ip() -> Result {
     they_survive(true)
 }
 
@@ -155,12 +157,12 @@ fn they_survive(caching: bool) -> Result {
 }
 
 #[test]
-fn a_connection_that_cannot_go_on_is_reset_and_does_not_hang() -> Result {
+fn connection_that_cannot_continue_is_reset() -> Result {
     they_are_reset(false)
 }
 
 #[test]
-fn a_connection_whose_first_packet_decided_is_reset_and_does_not_hang() -> Result {
+fn cached_connection_that_cannot_continue_is_reset() -> Result {
     they_are_reset(true)
 }
 
@@ -199,7 +201,7 @@ fn they_are_reset(caching: bool) -> Result {
 }
 
 #[test]
-fn flows_that_never_pause_never_show_the_pod_while_policies_come_and_go() -> Result {
+fn udp_flows_policy_changes_no_pod_address_leak() -> Result {
     let lab = lab();
     masquerade(&lab)?;
     let listeners = listen(&lab.server, SERVER)?;
@@ -209,7 +211,7 @@ fn flows_that_never_pause_never_show_the_pod_while_policies_come_and_go() -> Res
         let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
         let open = || -> io::Result<_> {
             let flow = UdpSocket::bind(any)?;
-            flow.connect((to, crate::lab::PORT))?;
+            flow.connect((to, egress_datapath::testing::lab::PORT))?;
             Ok(flow)
         };
         (0..4).map(|_| open()).collect()
@@ -253,7 +255,7 @@ fn flows_that_never_pause_never_show_the_pod_while_policies_come_and_go() -> Res
 }
 
 #[test]
-fn connections_inside_and_of_others_are_untouched_by_it_all() -> Result {
+fn unselected_connections_survive_policy_changes() -> Result {
     let lab = lab();
     masquerade(&lab)?;
     let [v4, v6] = SERVICE;

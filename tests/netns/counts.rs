@@ -6,12 +6,14 @@ use std::net::UdpSocket;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
+use common::fleet::{Fleet, Result, check, dual, expect, lab, nft, policy, sources, unless_beyond};
 use egress_datapath::state::Set;
+use egress_datapath::testing::lab::{
+    EIP_B, EIP_C, Lab, Netns, POD_A, POD_B, POD_C, Pair, SERVER, STRANGER,
+};
 use egress_datapath::{Count, Datapath, EgressPolicy, Family, KernelDatapath, NodeName};
 
-use crate::fleet::{Fleet, Result, check, dual, expect, lab, nft, policy, sources, unless_beyond};
 use crate::flows::masquerade;
-use crate::lab::{EIP_B, EIP_C, Lab, Netns, POD_A, POD_B, POD_C, Pair, SERVER, STRANGER};
 
 /// Bytes that a datagram carries.
 const PAYLOAD: u64 = 100;
@@ -75,7 +77,7 @@ fn counting(lab: &Lab) -> Result<Fleet> {
 }
 
 #[test]
-fn each_packet_is_counted_once_where_its_pod_is_and_for_as_long_as_its_policy_is_there() -> Result {
+fn counters_survive_policy_change_and_restart() -> Result {
     unless_beyond("policies are not counted");
     let lab = lab();
     masquerade(&lab)?;
@@ -130,7 +132,7 @@ fn each_packet_is_counted_once_where_its_pod_is_and_for_as_long_as_its_policy_is
 }
 
 #[test]
-fn a_packet_that_is_decided_about_once_more_is_counted_once() -> Result {
+fn counters_mark_overwritten_packet_counted_once() -> Result {
     unless_beyond("policies are not counted");
     let lab = lab();
     let mut fleet = counting(&lab)?;
@@ -154,7 +156,7 @@ fn a_packet_that_is_decided_about_once_more_is_counted_once() -> Result {
 }
 
 #[test]
-fn counters_are_switched_on_and_off_in_one_go_and_nothing_leaks() -> Result {
+fn counters_switched_on_and_off_no_leak() -> Result {
     unless_beyond("policies are not counted");
     let lab = lab();
     masquerade(&lab)?;

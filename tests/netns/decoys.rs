@@ -1,11 +1,11 @@
 //! Objects that look like ours and are not.
 
-use crate::fleet::{Result, assert_same, dual, lab, lost, open, policy, settled, snapshot, tool};
-use crate::lab::{EIP_B, EIP_C, POD_A, POD_B};
-use crate::lookalikes;
+use common::fleet::{Result, assert_same, dual, lab, lost, open, policy, settled, snapshot, tool};
+use common::lookalikes;
+use egress_datapath::testing::lab::{EIP_B, EIP_C, POD_A, POD_B};
 
 #[test]
-fn what_is_not_ours_stays_as_it_is() -> Result {
+fn foreign_objects_unchanged_by_apply_and_remove() -> Result {
     let lab = lab();
     let netns = &lab.node_a.netns;
     lookalikes::plant(netns)?;
@@ -24,7 +24,7 @@ fn what_is_not_ours_stays_as_it_is() -> Result {
 }
 
 #[test]
-fn a_device_of_that_name_that_is_not_ours_is_reported_and_left_alone() -> Result {
+fn foreign_device_of_our_name_reported_and_unchanged() -> Result {
     let lab = lab();
     let netns = &lab.node_a.netns;
     tool(netns, "ip link add egress.vxlan type bridge")?;

@@ -4,12 +4,12 @@ use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpStream, UdpSocket};
 use std::time::Duration;
 
-use crate::fleet::{Result, nft};
-use crate::lab::{Lab, Netns, PORT};
+use common::fleet::{Result, nft};
+use egress_datapath::testing::lab::{Lab, Netns, PORT};
 
 /// How long an answer to a datagram may take that may be lost, and one that may not.
 const SOON: Duration = Duration::from_millis(900);
-const LATE: Duration = Duration::from_secs(20);
+const LATE: Duration = Duration::from_secs(120);
 
 /// Hides the pods behind their nodes, as a CNI plugin does.
 pub(crate) fn masquerade(lab: &Lab) -> Result {

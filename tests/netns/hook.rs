@@ -2,16 +2,15 @@
 
 use std::{fs, thread};
 
+use common::fleet::{
+    Fleet, Result, assert_same, check, dual, expect, lab, needs_owners, open, policy, settled,
+    sources, tool,
+};
+use egress_datapath::testing::lab::{EIP_B, EIP_C, Host, POD_A, Proto, SERVER, STRANGER, probe};
 use egress_datapath::{
     Backend, Cluster, Datapath, Family, KernelDatapath, MarkLayout, Ownership, Reconciler,
     Steering, TableRange,
 };
-
-use crate::fleet::{
-    Fleet, Result, assert_same, check, dual, expect, lab, needs_owners, open, policy, settled,
-    sources, tool,
-};
-use crate::lab::{EIP_B, EIP_C, Host, POD_A, Proto, SERVER, STRANGER, probe};
 
 const B: Option<&str> = Some("node-b");
 
@@ -28,7 +27,7 @@ fn steers_by(host: &Host) -> Result<[usize; 3]> {
 }
 
 #[test]
-fn nothing_gets_out_while_a_piece_of_the_hook_is_missing_and_it_is_put_back() -> Result {
+fn egress_hook_missing_object_no_leak_and_restored() -> Result {
     let lab = lab();
     let policies = [policy("p", &[POD_A], B, dual(EIP_B))?];
     let mut fleet = Fleet::with(&lab, by_hook)?;
@@ -77,7 +76,7 @@ fn nothing_gets_out_while_a_piece_of_the_hook_is_missing_and_it_is_put_back() ->
 }
 
 #[test]
-fn a_frame_for_the_next_hop_of_all_goes_nowhere() -> Result {
+fn egress_hook_frame_to_shared_next_hop_dropped() -> Result {
     let lab = lab();
     let mut fleet = Fleet::with(&lab, by_hook)?;
     fleet.apply(&[policy("p", &[POD_A], B, dual(EIP_B))?])?;
@@ -102,7 +101,7 @@ fn a_frame_for_the_next_hop_of_all_goes_nowhere() -> Result {
 }
 
 #[test]
-fn a_node_goes_from_one_steering_to_the_other_and_its_successor_finds_it_so() -> Result {
+fn steering_change_restart_is_noop() -> Result {
     let lab = lab();
     harness::needs(&["ip", "nft"]);
     let mut before = Vec::new();
@@ -147,7 +146,7 @@ fn a_node_goes_from_one_steering_to_the_other_and_its_successor_finds_it_so() ->
 }
 
 #[test]
-fn nobody_else_can_touch_an_owned_hook_and_the_next_owner_takes_it_over() -> Result {
+fn egress_hook_owned_table_protected_and_taken_over() -> Result {
     let lab = lab();
     needs_owners(&lab)?;
     let host = &lab.node_a;

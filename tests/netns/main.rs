@@ -10,13 +10,6 @@
 #[macro_use]
 extern crate harness;
 
-#[path = "../lab/mod.rs"]
-mod lab;
-
-#[allow(dead_code, unreachable_pub, reason = "in the library it is public")]
-#[path = "../../src/testing/conformance/mod.rs"]
-mod conformance;
-
 mod answers;
 mod closed;
 mod conforms;
@@ -24,14 +17,8 @@ mod connections;
 mod counts;
 mod decoys;
 mod explained;
-#[cfg(feature = "testing")]
-mod faults;
-mod fleet;
 mod flows;
-#[cfg(feature = "testing")]
-mod foreign;
 mod hook;
-mod lookalikes;
 mod odd_flows;
 mod overwritten;
 mod ownership;
@@ -45,6 +32,8 @@ mod way_back;
 mod xtables;
 
 use std::process::ExitCode;
+
+use egress_datapath::testing::lab;
 
 /// In a network namespace of its own where there can be one; a process that a test has started
 /// stays in the one of its node.

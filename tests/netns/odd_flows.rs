@@ -3,16 +3,16 @@
 use std::net::{TcpListener, TcpStream};
 use std::slice;
 
+use common::fleet::{Fleet, Result, dual, lab, nft, policy};
 use egress_datapath::EgressPolicy;
+use egress_datapath::testing::lab::{EIP_B, EIP_C, NODE_A, SERVER, STRANGER};
 
-use crate::fleet::{Fleet, Result, dual, lab, nft, policy};
 use crate::flows::{ask_twice, datagrams, masquerade, speak};
-use crate::lab::{EIP_B, EIP_C, NODE_A, SERVER, STRANGER};
 
 const PORT: u16 = 7003;
 
 #[test]
-fn what_a_node_has_open_itself_is_left_alone_by_a_policy_for_everybody() -> Result {
+fn node_connections_survive_policy_for_all_sources() -> Result {
     let lab = lab();
     let listener = lab.server.run(|| TcpListener::bind((SERVER[0], PORT)))??;
     let mut pairs = Vec::new();
@@ -40,7 +40,7 @@ fn what_a_node_has_open_itself_is_left_alone_by_a_policy_for_everybody() -> Resu
 }
 
 #[test]
-fn a_flow_whose_two_directions_are_in_different_zones_follows_its_policy() -> Result {
+fn conntrack_zone_per_direction_policy_followed() -> Result {
     let lab = lab();
     masquerade(&lab)?;
     let zones = "table inet zones {

@@ -1,13 +1,13 @@
 //! Marks that other software overwrites as a whole, which takes ours away.
 
-use egress_datapath::{MarkLayout, Steering};
-
-use crate::fleet::{
+use common::backend::steering;
+use common::fleet::{
     Fleet, Result, check, dual, expect, expect_nothing, is_beyond, lab, nft, policy, sources, tool,
 };
+use egress_datapath::testing::lab::{EIP_B, NODE_A, POD_A, POD_B, Proto, SERVER, STRANGER, probe};
+use egress_datapath::{MarkLayout, Steering};
+
 use crate::flows::masquerade;
-use crate::lab::inside::steering;
-use crate::lab::{EIP_B, NODE_A, POD_A, POD_B, Proto, SERVER, STRANGER, probe};
 
 /// A chain that overwrites the mark of everything, such as it is not ours to keep.
 fn overwriting(hook: &str) -> String {
@@ -19,7 +19,7 @@ fn overwriting(hook: &str) -> String {
 }
 
 #[test]
-fn a_mark_that_is_overwritten_shows_neither_pod_nor_node() -> Result {
+fn mark_overwritten_no_pod_or_node_address_leak() -> Result {
     let lab = lab();
     masquerade(&lab)?;
     if is_beyond("whoever overwrites the whole mark takes ours away") {

@@ -1,15 +1,14 @@
 //! What packets do with other marks, and with other software's.
 
+use common::fleet::{Fleet, Result, check, dual, expect, is_beyond, lab, nft, policy, tool};
+use egress_datapath::testing::lab::{EIP_B, EIP_C, POD_A, POD_B, SERVER, STRANGER};
 use egress_datapath::{EgressPolicy, Mark, MarkLayout};
-
-use crate::fleet::{Fleet, Result, check, dual, expect, is_beyond, lab, nft, policy, tool};
-use crate::lab::{EIP_B, EIP_C, POD_A, POD_B, SERVER, STRANGER};
 
 const B: Option<&str> = Some("node-b");
 const C: Option<&str> = Some("node-c");
 
 #[test]
-fn the_tunnels_own_packets_are_not_tracked_by_who_sends_them() -> Result {
+fn tunnel_packets_not_in_conntrack() -> Result {
     let lab = lab();
     harness::needs(&["conntrack"]);
     let is_tracked = is_beyond("the tunnel's own packets are tracked");
@@ -28,7 +27,7 @@ fn the_tunnels_own_packets_are_not_tracked_by_who_sends_them() -> Result {
 }
 
 #[test]
-fn marks_of_value_zero_and_one_steer() -> Result {
+fn mark_values_zero_and_one_steer() -> Result {
     let lab = lab();
     let mut fleet = Fleet::with(&lab, |cluster| {
         for (node, mark) in cluster.nodes.iter_mut().skip(1).zip([0x2600_0000, 0x2600_0100]) {
@@ -41,7 +40,7 @@ fn marks_of_value_zero_and_one_steer() -> Result {
 }
 
 #[test]
-fn layouts_without_prefix_steer() -> Result {
+fn mark_layout_without_prefix_steers() -> Result {
     for layout in [MarkLayout::COMPACT, MarkLayout::COMPACT6] {
         let lab = lab();
         let mut fleet = Fleet::with(&lab, |cluster| cluster.marks = layout)?;
@@ -57,7 +56,7 @@ fn layouts_without_prefix_steer() -> Result {
 }
 
 #[test]
-fn a_foreign_bit_survives_and_one_set_after_ours_does_not_unsteer() -> Result {
+fn foreign_mark_bits_preserved() -> Result {
     let lab = lab();
     harness::needs(&["nft"]);
     // On the client and on the gateway: one bit before us, one after us, and who still has both

@@ -4,8 +4,8 @@ use std::env;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
-use crate::fleet::Result;
-use crate::lab::Netns;
+use common::fleet::Result;
+use egress_datapath::testing::lab::Netns;
 
 /// Says which part a process plays; without it there is nothing to play.
 const PART: &str = "EGRESS_TEST_PART";

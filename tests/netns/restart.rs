@@ -2,14 +2,14 @@
 
 use std::time::{Duration, Instant};
 
+use common::fleet::{Result, check, dual, expect, lab, open, policy};
 use egress_datapath::state::{Data, Key, State};
+use egress_datapath::testing::lab::{EIP_B, EIP_C, Host, POD_A, POD_B, POD_C, SERVER, STRANGER};
 use egress_datapath::{
     Cluster, Datapath, EgressPolicy, Error, KernelDatapath, MarkLayout, PlanError, PolicyError,
     Reconciler, TableRange,
 };
 
-use crate::fleet::{Result, check, dual, expect, lab, open, policy};
-use crate::lab::{EIP_B, EIP_C, Host, POD_A, POD_B, POD_C, SERVER, STRANGER};
 use crate::process::{Process, part, say};
 
 const RESTARTS: u32 = 100;
@@ -25,22 +25,22 @@ enum Marks {
 }
 
 #[test]
-fn a_hundred_restarts_change_nothing_with_allocated_marks() -> Result {
+fn restart_is_noop_allocated_marks() -> Result {
     restarts("seed", Marks::Allocated)
 }
 
 #[test]
-fn a_hundred_restarts_change_nothing_with_explicit_marks() -> Result {
+fn restart_is_noop_explicit_marks() -> Result {
     restarts("seed", Marks::Explicit)
 }
 
 #[test]
-fn a_hundred_restarts_change_nothing_with_allocated_compact_marks() -> Result {
+fn restart_is_noop_allocated_compact_marks() -> Result {
     restarts("compact", Marks::Allocated)
 }
 
 #[test]
-fn a_hundred_restarts_change_nothing_with_explicit_compact_marks() -> Result {
+fn restart_is_noop_explicit_compact_marks() -> Result {
     restarts("compact", Marks::Explicit)
 }
 
@@ -49,7 +49,7 @@ fn layout(name: &str) -> MarkLayout {
 }
 
 fn cluster(node: &str, marks: &str, layout: MarkLayout) -> Result<Cluster> {
-    let mut cluster = crate::lab::cluster(node)?;
+    let mut cluster = egress_datapath::testing::lab::cluster(node)?;
     cluster.marks = layout;
     if marks == "Explicit" {
         // In another order than they would be allocated in.
@@ -87,7 +87,7 @@ fn restarts(layout_name: &str, marks: Marks) -> Result {
             let begin = Instant::now();
             if number % PROCESSES == 0 {
                 let part = format!("{} {marks_name} {layout_name}", host.name);
-                let test = "restart::a_process_that_restarts";
+                let test = "restart::restarted_process";
                 let said = Process::start(&host.netns, test, &part)?.listen()?;
                 assert_eq!(said, format!("0 changes, {numbers}"), "{} {number}", host.name);
             } else {
@@ -115,7 +115,7 @@ fn restarts(layout_name: &str, marks: Marks) -> Result {
 
 /// Started by the tests above in a namespace of the lab.
 #[test]
-fn a_process_that_restarts() -> Result {
+fn restarted_process() -> Result {
     let Some(part) = part() else { return Ok(()) };
     let [node, marks, layout_name] = part.split(' ').collect::<Vec<_>>()[..] else {
         return Err("no such part".into());
@@ -144,7 +144,7 @@ fn numbers(state: &State) -> String {
 }
 
 #[test]
-fn nothing_is_removed_before_a_complete_list_is_there() -> Result {
+fn restart_before_policy_list_removes_nothing() -> Result {
     let lab = lab();
     let policies = policies()?;
     for host in lab.nodes() {

@@ -2,7 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use common::fleet::{Result, assert_same, dual, lab, nft, open, policy, settled, snapshot, tool};
 use egress_datapath::state::{PROTOCOL, Route, RuleAction, State};
+use egress_datapath::testing::lab::{
+    EIP_B, EIP_C, Lab, Netns, OTHER_SERVER, POD_A, POD_B, POD_C, STRANGER, hosts,
+};
 use egress_datapath::{
     Datapath, Destinations, DeviceName, EgressIp, EgressPolicy, Family, MarkLayout, PolicyId,
     Reconciler,
@@ -10,11 +14,8 @@ use egress_datapath::{
 use ipnet::IpNet;
 use serde_json::Value;
 
-use crate::fleet::{Result, assert_same, dual, lab, nft, open, policy, settled, snapshot, tool};
-use crate::lab::{EIP_B, EIP_C, Lab, Netns, OTHER_SERVER, POD_A, POD_B, POD_C, STRANGER, hosts};
-
 #[test]
-fn the_second_time_nothing_changes() -> Result {
+fn second_reconcile_is_noop() -> Result {
     for layout in [MarkLayout::SEED, MarkLayout::COMPACT] {
         let lab = lab();
         for host in lab.nodes() {
@@ -33,7 +34,7 @@ fn the_second_time_nothing_changes() -> Result {
 }
 
 #[test]
-fn what_was_read_is_what_was_wanted_whatever_was_there_before() -> Result {
+fn observed_state_equals_planned_state() -> Result {
     let lab = lab();
     let all = policies()?;
     for host in lab.nodes() {
@@ -51,7 +52,7 @@ fn what_was_read_is_what_was_wanted_whatever_was_there_before() -> Result {
 }
 
 #[test]
-fn removal_leaves_the_node_as_it_was() -> Result {
+fn remove_restores_node() -> Result {
     let lab = lab();
     for host in lab.nodes() {
         let before = settled(&host.netns)?;
@@ -69,7 +70,7 @@ fn removal_leaves_the_node_as_it_was() -> Result {
 }
 
 #[test]
-fn nft_reads_its_own_listing_of_ours() -> Result {
+fn nft_listing_accepted_by_nft() -> Result {
     for layout in [MarkLayout::SEED, MarkLayout::COMPACT] {
         let lab = lab();
         harness::needs(&["nft"]);
@@ -96,7 +97,7 @@ fn nft_reads_its_own_listing_of_ours() -> Result {
 }
 
 #[test]
-fn nft_counts_the_same_elements() -> Result {
+fn elements_match_nft_listing() -> Result {
     let lab = lab();
     harness::needs(&["nft"]);
     for host in lab.nodes() {
@@ -123,7 +124,7 @@ fn nft_counts_the_same_elements() -> Result {
 }
 
 #[test]
-fn ip_sees_the_same_rules() -> Result {
+fn rules_match_ip_listing() -> Result {
     let lab = lab();
     harness::needs(&["ip"]);
     for host in lab.nodes() {
@@ -161,7 +162,7 @@ fn ip_sees_the_same_rules() -> Result {
 }
 
 #[test]
-fn ip_sees_the_same_routes() -> Result {
+fn routes_match_ip_listing() -> Result {
     let lab = lab();
     harness::needs(&["ip"]);
     for host in lab.nodes() {
@@ -208,7 +209,7 @@ fn ip_sees_the_same_routes() -> Result {
 }
 
 #[test]
-fn ip_and_bridge_see_the_same_tunnel() -> Result {
+fn tunnel_matches_ip_and_bridge_listing() -> Result {
     let lab = lab();
     harness::needs(&["ip", "bridge"]);
     for host in lab.nodes() {
@@ -275,7 +276,10 @@ fn policies() -> Result<Vec<EgressPolicy>> {
     ])
 }
 
-fn applied(lab: &Lab, host: &crate::lab::Host) -> Result<(egress_datapath::Cluster, State)> {
+fn applied(
+    lab: &Lab,
+    host: &egress_datapath::testing::lab::Host,
+) -> Result<(egress_datapath::Cluster, State)> {
     let mut cluster = lab.cluster(host)?;
     cluster.policy_counters = true;
     let mut node: Reconciler<_> = open(host, cluster.marks)?;

@@ -2,8 +2,8 @@
 
 use std::process::Command;
 
-use crate::fleet::Result;
-use crate::lab::Netns;
+use common::fleet::Result;
+use egress_datapath::testing::lab::Netns;
 
 /// Commands whose effects can be listed, in an order in which each finds what it needs.
 const COMMANDS: &[&str] = &[
@@ -161,7 +161,7 @@ fn ip_and_bridge() -> Result {
         }
         // The kernel tells of the carrier later.
         let mut different = String::new();
-        for _ in 0..100 {
+        for _ in 0..6000 {
             let [one, other] = [listed(&programs)?, listed(&stand_ins)?];
             different = if one == other { String::new() } else { difference(&one, &other) };
             if different.is_empty() {

@@ -3,11 +3,12 @@
 
 use std::io;
 
+use common::backend::steering;
+use common::fleet::{Fleet, Result, check, dual, expect, lab, nft, policy, tool};
+use egress_datapath::testing::lab::{
+    EIP_B, EIP_C, Netns, POD_A, POD_C, Proto, SERVER, STRANGER, probe,
+};
 use egress_datapath::{Datapath, Family, KernelDatapath, MarkLayout, Steering};
-
-use crate::fleet::{Fleet, Result, check, dual, expect, lab, nft, policy, tool};
-use crate::lab::inside::steering;
-use crate::lab::{EIP_B, EIP_C, Netns, POD_A, POD_C, Proto, SERVER, STRANGER, probe};
 
 const B: Option<&str> = Some("node-b");
 const C: Option<&str> = Some("node-c");
@@ -31,7 +32,7 @@ fn is_refused(pod: &Netns) -> bool {
 }
 
 #[test]
-fn packets_are_steered_where_their_way_back_is_looked_up_with_the_mark() -> Result {
+fn rp_filter_with_src_valid_mark_packets_steered() -> Result {
     let lab = lab();
     let policies =
         [policy("p", &[POD_A], B, dual(EIP_B))?, policy("q", &[STRANGER], C, dual(EIP_C))?];
@@ -56,7 +57,7 @@ fn packets_are_steered_where_their_way_back_is_looked_up_with_the_mark() -> Resu
 }
 
 #[test]
-fn an_answer_of_the_node_with_the_mark_of_what_it_answers_reaches_the_pod() -> Result {
+fn icmp_error_with_reflected_mark_reaches_pod() -> Result {
     let lab = lab();
     harness::needs(&["nft"]);
     let node = &lab.node_a.netns;
@@ -87,7 +88,7 @@ fn an_answer_of_the_node_with_the_mark_of_what_it_answers_reaches_the_pod() -> R
 }
 
 #[test]
-fn a_gateways_table_holds_its_way_and_the_backstop() -> Result {
+fn gateway_table_has_default_and_unreachable_route() -> Result {
     let lab = lab();
     if steering(&MarkLayout::SEED) != Steering::Tables {
         harness::limit("the egress hook has one rule and one table for all gateways");
@@ -107,7 +108,7 @@ fn a_gateways_table_holds_its_way_and_the_backstop() -> Result {
 }
 
 #[test]
-fn rules_go_in_whatever_order_they_came() -> Result {
+fn rules_in_any_order_removed() -> Result {
     let lab = lab();
     if steering(&MarkLayout::SEED) != Steering::Tables {
         harness::limit("the egress hook has one rule and one table for all gateways");

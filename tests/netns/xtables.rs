@@ -6,25 +6,23 @@ use std::io::Write;
 use std::process::{Command, Stdio};
 use std::thread;
 
+use common::backend::datapath;
+use common::fleet::{
+    Expect, Fleet, Result, assert_same, check, dual, expect, expect_nothing, lab, lost, policy,
+    sources, tool,
+};
 use egress_datapath::state::Variant;
+use egress_datapath::testing::lab::{
+    EIP_B, EIP_C, Lab, NODE_A, NODE_B_OUTSIDE, Netns, OTHER_SERVER, POD_A, POD_B, POD_C, Proto,
+    SERVER, STRANGER, hosts, net, probe,
+};
 use egress_datapath::{
     ApplyError, Backend, Changes, Destinations, EgressIp, EgressPolicy, Family, Iptables,
     MarkLayout, MarkPool, State, TablePool, Unavailable, plan,
 };
-
 use rustix::fs::{FlockOperation, flock};
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use rustix::thread::UnshareFlags;
-
-use crate::fleet::{
-    Expect, Fleet, Result, assert_same, check, dual, expect, expect_nothing, lab, lost, policy,
-    sources, tool,
-};
-use crate::lab::inside::datapath;
-use crate::lab::{
-    EIP_B, EIP_C, Lab, NODE_A, NODE_B_OUTSIDE, Netns, OTHER_SERVER, POD_A, POD_B, POD_C, Proto,
-    SERVER, STRANGER, hosts, net, probe,
-};
 
 const B: Option<&str> = Some("node-b");
 const C: Option<&str> = Some("node-c");
@@ -57,16 +55,16 @@ macro_rules! of_both {
 }
 
 of_both! {
-    packets_wear_what_their_policies_say
-    a_prefix_of_sources_has_exceptions
-    others_are_untouched_and_nothing_is_left
-    a_restart_changes_nothing
-    what_others_change_is_put_right
-    a_refused_change_leaves_the_table_as_it_was
-    the_printed_commands_make_the_same
-    the_limits_are_as_documented
-    a_drained_node_takes_another_layout
-    chains_of_our_names_are_taken_over
+    packets_have_egress_ip_of_policy
+    source_prefix_with_exceptions
+    remove_leaves_only_foreign_objects
+    restart_is_noop
+    objects_changed_by_others_restored
+    refused_change_leaves_table_unchanged
+    printed_commands_give_same_state
+    documented_limits_hold
+    drained_node_mark_layout_change
+    chains_of_our_names_taken_over
 }
 
 /// Policies of every kind at once.
@@ -93,7 +91,7 @@ fn expectations(lab: &Lab) -> Vec<Expect<'_>> {
     ]
 }
 
-fn packets_wear_what_their_policies_say(variant: Variant) -> Result {
+fn packets_have_egress_ip_of_policy(variant: Variant) -> Result {
     let lab = lab_with(variant);
     let mut fleet = fleet(&lab, backend(variant))?;
     fleet.apply(&policies()?)?;
@@ -104,7 +102,7 @@ fn packets_wear_what_their_policies_say(variant: Variant) -> Result {
     Ok(())
 }
 
-fn a_prefix_of_sources_has_exceptions(variant: Variant) -> Result {
+fn source_prefix_with_exceptions(variant: Variant) -> Result {
     let lab = lab_with(variant);
     // One set says of the whole node where it goes, and of one pod in it otherwise.
     let mut whole = policy("whole", &[], B, dual(EIP_B))?;
@@ -172,7 +170,7 @@ fn listing(netns: &Netns) -> Result<String> {
     Ok(text)
 }
 
-fn others_are_untouched_and_nothing_is_left(variant: Variant) -> Result {
+fn remove_leaves_only_foreign_objects(variant: Variant) -> Result {
     let lab = lab_with(variant);
     let netns = &lab.node_b.netns;
     for line in OTHERS {
@@ -189,7 +187,7 @@ fn others_are_untouched_and_nothing_is_left(variant: Variant) -> Result {
     Ok(())
 }
 
-fn a_restart_changes_nothing(variant: Variant) -> Result {
+fn restart_is_noop(variant: Variant) -> Result {
     let lab = lab_with(variant);
     fleet(&lab, backend(variant))?.apply(&policies()?)?;
     for _ in 0..5 {
@@ -201,7 +199,7 @@ fn a_restart_changes_nothing(variant: Variant) -> Result {
     Ok(())
 }
 
-fn what_others_change_is_put_right(variant: Variant) -> Result {
+fn objects_changed_by_others_restored(variant: Variant) -> Result {
     let lab = lab_with(variant);
     let mut fleet = fleet(&lab, backend(variant))?;
     fleet.apply(&policies()?)?;
@@ -236,7 +234,7 @@ fn what_others_change_is_put_right(variant: Variant) -> Result {
     Ok(())
 }
 
-fn a_refused_change_leaves_the_table_as_it_was(variant: Variant) -> Result {
+fn refused_change_leaves_table_unchanged(variant: Variant) -> Result {
     let lab = lab_with(variant);
     let netns = &lab.node_a.netns;
     let mut kernel = datapath(netns, backend(variant))?;
@@ -269,7 +267,7 @@ fn a_refused_change_leaves_the_table_as_it_was(variant: Variant) -> Result {
     Ok(())
 }
 
-fn the_printed_commands_make_the_same(variant: Variant) -> Result {
+fn printed_commands_give_same_state(variant: Variant) -> Result {
     let lab = lab_with(variant);
     for host in lab.nodes() {
         let mut cluster = lab.cluster(host)?;
@@ -292,7 +290,7 @@ fn the_printed_commands_make_the_same(variant: Variant) -> Result {
 }
 
 #[test]
-fn the_printed_commands_of_nftables_make_the_same() -> Result {
+fn nftables_printed_commands_give_same_state() -> Result {
     let lab = lab();
     harness::needs(&["nft", "ip", "bridge"]);
     let cluster = lab.cluster(&lab.node_b)?;
@@ -326,7 +324,7 @@ fn shell(netns: &Netns, script: &str) -> Result {
 }
 
 /// What iptables cannot do, as [`Iptables`] says; that it is so is tested, too.
-fn the_limits_are_as_documented(variant: Variant) -> Result {
+fn documented_limits_hold(variant: Variant) -> Result {
     let lab = lab_with(variant);
     // A masquerade in a table of somebody's own comes first: on the client what is tunnelled then
     // has no policy at the gateway, and is dropped there.
@@ -336,7 +334,7 @@ fn the_limits_are_as_documented(variant: Variant) -> Result {
     }
     }";
     for host in [&lab.node_a, &lab.node_b] {
-        crate::fleet::nft(&host.netns, &[], masquerade)?;
+        common::fleet::nft(&host.netns, &[], masquerade)?;
     }
     let mut fleet = fleet(&lab, backend(variant))?;
     fleet.apply(&[policy("p", &[POD_A, POD_B], B, dual(EIP_B))?])?;
@@ -355,7 +353,7 @@ fn the_limits_are_as_documented(variant: Variant) -> Result {
 }
 
 /// It is not changed with policies in force.
-fn a_drained_node_takes_another_layout(variant: Variant) -> Result {
+fn drained_node_mark_layout_change(variant: Variant) -> Result {
     let lab = lab_with(variant);
     let policies = policies()?;
     let with = |marks| {
@@ -385,7 +383,7 @@ fn own_run() -> Result {
 }
 
 #[test]
-fn a_lock_that_others_keep_is_waited_for_and_named() -> Result {
+fn xtables_lock_held_waited_for_and_named() -> Result {
     // The lock is a file, the same for all network namespaces.
     let locked = || -> std::result::Result<(), String> {
         let text = |error: &dyn std::fmt::Display| error.to_string();
@@ -422,7 +420,7 @@ const ANCESTOR: [&str; 9] = [
     "-t nat -N EGRESSGATEWAY-SNAT-EIP",
 ];
 
-fn chains_of_our_names_are_taken_over(variant: Variant) -> Result {
+fn chains_of_our_names_taken_over(variant: Variant) -> Result {
     let lab = lab_with(variant);
     for line in ANCESTOR {
         for host in lab.nodes() {

@@ -236,7 +236,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..<_>::default() })]
 
     #[test]
-    fn any_state_becomes_any_other(
+    fn changes_between_any_states_converge(
         from in prop_oneof![1 => Just(State::default()), 6 => drifted()],
         to in prop_oneof![1 => Just(State::default()), 6 => states()],
     ) {
@@ -250,7 +250,7 @@ proptest! {
     }
 
     #[test]
-    fn whatever_is_refused_once_is_made_up_for(
+    fn refused_operation_made_up_by_next_apply(
         from in prop_oneof![1 => Just(State::default()), 2 => drifted()],
         to in prop_oneof![1 => Just(State::default()), 6 => states()],
     ) {
@@ -272,7 +272,7 @@ proptest! {
     }
 
     #[test]
-    fn a_new_reconciler_takes_over_what_the_last_one_left(
+    fn new_reconciler_takes_over_state(
         cluster in clusters(), before in policies(), after in policies(), stop in any::<Index>(),
     ) {
         let first = |sim| {
@@ -298,7 +298,7 @@ proptest! {
     }
 
     #[test]
-    fn order_does_not_matter(
+    fn plan_independent_of_input_order(
         cluster in clusters(),
         (ordered, shuffled) in policies().prop_flat_map(|policies| {
             let shuffled = Just(policies.clone()).prop_shuffle();

@@ -53,7 +53,7 @@ fn expected(of: &[(&str, Family, u64)]) -> BTreeMap<(String, Family), (u64, u64)
 }
 
 #[test]
-fn what_was_counted_goes_on_over_everything_but_the_end_of_the_policy() {
+fn counters_survive_all_but_policy_removal() {
     use Family::{V4, V6};
     let cluster = counting("a");
     let mut egress = Reconciler::new(Sim::new());
@@ -114,7 +114,7 @@ fn what_was_counted_goes_on_over_everything_but_the_end_of_the_policy() {
 }
 
 #[test]
-fn it_is_switched_on_and_off_in_one_go() {
+fn counters_switched_on_and_off() {
     let policies = two();
     let mut egress = Reconciler::new(Sim::new());
     egress.reconcile(&cluster("a"), &policies).unwrap();
@@ -133,7 +133,7 @@ fn it_is_switched_on_and_off_in_one_go() {
 }
 
 #[test]
-fn a_refused_transaction_leaves_what_was_counted() {
+fn counters_survive_refused_transaction() {
     let mut egress = Reconciler::new(Sim::new());
     egress.reconcile(&counting("a"), two()).unwrap();
     send(&mut egress, A, 1..4);

@@ -12,13 +12,12 @@ use std::io::Write;
 use std::time::Instant;
 use std::{env, io, thread};
 
+use common::numbered;
 use egress_datapath::faults::{Call, Fault, Faults, Subsystem};
 use egress_datapath::{Changes, Error, Reconciler, Report, SharedSim, SimDatapath, State};
 
 use nodes::{Nodes, Progress, send_all};
 use scenarios::{Scenario, Wanted, scenarios};
-
-use crate::numbered::numbered;
 
 /// Of other faults than a death one in so many is tried.
 const SELDOM: usize = 8;
@@ -265,7 +264,7 @@ fn run(scenario: &Scenario, caching: bool) -> Result<Counts, String> {
 }
 
 #[test]
-fn every_fault_at_every_call_of_every_change() {
+fn every_fault_at_every_call_converges() {
     let begun = Instant::now();
     let scenarios = scenarios();
     let all: Vec<_> = thread::scope(|scope| {
@@ -289,7 +288,7 @@ fn every_fault_at_every_call_of_every_change() {
 }
 
 #[test]
-fn a_wrong_source_is_noticed() {
+fn wrong_source_detected() {
     for scenario in scenarios().iter().filter(|one| one.name.starts_with("change the egress")) {
         let nodes = Nodes::new(scenario, false);
         let kernel = SharedSim::new(nodes.sim(0).clone());

@@ -59,13 +59,13 @@ fn both() -> Vec<EgressPolicy> {
 }
 
 #[test]
-fn a_client_of_one_policy() {
+fn client_one_policy() {
     let plan = planned(&cluster_v4("a"), [checkout()]).unwrap();
     check("client.txt", &plan, &State::default());
 }
 
 #[test]
-fn a_gateway_of_one_policy() {
+fn gateway_one_policy() {
     let plan = planned(&cluster_v4("b"), [checkout()]).unwrap();
     check("gateway.txt", &plan, &State::default());
 }
@@ -77,13 +77,13 @@ fn dual_stack() {
 }
 
 #[test]
-fn dual_stack_on_the_gateway() {
+fn dual_stack_gateway() {
     let plan = planned(&cluster("b"), both()).unwrap();
     check("dual_stack_gateway.txt", &plan, &State::default());
 }
 
 #[test]
-fn counters_are_a_set_and_a_rule_of_each_family() {
+fn counters_add_set_and_rule_per_family() {
     let mut counting = cluster("a");
     counting.policy_counters = true;
     let before = planned(&cluster("a"), both()).unwrap();
@@ -91,7 +91,7 @@ fn counters_are_a_set_and_a_rule_of_each_family() {
 }
 
 #[test]
-fn closed_policies_drop() {
+fn closed_policy_drops() {
     let sources = ["10.244.1.10/32", "fd44:1::10/128"];
     let closed = policy("shop/closed", &sources, None, EgressIp::Node);
     let half = policy("shop/half", &["fd44:1::11/128"], Some("b"), v4("198.51.100.200"));
@@ -100,7 +100,7 @@ fn closed_policies_drop() {
 }
 
 #[test]
-fn a_move_to_another_gateway_is_small() {
+fn gateway_move_is_small() {
     let cluster = cluster("a");
     let before = planned(&cluster, both()).unwrap();
     let mut policies = both();
@@ -114,7 +114,7 @@ fn a_move_to_another_gateway_is_small() {
 }
 
 #[test]
-fn removal_takes_the_guards_away_last() {
+fn removal_deletes_guards_last() {
     let before = planned(&cluster("a"), both()).unwrap();
     let nothing =
         Plan { state: State::default(), gateways: before.gateways.clone(), findings: Vec::new() };
@@ -126,13 +126,13 @@ fn by_hook(here: &str) -> Cluster {
 }
 
 #[test]
-fn the_egress_hook_instead_of_tables() {
+fn egress_hook_steering() {
     let plan = planned(&by_hook("a"), both()).unwrap();
     check("egress_hook.txt", &plan, &State::default());
 }
 
 #[test]
-fn the_way_to_the_egress_hook_and_back() {
+fn steering_change_to_egress_hook_and_back() {
     let (tables, hook) = (cluster("a"), by_hook("a"));
     let (mut marks, mut ids) = crate::pools(&tables);
     // The tables of before, as a running agent would have them.
@@ -143,7 +143,7 @@ fn the_way_to_the_egress_hook_and_back() {
 }
 
 #[test]
-fn another_gateway_at_the_egress_hook_is_no_rule_route_or_neighbour() {
+fn egress_hook_added_gateway_changes_only_elements() {
     let cluster = by_hook("a");
     let one = planned(&cluster, both().split_off(1)).unwrap();
     let (mut marks, mut tables) = crate::pools(&cluster);
@@ -156,7 +156,7 @@ fn another_gateway_at_the_egress_hook_is_no_rule_route_or_neighbour() {
 }
 
 #[test]
-fn the_chain_at_the_hook_goes_before_its_device_and_comes_after_it() {
+fn egress_hook_chain_deleted_before_device_added_after() {
     let mut cluster = by_hook("a");
     let before = planned(&cluster, both()).unwrap();
     cluster.tunnel.vni += 1;
@@ -174,7 +174,7 @@ fn the_chain_at_the_hook_goes_before_its_device_and_comes_after_it() {
 }
 
 #[test]
-fn a_guard_knows_a_mark_for_longer_than_any_rule_leads_it() {
+fn guard_element_outlives_rules_with_its_mark() {
     let mut cluster = cluster_v4("a");
     cluster.marks = MarkLayout::COMPACT;
     let with = planned(&cluster, [checkout()]).unwrap();

@@ -2,16 +2,16 @@
 //! and what is planned can be made from whatever was planned before.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use egress_datapath::{
     Changes, Cluster, Datapath, Destinations, DeviceName, EgressIp, EgressPolicy, MacAddr, Mark,
     MarkLayout, MarkPool, Node, NodeName, Plan, PlanError, PolicyId, Sim, State, TablePool,
     TableRange, Unavailable, plan,
 };
+use harness::mutate::{Random, anything};
 use ipnet::IpNet;
 
-use crate::mutate::{Random, anything};
 use crate::{cluster, dual, policy, v4};
 
 /// Addresses at the edges of what means something else.
@@ -253,8 +253,15 @@ fn shared(count: u32, sources: &[IpNet], destinations: &Destinations) -> Vec<Egr
     (0..count).map(one).collect()
 }
 
+/// How long this thread has had a processor, where the kernel tells: other programs do not count.
+fn busy() -> Duration {
+    let told = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+    let nanoseconds = told.split_whitespace().next().and_then(|number| number.parse().ok());
+    Duration::from_nanos(nanoseconds.unwrap_or_default())
+}
+
 #[test]
-fn huge_lists_are_planned_in_a_time_that_grows_with_them() {
+fn huge_lists_planned_in_bounded_time() {
     let external = Destinations::External;
     let listed = Destinations::Nets(row(2000, 0xc000_0000, 32));
     let hosts = row(300, 0x0af4_0100, 32);
@@ -271,15 +278,12 @@ fn huge_lists_are_planned_in_a_time_that_grows_with_them() {
         ("20000 sources, each twice", shared(1, &twice, &external)),
         ("300 policies of everything around 1000 prefixes", around),
     ] {
-        let begin = Instant::now();
+        let begin = busy();
         let plan = crate::planned(&cluster("a"), &policies).unwrap();
         let elements = plan.state.firewall.as_ref().unwrap().elements.len();
-        note!(
-            "{what}: {elements} elements, {} findings, {:?}",
-            plan.findings.len(),
-            begin.elapsed()
-        );
-        assert!(begin.elapsed() < Duration::from_secs(10), "{what}");
+        let took = busy().saturating_sub(begin);
+        note!("{what}: {elements} elements, {} findings, {took:?}", plan.findings.len());
+        assert!(took < Duration::from_secs(10), "{what}: {took:?}");
         become_(&mut Sim::new(), &plan.state);
     }
 }

@@ -15,11 +15,6 @@ mod counts;
 mod faults;
 mod golden;
 mod hostile;
-#[path = "../../src/kernel/mutate.rs"]
-#[allow(dead_code, reason = "no includer needs all of it")]
-mod mutate;
-#[path = "../lab/numbered.rs"]
-mod numbered;
 mod preview;
 mod random;
 mod rules;

@@ -68,7 +68,7 @@ fn with(sources: &[&str]) -> EgressPolicy {
 }
 
 #[test]
-fn a_rule_comes_before_the_first_source_that_it_is_for_and_goes_after_the_last() {
+fn lookup_rule_added_before_first_source_deleted_after_last() {
     let host = with(&["10.244.1.1/32"]);
     for (more, look) in [("10.244.2.0/24", ranges()), ("fd44:1::1/128", hosts6())] {
         let both = with(&["10.244.1.1/32", more]);
@@ -87,7 +87,7 @@ fn a_rule_comes_before_the_first_source_that_it_is_for_and_goes_after_the_last()
 }
 
 #[test]
-fn a_source_that_becomes_a_range_is_found_all_the_time() {
+fn source_becomes_range_always_found() {
     let (host, range) = (with(&["10.244.1.1/32"]), with(&["10.244.1.0/24"]));
     let mut egress = Reconciler::new(Sim::new());
     let _report = egress.reconcile(&cluster("a"), [&host]).unwrap();
@@ -99,7 +99,7 @@ fn a_source_that_becomes_a_range_is_found_all_the_time() {
 }
 
 #[test]
-fn the_guard_is_there_for_as_long_as_anything_is_translated() {
+fn guard_present_while_anything_is_translated() {
     let cluster = cluster_v4("a");
     let by = |gateway| policy("p", &["10.244.1.1/32"], Some(gateway), v4("198.51.100.200"));
     let mut egress = Reconciler::new(Sim::new());
@@ -122,7 +122,7 @@ fn the_guard_is_there_for_as_long_as_anything_is_translated() {
 }
 
 #[test]
-fn a_next_hop_is_found_by_the_old_bits_of_a_mark_while_packets_may_have_them() {
+fn next_hop_found_by_old_mark_during_change() {
     let mut cluster = Cluster { steering: Steering::EgressHook, ..cluster("a") };
     for (node, mark) in cluster.nodes.iter_mut().skip(1).zip([0x2600_0100, 0x2600_4100]) {
         node.mark = Some(Mark::new(mark));

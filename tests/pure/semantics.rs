@@ -139,7 +139,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..<_>::default() })]
 
     #[test]
-    fn packets_fare_as_the_first_policy_says(
+    fn packet_follows_first_matching_policy(
         cluster in clusters(),
         policies in policies(),
         packets in prop::collection::vec(packets(), 1..64),

@@ -8,7 +8,7 @@ use egress_datapath::{Finding, MarkPool, Node, Reconciler, Sim, TablePool, Table
 use crate::{cluster_v4, name, policy, v4};
 
 #[test]
-fn every_table_of_the_range_can_be_a_gateways() {
+fn every_table_of_range_usable() {
     let mut cluster = cluster_v4("a");
     let address = |text: &str| text.parse::<IpAddr>().unwrap();
     let d =

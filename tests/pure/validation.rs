@@ -47,7 +47,7 @@ fn good() -> EgressPolicy {
 }
 
 #[test]
-fn steering() {
+fn egress_hook_without_prefix_refused() {
     use PlanError as E;
     let hook = egress_datapath::Steering::EgressHook;
     of_cluster(|cluster| cluster.steering = hook).unwrap();
@@ -67,7 +67,7 @@ fn steering() {
 }
 
 #[test]
-fn one_table_serves_all_gateways_of_the_egress_hook() {
+fn egress_hook_one_table_for_all_gateways() {
     let policies = || {
         let to = |id: &str, source: &str, gateway| {
             policy(id, &[source], Some(gateway), v4("198.51.100.200"))
@@ -88,7 +88,7 @@ fn one_table_serves_all_gateways_of_the_egress_hook() {
 }
 
 #[test]
-fn nodes() {
+fn invalid_nodes_refused() {
     use PlanError as E;
     of_cluster(|_| {}).unwrap();
     refused!(
@@ -170,7 +170,7 @@ fn nodes() {
 }
 
 #[test]
-fn settings() {
+fn invalid_settings_refused() {
     use PlanError as E;
     for vni in [0, 1 << 24] {
         refused!(
@@ -231,7 +231,7 @@ fn settings() {
 }
 
 #[test]
-fn policies() {
+fn invalid_policies_refused() {
     use PolicyError as E;
     of_policy(|_| {}).unwrap();
     refused!(
@@ -295,7 +295,7 @@ fn policies() {
 }
 
 #[test]
-fn allocators_that_have_nothing_left() {
+fn exhausted_allocator_refused() {
     let cluster = cluster("a");
     let policies = [good(), policy("shop/other", &["10.244.1.11/32"], Some("c"), EgressIp::Node)];
     let mut tables = TablePool::new(TableRange::new(3000, 0).unwrap());
@@ -316,7 +316,7 @@ fn allocators_that_have_nothing_left() {
 }
 
 #[test]
-fn layouts() {
+fn invalid_mark_layouts_refused() {
     use LayoutError as E;
     refused!(
         MarkLayout::new(0, 0, 30, 4),
@@ -346,7 +346,7 @@ fn layouts() {
 }
 
 #[test]
-fn names() {
+fn invalid_names_refused() {
     use NameError as E;
     refused!(NodeName::new(""), E::Empty { .. }, "a node name cannot be empty");
     refused!(

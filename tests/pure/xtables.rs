@@ -32,7 +32,7 @@ fn planned_by(variant: Variant, node: &str) -> Plan {
 }
 
 #[test]
-fn the_commands_of_a_client() {
+fn client_commands() {
     let legacy = planned_by(Variant::Legacy, "a");
     check("iptables_client.txt", &legacy, &State::default());
     let nft = planned_by(Variant::Nft, "a");
@@ -43,13 +43,13 @@ fn the_commands_of_a_client() {
 }
 
 #[test]
-fn the_commands_of_a_gateway() {
+fn gateway_commands() {
     let plan = planned_by(Variant::Legacy, "b");
     check("iptables_gateway.txt", &plan, &State::default());
 }
 
 #[test]
-fn what_is_not_read_is_not_explained() {
+fn explain_unread_iptables_rules_unknown() {
     let packet = Packet::udp([172, 29, 234, 173].into(), 40_000, [10, 6, 105, 150].into(), 53);
     let explained = |cluster: &Cluster| {
         let trace = explain(&planned(cluster, [&one()]).unwrap().state, &packet);
@@ -138,7 +138,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 96, failure_persistence: None, ..<_>::default() })]
 
     #[test]
-    fn any_state_of_any_backend_becomes_any_other(
+    fn changes_between_states_of_any_backend_converge(
         from in prop_oneof![1 => Just(State::default()), 6 => drifted()],
         to in prop_oneof![1 => Just(State::default()), 6 => states()],
     ) {
@@ -157,7 +157,7 @@ proptest! {
     }
 
     #[test]
-    fn whatever_is_refused_once_is_made_up_for(
+    fn refused_operation_made_up_by_next_apply(
         from in prop_oneof![1 => Just(State::default()), 2 => drifted()],
         to in prop_oneof![1 => Just(State::default()), 6 => states()],
         place in any::<Index>(),

@@ -4,14 +4,14 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use egress_datapath::state::{ChainId, Interface, Key, Route, Rule, RuleAction, State, Stmt};
+use egress_datapath::testing::lab::{
+    self, EIP_B, EIP_C, NODE_B, OTHER_SERVER, POD_A, POD_B, POD_C, Pair, SERVER, STRANGER, hosts,
+};
 use egress_datapath::{
     Changes, Datapath, Decision, Destinations, EgressPolicy, Fate, Frame, Journey, NodeName,
     Outcome, Packet, PolicyId, Sim, SimCluster, TableId,
 };
 
-use crate::lab::{
-    self, EIP_B, EIP_C, NODE_B, OTHER_SERVER, POD_A, POD_B, POD_C, Pair, SERVER, STRANGER, hosts,
-};
 use crate::nodes::node;
 use crate::world;
 

@@ -6,16 +6,19 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 use std::{io, mem, thread};
 
+use common::backend::steering;
 use egress_datapath::state::State;
+use egress_datapath::testing::lab::{
+    Lab, NODE_B_OUTSIDE, NODE_C_OUTSIDE, POD_A, POD_B, POD_C, PORT, STRANGER,
+};
 use egress_datapath::{
     Changes, Cluster, Datapath, EgressPolicy, Fate, Journey, KernelDatapath, MarkLayout, Node,
     Outcome, Packet, Reconciler, Sim, SimCluster, explain, explain_received,
 };
 
-use crate::lab::inside::steering;
-use crate::lab::{Lab, NODE_B_OUTSIDE, NODE_C_OUTSIDE, POD_A, POD_B, POD_C, PORT, STRANGER};
 use crate::nodes::{self, datapath, kernel, node, simulated};
 use crate::random::Random;
+use crate::shrink::patience;
 use crate::wire::{PAYLOAD, Seen, Tap, send};
 use crate::{Result, connections, difference, world};
 
@@ -52,6 +55,10 @@ pub(crate) struct Fleet {
 impl Fleet {
     pub(crate) fn new(layout: MarkLayout, caching: bool) -> io::Result<Self> {
         let lab = Lab::new()?;
+        let nft = |netns, rules| {
+            let fed = common::fleet::nft(netns, &[], rules);
+            fed.map_err(|error| io::Error::other(error.to_string()))
+        };
         nodes::outside(&lab)?;
         let mut clusters = Vec::new();
         for host in lab.nodes() {
@@ -63,14 +70,14 @@ impl Fleet {
             clusters.push(cluster);
             // So that connections are tracked and translated whether our table is there or not,
             // as on every node of a cluster, and last for the whole test.
-            crate::nft(&host.netns, nodes::FOREIGN)?;
+            nft(&host.netns, nodes::FOREIGN)?;
             host.netns.sysctl(&[
                 ("netfilter/nf_conntrack_udp_timeout", "7200"),
                 ("netfilter/nf_conntrack_udp_timeout_stream", "7200"),
             ])?;
         }
         let hosts = [&lab.server, &lab.pod_a, &lab.stranger, &lab.pod_b, &lab.pod_c];
-        hosts.iter().try_for_each(|netns| crate::nft(netns, nodes::QUIET))?;
+        hosts.iter().try_for_each(|netns| nft(netns, nodes::QUIET))?;
         let taps = hosts.into_iter().map(Tap::open).collect::<io::Result<_>>()?;
         let kernels =
             lab.nodes().into_iter().zip(&clusters).map(|(host, cluster)| kernel(host, cluster));
@@ -167,7 +174,7 @@ impl Fleet {
     fn compare_connections(&mut self, at: usize) -> Result {
         let node = self.sims.node_mut(&self.clusters[at].node).unwrap();
         // A packet that nobody waits for, because it is dropped in the end, may be under way.
-        let deadline = Instant::now() + Duration::from_millis(500);
+        let deadline = Instant::now() + patience();
         loop {
             match connections::difference(&mut node.sim, &mut self.others[at]) {
                 Ok(()) => return Ok(()),
@@ -293,7 +300,7 @@ impl Fleet {
             send(netns, batch)?;
         }
         let mut seen = BTreeMap::new();
-        let deadline = Instant::now() + Duration::from_secs(2);
+        let deadline = Instant::now() + patience();
         loop {
             for (at, tap) in self.taps.iter().enumerate() {
                 tap.take(at, &mut seen);

@@ -4,12 +4,12 @@ use std::collections::BTreeSet;
 use std::io;
 
 use egress_datapath::state::{Key, NftRule, Rule, State, Stmt};
+use egress_datapath::testing::lab::Netns;
 use egress_datapath::{
     Changes, Datapath, Drift, KernelDatapath, Part, SharedSim, SimDatapath, SimWatch, Watch,
 };
 
 use crate::checks::policies;
-use crate::lab::Netns;
 use crate::{Result, Twins, difference, lab, say, world};
 
 /// What others type, and what that changes in a state; what goes along with it is the kernel's and

@@ -15,9 +15,6 @@
 #[macro_use]
 extern crate harness;
 
-#[path = "../lab/mod.rs"]
-mod lab;
-
 mod changes;
 mod checks;
 mod connections;
@@ -36,11 +33,10 @@ mod world;
 use std::env;
 use std::error::Error;
 use std::io::{self, Write};
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
+use egress_datapath::testing::lab::{self, Device, Netns};
 use egress_datapath::{ApplyError, Datapath, KernelDatapath, Sim, State};
-
-use lab::{Device, Netns};
 
 /// In a network namespace of its own where there can be one.
 fn main() -> ExitCode {
@@ -135,15 +131,6 @@ fn difference(sim: &State, kernel: &State) -> Result {
     };
     let (one, other) = (only(&sim, &kernel), only(&kernel, &sim));
     Err(format!("only the simulator has:\n{one}\nonly the kernel has:\n{other}").into())
-}
-
-/// Feeds rules to `nft` in a namespace.
-fn nft(netns: &Netns, rules: &str) -> io::Result<()> {
-    let output = netns.run(|| Command::new("nft").arg(rules).output())??;
-    if output.status.success() {
-        return Ok(());
-    }
-    Err(io::Error::other(String::from_utf8_lossy(&output.stderr).into_owned()))
 }
 
 fn outcome(result: std::result::Result<(), ApplyError>) -> Option<Outcome> {

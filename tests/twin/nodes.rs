@@ -3,13 +3,12 @@
 use std::io;
 use std::net::IpAddr;
 
+use egress_datapath::testing::lab::{
+    EIP_B, EIP_C, Host, Lab, NODE_B_OUTSIDE, NODE_C_OUTSIDE, POD_A, Pair, Preference, SERVER, net,
+};
 use egress_datapath::{
     Cluster, KernelDatapath, MarkPool, Reconciler, Sim, SimNode, Surroundings, TablePool,
     TableRange,
-};
-
-use crate::lab::{
-    EIP_B, EIP_C, Host, Lab, NODE_B_OUTSIDE, NODE_C_OUTSIDE, POD_A, Pair, Preference, SERVER, net,
 };
 
 /// Addresses outside.

@@ -9,7 +9,7 @@ use egress_datapath::{EgressPolicy, MarkLayout, Packet, PolicyId};
 use crate::drift::drifted;
 use crate::fleet::{Fleet, Sent};
 use crate::random::Random;
-use crate::shrink::shrink;
+use crate::shrink::{found, shrink};
 use crate::{Result, say, seed, times, world};
 
 /// Packets that are sent at least.
@@ -112,6 +112,7 @@ fn shrunk(seed: u64, new: impl Fn() -> io::Result<Fleet>, steps: &[Step]) -> Str
         let mut fleet = new().ok()?;
         steps.iter().find_map(|step| step.make(&mut fleet).err())
     };
+    found();
     let left = shrink(steps, SHRINKING, |steps| difference(steps).is_some());
     let error = difference(&left)
         .map_or_else(|| "it did not come again".to_owned(), |error| error.to_string());

@@ -1,6 +1,21 @@
 //! The few of many steps that a difference needs.
 
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
+
+/// Whether a difference was found, and is being shrunk.
+static FOUND: AtomicBool = AtomicBool::new(false);
+
+/// How long both worlds may take to become the same: longer than a busy machine takes, but so long
+/// only once, for shrinking meets the same difference again and again.
+pub(crate) fn patience() -> Duration {
+    if FOUND.load(Relaxed) { Duration::from_millis(500) } else { Duration::from_secs(120) }
+}
+
+/// Has those who wait from now on wait briefly.
+pub(crate) fn found() {
+    FOUND.store(true, Relaxed);
+}
 
 /// The steps without those that the failure does not need, as far as there was time to find out
 /// (delta debugging: Zeller and Hildebrandt, "Simplifying and Isolating Failure-Inducing Input").

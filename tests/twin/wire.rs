@@ -6,9 +6,8 @@ use std::net::{IpAddr, UdpSocket};
 use std::os::fd::OwnedFd;
 
 use egress_datapath::Packet;
+use egress_datapath::testing::lab::Netns;
 use rustix::net::{AddressFamily, Protocol, RecvFlags, SocketFlags, SocketType, eth, recv};
-
-use crate::lab::Netns;
 
 const MAGIC: &[u8] = b"twin";
 /// Bytes of a datagram behind its header.

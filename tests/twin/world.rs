@@ -2,13 +2,13 @@
 
 use std::net::IpAddr;
 
+use egress_datapath::testing::lab::{self, Pair};
 use egress_datapath::{
     Cluster, Destinations, EgressIp, EgressPolicy, MacAddr, MarkLayout, MarkPool, NodeName,
     PolicyId, State, TablePool, TableRange, Unavailable, plan,
 };
 use ipnet::IpNet;
 
-use crate::lab::{self, Pair};
 use crate::random::Random;
 
 const SOURCES: [&str; 14] = [

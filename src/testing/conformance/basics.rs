@@ -1,6 +1,6 @@
 //! What policies mean.
 
-use egress_datapath::{Destinations, EgressIp};
+use crate::{Destinations, EgressIp};
 use ipnet::IpNet;
 
 use super::super::lab::{

@@ -3,9 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::thread;
 
-use egress_datapath::{
-    Changes, Cluster, Datapath, EgressIp, KernelDatapath, KernelError, MacAddr, State,
-};
+use crate::{Changes, Cluster, Datapath, EgressIp, KernelDatapath, KernelError, MacAddr, State};
 
 use super::super::lab::{
     EIP_B, EIP_C, Echo, Host, NODE_A, NODE_B, NODE_B_OUTSIDE, OTHER_SERVER, POD_A, POD_B, Proto,
@@ -222,7 +220,7 @@ fn frame(trial: &Trial<'_>) -> Result<(Cluster, Vec<u8>)> {
     let cluster = trial.lab.cluster(&trial.lab.node_a)?;
     let mac = |name: &str| {
         let node = cluster.nodes.iter().find(|node| node.name.as_str() == name);
-        node.map_or(MacAddr::new([0; 6]), egress_datapath::Node::mac)
+        node.map_or(MacAddr::new([0; 6]), crate::Node::mac)
     };
     let frame = vxlan(&cluster, mac("node-b"), mac("node-a"));
     Ok((cluster, frame))

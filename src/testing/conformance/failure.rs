@@ -5,7 +5,7 @@ use std::fmt;
 use std::io;
 use std::net::IpAddr;
 
-use egress_datapath::{KernelError, NameError, NodeName, State};
+use crate::{KernelError, NameError, NodeName, State};
 
 use super::super::lab::Proto;
 use super::BoxError;

@@ -10,11 +10,13 @@ use super::trial::{Result, Trial, dual, policy};
 
 const B: Option<&str> = Some("node-b");
 const C: Option<&str> = Some("node-c");
-/// Long enough for a segment that was lost to be sent again.
+/// How long a word of a connection may take that may have ended: a segment that was lost is sent
+/// again meanwhile.
 const PATIENCE: Duration = Duration::from_secs(3);
-/// How long an answer to a datagram may take that may be lost, and one that may not.
+/// How long an answer to a datagram may take that may be lost.
 const SOON: Duration = Duration::from_millis(900);
-const LATE: Duration = Duration::from_secs(20);
+/// How long anything may take that must come, on a busy machine too.
+const LATE: Duration = Duration::from_secs(120);
 /// An egress IP that node-b answers for once it is told to.
 const ANOTHER: Pair = [
     IpAddr::V4(Ipv4Addr::new(198, 51, 100, 210)),
@@ -72,7 +74,7 @@ pub(super) fn open_connection(trial: &mut Trial<'_>) -> Result {
     let policies = [policy("p", &[POD_A], B, dual(EIP_B))?];
     let before = Pipe::open(trial, &trial.lab.pod_a)?;
     trial.apply(&policies)?;
-    let _ends = before.word();
+    let _ends = before.word(PATIENCE);
     let steered = Pipe::open(trial, &trial.lab.pod_a)?;
     steered.speak("a new connection of a selected pod")?;
     let [source, _] = EIP_B;
@@ -80,7 +82,7 @@ pub(super) fn open_connection(trial: &mut Trial<'_>) -> Result {
     trial.apply(&policies)?;
     steered.speak("a connection while the same is wanted again")?;
     trial.apply(&[])?;
-    let _ends = steered.word();
+    let _ends = steered.word(PATIENCE);
     trial.saw_no_others(&[NODE_A, EIP_B])
 }
 
@@ -107,13 +109,10 @@ impl Pipe {
         let [to, _] = SERVER;
         let to = (to, PORT + 1);
         let listener = trial.lab.server.run(|| TcpListener::bind(to))??;
-        let connect = from.run(|| TcpStream::connect_timeout(&to.into(), PATIENCE))?;
+        let connect = from.run(|| TcpStream::connect_timeout(&to.into(), LATE))?;
         let what = "a new connection".to_owned();
         let client = connect.map_err(|error| Failure::Connection { what, error })?;
         let (server, _) = listener.accept()?;
-        for stream in [&client, &server] {
-            stream.set_read_timeout(Some(PATIENCE))?;
-        }
         Ok(Self { client, server })
     }
 
@@ -129,13 +128,15 @@ impl Pipe {
     }
 
     fn speak(&self, what: &str) -> Result {
-        self.word().map_err(|error| Failure::Connection { what: what.to_owned(), error })
+        self.word(LATE).map_err(|error| Failure::Connection { what: what.to_owned(), error })
     }
 
     /// A word there and back.
-    fn word(&self) -> io::Result<()> {
+    fn word(&self, patience: Duration) -> io::Result<()> {
         let mut word = [0; 4];
         let (mut client, mut server) = (&self.client, &self.server);
+        client.set_read_timeout(Some(patience))?;
+        server.set_read_timeout(Some(patience))?;
         client.write_all(b"ping")?;
         server.read_exact(&mut word)?;
         server.write_all(b"pong")?;

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use egress_datapath::{Cluster, MacAddr};
+use crate::{Cluster, MacAddr};
 
 use super::super::lab::{POD_A, PORT, SERVER};
 

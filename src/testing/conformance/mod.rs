@@ -39,7 +39,7 @@ mod trial;
 
 use std::error::Error;
 
-use egress_datapath::{Cluster, Datapath, EgressPolicy, MarkAllocator, Reconciler, TableAllocator};
+use crate::{Cluster, Datapath, EgressPolicy, MarkAllocator, Reconciler, TableAllocator};
 
 use super::lab::Host;
 

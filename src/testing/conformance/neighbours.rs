@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use egress_datapath::Destinations;
+use crate::Destinations;
 
 use super::super::lab::{
     EIP_B, NODE_A, OTHER_SERVER, POD_A, POD_B, POD_C, Pair, SERVER, hosts, net,

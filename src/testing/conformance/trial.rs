@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::net::IpAddr;
 use std::process::{Command, Stdio};
 
-use egress_datapath::{Cluster, EgressPolicy};
+use crate::{Cluster, EgressPolicy};
 
 use super::super::lab::{Host, Lab, Netns, Pair};
 pub(super) use super::super::lab::{dual, policy};

@@ -19,8 +19,8 @@ pub const PORT: u16 = 7000;
 /// How long a probe that may have no answer waits for one, all its tries together.
 const PATIENCE: Duration = Duration::from_millis(900);
 const TRIES: u32 = 3;
-/// How long one waits that must have an answer: longer than a slow machine takes.
-const LONG: Duration = Duration::from_secs(20);
+/// How long one waits that must have an answer: longer than a busy machine takes.
+const LONG: Duration = Duration::from_secs(120);
 
 /// A transport protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -37,9 +37,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsFd;
 
-use egress_datapath::{
-    Cluster, DeviceName, EgressIp, EgressPolicy, NameError, Node, NodeName, PolicyId,
-};
+use crate::{Cluster, DeviceName, EgressIp, EgressPolicy, NameError, Node, NodeName, PolicyId};
 use ipnet::IpNet;
 
 pub use echo::{Echo, PORT, Proto, probe, probe_patiently};

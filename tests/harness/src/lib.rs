@@ -11,6 +11,7 @@
 //! `EGRESS_STRICT=1`, it fails. A program that only changes a node is started like any other: where
 //! it is not installed, there is a stand-in.
 
+pub mod mutate;
 #[cfg(target_os = "linux")]
 mod stand_in;
 

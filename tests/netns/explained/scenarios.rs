@@ -3,16 +3,16 @@
 
 use std::net::IpAddr;
 
+use common::fleet::{dual, policy};
+use egress_datapath::testing::lab::{
+    EIP_A, EIP_B, EIP_C, Echo, Netns, OTHER_SERVER, POD_A, POD_B, POD_C, Preference, SERVER,
+    STRANGER, hosts, net,
+};
 use egress_datapath::{Destinations, EgressIp, EgressPolicy, Mark};
 use ipnet::IpNet;
 
 use super::special::{inbound, injected, invalid, scanned};
 use super::{Fleet, Pair, Result, World, nft, tool};
-use crate::fleet::{dual, policy};
-use crate::lab::{
-    EIP_A, EIP_B, EIP_C, Echo, Netns, OTHER_SERVER, POD_A, POD_B, POD_C, Preference, SERVER,
-    STRANGER, hosts, net,
-};
 
 /// A situation, and packets in it.
 pub(super) struct Scenario {
@@ -383,7 +383,7 @@ pub(super) const NOT_COVERED: &[(&str, &str)] = &[
     ("A06", "a node's own packets enter no chain that is explained; see conforms::node_itself"),
     (
         "B05",
-        "a mark of others on a packet of others is no way; see packets::a_foreign_bit_survives",
+        "a mark of others on a packet of others is no way; see packets::foreign_mark_bits_preserved",
     ),
     ("B06 B07", "a state has nothing of other people's firewalls; see conforms::network_policy"),
     ("B08", "nor of their routing rules, which come first there; preflight reports them"),

@@ -3,6 +3,9 @@
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::OwnedFd;
 
+use egress_datapath::testing::lab::{
+    EIP_B, Echo, NODE_B, NODE_B_OUTSIDE, OTHER_SERVER, POD_A, PORT, Proto, SERVER, STRANGER, probe,
+};
 use egress_datapath::{
     Fate, Frame, Outcome, Packet, SimCluster, SimNode, Surroundings, explain, explain_received,
 };
@@ -10,9 +13,6 @@ use rustix::net::{self, AddressFamily, SendFlags, SocketType, ipproto};
 
 use super::scenarios::by_b;
 use super::{End, FROM_PORT, Result, World, packet};
-use crate::lab::{
-    EIP_B, Echo, NODE_B, NODE_B_OUTSIDE, OTHER_SERVER, POD_A, PORT, Proto, SERVER, STRANGER, probe,
-};
 
 /// The answers of a pod that is called, walked through what its node's kernel holds.
 pub(super) fn inbound(world: &mut World<'_>) -> Result {

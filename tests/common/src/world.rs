@@ -5,12 +5,12 @@ use std::net::{IpAddr, Ipv4Addr};
 use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, NodeName, PolicyId};
 use ipnet::IpNet;
 
-pub(crate) fn name(index: u32) -> NodeName {
+pub fn name(index: u32) -> NodeName {
     NodeName::new(format!("node-{index}")).unwrap()
 }
 
 /// A cluster of this node and 100 gateways.
-pub(crate) fn cluster() -> Cluster {
+pub fn cluster() -> Cluster {
     let node = |index: u32| {
         let underlay = IpAddr::V4(Ipv4Addr::from_bits(0x0a0a_0001 + index));
         let tunnel = IpAddr::V4(Ipv4Addr::from_bits(0xac1f_0001 + index));
@@ -20,7 +20,7 @@ pub(crate) fn cluster() -> Cluster {
 }
 
 /// Policies for everything external, each with as many single addresses as its sources.
-pub(crate) fn policies(count: u32, sources: u32) -> Vec<EgressPolicy> {
+pub fn policies(count: u32, sources: u32) -> Vec<EgressPolicy> {
     let source = |index: u32| IpNet::from(IpAddr::V4(Ipv4Addr::from_bits(0x0b00_0000 + index)));
     let policy = |index: u32| EgressPolicy {
         gateway: Some(name(index % 100 + 1)),

@@ -9,7 +9,7 @@ use egress_datapath::{State, TableId};
 ///
 /// Which table a gateway has is no matter, and one that was left without a rule and without a way
 /// to its gateway cannot be known again.
-pub(crate) fn numbered(mut state: State) -> State {
+pub fn numbered(mut state: State) -> State {
     let mut numbers: BTreeMap<TableId, u32> = BTreeMap::new();
     for rule in &state.rules {
         if let RuleAction::Lookup(table) = rule.action {

@@ -9,6 +9,7 @@ use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
 use std::{fs, io};
 
+use egress_datapath::testing::lab::{Lab, Netns, Pair};
 use egress_datapath::{Datapath, KernelDatapath};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::set_socket_recv_buffer_size_force;
@@ -17,13 +18,12 @@ use rustix::net::{
 };
 
 use crate::fleet::Result;
-use crate::lab::{Lab, Netns, Pair};
 
 const PORT: u16 = 7001;
 /// First port of the flows.
 const FIRST: u16 = 2000;
 /// So many flows that a port comes again when its last flow has long been forgotten.
-pub(crate) const MANY: u64 = 60_000;
+pub const MANY: u64 = 60_000;
 /// Packets that may be under way; any receiver's buffer holds them.
 const WINDOW: u64 = 128;
 /// How long a packet may be under way before it makes room for another.
@@ -39,27 +39,27 @@ const SILENCE: Duration = Duration::from_millis(60);
 const LATE: Duration = Duration::from_secs(1);
 
 /// A pod that sends, and the sources that are right for its packets.
-pub(crate) struct Pod<'a> {
-    pub(crate) netns: &'a Netns,
-    pub(crate) address: Pair,
-    pub(crate) wears: &'a [Pair],
+pub struct Pod<'a> {
+    pub netns: &'a Netns,
+    pub address: Pair,
+    pub wears: &'a [Pair],
 }
 
 /// What became of all packets.
 #[derive(Debug)]
-pub(crate) struct Tally {
+pub struct Tally {
     /// How many the pods have sent.
-    pub(crate) sent: u64,
+    pub sent: u64,
     /// The numbers of those that the server has not seen.
-    pub(crate) lost: Vec<u64>,
+    pub lost: Vec<u64>,
     /// How many of those were lost by the server's own sockets.
-    pub(crate) overflowed: usize,
+    pub overflowed: usize,
     /// Those that arrived with a wrong source: which and when.
-    pub(crate) leaked: Vec<(IpAddr, Instant)>,
+    pub leaked: Vec<(IpAddr, Instant)>,
 }
 
 /// Has the kernel forget a UDP flow so many seconds after its last packet, on every node.
-pub(crate) fn forget_after(lab: &Lab, seconds: &str) -> Result {
+pub fn forget_after(lab: &Lab, seconds: &str) -> Result {
     for host in lab.nodes() {
         // The setting comes with the tracking of connections, which is loaded when it is asked for.
         let mut datapath = host.netns.run(KernelDatapath::open)??;
@@ -71,7 +71,7 @@ pub(crate) fn forget_after(lab: &Lab, seconds: &str) -> Result {
 
 /// How far it has come.
 #[derive(Debug, Default)]
-pub(crate) struct Progress {
+pub struct Progress {
     stop: AtomicBool,
     sent: AtomicU64,
     received: AtomicU64,
@@ -79,7 +79,7 @@ pub(crate) struct Progress {
 
 impl Progress {
     /// How many packets have been sent.
-    pub(crate) fn sent(&self) -> u64 {
+    pub fn sent(&self) -> u64 {
         self.sent.load(Relaxed)
     }
 }
@@ -87,7 +87,7 @@ impl Progress {
 /// Has the pods send to a server for as long as the work takes; says what both came to.
 ///
 /// The pods take turns, and so do the families; packet `n` is sent by pod `n / 2 % pods.len()`.
-pub(crate) fn during<T>(
+pub fn during<T>(
     (server, addresses): (&Netns, Pair),
     pods: &[Pod<'_>],
     flows: u64,

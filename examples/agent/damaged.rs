@@ -10,18 +10,14 @@
 #[macro_use]
 extern crate harness;
 
-#[path = "../examples/agent/config.rs"]
-#[allow(dead_code, reason = "no includer needs all of it")]
 mod config;
-#[path = "../src/kernel/mutate.rs"]
-#[allow(dead_code, reason = "no includer needs all of it")]
-mod mutate;
 
-use config::Config;
 use egress_datapath::{
     Changes, Datapath, MarkLayout, MarkPool, NodeName, Sim, State, TablePool, plan,
 };
-use mutate::Random;
+use harness::mutate::{self, Random};
+
+use config::Config;
 
 const GOOD: &str = r#"{
   "excluded": ["10.244.0.0/16", "fd44::/16"],
@@ -128,6 +124,7 @@ fn mutated_files_of_the_agent() {
                 return None;
             }
         };
+        assert!(config.underlay().is_none_or(|(_, field)| field.starts_with("nodes[")));
         let mut tables = TablePool::new(config.tables).with_start(u32::MAX);
         match plan(&config.cluster, &config.policies, &mut marks.clone(), &mut tables) {
             Ok(planned) => {

@@ -9,49 +9,51 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
+use egress_datapath::testing::lab::{
+    EIP_B, Host, Lab, Netns, Pair, Proto, SERVER, probe, probe_patiently,
+};
+pub use egress_datapath::testing::lab::{dual, policy};
 use egress_datapath::{
     Backend, Cluster, Count, Datapath, EgressPolicy, Family, KernelDatapath, KernelTables,
     MarkLayout, MarkPool, Ownership, Protection, Reconciler, Report, Steering, TablePool,
     TableRange,
 };
 
-use crate::lab::inside::{backend, datapath, steering};
-use crate::lab::{EIP_B, Host, Lab, Netns, Pair, Proto, SERVER, probe, probe_patiently};
-pub(crate) use crate::lab::{dual, policy};
+use crate::backend::{backend, datapath, steering};
 
-pub(crate) type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
+pub type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
 
 /// Declares that the test needs the programs of the backend that this run is about.
-pub(crate) fn needs_backend() {
+pub fn needs_backend() {
     if let Backend::Iptables(iptables) = backend() {
         harness::needs(&[iptables.variant.command(Family::V4), "ipset"]);
     }
 }
 
 /// A lab, which the test cannot do without.
-pub(crate) fn lab() -> Lab {
+pub fn lab() -> Lab {
     needs_backend();
     harness::given("network namespaces", Lab::new())
 }
 
 /// Whether the backend that this run is about cannot do what a test asks for.
-pub(crate) fn is_beyond(limit: &str) -> bool {
+pub fn is_beyond(limit: &str) -> bool {
     let is_iptables = backend() != Backend::Nftables;
     if is_iptables {
-        note!("limit of iptables: {limit}");
+        harness::note!("limit of iptables: {limit}");
     }
     is_iptables
 }
 
 /// Ends a test that has nothing to ask of a backend which cannot do that.
-pub(crate) fn unless_beyond(limit: &str) {
+pub fn unless_beyond(limit: &str) {
     if is_beyond(limit) {
         harness::limit(format_args!("with iptables {limit}"));
     }
 }
 
 /// Ends a test about what only the kernel keeps other programs away from.
-pub(crate) fn needs_owners(lab: &Lab) -> Result {
+pub fn needs_owners(lab: &Lab) -> Result {
     let open = || KernelDatapath::open_as(Ownership::Exclusive);
     let protection = lab.node_c.netns.run(open)??.protection();
     harness::needs_kernel(
@@ -64,7 +66,7 @@ pub(crate) fn needs_owners(lab: &Lab) -> Result {
 /// Runs a command line in a namespace and returns what it printed; words are split at blanks.
 ///
 /// A test that reads what a program prints needs the program: its stand-in only changes things.
-pub(crate) fn tool(netns: &Netns, line: &str) -> Result<String> {
+pub fn tool(netns: &Netns, line: &str) -> Result<String> {
     let mut words = line.split_whitespace();
     let program = words.next().unwrap_or_default();
     let output = netns.run(|| Command::new(program).args(words).output())??;
@@ -77,37 +79,41 @@ pub(crate) fn tool(netns: &Netns, line: &str) -> Result<String> {
 }
 
 /// Feeds rules to `nft` in a namespace; with `--check` they are only read.
-pub(crate) fn nft(netns: &Netns, options: &[&str], rules: &str) -> Result {
+pub fn nft(netns: &Netns, options: &[&str], rules: &str) -> Result {
+    feed(netns, "nft", &[options, &["-f", "-"]].concat(), rules)
+}
+
+/// Runs a program in a namespace with this text as its standard input.
+pub fn feed(netns: &Netns, program: &str, arguments: &[&str], input: &str) -> Result {
     let output = netns.run(|| {
-        let mut nft = Command::new("nft")
-            .args(options)
-            .args(["-f", "-"])
+        let mut child = Command::new(program)
+            .args(arguments)
             .stdin(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()?;
-        if let Some(mut stdin) = nft.stdin.take() {
-            stdin.write_all(rules.as_bytes())?;
+        if let Some(mut stdin) = child.stdin.take() {
+            stdin.write_all(input.as_bytes())?;
         }
-        nft.wait_with_output()
+        child.wait_with_output()
     })??;
     if output.status.success() {
         return Ok(());
     }
-    Err(format!("nft: {}", String::from_utf8_lossy(&output.stderr)).into())
+    Err(format!("{program}: {}", String::from_utf8_lossy(&output.stderr)).into())
 }
 
 /// A reconciler on each node.
-pub(crate) struct Fleet {
+pub struct Fleet {
     nodes: Vec<(Cluster, Reconciler<Box<dyn Datapath>>)>,
 }
 
 impl Fleet {
-    pub(crate) fn open(lab: &Lab) -> Result<Self> {
+    pub fn open(lab: &Lab) -> Result<Self> {
         Self::with(lab, |_| {})
     }
 
     /// With clusters that are not quite the usual ones.
-    pub(crate) fn with(lab: &Lab, change: impl Fn(&mut Cluster)) -> Result<Self> {
+    pub fn with(lab: &Lab, change: impl Fn(&mut Cluster)) -> Result<Self> {
         let open = |host: &&Host| -> Result<_> {
             let mut cluster = lab.cluster(host)?;
             cluster.backend = backend();
@@ -126,7 +132,7 @@ impl Fleet {
     }
 
     /// Makes every node right, from the last to the first: gateways before their clients.
-    pub(crate) fn apply(&mut self, policies: &[EgressPolicy]) -> Result<Vec<Report>> {
+    pub fn apply(&mut self, policies: &[EgressPolicy]) -> Result<Vec<Report>> {
         let mut reports = Vec::new();
         for (cluster, reconciler) in self.nodes.iter_mut().rev() {
             let report = reconciler.reconcile(cluster, policies);
@@ -136,7 +142,7 @@ impl Fleet {
     }
 
     /// Makes one node right.
-    pub(crate) fn apply_to(&mut self, name: &str, policies: &[EgressPolicy]) -> Result {
+    pub fn apply_to(&mut self, name: &str, policies: &[EgressPolicy]) -> Result {
         for (cluster, reconciler) in &mut self.nodes {
             if cluster.node.as_str() == name {
                 reconciler.reconcile(cluster, policies)?;
@@ -146,7 +152,7 @@ impl Fleet {
     }
 
     /// Leaves only rules on every node, with nothing in their maps.
-    pub(crate) fn drain(&mut self) -> Result {
+    pub fn drain(&mut self) -> Result {
         for (cluster, reconciler) in &mut self.nodes {
             reconciler.drain().map_err(|error| format!("{}: {error}", cluster.node))?;
         }
@@ -154,7 +160,7 @@ impl Fleet {
     }
 
     /// Has every node put right what was done to it, after which nothing is left to do.
-    pub(crate) fn mend(&mut self, policies: &[EgressPolicy], damage: &impl Debug) -> Result {
+    pub fn mend(&mut self, policies: &[EgressPolicy], damage: &impl Debug) -> Result {
         self.apply(policies).map_err(|error| format!("after {damage:?}: {error}"))?;
         let again = self.apply(policies)?;
         let changes = again.iter().map(|report| report.changes.to_string()).collect::<String>();
@@ -163,7 +169,7 @@ impl Fleet {
     }
 
     /// The same, of damage through which pod A has got out with its egress IP or not at all.
-    pub(crate) fn mend_unleaked(
+    pub fn mend_unleaked(
         &mut self,
         lab: &Lab,
         policies: &[EgressPolicy],
@@ -178,7 +184,7 @@ impl Fleet {
     }
 
     /// What a node has counted, by policy and family.
-    pub(crate) fn counts(&mut self, name: &str) -> Result<BTreeMap<(String, Family), Count>> {
+    pub fn counts(&mut self, name: &str) -> Result<BTreeMap<(String, Family), Count>> {
         let node = self.nodes.iter_mut().find(|(cluster, _)| cluster.node.as_str() == name);
         let (_, reconciler) = node.ok_or("no such node")?;
         let counts = reconciler.counts()?.into_iter();
@@ -186,12 +192,12 @@ impl Fleet {
     }
 
     /// Configures every node otherwise, from its next reconciliation on.
-    pub(crate) fn change(&mut self, change: impl Fn(&mut Cluster)) {
+    pub fn change(&mut self, change: impl Fn(&mut Cluster)) {
         self.nodes.iter_mut().for_each(|(cluster, _)| change(cluster));
     }
 
     /// Removes everything of ours from every node, the rules when no node needs them any more.
-    pub(crate) fn remove(&mut self) -> Result {
+    pub fn remove(&mut self) -> Result {
         self.drain()?;
         for (cluster, reconciler) in &mut self.nodes {
             reconciler.remove().map_err(|error| format!("{}: {error}", cluster.node))?;
@@ -201,29 +207,29 @@ impl Fleet {
 }
 
 /// A reconciler of a node's namespace.
-pub(crate) fn open(host: &Host, marks: MarkLayout) -> Result<Reconciler<KernelDatapath>> {
+pub fn open(host: &Host, marks: MarkLayout) -> Result<Reconciler<KernelDatapath>> {
     Ok(host.netns.run(|| Reconciler::open(marks, TableRange::default()))??)
 }
 
 /// Who asks, whom, and with which source the question must arrive, if at all.
-pub(crate) struct Expect<'a> {
-    pub(crate) from: &'a Netns,
-    pub(crate) to: Pair,
-    pub(crate) source: [Option<IpAddr>; 2],
+pub struct Expect<'a> {
+    pub from: &'a Netns,
+    pub to: Pair,
+    pub source: [Option<IpAddr>; 2],
 }
 
-pub(crate) fn expect(from: &Netns, to: Pair, source: Pair) -> Expect<'_> {
+pub fn expect(from: &Netns, to: Pair, source: Pair) -> Expect<'_> {
     let source = source.map(Some);
     Expect { from, to, source }
 }
 
-pub(crate) fn expect_nothing(from: &Netns, to: Pair) -> Expect<'_> {
+pub fn expect_nothing(from: &Netns, to: Pair) -> Expect<'_> {
     let source = [None; 2];
     Expect { from, to, source }
 }
 
 /// Asks by TCP and UDP over IPv4 and IPv6, all at once, and compares.
-pub(crate) fn check(expectations: &[Expect<'_>]) {
+pub fn check(expectations: &[Expect<'_>]) {
     let wrong: Vec<String> = thread::scope(|scope| {
         let mut probes = Vec::new();
         for (number, expected) in expectations.iter().enumerate() {
@@ -250,12 +256,12 @@ pub(crate) fn check(expectations: &[Expect<'_>]) {
 }
 
 /// All sources that have come to the server since the last call, of one address or another.
-pub(crate) fn sources(lab: &Lab) -> BTreeSet<IpAddr> {
+pub fn sources(lab: &Lab) -> BTreeSet<IpAddr> {
     lab.outside.take_seen().into_iter().map(|(source, _)| source).collect()
 }
 
 /// All that `nft`, `ip` and `bridge` can tell of a namespace, but for counters.
-pub(crate) fn snapshot(netns: &Netns) -> Result<String> {
+pub fn snapshot(netns: &Netns) -> Result<String> {
     [
         "nft -s list ruleset",
         "ip -4 rule",
@@ -274,7 +280,7 @@ pub(crate) fn snapshot(netns: &Netns) -> Result<String> {
 }
 
 /// The same of a namespace whose devices have finished coming up, which nobody announces.
-pub(crate) fn settled(netns: &Netns) -> Result<String> {
+pub fn settled(netns: &Netns) -> Result<String> {
     let mut last = snapshot(netns)?;
     for _ in 0..50 {
         thread::sleep(Duration::from_millis(20));
@@ -288,7 +294,7 @@ pub(crate) fn settled(netns: &Netns) -> Result<String> {
 }
 
 /// The lines of a text that another one does not have, or not as often.
-pub(crate) fn lost(before: &str, now: &str) -> String {
+pub fn lost(before: &str, now: &str) -> String {
     let mut left: Vec<&str> = now.lines().collect();
     let mut lost = String::new();
     for line in before.lines() {
@@ -301,6 +307,6 @@ pub(crate) fn lost(before: &str, now: &str) -> String {
 }
 
 /// Panics with what is gone and what is new unless two texts are equal.
-pub(crate) fn assert_same(before: &str, now: &str) {
+pub fn assert_same(before: &str, now: &str) {
     assert!(before == now, "gone:\n{}\nnew:\n{}", lost(before, now), lost(now, before));
 }

@@ -5,16 +5,14 @@ use std::env;
 use std::os::fd::{AsFd, OwnedFd};
 
 use egress_datapath::state::{Elements, Variant};
+use egress_datapath::testing::lab::{Netns, inside};
 use egress_datapath::{
     ApplyError, Backend, Changes, Connection, Counts, Datapath, Iptables, IptablesDatapath,
     KernelDatapath, KernelError, MarkLayout, State, Steering,
 };
 
-use super::kit::Netns;
-use super::kit::inside;
-
 /// The backend that `EGRESS_BACKEND` names as the agent does; without it nf_tables.
-pub(crate) fn backend() -> Backend {
+pub fn backend() -> Backend {
     match env::var("EGRESS_BACKEND").as_deref() {
         Ok("iptables-legacy") => Backend::Iptables(Iptables::new(Variant::Legacy)),
         Ok("iptables-nft") => Backend::Iptables(Iptables::new(Variant::Nft)),
@@ -24,7 +22,7 @@ pub(crate) fn backend() -> Backend {
 
 /// The steering that `EGRESS_STEERING` names as the agent does, where the layout of the marks
 /// allows it; without it by tables.
-pub(crate) fn steering(marks: &MarkLayout) -> Steering {
+pub fn steering(marks: &MarkLayout) -> Steering {
     match env::var("EGRESS_STEERING").as_deref() {
         Ok("egress-hook") if marks.prefix_mask() != 0 => Steering::EgressHook,
         _ => Steering::Tables,
@@ -32,7 +30,7 @@ pub(crate) fn steering(marks: &MarkLayout) -> Steering {
 }
 
 /// The datapath of a namespace for a backend.
-pub(crate) fn datapath(netns: &Netns, backend: Backend) -> Result<Box<dyn Datapath>, KernelError> {
+pub fn datapath(netns: &Netns, backend: Backend) -> Result<Box<dyn Datapath>, KernelError> {
     let failed = |_| KernelError::answer("enter a network namespace", "it failed");
     match backend {
         Backend::Iptables(_) => {
@@ -46,7 +44,7 @@ pub(crate) fn datapath(netns: &Netns, backend: Backend) -> Result<Box<dyn Datapa
 
 /// A datapath that runs tools, each time in its namespace.
 #[derive(Debug)]
-pub(crate) struct Inside<D> {
+pub struct Inside<D> {
     namespace: OwnedFd,
     inner: D,
 }

@@ -20,15 +20,15 @@ const LONGEST: usize = 32 * 1024;
 const LITTLE: usize = 512;
 
 /// Numbers and choices that look random and follow from a seed.
-pub(crate) struct Random(u64);
+pub struct Random(u64);
 
 impl Random {
-    pub(crate) const fn new(seed: u64) -> Self {
+    pub const fn new(seed: u64) -> Self {
         Self(seed)
     }
 
     /// Any number (splitmix64, whose neighbouring seeds have nothing in common).
-    pub(crate) fn any(&mut self) -> u64 {
+    pub fn any(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -36,21 +36,21 @@ impl Random {
     }
 
     /// A number below the limit, or 0 if there is none.
-    pub(crate) fn below(&mut self, limit: usize) -> usize {
+    pub fn below(&mut self, limit: usize) -> usize {
         let limit = u64::try_from(limit.max(1)).unwrap();
         usize::try_from(self.any() % limit).unwrap()
     }
 
-    pub(crate) fn one_in(&mut self, count: usize) -> bool {
+    pub fn one_in(&mut self, count: usize) -> bool {
         self.below(count) == 0
     }
 
-    pub(crate) fn pick<'a, T: ?Sized>(&mut self, all: &[&'a T]) -> &'a T {
+    pub fn pick<'a, T: ?Sized>(&mut self, all: &[&'a T]) -> &'a T {
         all[self.below(all.len())]
     }
 
     /// A number that is often at the edge of something.
-    pub(crate) fn edge(&mut self) -> u32 {
+    pub fn edge(&mut self) -> u32 {
         let bit = 1_u32 << self.below(32);
         let edges = [0, 1, 2, bit, bit.wrapping_sub(1), bit.wrapping_add(1), !bit, u32::MAX];
         match self.below(edges.len() + 2) {
@@ -59,12 +59,12 @@ impl Random {
         }
     }
 
-    pub(crate) fn byte(&mut self) -> u8 {
+    pub fn byte(&mut self) -> u8 {
         self.edge().to_le_bytes()[0]
     }
 
     /// One of the corpus, damaged in one place or a few.
-    pub(crate) fn damaged(&mut self, corpus: &[Vec<u8>]) -> Vec<u8> {
+    pub fn damaged(&mut self, corpus: &[Vec<u8>]) -> Vec<u8> {
         let mut bytes = self.entry(corpus).to_vec();
         let most = self.below(6) + 1;
         for _ in 0..=self.below(most) {
@@ -76,7 +76,7 @@ impl Random {
 
     /// The same for netlink messages: mostly the length in front is right again, and now and then
     /// another message follows.
-    pub(crate) fn damaged_message(&mut self, corpus: &[Vec<u8>]) -> Vec<u8> {
+    pub fn damaged_message(&mut self, corpus: &[Vec<u8>]) -> Vec<u8> {
         let mut bytes = self.damaged(corpus);
         let length = u32::try_from(bytes.len()).unwrap();
         if let (Some(field), false) = (bytes.get_mut(..4), self.one_in(4)) {
@@ -156,7 +156,7 @@ impl Random {
 }
 
 /// Gives a parser whole netlink messages and damaged ones; see [`bytes`].
-pub(crate) fn messages(
+pub fn messages(
     parser: &str,
     multiple: usize,
     corpus: &[Vec<u8>],
@@ -169,7 +169,7 @@ pub(crate) fn messages(
 ///
 /// It says how many bytes of memory hold what it made of them, and nothing if it refused them;
 /// they may be so many times the bytes it was given. Of the corpus itself it must accept some.
-pub(crate) fn bytes(
+pub fn bytes(
     parser: &str,
     multiple: usize,
     corpus: &[Vec<u8>],
@@ -207,7 +207,7 @@ impl Debug for Printable {
 }
 
 /// Gives a function inputs made for it; it says whether it accepted them.
-pub(crate) fn anything<I: Debug>(
+pub fn anything<I: Debug>(
     what: &str,
     make: impl FnMut(&mut Random) -> I,
     mut accepts: impl FnMut(&I) -> bool,
@@ -253,6 +253,6 @@ fn say(line: &str) {
     if told("EGRESS_MUTATE").is_some() {
         let _said = writeln!(stderr(), "{line}");
     } else {
-        note!("{line}");
+        crate::note!("{line}");
     }
 }

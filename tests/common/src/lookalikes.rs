@@ -1,7 +1,8 @@
 //! Objects of other programs that look like ours.
 
+use egress_datapath::testing::lab::Netns;
+
 use crate::fleet::{Result, nft, tool};
-use crate::lab::Netns;
 
 /// Objects of other programs, each like one of ours but for one attribute.
 ///
@@ -37,7 +38,7 @@ const DECOYS: &[&str] = &[
 ];
 
 /// Tables of other names and families with chains of our names, and a set of one.
-pub(crate) const TABLES: &str = "table ip egress_datapath {
+pub const TABLES: &str = "table ip egress_datapath {
     set source4 {
         type ipv4_addr
         elements = { 10.244.1.10 }
@@ -61,12 +62,12 @@ table ip6 egress_datapath {
 }";
 
 /// Puts all of them on a node, which must be node-a.
-pub(crate) fn plant(netns: &Netns) -> Result {
+pub fn plant(netns: &Netns) -> Result {
     plant_those(netns, |_| true)
 }
 
 /// Puts some of them there, by their command; all of the tables.
-pub(crate) fn plant_those(netns: &Netns, wanted: impl Fn(&str) -> bool) -> Result {
+pub fn plant_those(netns: &Netns, wanted: impl Fn(&str) -> bool) -> Result {
     for line in DECOYS.iter().filter(|line| wanted(line)) {
         tool(netns, line)?;
     }

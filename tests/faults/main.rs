@@ -1,24 +1,45 @@
 //! One fault at every call to the kernel: an error that says what happened or success, never a
 //! panic, and the next call puts everything right.
+//!
+//! `EGRESS_FAULTS=all` tries every fault at every call, `EGRESS_FAULT_PAIRS=10000` as many pairs.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test says what it expects"
+)]
+
+#[macro_use]
+extern crate harness;
+
+mod foreign;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::env;
 use std::io::{self, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
 use std::time::Instant;
 
+use common::fleet::{Result, dual, lab, policy};
+use common::numbered;
+use egress_datapath::testing::lab::{
+    self, EIP_B, EIP_C, Host, Lab, Netns, OTHER_SERVER, POD_A, POD_B, SERVER, STRANGER, hosts,
+};
 use egress_datapath::testing::{Call, Fault, Faults, Subsystem};
 use egress_datapath::{
     Changes, Cluster, Datapath, Destinations, EgressPolicy, Error, KernelDatapath, KernelTables,
     Mark, MarkPool, Reconciler, Report, State, TablePool, TableRange,
 };
 
-use crate::fleet::{Result, dual, lab, policy};
-use crate::foreign::Foreign;
-use crate::lab::{
-    EIP_B, EIP_C, Host, Lab, Netns, OTHER_SERVER, POD_A, POD_B, SERVER, STRANGER, hosts, numbered,
-};
+use foreign::Foreign;
+
+/// In a network namespace of its own where there can be one.
+fn main() -> ExitCode {
+    harness::main(|| drop(lab::isolate()))
+}
 
 /// Error numbers of `asm-generic/errno*.h`, from `EPERM` to `ENOBUFS`.
 const ERRNOS: [i32; 9] = [1, 105, 90, 17, 2, 16, 85, 4, 22];
@@ -34,13 +55,13 @@ const B: Option<&str> = Some("node-b");
 const C: Option<&str> = Some("node-c");
 
 #[test]
-fn a_client_survives_every_fault_at_every_call() -> Result {
+fn client_every_fault_at_every_call_converges() -> Result {
     let lab = lab();
     enumerate(&lab.node_a, &lab.pod_a, &lab)
 }
 
 #[test]
-fn a_gateway_survives_every_fault_at_every_call() -> Result {
+fn gateway_every_fault_at_every_call_converges() -> Result {
     let lab = lab();
     enumerate(&lab.node_b, &lab.pod_b, &lab)
 }
@@ -364,7 +385,7 @@ impl Dice {
 }
 
 #[test]
-fn what_a_dead_process_left_half_made_goes_with_everything_else() -> Result {
+fn remove_after_failed_apply_deletes_device() -> Result {
     let lab = lab();
     let host = &lab.node_a;
     let bench = Bench { host, cluster: lab.cluster(host)?, pod: Vec::new() };
