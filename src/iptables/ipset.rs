@@ -14,9 +14,11 @@ use ipnet::IpNet;
 
 use crate::diff::op::Op;
 use crate::error::{KernelError, errno};
+use crate::kernel::netlink::exchange::Answered;
 use crate::kernel::netlink::message::{Malformed, Writer, flag};
+use crate::kernel::netlink::nfnetlink;
+use crate::kernel::netlink::nfnetlink::Request;
 use crate::kernel::netlink::socket::Socket;
-use crate::kernel::nft::{Answered, Request, ask_any};
 use crate::state::{Ipset, IpsetContents, Member};
 use crate::types::Family;
 
@@ -384,7 +386,7 @@ fn ask(
         writer.attribute(attribute::PROTOCOL, &[protocol]);
         write(writer);
     };
-    ask_any(socket, request, header, |_, body| take(body)).map_err(explained)
+    nfnetlink::ask(socket, request, header, |_, body| take(body)).map_err(explained)
 }
 
 /// What is in sets of ours, by set.

@@ -1,7 +1,6 @@
 //! Links, addresses, neighbours, forwarding entries, routes and rules over rtnetlink.
 
 pub(crate) mod address;
-pub(crate) mod answer;
 pub(crate) mod fdb;
 #[cfg(test)]
 pub(crate) mod kernel_tests;
@@ -10,7 +9,6 @@ pub(crate) mod link;
 pub(crate) mod link_change;
 pub(crate) mod neighbour;
 pub(crate) mod ops;
-pub(crate) mod requests;
 pub(crate) mod route;
 pub(crate) mod rule;
 pub(crate) mod socket;

@@ -6,14 +6,13 @@ mod mutated;
 
 use super::facts::{Chain, Firewall, MarkUse};
 use crate::error::KernelError;
+use crate::kernel::netlink::exchange::{Answered, in_one_piece};
 use crate::kernel::netlink::message::{Attribute, Attributes, Malformed, flag};
+use crate::kernel::netlink::nfnetlink::{Request, ask};
 use crate::kernel::netlink::socket::Socket;
-use crate::kernel::nft::{Answered, Request, ask_any, batch, chain, generation, kind};
+use crate::kernel::nft::{batch, chain, generation, kind};
 use crate::state::NFT_TABLE;
 use crate::types::Family;
-
-/// Times that the lists are read until nobody changes anything meanwhile.
-const ATTEMPTS: usize = 5;
 
 /// Families whose packets we steer (`NFPROTO_*`), as `nft` writes them.
 const FAMILIES: [(u8, &str, &[Family]); 3] =
@@ -21,22 +20,19 @@ const FAMILIES: [(u8, &str, &[Family]); 3] =
 
 /// Reads base chains and the uses of the mark in all tables but ours.
 pub(crate) fn foreign(socket: &mut Socket) -> Result<Firewall, KernelError> {
-    for _ in 0..ATTEMPTS {
+    let found = in_one_piece(|| {
         let before = generation(socket)?;
         let mut found = Firewall::default();
-        let mut torn = false;
+        let mut interrupted = false;
         for family in FAMILIES {
-            torn |= chains(socket, family, &mut found.chains)?.interrupted;
-            torn |= rules(socket, family, &mut found.marks)?.interrupted;
+            interrupted |= chains(socket, family, &mut found.chains)?.interrupted;
+            interrupted |= rules(socket, family, &mut found.marks)?.interrupted;
         }
-        if generation(socket)? == before && !torn {
-            return Ok(found);
-        }
-    }
-    Err(KernelError::answer(
-        "nft list ruleset",
-        "somebody changes nf_tables faster than it can be read",
-    ))
+        interrupted |= generation(socket)? != before;
+        Ok((found, Answered { interrupted }))
+    })?;
+    let changes = "somebody changes nf_tables faster than it can be read";
+    found.ok_or_else(|| KernelError::answer("nft list ruleset", changes))
 }
 
 fn chains(
@@ -56,7 +52,7 @@ fn chains(
         }
         Ok(())
     };
-    ask_any(socket, &request, |writer| writer.nfgen(number, 0), take)
+    ask(socket, &request, |writer| writer.nfgen(number, 0), take)
 }
 
 /// A base chain of others.
@@ -102,7 +98,7 @@ fn rules(
         answer: kind::NEWRULE,
     };
     let take = |_, body: &[u8]| read_rule(Attributes::new(body), family, found);
-    ask_any(socket, &request, |writer| writer.nfgen(number, 0), take)
+    ask(socket, &request, |writer| writer.nfgen(number, 0), take)
 }
 
 /// Adds the uses of marks in a rule of others.

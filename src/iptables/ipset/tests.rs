@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 
 use super::*;
 use crate::kernel::netlink::message::{Attributes, Messages};
-use crate::kernel::nft::NETFILTER;
+use crate::kernel::netlink::nfnetlink::NETFILTER;
 use crate::kernel::nft::tests::netns::in_netns;
 use crate::kernel::{mutate, mutated};
 use crate::state::MarkBits;

@@ -1,12 +1,14 @@
 //! Which parts of nf_tables the kernel lacks.
 
-use std::io;
+use std::ops::ControlFlow;
 
 use super::expr::{Expr, ct, reg};
+use super::generation::generation;
 use super::table::has_owners;
-use super::{batch, generation, kind};
+use super::{batch, kind};
 use crate::error::{KernelError, errno};
-use crate::kernel::netlink::message::{Ack, Messages, NLMSG_ERROR, Writer, flag};
+use crate::kernel::netlink::exchange::acknowledgements;
+use crate::kernel::netlink::message::{Writer, flag};
 use crate::kernel::netlink::socket::Socket;
 use crate::preflight::KernelPart;
 use crate::state::TableFamily;
@@ -76,37 +78,29 @@ fn try_out(
     }
     let datagram = writer.finish();
     let datagram = datagram.ok_or_else(|| KernelError::answer(TEXT, "a name is too long"))?;
-    super::drain(socket);
-    socket.send(&datagram).map_err(|error| KernelError::io(TEXT, &error))?;
-    let mut missing = Vec::new();
-    loop {
-        let datagram = match socket.receive() {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-            other => other.map_err(|error| KernelError::io(TEXT, &error))?,
-        };
-        for message in Messages::new(datagram) {
-            let malformed = |_| KernelError::answer(TEXT, "the answer is malformed");
-            let message = message.map_err(malformed)?;
-            if message.kind != NLMSG_ERROR {
-                continue;
-            }
-            let ack = Ack::read(&message).map_err(malformed)?;
-            let part = sequences.iter().find(|(sequence, _)| *sequence == message.sequence);
-            match (ack.errno, part) {
-                // The others follow from one refusal, or lead to one.
-                (0, _) | (errno::ENOENT | errno::EOPNOTSUPP, None) => {}
-                // There in part is not there: it is tried in the way that it will be used.
-                (
-                    errno::ENOENT | errno::EOPNOTSUPP | errno::EPROTONOSUPPORT | errno::EINVAL,
-                    Some((_, part)),
-                ) => missing.push(*part),
-                (code, _) => {
-                    return Err(KernelError::refused(TEXT, code).with_words(ack.words));
-                }
+    let (mut missing, mut refused) = (Vec::new(), None);
+    let outcome = acknowledgements(socket, &datagram, &mut |sequence, ack| {
+        let part = sequences.iter().find(|(of, _)| *of == sequence);
+        match (ack.errno, part) {
+            // The others follow from one refusal, or lead to one.
+            (0, _) | (errno::ENOENT | errno::EOPNOTSUPP, None) => {}
+            // There in part is not there: it is tried in the way that it will be used.
+            (
+                errno::ENOENT | errno::EOPNOTSUPP | errno::EPROTONOSUPPORT | errno::EINVAL,
+                Some((_, part)),
+            ) => missing.push(*part),
+            (code, _) => {
+                refused = Some(KernelError::refused(TEXT, code).with_words(ack.words));
+                return ControlFlow::Break(());
             }
         }
+        ControlFlow::Continue(())
+    });
+    let outcome = outcome.map_err(|error| KernelError::io(TEXT, &error))?;
+    if let Some(refused) = refused {
+        return Err(refused);
     }
+    outcome.complete(TEXT)?;
     // Without the family nothing can be told of the rest.
     if missing.contains(&KernelPart::InetFamily) {
         missing = vec![KernelPart::InetFamily];

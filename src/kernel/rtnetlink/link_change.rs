@@ -11,8 +11,7 @@ use netlink_packet_route::link::{
 };
 
 use super::link::{Device, Tunnel};
-use super::ops::EAFNOSUPPORT;
-use super::socket::RouteSocket;
+use super::socket::{EAFNOSUPPORT, RouteSocket};
 use crate::error::{KernelError, errno};
 use crate::state::{LINK_ALIAS, LINK_GROUP, Vxlan};
 use crate::types::DeviceName;
