@@ -14,7 +14,6 @@ pub(crate) mod rtnetlink;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
-use std::sync::Arc;
 
 use crate::connection::Connection;
 use crate::count::Counts;
@@ -72,14 +71,13 @@ impl KernelDatapath {
         let (routing, mut netfilter) = (RouteSocket::open()?, nft::open()?);
         let hold = Hold::take(ownership, &mut netfilter)?;
         // Last, for the port of a process's first socket is its pid, and names an owner to others.
-        let ears = |expected| {
-            monitor::Shared::open(expected, nft::open()?)
+        let sockets = || {
+            monitor::Shared::open(routing.device_index(), nft::open()?)
                 .map_err(|error| KernelError::io("open a routing socket", &error))
         };
-        let watching = ears(routing.share_expected())?;
-        // What our own requests bring about is news to these.
+        let watching = sockets()?;
         let ports = [routing.port(), netfilter.port()];
-        let trust = Trust::new(ears(Arc::default())?, watching.clone(), ports);
+        let trust = Trust::new(sockets()?, watching.clone(), ports);
         Ok(Self { routing, netfilter, hold, watching, trust })
     }
 
@@ -88,7 +86,7 @@ impl KernelDatapath {
         self.hold.protection
     }
 
-    /// Begins to listen for changes that others make to what is ours, in the network namespace of
+    /// Begins to watch for changes that others make to what is ours, in the network namespace of
     /// this datapath, whatever the calling thread's is.
     ///
     /// # Errors
@@ -109,11 +107,6 @@ impl KernelDatapath {
         Ok(found.map(|device| device.mtu))
     }
 
-    /// Index of our device, the last one known; 0 for none.
-    fn device_index(&self) -> u32 {
-        self.routing.expected().index()
-    }
-
     /// Says of a denial that it is the table's owner who may.
     fn name_the_owner(&mut self, refused: nft::Refused) -> nft::Refused {
         if !refused.iter().any(|(_, error)| error.is_denied()) {
@@ -131,7 +124,7 @@ impl KernelDatapath {
 
     /// Reads everything; the elements are those that are probably there.
     fn read(&mut self, expected: Option<&Elements>) -> Result<State, KernelError> {
-        self.trust.begin(self.device_index());
+        self.trust.begin();
         let mut state = self.observe_rest()?;
         let (firewall, generation) = nft::observe_at(&mut self.netfilter, expected)?;
         self.trust.table_known(generation);
@@ -152,15 +145,14 @@ impl KernelDatapath {
     fn commit(&mut self, ops: &[Op], sizes: &Sizes) -> Result<(), nft::Refused> {
         let table_flags = self.hold.table_flags;
         let terms = Terms { table_flags, sizes: Some(sizes), only_at: None };
-        let index = self.device_index();
-        self.trust.will_commit(ops.len(), index);
+        self.trust.will_commit(ops.len());
         let made = nft::commit_as(&mut self.netfilter, ops, &terms).or_else(|refused| {
             let full = nft::full(ops, &refused);
             if full.is_empty() {
                 return Err(refused);
             }
             // However few the operations are, the sets may be large.
-            self.trust.will_commit(usize::MAX, index);
+            self.trust.will_commit(usize::MAX);
             let first = nft::enlarge(&mut self.netfilter, &full, sizes, refused)?;
             let next = nft::commit_as(&mut self.netfilter, ops, &terms)?;
             Ok(next.and_then(|next| first.and_then(next)))
@@ -204,8 +196,7 @@ impl Datapath for KernelDatapath {
     }
 
     fn drift(&mut self) -> Drift {
-        let index = self.device_index();
-        self.trust.drift(&mut self.netfilter, index)
+        self.trust.drift(&mut self.netfilter)
     }
 
     fn observe_rest(&mut self) -> Result<State, KernelError> {

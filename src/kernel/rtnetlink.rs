@@ -6,7 +6,6 @@ pub(crate) mod fdb;
 pub(crate) mod kernel_tests;
 pub(crate) mod leftovers;
 pub(crate) mod link;
-pub(crate) mod link_change;
 pub(crate) mod neighbour;
 pub(crate) mod ops;
 pub(crate) mod route;

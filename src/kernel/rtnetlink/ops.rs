@@ -54,28 +54,17 @@ impl RouteSocket {
 
     /// Makes what is one request each.
     fn make_run(&mut self, run: &Run<'_>) -> Vec<(usize, KernelError)> {
-        // Before they are made, for a watch may hear of one before the answer is read.
-        run.ops().for_each(|op| self.expected().will_make(op));
-        let refused = self.request_all(run).into_iter().filter_map(|(place, op, error)| {
-            let error = explained(op, error)?;
-            self.expected().refused(op);
-            Some((place, error))
-        });
-        refused.collect()
+        let refused = self.request_all(run).into_iter();
+        refused.filter_map(|(place, op, error)| Some((place, explained(op, error)?))).collect()
     }
 
     fn make_link(&mut self, op: &Op) -> Result<(), KernelError> {
-        self.expected().will_make(op);
-        let made = match op {
+        match op {
             Op::AddLink(link) => self.add_link(op, link),
             Op::SetLink(link) => self.set_link(op, link),
             Op::DeleteLink(name) => self.delete_link(op, name),
             _ => Ok(()),
-        };
-        if made.is_err() {
-            self.expected().refused(op);
         }
-        made
     }
 
     /// What an operation asks of the kernel; `ours` is our device and its index, once known.

@@ -1,7 +1,8 @@
 //! Requests and dumps to the kernel's routing subsystem, with every answer accounted for.
 
 use std::fmt::Display;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader, NetlinkMessage,
@@ -10,7 +11,6 @@ use netlink_packet_route::RouteNetlinkMessage;
 
 use crate::diff::op::Op;
 use crate::error::{KernelError, errno};
-use crate::kernel::monitor::{Expected, lock};
 use crate::kernel::netlink::exchange;
 use crate::kernel::netlink::exchange::{AT_ONCE, Answered};
 use crate::kernel::netlink::message::{Malformed, Message};
@@ -49,18 +49,13 @@ impl<'a> Run<'a> {
     pub(crate) fn is_full(&self) -> bool {
         self.requests.len() >= AT_ONCE
     }
-
-    /// The operations, in order.
-    pub(crate) fn ops(&self) -> impl Iterator<Item = &'a Op> {
-        self.requests.iter().map(|(_, op)| *op)
-    }
 }
 
 /// A socket to the routing subsystem of one network namespace.
 #[derive(Debug)]
 pub(crate) struct RouteSocket {
     socket: Socket,
-    expected: Arc<Mutex<Expected>>,
+    device: Arc<AtomicU32>,
 }
 
 impl RouteSocket {
@@ -70,17 +65,17 @@ impl RouteSocket {
         let socket = Socket::open(NETLINK_ROUTE).map_err(|error| KernelError::io(what, &error))?;
         // Without it the kernel ignores the filters of a dump and sends everything.
         socket.set_strict().map_err(|error| KernelError::io(what, &error))?;
-        Ok(Self { socket, expected: Arc::default() })
+        Ok(Self { socket, device: Arc::default() })
     }
 
-    /// What a watch should take for our doing.
-    pub(crate) fn expected(&self) -> MutexGuard<'_, Expected> {
-        lock(&self.expected)
+    /// Index of our device, the last one known; 0 for none. The kernel gives out no index twice.
+    pub(crate) fn device_index(&self) -> Arc<AtomicU32> {
+        Arc::clone(&self.device)
     }
 
-    /// The same, to be shared with a watch.
-    pub(crate) fn share_expected(&self) -> Arc<Mutex<Expected>> {
-        Arc::clone(&self.expected)
+    /// Our device has this index.
+    pub(super) fn found(&self, index: u32) {
+        self.device.store(index, Ordering::Relaxed);
     }
 
     /// The port that what this socket changes is attributed to.
