@@ -2,8 +2,6 @@
 
 use std::fmt;
 
-use crate::diff::op::Op;
-
 /// A request that the kernel refused, or an answer that was not one.
 ///
 /// Its `Display` is one sentence: the request as an operator would type it, the kernel's error,
@@ -185,30 +183,3 @@ impl fmt::Display for KernelError {
 }
 
 impl std::error::Error for KernelError {}
-
-/// Changes that were not all made.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ApplyError {
-    /// Operations done.
-    pub applied: usize,
-    /// Operations refused, all of one step, each with the kernel's error.
-    ///
-    /// Of an nf_tables transaction that was refused nothing is done, also of its other
-    /// operations; those count as skipped.
-    pub refused: Vec<(Op, KernelError)>,
-    /// Operations of the same transaction or of later steps, not tried or undone.
-    pub skipped: usize,
-}
-
-impl fmt::Display for ApplyError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { applied, refused, skipped } = self;
-        write!(f, "{applied} changes made, {} refused, {skipped} not tried", refused.len())?;
-        match refused.first() {
-            Some((_, error)) => write!(f, "; first refusal: {error}"),
-            None => Ok(()),
-        }
-    }
-}
-
-impl std::error::Error for ApplyError {}

@@ -15,17 +15,22 @@ pub(crate) mod rtnetlink;
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
+use crate::alloc::{MarkPool, TablePool, TableRange};
 use crate::connection::Connection;
 use crate::count::Counts;
 use crate::datapath::{Datapath, Drift};
-use crate::diff::changes::{Changes, Made, Step};
+use crate::diff::changes::{ApplyError, Changes, Made, Step};
 use crate::diff::op::Op;
-use crate::error::{ApplyError, KernelError};
+use crate::error::KernelError;
+use crate::mark::MarkLayout;
+use crate::reconcile::{Error, Reconciler};
 use crate::state::{Elements, State, TableFamily};
 use crate::types::DeviceName;
 
 pub use monitor::Watch;
 use monitor::freshness::Trust;
+#[cfg(feature = "testing")]
+use netlink::fault_injector::Tap;
 use netlink::socket::Socket;
 use nft::{Sizes, Terms};
 use ownership::Hold;
@@ -183,6 +188,51 @@ impl KernelDatapath {
             .filter_map(|(index, error)| Some((step.ops.get(index)?.clone(), error)))
             .collect();
         (step.ops.len() - refused.len(), refused)
+    }
+}
+
+#[cfg(feature = "testing")]
+impl KernelDatapath {
+    /// The same datapath, with faults from its next call on.
+    #[must_use]
+    pub fn with_faults(mut self, faults: &crate::faults::Faults) -> Self {
+        self.tap(faults);
+        self
+    }
+
+    pub(crate) fn tap(&mut self, faults: &crate::faults::Faults) {
+        self.routing.socket().set_tap(Tap::of_routing(faults.clone()));
+        self.netfilter.set_tap(Tap::of_netfilter(faults.clone()));
+    }
+}
+
+impl Reconciler<KernelDatapath> {
+    /// A reconciler of the kernel of the calling thread's network namespace.
+    ///
+    /// Others may change the nf_tables table, too; [`open_as`](Self::open_as) can keep them out.
+    /// Tables are given out from the range, those left out that any rule or route here uses.
+    ///
+    /// # Errors
+    ///
+    /// What is missing: a privilege, or a part of the kernel.
+    pub fn open(marks: MarkLayout, tables: TableRange) -> Result<Self, Error> {
+        Self::open_as(Ownership::Shared, marks, tables)
+    }
+
+    /// The same, alone in charge or one of several.
+    ///
+    /// # Errors
+    ///
+    /// What is missing, or who is in charge already.
+    pub fn open_as(
+        ownership: Ownership,
+        marks: MarkLayout,
+        tables: TableRange,
+    ) -> Result<Self, Error> {
+        let datapath = KernelDatapath::open_as(ownership).map_err(Error::Observe)?;
+        let in_use = KernelTables::open().map_err(Error::Observe)?;
+        let tables = TablePool::with_probe(tables, in_use);
+        Ok(Self::with_allocators(datapath, MarkPool::new(marks), tables))
     }
 }
 

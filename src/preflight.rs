@@ -53,9 +53,10 @@ use crate::error::KernelError;
 use crate::policy::Policy;
 use crate::types::{Family, NodeName, PolicyId};
 
+pub use crate::kernel::nft::KernelPart;
 use facts::Facts;
 pub use problem::Problem;
-pub use terms::{DropHook, KernelPart, MarkKind, Severity};
+pub use terms::{DropHook, MarkKind, Severity};
 
 /// A look at this host with the eyes of the datapath that is to run on it.
 #[derive(Clone, Debug)]

@@ -7,9 +7,9 @@ mod incremental;
 use crate::alloc::{MarkAllocator, MarkPool, TableAllocator, TablePool};
 use crate::cluster::{Cluster, Steering};
 use crate::datapath::{Datapath, Drift};
-use crate::diff::changes::Changes;
+use crate::diff::changes::{ApplyError, Changes};
 use crate::diff::op::Op;
-use crate::error::{ApplyError, KernelError};
+use crate::error::KernelError;
 use crate::plan::{Draft, Finding, Index, PlanError};
 use crate::policy::Policy;
 use crate::state::{Elements, Firewall, State};
@@ -71,37 +71,6 @@ pub enum Error {
     /// An update, and nothing that it could be one of; the kernel was not touched.
     #[error("nothing is wanted that could be updated: reconcile first")]
     NothingWanted,
-}
-
-#[cfg(all(feature = "kernel", target_os = "linux"))]
-impl Reconciler<crate::KernelDatapath> {
-    /// A reconciler of the kernel of the calling thread's network namespace.
-    ///
-    /// Others may change the nf_tables table, too; [`open_as`](Self::open_as) can keep them out.
-    /// Tables are given out from the range, those left out that any rule or route here uses.
-    ///
-    /// # Errors
-    ///
-    /// What is missing: a privilege, or a part of the kernel.
-    pub fn open(marks: crate::MarkLayout, tables: crate::TableRange) -> Result<Self, Error> {
-        Self::open_as(crate::Ownership::Shared, marks, tables)
-    }
-
-    /// The same, alone in charge or one of several.
-    ///
-    /// # Errors
-    ///
-    /// What is missing, or who is in charge already.
-    pub fn open_as(
-        ownership: crate::Ownership,
-        marks: crate::MarkLayout,
-        tables: crate::TableRange,
-    ) -> Result<Self, Error> {
-        let datapath = crate::KernelDatapath::open_as(ownership).map_err(Error::Observe)?;
-        let in_use = crate::KernelTables::open().map_err(Error::Observe)?;
-        let tables = TablePool::with_probe(tables, in_use);
-        Ok(Self::with_allocators(datapath, MarkPool::new(marks), tables))
-    }
 }
 
 impl<D: Datapath> Reconciler<D> {

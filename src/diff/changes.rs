@@ -7,7 +7,7 @@ use std::fmt;
 
 use super::op::Op;
 use crate::connection::Connection;
-use crate::error::{ApplyError, KernelError};
+use crate::error::KernelError;
 use crate::state::{Firewall, MarkBits};
 
 /// A part of a change; the order of the variants is the order of the steps.
@@ -194,3 +194,30 @@ impl fmt::Display for Changes {
         self.ops().try_for_each(|op| writeln!(f, "{op}"))
     }
 }
+
+/// Changes that were not all made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ApplyError {
+    /// Operations done.
+    pub applied: usize,
+    /// Operations refused, all of one step, each with the kernel's error.
+    ///
+    /// Of an nf_tables transaction that was refused nothing is done, also of its other
+    /// operations; those count as skipped.
+    pub refused: Vec<(Op, KernelError)>,
+    /// Operations of the same transaction or of later steps, not tried or undone.
+    pub skipped: usize,
+}
+
+impl fmt::Display for ApplyError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { applied, refused, skipped } = self;
+        write!(f, "{applied} changes made, {} refused, {skipped} not tried", refused.len())?;
+        match refused.first() {
+            Some((_, error)) => write!(f, "; first refusal: {error}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl std::error::Error for ApplyError {}

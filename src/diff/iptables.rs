@@ -17,6 +17,7 @@ use super::{Change, Steps, changes};
 use crate::state::{
     Ipset, IpsetContents, Member, State, Variant, XtChain, XtEdit, XtName, XtRule, XtTable, Xtables,
 };
+use crate::types::Family;
 
 pub(super) fn xtables(observed: &State, desired: &State, steps: &mut Steps) {
     sets(observed, desired, steps);
@@ -50,7 +51,7 @@ pub(super) fn xtables(observed: &State, desired: &State, steps: &mut Steps) {
 
 /// Order within a step: what refers to something comes after it is made and before it goes, and
 /// translation is there before the mark that asks for it.
-fn rank(op: &Op) -> (u8, Option<(Variant, XtTable, crate::Family)>, u8) {
+fn rank(op: &Op) -> (u8, Option<(Variant, XtTable, Family)>, u8) {
     let group = |chain: &XtChain| (chain.table, chain.family);
     match op {
         Op::DeleteIpset(Ipset::Temporary(_)) => (1, None, 0),

@@ -1,6 +1,6 @@
 //! What `iptables-save` prints, as far as it is ours.
 
-use crate::rules::iptables::{read_jump, read_rule, words};
+use super::parse::{read_jump, read_rule, words};
 use crate::state::{XtChain, XtName, XtTable, Xtables};
 use crate::types::Family;
 

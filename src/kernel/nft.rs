@@ -14,17 +14,20 @@ mod resize;
 mod set;
 mod stmt;
 mod table;
+mod terms;
 #[cfg(test)]
 pub(crate) mod tests;
 
 pub(super) use batch::number as family_number;
 #[cfg(test)]
 pub(super) use commit::commit;
-pub(super) use commit::{Between, Refused, Terms, commit_as};
-pub(crate) use generation::{ask_generation, generation, open};
+pub(super) use commit::{Between, Refused, commit_as};
+pub(crate) use generation::{ask_generation, generation, is_absent, open};
 #[cfg(test)]
 pub(super) use observe::observe;
 pub(super) use observe::{counts, observe_at, observe_hook};
-pub(crate) use probe::{is_absent, missing};
-pub(crate) use resize::{Sizes, enlarge, full};
+pub use probe::KernelPart;
+pub(crate) use probe::missing;
+pub(crate) use resize::{enlarge, full};
 pub(super) use table::{LASTING, adopt, flags_and_owner, has_owners, lock, locked_by};
+pub(crate) use terms::{Sizes, Terms};

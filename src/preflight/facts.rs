@@ -6,7 +6,8 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::terms::{KernelPart, MarkKind};
+use super::terms::MarkKind;
+use crate::kernel::nft::KernelPart;
 use crate::types::Family;
 
 /// What is there, and not ours.

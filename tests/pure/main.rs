@@ -15,6 +15,7 @@ mod counts;
 mod faults;
 mod golden;
 mod hostile;
+mod layout;
 #[path = "../../src/kernel/mutate.rs"]
 #[allow(dead_code, reason = "no includer needs all of it")]
 mod mutate;

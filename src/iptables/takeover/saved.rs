@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::rules::iptables::words;
+use crate::iptables::parse::words;
 use crate::state::XtTable;
 
 /// Their chains that have the name of one of ours, and what these are called once set aside.

@@ -128,8 +128,9 @@ impl Host {
     #[track_caller]
     fn settle(&mut self, what: &str) {
         let reports = self.reported(what);
-        note!("reported {reports} times after {what}");
+        let begin = Instant::now();
         let changes = self.egress.repair().unwrap().changes;
+        note!("reported {reports} times, repair in {:?}, after {what}", begin.elapsed());
         assert!(changes.is_empty(), "{what}:\n{changes}");
         self.expect_silence(what);
     }

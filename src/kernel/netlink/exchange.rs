@@ -239,8 +239,11 @@ pub(crate) fn request_all<D: Display>(
     datagram: &[u8],
     requests: &[(u32, D)],
 ) -> Vec<(usize, KernelError)> {
-    let mut acks: Vec<Option<Ack>> = vec![None; requests.len()];
     let mut open = requests.len();
+    if open == 0 {
+        return Vec::new();
+    }
+    let mut acks: Vec<Option<Ack>> = vec![None; open];
     let outcome = acknowledgements(socket, datagram, &mut |sequence, ack| {
         let mut slots = requests.iter().zip(&mut acks);
         if let Some((_, slot)) = slots.find(|((of, _), slot)| *of == sequence && slot.is_none()) {
@@ -262,7 +265,7 @@ pub(crate) fn request_all<D: Display>(
     refused.collect()
 }
 
-/// The answer of a netlink subsystem that says nothing to what must be acknowledged.
+/// Nothing was said to a request that is acknowledged.
 pub(crate) fn unanswered(text: impl Display) -> KernelError {
     KernelError::answer(text, NO_ANSWER)
 }

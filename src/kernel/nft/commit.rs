@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 
 use super::batch::{Batch, build};
 use super::generation::generation;
-use super::resize::Sizes;
+use super::terms::Terms;
 use crate::diff::op::Op;
 use crate::error::{KernelError, errno};
 use crate::kernel::netlink::exchange::acknowledgements;
@@ -50,17 +50,6 @@ impl Between {
     pub(crate) fn and_then(self, next: Self) -> Option<Self> {
         (self.after == next.before).then_some(Self { before: self.before, after: next.after })
     }
-}
-
-/// On what terms a transaction is made.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Terms<'a> {
-    /// Flags of a table that is made.
-    pub(crate) table_flags: u32,
-    /// What sets are made for; by default they grow by themselves.
-    pub(crate) sizes: Option<&'a Sizes>,
-    /// The only generation of the rules that will do; any by default.
-    pub(crate) only_at: Option<u32>,
 }
 
 /// The same, on these terms.

@@ -69,11 +69,16 @@ pub(crate) fn generation(socket: &mut Socket) -> Result<u32, KernelError> {
         Ok(())
     };
     let answered = ask(socket, TableFamily::Inet, &request, |_| {}, take);
-    answered.map_err(|error| match error.errno() {
-        Some(errno::EINVAL | errno::EOPNOTSUPP | errno::EPROTONOSUPPORT) => {
-            error.with_remedy(NO_NF_TABLES)
-        }
-        _ => error,
-    })?;
+    answered.map_err(
+        |error| {
+            if is_absent(&error) { error.with_remedy(NO_NF_TABLES) } else { error }
+        },
+    )?;
     generation.ok_or_else(|| KernelError::answer(request.text, "the answer has no generation"))
+}
+
+/// Whether the error says that there is no nf_tables at all.
+pub(crate) fn is_absent(error: &KernelError) -> bool {
+    let absent = [errno::EINVAL, errno::EOPNOTSUPP, errno::EPROTONOSUPPORT];
+    error.errno().is_some_and(|errno| absent.contains(&errno))
 }

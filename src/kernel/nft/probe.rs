@@ -3,15 +3,81 @@
 use std::ops::ControlFlow;
 
 use super::expr::{Expr, ct, reg};
-use super::generation::generation;
+use super::generation::{generation, is_absent};
 use super::table::has_owners;
 use super::{batch, kind};
 use crate::error::{KernelError, errno};
 use crate::kernel::netlink::exchange::acknowledgements;
 use crate::kernel::netlink::message::{Writer, flag};
 use crate::kernel::netlink::socket::Socket;
-use crate::preflight::KernelPart;
 use crate::state::TableFamily;
+
+/// A part of the kernel that the datapath needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, thiserror::Error)]
+#[non_exhaustive]
+pub enum KernelPart {
+    /// nf_tables as a whole.
+    #[error("nf_tables (CONFIG_NF_TABLES)")]
+    NfTables,
+    /// nf_tables for both IP versions at once.
+    #[error("the inet family of nf_tables (CONFIG_NF_TABLES_INET)")]
+    InetFamily,
+    /// Chains that translate addresses.
+    #[error("NAT chains of nf_tables (CONFIG_NFT_NAT)")]
+    NatChain,
+    /// Tests of the connection.
+    #[error("the ct expression of nf_tables (CONFIG_NFT_CT)")]
+    Ct,
+    /// Translation to a given address.
+    #[error("the nat expression of nf_tables (CONFIG_NFT_NAT)")]
+    Nat,
+    /// Translation to the device's address.
+    #[error("the masq expression of nf_tables (CONFIG_NFT_MASQ)")]
+    Masquerade,
+    /// Counters in rules.
+    #[error("the counter expression of nf_tables (CONFIG_NF_TABLES)")]
+    Counter,
+    /// Chains where a device sends, for [`Steering::EgressHook`](crate::Steering::EgressHook).
+    #[error("the egress hook of nf_tables (CONFIG_NFT_NETDEV, CONFIG_NETFILTER_EGRESS)")]
+    EgressHook,
+    /// Owners of tables that stay without them, for
+    /// [`Ownership::Exclusive`](crate::Ownership::Exclusive); nothing else needs it.
+    #[error("owners of nf_tables tables that stay (NFT_TABLE_F_PERSIST)")]
+    TableOwner,
+    /// VXLAN devices.
+    #[error("VXLAN (CONFIG_VXLAN)")]
+    Vxlan,
+    /// Routing rules.
+    #[error("policy routing (CONFIG_IP_MULTIPLE_TABLES)")]
+    PolicyRouting,
+    /// IPv6.
+    #[error("IPv6 (CONFIG_IPV6)")]
+    Ipv6,
+}
+
+impl KernelPart {
+    /// The version of Linux that brings it, where that is younger than nf_tables; a kernel may have
+    /// been built without it.
+    pub const fn since(self) -> Option<(u8, u8)> {
+        match self {
+            Self::NatChain | Self::Nat | Self::Masquerade => Some((5, 2)),
+            Self::EgressHook => Some((5, 16)),
+            Self::TableOwner => Some((6, 9)),
+            Self::NfTables
+            | Self::InetFamily
+            | Self::Ct
+            | Self::Counter
+            | Self::Vxlan
+            | Self::PolicyRouting
+            | Self::Ipv6 => None,
+        }
+    }
+
+    /// Whether there is another way to do everything that it is for.
+    pub(crate) const fn can_be_done_without(self) -> bool {
+        matches!(self, Self::TableOwner)
+    }
+}
 
 /// Name of a table that never comes to be.
 const SCRATCH: &str = "egress_datapath_probe";
@@ -33,12 +99,6 @@ pub(crate) fn missing(socket: &mut Socket) -> Result<Vec<KernelPart>, KernelErro
             Ok(missing)
         }
     }
-}
-
-/// Whether the error says that there is no nf_tables at all.
-pub(crate) fn is_absent(error: &KernelError) -> bool {
-    let absent = [errno::EINVAL, errno::EOPNOTSUPP, errno::EPROTONOSUPPORT];
-    error.errno().is_some_and(|errno| absent.contains(&errno))
 }
 
 /// What stands for a part in the transaction.

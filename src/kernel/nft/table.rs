@@ -54,7 +54,7 @@ pub(crate) fn locked_by(socket: &mut Socket) -> Result<Option<u32>, KernelError>
     match found(socket, TableFamily::Inet, LOCK) {
         Ok(table) => Ok(table.and_then(|(_, owner)| owner)),
         // No nf_tables, and nobody who could have locked them.
-        Err(error) if super::is_absent(&error) => Ok(None),
+        Err(error) if super::generation::is_absent(&error) => Ok(None),
         Err(error) => Err(error),
     }
 }

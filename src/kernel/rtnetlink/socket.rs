@@ -158,9 +158,6 @@ impl RouteSocket {
 
     /// Sends what was collected; says what was refused or not acknowledged, by its place.
     pub(crate) fn request_all<'a>(&mut self, run: &Run<'a>) -> Vec<(usize, &'a Op, KernelError)> {
-        if run.requests.is_empty() {
-            return Vec::new();
-        }
         let refused = exchange::request_all(&mut self.socket, &run.datagram, &run.requests);
         let of = |index: usize| Some((*run.places.get(index)?, run.requests.get(index)?.1));
         let named = |(index, error)| of(index).map(|(place, op)| (place, op, error));

@@ -5,7 +5,7 @@ use crate::kernel::mutated::{answers, golden_acks, golden_table};
 use crate::kernel::netlink::exchange::{Answer, Outcome};
 use crate::kernel::netlink::message::{Ack, Message, Messages, Writer, flag};
 use crate::kernel::netlink::nfnetlink::{NETFILTER, Request, body};
-use crate::kernel::nft::{batch, commit, kind};
+use crate::kernel::nft::{batch, kind, terms};
 
 const SEQUENCE: u32 = 1;
 
@@ -70,7 +70,7 @@ fn mutated_acks() {
         }
     };
     let ops = super::sample::ops();
-    let batch = batch::build(&ops, &commit::Terms::default(), &mut next).unwrap();
+    let batch = batch::build(&ops, &terms::Terms::default(), &mut next).unwrap();
     mutate::messages("acknowledgements", 4, &corpus(), |input| {
         let mut size = None;
         for message in Messages::new(input) {

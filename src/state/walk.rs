@@ -1,14 +1,16 @@
-//! What the rules say about a packet: the walk that the kernel makes.
+//! What the rules of iptables say about a packet: the walk that the kernel makes.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::{Is, Side, XtChain, XtMatch, XtName, XtRule, XtTable, XtTarget, Xtables};
+use super::lookup::WayOut;
 use crate::rules::ipset::{Ipset, IpsetContents, Member};
+use crate::rules::iptables::{
+    Is, Side, XtChain, XtMatch, XtName, XtRule, XtTable, XtTarget, Xtables,
+};
 use crate::rules::stmt::{Direction, MarkBits};
-use crate::state::lookup::WayOut;
 use crate::types::{Family, Mark};
 
 /// The sets that the rules look into.
