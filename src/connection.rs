@@ -4,7 +4,6 @@ use std::fmt;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use crate::sim::packet::Packet;
 use crate::state::lookup::WayOut;
 use crate::state::{MarkBits, Set, State};
 use crate::types::Family;
@@ -70,17 +69,6 @@ impl Connection {
             Set::Answer(family)
         } else {
             Set::PortlessAnswer(family)
-        }
-    }
-
-    /// Returns the reply to the connection's first packet.
-    pub(crate) const fn answer(&self) -> Packet {
-        Packet {
-            protocol: self.protocol,
-            source: self.peer,
-            source_port: self.peer_port,
-            destination: self.wears,
-            destination_port: self.wears_port,
         }
     }
 

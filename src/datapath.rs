@@ -5,8 +5,8 @@ use std::net::IpAddr;
 
 use crate::connection::Connection;
 use crate::count::Counts;
-use crate::diff::changes::Changes;
-use crate::error::{ApplyError, KernelError};
+use crate::diff::changes::{ApplyError, Changes};
+use crate::error::KernelError;
 use crate::state::{Elements, State};
 
 /// The parts of a datapath that may differ from its last known state.

@@ -2,8 +2,6 @@
 
 use std::fmt;
 
-use crate::diff::op::Op;
-
 /// An error of a kernel request: the kernel refused it, or its reply could not be understood.
 ///
 /// `Display` writes one sentence: the request as an operator would type it, the kernel's error, and
@@ -193,30 +191,3 @@ impl fmt::Display for KernelError {
 }
 
 impl std::error::Error for KernelError {}
-
-/// An error of [`Datapath::apply`](crate::Datapath::apply): not all changes were made.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ApplyError {
-    /// Number of operations done.
-    pub applied: usize,
-    /// Refused operations, all of one step, each with the kernel's error.
-    ///
-    /// An nf_tables transaction that is refused changes nothing. Its other operations are not done
-    /// either, and count as skipped.
-    pub refused: Vec<(Op, KernelError)>,
-    /// Number of operations not done: of the same transaction or of later steps.
-    pub skipped: usize,
-}
-
-impl fmt::Display for ApplyError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { applied, refused, skipped } = self;
-        write!(f, "{applied} changes made, {} refused, {skipped} not tried", refused.len())?;
-        match refused.first() {
-            Some((_, error)) => write!(f, "; first refusal: {error}"),
-            None => Ok(()),
-        }
-    }
-}
-
-impl std::error::Error for ApplyError {}

@@ -11,14 +11,16 @@ pub(crate) mod rtnetlink;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
-use std::sync::Arc;
 
+use crate::alloc::{MarkPool, TablePool, TableRange};
 use crate::connection::Connection;
 use crate::count::Counts;
 use crate::datapath::{Datapath, Drift};
-use crate::diff::changes::{Changes, Made, Step};
+use crate::diff::changes::{ApplyError, Changes, Made, Step};
 use crate::diff::op::Op;
-use crate::error::{ApplyError, KernelError};
+use crate::error::KernelError;
+use crate::mark::MarkLayout;
+use crate::reconcile::{Error, Reconciler};
 use crate::state::{Elements, State, TableFamily};
 use crate::types::DeviceName;
 #[cfg(test)]
@@ -26,6 +28,8 @@ pub(crate) use harness::mutate;
 
 pub use monitor::Watch;
 use monitor::freshness::Trust;
+#[cfg(feature = "testing")]
+use netlink::fault_injector::Tap;
 use netlink::socket::Socket;
 use nft::{Sizes, Terms};
 use ownership::Hold;
@@ -71,14 +75,13 @@ impl KernelDatapath {
         let (routing, mut netfilter) = (RouteSocket::open()?, nft::open()?);
         let hold = Hold::take(ownership, &mut netfilter)?;
         // Last, for the port of a process's first socket is its pid, and names an owner to others.
-        let ears = |expected| {
-            monitor::Shared::open(expected, nft::open()?)
+        let sockets = || {
+            monitor::Shared::open(routing.device_index(), nft::open()?)
                 .map_err(|error| KernelError::io("open a routing socket", &error))
         };
-        let watching = ears(routing.share_expected())?;
-        // What our own requests bring about is news to these.
+        let watching = sockets()?;
         let ports = [routing.port(), netfilter.port()];
-        let trust = Trust::new(ears(Arc::default())?, watching.clone(), ports);
+        let trust = Trust::new(sockets()?, watching.clone(), ports);
         Ok(Self { routing, netfilter, hold, watching, trust })
     }
 
@@ -87,7 +90,7 @@ impl KernelDatapath {
         self.hold.protection
     }
 
-    /// Begins to listen for changes that others make to what is ours, in the network namespace of
+    /// Begins to watch for changes that others make to what is ours, in the network namespace of
     /// this datapath, whatever the calling thread's is.
     ///
     /// # Errors
@@ -108,11 +111,6 @@ impl KernelDatapath {
         Ok(found.map(|device| device.mtu))
     }
 
-    /// Index of our device, the last one known; 0 for none.
-    fn device_index(&self) -> u32 {
-        self.routing.expected().index()
-    }
-
     /// Says of a denial that it is the table's owner who may.
     fn name_the_owner(&mut self, refused: nft::Refused) -> nft::Refused {
         if !refused.iter().any(|(_, error)| error.is_denied()) {
@@ -130,7 +128,7 @@ impl KernelDatapath {
 
     /// Reads everything; the elements are those that are probably there.
     fn read(&mut self, expected: Option<&Elements>) -> Result<State, KernelError> {
-        self.trust.begin(self.device_index());
+        self.trust.begin();
         let mut state = self.observe_rest()?;
         let (firewall, generation) = nft::observe_at(&mut self.netfilter, expected)?;
         self.trust.table_known(generation);
@@ -151,15 +149,14 @@ impl KernelDatapath {
     fn commit(&mut self, ops: &[Op], sizes: &Sizes) -> Result<(), nft::Refused> {
         let table_flags = self.hold.table_flags;
         let terms = Terms { table_flags, sizes: Some(sizes), only_at: None };
-        let index = self.device_index();
-        self.trust.will_commit(ops.len(), index);
+        self.trust.will_commit(ops.len());
         let made = nft::commit_as(&mut self.netfilter, ops, &terms).or_else(|refused| {
             let full = nft::full(ops, &refused);
             if full.is_empty() {
                 return Err(refused);
             }
             // However few the operations are, the sets may be large.
-            self.trust.will_commit(usize::MAX, index);
+            self.trust.will_commit(usize::MAX);
             let first = nft::enlarge(&mut self.netfilter, &full, sizes, refused)?;
             let next = nft::commit_as(&mut self.netfilter, ops, &terms)?;
             Ok(next.and_then(|next| first.and_then(next)))
@@ -193,6 +190,52 @@ impl KernelDatapath {
     }
 }
 
+#[cfg(feature = "testing")]
+impl KernelDatapath {
+    /// The same datapath, with faults from its next call on.
+    #[must_use]
+    pub fn with_faults(mut self, faults: &crate::faults::Faults) -> Self {
+        self.tap(faults);
+        self
+    }
+
+    pub(crate) fn tap(&mut self, faults: &crate::faults::Faults) {
+        self.routing.socket().set_tap(Tap::of_routing(faults.clone()));
+        self.netfilter.set_tap(Tap::of_netfilter(faults.clone()));
+    }
+}
+
+impl Reconciler<KernelDatapath> {
+    /// A reconciler of the kernel of the calling thread's network namespace.
+    ///
+    /// Others may change the nf_tables table, too; [`open_as`](Self::open_as) can keep them out.
+    /// Tables are given out from the range, those left out that any rule or route here uses.
+    ///
+    /// # Errors
+    ///
+    /// What is missing: a privilege, or a part of the kernel.
+    pub fn open(marks: MarkLayout, tables: TableRange) -> Result<Self, Error> {
+        Self::open_as(Ownership::Shared, marks, tables)
+    }
+
+    /// Opens a reconciler with exclusive or shared ownership of the nf_tables table.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Observe`] if a privilege or a part of the kernel is missing, or if another process
+    /// has exclusive ownership; the error names that process.
+    pub fn open_as(
+        ownership: Ownership,
+        marks: MarkLayout,
+        tables: TableRange,
+    ) -> Result<Self, Error> {
+        let datapath = KernelDatapath::open_as(ownership).map_err(Error::Observe)?;
+        let in_use = KernelTables::open().map_err(Error::Observe)?;
+        let tables = TablePool::with_probe(tables, in_use);
+        Ok(Self::with_allocators(datapath, MarkPool::new(marks), tables))
+    }
+}
+
 impl Datapath for KernelDatapath {
     fn observe(&mut self) -> Result<State, KernelError> {
         self.read(None)
@@ -203,8 +246,7 @@ impl Datapath for KernelDatapath {
     }
 
     fn drift(&mut self) -> Drift {
-        let index = self.device_index();
-        self.trust.drift(&mut self.netfilter, index)
+        self.trust.drift(&mut self.netfilter)
     }
 
     fn observe_rest(&mut self) -> Result<State, KernelError> {

@@ -135,9 +135,9 @@ pub use count::{Count, Counts, PolicyCount};
 #[cfg(feature = "mock")]
 pub use datapath::MockDatapath;
 pub use datapath::{Datapath, Drift};
-pub use diff::changes::{Changes, Phase, Step};
+pub use diff::changes::{ApplyError, Changes, Phase, Step};
 pub use diff::op::Op;
-pub use error::{ApplyError, KernelError};
+pub use error::KernelError;
 pub use event::{News, Part, Process};
 #[cfg(all(feature = "ipset-sys", target_os = "linux"))]
 pub use iptables::libipset;

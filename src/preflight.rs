@@ -54,9 +54,10 @@ use crate::error::KernelError;
 use crate::policy::Policy;
 use crate::types::{Family, NodeName, PolicyId};
 
+pub use crate::kernel::nft::KernelPart;
 use facts::Facts;
 pub use problem::Problem;
-pub use terms::{DropHook, KernelPart, MarkKind, Severity};
+pub use terms::{DropHook, MarkKind, Severity};
 
 /// Check of this host for problems with the datapath of one cluster.
 #[derive(Clone, Debug)]

@@ -8,9 +8,9 @@ mod preview;
 use crate::alloc::{MarkAllocator, MarkPool, TableAllocator, TablePool};
 use crate::cluster::{Cluster, Steering};
 use crate::datapath::{Datapath, Drift};
-use crate::diff::changes::Changes;
+use crate::diff::changes::{ApplyError, Changes};
 use crate::diff::op::Op;
-use crate::error::{ApplyError, KernelError};
+use crate::error::KernelError;
 use crate::plan::{Draft, Finding, Index, PlanError};
 use crate::policy::Policy;
 use crate::state::{Elements, Firewall, State};
@@ -75,39 +75,6 @@ pub enum Error {
     /// An update was requested before the first reconciliation; the kernel state was not changed.
     #[error("nothing is wanted that could be updated: reconcile first")]
     NothingWanted,
-}
-
-#[cfg(all(feature = "kernel", target_os = "linux"))]
-impl Reconciler<crate::KernelDatapath> {
-    /// Opens a reconciler for the network namespace of the calling thread.
-    ///
-    /// Other programs may change the nf_tables table, too; [`open_as`](Self::open_as) can exclude
-    /// them. Routing tables are allocated from the range, except those that any rule or route in
-    /// the namespace uses.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Observe`] if a privilege or a part of the kernel is missing.
-    pub fn open(marks: crate::MarkLayout, tables: crate::TableRange) -> Result<Self, Error> {
-        Self::open_as(crate::Ownership::Shared, marks, tables)
-    }
-
-    /// Opens a reconciler with exclusive or shared ownership of the nf_tables table.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Observe`] if a privilege or a part of the kernel is missing, or if another process
-    /// has exclusive ownership; the error names that process.
-    pub fn open_as(
-        ownership: crate::Ownership,
-        marks: crate::MarkLayout,
-        tables: crate::TableRange,
-    ) -> Result<Self, Error> {
-        let datapath = crate::KernelDatapath::open_as(ownership).map_err(Error::Observe)?;
-        let in_use = crate::KernelTables::open().map_err(Error::Observe)?;
-        let tables = TablePool::with_probe(tables, in_use);
-        Ok(Self::with_allocators(datapath, MarkPool::new(marks), tables))
-    }
 }
 
 impl<D: Datapath> Reconciler<D> {

@@ -1,6 +1,7 @@
 //! The rule model: chains, statements, sets and their elements.
 
 pub(crate) mod chain;
+pub(crate) mod element;
 pub(crate) mod elements;
 pub(crate) mod ipset;
 pub(crate) mod iptables;

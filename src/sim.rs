@@ -22,9 +22,9 @@ use std::time::Duration;
 use crate::connection::Connection;
 use crate::count::Counts;
 use crate::datapath::{Datapath, Drift};
-use crate::diff::changes::{Changes, Made, Step};
+use crate::diff::changes::{ApplyError, Changes, Made, Step};
 use crate::diff::op::Op;
-use crate::error::{ApplyError, KernelError};
+use crate::error::KernelError;
 use crate::event::Part;
 use crate::state::{Elements, Key, Set, State};
 use packet::{Frame, Packet};
@@ -349,7 +349,7 @@ impl Sim {
                 self.conntrack.held.hold(connection);
                 Ok(())
             }
-            op if op.is_xtables() => crate::rules::iptables::make(&mut self.state, op),
+            op if op.is_xtables() => iptables::make(&mut self.state, op),
             op => {
                 let made = make(&mut self.state, op);
                 if let Op::DeleteTable(_) | Op::DeleteSet(_) = op {

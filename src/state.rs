@@ -19,6 +19,7 @@
 
 mod leftovers;
 pub(crate) mod lookup;
+mod walk;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -29,6 +30,7 @@ use ipnet::IpNet;
 use crate::types::{DeviceName, Family, MacAddr, Mark, TableId};
 
 pub use crate::rules::chain::{Base, ChainId, ChainType, Hook, TableFamily};
+pub use crate::rules::element::{Comment, Data, Key, Tag, Value, Verdict};
 pub use crate::rules::elements::{Elements, Iter as ElementsIter};
 pub use crate::rules::ipset::{Ipset, IpsetContents, Member};
 pub use crate::rules::iptables::{
@@ -41,7 +43,7 @@ pub use crate::rules::set::Set;
 pub use crate::rules::stmt::{
     Direction, Field, Interface, MarkBits, MarkOf, Mask, NftRule, Selector, Stmt, Target,
 };
-pub use crate::rules::table::{Comment, Data, Firewall, Key, Stray, Tag, Value, Verdict};
+pub use crate::rules::table::{Firewall, Stray};
 pub use leftovers::{StrayKind, StrayRouting};
 
 /// Protocol number of our routes and rules, as `ip route` and `ip rule` print it.

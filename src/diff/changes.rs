@@ -5,7 +5,7 @@ use std::fmt;
 
 use super::op::Op;
 use crate::connection::Connection;
-use crate::error::{ApplyError, KernelError};
+use crate::error::KernelError;
 use crate::state::{Firewall, MarkBits};
 
 /// A phase of a change; the order of the variants is the order of the steps.
@@ -208,3 +208,30 @@ impl fmt::Display for Changes {
         self.ops().try_for_each(|op| writeln!(f, "{op}"))
     }
 }
+
+/// An error of [`Datapath::apply`](crate::Datapath::apply): not all changes were made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ApplyError {
+    /// Number of operations done.
+    pub applied: usize,
+    /// Refused operations, all of one step, each with the kernel's error.
+    ///
+    /// An nf_tables transaction that is refused changes nothing. Its other operations are not done
+    /// either, and count as skipped.
+    pub refused: Vec<(Op, KernelError)>,
+    /// Number of operations not done: of the same transaction or of later steps.
+    pub skipped: usize,
+}
+
+impl fmt::Display for ApplyError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { applied, refused, skipped } = self;
+        write!(f, "{applied} changes made, {} refused, {skipped} not tried", refused.len())?;
+        match refused.first() {
+            Some((_, error)) => write!(f, "; first refusal: {error}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl std::error::Error for ApplyError {}

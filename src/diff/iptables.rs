@@ -17,6 +17,7 @@ use super::{Change, Steps, changes};
 use crate::state::{
     Ipset, IpsetContents, Member, State, Variant, XtChain, XtEdit, XtName, XtRule, XtTable, Xtables,
 };
+use crate::types::Family;
 
 pub(super) fn xtables(observed: &State, desired: &State, steps: &mut Steps) {
     sets(observed, desired, steps);
@@ -52,7 +53,7 @@ pub(super) fn xtables(observed: &State, desired: &State, steps: &mut Steps) {
 ///
 /// An object that refers to another is created after it and deleted before it, and translation is
 /// set up before the mark that requests it.
-fn rank(op: &Op) -> (u8, Option<(Variant, XtTable, crate::Family)>, u8) {
+fn rank(op: &Op) -> (u8, Option<(Variant, XtTable, Family)>, u8) {
     let group = |chain: &XtChain| (chain.table, chain.family);
     match op {
         Op::DeleteIpset(Ipset::Temporary(_)) => (1, None, 0),

@@ -8,16 +8,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
-use super::ipset;
 use super::ipset::Ipsets;
 #[cfg(feature = "ipset-sys")]
 use super::libipset::Libipset;
 use crate::connection::Connection;
 use crate::count::Counts;
 use crate::datapath::Datapath;
-use crate::diff::changes::{Changes, Made, Step};
+use crate::diff::changes::{ApplyError, Changes, Made, Step};
 use crate::diff::op::Op;
-use crate::error::{ApplyError, KernelError};
+use crate::error::KernelError;
 use crate::kernel::KernelDatapath;
 use crate::kernel::nft;
 use crate::kernel::nft::Sizes;
@@ -93,7 +92,7 @@ impl IptablesDatapath {
     pub fn is_in_use() -> Result<bool, KernelError> {
         let mut socket = nft::open()?;
         match Ipsets::probe(&mut socket) {
-            Ok(ipsets) => Ok(!ipset::names(&ipsets, &mut socket)?.is_empty()),
+            Ok(ipsets) => Ok(!ipsets.names(&mut socket)?.is_empty()),
             Err(error) if error.is_denied() => Err(error),
             Err(_) => Ok(false),
         }
@@ -136,10 +135,13 @@ impl IptablesDatapath {
         &mut self.kernel
     }
 
-    /// Applies a fault plan to the tools that are run.
+    /// The same datapath, with faults from its next call or run of a tool on.
     #[cfg(feature = "testing")]
-    pub(crate) fn tap(&mut self, faults: &crate::faults::Faults) {
+    #[must_use]
+    pub fn with_faults(mut self, faults: &crate::faults::Faults) -> Self {
         self.tools.set_faults(faults.clone());
+        self.kernel.tap(faults);
+        self
     }
 
     /// Output of `iptables-save` for one variant and family.
@@ -240,7 +242,7 @@ impl Datapath for IptablesDatapath {
         self.check_namespace()?;
         let mut state = self.kernel.observe()?;
         state.ipsets = match &self.sets {
-            Sets::Netlink(ipsets) => ipset::observe(ipsets, &mut self.kernel.netfilter)?,
+            Sets::Netlink(ipsets) => ipsets.observe(&mut self.kernel.netfilter)?,
             #[cfg(feature = "ipset-sys")]
             Sets::Libipset(libipset) => libipset.observe()?,
         };

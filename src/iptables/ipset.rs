@@ -1,79 +1,28 @@
 //! Sets of the kernel's ipset subsystem: `hash:net` of either family, with or without marks.
-//!
-//! Numbers are those of `include/uapi/linux/netfilter/ipset/ip_set.h`.
 
 mod error;
 mod list;
 mod member;
+mod protocol;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
 use ipnet::IpNet;
 
 use crate::diff::op::Op;
 use crate::error::{KernelError, errno};
-use crate::kernel::netlink::message::{Malformed, Writer, flag};
+use crate::kernel::netlink::message::{Writer, flag};
+use crate::kernel::netlink::nfnetlink::Request;
 use crate::kernel::netlink::socket::Socket;
-use crate::kernel::nft::{Answered, Request, ask_any};
 use crate::state::{Ipset, IpsetContents, Member};
-use crate::types::Family;
 
-use error::explained;
-pub(crate) use list::{foreign, names, observe};
-use member::NETWORK_ORDER;
-
-/// Commands, as message types of subsystem 6.
-mod kind {
-    const SUBSYSTEM: u16 = 6 << 8;
-    pub(crate) const PROTOCOL: u16 = SUBSYSTEM + 1;
-    pub(crate) const CREATE: u16 = SUBSYSTEM + 2;
-    pub(crate) const DESTROY: u16 = SUBSYSTEM + 3;
-    pub(crate) const RENAME: u16 = SUBSYSTEM + 5;
-    pub(crate) const SWAP: u16 = SUBSYSTEM + 6;
-    pub(crate) const LIST: u16 = SUBSYSTEM + 7;
-    pub(crate) const ADD: u16 = SUBSYSTEM + 9;
-    pub(crate) const DELETE: u16 = SUBSYSTEM + 10;
-    pub(crate) const HEADER: u16 = SUBSYSTEM + 12;
-    pub(crate) const TYPE: u16 = SUBSYSTEM + 13;
-}
-
-/// Attributes of a command.
-mod attribute {
-    pub(crate) const PROTOCOL: u16 = 1;
-    pub(crate) const SETNAME: u16 = 2;
-    /// Also the second name of a command that has two.
-    pub(crate) const TYPENAME: u16 = 3;
-    pub(crate) const REVISION: u16 = 4;
-    pub(crate) const FAMILY: u16 = 5;
-    pub(crate) const FLAGS: u16 = 6;
-    pub(crate) const DATA: u16 = 7;
-    pub(crate) const MEMBERS: u16 = 8;
-    pub(crate) const LINE: u16 = 9;
-    pub(crate) const PROTOCOL_MIN: u16 = 10;
-}
-
-/// Attributes inside `DATA`: of a set that is made or listed, and of a member.
-mod data {
-    pub(crate) const IP: u16 = 1;
-    pub(crate) const CIDR: u16 = 3;
-    pub(crate) const FLAGS: u16 = 8;
-    pub(crate) const HASH_SIZE: u16 = 18;
-    pub(crate) const MAX_ELEMENTS: u16 = 19;
-    pub(crate) const MARK: u16 = 27;
-}
-
-/// Bits of `data::FLAGS`.
-const NOMATCH: u32 = 4;
-const WITH_MARKS: u32 = 64;
-
-/// Our type of sets.
-const HASH_NET: &str = "hash:net";
-
-/// The protocol that the kernel has spoken since 4.20, and the oldest that it still does.
-const PROTOCOL: u8 = 7;
-const OLDEST: u8 = 6;
+pub(crate) use list::{Found, foreign};
+use protocol::{
+    HASH_NET, NETWORK_ORDER, NFPROTO_IPV4, OLDEST, PROTOCOL, WITH_MARKS, ask, attribute, byte,
+    data, kind, nfproto,
+};
 
 /// The revision of `hash:net` that brought marks (kernel 3.18).
 const REVISION: u8 = 6;
@@ -111,8 +60,8 @@ impl Ipsets {
                 for found in crate::kernel::netlink::message::Attributes::new(body) {
                     let found = found?;
                     match found.kind {
-                        attribute::PROTOCOL => newest = list::byte(&found)?,
-                        attribute::PROTOCOL_MIN => oldest = list::byte(&found)?,
+                        attribute::PROTOCOL => newest = byte(&found)?,
+                        attribute::PROTOCOL_MIN => oldest = byte(&found)?,
                         _ => {}
                     }
                 }
@@ -134,7 +83,7 @@ impl Ipsets {
             for found in crate::kernel::netlink::message::Attributes::new(body) {
                 let found = found?;
                 if found.kind == attribute::REVISION {
-                    revision = list::byte(&found)?;
+                    revision = byte(&found)?;
                 }
             }
             Ok(())
@@ -144,6 +93,16 @@ impl Ipsets {
                 .with_remedy("use a kernel from 3.18 on"));
         }
         Ok(Self { protocol, revision: REVISION })
+    }
+
+    /// The sets of ours that there are.
+    pub(crate) fn names(&self, socket: &mut Socket) -> Result<BTreeSet<Ipset>, KernelError> {
+        list::names(self.protocol, socket)
+    }
+
+    /// All sets of ours with their members; of others not more than the name is read.
+    pub(crate) fn observe(&self, socket: &mut Socket) -> Result<Found, KernelError> {
+        list::observe(self.protocol, socket)
     }
 
     /// Makes an operation.
@@ -360,32 +319,3 @@ fn member_of(op: &Op) -> Option<(Verb, Ipset, (IpNet, Member))> {
         _ => None,
     }
 }
-
-const NFPROTO_IPV4: u8 = 2;
-const NFPROTO_IPV6: u8 = 10;
-
-const fn nfproto(family: Family) -> u8 {
-    match family {
-        Family::V4 => NFPROTO_IPV4,
-        Family::V6 => NFPROTO_IPV6,
-    }
-}
-
-/// Asks, and explains what is refused.
-fn ask(
-    socket: &mut Socket,
-    request: &Request<'_>,
-    protocol: u8,
-    write: impl FnOnce(&mut Writer),
-    mut take: impl FnMut(&[u8]) -> Result<(), Malformed>,
-) -> Result<Answered, KernelError> {
-    let header = |writer: &mut Writer| {
-        writer.nfgen(NFPROTO_IPV4, 0);
-        writer.attribute(attribute::PROTOCOL, &[protocol]);
-        write(writer);
-    };
-    ask_any(socket, request, header, |_, body| take(body)).map_err(explained)
-}
-
-/// What is in sets of ours, by set.
-pub(crate) type Found = BTreeMap<Ipset, IpsetContents>;

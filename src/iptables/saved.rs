@@ -1,6 +1,6 @@
 //! Parser of `iptables-save` output for chains and rules of the datapath.
 
-use crate::rules::iptables::{read_jump, read_rule, words};
+use super::parse::{read_jump, read_rule, words};
 use crate::state::{XtChain, XtName, XtTable, Xtables};
 use crate::types::Family;
 

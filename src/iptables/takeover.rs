@@ -26,12 +26,10 @@ use netlink_packet_route::rule::{
 
 use super::datapath::IptablesDatapath;
 use super::ipset;
-use crate::cluster::Tunnel;
 use crate::error::KernelError;
 use crate::kernel::rtnetlink::link::Device;
 use crate::kernel::rtnetlink::socket::RouteSocket;
 use crate::kernel::rtnetlink::{link, route, rule};
-use crate::preflight::Problem;
 use crate::state::{PROTOCOL, Rule, RuleAction, Variant, XtTable};
 use crate::types::Family;
 
@@ -88,7 +86,7 @@ fn family_of_set(name: &str) -> Option<Family> {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[must_use]
 pub struct Predecessor {
-    device: Option<Device>,
+    pub(crate) device: Option<Device>,
     rules: Vec<(Family, u32, RuleMessage)>,
     tables: Vec<Leftover>,
     sets: Vec<String>,
@@ -124,21 +122,6 @@ impl Predecessor {
         let (family, mark) = (ours.family, ours.mark.get());
         steers
             && self.rules.iter().any(|(of, theirs, _)| *of == family && theirs & ours.mask == mark)
-    }
-
-    /// Conflict of a tunnel with the agent's device: equal name, or equal VNI and UDP port.
-    ///
-    /// A tunnel with such a conflict cannot be created while the agent's device exists. That device
-    /// must stay until the datapath works, so the remedy is another name and another VNI.
-    pub fn in_the_way(&self, tunnel: &Tunnel) -> Option<Problem> {
-        let found = self.device.as_ref()?;
-        let device = found.name.clone();
-        if device == tunnel.device.as_str() {
-            return Some(Problem::NameTaken { device });
-        }
-        let (vni, port) = (tunnel.vni, tunnel.port);
-        let same = found.tunnel.is_some_and(|theirs| (theirs.vni, theirs.port) == (vni, port));
-        same.then_some(Problem::VxlanTaken { device, vni, port })
     }
 }
 

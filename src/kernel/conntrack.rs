@@ -8,14 +8,12 @@ mod listing;
 #[cfg(test)]
 mod mutated;
 
-use std::io;
 use std::net::IpAddr;
 
-use super::netlink::message::{
-    Ack, Attribute, Attributes, Malformed, Messages, NLMSG_ERROR, Writer, flag,
-};
-use super::netlink::socket::{AT_ONCE, Socket};
-use super::nft::{Request, ask_any, drain};
+use super::netlink::exchange::{AT_ONCE, in_one_piece, request_all};
+use super::netlink::message::{Attribute, Attributes, Malformed, Writer, flag};
+use super::netlink::nfnetlink::{Request, ask};
+use super::netlink::socket::Socket;
 use crate::connection::Connection;
 use crate::diff::op::Op;
 use crate::error::{KernelError, errno};
@@ -46,9 +44,6 @@ const TUPLE_ZONE: u16 = 3;
 const TEXT: &str = "conntrack -L";
 const NO_CONNTRACK: &str = "load nf_conntrack_netlink or use a kernel with CONFIG_NF_CT_NETLINK";
 
-/// Times that the table is listed until the kernel lists it in one piece.
-const ATTEMPTS: usize = 5;
-
 /// All connections that the kernel tracks in this network namespace.
 ///
 /// The list is no snapshot: connections come and go while it is made. It costs the kernel a walk
@@ -69,7 +64,7 @@ pub(super) fn connections_of(
         return Ok(Vec::new());
     }
     let request = Request { text: TEXT, kind: GET, flags: flag::DUMP, answer: NEW };
-    for _ in 0..ATTEMPTS {
+    let found = in_one_piece(|| {
         let mut list = Vec::new();
         let take = |_, body: &[u8]| {
             // Whatever an odd one is, it must not keep all the others from being looked at.
@@ -78,13 +73,13 @@ pub(super) fn connections_of(
             list.extend(found.filter(wanted));
             Ok(())
         };
-        match ask_any(socket, &request, |writer| pick(writer, source), take) {
-            Ok(answered) if answered.interrupted => {}
-            Ok(_) => return Ok(list),
-            Err(error) => return Err(explained(error)),
-        }
-    }
-    Err(KernelError::answer(TEXT, "connections change faster than they can be listed"))
+        let answered = ask(socket, &request, |writer| pick(writer, source), take);
+        let answered = answered.map_err(explained)?;
+        Ok((list, answered))
+    })?;
+    found.ok_or_else(|| {
+        KernelError::answer(TEXT, "connections change faster than they can be listed")
+    })
 }
 
 /// How many connections this network namespace has, those that only begin among them; `None` if
@@ -97,7 +92,7 @@ fn count(socket: &mut Socket) -> Option<u32> {
         count = entries.and_then(|entries| entries.be32().ok());
         Ok(())
     };
-    ask_any(socket, &request, |writer| writer.nfgen(0, 0), take).ok()?;
+    ask(socket, &request, |writer| writer.nfgen(0, 0), take).ok()?;
     count
 }
 
@@ -237,49 +232,23 @@ pub(super) fn make(socket: &mut Socket, ops: &[Op]) -> Vec<(usize, KernelError)>
 }
 
 fn make_some(socket: &mut Socket, ops: &[Op]) -> Vec<(usize, KernelError)> {
-    let all = |error: &dyn Fn(&Op) -> KernelError| -> Vec<_> {
-        ops.iter().map(error).enumerate().collect()
-    };
-    drain(socket);
     let mut writer = Writer::default();
-    let mut pending = Vec::with_capacity(ops.len());
-    for op in ops {
+    let mut requests = Vec::with_capacity(ops.len());
+    let mut places = Vec::with_capacity(ops.len());
+    for (place, op) in ops.iter().enumerate() {
         let sequence = socket.next_sequence();
-        pending.push(write(&mut writer, op, sequence).then_some(sequence));
-    }
-    let Some(datagram) = writer.finish() else {
-        return all(&|op| KernelError::answer(op, "it does not fit"));
-    };
-    if let Err(error) = socket.send(&datagram) {
-        return all(&|op| KernelError::io(op, &error));
-    }
-    let mut refused = Vec::new();
-    loop {
-        let datagram = match socket.receive() {
-            Ok(datagram) => datagram,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(_) => break,
-        };
-        // What cannot be read answers nothing: its request stays without an answer below.
-        for message in Messages::new(datagram).flatten().filter(|m| m.kind == NLMSG_ERROR) {
-            let place = pending.iter().position(|sequence| *sequence == Some(message.sequence));
-            let (Some(index), Ok(ack)) = (place, Ack::read(&message)) else { continue };
-            if let Some(sequence) = pending.get_mut(index) {
-                *sequence = None;
-            }
-            if let (Some(op), false) = (ops.get(index), matches!(ack.errno, 0 | errno::ENOENT)) {
-                let error = KernelError::refused(op, ack.errno);
-                refused.push((index, explained(error.with_words(ack.words))));
-            }
+        if write(&mut writer, op, sequence) {
+            requests.push((sequence, op));
+            places.push(place);
         }
     }
-    let unanswered =
-        pending.iter().zip(ops).enumerate().filter(|(_, (sequence, _))| sequence.is_some());
-    refused.extend(
-        unanswered
-            .map(|(index, (_, op))| (index, KernelError::answer(op, "the kernel did not answer"))),
-    );
-    refused
+    let too_large = |(_, op): &(u32, &Op)| KernelError::answer(op, "it does not fit");
+    let refused = match writer.finish() {
+        Some(datagram) => request_all(socket, &datagram, &requests),
+        None => requests.iter().map(too_large).enumerate().collect(),
+    };
+    let refused = refused.into_iter().filter(|(_, error)| error.errno() != Some(errno::ENOENT));
+    refused.filter_map(|(index, error)| Some((*places.get(index)?, explained(error)))).collect()
 }
 
 /// Writes a request; says whether the operation is about a connection.
@@ -346,6 +315,7 @@ fn protocol(writer: &mut Writer, connection: &Connection) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::netlink::message::Messages;
 
     pub(super) fn sample(source: &str, destination: &str, protocol: u8) -> Connection {
         Connection {

@@ -1,7 +1,6 @@
 //! News that somebody else may have touched what is ours.
 
 mod classify;
-mod echo;
 mod filter;
 pub(crate) mod freshness;
 mod sockets;
@@ -11,17 +10,17 @@ pub(super) mod tests;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
-use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use socket2::SockFilter;
 
+use super::netlink::exchange::discard;
 use super::netlink::message::Messages;
 use super::netlink::socket::Socket;
 use crate::error::{KernelError, errno};
 use crate::event::News;
 
-pub(super) use echo::Expected;
-use sockets::{NETFILTER, ROUTING};
-pub(super) use sockets::{Shared, lock};
+pub(super) use sockets::Shared;
+use sockets::{NETFILTER, ROUTING, lock};
 
 /// Bytes of news that wait to be read; what does not fit is lost, and that is said.
 const UNREAD: usize = 1 << 20;
@@ -64,23 +63,25 @@ const UNREAD: usize = 1 << 20;
 /// many, are dropped in the kernel. A route that somebody adds to a table of ours is no news,
 /// because it is not ours to repair.
 ///
-/// What the datapath writes itself does not wake it: the kernel says who asked, and a socket
-/// filter drops those messages. Of devices, forwarding entries, IPv6 addresses and deleted
-/// neighbours the kernel does not say it; those writes make it readable and drain to nothing.
-/// A write of ours may still be taken for news where it has side effects, such as a new Ethernet
-/// address, which makes the kernel forget neighbours; the repair then finds nothing to do.
+/// What the datapath writes into nf_tables, routes, rules and IPv4 addresses does not wake it: a
+/// notification carries the port of the socket that asked, and a socket filter drops those of the
+/// datapath. So a change of pods or policies alone is never reported. In notifications of the
+/// device, its IPv6 addresses, forwarding entries and deleted neighbours the kernel gives no port:
+/// a change of these by the datapath, as when a node comes or goes, may be reported once, like one
+/// by others. The repair that follows reads the device, the routes and the rules again, and writes
+/// nothing.
 ///
 /// # What it costs
 ///
 /// A foreign change that must be looked at costs microseconds and a wake-up; 2000 neighbours of
-/// other devices were drained in 15 ms without optimisation. The kernel writes a message for each
-/// nf_tables object that is changed, ours too, before the filter drops it; for
-/// the time of a large one the watch does not listen, and the datapath sees to it that nothing is
-/// missed unsaid. Up to 1 MiB of news waits to be read, less without `CAP_NET_ADMIN` in the first user namespace; what does not fit
-/// is [`News::lost`].
+/// other devices were drained in 15 ms without optimisation. The kernel writes a notification for
+/// each nf_tables object that is changed, ours too, before the filter drops it; for the time of a
+/// large transaction the watch leaves the multicast group, and the datapath sees to it that what is
+/// missed is reported as lost. Up to 1 MiB of notifications waits to be read, less without
+/// `CAP_NET_ADMIN` in the first user namespace; what does not fit is [`News::lost`].
 ///
-/// It is no substitute for reconciling now and then: what the kernel tells nobody, nobody hears.
-/// IPv4 routes that go with a device are an example, though there the device is told.
+/// It is no substitute for reconciling now and then: of some changes the kernel sends no
+/// notification. IPv4 routes that go with a device are an example, though there the device has one.
 #[derive(Debug)]
 pub struct Watch {
     /// An epoll instance of both sockets.
@@ -91,12 +92,24 @@ pub struct Watch {
     /// Part of a foreign transaction was read that touched our table, but not its end.
     unsigned: bool,
     /// Generation of the rules that the last foreign transaction led to.
-    heard: Option<u32>,
+    generation: Option<u32>,
+}
+
+impl Shared {
+    /// Begins to watch, but for what is asked for from these ports.
+    pub(super) fn watch(&self, routing: u32, netfilter: u32) -> Result<Watch, KernelError> {
+        let what = "watch the kernel's state";
+        let failed = |error: io::Error| KernelError::io(what, &error);
+        let poll = epoll::create(CreateFlags::CLOEXEC).map_err(|error| failed(error.into()))?;
+        let (socket, shared) = (Some(self.take(what)?), self.clone());
+        let mut watch = Watch { poll, routing: socket, shared, unsigned: false, generation: None };
+        watch.begin(routing, netfilter).map_err(failed)?;
+        Ok(watch)
+    }
 }
 
 impl Watch {
     fn begin(&mut self, routing: u32, netfilter: u32) -> io::Result<()> {
-        lock(&self.shared.expected).begin();
         if let Some(socket) = &mut self.routing {
             listen(&self.poll, socket, &filter::routing(routing), &ROUTING)?;
         }
@@ -110,10 +123,10 @@ impl Watch {
     /// was lost is [`News::lost`], not an error.
     pub fn drain(&mut self) -> Result<News, KernelError> {
         let mut news = News::default();
-        let Self { routing: Some(routing), shared, unsigned, heard, .. } = self else {
+        let Self { routing: Some(routing), shared, unsigned, generation, .. } = self else {
             return Ok(news);
         };
-        let mut expected = lock(&shared.expected);
+        let device = shared.device();
         let mut rules = lock(&shared.rules);
         for socket in [routing, &mut *rules] {
             loop {
@@ -122,8 +135,8 @@ impl Watch {
                         for message in Messages::new(datagram) {
                             match message {
                                 Ok(message) => {
-                                    *heard = classify::generation(&message).or(*heard);
-                                    classify::read(&message, &mut expected, unsigned, &mut news);
+                                    *generation = classify::generation(&message).or(*generation);
+                                    classify::read(&message, device, unsigned, &mut news);
                                 }
                                 Err(_) => news.lost = true,
                             }
@@ -142,22 +155,19 @@ impl Watch {
                 }
             }
         }
-        news.lost |= expected.has_missed();
-        if news.lost {
-            *unsigned = false;
-            expected.begin();
-        }
+        news.lost |= shared.has_missed();
+        *unsigned &= !news.lost;
         Ok(news)
     }
 
-    /// Nothing that was being told is waited for any more.
+    /// The end of a transaction whose beginning was read is not waited for any more.
     pub(crate) const fn forget_beginning(&mut self) {
         self.unsigned = false;
     }
 
     /// Generation of the rules that the last foreign transaction of those drained led to.
-    pub(crate) const fn heard(&self) -> Option<u32> {
-        self.heard
+    pub(crate) const fn generation(&self) -> Option<u32> {
+        self.generation
     }
 
     /// Whether part of a transaction was drained that touched our table, but not its end.
@@ -173,7 +183,7 @@ impl Watch {
     }
 }
 
-/// Has a socket hear what the kernel tells these groups, but for what a program drops.
+/// Joins a socket to multicast groups, but for the notifications that a program drops.
 fn listen(
     poll: &OwnedFd,
     socket: &mut Socket,
@@ -181,22 +191,11 @@ fn listen(
     groups: &[u32],
 ) -> io::Result<()> {
     socket.filter(program)?;
-    // Left from an earlier watch.
-    while may_have_more(&socket.receive().map(drop)) {}
+    // What is left of an earlier watch.
+    discard(socket);
     socket.reserve_unread(UNREAD);
     epoll::add(poll, &*socket, EventData::new_u64(0), EventFlags::IN)?;
     groups.iter().try_for_each(|group| socket.join(*group))
-}
-
-/// Whether to read on: something was there, or was lost, or is too large.
-fn may_have_more(received: &io::Result<()>) -> bool {
-    match received {
-        Ok(()) => true,
-        Err(error) => {
-            matches!(error.raw_os_error(), Some(errno::ENOBUFS | errno::EINTR))
-                || error.kind() == io::ErrorKind::InvalidData
-        }
-    }
 }
 
 impl AsFd for Watch {
@@ -214,12 +213,7 @@ impl AsRawFd for Watch {
 impl Drop for Watch {
     /// Gives the sockets back, so that the datapath can be watched again.
     fn drop(&mut self) {
-        lock(&self.shared.expected).end();
-        let _not_joined = lock(&self.shared.rules).leave(NETFILTER);
         if let Some(routing) = self.routing.take() {
-            for group in ROUTING {
-                let _not_joined = routing.leave(group);
-            }
             self.shared.put_back(routing);
         }
     }

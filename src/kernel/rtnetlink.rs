@@ -1,16 +1,13 @@
 //! Links, addresses, neighbours, forwarding entries, routes and rules over rtnetlink.
 
 pub(crate) mod address;
-pub(crate) mod answer;
 pub(crate) mod fdb;
 #[cfg(test)]
 pub(crate) mod kernel_tests;
 pub(crate) mod leftovers;
 pub(crate) mod link;
-pub(crate) mod link_change;
 pub(crate) mod neighbour;
 pub(crate) mod ops;
-pub(crate) mod requests;
 pub(crate) mod route;
 pub(crate) mod rule;
 pub(crate) mod socket;

@@ -2,7 +2,8 @@
 
 use super::facts::{Action, Device, Facts, Rule};
 use super::{Preflight, Problem};
-use crate::iptables::takeover;
+use crate::cluster::Tunnel;
+use crate::iptables::{Predecessor, takeover};
 use crate::types::Family;
 
 impl Preflight<'_> {
@@ -76,4 +77,21 @@ fn predecessor(facts: &Facts) -> Option<Problem> {
     let rules = facts.rules.iter().filter(is_rule).count();
     let device = facts.devices.iter().find(is_device).map(|device| device.name.clone());
     (rules > 0 || device.is_some()).then_some(Problem::Predecessor { rules, device })
+}
+
+impl Predecessor {
+    /// Conflict of a tunnel with the agent's device: equal name, or equal VNI and UDP port.
+    ///
+    /// A tunnel with such a conflict cannot be created while the agent's device exists. That device
+    /// must stay until the datapath works, so the remedy is another name and another VNI.
+    pub fn in_the_way(&self, tunnel: &Tunnel) -> Option<Problem> {
+        let found = self.device.as_ref()?;
+        let device = found.name.clone();
+        if device == tunnel.device.as_str() {
+            return Some(Problem::NameTaken { device });
+        }
+        let (vni, port) = (tunnel.vni, tunnel.port);
+        let same = found.tunnel.is_some_and(|theirs| (theirs.vni, theirs.port) == (vni, port));
+        same.then_some(Problem::VxlanTaken { device, vni, port })
+    }
 }

@@ -6,7 +6,8 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::terms::{KernelPart, MarkKind};
+use super::terms::MarkKind;
+use crate::kernel::nft::KernelPart;
 use crate::types::Family;
 
 /// Objects and settings on this host that do not belong to the datapath.

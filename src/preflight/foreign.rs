@@ -6,14 +6,13 @@ mod mutated;
 
 use super::facts::{Chain, Firewall, MarkUse};
 use crate::error::KernelError;
+use crate::kernel::netlink::exchange::{Answered, in_one_piece};
 use crate::kernel::netlink::message::{Attribute, Attributes, Malformed, flag};
+use crate::kernel::netlink::nfnetlink::{Request, ask};
 use crate::kernel::netlink::socket::Socket;
-use crate::kernel::nft::{Answered, Request, ask_any, batch, chain, generation, kind};
+use crate::kernel::nft::{batch, chain, generation, kind};
 use crate::state::NFT_TABLE;
 use crate::types::Family;
-
-/// Number of attempts to read the lists without a change of the ruleset in between.
-const ATTEMPTS: usize = 5;
 
 /// Families whose packets the datapath steers: `NFPROTO_*` number and `nft` name.
 const FAMILIES: [(u8, &str, &[Family]); 3] =
@@ -23,22 +22,19 @@ const FAMILIES: [(u8, &str, &[Family]); 3] =
 ///
 /// A read is repeated if the ruleset generation changed meanwhile or a dump was interrupted.
 pub(crate) fn foreign(socket: &mut Socket) -> Result<Firewall, KernelError> {
-    for _ in 0..ATTEMPTS {
+    let found = in_one_piece(|| {
         let before = generation(socket)?;
         let mut found = Firewall::default();
-        let mut torn = false;
+        let mut interrupted = false;
         for family in FAMILIES {
-            torn |= chains(socket, family, &mut found.chains)?.interrupted;
-            torn |= rules(socket, family, &mut found.marks)?.interrupted;
+            interrupted |= chains(socket, family, &mut found.chains)?.interrupted;
+            interrupted |= rules(socket, family, &mut found.marks)?.interrupted;
         }
-        if generation(socket)? == before && !torn {
-            return Ok(found);
-        }
-    }
-    Err(KernelError::answer(
-        "nft list ruleset",
-        "somebody changes nf_tables faster than it can be read",
-    ))
+        interrupted |= generation(socket)? != before;
+        Ok((found, Answered { interrupted }))
+    })?;
+    let changes = "somebody changes nf_tables faster than it can be read";
+    found.ok_or_else(|| KernelError::answer("nft list ruleset", changes))
 }
 
 fn chains(
@@ -58,7 +54,7 @@ fn chains(
         }
         Ok(())
     };
-    ask_any(socket, &request, |writer| writer.nfgen(number, 0), take)
+    ask(socket, &request, |writer| writer.nfgen(number, 0), take)
 }
 
 /// Reads a base chain of another program; other chains and the datapath's own give `None`.
@@ -104,7 +100,7 @@ fn rules(
         answer: kind::NEWRULE,
     };
     let take = |_, body: &[u8]| read_rule(Attributes::new(body), family, found);
-    ask_any(socket, &request, |writer| writer.nfgen(number, 0), take)
+    ask(socket, &request, |writer| writer.nfgen(number, 0), take)
 }
 
 /// Adds the mark uses of a rule of another program.

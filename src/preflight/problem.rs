@@ -2,7 +2,8 @@
 
 use std::net::IpAddr;
 
-use super::terms::{DropHook, KernelPart, MarkKind, Severity};
+use super::terms::{DropHook, MarkKind, Severity};
+use crate::kernel::nft::KernelPart;
 use crate::types::{Family, PolicyId};
 
 /// Condition on this host that may keep the datapath from working.

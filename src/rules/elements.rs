@@ -7,9 +7,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::Bound;
 use std::sync::Arc;
 
-use super::table::{Data, Key, Tag, Value};
+use super::element::{Data, Key, Tag, Value};
 #[cfg(any(test, all(feature = "kernel", target_os = "linux")))]
-use crate::state::Set;
+use super::set::Set;
 #[cfg(any(test, all(feature = "kernel", target_os = "linux")))]
 use crate::types::Family;
 

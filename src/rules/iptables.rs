@@ -1,7 +1,5 @@
 //! Our iptables objects: our own chains, and the jumps to them.
 
-mod walk;
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
@@ -9,10 +7,6 @@ use std::net::IpAddr;
 use super::ipset::Ipset;
 use super::stmt::{Direction, MarkBits};
 use crate::types::{DeviceName, Family, Mark};
-
-#[cfg(all(feature = "kernel", target_os = "linux"))]
-pub(crate) use crate::iptables::parse::{read_jump, read_rule, words};
-pub(crate) use crate::sim::iptables::make;
 
 /// One of the two implementations of iptables.
 ///

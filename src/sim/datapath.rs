@@ -10,9 +10,9 @@ use super::{LOST, SharedSim, Sim, SimWatch};
 use crate::connection::Connection;
 use crate::count::Counts;
 use crate::datapath::{Datapath, Drift};
-use crate::diff::changes::{Changes, Made, Step};
+use crate::diff::changes::{ApplyError, Changes, Made, Step};
 use crate::diff::op::Op;
-use crate::error::{ApplyError, KernelError, errno};
+use crate::error::{KernelError, errno};
 use crate::faults::{Call, Fault, Faults, Subsystem};
 use crate::state::{Firewall, NFT_TABLE, State, StrayKind};
 

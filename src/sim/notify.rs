@@ -1,9 +1,15 @@
 //! Delivers change notifications to simulated listeners.
 
 use std::collections::BTreeSet;
+use std::io;
+#[cfg(unix)]
+use std::io::{Read, Write};
+#[cfg(unix)]
+use std::os::fd::{AsFd, BorrowedFd};
+#[cfg(unix)]
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use super::watch::Bell;
 use crate::datapath::Drift;
 use crate::event::Part;
 use crate::state::{Route, RouteKey, State, StrayKind, StrayRouting};
@@ -179,4 +185,54 @@ impl Bulletin {
             }
         }
     }
+}
+
+/// Wake-up of a file descriptor, on platforms that have file descriptors.
+#[derive(Debug)]
+pub(super) struct Bell {
+    #[cfg(unix)]
+    rung: UnixStream,
+    #[cfg(unix)]
+    heard: UnixStream,
+}
+
+#[cfg(unix)]
+impl Bell {
+    pub(super) fn new() -> io::Result<Self> {
+        let (rung, heard) = UnixStream::pair()?;
+        rung.set_nonblocking(true)?;
+        heard.set_nonblocking(true)?;
+        Ok(Self { rung, heard })
+    }
+
+    pub(super) fn ring(&self) {
+        // If the buffer is full, the descriptor is already readable.
+        let _full = (&self.rung).write(&[0]);
+    }
+
+    pub(super) fn hush(&self) {
+        let mut rings = [0; 64];
+        while (&self.heard).read(&mut rings).is_ok_and(|read| read > 0) {}
+    }
+}
+
+#[cfg(unix)]
+impl AsFd for Bell {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.heard.as_fd()
+    }
+}
+
+#[cfg(not(unix))]
+impl Bell {
+    #[expect(clippy::unnecessary_wraps, reason = "elsewhere it needs a descriptor")]
+    pub(super) const fn new() -> io::Result<Self> {
+        Ok(Self {})
+    }
+
+    #[expect(clippy::unused_self, reason = "elsewhere it has something to ring")]
+    pub(super) const fn ring(&self) {}
+
+    #[expect(clippy::unused_self, reason = "elsewhere it has something to hush")]
+    pub(super) const fn hush(&self) {}
 }

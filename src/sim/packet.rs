@@ -3,6 +3,7 @@
 use std::fmt;
 use std::net::IpAddr;
 
+use crate::connection::Connection;
 use crate::types::MacAddr;
 
 /// A packet: protocol, addresses and ports.
@@ -137,6 +138,19 @@ pub struct Frame {
     pub mac: MacAddr,
     /// The inner packet.
     pub packet: Packet,
+}
+
+impl Connection {
+    /// Returns the reply to the connection's first packet.
+    pub(crate) const fn answer(&self) -> Packet {
+        Packet {
+            protocol: self.protocol,
+            source: self.peer,
+            source_port: self.peer_port,
+            destination: self.wears,
+            destination_port: self.wears_port,
+        }
+    }
 }
 
 #[cfg(test)]

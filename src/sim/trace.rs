@@ -297,7 +297,7 @@ mod serialize {
             fields.serialize_field("overlapped", &self.overlapped().collect::<Vec<_>>())?;
             fields.serialize_field("gateway", &self.gateway())?;
             fields.serialize_field("mark", &self.mark())?;
-            fields.serialize_field("table", &self.table().map(crate::TableId::get))?;
+            fields.serialize_field("table", &self.table().map(crate::types::TableId::get))?;
             fields.serialize_field("egress_ip", &self.egress_ip())?;
             fields.serialize_field("fate", &self.fate)?;
             fields.serialize_field("reasons", &self.reasons)?;

@@ -3,14 +3,10 @@
 use std::collections::BTreeSet;
 use std::io;
 #[cfg(unix)]
-use std::io::{Read, Write};
-#[cfg(unix)]
 use std::os::fd::{AsFd, BorrowedFd};
-#[cfg(unix)]
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use super::notify::{Listener, Writer, Written};
+use super::notify::{Bell, Listener, Writer, Written};
 use crate::error::KernelError;
 use crate::event::News;
 
@@ -51,49 +47,6 @@ impl SimWatch {
 #[cfg(unix)]
 impl AsFd for SimWatch {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.bell.heard.as_fd()
+        self.bell.as_fd()
     }
-}
-
-/// Wake-up of a file descriptor, on platforms that have file descriptors.
-#[derive(Debug)]
-pub(super) struct Bell {
-    #[cfg(unix)]
-    rung: UnixStream,
-    #[cfg(unix)]
-    heard: UnixStream,
-}
-
-#[cfg(unix)]
-impl Bell {
-    pub(super) fn new() -> io::Result<Self> {
-        let (rung, heard) = UnixStream::pair()?;
-        rung.set_nonblocking(true)?;
-        heard.set_nonblocking(true)?;
-        Ok(Self { rung, heard })
-    }
-
-    pub(super) fn ring(&self) {
-        // If the buffer is full, the descriptor is already readable.
-        let _full = (&self.rung).write(&[0]);
-    }
-
-    pub(super) fn hush(&self) {
-        let mut rings = [0; 64];
-        while (&self.heard).read(&mut rings).is_ok_and(|read| read > 0) {}
-    }
-}
-
-#[cfg(not(unix))]
-impl Bell {
-    #[expect(clippy::unnecessary_wraps, reason = "elsewhere it needs a descriptor")]
-    pub(super) const fn new() -> io::Result<Self> {
-        Ok(Self {})
-    }
-
-    #[expect(clippy::unused_self, reason = "elsewhere it has something to ring")]
-    pub(super) const fn ring(&self) {}
-
-    #[expect(clippy::unused_self, reason = "elsewhere it has something to hush")]
-    pub(super) const fn hush(&self) {}
 }

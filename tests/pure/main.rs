@@ -15,6 +15,7 @@ mod counts;
 mod faults;
 mod golden;
 mod hostile;
+mod layout;
 mod preview;
 mod random;
 mod rules;

@@ -103,7 +103,7 @@ proptest! {
             .map(|(variant, numbers)| planned(here, variant, numbers));
         let mut state = before.clone();
         for op in Changes::between(&before, &after).ops().filter(|op| op.is_xtables()) {
-            crate::rules::iptables::make(&mut state, op).unwrap();
+            crate::sim::iptables::make(&mut state, op).unwrap();
             for (pod, destination) in [(1, 9), (1, 8), (2, 9), (2, 8), (3, 9), (3, 8), (4, 9)] {
                 let way = |state: &State| {
                     let outside = IpAddr::from([198, 51, 100, destination]);

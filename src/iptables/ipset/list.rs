@@ -1,30 +1,32 @@
 //! Reading sets back.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
-use super::{
-    Found, HASH_NET, Ipsets, OLDEST, WITH_MARKS, ask, attribute, data, kind, member, nfproto,
+use super::member;
+use super::protocol::{
+    HASH_NET, NETWORK_ORDER, OLDEST, WITH_MARKS, ask, attribute, byte, data, kind, nfproto,
 };
 use crate::error::KernelError;
-use crate::kernel::netlink::message::{Attribute, Attributes, Malformed, Writer, flag};
+use crate::kernel::netlink::exchange::in_one_piece;
+use crate::kernel::netlink::message::{Attributes, Malformed, Writer, flag};
+use crate::kernel::netlink::nfnetlink::Request;
 use crate::kernel::netlink::socket::Socket;
-use crate::kernel::nft::Request;
 use crate::state::{Ipset, IpsetContents};
 use crate::types::Family;
 
 /// `IPSET_FLAG_LIST_SETNAME`: names only.
 const NAMES: u32 = 2;
 
-/// Times that a set is listed until it can be in one piece.
-const ATTEMPTS: usize = 5;
+/// What is in sets of ours, by set.
+pub(crate) type Found = BTreeMap<Ipset, IpsetContents>;
 
 const LIST: &str = "ipset list -n";
 
 /// All sets of ours with their members; of others not more than the name is read.
-pub(crate) fn observe(ipsets: &Ipsets, socket: &mut Socket) -> Result<Found, KernelError> {
+pub(super) fn observe(protocol: u8, socket: &mut Socket) -> Result<Found, KernelError> {
     let mut found = Found::new();
-    for set in names(ipsets, socket)? {
-        match contents(ipsets, socket, set) {
+    for set in names(protocol, socket)? {
+        match contents(protocol, socket, set) {
             Ok(contents) => drop(found.insert(set, contents)),
             // Gone meanwhile.
             Err(error) if error.is_not_found() => {}
@@ -35,8 +37,8 @@ pub(crate) fn observe(ipsets: &Ipsets, socket: &mut Socket) -> Result<Found, Ker
 }
 
 /// The sets of ours that there are.
-pub(crate) fn names(ipsets: &Ipsets, socket: &mut Socket) -> Result<BTreeSet<Ipset>, KernelError> {
-    all_names(ipsets.protocol, socket, Ipset::from_name)
+pub(super) fn names(protocol: u8, socket: &mut Socket) -> Result<BTreeSet<Ipset>, KernelError> {
+    all_names(protocol, socket, Ipset::from_name)
 }
 
 fn all_names<T: Ord>(
@@ -45,21 +47,24 @@ fn all_names<T: Ord>(
     pick: impl Fn(&str) -> Option<T>,
 ) -> Result<BTreeSet<T>, KernelError> {
     let request = Request { text: LIST, kind: kind::LIST, flags: flag::DUMP, answer: kind::LIST };
-    let mut names = BTreeSet::new();
-    let write = |writer: &mut Writer| {
-        writer.be32(attribute::FLAGS | member::NETWORK_ORDER, NAMES);
-    };
-    ask(socket, &request, protocol, write, |body| {
-        for found in Attributes::new(body) {
-            let found = found?;
-            if found.kind == attribute::SETNAME {
-                // Names of others may be any bytes.
-                names.extend(found.text().ok().and_then(&pick));
+    let found = in_one_piece(|| {
+        let mut names = BTreeSet::new();
+        let write = |writer: &mut Writer| {
+            writer.be32(attribute::FLAGS | NETWORK_ORDER, NAMES);
+        };
+        let answered = ask(socket, &request, protocol, write, |body| {
+            for found in Attributes::new(body) {
+                let found = found?;
+                if found.kind == attribute::SETNAME {
+                    // Names of others may be any bytes.
+                    names.extend(found.text().ok().and_then(&pick));
+                }
             }
-        }
-        Ok(())
+            Ok(())
+        })?;
+        Ok((names, answered))
     })?;
-    Ok(names)
+    found.ok_or_else(|| KernelError::answer(LIST, "the sets change faster than they can be listed"))
 }
 
 /// Sets of others of type `hash:net` that have a name for which there is a family, and that family.
@@ -96,29 +101,22 @@ pub(crate) fn foreign(
     Ok(found)
 }
 
-fn contents(
-    ipsets: &Ipsets,
-    socket: &mut Socket,
-    set: Ipset,
-) -> Result<IpsetContents, KernelError> {
+fn contents(protocol: u8, socket: &mut Socket, set: Ipset) -> Result<IpsetContents, KernelError> {
     let text = format!("ipset list {set}");
     let request = Request { text: &text, kind: kind::LIST, flags: flag::DUMP, answer: kind::LIST };
-    for _ in 0..ATTEMPTS {
+    let listing = in_one_piece(|| {
         let mut listing = Listing::new();
         let write = |writer: &mut Writer| writer.string(attribute::SETNAME, &set.to_string());
-        let answered = ask(socket, &request, ipsets.protocol, write, |body| {
-            listing.take(Attributes::new(body))
-        })?;
-        if answered.interrupted {
-            continue;
-        }
-        if !listing.is_hash_net {
-            return Err(KernelError::answer(text, "it is of another type than hash:net")
-                .with_remedy("delete it: nobody else should make sets of this name"));
-        }
-        return Ok(listing.contents);
+        let answered =
+            ask(socket, &request, protocol, write, |body| listing.take(Attributes::new(body)))?;
+        Ok((listing, answered))
+    })?;
+    match listing {
+        Some(Listing { is_hash_net: true, contents }) => Ok(contents),
+        Some(_) => Err(KernelError::answer(text, "it is of another type than hash:net")
+            .with_remedy("delete it: nobody else should make sets of this name")),
+        None => Err(KernelError::answer(text, "the set changes faster than it can be listed")),
     }
-    Err(KernelError::answer(text, "the set changes faster than it can be listed"))
 }
 
 /// What the messages about one set say.
@@ -161,12 +159,5 @@ impl Listing {
             }
         }
         Ok(())
-    }
-}
-
-pub(crate) fn byte(found: &Attribute<'_>) -> Result<u8, Malformed> {
-    match found.bytes() {
-        [byte] => Ok(*byte),
-        _ => Err(Malformed("a number has a wrong length")),
     }
 }

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::{NOMATCH, attribute, data};
+use super::protocol::{NETWORK_ORDER, NOMATCH, attribute, byte, data};
 use crate::kernel::netlink::message::{Attribute, Attributes, Malformed, Writer};
 use crate::state::{MarkBits, Member};
 
@@ -30,9 +30,6 @@ pub(crate) fn write(writer: &mut Writer, net: IpNet, member: Member) {
     });
 }
 
-/// `NLA_F_NET_BYTEORDER`, without which ipset refuses a number.
-pub(crate) const NETWORK_ORDER: u16 = 0x4000;
-
 /// A listed member; `None` if it has no prefix.
 pub(crate) fn read(attributes: Attributes<'_>) -> Result<Option<(IpNet, Member)>, Malformed> {
     let (mut address, mut length, mut member) = (None, None, Member::In);
@@ -40,7 +37,7 @@ pub(crate) fn read(attributes: Attributes<'_>) -> Result<Option<(IpNet, Member)>
         let found = found?;
         match found.kind {
             data::IP => address = ip(found.nested())?,
-            data::CIDR => length = Some(super::list::byte(&found)?),
+            data::CIDR => length = Some(byte(&found)?),
             data::MARK => {
                 let both = found.be64()?;
                 let half = |bits: u64| u32::try_from(bits & 0xffff_ffff).unwrap_or_default();

@@ -5,10 +5,11 @@ use std::process::{Command, Stdio};
 
 use super::*;
 use crate::kernel::netlink::message::{Attributes, Messages};
-use crate::kernel::nft::NETFILTER;
+use crate::kernel::netlink::nfnetlink::NETFILTER;
 use crate::kernel::nft::tests::netns::in_netns;
 use crate::kernel::{mutate, mutated};
 use crate::state::MarkBits;
+use crate::types::Family;
 
 const V4: Family = Family::V4;
 const V6: Family = Family::V6;
@@ -123,12 +124,12 @@ fn what_we_write_ipset_and_we_read_back() {
     in_netns(|socket| {
         let ipsets = Ipsets::probe(socket).unwrap();
         add_all(&ipsets, socket);
-        assert_eq!(observe(&ipsets, socket).unwrap(), samples().into_iter().collect());
+        assert_eq!(ipsets.observe(socket).unwrap(), samples().into_iter().collect());
         let seen = harness::has("ipset").then(saved);
         for (set, _) in samples() {
             ipsets.make(socket, &Op::DeleteIpset(set)).unwrap();
         }
-        assert!(observe(&ipsets, socket).unwrap().is_empty());
+        assert!(ipsets.observe(socket).unwrap().is_empty());
         harness::needs(&["ipset"]);
         assert_eq!(seen, Some(wanted()));
     });
@@ -143,7 +144,7 @@ fn what_ipset_writes_we_read() {
         script.push("create cali40s bitmap:port range 0-9".to_owned());
         script.sort_by_key(|line| line.starts_with("add"));
         ipset(&["restore"], &(script.join("\n") + "\n")).unwrap();
-        assert_eq!(observe(&ipsets, socket).unwrap(), samples().into_iter().collect());
+        assert_eq!(ipsets.observe(socket).unwrap(), samples().into_iter().collect());
     });
 }
 
@@ -165,7 +166,7 @@ fn a_set_grows_by_a_swap_and_keeps_no_spare() {
 
         let large = IpsetContents::of(nets(70_000));
         ipsets.make(socket, &Op::PutIpset(set, large.clone())).unwrap();
-        let found = observe(&ipsets, socket).unwrap();
+        let found = ipsets.observe(socket).unwrap();
         assert_eq!(found, [(set, large)].into_iter().collect());
         ipsets.make(socket, &one_more).unwrap();
     });
@@ -184,7 +185,7 @@ fn members_that_come_and_go_together_do_so_in_a_message() {
         let ops = [put(a, 1), put(a, 2), put(b, 1), Op::DeleteMember(a, host(1)), put(a, 3)];
         let refused = ipsets.make_all(socket, &ops.iter().collect::<Vec<_>>());
         assert!(refused.is_empty(), "{refused:?}");
-        let found = observe(&ipsets, socket).unwrap();
+        let found = ipsets.observe(socket).unwrap();
         assert_eq!(found[&a], IpsetContents::of([host(2), host(3)]));
         assert_eq!(found[&b], IpsetContents::of([host(1)]));
 
@@ -194,7 +195,7 @@ fn members_that_come_and_go_together_do_so_in_a_message() {
         assert_eq!(refused.len(), 1);
         assert_eq!(refused[0].0, 0);
         assert!(refused[0].1.is_not_found(), "{refused:?}");
-        assert_eq!(observe(&ipsets, socket).unwrap()[&b].members.len(), 2);
+        assert_eq!(ipsets.observe(socket).unwrap()[&b].members.len(), 2);
     });
 }
 
@@ -219,7 +220,7 @@ fn refusals_are_sentences() {
         assert!(ipsets.make(socket, &missing).unwrap_err().is_not_found());
         // A set that could not be swapped in must not be left under its temporary name.
         ipsets.make(socket, &Op::AddIpset(Ipset::Closed(V6), IpsetContents::of([]))).unwrap();
-        let found: Vec<_> = observe(&ipsets, socket).unwrap().into_keys().collect();
+        let found: Vec<_> = ipsets.observe(socket).unwrap().into_keys().collect();
         assert_eq!(found, [Ipset::Closed(V4), Ipset::Closed(V6)]);
     });
 }

@@ -62,7 +62,7 @@ fn the_kernel_picks_out_a_source_as_conntrack_does() {
 fn sent(socket: &mut Socket, source: IpAddr) -> usize {
     let request = Request { text: TEXT, kind: GET, flags: flag::DUMP, answer: NEW };
     let mut count = 0;
-    ask_any(
+    ask(
         socket,
         &request,
         |writer| pick(writer, Some(source)),

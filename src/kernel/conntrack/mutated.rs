@@ -2,7 +2,8 @@
 
 use super::*;
 use crate::kernel::mutate;
-use crate::kernel::nft::NETFILTER;
+use crate::kernel::netlink::message::Messages;
+use crate::kernel::netlink::nfnetlink::NETFILTER;
 
 /// Connections as they are listed: with both sides, a mark and a zone.
 fn corpus() -> Vec<Vec<u8>> {

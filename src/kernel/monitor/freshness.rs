@@ -3,20 +3,20 @@
 #[cfg(test)]
 mod tests;
 
-use super::{Shared, Watch, lock};
+use super::{Shared, Watch};
 use crate::datapath::Drift;
 use crate::event::Part;
 use crate::kernel::netlink::socket::Socket;
 use crate::kernel::nft;
 use crate::kernel::nft::Between;
 
-/// Ears of the datapath's own, and what is certain by them.
+/// A watch of the datapath's own, and what is certain by it.
 ///
-/// The kernel is asked one thing, which generation its rules have, and tells the rest: whatever
-/// changes a device, an address, a neighbour, a route or a rule puts a message into our socket
-/// before its system call returns, or an error if there is no room. So silence is proof. What one
-/// of our own requests brings about and the kernel tells in nobody's name is taken for a change by
-/// others: it costs a look at the routing part, not a wrong belief.
+/// The kernel is asked one thing, which generation its rules have, and notifies of the rest:
+/// whatever changes a device, an address, a neighbour, a route or a rule puts a notification into
+/// our socket before its system call returns, or an error if there is no room. So nothing to read is
+/// proof that nothing changed. A change of our own whose notification carries no port is taken for
+/// one by others: it costs a read of the routing part.
 #[derive(Debug)]
 pub(crate) struct Trust {
     shared: Shared,
@@ -28,8 +28,8 @@ pub(crate) struct Trust {
     generation: Option<u32>,
     /// Whether everything else is known.
     routing: bool,
-    /// Whether nothing is heard of the rules for the time of a transaction.
-    is_deaf: bool,
+    /// Whether the watches are out of the group of nf_tables for the time of a transaction.
+    is_paused: bool,
 }
 
 /// Operations that make a transaction a large one: what it saves is a millisecond then, a hundred
@@ -46,20 +46,20 @@ impl Trust {
             watch: None,
             generation: None,
             routing: false,
-            is_deaf: false,
+            is_paused: false,
         }
     }
 
     /// Everything is about to be read: what happened before does not matter.
     ///
-    /// Where listening is not allowed nothing is ever certain.
-    pub(crate) fn begin(&mut self, index: u32) {
+    /// Where a watch is not allowed nothing is ever certain.
+    pub(crate) fn begin(&mut self) {
         self.end();
         if self.watch.is_none() {
             let [routing, netfilter] = self.ports;
             self.watch = self.shared.watch(routing, netfilter).ok();
         }
-        self.listen(index);
+        self.take_in();
         (self.generation, self.routing) = (None, false);
     }
 
@@ -75,17 +75,17 @@ impl Trust {
 
     /// A transaction of ours of this many operations is about to be made.
     ///
-    /// If anybody on the machine listens (`netlink_has_listeners`), the kernel writes a message
-    /// about every element that changes, and only then asks the filter that drops it: that is half
-    /// of what a large change costs it. So for the time of one we do not listen; the generations on
-    /// either side of it tell whether something was missed.
-    pub(crate) fn will_commit(&mut self, operations: usize, index: u32) {
-        self.is_deaf = operations >= LARGE;
-        if self.is_deaf {
-            self.shared.deafen();
-            self.others.deafen();
-            // Also the beginning of what is being told just now, for its end is not heard.
-            self.listen(index);
+    /// If any socket is in the group (`netlink_has_listeners`), the kernel writes a notification of
+    /// every element that changes, and only then asks the filter that drops it: that is half of what
+    /// a large change costs it. So for the time of one we leave the group; the generations on either
+    /// side of it tell whether something was missed.
+    pub(crate) fn will_commit(&mut self, operations: usize) {
+        self.is_paused = operations >= LARGE;
+        if self.is_paused {
+            self.shared.pause();
+            self.others.pause();
+            // Also the beginning of a transaction whose end is not received.
+            self.take_in();
         }
     }
 
@@ -93,11 +93,11 @@ impl Trust {
     pub(crate) fn committed(&mut self, netfilter: &mut Socket, between: Option<Between>) {
         let known = between.filter(|between| self.generation == Some(between.before));
         self.generation = known.map(|between| between.after);
-        if !std::mem::take(&mut self.is_deaf) {
+        if !std::mem::take(&mut self.is_paused) {
             return;
         }
-        let (ours, others) = (self.shared.hear_again(), self.others.hear_again());
-        // What others have done since is heard of from here on, but not what they did before.
+        let (ours, others) = (self.shared.resume(), self.others.resume());
+        // There are notifications of what others do from here on, but not of what they did before.
         let current = nft::generation(netfilter).ok();
         self.generation = self.generation.filter(|known| current == Some(*known));
         if let Some(watch) = &mut self.watch {
@@ -117,9 +117,9 @@ impl Trust {
         (self.generation, self.routing) = (None, false);
     }
 
-    /// What may have changed; `index` is that of our device.
-    pub(crate) fn drift(&mut self, netfilter: &mut Socket, index: u32) -> Drift {
-        self.listen(index);
+    /// What may have changed.
+    pub(crate) fn drift(&mut self, netfilter: &mut Socket) -> Drift {
+        self.take_in();
         let table = self.generation.is_some() && self.is_current(netfilter);
         if !table {
             self.generation = None;
@@ -138,16 +138,15 @@ impl Trust {
         if self.generation == Some(current) {
             return true;
         }
-        // Its messages are in the socket before the transaction is over, but the generation may be
-        // read before they are: only one whose end was heard is known to be none of ours.
+        // Its notifications are in the socket before the transaction is over, but the generation may
+        // be read before they are: only one whose end was read is known to be none of ours.
         self.generation = Some(current);
-        self.watch.as_ref().and_then(Watch::heard) == Some(current)
+        self.watch.as_ref().and_then(Watch::generation) == Some(current)
     }
 
-    /// Takes in what the kernel has told.
-    fn listen(&mut self, index: u32) {
+    /// Takes in the notifications that have arrived.
+    fn take_in(&mut self) {
         let Some(watch) = &mut self.watch else { return self.end() };
-        lock(&self.shared.expected).found(index);
         let Ok(news) = watch.drain() else {
             self.watch = None;
             return self.end();

@@ -19,6 +19,10 @@ use crate::{
     Report, TableRange,
 };
 
+/// Times that own changes of the device and what is on it are reported at most: at once, and later,
+/// as of IPv6 addresses.
+const REPORTS: usize = 4;
+
 pub(crate) struct Host {
     pub(crate) egress: Reconciler<KernelDatapath>,
     watch: Watch,
@@ -35,7 +39,7 @@ pub(crate) fn node(number: u8) -> Node {
 }
 
 impl Host {
-    /// In the namespace of the calling thread: watched, then reconciled, and nothing to tell.
+    /// In the namespace of the calling thread: watched, then reconciled, and nothing more reported.
     pub(crate) fn new() -> Self {
         let mut egress = Reconciler::open(MarkLayout::SEED, TableRange::default()).unwrap();
         let watch = egress.datapath().watch().unwrap();
@@ -58,7 +62,7 @@ impl Host {
         });
         let mut host = Self { egress, watch, cluster, policies: policies.collect() };
         assert!(!host.reconcile().changes.is_empty());
-        host.expect_silence("what was written at first");
+        host.settle("what was written at first");
         host
     }
 
@@ -79,7 +83,7 @@ impl Host {
         self.watch.drain().unwrap()
     }
 
-    /// Waits until others' changes of all these parts are told, and no other news.
+    /// Waits until others' changes of all these parts are reported, and of no others.
     #[track_caller]
     fn expect(&mut self, parts: &[Part], what: &str) -> News {
         let mut all = News::default();
@@ -95,7 +99,7 @@ impl Host {
         all
     }
 
-    /// Waits for what the kernel tells later, as it does of IPv6 addresses.
+    /// Nothing is reported, also not later, as of IPv6 addresses.
     #[track_caller]
     fn expect_silence(&mut self, what: &str) {
         let mut news = self.drain();
@@ -103,6 +107,32 @@ impl Host {
             news = self.drain();
         }
         assert_eq!(news, News::default(), "{what}: {news}");
+    }
+
+    /// Waits until nothing more is reported of own changes of the device and what is on it; says
+    /// how often something was.
+    #[track_caller]
+    fn reported(&mut self, what: &str) -> usize {
+        let mut reports = 0;
+        while self.is_readable(50) {
+            let news = self.drain();
+            assert!(!news.lost && !news.changed.contains(&Part::Firewall), "{what}: {news}");
+            assert!(!news.changed.contains(&Part::Rule), "{what}: {news}");
+            reports += usize::from(!news.is_empty());
+            assert!(reports <= REPORTS, "{what}: {news}");
+        }
+        reports
+    }
+
+    /// The same; a repair then writes nothing, and nothing is reported of it.
+    #[track_caller]
+    fn settle(&mut self, what: &str) {
+        let reports = self.reported(what);
+        let begin = Instant::now();
+        let changes = self.egress.repair().unwrap().changes;
+        note!("reported {reports} times, repair in {:?}, after {what}", begin.elapsed());
+        assert!(changes.is_empty(), "{what}:\n{changes}");
+        self.expect_silence(what);
     }
 
     pub(crate) fn is_readable(&self, milliseconds: u32) -> bool {
@@ -127,14 +157,14 @@ fn a_datapath_has_one_watch_at_a_time() {
         drop(first);
         sh("nft add table inet egress_datapath");
         let mut second = datapath.watch().unwrap();
-        assert!(!is_readable(&second, 0), "what happened between two watches is not heard");
+        assert!(!is_readable(&second, 0), "a change between two watches is not reported");
         sh("nft delete table inet egress_datapath");
         assert_eq!(second.drain().unwrap().changed, [Part::Firewall].into());
     });
 }
 
 #[test]
-fn it_listens_where_the_datapath_was_opened() {
+fn watch_is_of_the_namespace_that_the_datapath_was_opened_in() {
     in_namespace(|| {
         let datapath = KernelDatapath::open().unwrap();
         let mut watch = std::thread::scope(|scope| {

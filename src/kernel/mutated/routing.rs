@@ -8,17 +8,18 @@ use netlink_packet_route::route::RouteAttribute;
 use netlink_packet_route::rule::RuleAttribute;
 
 use super::{answers, golden_acks};
+use crate::error::KernelError;
 use crate::kernel::mutate;
-use crate::kernel::netlink::message::flag;
-use crate::kernel::rtnetlink::answer::Exchange;
+use crate::kernel::netlink::exchange::{Answer, Answered, Outcome};
+use crate::kernel::netlink::message::{Message, flag};
 use crate::kernel::rtnetlink::link::Device;
+use crate::kernel::rtnetlink::socket::object;
 use crate::kernel::rtnetlink::wire_tests::golden;
 use crate::kernel::rtnetlink::{address, fdb, neighbour, route, rule};
 use crate::types::Family;
 
 const NETLINK_ROUTE: isize = 0;
 const SEQUENCE: u32 = 1;
-const PORT: u32 = 2;
 
 /// The kernel's answers to dumps of a type, by family, and what others write of the same kinds.
 fn corpus(kind: u16, body: usize, families: &[u8]) -> Vec<Vec<u8>> {
@@ -32,7 +33,6 @@ fn corpus(kind: u16, body: usize, families: &[u8]) -> Vec<Vec<u8>> {
     found.extend(golden_acks());
     for message in &mut found {
         message[8..12].copy_from_slice(&SEQUENCE.to_ne_bytes());
-        message[12..16].copy_from_slice(&PORT.to_ne_bytes());
     }
     found
 }
@@ -49,9 +49,21 @@ pub(crate) fn dumps(
             size += held(&message);
             count += usize::from(take(message));
         };
-        let _end = Exchange::new(&what, SEQUENCE, PORT, &mut each).read(input);
+        let _answered = answered(input, &mut each);
         (count > 0).then_some(size)
     });
+}
+
+/// Reads a datagram of the answer to a dump.
+fn answered(
+    input: &[u8],
+    each: &mut dyn FnMut(RouteNetlinkMessage),
+) -> Result<Answered, KernelError> {
+    let mut take = |message: &Message<'_>| object(message).map(&mut *each);
+    let mut answer = Answer::new(SEQUENCE, flag::DUMP, &mut take);
+    let mut outcome = Outcome::default();
+    outcome.read(input, &mut |message| answer.read(message));
+    answer.finish("ip show", outcome)
 }
 
 /// Bytes of memory that the attributes of a message take, but for what they point to.
@@ -149,8 +161,7 @@ fn mutated_rules() {
 fn mutated_route_answers() {
     dumps("routing acknowledgements", LINKS, |_| true);
     mutate::messages("routing refusals", 4, &corpus(LINKS.0, LINKS.1, &[0]), |input| {
-        let mut each = |_| {};
-        let end = Exchange::new(&"ip link", SEQUENCE, PORT, &mut each).read(input)?;
-        Some(end.err().and_then(|error| error.words().map(str::len)).unwrap_or(0))
+        let error = answered(input, &mut |_| {}).err();
+        Some(error.and_then(|error| error.words().map(str::len)).unwrap_or(0))
     });
 }

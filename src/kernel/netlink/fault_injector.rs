@@ -7,34 +7,8 @@ use std::time::Instant;
 
 use crate::error::KernelError;
 use crate::faults::{Call, Fault, Faults, Subsystem};
-use crate::iptables::IptablesDatapath;
-use crate::kernel::KernelDatapath;
 
 pub(crate) use tap::Tap;
-
-impl KernelDatapath {
-    /// The same datapath, with faults from its next call on.
-    #[must_use]
-    pub fn with_faults(mut self, faults: &Faults) -> Self {
-        self.tap(faults);
-        self
-    }
-
-    fn tap(&mut self, faults: &Faults) {
-        self.routing.socket().set_tap(Tap::of_routing(faults.clone()));
-        self.netfilter.set_tap(Tap::of_netfilter(faults.clone()));
-    }
-}
-
-impl IptablesDatapath {
-    /// The same datapath, with faults from its next call or run of a tool on.
-    #[must_use]
-    pub fn with_faults(mut self, faults: &Faults) -> Self {
-        self.tap(faults);
-        self.kernel().tap(faults);
-        self
-    }
-}
 
 impl Faults {
     /// Runs a tool, or does with it what the plan says.

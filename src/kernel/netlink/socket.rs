@@ -11,9 +11,6 @@ use socket2::{SockFilter, SockRef};
 /// a message buffer (`net/netlink/af_netlink.c`, `netlink_recvmsg`).
 const READ: usize = 64 * 1024;
 
-/// Requests that are sent at once, each acknowledged: the answers fit the buffer of a new socket.
-pub(crate) const AT_ONCE: usize = 128;
-
 /// A netlink socket of the network namespace that the opening thread was in.
 ///
 /// It never blocks: the kernel answers a request before `send` returns, so that an answer which

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use super::commit::Terms;
 use super::kind;
+use super::terms::Terms;
 use super::{chain, element, set};
 use crate::diff::op::Op;
 use crate::kernel::netlink::message::{Open, Writer, flag};

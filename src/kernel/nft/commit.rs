@@ -1,13 +1,15 @@
 //! Making a transaction.
 
 use std::io;
+use std::ops::ControlFlow;
 
 use super::batch::{Batch, build};
-use super::resize::Sizes;
-use super::{generation, position};
+use super::generation::generation;
+use super::terms::Terms;
 use crate::diff::op::Op;
 use crate::error::{KernelError, errno};
-use crate::kernel::netlink::message::{Ack, Messages, NLMSG_ERROR};
+use crate::kernel::netlink::exchange::acknowledgements;
+use crate::kernel::netlink::message::Ack;
 use crate::kernel::netlink::socket::Socket;
 
 /// Times that a transaction is made for the generation just read; then for any, because someone
@@ -50,17 +52,6 @@ impl Between {
     }
 }
 
-/// On what terms a transaction is made.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Terms<'a> {
-    /// Flags of a table that is made.
-    pub(crate) table_flags: u32,
-    /// What sets are made for; by default they grow by themselves.
-    pub(crate) sizes: Option<&'a Sizes>,
-    /// The only generation of the rules that will do; any by default.
-    pub(crate) only_at: Option<u32>,
-}
-
 /// The same, on these terms.
 ///
 /// Says between which generations it was made; nothing if that is not known, or nothing was made.
@@ -69,7 +60,7 @@ pub(crate) fn commit_as(
     ops: &[Op],
     terms: &Terms<'_>,
 ) -> Result<Option<Between>, Refused> {
-    let Some(first) = position(ops) else {
+    let Some(first) = ops.iter().position(Op::is_nft) else {
         return Ok(None);
     };
     let whole = Whole { first, ops };
@@ -133,10 +124,10 @@ impl Whole<'_> {
         self.of(KernelError::answer(self.text(), UNKNOWN))
     }
 
-    fn io(self, error: &io::Error, remedy: Option<(i32, &'static str)>) -> Refused {
+    fn io(self, error: &io::Error) -> Refused {
         let error = KernelError::io(self.text(), error);
-        self.of(match remedy {
-            Some((errno, remedy)) if error.errno() == Some(errno) => error.with_remedy(remedy),
+        self.of(match error.errno() {
+            Some(errno::EMSGSIZE) => error.with_remedy(TOO_LARGE),
             _ => error,
         })
     }
@@ -156,39 +147,40 @@ fn attempt(
     batch: &mut Batch,
     generation: u32,
 ) -> Result<Outcome, Refused> {
-    super::drain(socket);
-    let sent = socket.send(batch.datagram(generation));
-    sent.map_err(|error| whole.io(&error, Some((errno::EMSGSIZE, TOO_LARGE))))?;
-
-    let (mut acknowledged, mut refused) = ([false; 2], Refused::new());
-    loop {
-        let datagram = match socket.receive() {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-            other => other.map_err(|error| whole.io(&error, Some((errno::ENOBUFS, UNKNOWN))))?,
-        };
-        for message in Messages::new(datagram) {
-            let malformed = |_| whole.unknown();
-            let message = message.map_err(malformed)?;
-            if message.kind != NLMSG_ERROR {
-                continue;
-            }
-            let ack = Ack::read(&message).map_err(malformed)?;
-            if ack.errno == 0 {
-                for (done, sequence) in acknowledged.iter_mut().zip(batch.acknowledged) {
-                    *done |= sequence == message.sequence;
-                }
-            } else if message.sequence == batch.begin && ack.errno == errno::ERESTART {
-                return Ok(Outcome::Outdated);
-            } else {
-                refused.push(refusal(whole, batch, message.sequence, ack));
-            }
+    let (demanded, begin) = (batch.acknowledged, batch.begin);
+    let (mut acknowledged, mut refused, mut outdated) = ([false; 2], Vec::new(), false);
+    let datagram = batch.datagram(generation);
+    let outcome = acknowledgements(socket, datagram, &mut |sequence, ack| {
+        outdated |= sequence == begin && ack.errno == errno::ERESTART;
+        if outdated {
+            return ControlFlow::Break(());
         }
+        if ack.errno == 0 {
+            for (done, demanded) in acknowledged.iter_mut().zip(demanded) {
+                *done |= demanded == sequence;
+            }
+        } else {
+            refused.push((sequence, ack));
+        }
+        ControlFlow::Continue(())
+    });
+    let outcome = outcome.map_err(|error| whole.io(&error))?;
+    if outdated {
+        return Ok(Outcome::Outdated);
     }
+    let refused = refused.into_iter().map(|(sequence, ack)| refusal(whole, batch, sequence, ack));
+    let mut refused: Refused = refused.collect();
     if !refused.is_empty() {
         refused.sort_by_key(|(index, _)| *index);
         refused.dedup_by_key(|(index, _)| *index);
         return Err(refused);
+    }
+    if outcome.lost {
+        let lost = KernelError::refused(whole.text(), errno::ENOBUFS);
+        return Err(whole.of(lost.with_remedy(UNKNOWN)));
+    }
+    if outcome.malformed.is_some() {
+        return Err(whole.unknown());
     }
     match acknowledged {
         [_, true] => Ok(Outcome::Made),

@@ -8,16 +8,16 @@ mod verify;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use super::{Answered, Request, ask, chain, element, expr, generation, kind, range, set, table};
+use super::generation::{ask, generation};
+use super::{chain, element, expr, kind, range, set, table};
 use crate::error::{KernelError, errno};
+use crate::kernel::netlink::exchange::{Answered, in_one_piece};
 use crate::kernel::netlink::message::{Attribute, Attributes, Malformed, Writer, flag};
+use crate::kernel::netlink::nfnetlink::Request;
 use crate::kernel::netlink::socket::Socket;
 use crate::state::{ChainId, Elements, Firewall, Key, NFT_TABLE, Set, Stray, TableFamily, Value};
 
 pub(crate) use counts::counts;
-
-/// Times that the table is read until nobody changes anything meanwhile.
-const ATTEMPTS: usize = 5;
 
 /// Elements of a set that are as well listed as asked for one by one: about where the two cost the
 /// same.
@@ -83,19 +83,20 @@ fn steady<T>(
     expected: Option<&Elements>,
     mut read: impl FnMut(&mut Reader<'_>) -> Result<T, KernelError>,
 ) -> Result<(T, u32), KernelError> {
-    for _ in 0..ATTEMPTS {
-        let generation_before = generation(socket)?;
-        let mut reader = Reader::new(&mut *socket, family, generation_before, expected);
-        let read = read(&mut reader);
-        let moved = reader.moved;
-        if generation(socket)? == generation_before && !moved {
-            return read.map(|found| (found, generation_before));
-        }
-    }
-    Err(KernelError::answer(
-        format!("nft list table {family} {NFT_TABLE}"),
-        "somebody changes nf_tables faster than it can be read",
-    ))
+    let found = in_one_piece(|| {
+        let before = generation(socket)?;
+        let mut reader = Reader::new(&mut *socket, family, before, expected);
+        // Also an error is of no account if it is of what has changed.
+        let read = read(&mut reader).map(|found| (found, before));
+        let interrupted = reader.moved || generation(socket)? != before;
+        Ok((read, Answered { interrupted }))
+    })?;
+    found.unwrap_or_else(|| {
+        Err(KernelError::answer(
+            format!("nft list table {family} {NFT_TABLE}"),
+            "somebody changes nf_tables faster than it can be read",
+        ))
+    })
 }
 
 /// The part of a generation that is in every answer.

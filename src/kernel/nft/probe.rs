@@ -1,15 +1,85 @@
 //! Which parts of nf_tables the kernel lacks.
 
-use std::io;
+use std::ops::ControlFlow;
 
 use super::expr::{Expr, ct, reg};
+use super::generation::{generation, is_absent};
 use super::table::has_owners;
-use super::{batch, generation, kind};
+use super::{batch, kind};
 use crate::error::{KernelError, errno};
-use crate::kernel::netlink::message::{Ack, Messages, NLMSG_ERROR, Writer, flag};
+use crate::kernel::netlink::exchange::acknowledgements;
+use crate::kernel::netlink::message::{Writer, flag};
 use crate::kernel::netlink::socket::Socket;
-use crate::preflight::KernelPart;
 use crate::state::TableFamily;
+
+/// Kernel feature that the datapath needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, thiserror::Error)]
+#[non_exhaustive]
+pub enum KernelPart {
+    /// nf_tables as a whole.
+    #[error("nf_tables (CONFIG_NF_TABLES)")]
+    NfTables,
+    /// `inet` family of nf_tables: one table for IPv4 and IPv6.
+    #[error("the inet family of nf_tables (CONFIG_NF_TABLES_INET)")]
+    InetFamily,
+    /// NAT chains.
+    #[error("NAT chains of nf_tables (CONFIG_NFT_NAT)")]
+    NatChain,
+    /// Expressions that match on the conntrack entry.
+    #[error("the ct expression of nf_tables (CONFIG_NFT_CT)")]
+    Ct,
+    /// NAT to a given address.
+    #[error("the nat expression of nf_tables (CONFIG_NFT_NAT)")]
+    Nat,
+    /// Masquerade: source NAT to the address of the outgoing interface.
+    #[error("the masq expression of nf_tables (CONFIG_NFT_MASQ)")]
+    Masquerade,
+    /// Counters in rules.
+    #[error("the counter expression of nf_tables (CONFIG_NF_TABLES)")]
+    Counter,
+    /// Egress hook of an interface, for [`Steering::EgressHook`](crate::Steering::EgressHook).
+    #[error("the egress hook of nf_tables (CONFIG_NFT_NETDEV, CONFIG_NETFILTER_EGRESS)")]
+    EgressHook,
+    /// Table owner whose table persists without it (`NFT_TABLE_F_PERSIST`).
+    ///
+    /// Only [`Ownership::Exclusive`](crate::Ownership::Exclusive) needs it.
+    #[error("owners of nf_tables tables that stay (NFT_TABLE_F_PERSIST)")]
+    TableOwner,
+    /// VXLAN devices.
+    #[error("VXLAN (CONFIG_VXLAN)")]
+    Vxlan,
+    /// Policy routing: routing rules.
+    #[error("policy routing (CONFIG_IP_MULTIPLE_TABLES)")]
+    PolicyRouting,
+    /// IPv6.
+    #[error("IPv6 (CONFIG_IPV6)")]
+    Ipv6,
+}
+
+impl KernelPart {
+    /// Linux version that introduced the feature, if that is newer than nf_tables itself.
+    ///
+    /// A newer kernel may still have been built without it.
+    pub const fn since(self) -> Option<(u8, u8)> {
+        match self {
+            Self::NatChain | Self::Nat | Self::Masquerade => Some((5, 2)),
+            Self::EgressHook => Some((5, 16)),
+            Self::TableOwner => Some((6, 9)),
+            Self::NfTables
+            | Self::InetFamily
+            | Self::Ct
+            | Self::Counter
+            | Self::Vxlan
+            | Self::PolicyRouting
+            | Self::Ipv6 => None,
+        }
+    }
+
+    /// Whether there is another way to do everything that it is for.
+    pub(crate) const fn can_be_done_without(self) -> bool {
+        matches!(self, Self::TableOwner)
+    }
+}
 
 /// Name of a table that never comes to be.
 const SCRATCH: &str = "egress_datapath_probe";
@@ -31,12 +101,6 @@ pub(crate) fn missing(socket: &mut Socket) -> Result<Vec<KernelPart>, KernelErro
             Ok(missing)
         }
     }
-}
-
-/// Whether the error says that there is no nf_tables at all.
-pub(crate) fn is_absent(error: &KernelError) -> bool {
-    let absent = [errno::EINVAL, errno::EOPNOTSUPP, errno::EPROTONOSUPPORT];
-    error.errno().is_some_and(|errno| absent.contains(&errno))
 }
 
 /// What stands for a part in the transaction.
@@ -76,37 +140,29 @@ fn try_out(
     }
     let datagram = writer.finish();
     let datagram = datagram.ok_or_else(|| KernelError::answer(TEXT, "a name is too long"))?;
-    super::drain(socket);
-    socket.send(&datagram).map_err(|error| KernelError::io(TEXT, &error))?;
-    let mut missing = Vec::new();
-    loop {
-        let datagram = match socket.receive() {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-            other => other.map_err(|error| KernelError::io(TEXT, &error))?,
-        };
-        for message in Messages::new(datagram) {
-            let malformed = |_| KernelError::answer(TEXT, "the answer is malformed");
-            let message = message.map_err(malformed)?;
-            if message.kind != NLMSG_ERROR {
-                continue;
-            }
-            let ack = Ack::read(&message).map_err(malformed)?;
-            let part = sequences.iter().find(|(sequence, _)| *sequence == message.sequence);
-            match (ack.errno, part) {
-                // The others follow from one refusal, or lead to one.
-                (0, _) | (errno::ENOENT | errno::EOPNOTSUPP, None) => {}
-                // There in part is not there: it is tried in the way that it will be used.
-                (
-                    errno::ENOENT | errno::EOPNOTSUPP | errno::EPROTONOSUPPORT | errno::EINVAL,
-                    Some((_, part)),
-                ) => missing.push(*part),
-                (code, _) => {
-                    return Err(KernelError::refused(TEXT, code).with_words(ack.words));
-                }
+    let (mut missing, mut refused) = (Vec::new(), None);
+    let outcome = acknowledgements(socket, &datagram, &mut |sequence, ack| {
+        let part = sequences.iter().find(|(of, _)| *of == sequence);
+        match (ack.errno, part) {
+            // The others follow from one refusal, or lead to one.
+            (0, _) | (errno::ENOENT | errno::EOPNOTSUPP, None) => {}
+            // There in part is not there: it is tried in the way that it will be used.
+            (
+                errno::ENOENT | errno::EOPNOTSUPP | errno::EPROTONOSUPPORT | errno::EINVAL,
+                Some((_, part)),
+            ) => missing.push(*part),
+            (code, _) => {
+                refused = Some(KernelError::refused(TEXT, code).with_words(ack.words));
+                return ControlFlow::Break(());
             }
         }
+        ControlFlow::Continue(())
+    });
+    let outcome = outcome.map_err(|error| KernelError::io(TEXT, &error))?;
+    if let Some(refused) = refused {
+        return Err(refused);
     }
+    outcome.complete(TEXT)?;
     // Without the family nothing can be told of the rest.
     if missing.contains(&KernelPart::InetFamily) {
         missing = vec![KernelPart::InetFamily];

@@ -1,96 +1,27 @@
-//! How many elements a hash is made for, and how it is made anew when it is full.
+//! How a hash is made anew when it is full.
 //!
-//! A set that is told a size has a table of fixed length (`nft_hash_type`), which is looked into
-//! and filled faster than one that grows by itself (`nft_rhash_type`). It refuses what exceeds the
-//! size with `ENFILE`. One transaction then takes it out of the rules, makes it anew under the same
-//! name with what was in it, and puts the rules back: a packet finds the old one or the new one.
+//! One that is made for a size refuses what exceeds it with `ENFILE`. One transaction then takes it
+//! out of the rules, makes it anew under the same name with what was in it, and puts the rules back:
+//! a packet finds the old one or the new one.
 
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
-use super::commit::{Between, Refused, Terms, commit_as};
+use super::commit::{Between, Refused, commit_as};
 use super::observe::observe_some;
+use super::terms::{Sizes, Terms};
 use crate::diff::op::Op;
 use crate::error::{KernelError, errno};
 use crate::kernel::netlink::socket::Socket;
 use crate::state::{Firewall, NftRule, Set, Stmt, Stray, TableFamily};
-
-/// Elements that every hash has room for: its table takes a few kilobytes.
-const LEAST: usize = 512;
-
-/// The largest size. A larger hash grows by itself: to make it anew would take long, and there a
-/// size saves next to nothing.
-const MOST: usize = 131_072;
 
 /// Times that a set is made anew before somebody else's changes are too fast for it.
 const ATTEMPTS: usize = 5;
 
 const REMEDY: &str = "the set is full, and could not be made larger beside changes or rules that \
                       are not ours: try again, or take such rules out of the table";
-
-/// What sets are made for, and how many elements are on their way into each.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Sizes {
-    made: BTreeSet<Set>,
-    coming: BTreeMap<Set, usize>,
-}
-
-impl Sizes {
-    /// Those that suit these operations.
-    pub(crate) fn of<'a>(ops: impl IntoIterator<Item = &'a Op>) -> Self {
-        let mut sizes = Self::default();
-        // Elements of one set come one after the other, and there may be a million of them.
-        let mut run: Option<(Set, usize)> = None;
-        for op in ops {
-            match op {
-                Op::AddElement(key, _) => {
-                    let set = key.set();
-                    match &mut run {
-                        Some((of, count)) if *of == set => *count += 1,
-                        _ => {
-                            sizes.come(run);
-                            run = Some((set, 1));
-                        }
-                    }
-                }
-                Op::AddSet(set) => {
-                    sizes.made.insert(*set);
-                }
-                _ => {}
-            }
-        }
-        sizes.come(run);
-        sizes
-    }
-
-    fn come(&mut self, run: Option<(Set, usize)>) {
-        if let Some((set, count)) = run {
-            *self.coming.entry(set).or_default() += count;
-        }
-    }
-
-    fn coming(&self, set: Set) -> usize {
-        self.coming.get(&set).copied().unwrap_or(0)
-    }
-
-    /// The size that a set is made with; `None` for one that grows by itself.
-    pub(super) fn of_set(&self, set: Set) -> Option<u32> {
-        self.made.contains(&set).then(|| size(set, self.coming(set)))?
-    }
-}
-
-/// The size of a set for so many elements and some more.
-fn size(set: Set, count: usize) -> Option<u32> {
-    // The egress hook's only map is left as it is: it is in a table of its own.
-    let is_hash = !set.is_interval() && !set.is_fleeting() && !set.is_counting();
-    if !is_hash || set.table() != TableFamily::Inet {
-        return None;
-    }
-    let size = count.saturating_add(count / 4).max(LEAST).checked_next_power_of_two()?;
-    u32::try_from(size).ok().filter(|_| size <= MOST)
-}
 
 /// The sets that were too small for what was to come into them; none if that is not all that was
 /// refused.

@@ -1,10 +1,13 @@
 //! Whose the table is.
 
-use super::{Request, ask, batch, drain, kind};
+use std::ops::ControlFlow;
+
+use super::generation::ask;
+use super::{batch, kind};
 use crate::error::{KernelError, errno};
-use crate::kernel::netlink::message::{
-    Ack, Attributes, Malformed, Messages, NLMSG_ERROR, Writer, flag,
-};
+use crate::kernel::netlink::exchange::{acknowledgements, unanswered};
+use crate::kernel::netlink::message::{Ack, Attributes, Malformed, Writer, flag};
+use crate::kernel::netlink::nfnetlink::Request;
 use crate::kernel::netlink::socket::Socket;
 use crate::state::{NFT_TABLE, TableFamily};
 
@@ -51,7 +54,7 @@ pub(crate) fn locked_by(socket: &mut Socket) -> Result<Option<u32>, KernelError>
     match found(socket, TableFamily::Inet, LOCK) {
         Ok(table) => Ok(table.and_then(|(_, owner)| owner)),
         // No nf_tables, and nobody who could have locked them.
-        Err(error) if super::is_absent(&error) => Ok(None),
+        Err(error) if super::generation::is_absent(&error) => Ok(None),
         Err(error) => Err(error),
     }
 }
@@ -126,7 +129,6 @@ fn table(
     flags: u32,
     end: bool,
 ) -> Result<(), KernelError> {
-    drain(socket);
     let mut writer = Writer::default();
     edge(&mut writer, kind::BEGIN, socket.next_sequence());
     let message = writer.message(kind::NEWTABLE, flag::REQUEST | flag::ACK, socket.next_sequence());
@@ -138,18 +140,20 @@ fn table(
         edge(&mut writer, kind::END, socket.next_sequence());
     }
     let datagram = writer.finish().ok_or_else(|| KernelError::answer(text, "it does not fit"))?;
-    socket.send(&datagram).map_err(|error| KernelError::io(text, &error))?;
     let mut answer = None;
-    while let Ok(datagram) = socket.receive() {
-        let errors = Messages::new(datagram).flatten().filter(|m| m.kind == NLMSG_ERROR);
-        for ack in errors.filter_map(|message| Ack::read(&message).ok()) {
-            answer = answer.filter(|first: &Ack| first.errno != 0).or(Some(ack));
-        }
-    }
+    let outcome = acknowledgements(socket, &datagram, &mut |_, ack| {
+        answer = answer.take().filter(|first: &Ack| first.errno != 0).or(Some(ack));
+        ControlFlow::Continue(())
+    });
+    let outcome = outcome.map_err(|error| KernelError::io(text, &error))?;
     match answer {
-        Some(ack) if ack.errno == 0 => Ok(()),
-        Some(ack) => Err(KernelError::refused(text, ack.errno).with_words(ack.words)),
-        None => Err(KernelError::answer(text, "the kernel did not answer")),
+        Some(ack) if ack.errno != 0 => {
+            Err(KernelError::refused(text, ack.errno).with_words(ack.words))
+        }
+        acknowledged => {
+            outcome.complete(text)?;
+            acknowledged.map(drop).ok_or_else(|| unanswered(text))
+        }
     }
 }
 

@@ -8,7 +8,7 @@ mod round_trip;
 mod sample;
 mod transaction;
 
-use super::{batch, commit};
+use super::{batch, terms};
 use crate::state::ChainId;
 
 /// The transaction that makes the table with everything in it.
@@ -18,7 +18,7 @@ pub(crate) fn sample_datagram() -> Vec<u8> {
         sequence += 1;
         sequence
     };
-    batch::build(&sample::ops(), &commit::Terms::default(), &mut next).unwrap().datagram(0).to_vec()
+    batch::build(&sample::ops(), &terms::Terms::default(), &mut next).unwrap().datagram(0).to_vec()
 }
 
 /// The chains of that table.

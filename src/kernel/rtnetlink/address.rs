@@ -9,8 +9,7 @@ use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
-use super::requests::Request;
-use super::socket::RouteSocket;
+use super::socket::{Request, RouteSocket, unless_absent};
 use crate::error::{KernelError, errno};
 use crate::types::{DeviceName, Family};
 
@@ -146,6 +145,6 @@ impl RouteSocket {
             }
             _ => None,
         });
-        super::ops::unless_absent(family, found)
+        unless_absent(family, found)
     }
 }

@@ -10,8 +10,7 @@ use netlink_packet_route::neighbour::{
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::neighbour::{destination, lladdr};
-use super::requests::Request;
-use super::socket::RouteSocket;
+use super::socket::{Request, RouteSocket};
 use crate::error::KernelError;
 use crate::types::MacAddr;
 

@@ -5,7 +5,7 @@ use std::fmt::Display;
 use netlink_packet_core::{NetlinkDeserializable, NetlinkHeader};
 use netlink_packet_route::RouteNetlinkMessage;
 
-use super::requests::Request;
+use super::socket::Request;
 use crate::error::{KernelError, errno};
 use crate::state::{StrayKind, StrayRouting};
 

@@ -1,12 +1,13 @@
-//! The tunnel device, read from the kernel.
+//! The tunnel device: read, made, changed and deleted.
 
 use std::fmt::Display;
 use std::net::{IpAddr, Ipv4Addr};
 
+use netlink_packet_core::{DefaultNla, Emitable, NLA_F_NESTED, NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{
-    AfSpecInet, AfSpecUnspec, InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkExtentMask,
-    LinkFlags, LinkInfo, LinkMessage,
+    AfSpecInet, AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVxlan,
+    LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage,
 };
 
 use super::socket::RouteSocket;
@@ -14,6 +15,18 @@ use crate::error::{KernelError, errno};
 use crate::state::{LINK_ALIAS, LINK_GROUP, Vxlan};
 use crate::types::{DeviceName, MacAddr};
 
+// Of `linux/if_link.h` and `linux/ip.h`.
+const IFLA_INET_CONF: u16 = 1;
+const IPV4_DEVCONF_RP_FILTER: u16 = 8;
+const IPV4_DEVCONF_PROMOTE_SECONDARIES: u16 = 20;
+
+const NAME_TAKEN: &str =
+    "the name is taken by somebody else's device: remove that device or choose another name";
+const VNI_TAKEN: &str =
+    "another VXLAN device has this VNI and port: remove that device or choose others";
+const NO_UNDERLAY: &str = "create the underlay device first or name another one";
+const UNCHANGEABLE: &str =
+    "VNI, port, address family and lack of an underlay stay: delete the device and add it again";
 const NOT_OURS: &str = "no tunnel device of ours has this name; read the state again";
 
 /// A network device, as far as it matters here.
@@ -132,6 +145,79 @@ pub(crate) fn without_statistics() -> LinkAttribute {
     LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats])
 }
 
+/// The request that creates the device, down and without its alias, which the kernel would ignore.
+pub(crate) fn create(link: &Vxlan, underlay: u32) -> LinkMessage {
+    let mut data = vec![InfoVxlan::Id(link.vni), local(link.local)];
+    if underlay != 0 {
+        data.push(InfoVxlan::Link(underlay));
+    }
+    data.extend([InfoVxlan::Learning(false), InfoVxlan::Port(link.port)]);
+    let mut message = LinkMessage::default();
+    message.attributes = vec![
+        LinkAttribute::IfName(link.name.as_str().to_owned()),
+        LinkAttribute::Address(link.mac.octets().to_vec()),
+        LinkAttribute::Mtu(link.mtu),
+        LinkAttribute::Group(LINK_GROUP),
+        info(data),
+    ];
+    message
+}
+
+fn local(address: IpAddr) -> InfoVxlan {
+    match address {
+        IpAddr::V4(address) => InfoVxlan::Local(address),
+        IpAddr::V6(address) => InfoVxlan::Local6(address),
+    }
+}
+
+fn info(data: Vec<InfoVxlan>) -> LinkAttribute {
+    LinkAttribute::LinkInfo(vec![
+        LinkInfo::Kind(InfoKind::Vxlan),
+        LinkInfo::Data(InfoData::Vxlan(data)),
+    ])
+}
+
+/// The device's IPv4 settings.
+///
+/// Without `promote_secondaries` the kernel deletes all other addresses of a subnet together with
+/// the oldest one, also the one that was to replace it.
+fn ipv4(rp_filter: u32) -> LinkAttribute {
+    let settings = [(IPV4_DEVCONF_RP_FILTER, rp_filter), (IPV4_DEVCONF_PROMOTE_SECONDARIES, 1)]
+        .map(|(kind, value)| DefaultNla::new(kind, value.to_ne_bytes().to_vec()));
+    let settings = settings.as_slice();
+    let mut bytes = vec![0; settings.buffer_len()];
+    settings.emit(&mut bytes);
+    // Not `DevConfRequest`, which leaves out settings of value 0.
+    let conf = AfSpecInet::Other(DefaultNla::new(IFLA_INET_CONF | NLA_F_NESTED, bytes));
+    LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet(vec![conf])])
+}
+
+/// Says whose the device is.
+fn named_ours() -> [LinkAttribute; 2] {
+    [LinkAttribute::IfAlias(LINK_ALIAS.to_owned()), LinkAttribute::Group(LINK_GROUP)]
+}
+
+fn no_link_local() -> LinkAttribute {
+    let mode = AfSpecInet6::AddrGenMode(In6AddrGenMode::None);
+    LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![mode])])
+}
+
+fn change(index: u32, attributes: Vec<LinkAttribute>) -> LinkMessage {
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    message.attributes = attributes;
+    message
+}
+
+fn raise(index: u32, up: bool) -> LinkMessage {
+    let mut message = change(index, Vec::new());
+    message.header.change_mask = LinkFlags::Up;
+    if up {
+        message.header.flags = LinkFlags::Up;
+    }
+    message
+}
+
 impl RouteSocket {
     /// Our tunnel device, whatever its name; the oldest if there are several.
     pub(crate) fn link(&mut self) -> Result<Option<(u32, Vxlan)>, KernelError> {
@@ -149,7 +235,7 @@ impl RouteSocket {
         let Some(device) = devices.into_iter().min_by_key(|device| device.index) else {
             return Ok(None);
         };
-        self.expected().found(device.index);
+        self.found(device.index);
         let (tunnel, intact) = (device.tunnel.unwrap_or_default(), device.is_intact());
         let name = DeviceName::new(&device.name)
             .map_err(|_| KernelError::answer(what, "our device has an impossible name"))?;
@@ -194,7 +280,7 @@ impl RouteSocket {
             .device_named(what, name)?
             .filter(Device::is_ours)
             .ok_or_else(|| KernelError::refused(what, errno::ENODEV).with_remedy(NOT_OURS))?;
-        self.expected().found(device.index);
+        self.found(device.index);
         Ok(device)
     }
 
@@ -226,5 +312,150 @@ impl RouteSocket {
         }
         let device = self.device_at(index)?;
         Ok(device.and_then(|device| DeviceName::new(device.name).ok()))
+    }
+
+    /// Creates the device and finishes it, or leaves none behind.
+    pub(crate) fn add_link(&mut self, what: &dyn Display, link: &Vxlan) -> Result<(), KernelError> {
+        let underlay = self.underlay(what, link)?;
+        let create = RouteNetlinkMessage::NewLink(create(link, underlay));
+        match self.request(what, create, NLM_F_CREATE | NLM_F_EXCL) {
+            Err(error) if error.is_exists() => match self.device_named(what, &link.name)? {
+                None => return Err(error.with_remedy(VNI_TAKEN)),
+                Some(device) if device.is_ours() => return Err(error),
+                Some(_) => return Err(error.with_remedy(NAME_TAKEN)),
+            },
+            done => done?,
+        }
+        let device = self
+            .device_named(what, &link.name)?
+            .ok_or_else(|| KernelError::refused(what, errno::ENODEV))?;
+        self.found(device.index);
+        let finished = self.finish_link(what, link, device.index);
+        if finished.is_err() {
+            // The first refusal says more than what becomes of this.
+            let _ = self.delete_device(what, device.index);
+        }
+        finished
+    }
+
+    fn finish_link(
+        &mut self,
+        what: &dyn Display,
+        link: &Vxlan,
+        index: u32,
+    ) -> Result<(), KernelError> {
+        let [alias, group] = named_ours();
+        self.set_device(what, change(index, vec![alias, group, ipv4(link.rp_filter)]))?;
+        self.stop_link_local(what, index)?;
+        if link.up {
+            self.set_device(what, raise(index, true))?;
+        }
+        Ok(())
+    }
+
+    /// Changes what differs.
+    ///
+    /// A new Ethernet address makes the kernel forget the neighbours, permanent ones too; going
+    /// down makes it forget neighbours and routes.
+    pub(crate) fn set_link(&mut self, what: &dyn Display, link: &Vxlan) -> Result<(), KernelError> {
+        let device = self.our_device(what, &link.name)?;
+        let index = device.index;
+        let tunnel = device.tunnel.unwrap_or_default();
+        if (tunnel.vni, tunnel.port) != (link.vni, link.port) {
+            return Err(KernelError::refused(what, errno::EOPNOTSUPP).with_remedy(UNCHANGEABLE));
+        }
+        let underlay = self.underlay(what, link)?;
+        // The kernel says yes to an underlay of 0 and keeps the old one.
+        if underlay == 0 && tunnel.underlay != 0 {
+            return Err(KernelError::refused(what, errno::EOPNOTSUPP).with_remedy(UNCHANGEABLE));
+        }
+        let mut data = Vec::new();
+        if tunnel.local != Some(link.local) {
+            data.push(local(link.local));
+        }
+        if tunnel.underlay != underlay {
+            data.push(InfoVxlan::Link(underlay));
+        }
+        if tunnel.learning {
+            data.push(InfoVxlan::Learning(false));
+        }
+        if tunnel.ttl != 0 {
+            data.push(InfoVxlan::Ttl(0));
+        }
+        if !data.is_empty() {
+            let message = RouteNetlinkMessage::NewLink(change(index, vec![info(data)]));
+            self.request(what, message, 0).map_err(|error| {
+                if error.errno() == Some(errno::EOPNOTSUPP) {
+                    error.with_remedy(UNCHANGEABLE)
+                } else {
+                    error
+                }
+            })?;
+        }
+        let mut attributes = Vec::new();
+        if device.mac != Some(link.mac) {
+            attributes.push(LinkAttribute::Address(link.mac.octets().to_vec()));
+        }
+        if device.mtu != link.mtu {
+            attributes.push(LinkAttribute::Mtu(link.mtu));
+        }
+        if device.master != 0 {
+            attributes.push(LinkAttribute::Controller(0));
+        }
+        // One whose maker died lacks more than its name.
+        let unnamed = device.alias.as_deref() != Some(LINK_ALIAS) || device.group != LINK_GROUP;
+        if unnamed {
+            attributes.extend(named_ours());
+        }
+        if device.rp_filter != link.rp_filter || unnamed {
+            attributes.push(ipv4(link.rp_filter));
+        }
+        if !attributes.is_empty() {
+            self.set_device(what, change(index, attributes))?;
+        }
+        if device.up != link.up {
+            if link.up {
+                self.stop_link_local(what, index)?;
+            }
+            self.set_device(what, raise(index, link.up))?;
+        }
+        Ok(())
+    }
+
+    /// Deletes the device if it is ours.
+    pub(crate) fn delete_link(
+        &mut self,
+        what: &dyn Display,
+        name: &DeviceName,
+    ) -> Result<(), KernelError> {
+        let device = self.our_device(what, name)?;
+        self.delete_device(what, device.index)
+    }
+
+    fn delete_device(&mut self, what: &dyn Display, index: u32) -> Result<(), KernelError> {
+        let message = RouteNetlinkMessage::DelLink(change(index, Vec::new()));
+        self.request(what, message, 0)
+    }
+
+    fn set_device(&mut self, what: &dyn Display, message: LinkMessage) -> Result<(), KernelError> {
+        self.request(what, RouteNetlinkMessage::SetLink(message), 0)
+    }
+
+    /// Keeps the kernel from giving the device an IPv6 address of its own, where it has IPv6.
+    fn stop_link_local(&mut self, what: &dyn Display, index: u32) -> Result<(), KernelError> {
+        match self.set_device(what, change(index, vec![no_link_local()])) {
+            Err(error) if error.errno() == Some(errno::EAFNOSUPPORT) => Ok(()),
+            done => done,
+        }
+    }
+
+    fn underlay(&mut self, what: &dyn Display, link: &Vxlan) -> Result<u32, KernelError> {
+        let Some(name) = &link.underlay else {
+            return Ok(0);
+        };
+        match self.device_named(what, name)? {
+            Some(device) => Ok(device.index),
+            None => Err(KernelError::refused(what, errno::ENODEV).with_remedy(NO_UNDERLAY)),
+        }
     }
 }

@@ -12,8 +12,7 @@ use netlink_packet_route::route::RouteProtocol;
 
 use super::address::{is_link_local, kernel_family};
 use super::link::mac;
-use super::requests::Request;
-use super::socket::RouteSocket;
+use super::socket::{Request, RouteSocket};
 use crate::error::KernelError;
 use crate::state::PROTOCOL;
 use crate::types::{Family, MacAddr};

@@ -3,29 +3,12 @@
 use std::collections::BTreeSet;
 use std::mem;
 
-use super::requests::{Request, Run};
-use super::socket::RouteSocket;
+use super::socket::{Request, RouteSocket, Run};
 use super::{address, fdb, leftovers, neighbour, route, rule};
 use crate::diff::op::Op;
-use crate::error::{KernelError, errno};
+use crate::error::KernelError;
 use crate::state::{Route, State};
-use crate::types::{DeviceName, Family};
-
-/// A kernel without IPv6 has nothing of it; that is no error.
-pub(crate) fn unless_absent<T>(
-    family: Family,
-    found: Result<Vec<T>, KernelError>,
-) -> Result<Vec<T>, KernelError> {
-    match found {
-        Err(error)
-            if family == Family::V6
-                && matches!(error.errno(), Some(errno::EAFNOSUPPORT | errno::EOPNOTSUPP)) =>
-        {
-            Ok(Vec::new())
-        }
-        found => found,
-    }
-}
+use crate::types::DeviceName;
 
 /// What a refusal means to the operation; nothing if it comes to the same as success.
 fn explained(op: &Op, error: KernelError) -> Option<KernelError> {
@@ -45,7 +28,7 @@ impl RouteSocket {
             if matches!(op, Op::AddLink(_) | Op::SetLink(_) | Op::DeleteLink(_)) {
                 // Several requests, each of which depends on the answers to those before; and our
                 // device may be another one afterwards.
-                refused.extend(self.make_run(mem::take(&mut run)));
+                refused.extend(self.make_run(&mem::take(&mut run)));
                 refused.extend(self.make_link(op).err().map(|error| (place, error)));
                 ours = None;
                 continue;
@@ -55,10 +38,10 @@ impl RouteSocket {
                 Err(error) => refused.push((place, error)),
             }
             if run.is_full() {
-                refused.extend(self.make_run(mem::take(&mut run)));
+                refused.extend(self.make_run(&mem::take(&mut run)));
             }
         }
-        refused.extend(self.make_run(run));
+        refused.extend(self.make_run(&run));
         refused.sort_by_key(|(place, _)| *place);
         refused
     }
@@ -70,29 +53,18 @@ impl RouteSocket {
     }
 
     /// Makes what is one request each.
-    fn make_run(&mut self, run: Run<'_>) -> Vec<(usize, KernelError)> {
-        // Before they are made, for a watch may hear of one before the answer is read.
-        run.ops().for_each(|op| self.expected().will_make(op));
-        let refused = self.request_all(run).into_iter().filter_map(|(place, op, error)| {
-            let error = explained(op, error)?;
-            self.expected().refused(op);
-            Some((place, error))
-        });
-        refused.collect()
+    fn make_run(&mut self, run: &Run<'_>) -> Vec<(usize, KernelError)> {
+        let refused = self.request_all(run).into_iter();
+        refused.filter_map(|(place, op, error)| Some((place, explained(op, error)?))).collect()
     }
 
     fn make_link(&mut self, op: &Op) -> Result<(), KernelError> {
-        self.expected().will_make(op);
-        let made = match op {
+        match op {
             Op::AddLink(link) => self.add_link(op, link),
             Op::SetLink(link) => self.set_link(op, link),
             Op::DeleteLink(name) => self.delete_link(op, name),
             _ => Ok(()),
-        };
-        if made.is_err() {
-            self.expected().refused(op);
         }
-        made
     }
 
     /// What an operation asks of the kernel; `ours` is our device and its index, once known.

@@ -13,8 +13,7 @@ use netlink_packet_route::route::{
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::address::kernel_family;
-use super::requests::Request;
-use super::socket::RouteSocket;
+use super::socket::{Request, RouteSocket, unless_absent};
 use crate::error::KernelError;
 use crate::state::{PROTOCOL, Route, RouteKey, StrayKind, StrayRouting};
 use crate::types::{Family, TableId};
@@ -255,6 +254,6 @@ impl RouteSocket {
             }
             _ => None,
         });
-        super::ops::unless_absent(family, found)
+        unless_absent(family, found)
     }
 }

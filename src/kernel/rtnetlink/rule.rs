@@ -10,8 +10,7 @@ use netlink_packet_route::rule::{
 };
 
 use super::address::kernel_family;
-use super::requests::Request;
-use super::socket::RouteSocket;
+use super::socket::{Request, RouteSocket, unless_absent};
 use crate::error::KernelError;
 use crate::state::{PROTOCOL, Rule, RuleAction, StrayKind, StrayRouting};
 use crate::types::{DeviceName, Family, Mark, TableId};
@@ -191,6 +190,6 @@ impl RouteSocket {
             }
             _ => None,
         });
-        super::ops::unless_absent(family, found)
+        unless_absent(family, found)
     }
 }

@@ -1,28 +1,58 @@
 //! Requests and dumps to the kernel's routing subsystem, with every answer accounted for.
 
 use std::fmt::Display;
-use std::io;
-use std::io::ErrorKind;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
-use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage};
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader, NetlinkMessage,
+};
 use netlink_packet_route::RouteNetlinkMessage;
 
-use super::answer::{End, Exchange};
+use crate::diff::op::Op;
 use crate::error::{KernelError, errno};
-use crate::kernel::monitor::{Expected, lock};
+use crate::kernel::netlink::exchange;
+use crate::kernel::netlink::exchange::{AT_ONCE, Answered};
+use crate::kernel::netlink::message::{Malformed, Message};
 use crate::kernel::netlink::socket::Socket;
+use crate::types::Family;
 
 const NETLINK_ROUTE: isize = 0;
 
-/// How often a dump is read that changes while it is read.
-const TRIES: usize = 5;
+/// A change; `flags` are those beside "request" and "acknowledge".
+#[derive(Debug)]
+pub(crate) struct Request {
+    pub(crate) message: RouteNetlinkMessage,
+    pub(crate) flags: u16,
+}
+
+/// Operations of one request each, in one datagram.
+#[derive(Debug, Default)]
+pub(crate) struct Run<'a> {
+    datagram: Vec<u8>,
+    places: Vec<usize>,
+    requests: Vec<(u32, &'a Op)>,
+}
+
+impl<'a> Run<'a> {
+    /// Appends the operation at this place among all, as the request with this number.
+    pub(crate) fn push(&mut self, place: usize, op: &'a Op, request: Request, sequence: u32) {
+        let flags = NLM_F_REQUEST | NLM_F_ACK | request.flags;
+        append(&mut self.datagram, request.message, flags, sequence);
+        self.places.push(place);
+        self.requests.push((sequence, op));
+    }
+
+    pub(crate) fn is_full(&self) -> bool {
+        self.requests.len() >= AT_ONCE
+    }
+}
 
 /// A socket to the routing subsystem of one network namespace.
 #[derive(Debug)]
 pub(crate) struct RouteSocket {
     socket: Socket,
-    expected: Arc<Mutex<Expected>>,
+    device: Arc<AtomicU32>,
 }
 
 impl RouteSocket {
@@ -32,17 +62,17 @@ impl RouteSocket {
         let socket = Socket::open(NETLINK_ROUTE).map_err(|error| KernelError::io(what, &error))?;
         // Without it the kernel ignores the filters of a dump and sends everything.
         socket.set_strict().map_err(|error| KernelError::io(what, &error))?;
-        Ok(Self { socket, expected: Arc::default() })
+        Ok(Self { socket, device: Arc::default() })
     }
 
-    /// What a watch should take for our doing.
-    pub(crate) fn expected(&self) -> MutexGuard<'_, Expected> {
-        lock(&self.expected)
+    /// Index of our device, the last one known; 0 for none. The kernel gives out no index twice.
+    pub(crate) fn device_index(&self) -> Arc<AtomicU32> {
+        Arc::clone(&self.device)
     }
 
-    /// The same, to be shared with a watch.
-    pub(crate) fn share_expected(&self) -> Arc<Mutex<Expected>> {
-        Arc::clone(&self.expected)
+    /// Our device has this index.
+    pub(super) fn found(&self, index: u32) {
+        self.device.store(index, Ordering::Relaxed);
     }
 
     /// The port that what this socket changes is attributed to.
@@ -55,6 +85,11 @@ impl RouteSocket {
         &mut self.socket
     }
 
+    /// The next sequence number.
+    pub(crate) fn next_sequence(&mut self) -> u32 {
+        self.socket.next_sequence()
+    }
+
     /// Makes a change; `flags` are those beside "request" and "acknowledge".
     pub(crate) fn request(
         &mut self,
@@ -63,10 +98,7 @@ impl RouteSocket {
         flags: u16,
     ) -> Result<(), KernelError> {
         let flags = NLM_F_REQUEST | NLM_F_ACK | flags;
-        match self.exchange(what, message, flags, &mut |_| {})? {
-            End::Whole => Ok(()),
-            End::Torn => Err(KernelError::refused(what, errno::ENOBUFS)),
-        }
+        self.ask(what, message, flags, &mut |_| {}).map(drop)
     }
 
     /// Asks for one object.
@@ -76,14 +108,10 @@ impl RouteSocket {
         message: RouteNetlinkMessage,
     ) -> Result<RouteNetlinkMessage, KernelError> {
         let mut answer = None;
-        let end = self.exchange(what, message, NLM_F_REQUEST | NLM_F_ACK, &mut |message| {
+        self.ask(what, message, NLM_F_REQUEST | NLM_F_ACK, &mut |message| {
             answer.get_or_insert(message);
         })?;
-        match (end, answer) {
-            (End::Whole, Some(answer)) => Ok(answer),
-            (End::Whole, None) => Err(KernelError::answer(what, "the answer was empty")),
-            (End::Torn, _) => Err(KernelError::refused(what, errno::ENOBUFS)),
-        }
+        answer.ok_or_else(|| KernelError::answer(what, "the answer was empty"))
     }
 
     /// Asks for all objects of a kind and keeps what `pick` makes of them.
@@ -95,86 +123,71 @@ impl RouteSocket {
         message: &RouteNetlinkMessage,
         mut pick: impl FnMut(RouteNetlinkMessage) -> Option<T>,
     ) -> Result<Vec<T>, KernelError> {
-        for _ in 0..TRIES {
+        let found = exchange::in_one_piece(|| {
             let mut found = Vec::new();
-            let end =
-                self.exchange(what, message.clone(), NLM_F_REQUEST | NLM_F_DUMP, &mut |message| {
-                    found.extend(pick(message));
-                });
-            match end {
-                Ok(End::Whole) => return Ok(found),
-                Ok(End::Torn) => {}
-                Err(error) if error.errno() == Some(errno::ENOENT) => return Ok(Vec::new()),
-                Err(error) if error.errno() == Some(errno::EINTR) => {}
-                Err(error) => return Err(error),
-            }
+            let mut each = |message| found.extend(pick(message));
+            let flags = NLM_F_REQUEST | NLM_F_DUMP;
+            let answered = self.ask(what, message.clone(), flags, &mut each)?;
+            Ok((found, answered))
+        });
+        match found {
+            Ok(Some(found)) => Ok(found),
+            Ok(None) => Err(KernelError::refused(what, errno::EAGAIN)
+                .with_words(Some("the objects changed while they were read".to_owned()))),
+            Err(error) if error.errno() == Some(errno::ENOENT) => Ok(Vec::new()),
+            Err(error) => Err(error),
         }
-        Err(KernelError::refused(what, errno::EAGAIN)
-            .with_words(Some("the objects changed while they were read".to_owned())))
     }
 
-    fn exchange(
+    fn ask(
         &mut self,
         what: &dyn Display,
         message: RouteNetlinkMessage,
         flags: u16,
         each: &mut dyn FnMut(RouteNetlinkMessage),
-    ) -> Result<End, KernelError> {
+    ) -> Result<Answered, KernelError> {
         let sequence = self.socket.next_sequence();
-        let port = self.socket.port();
-        let mut bytes = Vec::new();
-        append(&mut bytes, message, flags, sequence);
-        self.send(&bytes).map_err(|error| KernelError::io(what, &error))?;
-        let mut exchange = Exchange::new(what, sequence, port, each);
-        loop {
-            let bytes = match self.socket.receive() {
-                Ok(bytes) => bytes,
-                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-                Err(error) if error.raw_os_error() == Some(errno::ENOBUFS) => {
-                    exchange.end = End::Torn;
-                    continue;
-                }
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                    return match exchange.end {
-                        End::Torn => Ok(End::Torn),
-                        End::Whole => Err(KernelError::answer(what, "the kernel did not answer")),
-                    };
-                }
-                Err(error) => return Err(KernelError::io(what, &error)),
-            };
-            if let Some(end) = exchange.read(bytes) {
-                return end;
-            }
+        let mut datagram = Vec::new();
+        append(&mut datagram, message, flags, sequence);
+        let mut take = |message: &Message<'_>| object(message).map(&mut *each);
+        exchange::ask(&mut self.socket, what, &datagram, (sequence, flags), &mut take)
+    }
+
+    /// Sends what was collected; says what was refused or not acknowledged, by its place.
+    pub(crate) fn request_all<'a>(&mut self, run: &Run<'a>) -> Vec<(usize, &'a Op, KernelError)> {
+        let refused = exchange::request_all(&mut self.socket, &run.datagram, &run.requests);
+        let of = |index: usize| Some((*run.places.get(index)?, run.requests.get(index)?.1));
+        let named = |(index, error)| of(index).map(|(place, op)| (place, op, error));
+        refused.into_iter().filter_map(named).collect()
+    }
+}
+
+/// The object that a message is about.
+pub(crate) fn object(message: &Message<'_>) -> Result<RouteNetlinkMessage, Malformed> {
+    let mut header = NetlinkHeader::default();
+    header.message_type = message.kind;
+    RouteNetlinkMessage::deserialize(&header, message.payload())
+        .map_err(|_| Malformed("the kernel's answer has an attribute of an unknown form"))
+}
+
+/// A kernel without IPv6 has nothing of it; that is no error.
+pub(crate) fn unless_absent<T>(
+    family: Family,
+    found: Result<Vec<T>, KernelError>,
+) -> Result<Vec<T>, KernelError> {
+    match found {
+        Err(error)
+            if family == Family::V6
+                && matches!(error.errno(), Some(errno::EAFNOSUPPORT | errno::EOPNOTSUPP)) =>
+        {
+            Ok(Vec::new())
         }
-    }
-
-    /// The next sequence number.
-    pub(crate) fn next_sequence(&mut self) -> u32 {
-        self.socket.next_sequence()
-    }
-
-    /// Receives one datagram; an error of kind `WouldBlock` says there is none.
-    pub(crate) fn receive(&mut self) -> io::Result<&[u8]> {
-        self.socket.receive()
-    }
-
-    pub(crate) fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
-        loop {
-            match self.socket.send(bytes) {
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                done => return done,
-            }
-        }
+        found => found,
     }
 }
 
 /// Appends a message to a datagram, where the kernel looks for the next.
-pub(crate) fn append(
-    datagram: &mut Vec<u8>,
-    message: RouteNetlinkMessage,
-    flags: u16,
-    sequence: u32,
-) {
+fn append(datagram: &mut Vec<u8>, message: RouteNetlinkMessage, flags: u16, sequence: u32) {
     let mut message = NetlinkMessage::from(message);
     message.header.flags = flags;
     message.header.sequence_number = sequence;
@@ -183,5 +196,26 @@ pub(crate) fn append(
     datagram.resize(begin + message.buffer_len(), 0);
     if let Some(rest) = datagram.get_mut(begin..) {
         message.serialize(rest);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::netlink::message::{Messages, Writer};
+
+    #[test]
+    fn object_with_an_attribute_of_another_form_is_malformed() {
+        // An attribute "priority" of one byte.
+        let odd = [&[2, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0][..], &[5, 0, 6, 0, 1, 0, 0, 0]].concat();
+        for (body, is_malformed) in [(&odd[..12], false), (&odd[..], true)] {
+            let mut writer = Writer::default();
+            let message = writer.message(32, 0, 1);
+            writer.raw(body);
+            writer.end(message);
+            let bytes = writer.finish().unwrap();
+            let message = Messages::new(&bytes).next().unwrap().unwrap();
+            assert_eq!(object(&message).is_err(), is_malformed);
+        }
     }
 }

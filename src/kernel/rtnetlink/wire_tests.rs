@@ -11,7 +11,7 @@ use netlink_packet_core::{
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::route::{RouteMessage, RouteScope};
 
-use super::{address, fdb, link_change, neighbour, route, rule};
+use super::{address, fdb, link, neighbour, route, rule};
 use crate::state::{BACKSTOP_METRIC, Route, RouteKey, Rule, RuleAction, Vxlan};
 use crate::types::{Family, Mark, TableId};
 
@@ -322,7 +322,7 @@ fn forwarding_entries_are_read_in_both_families() {
 
 #[test]
 fn the_device_is_written_as_ip_writes_it() {
-    let link = Vxlan {
+    let device = Vxlan {
         name: "e0".parse().unwrap(),
         vni: 7,
         port: 4790,
@@ -334,6 +334,6 @@ fn the_device_is_written_as_ip_writes_it() {
         up: true,
         intact: true,
     };
-    let message = RouteNetlinkMessage::NewLink(link_change::create(&link, 3));
+    let message = RouteNetlinkMessage::NewLink(link::create(&device, 3));
     same(message, ADD, LINK);
 }

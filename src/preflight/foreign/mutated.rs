@@ -10,8 +10,10 @@ fn corpus(kind: u16) -> Vec<Vec<u8>> {
     let mut body = Writer::default();
     body.nfgen(0, 0);
     let flags = flag::DUMP | flag::ACK;
-    let mut found =
-        answers(crate::kernel::nft::NETFILTER, vec![(kind, flags, body.finish().unwrap())]);
+    let mut found = answers(
+        crate::kernel::netlink::nfnetlink::NETFILTER,
+        vec![(kind, flags, body.finish().unwrap())],
+    );
     found.extend(golden_table());
     found.push(iptables_rule());
     found

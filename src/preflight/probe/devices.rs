@@ -10,8 +10,7 @@ use netlink_packet_route::link::{
 use crate::error::{KernelError, errno};
 use crate::kernel::rtnetlink::address::{kernel_family, parse};
 use crate::kernel::rtnetlink::link;
-use crate::kernel::rtnetlink::ops::unless_absent;
-use crate::kernel::rtnetlink::socket::RouteSocket;
+use crate::kernel::rtnetlink::socket::{RouteSocket, unless_absent};
 use crate::preflight::facts::{Address, Device, Vxlan};
 use crate::types::Family;
 

@@ -5,7 +5,8 @@ use proptest::prelude::*;
 use proptest::sample::select;
 
 use super::*;
-use crate::error::{ApplyError, KernelError};
+use crate::diff::changes::ApplyError;
+use crate::error::KernelError;
 use crate::plan::{PlanError, PolicyError, plan, with_few_tags};
 use crate::state::Set;
 use crate::types::Family;

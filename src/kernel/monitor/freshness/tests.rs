@@ -168,8 +168,7 @@ fn what_happens_while_nobody_listens_is_not_taken_for_ours() {
         for ([before, ours, after], expected) in cases {
             let kernel = host.egress.datapath();
             known(kernel);
-            let index = kernel.device_index();
-            kernel.trust.will_commit(LARGE, index);
+            kernel.trust.will_commit(LARGE);
             sh(before);
             let before = nft::generation(&mut kernel.netfilter).unwrap();
             sh(ours);

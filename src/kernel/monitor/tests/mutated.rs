@@ -2,7 +2,6 @@
 
 use crate::event::{News, Process};
 use crate::kernel::monitor::classify;
-use crate::kernel::monitor::echo::Expected;
 use crate::kernel::mutate;
 use crate::kernel::mutated::notifications;
 use crate::kernel::netlink::message::Messages;
@@ -15,10 +14,8 @@ fn news(what: &str, corpus: &[Vec<u8>]) {
     mutate::messages(what, 8, corpus, |input| {
         let (mut news, mut unsigned) = (News::default(), false);
         for index in INDICES {
-            let mut expected = Expected::default();
-            expected.found(index);
             for message in Messages::new(input).flatten() {
-                classify::read(&message, &mut expected, &mut unsigned, &mut news);
+                classify::read(&message, index, &mut unsigned, &mut news);
             }
         }
         let _sentence = news.to_string();

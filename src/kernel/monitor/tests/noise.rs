@@ -54,7 +54,7 @@ fn foreign_routes_do_not_even_wake() {
 }
 
 #[test]
-fn too_much_at_once_is_said_and_does_not_deafen() {
+fn overflow_is_reported_as_lost_and_later_changes_are_reported() {
     in_namespace(|| {
         let mut host = Host::new();
         host.watch.shrink(0);

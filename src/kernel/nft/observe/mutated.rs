@@ -20,7 +20,10 @@ fn corpus(requests: &[(u16, u16, Option<Set>)]) -> Vec<Vec<u8>> {
         }
         (*kind, *flags, writer.finish().unwrap())
     };
-    let mut found = answers(crate::kernel::nft::NETFILTER, requests.iter().map(request).collect());
+    let mut found = answers(
+        crate::kernel::netlink::nfnetlink::NETFILTER,
+        requests.iter().map(request).collect(),
+    );
     found.extend(golden_table());
     found
 }

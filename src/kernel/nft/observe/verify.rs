@@ -18,7 +18,7 @@
 mod tests;
 
 use std::collections::HashMap;
-use std::io;
+use std::ops::ControlFlow;
 
 use socket2::SockFilter;
 
@@ -27,8 +27,9 @@ use crate::error::{KernelError, errno};
 use crate::kernel::netlink::bpf::{
     ACCEPT, DROP, LENGTH, PUT_ASIDE, SEQUENCE, TYPE, as_loaded, half, is, is_the_same, word,
 };
-use crate::kernel::netlink::message::{Ack, Attributes, Messages, NLMSG_ERROR, Open, Writer, flag};
-use crate::kernel::nft::{batch, drain, element, kind};
+use crate::kernel::netlink::exchange::{Outcome, discard, exchange};
+use crate::kernel::netlink::message::{Ack, Attributes, Message, NLMSG_ERROR, Open, Writer, flag};
+use crate::kernel::nft::{batch, element, kind};
 use crate::state::{Data, Elements, Key, NFT_TABLE, Set, Tag, Value};
 
 /// Bytes of requests after which no other begins in a datagram, and bytes of keys after which a
@@ -52,7 +53,9 @@ pub(super) type Difference = (Key, Option<Value>);
 type Keys<'k> = &'k [(Tag, Key)];
 
 /// The requests of one datagram.
+#[derive(Default)]
 struct Asked<'k> {
+    datagram: Vec<u8>,
     /// The keys of each, by sequence number.
     requests: HashMap<u32, Keys<'k>>,
     /// Sequence number of the last, which is acknowledged.
@@ -75,14 +78,14 @@ impl Reader<'_> {
         let sample = expected.of(set).next().and_then(|(key, _)| filter(set, &key));
         let hopeless = number < count || number - count > MANY;
         let Some(filter) = sample.filter(|_| !hopeless) else { return Ok(None) };
-        drain(self.socket);
+        discard(self.socket);
         if self.socket.filter(&filter).is_err() {
             return Ok(None);
         }
         self.socket.reserve_unread(UNREAD);
         let found = self.ask_for_all(set, expected);
         // What is left of an attempt that was given up answers no other request.
-        drain(self.socket);
+        discard(self.socket);
         self.socket.unfilter().map_err(|error| KernelError::io("detach a filter", &error))?;
         let missing = |found: &[Difference]| found.iter().filter(|(_, is)| is.is_none()).count();
         Ok(found.filter(|found| number - missing(found) == count))
@@ -99,8 +102,8 @@ impl Reader<'_> {
             keys.sort_unstable_by_key(|(tag, _)| *tag);
             let mut left: Vec<_> = keys.chunk_by(|(one, _), (other, _)| one == other).collect();
             while !left.is_empty() {
-                let asked = self.ask_for(set, &mut left)?;
-                left.extend(self.answers(set, &asked, &mut found)?);
+                let asked = Self::requests(set, &mut left)?;
+                left.extend(self.ask_keys(set, &asked, &mut found)?);
                 if found.len() > MANY {
                     return None;
                 }
@@ -108,10 +111,10 @@ impl Reader<'_> {
         }
     }
 
-    /// Asks for as many of the keys as one datagram takes, and no value twice.
-    fn ask_for<'k>(&mut self, set: Set, left: &mut Vec<Keys<'k>>) -> Option<Asked<'k>> {
+    /// Requests of as many of the keys as one datagram takes, and no value twice.
+    fn requests<'k>(set: Set, left: &mut Vec<Keys<'k>>) -> Option<Asked<'k>> {
         let mut writer = Writer::default();
-        let mut asked = Asked { requests: HashMap::new(), last: 0, head: 0, each: 0 };
+        let mut asked = Asked::default();
         let (mut first, mut last) = (None, None);
         while let Some(keys) = left.pop() {
             let value = keys.first()?.0.get();
@@ -143,49 +146,50 @@ impl Reader<'_> {
             (asked.last, last) = (value, Some(message));
         }
         writer.demand_ack(last?);
-        self.socket.send(&writer.finish()?).ok()?;
+        asked.datagram = writer.finish()?;
         Some(asked)
     }
 
-    /// Takes the differences, and gives the keys behind one that is missing: there the kernel has
-    /// left off.
-    fn answers<'k>(
+    /// Sends the requests and takes the differences; gives the keys behind one that is missing:
+    /// there the kernel has left off.
+    fn ask_keys<'k>(
         &mut self,
         set: Set,
         asked: &Asked<'k>,
         found: &mut Vec<Difference>,
     ) -> Option<Vec<Keys<'k>>> {
         let (mut left, mut complete, mut moved) = (Vec::new(), false, false);
-        loop {
-            let datagram = match self.socket.receive() {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                other => other.ok()?,
-            };
-            for message in Messages::new(datagram) {
-                let message = message.ok()?;
-                let keys = asked.requests.get(&message.sequence)?;
-                if message.kind == NLMSG_ERROR {
-                    complete |= message.sequence == asked.last;
-                    let ack = Ack::read(&message).ok()?;
-                    if ack.errno != 0 {
-                        let (key, behind) = asked.missing(keys, &ack)?;
-                        found.push((key, None));
-                        left.extend(Some(behind).filter(|keys| !keys.is_empty()));
-                    }
-                    continue;
+        let mut take = |message: &Message<'_>, moved: &mut bool| {
+            let keys = asked.requests.get(&message.sequence)?;
+            if message.kind == NLMSG_ERROR {
+                complete |= message.sequence == asked.last;
+                let ack = Ack::read(message).ok()?;
+                if ack.errno != 0 {
+                    let (key, behind) = asked.missing(keys, &ack)?;
+                    found.push((key, None));
+                    left.extend(Some(behind).filter(|keys| !keys.is_empty()));
                 }
-                let (generation, body) = message.nfgen().ok()?;
-                moved |= generation != self.generation;
-                let mut elements = Some(Vec::new());
-                add_elements(Attributes::new(body), set, &mut elements).ok()?;
-                for one in elements? {
-                    found.push((element::key(set, &one.key)?, Some(one.value?)));
-                }
+                return Some(());
             }
-        }
+            let (generation, body) = message.nfgen().ok()?;
+            *moved |= generation != self.generation;
+            let mut elements = Some(Vec::new());
+            add_elements(Attributes::new(body), set, &mut elements).ok()?;
+            for one in elements? {
+                found.push((element::key(set, &one.key)?, Some(one.value?)));
+            }
+            Some(())
+        };
+        let outcome = exchange(self.socket, &asked.datagram, &mut |message| match take(
+            message, &mut moved,
+        ) {
+            Some(()) => ControlFlow::Continue(()),
+            None => ControlFlow::Break(()),
+        });
         self.moved |= moved;
-        complete.then_some(left)
+        // Given up at a message that says nothing, or one that is missing.
+        let whole = outcome.is_ok_and(|outcome| outcome == Outcome::default());
+        (whole && complete).then_some(left)
     }
 }
 

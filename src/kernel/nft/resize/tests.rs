@@ -60,29 +60,6 @@ fn size_of(set: Set) -> Option<u32> {
 }
 
 #[test]
-fn a_size_leaves_room_and_large_sets_have_none() {
-    let sizes = [0, 1, 410, 411, 100_000, 104_858, 104_859, 1_000_000, usize::MAX];
-    let expected = [512, 512, 512, 1024, 131_072, 131_072].map(Some).into_iter().chain([None; 3]);
-    assert!(sizes.map(|count| size(SOURCES, count)).into_iter().eq(expected));
-    for set in
-        [Set::Excluded(Family::V4), Set::Answer(Family::V6), Set::Count(Family::V4), Set::NextHop]
-    {
-        assert_eq!(size(set, 1), None, "{set}");
-    }
-}
-
-#[test]
-fn what_comes_is_counted_for_every_set() {
-    let mut ops = table(3);
-    ops.extend(sources(3, 5));
-    let sizes = Sizes::of(&ops);
-    assert_eq!(sizes.coming, [(SOURCES, 5), (OTHERS, 1)].into());
-    assert_eq!(sizes.of_set(SOURCES), Some(512));
-    // It is there already.
-    assert_eq!(Sizes::of(&ops[1..2]).of_set(OTHERS), None);
-}
-
-#[test]
 fn a_full_set_is_made_anew_with_all_that_was_in_it() {
     in_netns(|socket| {
         commit(socket, &table(410)).unwrap();

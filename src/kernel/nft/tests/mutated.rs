@@ -2,8 +2,10 @@
 
 use crate::kernel::mutate;
 use crate::kernel::mutated::{answers, golden_acks, golden_table};
-use crate::kernel::netlink::message::{Ack, Messages, Writer, flag};
-use crate::kernel::nft::{Answered, NETFILTER, Request, batch, commit, kind, read};
+use crate::kernel::netlink::exchange::{Answer, Outcome};
+use crate::kernel::netlink::message::{Ack, Message, Messages, Writer, flag};
+use crate::kernel::netlink::nfnetlink::{NETFILTER, Request, body};
+use crate::kernel::nft::{batch, kind, terms};
 
 const SEQUENCE: u32 = 1;
 
@@ -38,12 +40,16 @@ fn corpus() -> Vec<Vec<u8>> {
 fn mutated_answers() {
     let request = Request { text: "list", kind: kind::GETRULE, flags: 0, answer: kind::NEWRULE };
     mutate::messages("nf_tables answers", 4, &corpus(), |input| {
-        let (mut answered, mut bodies) = (Answered::default(), 0);
-        let mut take = |_, body: &[u8]| {
+        let mut bodies = 0;
+        let mut add = |_, body: &[u8]| {
             bodies += body.len();
             Ok(())
         };
-        match read(input, &request, SEQUENCE, &mut answered, &mut take) {
+        let mut take = |message: &Message<'_>| body(message, &request, &mut add);
+        let mut answer = Answer::new(SEQUENCE, 0, &mut take);
+        let mut outcome = Outcome::default();
+        outcome.read(input, &mut |message| answer.read(message));
+        match answer.finish("list", outcome) {
             Ok(_) => Some(bodies),
             // A refusal is an answer, too.
             Err(error) => {
@@ -64,7 +70,7 @@ fn mutated_acks() {
         }
     };
     let ops = super::sample::ops();
-    let batch = batch::build(&ops, &commit::Terms::default(), &mut next).unwrap();
+    let batch = batch::build(&ops, &terms::Terms::default(), &mut next).unwrap();
     mutate::messages("acknowledgements", 4, &corpus(), |input| {
         let mut size = None;
         for message in Messages::new(input) {

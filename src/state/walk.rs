@@ -5,10 +5,12 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::{Is, Side, XtChain, XtMatch, XtName, XtRule, XtTable, XtTarget, Xtables};
+use super::lookup::WayOut;
 use crate::rules::ipset::{Ipset, IpsetContents, Member};
+use crate::rules::iptables::{
+    Is, Side, XtChain, XtMatch, XtName, XtRule, XtTable, XtTarget, Xtables,
+};
 use crate::rules::stmt::{Direction, MarkBits};
-use crate::state::lookup::WayOut;
 use crate::types::{Family, Mark};
 
 /// The ipsets that the rules match.

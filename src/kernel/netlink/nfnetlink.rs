@@ -1,0 +1,55 @@
+//! Requests to the subsystems of netfilter (`include/uapi/linux/netfilter/nfnetlink.h`).
+
+use super::exchange::{self, Answered};
+use super::message::{Malformed, Message, Writer, flag};
+use super::socket::Socket;
+use crate::error::KernelError;
+
+/// `NETLINK_NETFILTER`.
+pub(crate) const NETFILTER: isize = 12;
+
+/// A request that is acknowledged.
+pub(crate) struct Request<'a> {
+    /// As an operator would type it.
+    pub(crate) text: &'a str,
+    pub(crate) kind: u16,
+    pub(crate) flags: u16,
+    /// Type of the messages that answer.
+    pub(crate) answer: u16,
+}
+
+/// Sends a request, and gives every message of the answer to `take`: the resource id, which in
+/// nf_tables is the low half of the generation, and the attributes.
+///
+/// `write` begins with `struct nfgenmsg`.
+pub(crate) fn ask(
+    socket: &mut Socket,
+    request: &Request<'_>,
+    write: impl FnOnce(&mut Writer),
+    mut take: impl FnMut(u16, &[u8]) -> Result<(), Malformed>,
+) -> Result<Answered, KernelError> {
+    let sequence = socket.next_sequence();
+    let mut writer = Writer::default();
+    let flags = flag::REQUEST | flag::ACK | request.flags;
+    let message = writer.message(request.kind, flags, sequence);
+    write(&mut writer);
+    writer.end(message);
+    let datagram = writer.finish();
+    let datagram =
+        datagram.ok_or_else(|| KernelError::answer(request.text, "a name is too long"))?;
+    let mut take = |message: &Message<'_>| body(message, request, &mut take);
+    exchange::ask(socket, &request.text, &datagram, (sequence, flags), &mut take)
+}
+
+/// Gives a message to `take` if it is of the type that answers.
+pub(crate) fn body(
+    message: &Message<'_>,
+    request: &Request<'_>,
+    take: &mut impl FnMut(u16, &[u8]) -> Result<(), Malformed>,
+) -> Result<(), Malformed> {
+    if message.kind != request.answer {
+        return Ok(());
+    }
+    let (resource, body) = message.nfgen()?;
+    take(resource, body)
+}

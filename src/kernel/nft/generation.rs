@@ -1,0 +1,84 @@
+//! The generation of the rules, and the requests that are made under one.
+
+use std::io;
+
+use super::batch::number;
+use super::kind;
+use crate::error::{KernelError, errno};
+use crate::kernel::netlink::exchange::Answered;
+use crate::kernel::netlink::message::{Attributes, Malformed, Writer, flag};
+use crate::kernel::netlink::nfnetlink;
+use crate::kernel::netlink::nfnetlink::{NETFILTER, Request};
+use crate::kernel::netlink::socket::Socket;
+use crate::state::TableFamily;
+
+const NO_NF_TABLES: &str = "load nf_tables or use a kernel with it (CONFIG_NF_TABLES)";
+
+/// Opens a socket for nf_tables and the other subsystems of netfilter.
+pub(crate) fn open() -> Result<Socket, KernelError> {
+    Socket::open(NETFILTER).map_err(|error| {
+        let error = KernelError::io("open a netfilter socket", &error);
+        match error.errno() {
+            Some(errno::EPROTONOSUPPORT) => error.with_remedy(NO_NF_TABLES),
+            _ => error,
+        }
+    })
+}
+
+/// Sends a request about a table of this family, and gives every message of the answer to `take`:
+/// the low half of the generation, and the attributes.
+pub(super) fn ask(
+    socket: &mut Socket,
+    family: TableFamily,
+    request: &Request<'_>,
+    write: impl FnOnce(&mut Writer),
+    take: impl FnMut(u16, &[u8]) -> Result<(), Malformed>,
+) -> Result<Answered, KernelError> {
+    let header = |writer: &mut Writer| {
+        writer.nfgen(number(family), 0);
+        write(writer);
+    };
+    nfnetlink::ask(socket, request, header, take)
+}
+
+/// Asks for the generation of the rules and leaves the answer unread.
+pub(crate) fn ask_generation(socket: &mut Socket) -> io::Result<()> {
+    let mut writer = Writer::default();
+    let message = writer.message(kind::GETGEN, flag::REQUEST, socket.next_sequence());
+    writer.nfgen(number(TableFamily::Inet), 0);
+    writer.end(message);
+    writer.finish().map_or(Ok(()), |datagram| socket.send(&datagram))
+}
+
+/// The generation of the rules: the kernel counts transactions, of whomever.
+pub(crate) fn generation(socket: &mut Socket) -> Result<u32, KernelError> {
+    let request = Request {
+        text: "read the generation of nf_tables",
+        kind: kind::GETGEN,
+        flags: 0,
+        answer: kind::NEWGEN,
+    };
+    let mut generation = None;
+    let take = |_, body: &[u8]| {
+        for attribute in Attributes::new(body) {
+            let attribute = attribute?;
+            if attribute.kind == 1 {
+                generation = Some(attribute.be32()?);
+            }
+        }
+        Ok(())
+    };
+    let answered = ask(socket, TableFamily::Inet, &request, |_| {}, take);
+    answered.map_err(
+        |error| {
+            if is_absent(&error) { error.with_remedy(NO_NF_TABLES) } else { error }
+        },
+    )?;
+    generation.ok_or_else(|| KernelError::answer(request.text, "the answer has no generation"))
+}
+
+/// Whether the error says that there is no nf_tables at all.
+pub(crate) fn is_absent(error: &KernelError) -> bool {
+    let absent = [errno::EINVAL, errno::EOPNOTSUPP, errno::EPROTONOSUPPORT];
+    error.errno().is_some_and(|errno| absent.contains(&errno))
+}
