@@ -32,7 +32,7 @@ pub(crate) struct Shared {
     pub(super) rules: Arc<Mutex<Socket>>,
     /// Last known index of the VXLAN device; 0 for none.
     device: Arc<AtomicU32>,
-    /// Whether notifications were lost for another reason than a socket error.
+    /// Whether notifications were missed while the watch was out of the multicast group.
     missed: Arc<AtomicBool>,
 }
 

@@ -137,8 +137,7 @@ fn updates_among_others_transactions_are_made_without_reading() {
             assert_eq!(report.changes.len(), 1, "{}", report.changes);
             host.policies[0].sources.push(source(number));
         }
-        // The second update shows that the state was not read: a read would make everything
-        // current.
+        // No update has read the state: a read would show, because it makes everything known anew.
         let gone = host.policies[0].sources.pop().unwrap();
         let update: Update = Update::RemoveSources { policy: id, sources: vec![gone] };
         assert_eq!(host.egress.update([update]).unwrap().changes.len(), 1);
