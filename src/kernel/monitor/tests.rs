@@ -1,5 +1,4 @@
-//! Tests with changes by `ip`, `bridge`, `nft` and `sysctl`, each in a network namespace of its
-//! own.
+//! Changes by `ip`, `bridge`, `nft` and `sysctl`, in network namespaces.
 
 pub(crate) mod edits;
 mod mutated;

@@ -69,7 +69,7 @@ pub(crate) fn add(index: u32, net: IpNet) -> Request {
 
 /// Adds the remedy to the error of an address that was not added.
 pub(crate) fn not_added(net: IpNet, error: KernelError) -> KernelError {
-    // The error number means a missing privilege elsewhere, but here that IPv6 is disabled.
+    // EACCES means here that IPv6 is disabled, not that a privilege is missing.
     if error.errno() == Some(errno::EACCES) && matches!(net, IpNet::V6(_)) {
         error.with_remedy(NO_IPV6)
     } else {

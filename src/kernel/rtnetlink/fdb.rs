@@ -35,7 +35,7 @@ pub(crate) fn message(index: u32, mac: MacAddr, node: IpAddr) -> NeighbourMessag
 
 /// MAC address and node of a permanent FDB entry.
 ///
-/// An entry with any other destination than the tunnel port of a node has [`NOWHERE`] for its node:
+/// An entry with any other destination than the tunnel port of a node has `NOWHERE` for its node:
 /// the kernel reports port, VNI and interface only if they differ from those of the VXLAN device.
 pub(crate) fn parse(message: &NeighbourMessage) -> Option<(MacAddr, IpAddr)> {
     let of_bridge = |attribute: &NeighbourAttribute| {

@@ -85,8 +85,7 @@ pub(crate) fn delete(index: u32, address: IpAddr) -> Request {
 }
 
 impl RouteSocket {
-    /// Permanent neighbours on the interface with this index, without multicast and link-local
-    /// ones.
+    /// Permanent neighbours on this interface, without multicast and link-local ones.
     pub(crate) fn neighbours(
         &mut self,
         index: u32,
