@@ -1,4 +1,4 @@
-//! The kernel of a network namespace, over netlink.
+//! Kernel backend: programs one network namespace over netlink.
 
 mod conntrack;
 mod monitor;
@@ -37,14 +37,14 @@ pub use ownership::{Ownership, Protection};
 use rtnetlink::socket::RouteSocket;
 pub use rtnetlink::tables::KernelTables;
 
-/// The kernel of the network namespace that the opening thread was in.
+/// Datapath of one network namespace of the kernel.
 ///
-/// Its sockets belong to that namespace for ever: enter the namespace, open, and move the value
-/// wherever it is needed. Every call takes as long as the kernel takes and waits for nothing
-/// else, microseconds for a change and milliseconds for a large table.
+/// Its sockets stay bound to the network namespace that the opening thread was in: enter the
+/// namespace, open, and move the value to any thread. A call blocks only while the kernel carries
+/// out its requests: microseconds for a change, milliseconds for a large table.
 ///
-/// Reading links, routes and rules needs no privilege; everything else needs `CAP_NET_ADMIN` in
-/// the user namespace that owns the network namespace.
+/// Reading links, routes and rules needs no privilege; everything else needs `CAP_NET_ADMIN` in the
+/// user namespace that owns the network namespace.
 #[derive(Debug)]
 pub struct KernelDatapath {
     pub(crate) routing: RouteSocket,
@@ -55,11 +55,11 @@ pub struct KernelDatapath {
 }
 
 impl KernelDatapath {
-    /// Opens sockets in the network namespace of the calling thread, shared with others.
+    /// Opens sockets in the calling thread's network namespace, with shared ownership of the table.
     ///
     /// # Errors
     ///
-    /// The part of the kernel that is missing.
+    /// The kernel feature that is missing.
     pub fn open() -> Result<Self, KernelError> {
         Self::open_as(Ownership::Shared)
     }
@@ -68,13 +68,14 @@ impl KernelDatapath {
     ///
     /// # Errors
     ///
-    /// The part of the kernel that is missing; of an exclusive one also that another has the
-    /// namespace or the table ([`KernelError::holder`] says which process), or that the table
-    /// was made by a shared one.
+    /// The kernel feature that is missing. With exclusive ownership also: another process has
+    /// exclusive ownership of the namespace or of the table ([`KernelError::holder`] is that
+    /// process), or the table was created by a datapath with shared ownership.
     pub fn open_as(ownership: Ownership) -> Result<Self, KernelError> {
         let (routing, mut netfilter) = (RouteSocket::open()?, nft::open()?);
         let hold = Hold::take(ownership, &mut netfilter)?;
-        // Last, for the port of a process's first socket is its pid, and names an owner to others.
+        // Opened last: the port of a process's first netlink socket is its PID, which identifies
+        // the owner of the table to other programs.
         let sockets = || {
             monitor::Shared::open(routing.device_index(), nft::open()?)
                 .map_err(|error| KernelError::io("open a routing socket", &error))
@@ -85,33 +86,35 @@ impl KernelDatapath {
         Ok(Self { routing, netfilter, hold, watching, trust })
     }
 
-    /// What keeps others from changing the nf_tables table.
+    /// Protection of the nf_tables table from changes by other programs.
     pub const fn protection(&self) -> Protection {
         self.hold.protection
     }
 
-    /// Begins to watch for changes that others make to what is ours, in the network namespace of
-    /// this datapath, whatever the calling thread's is.
+    /// Starts a watch for changes that other programs make to the datapath's objects.
+    ///
+    /// It watches the network namespace of this datapath, whatever the calling thread's namespace
+    /// is.
     ///
     /// # Errors
     ///
-    /// A missing privilege, or `EBUSY` while another watch of this datapath lives.
+    /// A missing privilege, or `EBUSY` while another watch of this datapath exists.
     pub fn watch(&self) -> Result<Watch, KernelError> {
         self.watching.watch(self.routing.port(), self.netfilter.port())
     }
 
-    /// The device that has an address, and its MTU in bytes; `None` if none has it.
+    /// Interface that has this address, and its MTU in bytes; `None` if no interface has it.
     pub fn device_of(&mut self, address: IpAddr) -> Result<Option<(DeviceName, u32)>, KernelError> {
         self.routing.device_of(address)
     }
 
-    /// The MTU of a device in bytes; `None` if there is no device of that name.
+    /// MTU of an interface in bytes; `None` if no interface has this name.
     pub fn mtu_of(&mut self, device: &DeviceName) -> Result<Option<u32>, KernelError> {
         let found = self.routing.device_named(&format_args!("ip link show {device}"), device)?;
         Ok(found.map(|device| device.mtu))
     }
 
-    /// Says of a denial that it is the table's owner who may.
+    /// Adds the owner of the table to errors that deny permission.
     fn name_the_owner(&mut self, refused: nft::Refused) -> nft::Refused {
         if !refused.iter().any(|(_, error)| error.is_denied()) {
             return refused;
@@ -121,12 +124,13 @@ impl KernelDatapath {
         else {
             return refused;
         };
-        // The port is a process's number if it has but one such socket; a name tells better.
+        // The port is the owner's PID only if this is the first netlink socket of that process; the
+        // holder of the socket name is more reliable.
         let owner = ownership::holder().unwrap_or(owner);
         refused.into_iter().map(|(index, error)| (index, error.with_holder(owner))).collect()
     }
 
-    /// Reads everything; the elements are those that are probably there.
+    /// Reads the whole state; `expected` are the set elements that the kernel probably holds.
     fn read(&mut self, expected: Option<&Elements>) -> Result<State, KernelError> {
         self.trust.begin();
         let mut state = self.observe_rest()?;
@@ -136,7 +140,7 @@ impl KernelDatapath {
         Ok(state)
     }
 
-    /// Makes a step; what it left behind is not certain where something was refused.
+    /// Applies one step; after a refusal the state has to be read again.
     pub(crate) fn step(&mut self, step: &Step, sizes: &Sizes) -> Made {
         let made = self.attempt(step, sizes);
         if !made.1.is_empty() {
@@ -145,7 +149,7 @@ impl KernelDatapath {
         made
     }
 
-    /// Makes a transaction; a set that is too small for it is made anew before.
+    /// Commits one transaction; recreates sets that are too small for it with a larger size first.
     fn commit(&mut self, ops: &[Op], sizes: &Sizes) -> Result<(), nft::Refused> {
         let table_flags = self.hold.table_flags;
         let terms = Terms { table_flags, sizes: Some(sizes), only_at: None };
@@ -155,7 +159,7 @@ impl KernelDatapath {
             if full.is_empty() {
                 return Err(refused);
             }
-            // However few the operations are, the sets may be large.
+            // The transaction may be small, but the sets that are recreated may be large.
             self.trust.will_commit(usize::MAX);
             let first = nft::enlarge(&mut self.netfilter, &full, sizes, refused)?;
             let next = nft::commit_as(&mut self.netfilter, ops, &terms)?;
@@ -165,7 +169,7 @@ impl KernelDatapath {
         made.map(drop)
     }
 
-    /// Makes a step: one transaction, or every request in turn.
+    /// Applies one step: one nf_tables transaction, or its requests one by one.
     fn attempt(&mut self, step: &Step, sizes: &Sizes) -> Made {
         if step.ops.first().is_some_and(Op::is_nft) {
             return match self.commit(&step.ops, sizes) {
@@ -192,7 +196,7 @@ impl KernelDatapath {
 
 #[cfg(feature = "testing")]
 impl KernelDatapath {
-    /// The same datapath, with faults from its next call on.
+    /// Adds fault injection to the datapath, from its next call on.
     #[must_use]
     pub fn with_faults(mut self, faults: &crate::faults::Faults) -> Self {
         self.tap(faults);
@@ -206,14 +210,15 @@ impl KernelDatapath {
 }
 
 impl Reconciler<KernelDatapath> {
-    /// A reconciler of the kernel of the calling thread's network namespace.
+    /// Opens a reconciler for the network namespace of the calling thread.
     ///
-    /// Others may change the nf_tables table, too; [`open_as`](Self::open_as) can keep them out.
-    /// Tables are given out from the range, those left out that any rule or route here uses.
+    /// Ownership of the nf_tables table is shared, so other programs may change it;
+    /// [`open_as`](Self::open_as) can prevent that. Routing tables are allocated from the range,
+    /// without those that a rule or route in this namespace uses.
     ///
     /// # Errors
     ///
-    /// What is missing: a privilege, or a part of the kernel.
+    /// A missing privilege, or a missing kernel feature.
     pub fn open(marks: MarkLayout, tables: TableRange) -> Result<Self, Error> {
         Self::open_as(Ownership::Shared, marks, tables)
     }
@@ -300,8 +305,9 @@ impl Datapath for KernelDatapath {
     }
 }
 
-/// Whether a connection goes through this node: what begins or ends on it passes no hook that
-/// would steer it.
+/// Whether this node forwards the connection.
+///
+/// Packets of connections that start or end on the node pass no hook that would steer them.
 fn is_forwarded(connection: &Connection, local: &BTreeSet<IpAddr>) -> bool {
     !local.contains(&connection.peer) && !local.contains(&connection.source)
 }

@@ -1,7 +1,7 @@
-//! Connections: listed, and ended one by one.
+//! Conntrack entries: dumped, marked, and deleted one by one.
 //!
-//! Numbers are those of `include/uapi/linux/netfilter/nfnetlink_conntrack.h`. A delete request
-//! without a connection in it would flush the whole table, so none can be written here.
+//! The numbers are from `include/uapi/linux/netfilter/nfnetlink_conntrack.h`. A delete request
+//! without a connection in it would flush the whole table, so this module cannot write one.
 
 #[cfg(test)]
 mod listing;
@@ -31,12 +31,12 @@ const MARK: u16 = 8;
 const ID: u16 = 12;
 const ZONE: u16 = 18;
 const MARK_MASK: u16 = 21;
-/// Which fields of the tuples a listing is picked by.
+/// Fields of the tuples that a dump is filtered by.
 const FILTER: u16 = 25;
-/// By the source address (`CTA_FILTER_FLAG(CTA_IP_SRC)` of `nf_conntrack_netlink.c`).
+/// Filter by source address (`CTA_FILTER_FLAG(CTA_IP_SRC)` of `nf_conntrack_netlink.c`).
 const BY_SOURCE: u32 = 1;
 
-// In a tuple.
+// Attributes of a tuple.
 const TUPLE_IP: u16 = 1;
 const TUPLE_PROTOCOL: u16 = 2;
 const TUPLE_ZONE: u16 = 3;
@@ -46,16 +46,16 @@ const NO_CONNTRACK: &str = "load nf_conntrack_netlink or use a kernel with CONFI
 
 /// All connections that the kernel tracks in this network namespace.
 ///
-/// The list is no snapshot: connections come and go while it is made. It costs the kernel a walk
-/// past all buckets of the whole machine, so where it counts none it is not made.
+/// The dump is no snapshot: connections start and end during it. The kernel walks through all hash
+/// buckets of the whole machine for it, so it is skipped if the kernel counts no connection.
 pub(super) fn connections(socket: &mut Socket) -> Result<Vec<Connection>, KernelError> {
     connections_of(socket, None)
 }
 
-/// The same, of one source or of all.
+/// Connections from one source address, or all of them.
 ///
-/// Kernels from 5.8 on pick out an IPv4 source themselves; of all others more is listed, and left
-/// out here.
+/// Kernels from 5.8 on filter by an IPv4 source; in all other cases the dump has more connections,
+/// and those of other sources are left out here.
 pub(super) fn connections_of(
     socket: &mut Socket,
     source: Option<IpAddr>,
@@ -67,7 +67,7 @@ pub(super) fn connections_of(
     let found = in_one_piece(|| {
         let mut list = Vec::new();
         let take = |_, body: &[u8]| {
-            // Whatever an odd one is, it must not keep all the others from being looked at.
+            // An entry that cannot be parsed must not prevent the others from being checked.
             let found = read(Attributes::new(body)).ok().flatten();
             let wanted = |found: &Connection| source.is_none_or(|source| found.source == source);
             list.extend(found.filter(wanted));
@@ -82,8 +82,9 @@ pub(super) fn connections_of(
     })
 }
 
-/// How many connections this network namespace has, those that only begin among them; `None` if
-/// the kernel does not say.
+/// Number of connections in this network namespace, unconfirmed ones included.
+///
+/// `None` if the kernel does not report it.
 fn count(socket: &mut Socket) -> Option<u32> {
     let request = Request { text: "conntrack -C", kind: STATS, flags: 0, answer: STATS };
     let mut count = None;
@@ -96,12 +97,12 @@ fn count(socket: &mut Socket) -> Option<u32> {
     count
 }
 
-/// Writes what a listing is to be of.
+/// Writes the filter of a dump.
 fn pick(writer: &mut Writer, source: Option<IpAddr>) {
     let source = match source {
         None => return writer.nfgen(0, 0),
-        // The kernel leaves out the IPv6 address that it is asked for, and gives all others
-        // (`ctnetlink_filter_match_tuple`, seen on 6.18).
+        // For IPv6 the kernel's filter is inverted: it leaves out the requested address and sends
+        // all others (`ctnetlink_filter_match_tuple`, seen on 6.18).
         Some(IpAddr::V6(_)) => return writer.nfgen(10, 0),
         Some(IpAddr::V4(v4)) => v4,
     };
@@ -110,7 +111,7 @@ fn pick(writer: &mut Writer, source: Option<IpAddr>) {
         writer.nest(1, |writer| writer.attribute(1, &source.octets()));
     });
     writer.nest(FILTER, |writer| {
-        // In the machine's order, as the kernel reads them.
+        // Native byte order, as the kernel reads these flags.
         writer.attribute(1, &BY_SOURCE.to_ne_bytes());
         writer.attribute(2, &0_u32.to_ne_bytes());
     });
@@ -123,18 +124,18 @@ fn explained(error: KernelError) -> KernelError {
     }
 }
 
-/// One side of a connection.
+/// Tuple of one direction of a connection.
 struct Tuple {
     protocol: u8,
     source: IpAddr,
     source_port: u16,
     destination: IpAddr,
     destination_port: u16,
-    /// Its conntrack zone, where the two directions have different ones.
+    /// Conntrack zone of this direction, if the two directions have different zones.
     zone: Option<u16>,
 }
 
-/// Reads a listed connection; `None` if it has no addresses of ours.
+/// Parses a conntrack entry; `None` if it lacks an address or a protocol.
 fn read(attributes: Attributes<'_>) -> Result<Option<Connection>, Malformed> {
     let (mut orig, mut reply, mut mark, mut zone, mut id) = (None, None, 0, None, 0);
     for attribute in attributes {
@@ -148,7 +149,8 @@ fn read(attributes: Attributes<'_>) -> Result<Option<Connection>, Malformed> {
             _ => {}
         }
     }
-    // Of both directions, or of this one alone; the other may have another.
+    // Zone of both directions, or of the original direction alone; the reply direction may have
+    // another.
     let zone = zone.or(orig.as_ref().and_then(|orig| orig.zone)).unwrap_or(0);
     Ok(orig.zip(reply).map(|(orig, reply)| Connection {
         protocol: orig.protocol,
@@ -221,7 +223,7 @@ fn address(attribute: &Attribute<'_>) -> Result<Option<IpAddr>, Malformed> {
     v6.map(|v6| Some(IpAddr::from(v6))).map_err(|_| Malformed("an address has a wrong length"))
 }
 
-/// Changes or ends connections; those that have ended by themselves are no error.
+/// Marks or deletes conntrack entries; an entry that no longer exists is no error.
 pub(super) fn make(socket: &mut Socket, ops: &[Op]) -> Vec<(usize, KernelError)> {
     let mut refused = Vec::new();
     for (part, chunk) in ops.chunks(AT_ONCE).enumerate() {
@@ -251,10 +253,10 @@ fn make_some(socket: &mut Socket, ops: &[Op]) -> Vec<(usize, KernelError)> {
     refused.filter_map(|(index, error)| Some((*places.get(index)?, explained(error)))).collect()
 }
 
-/// Writes a request; says whether the operation is about a connection.
+/// Writes a request; `false` if the operation is not about a connection.
 fn write(writer: &mut Writer, op: &Op, sequence: u32) -> bool {
     let (connection, kind) = match op {
-        // Without the flag that creates: what is not there is not made.
+        // Without NLM_F_CREATE the kernel creates no entry.
         Op::MarkConnection(connection, _) => (connection, NEW),
         Op::EndConnection(connection) => (connection, DELETE),
         _ => return false,
@@ -278,12 +280,12 @@ fn write(writer: &mut Writer, op: &Op, sequence: u32) -> bool {
     });
     match op {
         Op::MarkConnection(_, bits) => {
-            // The kernel has no test of the number here: a new connection with the same addresses
-            // is of the same policy and goes to the same gateway.
+            // The kernel does not compare the id here: a new connection with the same addresses has
+            // the same policy and goes to the same gateway.
             writer.be32(MARK, bits.value);
             writer.be32(MARK_MASK, bits.mask);
         }
-        // Without the number a new connection with the same addresses could be hit.
+        // Without the id the request could delete a new connection with the same addresses.
         _ => writer.be32(ID, connection.id),
     }
     if connection.zone != 0 {
@@ -334,7 +336,7 @@ mod tests {
         }
     }
 
-    /// The body of the only message of a datagram.
+    /// Payload of the only message of a datagram.
     fn body(datagram: &[u8]) -> &[u8] {
         let message = Messages::new(datagram).next().unwrap().unwrap();
         let (_, rest) = message.nfgen().unwrap();
@@ -352,10 +354,10 @@ mod tests {
             let mut writer = Writer::default();
             write(&mut writer, &Op::EndConnection(connection), 1);
             let datagram = writer.finish().unwrap();
-            // A listed connection has the other side, too.
+            // A dumped entry has the tuple of the reply direction, too.
             let both = [body(&datagram), &reply(body(&datagram))].concat();
             let read = read(Attributes::new(&both)).unwrap().unwrap();
-            // The copy of the request's side has its source where the peer is.
+            // Reply tuple is a copy of the original one, so its source is read as the peer.
             let Connection { source, source_port, destination, destination_port, .. } = connection;
             let (peer, peer_port) = (source, source_port);
             let (wears, wears_port) = (destination, destination_port);
@@ -386,7 +388,7 @@ mod tests {
         }
     }
 
-    /// The tuple of a request, as that of the other side.
+    /// Tuple of a request, as the tuple of the reply direction.
     fn reply(body: &[u8]) -> Vec<u8> {
         let tuple = Attributes::new(body).next().unwrap().unwrap();
         let mut writer = Writer::default();

@@ -1,4 +1,4 @@
-//! News that somebody else may have touched what is ours.
+//! Watch for changes that other programs make to the datapath's objects in the kernel.
 
 mod classify;
 mod filter;
@@ -22,14 +22,17 @@ use crate::event::News;
 pub(super) use sockets::Shared;
 use sockets::{NETFILTER, ROUTING, lock};
 
-/// Bytes of news that wait to be read; what does not fit is lost, and that is said.
+/// Receive buffer for unread notifications, in bytes.
+///
+/// Notifications that do not fit are dropped by the kernel and reported as lost.
 const UNREAD: usize = 1 << 20;
 
-/// Readable when somebody else may have touched what is ours.
+/// Subscription to netlink notifications about changes by other programs.
 ///
-/// Made by [`KernelDatapath::watch`](crate::KernelDatapath::watch). It has one descriptor, which
-/// becomes readable within microseconds of a change; [`drain`](Self::drain) says what it was, and
-/// takes the news out. The order that misses nothing is: watch, then reconcile, then wait.
+/// Created by [`KernelDatapath::watch`](crate::KernelDatapath::watch). It has one file descriptor,
+/// which becomes readable within microseconds of a change; [`drain`](Self::drain) reads the
+/// notifications and says which parts changed. The order that misses nothing is: watch, then
+/// reconcile, then wait.
 ///
 /// ```no_run
 /// use std::os::fd::AsFd;
@@ -50,53 +53,56 @@ const UNREAD: usize = 1 << 20;
 /// # }
 /// ```
 ///
-/// Under tokio it goes into an `AsyncFd`: await `readable_mut()`, call `clear_ready()` on the guard,
-/// then [`drain`](Self::drain) on its `get_inner_mut()`, and make the repair in `spawn_blocking`.
-/// Draining to the end is what an edge-triggered poller needs; [`drain`](Self::drain) does.
+/// With tokio, put it into an `AsyncFd`: await `readable_mut()`, call `clear_ready()` on the guard,
+/// then [`drain`](Self::drain) on its `get_inner_mut()`, and run the repair in `spawn_blocking`.
+/// Edge-triggered pollers must read until nothing is left; [`drain`](Self::drain) does.
 ///
-/// # What wakes it
+/// # Which changes are reported
 ///
-/// Changes of our nf_tables table, routes and rules with our protocol, routes that replace others
-/// outside the kernel's own tables, our device and the addresses, neighbours and forwarding entries
-/// on it, and its `rp_filter`. Other changes of links, addresses, neighbours, rules and nf_tables
-/// tables make it readable, too, and then drain to nothing; foreign routes, of which a router has
-/// many, are dropped in the kernel. A route that somebody adds to a table of ours is no news,
-/// because it is not ours to repair.
+/// Changes of the datapath's nf_tables table, of routes and rules with its protocol number, of
+/// routes that replace others outside the kernel's own tables, of the VXLAN device, of the
+/// addresses, neighbours and FDB entries on it, and of its `rp_filter`. Other changes of links,
+/// addresses, neighbours, rules and nf_tables tables also make the descriptor readable, but
+/// draining them reports nothing. Other routes, of which a router has many, are dropped by a socket
+/// filter in the kernel. A route that another program adds to one of the datapath's tables is not
+/// reported, because `repair` does not touch it.
 ///
-/// What the datapath writes into nf_tables, routes, rules and IPv4 addresses does not wake it: a
-/// notification carries the port of the socket that asked, and a socket filter drops those of the
-/// datapath. So a change of pods or policies alone is never reported. In notifications of the
-/// device, its IPv6 addresses, forwarding entries and deleted neighbours the kernel gives no port:
-/// a change of these by the datapath, as when a node comes or goes, may be reported once, like one
-/// by others. The repair that follows reads the device, the routes and the rules again, and writes
-/// nothing.
+/// Changes that the datapath makes in nf_tables, routes, rules and IPv4 addresses do not wake it: a
+/// notification carries the port of the requesting socket, and the socket filter drops those with
+/// the ports of the datapath. So a change of pods or policies alone is never reported. In
+/// notifications of the device, its IPv6 addresses, FDB entries and deleted neighbours the kernel
+/// sets no port: a change of these by the datapath, as when a node is added or removed, may be
+/// reported once, like a change by another program. The repair that follows reads the device, the
+/// routes and the rules again, and writes nothing.
 ///
-/// # What it costs
+/// # Cost
 ///
-/// A foreign change that must be looked at costs microseconds and a wake-up; 2000 neighbours of
-/// other devices were drained in 15 ms without optimisation. The kernel writes a notification for
-/// each nf_tables object that is changed, ours too, before the filter drops it; for the time of a
-/// large transaction the watch leaves the multicast group, and the datapath sees to it that what is
-/// missed is reported as lost. Up to 1 MiB of notifications waits to be read, less without
-/// `CAP_NET_ADMIN` in the first user namespace; what does not fit is [`News::lost`].
+/// A change by another program that passes the filter costs microseconds and a wake-up; 2000
+/// neighbours of other devices were drained in 15 ms without optimisation. The kernel writes a
+/// notification for each nf_tables object that changes, also for the datapath's own, before the
+/// filter drops it. During a large transaction the watch therefore leaves the multicast group, and
+/// the datapath makes sure that changes missed meanwhile are reported as lost. Up to 1 MiB of
+/// notifications is buffered, less without `CAP_NET_ADMIN` in the initial user namespace; if more
+/// arrive, [`News::lost`] is set.
 ///
-/// It is no substitute for reconciling now and then: of some changes the kernel sends no
-/// notification. IPv4 routes that go with a device are an example, though there the device has one.
+/// The watch does not replace periodic reconciliation: some changes produce no notification. IPv4
+/// routes that the kernel removes with a device are an example, though the device itself produces
+/// one.
 #[derive(Debug)]
 pub struct Watch {
-    /// An epoll instance of both sockets.
+    /// Epoll instance of both sockets.
     poll: OwnedFd,
-    /// Only nothing while it is dropped.
+    /// Routing socket; `None` only while the watch is dropped.
     routing: Option<Socket>,
     shared: Shared,
-    /// Part of a foreign transaction was read that touched our table, but not its end.
+    /// Whether a transaction by another program that changed our table was read without its end.
     unsigned: bool,
-    /// Generation of the rules that the last foreign transaction led to.
+    /// Ruleset generation after the last transaction by another program.
     generation: Option<u32>,
 }
 
 impl Shared {
-    /// Begins to watch, but for what is asked for from these ports.
+    /// Starts a watch that ignores changes requested from these ports.
     pub(super) fn watch(&self, routing: u32, netfilter: u32) -> Result<Watch, KernelError> {
         let what = "watch the kernel's state";
         let failed = |error: io::Error| KernelError::io(what, &error);
@@ -117,10 +123,10 @@ impl Watch {
         listen(&self.poll, &mut rules, &filter::netfilter(netfilter), &[NETFILTER])
     }
 
-    /// Takes all news out; afterwards it is not readable until there is more.
+    /// Reads all pending notifications; the descriptor is then not readable until more arrive.
     ///
-    /// Never blocks. An error is one of the socket, after which the watch is of no use; that news
-    /// was lost is [`News::lost`], not an error.
+    /// Never blocks. An error is one of the socket, after which the watch cannot be used; lost
+    /// notifications are no error but set [`News::lost`].
     pub fn drain(&mut self) -> Result<News, KernelError> {
         let mut news = News::default();
         let Self { routing: Some(routing), shared, unsigned, generation, .. } = self else {
@@ -144,7 +150,7 @@ impl Watch {
                     }
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                    // Too much at once, or a message larger than any that we know.
+                    // The receive buffer overflowed, or a message is larger than any known one.
                     Err(error)
                         if error.raw_os_error() == Some(errno::ENOBUFS)
                             || error.kind() == io::ErrorKind::InvalidData =>
@@ -160,22 +166,22 @@ impl Watch {
         Ok(news)
     }
 
-    /// The end of a transaction whose beginning was read is not waited for any more.
+    /// Stops waiting for the end of a transaction whose start was read.
     pub(crate) const fn forget_beginning(&mut self) {
         self.unsigned = false;
     }
 
-    /// Generation of the rules that the last foreign transaction of those drained led to.
+    /// Ruleset generation after the last drained transaction by another program.
     pub(crate) const fn generation(&self) -> Option<u32> {
         self.generation
     }
 
-    /// Whether part of a transaction was drained that touched our table, but not its end.
+    /// Whether a transaction that changed our table was drained without its end.
     pub(crate) const fn is_amid_change(&self) -> bool {
         self.unsigned
     }
 
-    /// The sockets with a receive buffer of this many bytes, to have them overflow.
+    /// Shrinks the receive buffers of the sockets to this many bytes, so that they overflow.
     #[cfg(test)]
     pub(super) fn shrink(&mut self, bytes: usize) {
         self.routing.as_ref().unwrap().reserve_unread(bytes);
@@ -183,7 +189,7 @@ impl Watch {
     }
 }
 
-/// Joins a socket to multicast groups, but for the notifications that a program drops.
+/// Joins a socket to multicast groups, with a filter that drops unwanted notifications.
 fn listen(
     poll: &OwnedFd,
     socket: &mut Socket,
@@ -191,7 +197,7 @@ fn listen(
     groups: &[u32],
 ) -> io::Result<()> {
     socket.filter(program)?;
-    // What is left of an earlier watch.
+    // Left over from an earlier watch.
     discard(socket);
     socket.reserve_unread(UNREAD);
     epoll::add(poll, &*socket, EventData::new_u64(0), EventFlags::IN)?;
@@ -211,7 +217,7 @@ impl AsRawFd for Watch {
 }
 
 impl Drop for Watch {
-    /// Gives the sockets back, so that the datapath can be watched again.
+    /// Returns the sockets to the datapath, so that it can be watched again.
     fn drop(&mut self) {
         if let Some(routing) = self.routing.take() {
             self.shared.put_back(routing);

@@ -1,4 +1,4 @@
-//! The nf_tables half of the kernel backend: our table as one transaction in, one state out.
+//! nf_tables part of the kernel backend: writes the table in transactions, and reads it as a state.
 
 pub(crate) mod batch;
 pub(crate) mod chain;

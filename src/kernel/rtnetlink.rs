@@ -1,4 +1,4 @@
-//! Links, addresses, neighbours, forwarding entries, routes and rules over rtnetlink.
+//! Links, addresses, neighbours, FDB entries, routes and rules over rtnetlink.
 
 pub(crate) mod address;
 pub(crate) mod fdb;

@@ -1,4 +1,4 @@
-//! Listings of the kernel's, beside `conntrack`.
+//! Compares this crate's conntrack dumps with those of `conntrack`.
 
 use super::*;
 use crate::datapath::Datapath;
@@ -7,7 +7,7 @@ use crate::kernel::nft;
 use crate::kernel::rtnetlink::kernel_tests::{in_namespace, sh};
 use crate::{Op, Update};
 
-/// Connections of three pods, some of either family.
+/// Commands that create connections of three pods, some of them IPv6.
 const OPEN: &str = "
     for port in 1 2 3; do
         conntrack -I -s 10.244.7.1 -d 198.51.100.9 -p udp --sport $port --dport 53 -t 60
@@ -21,7 +21,9 @@ fn counted(source: &str, family: &str) -> usize {
     sh(&format!("conntrack -L -f {family} -s {source} 2>/dev/null")).lines().count()
 }
 
-/// The same by our own listing, which the first test holds against `conntrack`.
+/// Number of connections of a source in this crate's dump.
+///
+/// The first test compares that dump with `conntrack`.
 fn listed(source: &str) -> usize {
     let source = source.parse().unwrap();
     connections_of(&mut nft::open().unwrap(), Some(source)).unwrap().len()
@@ -51,14 +53,15 @@ fn the_kernel_picks_out_a_source_as_conntrack_does() {
             found.sort_unstable();
             wanted.sort_unstable();
             assert_eq!((found.len(), found), (count, wanted));
-            // Picked in the kernel, nothing else is sent here to be left out; or by family.
+            // With the kernel's filter by source nothing else is sent; otherwise the whole family
+            // is.
             let picked = if source.is_ipv4() { count } else { 3 };
             assert_eq!(sent(&mut socket, source), picked);
         }
     });
 }
 
-/// How many connections the kernel sends that is asked for one source.
+/// Number of connections that the kernel sends for one source.
 fn sent(socket: &mut Socket, source: IpAddr) -> usize {
     let request = Request { text: TEXT, kind: GET, flags: flag::DUMP, answer: NEW };
     let mut count = 0;
@@ -90,7 +93,7 @@ fn after_an_update_the_connections_of_its_sources_end_and_no_others() {
         assert_eq!(listed("10.244.7.1"), 0);
         assert_eq!(listed("10.244.7.2"), 3);
         assert_eq!(listed("fd44::7:1"), 3);
-        // More at once than are asked for one by one.
+        // More sources than the limit up to which connections are dumped for each source.
         let sources = ["10.244.7.2/32", "10.244.7.3/32", "10.244.7.4/32", "fd44::7:1/128"];
         let sources = sources.map(|net| net.parse().unwrap()).to_vec();
         host.egress

@@ -1,11 +1,11 @@
-//! Listings of connections, damaged.
+//! Mutated conntrack dumps.
 
 use super::*;
 use crate::kernel::mutate;
 use crate::kernel::netlink::message::Messages;
 use crate::kernel::netlink::nfnetlink::NETFILTER;
 
-/// Connections as they are listed: with both sides, a mark and a zone.
+/// Conntrack entries as the kernel dumps them: with both tuples, a mark and a zone.
 fn corpus() -> Vec<Vec<u8>> {
     let ends = [("10.244.1.10", "198.51.100.10"), ("fd44:1::10", "2001:db8:51::10")];
     let list = (GET, flag::DUMP | flag::ACK, vec![0; 4]);

@@ -1,4 +1,4 @@
-//! Which messages are about what is ours.
+//! Decides which notifications concern the datapath's objects.
 
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::RouteNetlinkMessage;
@@ -14,7 +14,7 @@ use crate::kernel::rtnetlink::neighbour;
 use crate::kernel::rtnetlink::socket::object;
 use crate::state::{LINK_ALIAS, NFT_TABLE, PROTOCOL, TableFamily};
 
-// Types of messages, with the lengths of the structures that they begin with.
+// Message types, and the lengths of the structures at the start of their payloads.
 const NEWLINK: u16 = 16;
 const DELLINK: u16 = 17;
 const NEWADDR: u16 = 20;
@@ -33,14 +33,14 @@ const FRA_PROTOCOL: u16 = 21;
 const NETCONFA_IFINDEX: u16 = 1;
 const NETCONFA_RP_FILTER: u16 = 3;
 
-/// Subsystem 10 of netfilter, and the message that ends each of its transactions.
+/// Netfilter subsystem 10 (nf_tables), and the message that ends each of its transactions.
 const NF_TABLES: u16 = 10;
 const NEWGEN: u16 = 0xa0f;
 
-/// Adds what a message tells to the news; `device` is the index of ours, 0 for none.
+/// Adds the change that a message reports; `device` is the VXLAN device's index, 0 for none.
 ///
-/// `unsigned` is whether our table was touched in a transaction that has not ended yet: who made
-/// it is said at the end, and the news waits for that.
+/// `unsigned` is whether our table was changed by a transaction that has not ended yet: the writer
+/// is named in the message that ends it, so the change is reported then.
 pub(super) fn read(message: &Message<'_>, device: u32, unsigned: &mut bool, news: &mut News) {
     if message.kind == NEWGEN {
         if std::mem::take(unsigned) {
@@ -54,7 +54,7 @@ pub(super) fn read(message: &Message<'_>, device: u32, unsigned: &mut bool, news
     }
 }
 
-/// The generation of the rules that a transaction led to, where a message tells of one.
+/// Ruleset generation after a transaction, if the message is the end of one.
 pub(super) fn generation(message: &Message<'_>) -> Option<u32> {
     let end = Some(message).filter(|message| message.kind == NEWGEN)?;
     attribute(end.payload(), 4, 1)?.be32().ok()
@@ -62,7 +62,7 @@ pub(super) fn generation(message: &Message<'_>) -> Option<u32> {
 
 fn is_our_table(message: &Message<'_>) -> bool {
     let body = message.payload();
-    // In every kind of message about tables the first attribute is the table's name.
+    // In every message type about tables the first attribute is the table name.
     let families = TableFamily::BOTH.map(nft::family_number);
     body.first().is_some_and(|family| families.contains(family))
         && attribute(body, 4, 1).is_some_and(|name| name.text() == Ok(NFT_TABLE))
@@ -108,7 +108,7 @@ fn is_address_of_ours(message: &Message<'_>) -> bool {
         }
         _ => None,
     };
-    // What cannot be read may be anything.
+    // An address that cannot be parsed may be any address.
     found.is_none_or(|(_, net)| !is_link_local(net.addr()))
 }
 
@@ -119,8 +119,8 @@ fn neighbour_or_fdb(message: &Message<'_>) -> Option<Part> {
         return Some(Part::Neighbour);
     };
     if found.header.family == AddressFamily::Bridge {
-        // Kernels before 6.13 tell of a write twice: the device does, and then, without most of
-        // it, whoever has handed it over.
+        // Kernels before 6.13 send two notifications of a write: one by the device, and one,
+        // without most attributes, by the rtnetlink code that called it.
         let told = |attribute: &_| matches!(attribute, NeighbourAttribute::CacheInfo(_));
         return found.attributes.iter().any(told).then_some(Part::Fdb);
     }
@@ -130,8 +130,10 @@ fn neighbour_or_fdb(message: &Message<'_>) -> Option<Part> {
     is_ours.then_some(Part::Neighbour)
 }
 
-/// Whether it is or may have been permanent; the kernel resolves one that never was without end
-/// while somebody sends to it.
+/// Whether the neighbour is or may have been permanent.
+///
+/// The kernel resolves a neighbour that was never permanent again and again while packets are sent
+/// to it.
 fn may_be_permanent(found: &NeighbourMessage) -> bool {
     !matches!(
         found.header.state,
@@ -151,8 +153,9 @@ fn is_route_of_ours(message: &Message<'_>) -> bool {
     *protocol == PROTOCOL || replaces && *table < OWN_TABLES
 }
 
-/// Whether this is a change of `rp_filter` alone, as `sysctl` makes it; a new device has more to
-/// tell.
+/// Whether `rp_filter` is the only setting in the message, as when `sysctl` changes it.
+///
+/// The notification of a new device has more settings.
 fn is_rp_filter_alone(body: &[u8]) -> bool {
     let count = Attributes::new(body.get(NETCONF..).unwrap_or_default()).count();
     count == 2 && setting(body, NETCONFA_RP_FILTER).is_some()
@@ -162,7 +165,7 @@ fn setting(body: &[u8], kind: u16) -> Option<u32> {
     attribute(body, NETCONF, kind).and_then(|number| number.u32().ok())
 }
 
-/// Index of the device, which is at the same place for devices, addresses and neighbours.
+/// Interface index, at the same offset in link, address and neighbour messages.
 fn index(body: &[u8]) -> u32 {
     let bytes = body.get(4..8).and_then(|bytes| bytes.try_into().ok());
     bytes.map(u32::from_ne_bytes).unwrap_or_default()

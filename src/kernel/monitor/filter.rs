@@ -1,7 +1,7 @@
-//! What the kernel need not tell, as programs for its socket filter.
+//! Socket filters that drop notifications in the kernel.
 //!
-//! A handful of instructions per message, which is less than to queue it: what they drop costs no
-//! memory and wakes nobody.
+//! A handful of instructions per message, which costs less than queueing it: a dropped notification
+//! takes no memory and wakes no process.
 
 use socket2::SockFilter;
 
@@ -14,17 +14,21 @@ pub(crate) const ROUTE: isize = 0;
 
 pub(crate) const NEWROUTE: u16 = 24;
 pub(crate) const DELROUTE: u16 = 25;
-/// In a message about a new route: it took the place of another.
+/// `NLM_F_REPLACE` in the message about a new route: the route replaced another.
 pub(crate) const REPLACE: u16 = 0x100;
-/// The first of the kernel's own tables; the byte of a message has 252 for large numbers.
+/// First of the kernel's own routing tables.
+///
+/// The byte in `struct rtmsg` is 252 for tables with larger numbers.
 pub(crate) const OWN_TABLES: u8 = 253;
 
 // Offsets in the message, behind `struct nlmsghdr`: `struct rtmsg`.
 const TABLE: u32 = 20;
 const ROUTE_PROTOCOL: u32 = 21;
 
-/// Drops what was asked for from this port, and routes that neither are ours nor can have taken
-/// the place of one that is.
+/// Filter that drops changes requested from this port, and unrelated routes.
+///
+/// Unrelated routes do not have the datapath's protocol number and cannot have replaced one that
+/// has.
 pub(crate) fn routing(port: u32) -> [SockFilter; 13] {
     [
         word(PORT),
@@ -43,7 +47,7 @@ pub(crate) fn routing(port: u32) -> [SockFilter; 13] {
     ]
 }
 
-/// Drops what was asked for from this port.
+/// Filter that drops changes requested from this port.
 pub(crate) fn netfilter(port: u32) -> [SockFilter; 4] {
     [word(PORT), is(port.to_be(), 1, 0), ACCEPT, DROP]
 }

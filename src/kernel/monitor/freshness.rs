@@ -1,4 +1,4 @@
-//! Whether the kernel still holds what was read from it and written to it last.
+//! Tracks whether the kernel still holds the last state read or written.
 
 #[cfg(test)]
 mod tests;
@@ -10,34 +10,35 @@ use crate::kernel::netlink::socket::Socket;
 use crate::kernel::nft;
 use crate::kernel::nft::Between;
 
-/// A watch of the datapath's own, and what is certain by it.
+/// State of the datapath's own watch: whether the nf_tables table and the routing part are current.
 ///
-/// The kernel is asked one thing, which generation its rules have, and notifies of the rest:
-/// whatever changes a device, an address, a neighbour, a route or a rule puts a notification into
-/// our socket before its system call returns, or an error if there is no room. So nothing to read is
-/// proof that nothing changed. A change of our own whose notification carries no port is taken for
-/// one by others: it costs a read of the routing part.
+/// The kernel is asked for the ruleset generation only, and sends notifications of everything else:
+/// a change of an interface, address, neighbour, route or rule puts a notification into the socket
+/// before the system call that made it returns, or an error if the receive buffer is full. So an
+/// empty socket proves that nothing changed. A change by the datapath whose notification carries no
+/// port counts as one by another program: it costs a read of the routing part.
 #[derive(Debug)]
 pub(crate) struct Trust {
     shared: Shared,
-    /// Those of the caller's watch.
+    /// Sockets of the caller's watch.
     others: Shared,
     ports: [u32; 2],
     watch: Option<Watch>,
-    /// Generation of the rules at which our table was known.
+    /// Ruleset generation at which our table was known.
     generation: Option<u32>,
-    /// Whether everything else is known.
+    /// Whether the routing part is known.
     routing: bool,
-    /// Whether the watches are out of the group of nf_tables for the time of a transaction.
+    /// Whether the watches have left the nf_tables multicast group during a transaction.
     is_paused: bool,
 }
 
-/// Operations that make a transaction a large one: what it saves is a millisecond then, a hundred
-/// times what it costs.
+/// Number of operations from which a transaction is large.
+///
+/// Leaving the multicast group then saves a millisecond, a hundred times what it costs.
 const LARGE: usize = 1_000;
 
 impl Trust {
-    /// Trusts nothing until the kernel is read; the ports are those of our own writes.
+    /// Starts with nothing known; the ports are those of the datapath's writing sockets.
     pub(crate) const fn new(shared: Shared, others: Shared, ports: [u32; 2]) -> Self {
         Self {
             shared,
@@ -50,9 +51,9 @@ impl Trust {
         }
     }
 
-    /// Everything is about to be read: what happened before does not matter.
+    /// Prepares for a read of the whole state: earlier notifications do not matter.
     ///
-    /// Where a watch is not allowed nothing is ever certain.
+    /// Without permission for a watch the state never counts as current.
     pub(crate) fn begin(&mut self) {
         self.end();
         if self.watch.is_none() {
@@ -63,33 +64,36 @@ impl Trust {
         (self.generation, self.routing) = (None, false);
     }
 
-    /// Our table was read at this generation.
+    /// Records that our table was read at this generation.
     pub(crate) const fn table_known(&mut self, generation: u32) {
         self.generation = Some(generation);
     }
 
-    /// The rest was read.
+    /// Records that the routing part was read.
     pub(crate) const fn routing_known(&mut self) {
         self.routing = true;
     }
 
-    /// A transaction of ours of this many operations is about to be made.
+    /// Prepares for a transaction of this many operations.
     ///
-    /// If any socket is in the group (`netlink_has_listeners`), the kernel writes a notification of
-    /// every element that changes, and only then asks the filter that drops it: that is half of what
-    /// a large change costs it. So for the time of one we leave the group; the generations on either
-    /// side of it tell whether something was missed.
+    /// If any socket is in the multicast group (`netlink_has_listeners`), the kernel writes a
+    /// notification of every element that changes, and only then runs the socket filter that drops
+    /// it: that is half of the cost of a large change. So the watches leave the group during a
+    /// large transaction; the generations before and after it show whether a notification was
+    /// missed.
     pub(crate) fn will_commit(&mut self, operations: usize) {
         self.is_paused = operations >= LARGE;
         if self.is_paused {
             self.shared.pause();
             self.others.pause();
-            // Also the beginning of a transaction whose end is not received.
+            // Also reads the start of a transaction whose end is not received.
             self.take_in();
         }
     }
 
-    /// It was made between these generations; nothing if it was not, or they are not known.
+    /// Records a transaction and the generations before and after it.
+    ///
+    /// `None` if it was not committed, or if the generations are not known.
     pub(crate) fn committed(&mut self, netfilter: &mut Socket, between: Option<Between>) {
         let known = between.filter(|between| self.generation == Some(between.before));
         self.generation = known.map(|between| between.after);
@@ -97,7 +101,7 @@ impl Trust {
             return;
         }
         let (ours, others) = (self.shared.resume(), self.others.resume());
-        // There are notifications of what others do from here on, but not of what they did before.
+        // Transactions by other programs are notified from here on; earlier ones were missed.
         let current = nft::generation(netfilter).ok();
         self.generation = self.generation.filter(|known| current == Some(*known));
         if let Some(watch) = &mut self.watch {
@@ -112,12 +116,12 @@ impl Trust {
         }
     }
 
-    /// Nothing is certain any more.
+    /// Forgets everything: the state has to be read again.
     pub(crate) const fn end(&mut self) {
         (self.generation, self.routing) = (None, false);
     }
 
-    /// What may have changed.
+    /// Parts of the state that may have changed.
     pub(crate) fn drift(&mut self, netfilter: &mut Socket) -> Drift {
         self.take_in();
         let table = self.generation.is_some() && self.is_current(netfilter);
@@ -131,20 +135,22 @@ impl Trust {
         }
     }
 
-    /// Whether the rules have the generation at which our table was known, or one that only
-    /// others' tables have brought about since.
+    /// Whether the ruleset generation is the one at which our table was known.
+    ///
+    /// A later generation also counts if only tables of other programs changed since.
     fn is_current(&mut self, netfilter: &mut Socket) -> bool {
         let Ok(current) = nft::generation(netfilter) else { return false };
         if self.generation == Some(current) {
             return true;
         }
-        // Its notifications are in the socket before the transaction is over, but the generation may
-        // be read before they are: only one whose end was read is known to be none of ours.
+        // The notifications are in the socket before the transaction is over, but the generation
+        // may be read before they are: only a transaction whose end was read is known not to change
+        // our table.
         self.generation = Some(current);
         self.watch.as_ref().and_then(Watch::generation) == Some(current)
     }
 
-    /// Takes in the notifications that have arrived.
+    /// Reads the notifications that have arrived.
     fn take_in(&mut self) {
         let Some(watch) = &mut self.watch else { return self.end() };
         let Ok(news) = watch.drain() else {

@@ -1,4 +1,4 @@
-//! The sockets of a watch, which wait in the datapath until it begins.
+//! Sockets of a watch, held by the datapath until a watch starts.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -9,8 +9,10 @@ use crate::error::{KernelError, errno};
 use crate::kernel::netlink::socket::Socket;
 use crate::kernel::nft;
 
-/// Groups of the routing subsystem (`enum rtnetlink_groups`): links, neighbours with forwarding
-/// entries, IPv4 addresses, routes, rules, the same of IPv6, and settings of IPv4.
+/// Rtnetlink multicast groups of a watch (`enum rtnetlink_groups`).
+///
+/// Links, neighbours with FDB entries, IPv4 addresses, routes and rules, the same of IPv6, and IPv4
+/// settings (netconf).
 pub(super) const ROUTING: [u32; 9] = [1, 3, 5, 7, 8, 9, 11, 19, 24];
 
 /// `NFNLGRP_NFTABLES`.
@@ -18,22 +20,24 @@ pub(super) const NETFILTER: u32 = 7;
 
 const BUSY: &str = "drop the other watch of this datapath first";
 
-/// What a datapath and its watch have in common.
+/// State shared by a datapath and its watch.
 #[derive(Clone, Debug)]
 pub(crate) struct Shared {
-    /// The socket for notifications of routing while there is no watch; opened with the datapath,
-    /// because a socket belongs to the network namespace that its thread was in then.
+    /// Socket for routing notifications while there is no watch.
+    ///
+    /// Opened with the datapath, because a socket belongs to the network namespace that its thread
+    /// was in when it opened it.
     idle: Arc<Mutex<Option<Socket>>>,
-    /// The one for notifications of nf_tables.
+    /// Socket for nf_tables notifications.
     pub(super) rules: Arc<Mutex<Socket>>,
-    /// Index of our device, the last one known; 0 for none.
+    /// Last known index of the VXLAN device; 0 for none.
     device: Arc<AtomicU32>,
-    /// Whether notifications were lost outside of the sockets.
+    /// Whether notifications were missed while the watch was out of the multicast group.
     missed: Arc<AtomicBool>,
 }
 
 impl Shared {
-    /// Opens the sockets, which are in no multicast group yet.
+    /// Opens the sockets, which have joined no multicast group yet.
     pub(crate) fn open(device: Arc<AtomicU32>, netfilter: Socket) -> io::Result<Self> {
         let routing = Socket::open(filter::ROUTE)?;
         let (idle, rules) = (Mutex::new(Some(routing)), Mutex::new(netfilter));
@@ -45,14 +49,14 @@ impl Shared {
         self.device.load(Ordering::Relaxed)
     }
 
-    /// Takes the socket for routing, for a watch that begins.
+    /// Takes the routing socket for a watch that starts.
     pub(super) fn take(&self, what: &str) -> Result<Socket, KernelError> {
         let socket = lock(&self.idle).take();
         self.has_missed();
         socket.ok_or_else(|| KernelError::refused(what, errno::EBUSY).with_remedy(BUSY))
     }
 
-    /// Takes the socket back, so that the datapath can be watched again.
+    /// Takes the routing socket back, so that the datapath can be watched again.
     pub(super) fn put_back(&self, routing: Socket) {
         let mut idle = lock(&self.idle);
         let _not_joined = lock(&self.rules).leave(NETFILTER);
@@ -62,40 +66,40 @@ impl Shared {
         *idle = Some(routing);
     }
 
-    /// Takes the watch out of the group of nf_tables until [`resume`](Self::resume).
+    /// Leaves the nf_tables multicast group until [`resume`](Self::resume).
     pub(super) fn pause(&self) {
         if lock(&self.idle).is_none() {
             let _still_joined = lock(&self.rules).leave(NETFILTER);
         }
     }
 
-    /// Puts the watch into the group of nf_tables again.
+    /// Joins the nf_tables multicast group again.
     ///
     /// # Errors
     ///
-    /// It is not in it.
+    /// The socket could not join the group.
     pub(super) fn resume(&self) -> io::Result<()> {
         let idle = lock(&self.idle);
         if idle.is_none() { lock(&self.rules).join(NETFILTER) } else { Ok(()) }
     }
 
-    /// Has the watch become readable, and say that it missed something.
+    /// Makes the watch readable and sets its flag for lost notifications.
     pub(super) fn missed(&self) {
         let idle = lock(&self.idle);
         if idle.is_none() {
             self.missed.store(true, Ordering::Relaxed);
-            // Whatever is answered, it is something to read.
+            // Any reply makes the socket readable.
             let _asked = nft::ask_generation(&mut lock(&self.rules));
         }
     }
 
-    /// Whether the watch missed something since this was asked last.
+    /// Whether notifications were lost since the last call.
     pub(super) fn has_missed(&self) -> bool {
         self.missed.swap(false, Ordering::Relaxed)
     }
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Every change under the locks here is a single one.
+    // Every change under these locks is a single assignment, so a panic leaves no broken state.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

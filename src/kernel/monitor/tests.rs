@@ -1,4 +1,4 @@
-//! Others edit, in network namespaces of their own, with `ip`, `bridge`, `nft` and `sysctl`.
+//! Changes by `ip`, `bridge`, `nft` and `sysctl`, in network namespaces.
 
 pub(crate) mod edits;
 mod mutated;
@@ -19,8 +19,9 @@ use crate::{
     Report, TableRange,
 };
 
-/// Times that own changes of the device and what is on it are reported at most: at once, and later,
-/// as of IPv6 addresses.
+/// Maximum number of reports of the datapath's own changes of the device and the objects on it.
+///
+/// The first is at once, others later, as for IPv6 addresses.
 const REPORTS: usize = 4;
 
 pub(crate) struct Host {
@@ -30,7 +31,7 @@ pub(crate) struct Host {
     pub(crate) policies: Vec<EgressPolicy>,
 }
 
-/// Number of a node, beginning with this one.
+/// Node with this number; the local node is 1.
 pub(crate) fn node(number: u8) -> Node {
     let underlay = vec![[192, 0, 2, number].into(), format!("2001:db8::{number}").parse().unwrap()];
     let tunnel = [format!("172.31.0.{number}/16"), format!("fd31::{number}/64")];
@@ -39,7 +40,7 @@ pub(crate) fn node(number: u8) -> Node {
 }
 
 impl Host {
-    /// In the namespace of the calling thread: watched, then reconciled, and nothing more reported.
+    /// Starts a watch in the calling thread's namespace, reconciles, and waits until it is silent.
     pub(crate) fn new() -> Self {
         let mut egress = Reconciler::open(MarkLayout::SEED, TableRange::default()).unwrap();
         let watch = egress.datapath().watch().unwrap();
@@ -66,7 +67,7 @@ impl Host {
         host
     }
 
-    /// The table of a gateway and the MAC of its tunnel, for a shell.
+    /// Routing table of a gateway and MAC address of its tunnel, as shell variables.
     pub(crate) fn variables(&mut self) -> String {
         let state = self.egress.datapath().observe().unwrap();
         let via = |route: &crate::state::Route| matches!(route, crate::state::Route::Via(_));
@@ -83,7 +84,7 @@ impl Host {
         self.watch.drain().unwrap()
     }
 
-    /// Waits until others' changes of all these parts are reported, and of no others.
+    /// Waits until changes of all these parts, and of no others, are reported.
     #[track_caller]
     fn expect(&mut self, parts: &[Part], what: &str) -> News {
         let mut all = News::default();
@@ -99,7 +100,7 @@ impl Host {
         all
     }
 
-    /// Nothing is reported, also not later, as of IPv6 addresses.
+    /// Asserts that nothing is reported, also not late notifications as of IPv6 addresses.
     #[track_caller]
     fn expect_silence(&mut self, what: &str) {
         let mut news = self.drain();
@@ -109,8 +110,7 @@ impl Host {
         assert_eq!(news, News::default(), "{what}: {news}");
     }
 
-    /// Waits until nothing more is reported of own changes of the device and what is on it; says
-    /// how often something was.
+    /// Number of reports of own changes of the device and the objects on it, until it is silent.
     #[track_caller]
     fn reported(&mut self, what: &str) -> usize {
         let mut reports = 0;
@@ -124,7 +124,7 @@ impl Host {
         reports
     }
 
-    /// The same; a repair then writes nothing, and nothing is reported of it.
+    /// Waits in the same way, then asserts that a repair writes nothing and causes no report.
     #[track_caller]
     fn settle(&mut self, what: &str) {
         let reports = self.reported(what);

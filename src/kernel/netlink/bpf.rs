@@ -1,4 +1,4 @@
-//! Programs for the kernel's socket filter, in classic BPF (`linux/bpf_common.h`).
+//! Classic BPF instructions for socket filters (`linux/bpf_common.h`).
 
 use socket2::SockFilter;
 
@@ -37,10 +37,10 @@ pub(crate) const fn has(bits: u32, yes: u8, no: u8) -> SockFilter {
     SockFilter::new(0x45, yes, no, bits)
 }
 
-/// Puts what was loaded aside, for [`is_the_same`].
+/// Copies the accumulator to the index register, for [`is_the_same`].
 pub(crate) const PUT_ASIDE: SockFilter = plain(0x07, 0);
 
-/// Compares what was loaded to what was put aside.
+/// Compares the accumulator to the index register.
 pub(crate) const fn is_the_same(yes: u8, no: u8) -> SockFilter {
     SockFilter::new(0x1d, yes, no, 0)
 }
@@ -48,7 +48,9 @@ pub(crate) const fn is_the_same(yes: u8, no: u8) -> SockFilter {
 pub(crate) const ACCEPT: SockFilter = plain(0x06, u32::MAX);
 pub(crate) const DROP: SockFilter = plain(0x06, 0);
 
-/// A filter loads everything as if it were big-endian; headers are in the machine's own order.
+/// Constant to compare with a loaded field of a header.
+///
+/// A filter loads every field as big-endian; headers are in native byte order.
 pub(crate) fn as_loaded(value: u16) -> u32 {
     u32::from(u16::from_be_bytes(value.to_ne_bytes()))
 }
@@ -61,12 +63,12 @@ pub(crate) mod tests {
 
     use super::*;
 
-    /// Whether the kernel passes these bytes to a socket with this program.
+    /// Whether a socket with this filter receives these bytes.
     pub(crate) fn run(program: &[SockFilter], bytes: &[u8]) -> bool {
         let (here, there) = UnixDatagram::pair().unwrap();
         there.set_nonblocking(true).unwrap();
         SockRef::from(&there).attach_filter(program).unwrap();
-        // The kernel says yes to the sender of a datagram that the filter drops, or EPERM.
+        // For a datagram that the filter drops, the sender gets success or EPERM.
         let _dropped = here.send(bytes);
         there.recv(&mut [0]).is_ok()
     }

@@ -1,4 +1,4 @@
-//! One exchange with the kernel: a datagram of requests, and the messages that answer them.
+//! Netlink exchange: sends one datagram of requests and reads the replies.
 
 use std::fmt::Display;
 use std::io::{self, ErrorKind};
@@ -8,28 +8,30 @@ use super::message::{Ack, Malformed, Message, Messages, NLMSG_DONE, NLMSG_ERROR,
 use super::socket::Socket;
 use crate::error::{KernelError, errno};
 
-/// Requests that are sent at once, each acknowledged: the answers fit the buffer of a new socket.
+/// Number of acknowledged requests in one datagram.
+///
+/// Their acknowledgements fit the receive buffer of a new socket.
 pub(crate) const AT_ONCE: usize = 128;
 
-/// Times that objects are listed until nothing changes meanwhile.
+/// Number of attempts to dump objects while they change.
 const ATTEMPTS: usize = 5;
 
 const NO_ANSWER: &str = "the kernel did not answer";
 const NO_END: &str = "the kernel's answer has no end";
 
-/// The messages that [`exchange`] has read, as a whole.
+/// Summary of the messages that [`exchange`] has read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Outcome {
-    /// The last message that the caller waits for is among them.
+    /// Whether the last message that the caller waits for was read.
     pub(crate) ended: bool,
-    /// The socket had no room for some (`ENOBUFS`).
+    /// Whether the receive buffer overflowed (`ENOBUFS`), so that replies were lost.
     pub(crate) lost: bool,
-    /// The first that is no netlink message.
+    /// First malformed netlink message.
     pub(crate) malformed: Option<Malformed>,
 }
 
 impl Outcome {
-    /// Reads the messages of a datagram, up to the one that is the end.
+    /// Reads the messages of a datagram, up to the last one that the caller waits for.
     pub(crate) fn read(
         &mut self,
         datagram: &[u8],
@@ -46,9 +48,11 @@ impl Outcome {
         }
     }
 
+    /// Checks that all replies arrived and could be read.
+    ///
     /// # Errors
     ///
-    /// Some of the answers were lost or cannot be read.
+    /// Replies were lost or malformed.
     pub(crate) fn complete(&self, text: impl Display) -> Result<(), KernelError> {
         match (self.lost, self.malformed) {
             (true, _) => Err(KernelError::refused(text, errno::ENOBUFS)),
@@ -58,15 +62,15 @@ impl Outcome {
     }
 }
 
-/// Sends a datagram and gives each message of the answers to `each`, until that says that it was
-/// the last, or nothing is left to read.
+/// Sends a datagram and passes each message of the replies to `each`.
 ///
-/// After a lost answer the others are read all the same: they may be what the caller waits for,
-/// and the kernel makes no second dump before the first is read.
+/// Ends when `each` says that a message was the last, or when nothing is left to read. After a lost
+/// reply the remaining ones are still read: they may be what the caller waits for, and the kernel
+/// starts no second dump before the first is read.
 ///
 /// # Errors
 ///
-/// The socket's. The messages before were given to `each`.
+/// Errors of the socket. The messages read before were passed to `each`.
 pub(crate) fn exchange(
     socket: &mut Socket,
     datagram: &[u8],
@@ -96,7 +100,7 @@ pub(crate) fn exchange(
     Ok(outcome)
 }
 
-/// The same of the acknowledgements among the answers, each with its sequence number.
+/// Sends a datagram and passes each acknowledgement, with its sequence number, to `each`.
 pub(crate) fn acknowledgements(
     socket: &mut Socket,
     datagram: &[u8],
@@ -114,7 +118,7 @@ pub(crate) fn acknowledgements(
     Ok(Outcome { malformed: outcome.malformed.or(malformed), ..outcome })
 }
 
-/// Takes out of the socket what is left of an earlier exchange.
+/// Discards unread messages of an earlier exchange.
 pub(crate) fn discard(socket: &mut Socket) {
     while match socket.receive() {
         Ok(_) => true,
@@ -125,14 +129,14 @@ pub(crate) fn discard(socket: &mut Socket) {
     } {}
 }
 
-/// How a request was answered.
+/// Completeness of the reply to a request.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Answered {
-    /// Whether the objects changed while they were listed, or some of the list was lost.
+    /// Whether the objects changed during the dump, or part of the dump was lost.
     pub(crate) interrupted: bool,
 }
 
-/// The answer to one request: objects, and an acknowledgement or the end of the dump.
+/// Reply to one request: objects, and an acknowledgement or the end of the dump.
 pub(crate) struct Answer<'a> {
     sequence: u32,
     is_dump: bool,
@@ -144,7 +148,9 @@ pub(crate) struct Answer<'a> {
 }
 
 impl<'a> Answer<'a> {
-    /// Of the request with this sequence number and these flags; `take` gets the objects.
+    /// Starts to read the reply to a request with this sequence number and these flags.
+    ///
+    /// The objects are passed to `take`.
     pub(crate) fn new(
         sequence: u32,
         flags: u16,
@@ -155,13 +161,13 @@ impl<'a> Answer<'a> {
         Self { sequence, is_dump, take, is_begun, interrupted, malformed: None, end: None }
     }
 
-    /// Reads a message of the answer, or one that is left of an earlier exchange.
+    /// Reads a message of the reply; skips messages of an earlier exchange.
     pub(crate) fn read(&mut self, message: &Message<'_>) -> ControlFlow<()> {
         if message.sequence != self.sequence {
             return ControlFlow::Continue(());
         }
         self.is_begun = true;
-        // In an acknowledgement the flags mean other things.
+        // In an acknowledgement these flag bits have other meanings.
         let is_listed = message.kind != NLMSG_ERROR;
         self.interrupted |= is_listed && message.flags & flag::DUMP_INTR != 0;
         let is_end = matches!(message.kind, NLMSG_ERROR | NLMSG_DONE);
@@ -170,12 +176,12 @@ impl<'a> Answer<'a> {
         } else {
             (self.take)(message)
         };
-        // The rest of a dump is read all the same: the next one would fail with EBUSY.
+        // The rest of a dump must be read, or the next dump would fail with EBUSY.
         self.malformed = self.malformed.or(read.err());
         if is_end { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     }
 
-    /// What the answer comes to.
+    /// Result of the request, after its messages were read.
     pub(crate) fn finish(
         self,
         text: impl Display,
@@ -197,13 +203,14 @@ impl<'a> Answer<'a> {
     }
 }
 
-/// Sends one request, which has this sequence number and these flags, and gives the objects of
-/// the answer to `take`.
+/// Sends one request and passes the objects of the reply to `take`.
+///
+/// The request in the datagram must have this sequence number and these flags.
 ///
 /// # Errors
 ///
-/// A refusal, an answer that was lost or cannot be read, and no answer. Of a dump a loss is an
-/// interruption, see [`in_one_piece`].
+/// The kernel refused the request, its reply was lost or malformed, or there was no reply. A loss
+/// during a dump is an interruption instead, see [`in_one_piece`].
 pub(crate) fn ask(
     socket: &mut Socket,
     text: &dyn Display,
@@ -216,7 +223,7 @@ pub(crate) fn ask(
     answer.finish(text, outcome.map_err(|error| KernelError::io(text, &error))?)
 }
 
-/// Lists objects until nothing has changed meanwhile; nothing if it always does.
+/// Repeats a dump until the objects do not change during it; `None` if they always change.
 pub(crate) fn in_one_piece<T>(
     mut list: impl FnMut() -> Result<(T, Answered), KernelError>,
 ) -> Result<Option<T>, KernelError> {
@@ -229,11 +236,11 @@ pub(crate) fn in_one_piece<T>(
     Ok(None)
 }
 
-/// Sends requests that are acknowledged one by one, given by their sequence numbers and texts;
-/// says which were refused or not acknowledged, by index.
+/// Sends requests and waits for the acknowledgement of each of them.
 ///
-/// The kernel carries one request out after another, whatever became of those before it. One whose
-/// acknowledgement is lost may have been carried out.
+/// The requests are given by sequence number and text. Returns the errors of those that were
+/// refused or not acknowledged, by index. The kernel carries out one request after another, whether
+/// earlier ones failed or not. A request whose acknowledgement was lost may have been carried out.
 pub(crate) fn request_all<D: Display>(
     socket: &mut Socket,
     datagram: &[u8],
@@ -265,7 +272,7 @@ pub(crate) fn request_all<D: Display>(
     refused.collect()
 }
 
-/// Nothing was said to a request that is acknowledged.
+/// Error of a request that was not acknowledged.
 pub(crate) fn unanswered(text: impl Display) -> KernelError {
     KernelError::answer(text, NO_ANSWER)
 }
@@ -294,7 +301,7 @@ mod tests {
         message(NLMSG_DONE, 0, SEQUENCE, &code.to_ne_bytes())
     }
 
-    /// The objects that were seen, and the answer to a dump.
+    /// Number of objects read, and the result of a dump.
     fn read(lost: bool, datagrams: &[Vec<u8>]) -> (usize, Result<Answered, KernelError>) {
         let mut seen = 0;
         let mut take = |message: &Message<'_>| {

@@ -1,4 +1,4 @@
-//! Faults by plan between the datapath and the kernel.
+//! Fault injection between the datapath and the kernel, according to a plan.
 
 mod datagram;
 mod tap;
@@ -11,7 +11,7 @@ use crate::faults::{Call, Fault, Faults, Subsystem};
 pub(crate) use tap::Tap;
 
 impl Faults {
-    /// Runs a tool, or does with it what the plan says.
+    /// Runs a tool, with the fault that the plan has for this call.
     pub(crate) fn run<T>(
         &self,
         writes: bool,

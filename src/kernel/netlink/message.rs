@@ -1,5 +1,6 @@
-//! Netlink messages and attributes as bytes: a writer that cannot produce a wrong length, and a
-//! reader that cannot run past its input.
+//! Netlink messages and attributes as bytes.
+//!
+//! The writer cannot produce a wrong length, and the reader cannot read past the end of its input.
 
 mod read;
 mod write;
@@ -10,7 +11,7 @@ pub(crate) use netlink_packet_core::{NLMSG_DONE, NLMSG_ERROR};
 pub(crate) use read::{Ack, Attribute, Attributes, Message, Messages};
 pub(crate) use write::{Open, Writer};
 
-/// Flags of a message.
+/// Flags of a netlink message (`NLM_F_*`).
 pub(crate) mod flag {
     pub(crate) use netlink_packet_core::{
         NLM_F_ACK as ACK, NLM_F_ACK_TLVS as ACK_TLVS, NLM_F_APPEND as APPEND,
@@ -19,10 +20,10 @@ pub(crate) mod flag {
     };
 }
 
-/// Bytes of `struct nlmsghdr`.
+/// Size of `struct nlmsghdr` in bytes.
 pub(crate) const HEADER: usize = 16;
 
-/// Bytes that do not have the form they should have, in words.
+/// Description of malformed bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Malformed(pub(crate) &'static str);
 
@@ -32,7 +33,7 @@ impl fmt::Display for Malformed {
     }
 }
 
-/// The next multiple of four: everything in netlink starts at one.
+/// Length rounded up to a multiple of 4, the alignment of all messages and attributes.
 const fn align(length: usize) -> usize {
     length.saturating_add(3) & !3
 }
@@ -42,7 +43,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// Reads everything there is to read, as deep as it goes.
+    /// Reads all nested attributes, and returns their number.
     fn walk(bytes: &[u8], depth: usize) -> usize {
         let mut count = 0;
         for attribute in Attributes::new(bytes).flatten() {

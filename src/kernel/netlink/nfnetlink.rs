@@ -1,4 +1,4 @@
-//! Requests to the subsystems of netfilter (`include/uapi/linux/netfilter/nfnetlink.h`).
+//! Requests to netfilter subsystems (`include/uapi/linux/netfilter/nfnetlink.h`).
 
 use super::exchange::{self, Answered};
 use super::message::{Malformed, Message, Writer, flag};
@@ -8,20 +8,20 @@ use crate::error::KernelError;
 /// `NETLINK_NETFILTER`.
 pub(crate) const NETFILTER: isize = 12;
 
-/// A request that is acknowledged.
+/// Request with an acknowledgement.
 pub(crate) struct Request<'a> {
-    /// As an operator would type it.
+    /// Equivalent command of an operator.
     pub(crate) text: &'a str,
     pub(crate) kind: u16,
     pub(crate) flags: u16,
-    /// Type of the messages that answer.
+    /// Message type of the replies.
     pub(crate) answer: u16,
 }
 
-/// Sends a request, and gives every message of the answer to `take`: the resource id, which in
-/// nf_tables is the low half of the generation, and the attributes.
+/// Sends a request and passes each message of the reply to `take`.
 ///
-/// `write` begins with `struct nfgenmsg`.
+/// `take` gets the resource id, which in nf_tables is the low half of the ruleset generation, and
+/// the attributes. `write` writes the request's payload, which starts with `struct nfgenmsg`.
 pub(crate) fn ask(
     socket: &mut Socket,
     request: &Request<'_>,
@@ -41,7 +41,7 @@ pub(crate) fn ask(
     exchange::ask(socket, &request.text, &datagram, (sequence, flags), &mut take)
 }
 
-/// Gives a message to `take` if it is of the type that answers.
+/// Passes the message to `take` if it has the message type of the reply.
 pub(crate) fn body(
     message: &Message<'_>,
     request: &Request<'_>,

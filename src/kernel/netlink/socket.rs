@@ -1,4 +1,4 @@
-//! One netlink socket; the only file that touches netlink-sys.
+//! Netlink socket; the only file that uses netlink-sys.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -7,17 +7,19 @@ use netlink_sys::{Socket as RawSocket, SocketAddr};
 use rustix::net::sockopt;
 use socket2::{SockFilter, SockRef};
 
-/// Bytes that a dump may deliver at once; the kernel fills what the reader offers, up to 32 KiB
-/// a message buffer (`net/netlink/af_netlink.c`, `netlink_recvmsg`).
+/// Size of the read buffer in bytes.
+///
+/// The kernel fills what the reader offers, up to 32 KiB in each datagram of a dump
+/// (`net/netlink/af_netlink.c`, `netlink_recvmsg`).
 const READ: usize = 64 * 1024;
 
-/// A netlink socket of the network namespace that the opening thread was in.
+/// Netlink socket of the network namespace of the thread that opened it.
 ///
-/// It never blocks: the kernel answers a request before `send` returns, so that an answer which
-/// is not there is an error, not something to wait for.
+/// It never blocks: the kernel replies to a request before `send` returns, so a missing reply is an
+/// error and not something to wait for.
 #[derive(Debug)]
 pub(crate) struct Socket {
-    // Never cloned: a clone closes the descriptor of the original.
+    // Never cloned: a clone closes the file descriptor of the original.
     inner: RawSocket,
     buffer: Vec<u8>,
     sequence: u32,
@@ -46,62 +48,66 @@ impl Socket {
         })
     }
 
-    /// Lets a plan of faults have a say in what is sent and received.
+    /// Adds fault injection to the messages sent and received.
     #[cfg(feature = "testing")]
     pub(crate) fn set_tap(&mut self, tap: super::fault_injector::Tap) {
         self.tap = Some(tap);
     }
 
-    /// Makes the kernel refuse dump requests that it does not understand in full, and filter.
+    /// Makes the kernel apply the filters of dump requests (`NETLINK_GET_STRICT_CHK`).
+    ///
+    /// The kernel then refuses dump requests that it does not fully understand.
     pub(crate) fn set_strict(&self) -> io::Result<()> {
         self.inner.set_netlink_get_strict_chk(true)
     }
 
-    /// The next sequence number, never 0.
+    /// Next sequence number; never 0.
     pub(crate) fn next_sequence(&mut self) -> u32 {
         self.sequence = self.sequence.wrapping_add(1).max(1);
         self.sequence
     }
 
-    /// The port that answers to this socket carry.
+    /// Port id of the socket, which replies to its requests carry.
     pub(crate) fn port(&self) -> u32 {
         self.port
     }
 
-    /// Makes room for a datagram of this many bytes: as many with the privilege, else as many as
-    /// `net.core.wmem_max` allows.
+    /// Raises the send buffer, for a datagram of this many bytes.
+    ///
+    /// With the privilege to this size; otherwise to at most `net.core.wmem_max`.
     pub(crate) fn reserve(&self, bytes: usize) {
         if sockopt::set_socket_send_buffer_size_force(&self.inner, bytes).is_err() {
-            // Whether it was enough is said by the next send.
+            // If the buffer is still too small, the next send fails.
             let _refused = sockopt::set_socket_send_buffer_size(&self.inner, bytes);
         }
     }
 
-    /// Makes room for this many unread bytes: as many with the privilege, else as many as
-    /// `net.core.rmem_max` allows.
+    /// Raises the receive buffer to this many bytes.
+    ///
+    /// With the privilege to this size; otherwise to at most `net.core.rmem_max`.
     pub(crate) fn reserve_unread(&self, bytes: usize) {
         if sockopt::set_socket_recv_buffer_size_force(&self.inner, bytes).is_err() {
-            // Whether it was enough is said by ENOBUFS.
+            // If the buffer is still too small, a receive fails with ENOBUFS.
             let _refused = sockopt::set_socket_recv_buffer_size(&self.inner, bytes);
         }
     }
 
-    /// Makes the kernel drop the messages for which the program returns 0.
+    /// Attaches a socket filter: the kernel drops messages for which the program returns 0.
     pub(crate) fn filter(&self, program: &[SockFilter]) -> io::Result<()> {
         SockRef::from(&self.inner).attach_filter(program)
     }
 
-    /// Makes the kernel drop nothing again.
+    /// Detaches the socket filter.
     pub(crate) fn unfilter(&self) -> io::Result<()> {
         SockRef::from(&self.inner).detach_filter()
     }
 
-    /// Begins to receive what the kernel tells a group.
+    /// Joins a multicast group, to receive its notifications.
     pub(crate) fn join(&self, group: u32) -> io::Result<()> {
         self.inner.add_membership(group)
     }
 
-    /// Receives what the kernel tells a group no longer.
+    /// Leaves a multicast group.
     pub(crate) fn leave(&self, group: u32) -> io::Result<()> {
         self.inner.drop_membership(group)
     }
@@ -116,7 +122,7 @@ impl Socket {
         send(datagram)
     }
 
-    /// Receives one datagram from the kernel; an error of kind `WouldBlock` says there is none.
+    /// Receives one datagram from the kernel; an error of kind `WouldBlock` means there is none.
     pub(crate) fn receive(&mut self) -> io::Result<&[u8]> {
         #[cfg(feature = "testing")]
         if let Some(made_up) = self.tap.as_mut().and_then(super::fault_injector::Tap::made_up) {
@@ -135,12 +141,12 @@ impl Socket {
     fn fill(&mut self) -> io::Result<()> {
         loop {
             self.buffer.clear();
-            // MSG_TRUNC makes the length that of the datagram, even if the buffer was too small.
+            // With MSG_TRUNC the length is that of the datagram, even if the buffer was too small.
             let (length, from) = self.inner.recv_from(&mut self.buffer, libc::MSG_TRUNC)?;
             if length > self.buffer.len() {
                 return Err(io::Error::new(io::ErrorKind::InvalidData, "a datagram was cut"));
             }
-            // Any process may send to us; only port 0 is the kernel.
+            // Any process may send to this socket; only port 0 is the kernel.
             if from.port_number() == 0 {
                 return Ok(());
             }

@@ -1,4 +1,4 @@
-//! Operations as one transaction, and which of them the kernel complains about.
+//! Builds a transaction from operations, and maps errors of the kernel to operations.
 
 use std::collections::BTreeMap;
 
@@ -9,13 +9,13 @@ use crate::diff::op::Op;
 use crate::kernel::netlink::message::{Open, Writer, flag};
 use crate::state::{Key, NFT_TABLE, Set, Stray, TableFamily, Value};
 
-/// `NFNL_SUBSYS_NFTABLES`, as the resource that a transaction is for.
+/// `NFNL_SUBSYS_NFTABLES`, the resource id of an nf_tables transaction.
 pub(super) const NF_TABLES: u16 = 10;
 
 /// `NFPROTO_INET`.
 pub(crate) const INET: u8 = 1;
 
-/// The family of a table as the kernel numbers it (`NFPROTO_*`).
+/// Address family of a table as the kernel numbers it (`NFPROTO_*`).
 pub(crate) const fn number(family: TableFamily) -> u8 {
     match family {
         TableFamily::Inet => INET,
@@ -23,38 +23,39 @@ pub(crate) const fn number(family: TableFamily) -> u8 {
     }
 }
 
-/// Bytes of elements in one message: an attribute has at most 65 535, an element far fewer
-/// than what is left free.
+/// Number of element bytes after which a message is full.
+///
+/// An attribute has at most 65 535 bytes, and one element far fewer than the rest.
 const ELEMENTS: usize = 64_000;
 
-/// Bytes that a single IPv4 source takes: what there may be many of.
+/// Size in bytes of one IPv4 source element, the most frequent kind of operation.
 const SOURCE: usize = 44;
 
-/// A transaction ready to be sent.
+/// Transaction that is ready to be sent.
 #[derive(Debug)]
 pub(super) struct Batch {
     datagram: Vec<u8>,
     generation_at: usize,
-    /// Sequence number of its first message, which stands for all of it.
+    /// Sequence number of the first message; errors of the whole transaction carry it.
     pub(super) begin: u32,
-    /// Sequence numbers of the messages that are acknowledged: the last operation, the end.
+    /// Sequence numbers of the acknowledged messages: the last operation, and the end.
     pub(super) acknowledged: [u32; 2],
     origins: Vec<Origin>,
 }
 
-/// What an operation became.
+/// Position of an operation in the transaction.
 #[derive(Clone, Copy, Debug)]
 struct Origin {
-    /// Sequence number of the message.
+    /// Sequence number of the message with the operation.
     sequence: u32,
-    /// Where in the message it begins.
+    /// Offset of the operation in the message.
     start: usize,
-    /// The operation.
+    /// Index of the operation.
     op: usize,
 }
 
 impl Batch {
-    /// The bytes, to be committed only if the rules have this generation; 0 for any.
+    /// Datagram, to be committed only at this ruleset generation; 0 for any.
     pub(super) fn datagram(&mut self, generation: u32) -> &[u8] {
         let at = self.generation_at;
         if let Some(slot) = self.datagram.get_mut(at..at + 4) {
@@ -63,7 +64,7 @@ impl Batch {
         &self.datagram
     }
 
-    /// The operation that a message, or the attribute at an offset of it, was made from.
+    /// Index of the operation at this offset of a message.
     pub(super) fn origin(&self, sequence: u32, offset: Option<usize>) -> Option<usize> {
         let at = offset.unwrap_or(0);
         let mut parts = self.origins.iter().filter(|part| part.sequence == sequence);
@@ -73,14 +74,14 @@ impl Batch {
     }
 }
 
-/// What happens to the elements in a message.
+/// Kind of change of the elements in a message.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Verb {
-    /// They come, and must not be there.
+    /// Adds elements that must not exist.
     Create,
-    /// They come, and may be there.
+    /// Adds elements that may exist.
     Add,
-    /// They go, and must be there.
+    /// Deletes elements that must exist.
     Delete,
 }
 
@@ -94,7 +95,7 @@ impl Verb {
     }
 }
 
-/// Elements of one set that go, or come, in one message.
+/// Unfinished message that adds or deletes elements of one set.
 #[derive(Clone, Copy)]
 struct Elements {
     message: Open,
@@ -114,8 +115,9 @@ struct Builder<'a> {
     terms: &'a Terms<'a>,
 }
 
-/// Makes a transaction of those operations that are nf_tables operations; `None` if there are
-/// none or something does not fit into its length field.
+/// Builds a transaction from the nf_tables operations among `ops`.
+///
+/// `None` if there are none, or if a length does not fit its field.
 pub(super) fn build(
     ops: &[Op],
     terms: &Terms<'_>,
@@ -142,7 +144,8 @@ pub(super) fn build(
     }
     builder.hold_answers(ops);
     builder.flush();
-    // Kernels before 6.10 acknowledge no end of a transaction, so the last operation is, too.
+    // Kernels before 6.10 do not acknowledge the end of a transaction, so the last operation is
+    // acknowledged, too.
     let (last, sequence) = builder.last?;
     builder.writer.demand_ack(last);
 
@@ -165,7 +168,7 @@ impl Builder<'_> {
         (self.next_sequence)()
     }
 
-    /// Begins a message for an operation.
+    /// Starts a message for an operation.
     fn begin(&mut self, op: usize, table: TableFamily, kind: u16, flags: u16) -> (Open, u32) {
         let sequence = self.sequence();
         let message = self.writer.message(kind, flag::REQUEST | flags, sequence);
@@ -189,7 +192,7 @@ impl Builder<'_> {
         self.writer.end(message);
     }
 
-    /// Ends the message with elements, if one is begun.
+    /// Ends the unfinished message with elements, if there is one.
     fn flush(&mut self) {
         if let Some(elements) = self.elements.take() {
             self.writer.close(elements.list);
@@ -203,7 +206,7 @@ impl Builder<'_> {
         element::write(&mut self.writer, key, value);
     }
 
-    /// Makes room for an element of an operation.
+    /// Starts an element of an operation, in a new message if the current one is full.
     fn open_elements(&mut self, index: usize, set: Set, verb: Verb) {
         let fits = self.elements.is_some_and(|open| {
             let room = self.writer.since(open.list) < ELEMENTS;
@@ -227,16 +230,16 @@ impl Builder<'_> {
         self.elements = Some(Elements { message, list: self.writer.open(3), sequence, set, verb });
     }
 
-    /// Has answers kept back from now on, also those that are already.
+    /// Blocks the replies of connections, with the full timeout also for those already blocked.
     ///
-    /// The kernel leaves an element that is added once more the time that it had, and counts no
-    /// transaction that adds no other (seen on 6.1, 6.12 and 6.18). So each is there for certain,
-    /// goes, and comes.
+    /// If an element exists, adding it again does not renew its timeout, and the kernel does not
+    /// count a transaction that adds no other element (seen on 6.1, 6.12 and 6.18). So each element
+    /// is added if absent, deleted, and added again.
     fn hold_answers(&mut self, ops: &[Op]) {
         let mut answers = BTreeMap::new();
         for (index, op) in ops.iter().enumerate() {
             if let Op::HoldAnswers(connection) = op {
-                // Several connections may have the same; a key can go but once.
+                // Several connections may have the same key; an element can be deleted only once.
                 let key = (connection.answers(), element::answer(connection));
                 answers.entry(key).or_insert(index);
             }
@@ -343,7 +346,8 @@ mod tests {
             let list = Attributes::new(body).map(Result::unwrap).last().unwrap();
             let base = message.payload().as_ptr() as usize - 16;
             for found in list.nested().map(Result::unwrap) {
-                // The kernel names the attribute, whose header is in front of its value.
+                // The kernel reports the offset of the attribute's header, which precedes the
+                // value.
                 let offset = found.bytes().as_ptr() as usize - 4 - base;
                 origins.push(batch.origin(message.sequence, Some(offset)).unwrap());
             }

@@ -1,4 +1,4 @@
-//! Making a transaction.
+//! Commits a transaction.
 
 use std::io;
 use std::ops::ControlFlow;
@@ -12,11 +12,12 @@ use crate::kernel::netlink::exchange::acknowledgements;
 use crate::kernel::netlink::message::Ack;
 use crate::kernel::netlink::socket::Socket;
 
-/// Times that a transaction is made for the generation just read; then for any, because someone
-/// else's changes come faster than ours.
+/// Number of attempts at the ruleset generation just read.
+///
+/// The next attempt is for any generation, because other programs commit faster.
 const ATTEMPTS: usize = 5;
 
-/// Bytes that a new socket takes at once on every kernel (`net.core.wmem_default`).
+/// Send buffer size of a new socket on every kernel (`net.core.wmem_default`), in bytes.
 const SMALL: usize = 128 * 1024;
 
 /// Bytes of kernel bookkeeping that count against the send buffer, rounded up.
@@ -26,19 +27,20 @@ const UNKNOWN: &str = "the kernel's answer was lost: whether the changes were ma
 const TOO_LARGE: &str = "raise net.core.wmem_max, or run with CAP_NET_ADMIN in the first user \
                          namespace: a transaction must fit the socket's send buffer";
 
-/// What was refused, by index among the operations.
+/// Refused operations by index, with their errors.
 pub(crate) type Refused = Vec<(usize, KernelError)>;
 
-/// Makes all nf_tables operations in one transaction: all of them are made, or none.
+/// Commits all nf_tables operations in one transaction: all take effect, or none.
 ///
-/// The errors say which operations the kernel refused. One that concerns the transaction as a
-/// whole is reported for the first of them; if it is `ENOBUFS` it is not known what was done.
+/// The errors name the operations that the kernel refused. An error of the whole transaction is
+/// reported for the first operation; if it is `ENOBUFS`, it is unknown whether the transaction was
+/// committed.
 #[cfg(test)]
 pub(crate) fn commit(socket: &mut Socket, ops: &[Op]) -> Result<(), Refused> {
     commit_as(socket, ops, &Terms::default()).map(drop)
 }
 
-/// A transaction between two generations of the rules, with no other between them.
+/// Ruleset generations before and after a transaction, with no other transaction between them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Between {
     pub(crate) before: u32,
@@ -46,15 +48,16 @@ pub(crate) struct Between {
 }
 
 impl Between {
-    /// Both as one; nothing if there was another between the two.
+    /// Joins two consecutive transactions; `None` if another one was committed between them.
     pub(crate) fn and_then(self, next: Self) -> Option<Self> {
         (self.after == next.before).then_some(Self { before: self.before, after: next.after })
     }
 }
 
-/// The same, on these terms.
+/// Commits all nf_tables operations in one transaction, with these options.
 ///
-/// Says between which generations it was made; nothing if that is not known, or nothing was made.
+/// Returns the ruleset generations before and after; `None` if they are unknown or nothing was
+/// committed.
 pub(crate) fn commit_as(
     socket: &mut Socket,
     ops: &[Op],
@@ -70,7 +73,7 @@ pub(crate) fn commit_as(
         );
     };
     reserve(socket, batch.datagram(0).len());
-    // Where there is nothing to do the kernel makes no transaction, and counts none.
+    // Without a change the kernel commits nothing and keeps the generation.
     let is_needed = |op: &Op| op.is_nft() && !matches!(op, Op::WakeTable(_));
     let changes = ops.iter().any(is_needed);
     for number in 0..=ATTEMPTS {
@@ -79,7 +82,7 @@ pub(crate) fn commit_as(
             break;
         }
         let demanded = if number < ATTEMPTS { before } else { 0 };
-        // The kernel counts on from the generation that was demanded, and leaves out 0.
+        // The kernel increments the generation that was demanded, and skips 0.
         let between = Between { before, after: before.wrapping_add(1).max(1) };
         let exact = Some(between).filter(|_| demanded != 0 && changes);
         match attempt(socket, whole, &mut batch, demanded)? {
@@ -96,14 +99,16 @@ pub(crate) fn commit_as(
 
 enum Outcome {
     Made,
-    /// Every operation was accepted, and the end was not acknowledged. Kernels before 6.10 never
-    /// do that; whether they have committed is told by the generation alone.
+    /// Every operation was accepted, but the end was not acknowledged.
+    ///
+    /// Kernels before 6.10 never acknowledge the end; only the generation tells whether they
+    /// committed.
     Accepted,
-    /// The generation was another one; nothing was done.
+    /// The ruleset generation was another one; nothing was committed.
     Outdated,
 }
 
-/// The transaction as a whole, where an error is of no single operation.
+/// The whole transaction, for errors that belong to no single operation.
 #[derive(Clone, Copy)]
 struct Whole<'a> {
     first: usize,
@@ -133,7 +138,7 @@ impl Whole<'_> {
     }
 }
 
-/// Makes the send buffer large enough; if it cannot be, sending says so.
+/// Raises the send buffer for a large transaction; if that is impossible, sending fails.
 fn reserve(socket: &Socket, length: usize) {
     if length > SMALL {
         let wanted = length.saturating_add(SLACK);
@@ -261,7 +266,7 @@ mod tests {
             let mut ours = capabilities(None).unwrap();
             ours.effective.remove(CapabilitySet::NET_ADMIN);
             set_capabilities(None, ours).unwrap();
-            // The kernel asks for the privilege of who opened the socket, too.
+            // The kernel also checks the privileges of the process that opened the socket.
             let mut bare = crate::kernel::nft::open().unwrap();
             let refused = commit(&mut bare, &[Op::AddTable(TableFamily::Inet)]).unwrap_err();
             assert_eq!(refused.len(), 1);

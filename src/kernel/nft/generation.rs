@@ -1,4 +1,4 @@
-//! The generation of the rules, and the requests that are made under one.
+//! Ruleset generation, and requests with the generation in their replies.
 
 use std::io;
 
@@ -14,7 +14,7 @@ use crate::state::TableFamily;
 
 const NO_NF_TABLES: &str = "load nf_tables or use a kernel with it (CONFIG_NF_TABLES)";
 
-/// Opens a socket for nf_tables and the other subsystems of netfilter.
+/// Opens a socket for nf_tables and the other netfilter subsystems.
 pub(crate) fn open() -> Result<Socket, KernelError> {
     Socket::open(NETFILTER).map_err(|error| {
         let error = KernelError::io("open a netfilter socket", &error);
@@ -25,8 +25,9 @@ pub(crate) fn open() -> Result<Socket, KernelError> {
     })
 }
 
-/// Sends a request about a table of this family, and gives every message of the answer to `take`:
-/// the low half of the generation, and the attributes.
+/// Sends a request about a table of this family, and passes each message of the reply to `take`.
+///
+/// `take` gets the low half of the ruleset generation, and the attributes.
 pub(super) fn ask(
     socket: &mut Socket,
     family: TableFamily,
@@ -41,7 +42,7 @@ pub(super) fn ask(
     nfnetlink::ask(socket, request, header, take)
 }
 
-/// Asks for the generation of the rules and leaves the answer unread.
+/// Requests the ruleset generation without reading the reply.
 pub(crate) fn ask_generation(socket: &mut Socket) -> io::Result<()> {
     let mut writer = Writer::default();
     let message = writer.message(kind::GETGEN, flag::REQUEST, socket.next_sequence());
@@ -50,7 +51,7 @@ pub(crate) fn ask_generation(socket: &mut Socket) -> io::Result<()> {
     writer.finish().map_or(Ok(()), |datagram| socket.send(&datagram))
 }
 
-/// The generation of the rules: the kernel counts transactions, of whomever.
+/// Ruleset generation: the kernel's count of transactions, by any program.
 pub(crate) fn generation(socket: &mut Socket) -> Result<u32, KernelError> {
     let request = Request {
         text: "read the generation of nf_tables",
@@ -77,7 +78,7 @@ pub(crate) fn generation(socket: &mut Socket) -> Result<u32, KernelError> {
     generation.ok_or_else(|| KernelError::answer(request.text, "the answer has no generation"))
 }
 
-/// Whether the error says that there is no nf_tables at all.
+/// Whether the error means that the kernel has no nf_tables.
 pub(crate) fn is_absent(error: &KernelError) -> bool {
     let absent = [errno::EINVAL, errno::EOPNOTSUPP, errno::EPROTONOSUPPORT];
     error.errno().is_some_and(|errno| absent.contains(&errno))

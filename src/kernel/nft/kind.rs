@@ -1,4 +1,4 @@
-//! Message types (`enum nf_tables_msg_types` in subsystem 10), and those around a transaction.
+//! Message types of subsystem 10 (`enum nf_tables_msg_types`) and of a batch.
 
 pub(super) const BEGIN: u16 = 0x10;
 pub(super) const END: u16 = 0x11;

@@ -1,4 +1,4 @@
-//! Reading the table back.
+//! Reads the nf_tables table from the kernel.
 
 mod counts;
 #[cfg(test)]
@@ -19,25 +19,26 @@ use crate::state::{ChainId, Elements, Firewall, Key, NFT_TABLE, Set, Stray, Tabl
 
 pub(crate) use counts::counts;
 
-/// Elements of a set that are as well listed as asked for one by one: about where the two cost the
-/// same.
+/// Number of elements up to which a set is dumped and not verified key by key.
+///
+/// At about this number both cost the same.
 const FEW: usize = 8192;
 
-/// Pauses between listings of one set double up to this, which makes a second of them all.
+/// Limit of the pause between dumps of one set.
+///
+/// The pause doubles up to this limit; all pauses together take one second.
 const LONGEST_PAUSE: Duration = Duration::from_millis(1024);
 
 /// Reads our table; `None` if there is none.
 ///
-/// A list that the kernel gives is no snapshot: elements that someone adds or deletes meanwhile
-/// may be in it or not, and others may be missing. So all is read under one generation of the
-/// rules, or again.
+/// A dump is no snapshot: elements that are added or deleted during it may be in it or not, and
+/// others may be missing. So the whole table is read at one ruleset generation, or read again.
 #[cfg(test)]
 pub(crate) fn observe(socket: &mut Socket) -> Result<Option<Firewall>, KernelError> {
     observe_at(socket, None).map(|(firewall, _)| firewall)
 }
 
-/// The same, and the generation of the rules that it was read in; `expected` is what its sets
-/// probably hold.
+/// Reads our table and the ruleset generation; `expected` are the elements its sets probably hold.
 pub(crate) fn observe_at(
     socket: &mut Socket,
     expected: Option<&Elements>,
@@ -45,7 +46,7 @@ pub(crate) fn observe_at(
     whole(socket, TableFamily::Inet, expected)
 }
 
-/// Reads the table's chains and sets, and the elements of these sets; the generation, too.
+/// Reads the table's chains, its sets, the elements of some sets, and the generation.
 pub(super) fn observe_some(
     socket: &mut Socket,
     sets: &BTreeSet<Set>,
@@ -57,9 +58,9 @@ pub(super) fn observe_some(
     })
 }
 
-/// Reads the table at the egress hook; `None` if there is none.
+/// Reads the table of the egress hook; `None` if there is none.
 pub(crate) fn observe_hook(socket: &mut Socket) -> Result<Option<Firewall>, KernelError> {
-    // Most nodes have none.
+    // Most nodes have no such table.
     let table = table::flags_and_owner(socket, TableFamily::Netdev)?;
     if table.is_none() {
         return Ok(None);
@@ -76,7 +77,7 @@ fn whole(
     steady(socket, family, expected, |reader| reader.table())
 }
 
-/// Reads something of a table, again and again until nobody has changed anything meanwhile.
+/// Reads part of a table, repeatedly until the ruleset generation did not change during the read.
 fn steady<T>(
     socket: &mut Socket,
     family: TableFamily,
@@ -86,7 +87,7 @@ fn steady<T>(
     let found = in_one_piece(|| {
         let before = generation(socket)?;
         let mut reader = Reader::new(&mut *socket, family, before, expected);
-        // Also an error is of no account if it is of what has changed.
+        // An error is ignored, too, if the ruleset changed during the read.
         let read = read(&mut reader).map(|found| (found, before));
         let interrupted = reader.moved || generation(socket)? != before;
         Ok((read, Answered { interrupted }))
@@ -99,7 +100,7 @@ fn steady<T>(
     })
 }
 
-/// The part of a generation that is in every answer.
+/// Low half of the generation, which is in every reply.
 const fn low_half(generation: u32) -> u16 {
     (generation & 0xffff) as u16
 }
@@ -108,9 +109,9 @@ struct Reader<'a> {
     socket: &'a mut Socket,
     family: TableFamily,
     generation: u16,
-    /// What the sets probably hold.
+    /// Elements that the sets probably hold.
     expected: Option<&'a Elements>,
-    /// Whether something was changed since the reading began.
+    /// Whether the ruleset changed since the read started.
     moved: bool,
 }
 
@@ -161,7 +162,7 @@ impl<'a> Reader<'a> {
         Ok(Some(firewall))
     }
 
-    /// Reads the table's chains, rules and sets, and the elements of some of these.
+    /// Reads the table's chains, rules and sets, and the elements of the wanted sets.
     fn contents(
         &mut self,
         is_wanted: impl Fn(Set) -> bool,
@@ -215,7 +216,7 @@ impl<'a> Reader<'a> {
         Ok(counts)
     }
 
-    /// Reads the elements of a set that has at least so many.
+    /// Reads the elements of a set that has at least `least` of them.
     fn elements(
         &mut self,
         set: Set,
@@ -237,7 +238,7 @@ impl<'a> Reader<'a> {
         let mut pause = Duration::from_millis(1);
         while pause < LONGEST_PAUSE {
             match self.list(set)? {
-                // Of ranges the kernel counts both ends.
+                // For interval sets the kernel counts both ends of each range.
                 List::Elements(elements) if !set.is_interval() && elements.len() < least => {
                     std::thread::sleep(pause);
                 }
@@ -246,7 +247,8 @@ impl<'a> Reader<'a> {
                     return Ok(());
                 }
                 List::NotOurs => {
-                    // It holds what we never write and cannot name, so it must be made anew.
+                    // The set has elements that this crate never writes and cannot represent, so it
+                    // must be recreated.
                     firewall.sets.remove(&set);
                     firewall.strays.insert(Stray::Set(set.name()));
                     return Ok(());
@@ -258,14 +260,14 @@ impl<'a> Reader<'a> {
         Err(torn(self.family, set))
     }
 
-    /// Lists the elements of a set once.
+    /// Dumps the elements of a set once.
     fn list(&mut self, set: Set) -> Result<List, KernelError> {
         let mut elements = Some(Vec::new());
         self.list_with(set, |attributes| add_elements(attributes, set, &mut elements))?;
         Ok(elements.map_or(List::NotOurs, |elements| decode(set, elements)))
     }
 
-    /// Gives every message of a listing of a set's elements to `take`.
+    /// Dumps the elements of a set, and passes each message to `take`.
     fn list_with(
         &mut self,
         set: Set,
@@ -282,7 +284,7 @@ impl<'a> Reader<'a> {
             writer.string(2, &set.name());
         };
         match self.ask(&request, write, take) {
-            // Deleted since the sets were listed; the generation says so, too.
+            // The set was deleted after the sets were dumped; the generation shows that, too.
             Err(error) if error.errno() == Some(errno::ENOENT) => {
                 self.moved = true;
                 Ok(())
@@ -299,7 +301,7 @@ fn torn(family: TableFamily, set: Set) -> KernelError {
     )
 }
 
-/// Adds a listed chain.
+/// Adds a dumped chain.
 fn add_chain(
     attributes: Attributes<'_>,
     family: TableFamily,
@@ -319,7 +321,7 @@ fn add_chain(
     Ok(())
 }
 
-/// Adds a listed rule to its chain, unless one with its handle was seen.
+/// Adds a dumped rule to its chain, unless a rule with the same handle was seen.
 fn add_rule(
     attributes: Attributes<'_>,
     seen: &mut BTreeSet<u64>,
@@ -337,7 +339,7 @@ fn add_rule(
     Ok(())
 }
 
-/// Adds a listed set, and how many elements it has.
+/// Adds a dumped set, and its number of elements.
 fn add_set(
     attributes: Attributes<'_>,
     family: TableFamily,
@@ -350,13 +352,13 @@ fn add_set(
     match found.ours(family) {
         Some(set) => {
             firewall.sets.insert(set);
-            // Elements that go by themselves are part of no state.
+            // Elements with a timeout are no part of the state.
             let count = found.count.and_then(|count| usize::try_from(count).ok());
             if !set.is_fleeting() {
                 counts.insert(set, count.unwrap_or(0));
             }
         }
-        // A rule that we do not know brought it and takes it away.
+        // An anonymous set is created and deleted with a rule that this crate does not know.
         None if found.is_anonymous() => {}
         None => {
             firewall.strays.insert(Stray::Set(found.name));
@@ -365,7 +367,7 @@ fn add_set(
     Ok(())
 }
 
-/// Adds the elements in one message of a listing.
+/// Adds the elements in one message of a dump.
 fn add_elements(
     attributes: Attributes<'_>,
     set: Set,
@@ -377,7 +379,7 @@ fn add_elements(
     })
 }
 
-/// Calls it with each element in one message of a listing.
+/// Calls `each` with every element in one message of a dump.
 fn each_element(
     attributes: Attributes<'_>,
     mut each: impl FnMut(&Attribute<'_>) -> Result<(), Malformed>,
@@ -397,7 +399,7 @@ fn each_element(
     Ok(())
 }
 
-/// Adds an element to the list, or gives the list up if it is one that we never write.
+/// Adds an element to the list; clears the list if this crate never writes such an element.
 fn collect(list: &mut Option<Vec<element::Found>>, found: Option<element::Found>) {
     match (list.as_mut(), found) {
         (Some(list), Some(found)) => list.push(found),
@@ -407,12 +409,12 @@ fn collect(list: &mut Option<Vec<element::Found>>, found: Option<element::Found>
 
 type Listed = BTreeMap<Key, Value>;
 
-/// What one listing of a set's elements came to.
+/// Result of one dump of a set's elements.
 enum List {
     Elements(Listed),
-    /// There are some that we never write.
+    /// The set has elements that this crate never writes.
     NotOurs,
-    /// Some came twice.
+    /// Some elements were dumped twice.
     Torn,
 }
 
@@ -430,9 +432,9 @@ fn decode(set: Set, mut found: Vec<element::Found>) -> List {
         pairs.map(|found| Some((element::key(set, &found.key)?, found.value?))).collect()
     };
     match elements {
-        // The kernel goes on in a list by the number of elements it gave already. When it makes
-        // a hash table larger meanwhile, in the background and in no generation of its own, some
-        // elements come twice and as many not at all.
+        // The kernel continues a dump by the number of elements already sent. When it resizes the
+        // hash table meanwhile, which happens in the background and without a new generation, some
+        // elements are dumped twice and as many not at all.
         Some(elements) if !set.is_interval() && elements.len() < count => List::Torn,
         Some(elements) => List::Elements(elements),
         None => List::NotOurs,

@@ -1,4 +1,4 @@
-//! Which parts of nf_tables the kernel lacks.
+//! Detects nf_tables features that the kernel lacks.
 
 use std::ops::ControlFlow;
 
@@ -75,20 +75,21 @@ impl KernelPart {
         }
     }
 
-    /// Whether there is another way to do everything that it is for.
+    /// Whether the crate can do everything without this feature.
     pub(crate) const fn can_be_done_without(self) -> bool {
         matches!(self, Self::TableOwner)
     }
 }
 
-/// Name of a table that never comes to be.
+/// Name of a table that is never created.
 const SCRATCH: &str = "egress_datapath_probe";
 
 const TEXT: &str = "try out what nf_tables has";
 
-/// The parts that are missing; the kernel loads those that it can.
+/// Missing features; the kernel loads the modules that it has.
 ///
-/// The transaction has no end, so that the kernel looks at every message and then forgets all.
+/// The probing transaction has no end, so the kernel checks every message and then discards them
+/// all.
 pub(crate) fn missing(socket: &mut Socket) -> Result<Vec<KernelPart>, KernelError> {
     match generation(socket) {
         Err(error) if is_absent(&error) => Ok(vec![KernelPart::NfTables]),
@@ -103,7 +104,7 @@ pub(crate) fn missing(socket: &mut Socket) -> Result<Vec<KernelPart>, KernelErro
     }
 }
 
-/// What stands for a part in the transaction.
+/// Object in the probing transaction that needs a feature.
 enum Trial {
     Table,
     NatChain,
@@ -144,9 +145,10 @@ fn try_out(
     let outcome = acknowledgements(socket, &datagram, &mut |sequence, ack| {
         let part = sequences.iter().find(|(of, _)| *of == sequence);
         match (ack.errno, part) {
-            // The others follow from one refusal, or lead to one.
+            // Acknowledgements of the helper messages; their errors follow from a missing feature.
             (0, _) | (errno::ENOENT | errno::EOPNOTSUPP, None) => {}
-            // There in part is not there: it is tried in the way that it will be used.
+            // A feature that is present only in part counts as missing: it is probed as it will be
+            // used.
             (
                 errno::ENOENT | errno::EOPNOTSUPP | errno::EPROTONOSUPPORT | errno::EINVAL,
                 Some((_, part)),
@@ -163,7 +165,7 @@ fn try_out(
         return Err(refused);
     }
     outcome.complete(TEXT)?;
-    // Without the family nothing can be told of the rest.
+    // Without the inet family nothing is known about the rest.
     if missing.contains(&KernelPart::InetFamily) {
         missing = vec![KernelPart::InetFamily];
     }
@@ -186,7 +188,7 @@ fn write(writer: &mut Writer, sequence: u32, trial: &Trial, next: &mut dyn FnMut
         Trial::Table => {
             let message = begin(writer, kind::NEWTABLE, new, sequence);
             writer.end(message);
-            // For the rules: any expression may stand in a chain that nobody calls.
+            // Chain for the rules: any expression may stand in a chain that is not reached.
             let message = begin(writer, kind::NEWCHAIN, new, next());
             writer.string(3, "rules");
             writer.end(message);
@@ -210,7 +212,7 @@ fn write(writer: &mut Writer, sequence: u32, trial: &Trial, next: &mut dyn FnMut
             writer.nest(4, |writer| {
                 writer.be32(1, 1);
                 writer.be32(2, 0);
-                // There is one in every network namespace.
+                // Every network namespace has this interface.
                 writer.string(3, "lo");
             });
             writer.end(message);
@@ -220,7 +222,7 @@ fn write(writer: &mut Writer, sequence: u32, trial: &Trial, next: &mut dyn FnMut
             writer.string(2, "rules");
             writer.nest(4, |writer| {
                 if let Expr::Snat { sreg, .. } = expr {
-                    // The kernel wants to see the register filled.
+                    // The kernel requires the register to be written before.
                     Expr::Load { dreg: *sreg, data: vec![0; 4] }.write(writer);
                 }
                 expr.write(writer);
@@ -240,7 +242,7 @@ mod tests {
         in_netns(|socket| {
             let before = generation(socket).unwrap();
             let missing = missing(socket).unwrap();
-            // Of what this crate can do without, a kernel has what its version brings.
+            // Whether a kernel has the optional features depends on its version.
             assert!(missing.iter().all(|part| *part == KernelPart::TableOwner), "{missing:?}");
             assert_eq!(missing.is_empty(), has_owners(socket).unwrap());
             assert_eq!(generation(socket), Ok(before));
@@ -253,7 +255,7 @@ mod tests {
     fn an_unknown_expression_is_a_missing_part() {
         in_netns(|socket| {
             let mut parts = parts();
-            // Not an expression of any kernel.
+            // An expression that no kernel has.
             parts.insert(3, (KernelPart::Ct, Trial::Rule(Expr::Other(0))));
             parts.push((KernelPart::Nat, Trial::Rule(Expr::Other(0))));
             assert_eq!(try_out(socket, &parts), Ok(vec![KernelPart::Ct, KernelPart::Nat]));

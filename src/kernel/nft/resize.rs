@@ -1,8 +1,8 @@
-//! How a hash is made anew when it is full.
+//! Recreates a full hash set with a larger size.
 //!
-//! One that is made for a size refuses what exceeds it with `ENFILE`. One transaction then takes it
-//! out of the rules, makes it anew under the same name with what was in it, and puts the rules back:
-//! a packet finds the old one or the new one.
+//! A set with a size refuses further elements with `ENFILE`. One transaction then removes the set
+//! from the rules, recreates it under the same name with its elements, and restores the rules: a
+//! packet finds the old set or the new one.
 
 #[cfg(test)]
 mod tests;
@@ -17,14 +17,15 @@ use crate::error::{KernelError, errno};
 use crate::kernel::netlink::socket::Socket;
 use crate::state::{Firewall, NftRule, Set, Stmt, Stray, TableFamily};
 
-/// Times that a set is made anew before somebody else's changes are too fast for it.
+/// Number of attempts to recreate a set while other programs change the ruleset.
 const ATTEMPTS: usize = 5;
 
 const REMEDY: &str = "the set is full, and could not be made larger beside changes or rules that \
                       are not ours: try again, or take such rules out of the table";
 
-/// The sets that were too small for what was to come into them; none if that is not all that was
-/// refused.
+/// Sets that were too small for the elements to be added.
+///
+/// Empty if anything was refused for another reason.
 pub(crate) fn full(ops: &[Op], refused: &Refused) -> BTreeSet<Set> {
     let set = |(index, error): &(usize, KernelError)| match ops.get(*index) {
         Some(Op::AddElement(key, _)) if error.errno() == Some(errno::ENFILE) => Some(key.set()),
@@ -33,13 +34,14 @@ pub(crate) fn full(ops: &[Op], refused: &Refused) -> BTreeSet<Set> {
     refused.iter().map(set).collect::<Option<_>>().unwrap_or_default()
 }
 
-/// Makes sets anew, with room for what is in them and what is to come, and says between which
-/// generations of the rules.
+/// Recreates sets with room for their elements and for those to be added.
+///
+/// Returns the ruleset generations before and after.
 ///
 /// # Errors
 ///
-/// What the kernel refused, or what was refused before, if the table holds what is not ours to
-/// write or somebody else changes it all the time; nothing was done.
+/// The errors of the kernel. The errors of `refused`, if the table contains objects that this crate
+/// cannot write, or if other programs keep changing it; nothing was changed then.
 pub(crate) fn enlarge(
     socket: &mut Socket,
     sets: &BTreeSet<Set>,
@@ -72,7 +74,7 @@ fn try_to_enlarge(
         match commit_as(socket, &ops, &terms) {
             Ok(between) => return Ok(between),
             Err(refused) => match refused.into_iter().next() {
-                // Somebody else was faster, and what was read may be no longer so.
+                // Another program committed first, so what was read may be outdated.
                 Some((_, error)) if error.errno() == Some(errno::ERESTART) => {}
                 Some((_, error)) => return Err(error),
                 None => break,
@@ -82,7 +84,7 @@ fn try_to_enlarge(
     Ok(None)
 }
 
-/// The operations that make sets of a table anew; `None` if some of it cannot be written back.
+/// Operations that recreate sets of a table; `None` if part of the table cannot be written back.
 fn anew(table: &Firewall, sets: &BTreeSet<Set>) -> Option<Vec<Op>> {
     let looks = |rules: &[NftRule]| {
         let mut statements = rules.iter().flat_map(|rule| &rule.0);
@@ -96,7 +98,7 @@ fn anew(table: &Firewall, sets: &BTreeSet<Set>) -> Option<Vec<Op>> {
         return None;
     }
     let mut ops: Vec<_> = chains.iter().map(|(chain, _)| Op::SetRules(*chain, vec![])).collect();
-    // A chain of somebody else's in our table may look into them; it is to go anyway.
+    // Another program's chain in our table may use the sets; it would be deleted anyway.
     let strays = table.strays.iter().filter(|stray| matches!(stray, Stray::Chain(_)));
     ops.extend(strays.map(|stray| Op::DeleteStray(TableFamily::Inet, stray.clone())));
     ops.extend(sets.iter().copied().map(Op::DeleteSet));

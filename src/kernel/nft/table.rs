@@ -1,4 +1,4 @@
-//! Whose the table is.
+//! Flags and owner of the nf_tables table.
 
 use std::ops::ControlFlow;
 
@@ -15,24 +15,29 @@ const NAME: u16 = 1;
 const FLAGS: u16 = 2;
 const OWNER: u16 = 7;
 
-/// `NFT_TABLE_F_DORMANT`: the kernel asks no chain of the table.
+/// `NFT_TABLE_F_DORMANT`: the kernel evaluates no chain of the table.
 pub(super) const DORMANT: u32 = 1;
 
-/// `NFT_TABLE_F_OWNER`: nobody but the socket that made a table may change it, and without another
-/// flag the table goes with the socket.
+/// `NFT_TABLE_F_OWNER`: only the socket that created the table may change it.
+///
+/// Without another flag the kernel deletes the table when the socket is closed.
 const OWNED: u32 = 2;
 
-/// `NFT_TABLE_F_OWNER | NFT_TABLE_F_PERSIST` (`include/uapi/linux/netfilter/nf_tables.h`): an owner
-/// without the second would take the table along when it dies, and the guards with it.
+/// `NFT_TABLE_F_OWNER | NFT_TABLE_F_PERSIST` (`include/uapi/linux/netfilter/nf_tables.h`).
+///
+/// Without the second flag the kernel would delete the table, and the guards with it, when its
+/// owner dies.
 pub(crate) const LASTING: u32 = OWNED | 4;
 
-/// Says by its owner who alone may change our table, where that one cannot say it itself.
+/// Name of the lock table: its owner has exclusive ownership of our table.
+///
+/// It is used if our own table cannot have that owner.
 const LOCK: &str = "egress_datapath_lock";
 
-/// A name that is never made.
+/// Name of a table that is never created.
 const PROBE: &str = "egress_datapath_probe";
 
-/// The flags of our table, and the port of its owner's socket; `None` if there is no table.
+/// Flags of our table, and the port of its owner's socket; `None` if there is no table.
 pub(crate) fn flags_and_owner(
     socket: &mut Socket,
     family: TableFamily,
@@ -40,7 +45,9 @@ pub(crate) fn flags_and_owner(
     found(socket, family, NFT_TABLE)
 }
 
-/// Makes the lock, which is a table that goes with this socket; says whether the kernel has such.
+/// Creates the lock table, which the kernel deletes with this socket.
+///
+/// `false` if the kernel does not support table owners.
 pub(crate) fn lock(socket: &mut Socket) -> Result<bool, KernelError> {
     if !takes_flags(socket, OWNED)? {
         return Ok(false);
@@ -49,17 +56,17 @@ pub(crate) fn lock(socket: &mut Socket) -> Result<bool, KernelError> {
     Ok(true)
 }
 
-/// The port of the socket that has the lock, if there is one.
+/// Port of the socket that holds the lock; `None` if it is not locked.
 pub(crate) fn locked_by(socket: &mut Socket) -> Result<Option<u32>, KernelError> {
     match found(socket, TableFamily::Inet, LOCK) {
         Ok(table) => Ok(table.and_then(|(_, owner)| owner)),
-        // No nf_tables, and nobody who could have locked them.
+        // Without nf_tables no process can hold the lock.
         Err(error) if super::generation::is_absent(&error) => Ok(None),
         Err(error) => Err(error),
     }
 }
 
-/// The flags of a table, and the port of its owner's socket; `None` if there is no table.
+/// Flags of a table, and the port of its owner's socket; `None` if there is no table.
 fn found(
     socket: &mut Socket,
     family: TableFamily,
@@ -83,7 +90,7 @@ fn found(
     }
 }
 
-/// The flags of a listed table, and the port of its owner's socket.
+/// Flags of a dumped table, and the port of its owner's socket.
 pub(super) fn read(attributes: Attributes<'_>) -> Result<(u32, Option<u32>), Malformed> {
     let (mut flags, mut owner) = (0, None);
     for attribute in attributes {
@@ -97,14 +104,14 @@ pub(super) fn read(attributes: Attributes<'_>) -> Result<(u32, Option<u32>), Mal
     Ok((flags, owner))
 }
 
-/// Whether the kernel has owners of tables that stay without them.
+/// Whether the kernel supports tables that persist without their owner.
 pub(crate) fn has_owners(socket: &mut Socket) -> Result<bool, KernelError> {
     takes_flags(socket, LASTING)
 }
 
-/// Whether the kernel makes tables with these flags.
+/// Whether the kernel accepts these table flags.
 fn takes_flags(socket: &mut Socket, flags: u32) -> Result<bool, KernelError> {
-    // A transaction without an end is checked and acknowledged, but never made.
+    // A transaction without an end is checked and acknowledged, but never committed.
     let text = "nft -c add table with an owner";
     match table(socket, text, (TableFamily::Inet, PROBE), flags, false) {
         Ok(()) => Ok(true),
@@ -113,7 +120,7 @@ fn takes_flags(socket: &mut Socket, flags: u32) -> Result<bool, KernelError> {
     }
 }
 
-/// Becomes the owner of a table of ours, which lost its last one.
+/// Takes ownership of a table that has lost its owner.
 pub(crate) fn adopt(
     socket: &mut Socket,
     family: TableFamily,
@@ -157,7 +164,7 @@ fn table(
     }
 }
 
-/// The beginning or the end of a transaction.
+/// Writes the first or the last message of a transaction.
 fn edge(writer: &mut Writer, kind: u16, sequence: u32) {
     let message = writer.message(kind, flag::REQUEST, sequence);
     writer.nfgen(0, batch::NF_TABLES);

@@ -1,32 +1,34 @@
-//! On what terms a transaction is made, and how many elements a hash is made for.
+//! Options of a transaction, and sizes of hash sets.
 //!
-//! A set that is told a size has a table of fixed length (`nft_hash_type`), which is looked into
-//! and filled faster than one that grows by itself (`nft_rhash_type`).
+//! A set with a size has a hash table of fixed length (`nft_hash_type`). Lookups and inserts are
+//! faster there than in a resizable one (`nft_rhash_type`).
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::diff::op::Op;
 use crate::state::{Set, TableFamily};
 
-/// Elements that every hash has room for: its table takes a few kilobytes.
+/// Smallest size of a hash set: its table takes a few kilobytes.
 const LEAST: usize = 512;
 
-/// The largest size. A larger hash grows by itself: to make it anew would take long, and there a
-/// size saves next to nothing.
+/// Largest size of a hash set.
+///
+/// Larger sets are resizable: recreating them would take long, and a size would save next to
+/// nothing.
 const MOST: usize = 131_072;
 
-/// On what terms a transaction is made.
+/// Options of a transaction.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Terms<'a> {
-    /// Flags of a table that is made.
+    /// Flags of a table that is created.
     pub(crate) table_flags: u32,
-    /// What sets are made for; by default they grow by themselves.
+    /// Sizes of sets that are created; by default sets are resizable.
     pub(crate) sizes: Option<&'a Sizes>,
-    /// The only generation of the rules that will do; any by default.
+    /// Only ruleset generation at which to commit; any by default.
     pub(crate) only_at: Option<u32>,
 }
 
-/// What sets are made for, and how many elements are on their way into each.
+/// Sets that are created, and the number of elements about to be added to each set.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Sizes {
     made: BTreeSet<Set>,
@@ -34,10 +36,10 @@ pub(crate) struct Sizes {
 }
 
 impl Sizes {
-    /// Those that suit these operations.
+    /// Sizes for these operations.
     pub(crate) fn of<'a>(ops: impl IntoIterator<Item = &'a Op>) -> Self {
         let mut sizes = Self::default();
-        // Elements of one set come one after the other, and there may be a million of them.
+        // Elements of one set come in a row, and there may be a million of them.
         let mut run: Option<(Set, usize)> = None;
         for op in ops {
             match op {
@@ -71,15 +73,15 @@ impl Sizes {
         self.coming.get(&set).copied().unwrap_or(0)
     }
 
-    /// The size that a set is made with; `None` for one that grows by itself.
+    /// Size to create a set with; `None` for a resizable set.
     pub(super) fn of_set(&self, set: Set) -> Option<u32> {
         self.made.contains(&set).then(|| size(set, self.coming(set)))?
     }
 }
 
-/// The size of a set for so many elements and some more.
+/// Size of a set with room for this many elements and a quarter more.
 fn size(set: Set, count: usize) -> Option<u32> {
-    // The egress hook's only map is left as it is: it is in a table of its own.
+    // The map of the egress hook gets no size: it is in a table of its own.
     let is_hash = !set.is_interval() && !set.is_fleeting() && !set.is_counting();
     if !is_hash || set.table() != TableFamily::Inet {
         return None;
@@ -126,7 +128,7 @@ mod tests {
         let sizes = Sizes::of(&ops);
         assert_eq!(sizes.coming, [(SOURCES, 5), (OTHERS, 1)].into());
         assert_eq!(sizes.of_set(SOURCES), Some(512));
-        // It is there already.
+        // The set exists already.
         assert_eq!(Sizes::of(&ops[2..3]).of_set(OTHERS), None);
     }
 }

@@ -1,4 +1,4 @@
-//! Addresses of devices.
+//! Addresses of interfaces.
 
 use std::collections::BTreeSet;
 use std::fmt::Display;
@@ -22,7 +22,7 @@ pub(crate) const fn kernel_family(family: Family) -> AddressFamily {
     }
 }
 
-/// Whether the kernel makes such addresses and neighbours of its own accord.
+/// Whether the kernel creates such addresses and neighbours by itself.
 pub(crate) fn is_link_local(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(_) => false,
@@ -40,12 +40,12 @@ pub(crate) fn message(index: u32, net: IpNet) -> AddressMessage {
     message
 }
 
-/// Index of the device and the address with its prefix length.
+/// Interface index, and the address with its prefix length.
 pub(crate) fn parse(message: &AddressMessage) -> Option<(u32, IpNet)> {
     let local = message.attributes.iter().find_map(|attribute| {
         if let AddressAttribute::Local(address) = attribute { Some(*address) } else { None }
     });
-    // IPv6 has "local" only where there is a peer, IPv4 always.
+    // IPv6 has `IFA_LOCAL` only if the address has a peer, IPv4 always.
     let address = local.or_else(|| {
         message.attributes.iter().find_map(|attribute| {
             if let AddressAttribute::Address(address) = attribute { Some(*address) } else { None }
@@ -55,20 +55,21 @@ pub(crate) fn parse(message: &AddressMessage) -> Option<(u32, IpNet)> {
     Some((message.header.index, net))
 }
 
-/// Adds an address to a device.
+/// Request that adds an address to an interface.
 pub(crate) fn add(index: u32, net: IpNet) -> Request {
     let mut message = message(index, net);
     if matches!(net, IpNet::V6(_)) {
-        // Nobody else can have it, and until the check ends it cannot be used.
+        // No other host can have the address, and it would be unusable until duplicate address
+        // detection ends.
         message.header.flags = AddressHeaderFlags::Nodad;
     }
     let message = RouteNetlinkMessage::NewAddress(message);
     Request { message, flags: NLM_F_CREATE | NLM_F_EXCL }
 }
 
-/// Why an address was not added.
+/// Adds the remedy to the error of an address that was not added.
 pub(crate) fn not_added(net: IpNet, error: KernelError) -> KernelError {
-    // Not for want of a privilege, although the error number says so.
+    // EACCES means here that IPv6 is disabled, not that a privilege is missing.
     if error.errno() == Some(errno::EACCES) && matches!(net, IpNet::V6(_)) {
         error.with_remedy(NO_IPV6)
     } else {
@@ -76,13 +77,13 @@ pub(crate) fn not_added(net: IpNet, error: KernelError) -> KernelError {
     }
 }
 
-/// Takes an address off a device.
+/// Request that deletes an address from an interface.
 pub(crate) fn delete(index: u32, net: IpNet) -> Request {
     Request { message: RouteNetlinkMessage::DelAddress(message(index, net)), flags: 0 }
 }
 
 impl RouteSocket {
-    /// Addresses of the device with this index, without link-local ones.
+    /// Addresses of the interface with this index, without link-local addresses.
     pub(crate) fn addresses(&mut self, index: u32) -> Result<BTreeSet<IpNet>, KernelError> {
         let what = format!("ip addr show dev index {index}");
         let mut found = BTreeSet::new();
@@ -100,7 +101,7 @@ impl RouteSocket {
         Ok(found)
     }
 
-    /// All addresses of this node, of whatever device.
+    /// Addresses of all interfaces of this node.
     pub(crate) fn local_addresses(&mut self) -> Result<BTreeSet<IpAddr>, KernelError> {
         let mut found = BTreeSet::new();
         for family in Family::BOTH {
@@ -112,7 +113,7 @@ impl RouteSocket {
         Ok(found)
     }
 
-    /// The device that holds this address, and its MTU.
+    /// Interface that has this address, and its MTU.
     pub(crate) fn device_of(
         &mut self,
         address: IpAddr,
@@ -137,7 +138,7 @@ impl RouteSocket {
     ) -> Result<Vec<(u32, IpNet)>, KernelError> {
         let message = RouteNetlinkMessage::GetAddress(message);
         let found = self.dump(what, &message, |message| match message {
-            // A kernel without IPv6 answers with the addresses of all the families it has.
+            // A kernel without IPv6 replies with the addresses of all the families that it has.
             RouteNetlinkMessage::NewAddress(message)
                 if message.header.family == kernel_family(family) =>
             {

@@ -1,4 +1,4 @@
-//! Forwarding entries of the tunnel device: which node a frame goes to.
+//! FDB entries of the VXLAN device: the node that a frame is sent to, by MAC address.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
@@ -17,7 +17,7 @@ use crate::types::MacAddr;
 /// `NUD_NOARP | NUD_PERMANENT` of `linux/neighbour.h`, as `bridge` sends them.
 const KEPT: u16 = 0xc0;
 
-/// Of an entry that does not lead to a node.
+/// Destination of an FDB entry that does not lead to a node.
 const NOWHERE: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
 
 pub(crate) fn message(index: u32, mac: MacAddr, node: IpAddr) -> NeighbourMessage {
@@ -33,12 +33,13 @@ pub(crate) fn message(index: u32, mac: MacAddr, node: IpAddr) -> NeighbourMessag
     message
 }
 
-/// An entry that leads anywhere but to the tunnel port of a node leads to no address.
+/// MAC address and node of a permanent FDB entry.
 ///
-/// The kernel names port, VNI and device only where they are not those of the tunnel.
+/// An entry with any other destination than the tunnel port of a node has `NOWHERE` for its node:
+/// the kernel reports port, VNI and interface only if they differ from those of the VXLAN device.
 pub(crate) fn parse(message: &NeighbourMessage) -> Option<(MacAddr, IpAddr)> {
     let of_bridge = |attribute: &NeighbourAttribute| {
-        // A bridge that has taken the device keeps entries of its own for it.
+        // A bridge that the device is attached to keeps entries of its own for it.
         matches!(attribute, NeighbourAttribute::Controller(_))
     };
     let kept = u16::from(message.header.state) & KEPT != 0;
@@ -58,29 +59,33 @@ pub(crate) fn parse(message: &NeighbourMessage) -> Option<(MacAddr, IpAddr)> {
     Some((mac, node.unwrap_or(NOWHERE)))
 }
 
-/// Whether frames to it go to every destination of the entry: all that no entry knows, and groups.
+/// Whether frames to this MAC address go to every destination of the entry.
+///
+/// That is so for the default entry (all zeros), which unknown addresses use, and for group
+/// addresses.
 fn is_for_many(mac: MacAddr) -> bool {
     mac.octets() == [0; 6] || !mac.is_unicast()
 }
 
-/// Makes an entry, or leads it elsewhere.
+/// Request that adds an FDB entry or changes its destination.
 pub(crate) fn put(index: u32, mac: MacAddr, node: IpAddr) -> Request {
     let message = RouteNetlinkMessage::NewNeighbour(message(index, mac, node));
     Request { message, flags: NLM_F_CREATE | NLM_F_REPLACE }
 }
 
-/// Deletes an entry.
+/// Request that deletes an FDB entry.
 pub(crate) fn delete(index: u32, mac: MacAddr, node: IpAddr) -> Request {
     let mut message = message(index, mac, node);
     if node == NOWHERE || is_for_many(mac) {
-        // Without one all destinations go, of which such an entry may have several.
+        // A request without a destination deletes all destinations, of which such an entry may have
+        // several.
         message.attributes.truncate(1);
     }
     Request { message: RouteNetlinkMessage::DelNeighbour(message), flags: 0 }
 }
 
 impl RouteSocket {
-    /// Forwarding entries of the device with this index that do not age.
+    /// FDB entries of the device with this index that do not age.
     pub(crate) fn fdb(&mut self, index: u32) -> Result<BTreeMap<MacAddr, IpAddr>, KernelError> {
         let what = format!("bridge fdb show dev index {index}");
         let mut message = NeighbourMessage::default();

@@ -1,5 +1,4 @@
-//! Operations against a real kernel, in network namespaces of their own, with `ip` and `bridge`
-//! as witnesses.
+//! Operations against a real kernel, in network namespaces, checked with `ip` and `bridge`.
 
 mod links;
 mod reads;
@@ -19,12 +18,12 @@ use crate::state::{BACKSTOP_METRIC, LINK_ALIAS, Route, RouteKey, Rule, RuleActio
 use crate::testing::lab::Netns;
 use crate::types::{DeviceName, Family, Mark, TableId};
 
-/// Runs the test in a network namespace with a pair of devices and a foreign tunnel.
+/// Runs the test in a network namespace with a veth pair and another program's VXLAN device.
 pub(crate) fn in_namespace(test: impl FnOnce() + Send) {
     let netns = harness::given("network namespace", Netns::new());
     netns
         .run(|| {
-            // `addrgenmode none`, so that no address appears in the middle of a test.
+            // `addrgenmode none`, so that the kernel adds no address in the middle of a test.
             sh("ip link add u0 type veth peer name u1
                 ip link set u0 addrgenmode none
                 ip link set u1 addrgenmode none
@@ -35,7 +34,7 @@ pub(crate) fn in_namespace(test: impl FnOnce() + Send) {
                 ip link add foreign type vxlan id 99 local 192.0.2.1 dev u0 dstport 4790
                 ip link set foreign alias other addrgenmode none
                 ip link set foreign up");
-            // The kernel tells of the carrier later, much later on a busy machine.
+            // The kernel reports the carrier later, much later on a busy machine.
             let mut socket = RouteSocket::open().unwrap();
             for _ in 0..500 {
                 if all_have_a_carrier(&mut socket) {
@@ -48,8 +47,9 @@ pub(crate) fn in_namespace(test: impl FnOnce() + Send) {
         .unwrap();
 }
 
-/// Whether the kernel has said of both ends of the pair that they are up: until then it says that
-/// it does not know, or that one is down. Of other devices it never knows.
+/// Whether the kernel reports both ends of the veth pair as up.
+///
+/// Until then their state is unknown or down; that of other interfaces is always unknown.
 fn all_have_a_carrier(socket: &mut RouteSocket) -> bool {
     let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
     let ups = socket.dump(&"ip link show", &request, |message| match message {
@@ -62,9 +62,9 @@ fn all_have_a_carrier(socket: &mut RouteSocket) -> bool {
     ups.unwrap().len() == 2
 }
 
-/// Runs commands that change something, and returns what they print; each must succeed.
+/// Runs commands that change the namespace, and returns their output; each must succeed.
 ///
-/// A test that reads what such a program prints needs the program.
+/// A test that reads the output of a program needs that program.
 #[track_caller]
 pub(crate) fn sh(script: &str) -> String {
     let output = harness::shell(script).output().unwrap();
@@ -78,7 +78,7 @@ pub(crate) fn json(command: &str) -> Vec<Value> {
     serde_json::from_str(&sh(command)).unwrap()
 }
 
-/// Everything that may be left behind.
+/// Text of all objects that a test may leave behind.
 fn snapshot() -> String {
     sh("ip -d link; ip addr; ip route show table all; ip -6 route show table all
         ip rule; ip -6 rule; bridge fdb; ip neigh")
@@ -119,12 +119,12 @@ fn rule(family: Family, priority: u32, action: RuleAction) -> Rule {
     }
 }
 
-/// A rule that leads what does not carry a mark past others.
+/// `goto` rule for packets without the mark.
 fn past(family: Family) -> Rule {
     Rule { inverted: true, ..rule(family, 99, RuleAction::Goto(101)) }
 }
 
-/// A rule that leads what carries the mark and comes in by a device past others.
+/// `goto` rule for packets with the mark that come in by this interface.
 fn past_by(device: &str, family: Family) -> Rule {
     Rule { input: Some(name(device)), inverted: false, ..past(family) }
 }
@@ -133,7 +133,7 @@ fn lookup(table: u32) -> RuleAction {
     RuleAction::Lookup(TableId::new(table).unwrap())
 }
 
-/// A state with everything in it, of both families.
+/// State with every kind of object, of both families.
 pub(crate) fn full() -> State {
     let peer = "66:00:00:00:00:02".parse().unwrap();
     let peer6 = "66:00:00:00:00:06".parse().unwrap();

@@ -1,4 +1,4 @@
-//! Routes and rules that have our protocol number and are not of our making.
+//! Routes and rules with our protocol number that this crate did not write.
 
 use std::fmt::Display;
 
@@ -9,11 +9,11 @@ use super::socket::Request;
 use crate::error::{KernelError, errno};
 use crate::state::{StrayKind, StrayRouting};
 
-// Of `linux/rtnetlink.h`.
+// From `linux/rtnetlink.h`.
 const RTM_DELROUTE: u16 = 25;
 const RTM_DELRULE: u16 = 33;
 
-/// Deletes a route or a rule by all that the kernel told of it.
+/// Request that deletes a route or a rule by all attributes that the kernel reported.
 pub(crate) fn delete(what: &dyn Display, stray: &StrayRouting) -> Result<Request, KernelError> {
     let mut header = NetlinkHeader::default();
     header.message_type = match stray.kind {
@@ -25,7 +25,7 @@ pub(crate) fn delete(what: &dyn Display, stray: &StrayRouting) -> Result<Request
     Ok(Request { message, flags: 0 })
 }
 
-/// Whether it was not there to be deleted: it went with its device.
+/// Whether the object was already gone, as after the removal of its interface.
 pub(crate) fn is_gone(error: &KernelError) -> bool {
     matches!(error.errno(), Some(errno::ESRCH | errno::ENOENT))
 }

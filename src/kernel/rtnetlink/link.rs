@@ -1,4 +1,4 @@
-//! The tunnel device: read, made, changed and deleted.
+//! VXLAN device: read, create, change and delete.
 
 use std::fmt::Display;
 use std::net::{IpAddr, Ipv4Addr};
@@ -15,7 +15,7 @@ use crate::error::{KernelError, errno};
 use crate::state::{LINK_ALIAS, LINK_GROUP, Vxlan};
 use crate::types::{DeviceName, MacAddr};
 
-// Of `linux/if_link.h` and `linux/ip.h`.
+// From `linux/if_link.h` and `linux/ip.h`.
 const IFLA_INET_CONF: u16 = 1;
 const IPV4_DEVCONF_RP_FILTER: u16 = 8;
 const IPV4_DEVCONF_PROMOTE_SECONDARIES: u16 = 20;
@@ -29,24 +29,24 @@ const UNCHANGEABLE: &str =
     "VNI, port, address family and lack of an underlay stay: delete the device and add it again";
 const NOT_OURS: &str = "no tunnel device of ours has this name; read the state again";
 
-/// A network device, as far as it matters here.
+/// Network interface, with the attributes that this crate uses.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Device {
     pub(crate) index: u32,
     pub(crate) name: String,
     pub(crate) alias: Option<String>,
     pub(crate) group: u32,
-    /// Index of the bridge or the like that takes what comes in; 0 for none.
+    /// Index of the controller, such as a bridge, that receives incoming frames; 0 for none.
     pub(crate) master: u32,
     pub(crate) mac: Option<MacAddr>,
     pub(crate) mtu: u32,
     pub(crate) rp_filter: u32,
     pub(crate) up: bool,
-    /// What it has as a VXLAN device; `None` if it is not one.
+    /// VXLAN attributes; `None` if the interface is no VXLAN device.
     pub(crate) tunnel: Option<Tunnel>,
 }
 
-/// What only a VXLAN device has.
+/// Attributes of a VXLAN device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Tunnel {
     pub(crate) vni: u32,
@@ -54,9 +54,9 @@ pub(crate) struct Tunnel {
     pub(crate) local: Option<IpAddr>,
     /// Interface index of the underlay; 0 for none.
     pub(crate) underlay: u32,
-    /// Whether frames that come in say where others go to.
+    /// Whether the device learns FDB entries from incoming frames.
     pub(crate) learning: bool,
-    /// TTL of the outer packets; 0 for that of the host.
+    /// TTL of the outer packets; 0 for the host's default.
     pub(crate) ttl: u8,
 }
 
@@ -88,7 +88,7 @@ impl Device {
         self.tunnel.is_some() && (named || self.group == LINK_GROUP)
     }
 
-    /// Whether what never differs from one device of ours to another is as we make it.
+    /// Whether the settings that are the same for every VXLAN device of this crate are unchanged.
     pub(crate) fn is_intact(&self) -> bool {
         let plain = self.tunnel.is_some_and(|tunnel| !tunnel.learning && tunnel.ttl == 0);
         let named = self.alias.as_deref() == Some(LINK_ALIAS) && self.group == LINK_GROUP;
@@ -96,7 +96,7 @@ impl Device {
     }
 }
 
-/// The Ethernet address in these bytes, if they are as many as one has.
+/// MAC address; `None` if the number of bytes is wrong.
 pub(crate) fn mac(bytes: &[u8]) -> Option<MacAddr> {
     <[u8; 6]>::try_from(bytes).ok().map(MacAddr::new)
 }
@@ -145,7 +145,7 @@ pub(crate) fn without_statistics() -> LinkAttribute {
     LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats])
 }
 
-/// The request that creates the device, down and without its alias, which the kernel would ignore.
+/// Request that creates the device, down and without alias, which the kernel would ignore.
 pub(crate) fn create(link: &Vxlan, underlay: u32) -> LinkMessage {
     let mut data = vec![InfoVxlan::Id(link.vni), local(link.local)];
     if underlay != 0 {
@@ -177,7 +177,7 @@ fn info(data: Vec<InfoVxlan>) -> LinkAttribute {
     ])
 }
 
-/// The device's IPv4 settings.
+/// IPv4 settings of the device.
 ///
 /// Without `promote_secondaries` the kernel deletes all other addresses of a subnet together with
 /// the oldest one, also the one that was to replace it.
@@ -192,7 +192,7 @@ fn ipv4(rp_filter: u32) -> LinkAttribute {
     LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet(vec![conf])])
 }
 
-/// Says whose the device is.
+/// Alias and group that identify the device as this crate's.
 fn named_ours() -> [LinkAttribute; 2] {
     [LinkAttribute::IfAlias(LINK_ALIAS.to_owned()), LinkAttribute::Group(LINK_GROUP)]
 }
@@ -219,7 +219,7 @@ fn raise(index: u32, up: bool) -> LinkMessage {
 }
 
 impl RouteSocket {
-    /// Our tunnel device, whatever its name; the oldest if there are several.
+    /// VXLAN device of this crate, whatever its name; the oldest if there are several.
     pub(crate) fn link(&mut self) -> Result<Option<(u32, Vxlan)>, KernelError> {
         let what = "ip -d link show type vxlan";
         let mut message = LinkMessage::default();
@@ -256,7 +256,7 @@ impl RouteSocket {
         )))
     }
 
-    /// The device with this name, of whoever.
+    /// Interface with this name, of any owner.
     pub(crate) fn device_named(
         &mut self,
         what: &dyn Display,
@@ -268,9 +268,9 @@ impl RouteSocket {
         self.device(what, message)
     }
 
-    /// Our device with this name.
+    /// VXLAN device of this crate with this name.
     ///
-    /// The index is looked up for every operation: it changes when the device is made anew.
+    /// The index is looked up for every operation: it changes when the device is recreated.
     pub(crate) fn our_device(
         &mut self,
         what: &dyn Display,
@@ -284,7 +284,7 @@ impl RouteSocket {
         Ok(device)
     }
 
-    /// The device with this index, of whoever.
+    /// Interface with this index, of any owner.
     pub(crate) fn device_at(&mut self, index: u32) -> Result<Option<Device>, KernelError> {
         let mut message = LinkMessage::default();
         message.header.index = index;
@@ -305,7 +305,7 @@ impl RouteSocket {
         }
     }
 
-    /// Name of the device with this index; `None` for 0 and for one that is gone.
+    /// Name of the interface with this index; `None` for 0 and for a deleted interface.
     fn name_of(&mut self, index: u32) -> Result<Option<DeviceName>, KernelError> {
         if index == 0 {
             return Ok(None);
@@ -314,7 +314,7 @@ impl RouteSocket {
         Ok(device.and_then(|device| DeviceName::new(device.name).ok()))
     }
 
-    /// Creates the device and finishes it, or leaves none behind.
+    /// Creates and configures the device; deletes it again if it cannot be configured.
     pub(crate) fn add_link(&mut self, what: &dyn Display, link: &Vxlan) -> Result<(), KernelError> {
         let underlay = self.underlay(what, link)?;
         let create = RouteNetlinkMessage::NewLink(create(link, underlay));
@@ -332,7 +332,7 @@ impl RouteSocket {
         self.found(device.index);
         let finished = self.finish_link(what, link, device.index);
         if finished.is_err() {
-            // The first refusal says more than what becomes of this.
+            // The first error is reported; the error of the deletion would say less.
             let _ = self.delete_device(what, device.index);
         }
         finished
@@ -353,10 +353,10 @@ impl RouteSocket {
         Ok(())
     }
 
-    /// Changes what differs.
+    /// Changes the attributes of the device that differ.
     ///
-    /// A new Ethernet address makes the kernel forget the neighbours, permanent ones too; going
-    /// down makes it forget neighbours and routes.
+    /// A new MAC address makes the kernel delete the neighbours, permanent ones too; setting the
+    /// device down makes it delete neighbours and routes.
     pub(crate) fn set_link(&mut self, what: &dyn Display, link: &Vxlan) -> Result<(), KernelError> {
         let device = self.our_device(what, &link.name)?;
         let index = device.index;
@@ -365,7 +365,7 @@ impl RouteSocket {
             return Err(KernelError::refused(what, errno::EOPNOTSUPP).with_remedy(UNCHANGEABLE));
         }
         let underlay = self.underlay(what, link)?;
-        // The kernel says yes to an underlay of 0 and keeps the old one.
+        // The kernel accepts an underlay of 0 and keeps the old one.
         if underlay == 0 && tunnel.underlay != 0 {
             return Err(KernelError::refused(what, errno::EOPNOTSUPP).with_remedy(UNCHANGEABLE));
         }
@@ -402,7 +402,7 @@ impl RouteSocket {
         if device.master != 0 {
             attributes.push(LinkAttribute::Controller(0));
         }
-        // One whose maker died lacks more than its name.
+        // A device whose creator died before it set the alias lacks the other settings, too.
         let unnamed = device.alias.as_deref() != Some(LINK_ALIAS) || device.group != LINK_GROUP;
         if unnamed {
             attributes.extend(named_ours());
@@ -422,7 +422,7 @@ impl RouteSocket {
         Ok(())
     }
 
-    /// Deletes the device if it is ours.
+    /// Deletes the device if it is this crate's.
     pub(crate) fn delete_link(
         &mut self,
         what: &dyn Display,
@@ -441,7 +441,7 @@ impl RouteSocket {
         self.request(what, RouteNetlinkMessage::SetLink(message), 0)
     }
 
-    /// Keeps the kernel from giving the device an IPv6 address of its own, where it has IPv6.
+    /// Prevents the kernel from adding a link-local IPv6 address to the device, if there is IPv6.
     fn stop_link_local(&mut self, what: &dyn Display, index: u32) -> Result<(), KernelError> {
         match self.set_device(what, change(index, vec![no_link_local()])) {
             Err(error) if error.errno() == Some(errno::EAFNOSUPPORT) => Ok(()),

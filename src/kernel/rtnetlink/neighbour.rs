@@ -1,4 +1,4 @@
-//! Permanent neighbours of the tunnel device.
+//! Permanent neighbours of the VXLAN device.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -35,9 +35,9 @@ pub(crate) fn permanent(index: u32, address: IpAddr, mac: MacAddr) -> NeighbourM
     message
 }
 
-/// The IP address in a neighbour or forwarding entry.
+/// IP address in a neighbour or FDB entry.
 ///
-/// Those of forwarding entries arrive as plain bytes, because their family is that of bridges.
+/// In FDB entries it is raw bytes, because their address family is that of bridges.
 pub(crate) fn destination(attributes: &[NeighbourAttribute]) -> Option<IpAddr> {
     attributes.iter().find_map(|attribute| match attribute {
         NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => Some((*address).into()),
@@ -54,7 +54,7 @@ pub(crate) fn destination(attributes: &[NeighbourAttribute]) -> Option<IpAddr> {
     })
 }
 
-/// The Ethernet address in a neighbour or forwarding entry.
+/// MAC address in a neighbour or FDB entry.
 pub(crate) fn lladdr(attributes: &[NeighbourAttribute]) -> Option<MacAddr> {
     attributes.iter().find_map(|attribute| match attribute {
         NeighbourAttribute::LinkLayerAddress(bytes) => mac(bytes),
@@ -73,19 +73,19 @@ pub(crate) fn parse(message: &NeighbourMessage) -> Option<(IpAddr, MacAddr)> {
     Some((address, lladdr(&message.attributes)?))
 }
 
-/// Makes a permanent neighbour, or changes its address.
+/// Request that adds a permanent neighbour or changes its MAC address.
 pub(crate) fn put(index: u32, address: IpAddr, mac: MacAddr) -> Request {
     let message = RouteNetlinkMessage::NewNeighbour(permanent(index, address, mac));
     Request { message, flags: NLM_F_CREATE | NLM_F_REPLACE }
 }
 
-/// Deletes a neighbour.
+/// Request that deletes a neighbour.
 pub(crate) fn delete(index: u32, address: IpAddr) -> Request {
     Request { message: RouteNetlinkMessage::DelNeighbour(message(index, address)), flags: 0 }
 }
 
 impl RouteSocket {
-    /// Permanent neighbours on the device with this index, without multicast and link-local ones.
+    /// Permanent neighbours on this interface, without multicast and link-local ones.
     pub(crate) fn neighbours(
         &mut self,
         index: u32,

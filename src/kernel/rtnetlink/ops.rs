@@ -1,4 +1,4 @@
-//! The part of the state that the kernel's routing subsystem holds.
+//! Routing part of the state: applies operations to it and reads it over rtnetlink.
 
 use std::collections::BTreeSet;
 use std::mem;
@@ -10,7 +10,7 @@ use crate::error::KernelError;
 use crate::state::{Route, State};
 use crate::types::DeviceName;
 
-/// What a refusal means to the operation; nothing if it comes to the same as success.
+/// Adds a remedy to the error of an operation; `None` if the error is as good as success.
 fn explained(op: &Op, error: KernelError) -> Option<KernelError> {
     match op {
         Op::AddAddress(_, net) => Some(address::not_added(*net, error)),
@@ -20,14 +20,16 @@ fn explained(op: &Op, error: KernelError) -> Option<KernelError> {
 }
 
 impl RouteSocket {
-    /// Makes changes one after another, of those that are not part of an nf_tables transaction;
-    /// all of them are tried. Says which were refused, in order.
+    /// Applies routing operations one after another, and returns the errors by index.
+    ///
+    /// Operations of an nf_tables transaction are not applied here. All operations are tried, also
+    /// after an error.
     pub(crate) fn make(&mut self, ops: &[Op]) -> Vec<(usize, KernelError)> {
         let (mut refused, mut run, mut ours) = (Vec::new(), Run::default(), None);
         for (place, op) in ops.iter().enumerate() {
             if matches!(op, Op::AddLink(_) | Op::SetLink(_) | Op::DeleteLink(_)) {
-                // Several requests, each of which depends on the answers to those before; and our
-                // device may be another one afterwards.
+                // Several requests, each of which depends on the replies to those before; and our
+                // device may have another index afterwards.
                 refused.extend(self.make_run(&mem::take(&mut run)));
                 refused.extend(self.make_link(op).err().map(|error| (place, error)));
                 ours = None;
@@ -46,13 +48,13 @@ impl RouteSocket {
         refused
     }
 
-    /// Makes one change.
+    /// Applies one operation.
     #[cfg(test)]
     pub(crate) fn make_one(&mut self, op: &Op) -> Result<(), KernelError> {
         self.make(std::slice::from_ref(op)).pop().map_or(Ok(()), |(_, error)| Err(error))
     }
 
-    /// Makes what is one request each.
+    /// Applies operations of one request each.
     fn make_run(&mut self, run: &Run<'_>) -> Vec<(usize, KernelError)> {
         let refused = self.request_all(run).into_iter();
         refused.filter_map(|(place, op, error)| Some((place, explained(op, error)?))).collect()
@@ -67,14 +69,14 @@ impl RouteSocket {
         }
     }
 
-    /// What an operation asks of the kernel; `ours` is our device and its index, once known.
+    /// Request of an operation; `ours` caches the name and the index of our device.
     fn request_of(
         &mut self,
         op: &Op,
         ours: &mut Option<(DeviceName, u32)>,
     ) -> Result<Request, KernelError> {
         let mut index = |device: &DeviceName| match ours {
-            // The kernel gives no index to another device: were it gone, it would say so.
+            // The kernel never reuses an index: if the device were gone, the request would fail.
             Some((name, index)) if name == device => Ok(*index),
             _ => {
                 let index = self.our_device(op, device)?.index;
@@ -136,7 +138,7 @@ impl RouteSocket {
         })
     }
 
-    /// Reads back the tunnel device with what is on it, the routes and the rules.
+    /// Reads the VXLAN device and the objects on it, the routes and the rules.
     pub(crate) fn observe(&mut self, state: &mut State) -> Result<(), KernelError> {
         let link = self.link()?;
         let index = link.as_ref().map(|(index, _)| *index);
@@ -157,7 +159,7 @@ impl RouteSocket {
         Ok(())
     }
 
-    /// Every table that a rule names or that holds a route, of either family and of whoever.
+    /// Routing tables of either family that have a route or that a rule looks up, of any owner.
     pub(crate) fn tables_in_use(&mut self) -> Result<BTreeSet<u32>, KernelError> {
         let mut tables: BTreeSet<u32> = self.tables_of_routes()?.into_iter().collect();
         tables.extend(self.tables_of_rules()?);

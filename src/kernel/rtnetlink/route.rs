@@ -1,4 +1,4 @@
-//! Routes in the gateways' tables.
+//! Routes in the gateways' routing tables.
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,7 +18,7 @@ use crate::error::KernelError;
 use crate::state::{PROTOCOL, Route, RouteKey, StrayKind, StrayRouting};
 use crate::types::{Family, TableId};
 
-/// The route; `oif` is the index of the device that one via a gateway leaves by.
+/// Message for a route; `oif` is the index of the interface of a route via a gateway.
 pub(crate) fn message(key: &RouteKey, route: Route, oif: u32) -> RouteMessage {
     let mut message = RouteMessage::default();
     let header = &mut message.header;
@@ -26,7 +26,7 @@ pub(crate) fn message(key: &RouteKey, route: Route, oif: u32) -> RouteMessage {
     header.destination_prefix_length = key.dst.prefix_len();
     header.protocol = RouteProtocol::from(PROTOCOL);
     header.scope = RouteScope::Universe;
-    // The byte in the header is too small for most tables; the attribute wins.
+    // The header's byte is too small for most table numbers; the attribute takes precedence.
     header.table = u8::try_from(key.table.get()).unwrap_or_default();
     header.kind = match route {
         Route::Via(_) => RouteType::Unicast,
@@ -50,9 +50,10 @@ pub(crate) fn message(key: &RouteKey, route: Route, oif: u32) -> RouteMessage {
     message
 }
 
-/// A route of ours; `None` for one that we never write.
+/// Parses a route of this crate; `None` for a route that it never writes.
 ///
-/// `oif` is the index of our device: a route that leaves by another one is not what we wrote.
+/// `oif` is the index of our device: a route with another outgoing interface is none of this
+/// crate's.
 pub(crate) fn parse(message: &RouteMessage, oif: Option<u32>) -> Option<(RouteKey, Route)> {
     let header = &message.header;
     if header.protocol != RouteProtocol::from(PROTOCOL)
@@ -82,7 +83,7 @@ pub(crate) fn parse(message: &RouteMessage, oif: Option<u32>) -> Option<(RouteKe
             | RouteAttribute::NhId(_)
             | RouteAttribute::Encap(_)
             | RouteAttribute::PrefSource(_) => return None,
-            // Preference, expiry and the like: what the kernel says without being told.
+            // Attributes that the kernel adds by itself, such as preference and expiry.
             _ => {}
         }
     }
@@ -95,7 +96,7 @@ pub(crate) fn parse(message: &RouteMessage, oif: Option<u32>) -> Option<(RouteKe
         (RouteType::Unicast, Some(gateway)) if device.is_some() && device == oif => {
             Route::Via(gateway)
         }
-        // IPv6 shows the loopback device for these.
+        // IPv6 reports the loopback interface for these.
         (RouteType::Throw, None) => Route::Throw,
         (RouteType::Unreachable, None) => Route::Unreachable,
         _ => return None,
@@ -103,17 +104,19 @@ pub(crate) fn parse(message: &RouteMessage, oif: Option<u32>) -> Option<(RouteKe
     Some((key, route))
 }
 
-/// A route with our protocol number that we never write; `None` for one in the kernel's own tables.
+/// Parses a route with our protocol number that this crate never writes.
+///
+/// `None` for a route in one of the kernel's own tables.
 pub(crate) fn stray(message: &RouteMessage) -> Option<StrayRouting> {
     let header = &message.header;
     let ours = header.protocol == RouteProtocol::from(PROTOCOL);
-    // What the kernel made of a route, and forgets by itself.
+    // A cached clone of a route, which the kernel drops by itself.
     let cached = header.flags.contains(RouteFlags::Cloned);
     TableId::new(table(message)).filter(|_| ours && !cached)?;
     let family = family(header.address_family)?;
     let mut message = message.clone();
     message.header.flags = RouteFlags::empty();
-    // What tells it from others, without what the kernel counts.
+    // The attributes that identify the route, without the kernel's counters.
     message.attributes.retain(|attribute| {
         matches!(
             attribute,
@@ -137,7 +140,7 @@ pub(crate) fn stray(message: &RouteMessage) -> Option<StrayRouting> {
     Some(StrayRouting { kind: StrayKind::Route, family, text, message: bytes })
 }
 
-/// A route of whoever, as an operator would look for it.
+/// Text of a route of any owner, in the form of `ip route`.
 pub(crate) fn text(message: &RouteMessage, family: Family) -> String {
     let length = message.header.destination_prefix_length;
     let (mut dst, mut via, mut metric) = (family.unspecified(), String::new(), String::new());
@@ -171,7 +174,7 @@ fn ip(address: &RouteAddress) -> Option<IpAddr> {
     }
 }
 
-/// The table that a route is in.
+/// Routing table of a route.
 pub(crate) fn table(message: &RouteMessage) -> u32 {
     message
         .attributes
@@ -183,14 +186,16 @@ pub(crate) fn table(message: &RouteMessage) -> u32 {
         .unwrap_or(u32::from(message.header.table))
 }
 
-/// Makes a route, or takes the place of the one with its key.
+/// Request that adds a route or replaces the one with the same key.
 pub(crate) fn put(key: &RouteKey, route: Route, oif: u32) -> Request {
     let message = RouteNetlinkMessage::NewRoute(message(key, route, oif));
     Request { message, flags: NLM_F_CREATE | NLM_F_REPLACE }
 }
 
-/// Deletes by all that the kernel compares; in IPv4 a metric of 0 means any to it, but it takes
-/// the lowest first, and the kind of the route is compared too.
+/// Request that deletes a route by all attributes that the kernel compares.
+///
+/// A metric of 0 matches any metric in IPv4, but the kernel deletes the route with the lowest one
+/// first, and it also compares the route type.
 pub(crate) fn delete(key: &RouteKey, route: Route, oif: u32) -> Request {
     let mut message = message(key, route, oif);
     message.header.scope = RouteScope::NoWhere;
@@ -198,8 +203,9 @@ pub(crate) fn delete(key: &RouteKey, route: Route, oif: u32) -> Request {
 }
 
 impl RouteSocket {
-    /// Routes of ours, by our protocol number, outside the kernel's own tables, and those with the
-    /// number that we never write.
+    /// Routes outside the kernel's own tables with our protocol number.
+    ///
+    /// The second set has those that this crate never writes.
     pub(crate) fn routes(
         &mut self,
         oif: Option<u32>,
@@ -217,7 +223,7 @@ impl RouteSocket {
             for (ours, stray) in routes {
                 match ours.map(|(key, route)| (found.entry(key), route)) {
                     Some((Entry::Vacant(entry), route)) => drop(entry.insert(route)),
-                    // Of several with one key the kernel uses the first.
+                    // Of several routes with one key the kernel uses the first.
                     Some((Entry::Occupied(_), _)) | None => strays.extend(stray),
                 }
             }
@@ -225,7 +231,7 @@ impl RouteSocket {
         Ok((found, strays))
     }
 
-    /// Tables that hold a route, of either family and of whoever.
+    /// Routing tables of either family that have a route, of any owner.
     pub(crate) fn tables_of_routes(&mut self) -> Result<Vec<u32>, KernelError> {
         let mut found = Vec::new();
         for family in Family::BOTH {
@@ -246,7 +252,7 @@ impl RouteSocket {
         request.header.address_family = kernel_family(family);
         let request = RouteNetlinkMessage::GetRoute(request);
         let found = self.dump(what, &request, |message| match message {
-            // A kernel without IPv6 answers with the routes of all the families it has.
+            // A kernel without IPv6 replies with the routes of all the families that it has.
             RouteNetlinkMessage::NewRoute(route)
                 if route.header.address_family == kernel_family(family) =>
             {

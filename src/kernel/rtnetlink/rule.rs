@@ -33,7 +33,8 @@ pub(crate) fn message(rule: &Rule) -> RuleMessage {
         RuleAction::Unreachable => message.header.action = KernelAction::Unreachable,
         RuleAction::Lookup(table) => {
             message.header.action = KernelAction::ToTable;
-            // The byte in the header is too small for most tables; the attribute wins.
+            // The header's byte is too small for most table numbers; the attribute takes
+            // precedence.
             message.header.table = u8::try_from(table.get()).unwrap_or_default();
             message.attributes.push(RuleAttribute::Table(table.get()));
         }
@@ -47,7 +48,7 @@ pub(crate) fn message(rule: &Rule) -> RuleMessage {
     message
 }
 
-/// A rule of ours; `None` for one that we never write.
+/// Parses a rule of this crate; `None` for a rule that it never writes.
 pub(crate) fn parse(message: &RuleMessage, family: Family) -> Option<Rule> {
     let header = &message.header;
     let selects = (header.src_len, header.dst_len, header.tos) != (0, 0, 0);
@@ -69,9 +70,9 @@ pub(crate) fn parse(message: &RuleMessage, family: Family) -> Option<Rule> {
             RuleAttribute::FwMask(number) => mask = Some(*number),
             RuleAttribute::Goto(priority) => target = Some(*priority),
             RuleAttribute::Iifname(name) => input = Some(DeviceName::new(name).ok()?),
-            // What the kernel says of every rule.
+            // Attributes that the kernel reports for every rule.
             RuleAttribute::SuppressPrefixLen(u32::MAX) | RuleAttribute::Table(_) => {}
-            // A selector or an option that we never ask for.
+            // A selector or an option that this crate never uses.
             _ => return None,
         }
     }
@@ -90,7 +91,7 @@ pub(crate) fn parse(message: &RuleMessage, family: Family) -> Option<Rule> {
     Some(Rule { family, priority, mark: Mark::new(value), mask: mask?, inverted, input, action })
 }
 
-/// A rule with our protocol number that we never write.
+/// Parses a rule with our protocol number that this crate never writes.
 pub(crate) fn stray(message: &RuleMessage, family: Family) -> Option<StrayRouting> {
     let mut priority = 0;
     let mut ours = false;
@@ -111,7 +112,9 @@ pub(crate) fn stray(message: &RuleMessage, family: Family) -> Option<StrayRoutin
     ours.then_some(StrayRouting { kind: StrayKind::Rule, family, text, message: bytes })
 }
 
-/// The table that a rule names; the byte in the header is a stand-in where it does not fit.
+/// Routing table of a rule.
+///
+/// The byte in the header is a placeholder if the number does not fit.
 pub(crate) fn table(message: &RuleMessage) -> u32 {
     message
         .attributes
@@ -123,23 +126,25 @@ pub(crate) fn table(message: &RuleMessage) -> u32 {
         .unwrap_or(u32::from(message.header.table))
 }
 
-/// Adds a rule.
+/// Request that adds a rule.
 pub(crate) fn add(rule: &Rule) -> Request {
-    // Without "exclusive" the kernel adds the same rule as often as it is asked.
+    // Without `NLM_F_EXCL` the kernel adds identical rules as often as it is asked.
     let message = RouteNetlinkMessage::NewRule(message(rule));
     Request { message, flags: NLM_F_CREATE | NLM_F_EXCL }
 }
 
-/// Deletes by all attributes; what is not said matches every rule, and the first one goes.
+/// Request that deletes a rule by all its attributes.
 ///
-/// Nor does the kernel ask whether a rule is inverted, or where it leads (`rule_find` in
-/// `net/core/fib_rules.c`): of several that lead past others, those for a device are to go first.
+/// The kernel deletes the first rule that matches; an attribute that is not in the request matches
+/// every rule. It compares neither whether a rule is inverted nor the target of a `goto`
+/// (`rule_find` in `net/core/fib_rules.c`): of several `goto` rules, those with an input interface
+/// must be deleted first.
 pub(crate) fn delete(rule: &Rule) -> Request {
     Request { message: RouteNetlinkMessage::DelRule(message(rule)), flags: 0 }
 }
 
 impl RouteSocket {
-    /// Rules of ours, by our protocol number, and those with it that we never write.
+    /// Rules with our protocol number; the second set has those that this crate never writes.
     pub(crate) fn rules(
         &mut self,
     ) -> Result<(BTreeSet<Rule>, BTreeSet<StrayRouting>), KernelError> {
@@ -159,7 +164,7 @@ impl RouteSocket {
         Ok((found, strays))
     }
 
-    /// Tables that a rule names, of either family and of whoever.
+    /// Routing tables that a rule of either family looks up, of any owner.
     pub(crate) fn tables_of_rules(&mut self) -> Result<Vec<u32>, KernelError> {
         let mut found = Vec::new();
         for family in Family::BOTH {

@@ -1,4 +1,4 @@
-//! Requests and dumps to the kernel's routing subsystem, with every answer accounted for.
+//! Rtnetlink requests and dumps, with every reply checked.
 
 use std::fmt::Display;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use crate::types::Family;
 
 const NETLINK_ROUTE: isize = 0;
 
-/// A change; `flags` are those beside "request" and "acknowledge".
+/// Request that changes an object; `flags` come in addition to `NLM_F_REQUEST` and `NLM_F_ACK`.
 #[derive(Debug)]
 pub(crate) struct Request {
     pub(crate) message: RouteNetlinkMessage,
@@ -35,7 +35,7 @@ pub(crate) struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    /// Appends the operation at this place among all, as the request with this number.
+    /// Appends the request of an operation, with the operation's index and a sequence number.
     pub(crate) fn push(&mut self, place: usize, op: &'a Op, request: Request, sequence: u32) {
         let flags = NLM_F_REQUEST | NLM_F_ACK | request.flags;
         append(&mut self.datagram, request.message, flags, sequence);
@@ -48,7 +48,7 @@ impl<'a> Run<'a> {
     }
 }
 
-/// A socket to the routing subsystem of one network namespace.
+/// Rtnetlink socket of one network namespace.
 #[derive(Debug)]
 pub(crate) struct RouteSocket {
     socket: Socket,
@@ -60,22 +60,24 @@ impl RouteSocket {
     pub(crate) fn open() -> Result<Self, KernelError> {
         let what = "open a routing socket";
         let socket = Socket::open(NETLINK_ROUTE).map_err(|error| KernelError::io(what, &error))?;
-        // Without it the kernel ignores the filters of a dump and sends everything.
+        // Without strict checking the kernel ignores the filters of a dump and sends everything.
         socket.set_strict().map_err(|error| KernelError::io(what, &error))?;
         Ok(Self { socket, device: Arc::default() })
     }
 
-    /// Index of our device, the last one known; 0 for none. The kernel gives out no index twice.
+    /// Last known index of our device; 0 for none.
+    ///
+    /// The kernel never reuses an index.
     pub(crate) fn device_index(&self) -> Arc<AtomicU32> {
         Arc::clone(&self.device)
     }
 
-    /// Our device has this index.
+    /// Records the index of our device.
     pub(super) fn found(&self, index: u32) {
         self.device.store(index, Ordering::Relaxed);
     }
 
-    /// The port that what this socket changes is attributed to.
+    /// Port id of the socket, which notifications of its changes carry.
     pub(crate) fn port(&self) -> u32 {
         self.socket.port()
     }
@@ -85,12 +87,14 @@ impl RouteSocket {
         &mut self.socket
     }
 
-    /// The next sequence number.
+    /// Next sequence number.
     pub(crate) fn next_sequence(&mut self) -> u32 {
         self.socket.next_sequence()
     }
 
-    /// Makes a change; `flags` are those beside "request" and "acknowledge".
+    /// Sends one request that changes an object.
+    ///
+    /// `flags` come in addition to `NLM_F_REQUEST` and `NLM_F_ACK`.
     pub(crate) fn request(
         &mut self,
         what: &dyn Display,
@@ -101,7 +105,7 @@ impl RouteSocket {
         self.ask(what, message, flags, &mut |_| {}).map(drop)
     }
 
-    /// Asks for one object.
+    /// Reads one object.
     pub(crate) fn get(
         &mut self,
         what: &dyn Display,
@@ -114,9 +118,9 @@ impl RouteSocket {
         answer.ok_or_else(|| KernelError::answer(what, "the answer was empty"))
     }
 
-    /// Asks for all objects of a kind and keeps what `pick` makes of them.
+    /// Dumps all objects of a kind and returns the results of `pick`.
     ///
-    /// A table that does not exist has none.
+    /// A routing table that does not exist is empty.
     pub(crate) fn dump<T>(
         &mut self,
         what: &dyn Display,
@@ -153,7 +157,7 @@ impl RouteSocket {
         exchange::ask(&mut self.socket, what, &datagram, (sequence, flags), &mut take)
     }
 
-    /// Sends what was collected; says what was refused or not acknowledged, by its place.
+    /// Sends the collected requests; returns those that were refused or not acknowledged, by index.
     pub(crate) fn request_all<'a>(&mut self, run: &Run<'a>) -> Vec<(usize, &'a Op, KernelError)> {
         let refused = exchange::request_all(&mut self.socket, &run.datagram, &run.requests);
         let of = |index: usize| Some((*run.places.get(index)?, run.requests.get(index)?.1));
@@ -162,7 +166,7 @@ impl RouteSocket {
     }
 }
 
-/// The object that a message is about.
+/// Parses the object in a message.
 pub(crate) fn object(message: &Message<'_>) -> Result<RouteNetlinkMessage, Malformed> {
     let mut header = NetlinkHeader::default();
     header.message_type = message.kind;
@@ -170,7 +174,7 @@ pub(crate) fn object(message: &Message<'_>) -> Result<RouteNetlinkMessage, Malfo
         .map_err(|_| Malformed("the kernel's answer has an attribute of an unknown form"))
 }
 
-/// A kernel without IPv6 has nothing of it; that is no error.
+/// Turns the error of a kernel without IPv6 into an empty list.
 pub(crate) fn unless_absent<T>(
     family: Family,
     found: Result<Vec<T>, KernelError>,
@@ -186,7 +190,7 @@ pub(crate) fn unless_absent<T>(
     }
 }
 
-/// Appends a message to a datagram, where the kernel looks for the next.
+/// Appends a message to a datagram, at the alignment of the next message.
 fn append(datagram: &mut Vec<u8>, message: RouteNetlinkMessage, flags: u16, sequence: u32) {
     let mut message = NetlinkMessage::from(message);
     message.header.flags = flags;
@@ -206,7 +210,7 @@ mod tests {
 
     #[test]
     fn object_with_an_attribute_of_another_form_is_malformed() {
-        // An attribute "priority" of one byte.
+        // A priority attribute of one byte.
         let odd = [&[2, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0][..], &[5, 0, 6, 0, 1, 0, 0, 0]].concat();
         for (body, is_malformed) in [(&odd[..12], false), (&odd[..], true)] {
             let mut writer = Writer::default();

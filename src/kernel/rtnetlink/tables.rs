@@ -1,4 +1,4 @@
-//! Which routing tables are in use on this host.
+//! Routing tables in use on this host.
 
 use std::collections::BTreeSet;
 
@@ -6,10 +6,10 @@ use super::socket::RouteSocket;
 use crate::alloc::TablesInUse;
 use crate::error::KernelError;
 
-/// Asks the kernel which routing tables are in use, by whomever: a table is, if it has a route or
-/// if a rule leads to it, in either family.
+/// Probe for the routing tables in use in a network namespace, by any program.
 ///
-/// Like [`KernelDatapath`](crate::KernelDatapath) it belongs to the network namespace that the
+/// A table is in use if it has a route or if a rule looks it up, in either family. Like
+/// [`KernelDatapath`](crate::KernelDatapath), the probe belongs to the network namespace that the
 /// opening thread was in.
 #[derive(Debug)]
 pub struct KernelTables {
@@ -21,7 +21,7 @@ impl KernelTables {
     ///
     /// # Errors
     ///
-    /// The part of the kernel that is missing.
+    /// The kernel feature that is missing.
     pub fn open() -> Result<Self, KernelError> {
         Ok(Self { routing: RouteSocket::open()? })
     }

@@ -1,4 +1,4 @@
-//! Our messages against the bytes that `ip` and `bridge` send for the same command.
+//! Compares this crate's messages with those of `ip` and `bridge` for the same command.
 //!
 //! Attributes are compared as a set: their order means nothing to the kernel.
 
@@ -26,7 +26,7 @@ fn bytes(hex: &str) -> Vec<u8> {
         .collect()
 }
 
-/// The captured message, and its flags.
+/// Captured message and its flags.
 fn read(hex: &str) -> (RouteNetlinkMessage, u16) {
     let bytes = bytes(hex);
     let message = NetlinkMessage::deserialize(&bytes).unwrap();
@@ -55,7 +55,7 @@ pub(crate) fn golden() -> Vec<Vec<u8>> {
     .to_vec()
 }
 
-/// The message as the kernel would read it.
+/// Message as the kernel would parse it.
 fn sent(message: RouteNetlinkMessage) -> RouteNetlinkMessage {
     let mut message = NetlinkMessage::from(message);
     message.finalize();
@@ -113,58 +113,60 @@ fn key(dst: &str, metric: u32) -> RouteKey {
     RouteKey { table: TableId::new(3000).unwrap(), dst: dst.parse().unwrap(), metric }
 }
 
-/// `ip route replace default via 10.9.0.9 dev e0 onlink table 3000 proto 69`
+/// Request of `ip route replace default via 10.9.0.9 dev e0 onlink table 3000 proto 69`.
 const ROUTE_VIA: &str = "34000000 1800 0505 6096036b 00000000 \
     02000000 00450001 04000000 0800 0500 0a090009 0800 0f00 b80b0000 0800 0400 04000000";
 
-/// `ip route replace throw 10.0.0.0/8 table 3000 proto 69`
+/// Request of `ip route replace throw 10.0.0.0/8 table 3000 proto 69`.
 const ROUTE_THROW: &str = "2c000000 1800 0505 6096036b 00000000 \
     02080000 00450009 00000000 0800 0100 0a000000 0800 0f00 b80b0000";
 
-/// `ip -6 route replace unreachable 2001:db8::/32 table 3000 metric 4278198272 proto 69`
+/// `ip -6 route replace unreachable 2001:db8::/32 table 3000 metric 4278198272 proto 69`.
 const ROUTE_UNREACHABLE: &str = "40000000 1800 0505 6096036b 00000000 \
     0a200000 00450007 00000000 1400 0100 20010db8000000000000000000000000 \
     0800 0f00 b80b0000 0800 0600 002000ff";
 
-/// `ip route del default via 10.9.0.9 dev e0 onlink table 3000 proto 69`
+/// Request of `ip route del default via 10.9.0.9 dev e0 onlink table 3000 proto 69`.
 const ROUTE_DELETE: &str = "34000000 1900 0500 6096036b 00000000 \
     02000000 0045ff00 04000000 0800 0500 0a090009 0800 0f00 b80b0000 0800 0400 04000000";
 
-/// `ip rule add pref 100 fwmark 0x01000000/0xff000000 lookup 3000 protocol 69`
+/// Request of `ip rule add pref 100 fwmark 0x01000000/0xff000000 lookup 3000 protocol 69`.
 const RULE: &str = "44000000 2000 0506 6096036b 00000000 02000000 00000001 00000000 \
     0800 0600 64000000 0800 0a00 00000001 0800 1000 000000ff 0800 0f00 b80b0000 0500 1500 45000000";
 
-/// `ip -6 rule add pref 101 fwmark 0x02000000/0xff000000 unreachable protocol 69`
+/// Request of `ip -6 rule add pref 101 fwmark 0x02000000/0xff000000 unreachable protocol 69`.
 const RULE_UNREACHABLE: &str = "3c000000 2000 0506 6096036b 00000000 0a000000 00000007 00000000 \
     0800 0600 65000000 0800 0a00 00000002 0800 1000 000000ff 0500 1500 45000000";
 
-/// `ip rule add pref 99 not fwmark 0x01000000/0xff000000 goto 101 protocol 69`
+/// Request of `ip rule add pref 99 not fwmark 0x01000000/0xff000000 goto 101 protocol 69`.
 const RULE_PAST: &str = "44000000 2000 0506 6096036b 00000000 02000000 00000002 02000000 \
     0800 0600 63000000 0800 0a00 00000001 0800 1000 000000ff 0800 0400 65000000 0500 1500 45000000";
 
-/// `ip rule add pref 99 fwmark 0x01000000/0xff000000 iif lo goto 101 protocol 69`
+/// Request of `ip rule add pref 99 fwmark 0x01000000/0xff000000 iif lo goto 101 protocol 69`.
 const RULE_HERE: &str = "4c000000 2000 0506 6096036b 00000000 02000000 00000002 00000000 \
     0800 0600 63000000 0800 0a00 00000001 0800 1000 000000ff 0700 0300 6c6f00 00 \
     0800 0400 65000000 0500 1500 45000000";
 
-/// `ip rule add pref 99 fwmark 0x01001000/0xff001000 goto 101 protocol 69`
+/// Request of `ip rule add pref 99 fwmark 0x01001000/0xff001000 goto 101 protocol 69`.
 const RULE_OVER: &str = "44000000 2000 0506 6096036b 00000000 02000000 00000002 00000000 \
     0800 0600 63000000 0800 0a00 00100001 0800 1000 001000ff 0800 0400 65000000 0500 1500 45000000";
 
-/// `bridge fdb replace 66:00:00:00:00:02 dev e0 dst 192.0.2.2 self permanent`
+/// Request of `bridge fdb replace 66:00:00:00:00:02 dev e0 dst 192.0.2.2 self permanent`.
 const FDB: &str = "30000000 1c00 0505 6196036b 00000000 07000000 04000000 c0000200 \
     0a00 0200 660000000002 0000 0800 0100 c0000202";
 
-/// `ip neigh replace 10.9.0.9 lladdr 66:00:00:00:00:02 dev e0 nud permanent protocol 69`
+/// `ip neigh replace 10.9.0.9 lladdr 66:00:00:00:00:02 dev e0 nud permanent protocol 69`.
 const NEIGHBOUR: &str = "38000000 1c00 0505 6196036b 00000000 02000000 04000000 80000000 \
     0500 0c00 45000000 0800 0100 0a090009 0a00 0200 660000000002 0000";
 
-/// `ip -6 addr add fd09::1/64 dev e0 nodad`
+/// Request of `ip -6 addr add fd09::1/64 dev e0 nodad`.
 const ADDRESS: &str = "40000000 1400 0506 6096036b 00000000 0a400200 04000000 \
     1400 0200 fd090000000000000000000000000001 1400 0100 fd090000000000000000000000000001";
 
-/// `ip link add e0 address 66:f7:06:23:81:6b mtu 1400 group 1701278328 \
-///   type vxlan id 7 local 192.0.2.1 dev u0 dstport 4790 nolearning`
+/// Request of `ip link add` for the sample device.
+///
+/// `ip link add e0 address 66:f7:06:23:81:6b mtu 1400 group 1701278328 type vxlan id 7
+/// local 192.0.2.1 dev u0 dstport 4790 nolearning`
 const LINK: &str = "80000000 1000 0506 6096036b 00000000 00000000 00000000 00000000 00000000 \
     0a00 0100 66f70623816b 0000 0800 0400 78050000 \
     0800 1b00 78726765 0700 0300 6530 00 00 \
@@ -193,7 +195,7 @@ fn a_route_is_deleted_by_its_kind_too() {
     let (RouteNetlinkMessage::DelRoute(mut theirs), _) = read(ROUTE_DELETE) else {
         panic!("not a deletion");
     };
-    // `ip` leaves the kind open; an IPv4 metric of 0 would then match the backstop.
+    // `ip` leaves the route type open; an IPv4 metric of 0 would then match the backstop route.
     assert_eq!(u8::from(theirs.header.kind), 0);
     theirs.header.kind = message.header.kind;
     let ours = sent(RouteNetlinkMessage::DelRoute(message));

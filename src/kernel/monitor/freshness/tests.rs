@@ -12,7 +12,7 @@ use crate::kernel::monitor::tests::noise::NOISE;
 use crate::kernel::rtnetlink::kernel_tests::{in_namespace, sh};
 use crate::{Changes, Cluster, MarkPool, News, Reconciler, State, TablePool, Update, plan};
 
-/// Reads until nothing more is told: new devices go on telling of themselves for a while.
+/// Reads until no more notifications arrive: new devices keep sending them for a while.
 fn known(kernel: &mut KernelDatapath) -> State {
     for _ in 0..50 {
         let state = kernel.observe().unwrap();
@@ -53,7 +53,7 @@ fn every_edit_is_noticed_and_undone_whole() {
             assert_eq!(kernel.drift(), drift, "it stays so until it is read: {script}");
             host.egress.repair().unwrap();
 
-            // The same without a look at the datapath in between.
+            // The same without a call of the datapath in between.
             host.egress.repair().unwrap();
             sh(&format!("{variables}{script}"));
             assert!(!host.egress.repair().unwrap().changes.is_empty(), "{script}");
@@ -104,10 +104,10 @@ fn source(number: u8) -> IpNet {
     IpNet::from(IpAddr::from([10, 244, 7, number]))
 }
 
-/// The same policies with the sources that were added, planned and read from the kernel.
+/// Checks the policies with the added sources: the plan against the state read from the kernel.
 fn check(host: &mut Host, cluster: &Cluster) {
     let found = host.egress.datapath().observe().unwrap();
-    // Marks and tables are those that the kernel has.
+    // The pools allocate the marks and tables that the kernel has.
     let (mut marks, mut tables) = (MarkPool::default(), TablePool::default());
     let mut other = Reconciler::with_allocators(
         KernelDatapath::open().unwrap(),
@@ -129,7 +129,7 @@ fn updates_among_others_transactions_are_made_without_reading() {
         known(host.egress.datapath());
         host.egress.repair().unwrap();
         for number in 1..10 {
-            // Others use nf_tables, too.
+            // Transactions in tables of other programs.
             sh("nft add table ip other; nft add chain ip other c; nft delete table ip other");
             let update: Update =
                 Update::AddSources { policy: id.clone(), sources: vec![source(number)] };
@@ -137,7 +137,7 @@ fn updates_among_others_transactions_are_made_without_reading() {
             assert_eq!(report.changes.len(), 1, "{}", report.changes);
             host.policies[0].sources.push(source(number));
         }
-        // Nobody has read, or it would have been noticed that all is certain anew.
+        // No update has read the state: a read would show, because it makes everything known anew.
         let gone = host.policies[0].sources.pop().unwrap();
         let update: Update = Update::RemoveSources { policy: id, sources: vec![gone] };
         assert_eq!(host.egress.update([update]).unwrap().changes.len(), 1);
@@ -154,7 +154,7 @@ fn what_happens_while_nobody_listens_is_not_taken_for_ours() {
     const NO_MORE: &str = "nft delete table ip other";
     const BOTH: &str = "nft add table ip other
         nft add element inet egress_datapath peer4 '{ 192.0.2.77 }'";
-    // What is done meanwhile, what stands for our own transaction, and what is done afterwards.
+    // Commands before, instead of, and after our own transaction.
     let cases: [([&str; 3], Drift); 6] = [
         (["", OTHERS, ""], Drift::None),
         (["", OTHERS, NO_MORE], Drift::None),
@@ -176,7 +176,7 @@ fn what_happens_while_nobody_listens_is_not_taken_for_ours() {
             kernel.trust.committed(&mut kernel.netfilter, Some(between));
             sh(after);
             assert_eq!(kernel.drift(), expected, "{ours}, {after}");
-            // So is it for whoever waits for news.
+            // The caller's watch reports the same.
             let is_told = host.is_readable(0) && !host.drain().is_empty();
             assert_eq!(is_told, expected == Drift::Unknown, "{ours}, {after}");
             sh("nft delete table ip other 2>&1 || true");

@@ -1,4 +1,4 @@
-//! Every edit wakes, is named, and is repaired.
+//! Every change by another program wakes the watch, is named, and is repaired.
 
 use super::*;
 use crate::diff::op::Op;
@@ -8,7 +8,7 @@ use crate::types::{Family, Mark};
 
 use Part::{Address, Fdb, Firewall, Link, Neighbour, Route, Rule};
 
-/// What somebody does, and the least that is reported of it.
+/// Commands of another program, and the parts that must be reported at least.
 pub(crate) const EDITS: [(&str, &[Part]); 47] = [
     ("nft delete element inet egress_datapath source4 '{ 10.244.1.2 }'", &[Firewall]),
     ("nft add element inet egress_datapath peer4 '{ 192.0.2.77 }'", &[Firewall]),
@@ -61,7 +61,7 @@ pub(crate) const EDITS: [(&str, &[Part]); 47] = [
     ("ip -4 addr del 172.31.0.1/16 dev egress.vxlan", &[Address]),
     ("ip -6 addr del fd31::1/64 dev egress.vxlan", &[Address]),
     ("ip addr add 9.9.9.9/32 dev egress.vxlan", &[Address]),
-    // A device of this kind is flushed from Linux 6.7 on.
+    // The VXLAN driver supports FDB flush from Linux 6.7 on.
     ("bridge fdb flush dev egress.vxlan || bridge fdb del $MAC dev egress.vxlan self", &[Fdb]),
     ("bridge fdb replace $MAC dev egress.vxlan dst 192.0.2.99 self permanent", &[Fdb]),
     ("bridge fdb replace $MAC dev egress.vxlan dst 192.0.2.2 port 99 self permanent", &[Fdb]),

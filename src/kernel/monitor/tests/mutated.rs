@@ -1,4 +1,4 @@
-//! Notifications, damaged.
+//! Mutated notifications.
 
 use crate::event::{News, Process};
 use crate::kernel::monitor::classify;
@@ -7,7 +7,7 @@ use crate::kernel::mutated::notifications;
 use crate::kernel::netlink::message::Messages;
 use crate::kernel::rtnetlink::wire_tests::golden;
 
-/// Index that a device of ours may have.
+/// Interface indices that the VXLAN device may have.
 const INDICES: [u32; 3] = [2, 3, 4];
 
 fn news(what: &str, corpus: &[Vec<u8>]) {

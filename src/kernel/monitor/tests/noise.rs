@@ -1,8 +1,8 @@
-//! What is none of our business, and too much of it.
+//! Changes of objects that are not the datapath's, and receive buffer overflow.
 
 use super::*;
 
-/// Other tables, other devices, other protocols, and look-alikes of another family.
+/// Changes of other tables, interfaces and protocols, and of same-named tables of another family.
 pub(crate) const NOISE: [&str; 12] = [
     "nft add table inet other; nft delete table inet other",
     "nft add table ip egress_datapath; nft delete table ip egress_datapath",
@@ -39,7 +39,7 @@ fn what_others_do_elsewhere_is_no_news() {
 fn foreign_routes_do_not_even_wake() {
     in_namespace(|| {
         let mut host = Host::new();
-        // New devices go on telling of themselves for a while, longer on a busy machine.
+        // New devices keep sending notifications for a while, longer on a busy machine.
         for _ in 0..10 {
             if !host.is_readable(300) {
                 break;
@@ -68,7 +68,7 @@ fn overflow_is_reported_as_lost_and_later_changes_are_reported() {
         assert_eq!(host.egress.repair().unwrap().changes.len(), 40);
         assert!(host.drain().is_empty());
 
-        // The same for transactions.
+        // The same for nf_tables transactions.
         sh("for i in $(seq 40); do echo \"add chain inet egress_datapath c$i\"; done | nft -f -
             for i in $(seq 20); do nft delete chain inet egress_datapath c$i; done");
         assert!(host.drain().lost);

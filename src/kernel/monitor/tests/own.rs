@@ -1,4 +1,4 @@
-//! What we write ourselves.
+//! Changes that the datapath makes itself.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -58,7 +58,7 @@ fn watch_silent_after_own_policy_change() {
     });
 }
 
-/// Whether notifications of it carry the port of the socket that asked.
+/// Whether the notifications of an operation carry the port of the requesting socket.
 fn has_port(op: &Op) -> bool {
     !matches!(
         op,

@@ -1,4 +1,4 @@
-//! Datagrams to and from the kernel, as far as faults must know them.
+//! Parser and builder of datagrams, as far as fault injection needs them.
 
 use std::ops::Range;
 
@@ -9,20 +9,20 @@ use crate::kernel::netlink::message::{HEADER, NLMSG_DONE, NLMSG_ERROR, Writer, f
 /// First message of a transaction (`NFNL_MSG_BATCH_BEGIN`).
 const BEGIN: u16 = 0x10;
 
-/// Subsystem of `nf_tables`, in the high byte of a message's type.
+/// Netfilter subsystem of `nf_tables`, in the high byte of the message type.
 const NF_TABLES: u16 = 10;
-/// Subsystem of connections, likewise.
+/// Netfilter subsystem of conntrack, in the high byte of the message type.
 const CONNECTIONS: u16 = 1;
-/// Subsystem of sets, likewise.
+/// Netfilter subsystem of ipset, in the high byte of the message type.
 const SETS: u16 = 6;
-/// The commands of sets that ask: protocol, list, save, test, header, type, and two about names.
+/// Read-only ipset commands: protocol, list, save, test, header, type, and two about names.
 const ASK_ABOUT_SETS: [u16; 8] = [1, 7, 8, 11, 12, 13, 14, 15];
 /// `IPCTNL_MSG_CT_GET`.
 const GET_CONNECTIONS: u16 = 0x101;
-/// `NFT_MSG_GETGEN`, and the types that ask in between: each third from `NFT_MSG_GETTABLE`.
+/// `NFT_MSG_GETGEN`; the other read-only types are every third from `NFT_MSG_GETTABLE` on.
 const GET_GENERATION: u16 = 0xa10;
 
-/// A message: where it begins and ends, its type and its sequence number.
+/// Position, type and sequence number of a message in a datagram.
 #[derive(Clone, Copy, Debug)]
 struct Found {
     start: usize,
@@ -62,28 +62,28 @@ fn messages(datagram: &[u8]) -> Vec<Found> {
     found
 }
 
-/// All of a datagram.
+/// Range of the whole datagram.
 pub(crate) fn whole(datagram: &[u8]) -> Vec<Range<usize>> {
     std::iter::once(0..datagram.len()).collect()
 }
 
-/// Every message of a datagram.
+/// Ranges of the messages of a datagram.
 pub(crate) fn each(datagram: &[u8]) -> Vec<Range<usize>> {
     let aligned = |end: usize| end.next_multiple_of(4).min(datagram.len());
     let messages = messages(datagram).into_iter();
     messages.map(|message| message.start..aligned(message.end)).collect()
 }
 
-/// What a datagram of a routing socket is about.
+/// Call that a datagram of a routing socket makes.
 ///
-/// The types of its messages are also types of netfilter, with other meanings.
+/// Its message types are also netfilter message types, with other meanings.
 pub(crate) fn routing_call(datagram: &[u8]) -> Call {
     let first = messages(datagram).first().map_or(0, |message| message.kind);
-    // Every kind of object has four types: new, delete, get, set.
+    // Every kind of object has four message types: new, delete, get, set.
     Call { subsystem: Subsystem::Routing, writes: first % 4 != 2 }
 }
 
-/// What a datagram of a netfilter socket is about.
+/// Call that a datagram of a netfilter socket makes.
 pub(crate) fn netfilter_call(datagram: &[u8]) -> Call {
     let first = messages(datagram).first().map_or(0, |message| message.kind);
     if first >> 8 == CONNECTIONS {
@@ -97,21 +97,22 @@ pub(crate) fn netfilter_call(datagram: &[u8]) -> Call {
     Call { subsystem: Subsystem::Firewall, writes: !asks }
 }
 
-/// A transaction without its end.
+/// Transaction without the message that ends it.
 pub(crate) fn without_end(transaction: &[u8]) -> &[u8] {
     let end = messages(transaction).last().map_or(0, |end| end.start);
     transaction.get(..end).unwrap_or_default()
 }
 
-/// The kernel's refusal of a transaction.
+/// Reply of the kernel that refuses a transaction.
 pub(crate) fn aborted(transaction: &[u8], errno: i32, port: u32) -> Vec<u8> {
-    // That the generation is another one is said of the whole, everything else of a part.
+    // ERESTART, for another generation, refers to the whole transaction; every other error refers
+    // to one of its operations.
     let which = usize::from(errno != errno::ERESTART);
     let answered = messages(transaction).get(which).copied();
     answers(answered.as_slice(), errno, port)
 }
 
-/// The kernel's refusal of all that a datagram asks for.
+/// Reply of the kernel that refuses every request of a datagram.
 pub(crate) fn refused(datagram: &[u8], errno: i32, port: u32) -> Vec<u8> {
     answers(&messages(datagram), errno, port)
 }
@@ -134,8 +135,9 @@ fn answers(to: &[Found], errno: i32, port: u32) -> Vec<u8> {
     bytes
 }
 
-/// Makes a list one of which the kernel says that it changed meanwhile; an object is missing
-/// from it, if another one is left to say so.
+/// Turns a dump into one that the kernel marks as changed during the dump.
+///
+/// Its first object is removed, if another object is left to carry the mark.
 pub(crate) fn torn(datagram: &mut Vec<u8>) {
     let objects = |datagram: &[u8]| -> Vec<_> {
         messages(datagram).into_iter().filter(Found::is_object).collect()
@@ -146,7 +148,7 @@ pub(crate) fn torn(datagram: &mut Vec<u8>) {
     }
     let mut said = false;
     for object in objects(datagram) {
-        // A list of nf_tables has the low half of the generation in every message.
+        // A dump of nf_tables has the low half of the generation in every message.
         if object.kind >> 8 == NF_TABLES {
             if let Some(low) = datagram.get_mut(object.start + HEADER + 3) {
                 *low = low.wrapping_add(1);

@@ -1,4 +1,4 @@
-//! Between a socket and its callers: carries the faults out.
+//! Fault injection for one socket.
 
 use std::collections::VecDeque;
 use std::io;
@@ -11,19 +11,19 @@ use super::datagram::{
 use crate::error::errno;
 use crate::faults::{Call, Fault, Faults, Subsystem};
 
-/// The faults of one socket.
+/// Fault plan applied to the messages of one socket.
 #[derive(Debug)]
 pub(crate) struct Tap {
     faults: Faults,
     call: fn(&[u8]) -> Call,
-    /// What of a datagram is a call of its own.
+    /// Splits a datagram into the parts that count as separate calls.
     parts: fn(&[u8]) -> Vec<Range<usize>>,
     made_up: Vec<u8>,
-    /// What happens to the first datagram of the answer to each of the last calls.
+    /// Fault for the first datagram of the reply to each of the last calls.
     damage: VecDeque<Option<Damage>>,
 }
 
-/// What happens to a datagram that is received.
+/// Fault of a received datagram.
 #[derive(Debug)]
 enum Damage {
     Lost,
@@ -48,10 +48,10 @@ impl Tap {
         Self { faults, call, parts, made_up: Vec::new(), damage: VecDeque::new() }
     }
 
-    /// Sends a datagram, or does with its parts what the plan says.
+    /// Sends a datagram, with the faults that the plan has for its parts.
     ///
-    /// The kernel carries out one part after another, so that something can happen between two of
-    /// them; a datagram that it does not get it gets no part of.
+    /// The kernel carries out one part after another, so that a fault can lie between two of them.
+    /// If the datagram is not sent, no part of it is.
     pub(crate) fn send(
         &mut self,
         datagram: &[u8],
@@ -68,7 +68,7 @@ impl Tap {
             done
         };
         let bytes = |range: Range<usize>| datagram.get(range).unwrap_or_default();
-        // What has not been sent begins here.
+        // Start of the part of the datagram that was not sent yet.
         let mut rest = 0;
         for Range { start, end } in (self.parts)(datagram) {
             let request = bytes(start..end);
@@ -108,12 +108,12 @@ impl Tap {
         send(bytes(rest..datagram.len()))
     }
 
-    /// An answer that is not the kernel's.
+    /// Injected reply that does not come from the kernel.
     pub(crate) fn made_up(&mut self) -> Option<Vec<u8>> {
         (!self.made_up.is_empty()).then(|| std::mem::take(&mut self.made_up))
     }
 
-    /// Damages an answer of the kernel's.
+    /// Applies the planned fault to a reply of the kernel.
     pub(crate) fn damage(&mut self, datagram: &mut Vec<u8>) -> io::Result<()> {
         match self.damage.pop_front().flatten() {
             None => {}
@@ -141,7 +141,7 @@ mod tests {
     /// `RTM_NEWROUTE`.
     const ADD: u16 = 24;
 
-    /// Requests with these numbers.
+    /// Requests with these sequence numbers.
     fn datagram(sequences: &[u32]) -> Vec<u8> {
         let mut writer = Writer::default();
         for sequence in sequences {
@@ -156,8 +156,9 @@ mod tests {
         Messages::new(datagram).map(|message| message.unwrap().sequence).collect()
     }
 
-    /// What becomes of three requests with a fault at the second: what is sent one after another,
-    /// and whether it is.
+    /// Sends three requests with a fault at the second.
+    ///
+    /// Returns the datagrams that were sent, the result, and the tap.
     fn send(faults: Faults) -> (Vec<Vec<u32>>, io::Result<()>, Tap) {
         let sent = RefCell::new(Vec::new());
         let mut tap = Tap::of_routing(faults);

@@ -1,4 +1,4 @@
-//! Reading messages.
+//! Reader of netlink messages and attributes.
 
 use netlink_packet_core::NLA_TYPE_MASK;
 
@@ -8,11 +8,11 @@ fn array<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
     bytes.get(at..at.checked_add(N)?)?.try_into().ok()
 }
 
-/// The messages of one datagram; ends after the first that is malformed.
+/// Iterator over the messages of one datagram; ends after the first malformed one.
 #[derive(Clone, Debug)]
 pub(crate) struct Messages<'a>(&'a [u8]);
 
-/// One message.
+/// Netlink message.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Message<'a> {
     pub(crate) kind: u16,
@@ -56,12 +56,12 @@ impl<'a> Iterator for Messages<'a> {
 }
 
 impl<'a> Message<'a> {
-    /// Everything behind the header.
+    /// Bytes behind the header.
     pub(crate) const fn payload(&self) -> &'a [u8] {
         self.payload
     }
 
-    /// The resource id of a netfilter message and what is behind `struct nfgenmsg`.
+    /// Resource id of a netfilter message, and the bytes behind `struct nfgenmsg`.
     pub(crate) fn nfgen(&self) -> Result<(u16, &'a [u8]), Malformed> {
         let split = || Some((array(self.payload, 2)?, self.payload.get(4..)?));
         match split() {
@@ -71,11 +71,11 @@ impl<'a> Message<'a> {
     }
 }
 
-/// Attributes one after another; ends after the first that is malformed.
+/// Iterator over consecutive attributes; ends after the first malformed one.
 #[derive(Clone, Debug)]
 pub(crate) struct Attributes<'a>(&'a [u8]);
 
-/// One attribute.
+/// Netlink attribute.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Attribute<'a> {
     pub(crate) kind: u16,
@@ -119,7 +119,7 @@ impl<'a> Attribute<'a> {
         self.bytes
     }
 
-    /// The attributes inside.
+    /// Nested attributes.
     pub(crate) const fn nested(&self) -> Attributes<'a> {
         Attributes(self.bytes)
     }
@@ -129,46 +129,46 @@ impl<'a> Attribute<'a> {
         value.map_err(|_| Malformed("a number has a wrong length"))
     }
 
-    /// A number in network byte order.
+    /// 32-bit number in network byte order.
     pub(crate) fn be32(&self) -> Result<u32, Malformed> {
         self.exact().map(u32::from_be_bytes)
     }
 
-    /// A number in network byte order.
+    /// 64-bit number in network byte order.
     pub(crate) fn be64(&self) -> Result<u64, Malformed> {
         self.exact().map(u64::from_be_bytes)
     }
 
-    /// A number in the byte order of this machine.
+    /// 32-bit number in native byte order.
     pub(crate) fn u32(&self) -> Result<u32, Malformed> {
         self.exact().map(u32::from_ne_bytes)
     }
 
-    /// A text, with or without its closing NUL.
+    /// String, with or without its terminating NUL.
     pub(crate) fn text(&self) -> Result<&'a str, Malformed> {
         let bytes = self.bytes.strip_suffix(&[0]).unwrap_or(self.bytes);
         std::str::from_utf8(bytes).map_err(|_| Malformed("a name is not UTF-8"))
     }
 
-    /// Whether it is this text.
+    /// Whether the value is this string.
     pub(crate) fn is(&self, text: &str) -> bool {
         trim(self.bytes) == text.as_bytes()
     }
 }
 
-/// The kernel's verdict on one request.
+/// Acknowledgement of one request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Ack {
-    /// The error number, positive; 0 if there was none.
+    /// Error number, positive; 0 for success.
     pub(crate) errno: i32,
-    /// Where in the request, counted from its header, the attribute is that was refused.
+    /// Offset of the refused attribute in the request, counted from the request's header.
     pub(crate) offset: Option<usize>,
-    /// The kernel's words.
+    /// Error message of the kernel (extended acknowledgement).
     pub(crate) words: Option<String>,
 }
 
 impl Ack {
-    /// Reads a message of type `NLMSG_ERROR` or `NLMSG_DONE`.
+    /// Parses a message of type `NLMSG_ERROR` or `NLMSG_DONE`.
     pub(crate) fn read(message: &Message<'_>) -> Result<Self, Malformed> {
         let payload = message.payload();
         let code = array(payload, 0).map(i32::from_ne_bytes);

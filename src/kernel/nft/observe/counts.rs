@@ -1,4 +1,4 @@
-//! What the counters of our policies stand at.
+//! Reads the policies' counters.
 
 #[cfg(test)]
 mod tests;
@@ -13,9 +13,10 @@ use crate::kernel::netlink::socket::Socket;
 use crate::kernel::nft::element;
 use crate::state::{Firewall, Key, Set, TableFamily};
 
-/// Reads the counters of our table; none if there is no table.
+/// Counters of our table; empty if there is no table.
 ///
-/// All are listed under one generation of the rules, not at one time: packets go on meanwhile.
+/// All counters are dumped at one ruleset generation, but not at one time: packets are counted
+/// meanwhile.
 #[expect(clippy::redundant_closure_for_method_calls, reason = "a path has no lifetime of its own")]
 pub(crate) fn counts(socket: &mut Socket) -> Result<Counts, KernelError> {
     steady(socket, TableFamily::Inet, None, |reader| reader.counts()).map(|(counts, _)| counts)
@@ -34,14 +35,14 @@ impl Reader<'_> {
         Ok(counts)
     }
 
-    /// The counters of a set that has at least so many.
+    /// Counters of a set that has at least `least` of them.
     fn counts_of(&mut self, set: Set, least: usize) -> Result<Counts, KernelError> {
         let mut pause = Duration::from_millis(1);
         while pause < LONGEST_PAUSE {
             let mut counts = Counts::new();
             self.list_with(set, |attributes| add_counts(attributes, set, &mut counts))?;
-            // As of elements: when the kernel makes the set larger meanwhile, some come twice and
-            // others not at all.
+            // As with other elements: when the kernel resizes the set meanwhile, some counters are
+            // dumped twice and others not at all.
             if counts.len() >= least || self.moved {
                 return Ok(counts);
             }
@@ -52,7 +53,7 @@ impl Reader<'_> {
     }
 }
 
-/// Adds the counters in one message of a listing.
+/// Adds the counters in one message of a dump.
 fn add_counts(attributes: Attributes<'_>, set: Set, counts: &mut Counts) -> Result<(), Malformed> {
     each_element(attributes, |found| {
         let counter: Option<(Key, Count)> = element::read_count(found, set)?;

@@ -1,4 +1,4 @@
-//! Listings of our table, damaged.
+//! Mutated dumps of our table.
 
 use super::*;
 use crate::kernel::mutate;
@@ -9,7 +9,7 @@ use crate::state::Stmt;
 
 const DUMP: u16 = flag::DUMP | flag::ACK;
 
-/// What the kernel lists of these kinds, or would list.
+/// Dumps of these kinds: those of the kernel, and golden ones.
 fn corpus(requests: &[(u16, u16, Option<Set>)]) -> Vec<Vec<u8>> {
     let request = |(kind, flags, set): &(u16, u16, Option<Set>)| {
         let mut writer = Writer::default();
@@ -28,7 +28,7 @@ fn corpus(requests: &[(u16, u16, Option<Set>)]) -> Vec<Vec<u8>> {
     found
 }
 
-/// Calls it with the bodies of the messages of a type; whether all could be read.
+/// Calls `take` with the body of each message of a type; `None` if no message could be read.
 fn each(input: &[u8], kind: u16, mut take: impl FnMut(Attributes<'_>) -> bool) -> Option<()> {
     let mut count = 0;
     for message in Messages::new(input) {
@@ -115,7 +115,7 @@ fn mutated_elements() {
     ];
     let corpus = corpus(&sets.map(|set| (kind::GETSETELEM, DUMP, Some(set))));
     mutate::messages("nf_tables elements", 32, &corpus, |input| {
-        // Each input as that of every fourth set; which, follows from the input.
+        // Each input is read as that of every fourth set; the first of them follows from the input.
         let turn = input.iter().map(|byte| usize::from(*byte)).sum::<usize>() % 4;
         let mut size = None;
         for set in sets.iter().skip(turn).step_by(4) {

@@ -1,18 +1,19 @@
-//! What a large set holds, asked key by key.
+//! Verifies the elements of a large set key by key, instead of a dump.
 //!
-//! The kernel begins a listing at the first element for every datagram that it fills, and walks
-//! past those that it has told already: what it takes grows with the square of the set. To look
-//! one key up takes the same in a set of any size. So whoever knows what is probably there asks
-//! for every key of it.
+//! For every datagram of a dump the kernel starts at the first element and skips the elements that
+//! it has already sent, so the cost of a dump grows with the square of the set's size. A lookup of
+//! one key costs the same in a set of any size. So if the elements are probably known, each
+//! expected key is looked up.
 //!
-//! The kernel answers for each key on its own, with the sequence number of the request, and to
-//! read a million answers takes longer than to find what they say. So a request asks for keys of
-//! one value, has that value for its sequence number, and a filter of the socket drops the answers
-//! whose value is their sequence number. Left to be read are the differences, and for every
-//! datagram of requests one acknowledgement, of the last: that the kernel has come to its end.
+//! The kernel replies to each key separately, with the sequence number of the request, and reading
+//! a million replies takes longer than the lookups. So a request has only keys with the same
+//! expected value and uses this value as its sequence number, and a socket filter drops the replies
+//! whose value equals their sequence number. The differences remain to be read, and one
+//! acknowledgement for each datagram of requests: that of its last request, which shows that the
+//! kernel has finished.
 //!
-//! If the keys that are there are as many as the kernel counts in the set, there are no others. If
-//! not, somebody put one there that was not expected, and only a listing tells which.
+//! If the number of expected keys found equals the kernel's element count of the set, there are no
+//! other keys. Otherwise the set has an unexpected key, and only a dump tells which.
 
 #[cfg(test)]
 mod tests;
@@ -32,42 +33,45 @@ use crate::kernel::netlink::message::{Ack, Attributes, Message, NLMSG_ERROR, Ope
 use crate::kernel::nft::{batch, element, kind};
 use crate::state::{Data, Elements, Key, NFT_TABLE, Set, Tag, Value};
 
-/// Bytes of requests after which no other begins in a datagram, and bytes of keys after which a
-/// request ends: together they are less than every socket takes, and a request is one attribute.
+/// Size limits in bytes of a datagram, and of the keys in a request.
+///
+/// No request starts after the first limit, and no key after the second. Together they are less
+/// than the send buffer of every socket, and the keys of a request are one attribute.
 const DATAGRAM: usize = 60_000;
 const REQUEST: usize = 60_000;
 
-/// Keys that are put in the order of their values together, for the memory that it takes.
+/// Number of keys that are sorted by value together, which limits the memory needed.
 const AT_ONCE: usize = 65_536;
 
-/// Differences up to which it is worth to go on; with more a listing may be as quick.
+/// Number of differences up to which verification continues; with more a dump may be as fast.
 const MANY: usize = 1024;
 
-/// Bytes for the answers of so many differences, with the kernel's own part of them.
+/// Receive buffer for the replies of that many differences, with the kernel's overhead, in bytes.
 const UNREAD: usize = 2 * 1024 * 1024;
 
-/// A key that was expected, and has another value or is not there.
+/// Expected key that has another value, or is missing (`None`).
 pub(super) type Difference = (Key, Option<Value>);
 
-/// Keys that are expected to have the same value.
+/// Keys with the same expected value.
 type Keys<'k> = &'k [(Tag, Key)];
 
-/// The requests of one datagram.
+/// Requests of one datagram.
 #[derive(Default)]
 struct Asked<'k> {
     datagram: Vec<u8>,
-    /// The keys of each, by sequence number.
+    /// Keys of each request, by sequence number.
     requests: HashMap<u32, Keys<'k>>,
-    /// Sequence number of the last, which is acknowledged.
+    /// Sequence number of the last request, which is acknowledged.
     last: u32,
-    /// Bytes of a request in front of its first key, and those of a key.
+    /// Size in bytes of a request before its first key, and of one key.
     head: usize,
     each: usize,
 }
 
 impl Reader<'_> {
-    /// How a set of so many elements differs from what is expected of it; nothing if that is not
-    /// known without a listing.
+    /// Differences of a set with this many elements from the expected ones.
+    ///
+    /// `None` if they cannot be determined without a dump.
     pub(super) fn differences(
         &mut self,
         set: Set,
@@ -84,7 +88,7 @@ impl Reader<'_> {
         }
         self.socket.reserve_unread(UNREAD);
         let found = self.ask_for_all(set, expected);
-        // What is left of an attempt that was given up answers no other request.
+        // Replies left over from an abandoned attempt must not be read as those of another request.
         discard(self.socket);
         self.socket.unfilter().map_err(|error| KernelError::io("detach a filter", &error))?;
         let missing = |found: &[Difference]| found.iter().filter(|(_, is)| is.is_none()).count();
@@ -111,7 +115,7 @@ impl Reader<'_> {
         }
     }
 
-    /// Requests of as many of the keys as one datagram takes, and no value twice.
+    /// Requests for as many keys as one datagram takes, with no value twice.
     fn requests<'k>(set: Set, left: &mut Vec<Keys<'k>>) -> Option<Asked<'k>> {
         let mut writer = Writer::default();
         let mut asked = Asked::default();
@@ -150,8 +154,9 @@ impl Reader<'_> {
         Some(asked)
     }
 
-    /// Sends the requests and takes the differences; gives the keys behind one that is missing:
-    /// there the kernel has left off.
+    /// Sends the requests and collects the differences.
+    ///
+    /// Returns the keys behind each missing key: the kernel stops a request at a missing key.
     fn ask_keys<'k>(
         &mut self,
         set: Set,
@@ -187,14 +192,14 @@ impl Reader<'_> {
             None => ControlFlow::Break(()),
         });
         self.moved |= moved;
-        // Given up at a message that says nothing, or one that is missing.
+        // Abandoned at an unexpected message, or incomplete.
         let whole = outcome.is_ok_and(|outcome| outcome == Outcome::default());
         (whole && complete).then_some(left)
     }
 }
 
 impl Asked<'_> {
-    /// The key that the kernel did not find, and those that it did not look for then.
+    /// Key that the kernel did not find, and the keys behind it, which it did not look up.
     fn missing<'k>(&self, keys: Keys<'k>, ack: &Ack) -> Option<(Key, Keys<'k>)> {
         let offset = ack.offset.filter(|_| ack.errno == errno::ENOENT)?;
         let into = offset.checked_sub(self.head)?;
@@ -204,7 +209,7 @@ impl Asked<'_> {
     }
 }
 
-/// The value as it is in a set that can be asked so: nothing but a tag.
+/// Tag of a value that has nothing else, as a set needs for verification.
 const fn plain(value: &Value) -> Option<Tag> {
     match value {
         Value { data: Data::Tag(tag), comment: None } => Some(*tag),
@@ -220,14 +225,16 @@ fn begin(writer: &mut Writer, kind: u16, flags: u16, sequence: u32, set: Set) ->
     message
 }
 
-/// Drops answers for elements with nothing but a key and a value, which is the sequence number.
+/// Socket filter that drops replies with a key and a value equal to the sequence number.
+///
+/// Replies for elements with other attributes pass.
 fn filter(set: Set, key: &Key) -> Option<[SockFilter; 10]> {
     let mut writer = Writer::default();
     let answer = begin(&mut writer, kind::NEWSETELEM, 0, 0, set);
     let value = Value::plain(Data::Tag(Tag::HERE));
     writer.nest(3, |writer| element::write(writer, key, Some(&value)));
     let length = u32::try_from(writer.since(answer)).ok()?;
-    // The value comes last, in the machine's own order like the sequence number.
+    // The value comes last, in native byte order like the sequence number.
     let value = length.checked_sub(4)?;
     Some([
         half(TYPE),

@@ -19,7 +19,7 @@ fn commit(socket: &mut Socket, ops: &[Op]) -> Result<(), Refused> {
     commit_as(socket, ops, &terms).map(drop)
 }
 
-/// A table with two chains, one of which looks into the sources, and so many of these.
+/// Operations for a table with two chains, one of which looks up the sources, and `count` sources.
 fn table(count: u32) -> Vec<Op> {
     let mut ops = vec![Op::AddTable(TableFamily::Inet), Op::AddSet(SOURCES), Op::AddSet(OTHERS)];
     for chain in [ChainId::Select, ChainId::Bypass] {
@@ -37,7 +37,7 @@ fn table(count: u32) -> Vec<Op> {
     ops
 }
 
-/// Adds more sources than there is room for.
+/// Adds more sources than the set has room for.
 fn overfill(socket: &mut Socket, to: u32) -> (Vec<Op>, Refused) {
     let more: Vec<_> = sources(410, to).collect();
     let refused = commit(socket, &more).unwrap_err();
@@ -45,7 +45,7 @@ fn overfill(socket: &mut Socket, to: u32) -> (Vec<Op>, Refused) {
     (more, refused)
 }
 
-/// The same, and makes room for them.
+/// Adds more sources than the set has room for, and enlarges it.
 fn outgrow(socket: &mut Socket, to: u32) -> (Vec<Op>, Between) {
     let (more, refused) = overfill(socket, to);
     let between = enlarge(socket, &[SOURCES].into(), &Sizes::of(&more), refused).unwrap();

@@ -1,4 +1,4 @@
-//! The tunnel device: made, changed, mistaken for another.
+//! VXLAN device: created, changed, and told apart from other programs' devices.
 
 use std::fs;
 use std::net::UdpSocket;
@@ -68,7 +68,7 @@ fn a_half_made_device_is_finished_or_deleted_and_a_refused_one_is_removed() {
         assert!(error.is_not_found(), "{error}");
         assert!(error.remedy().unwrap().contains("underlay"), "{error}");
 
-        // Created and named ours, but it cannot come up where somebody has the port.
+        // The device is created and named, but cannot come up while another socket has the port.
         let _taken = UdpSocket::bind("0.0.0.0:4999").unwrap();
         let link = Vxlan { port: 4999, ..vxlan() };
         let error = socket.make_one(&Op::AddLink(link)).unwrap_err();
@@ -202,7 +202,7 @@ fn without_ipv6_on_the_device_the_rest_works() {
         make(&mut socket, &Op::AddAddress(name("e0"), "10.9.0.1/16".parse().unwrap()));
         let state = observe(&mut socket);
         assert_eq!((state.link, state.addresses.len()), (Some(vxlan()), 1));
-        // Below 1280 the kernel takes IPv6 off the device altogether.
+        // Below an MTU of 1280 the kernel disables IPv6 on the interface.
         let link = Vxlan { mtu: 1000, ..vxlan() };
         make(&mut socket, &Op::SetLink(link.clone()));
         assert_eq!(observe(&mut socket).link, Some(link.clone()));

@@ -1,4 +1,4 @@
-//! What is read, and what other programs read.
+//! Reads by this crate, and by other programs.
 
 use std::fs;
 
@@ -156,14 +156,14 @@ fn what_is_read_while_others_change_things_is_whole_or_refused() {
         let mut socket = RouteSocket::open().unwrap();
         make(&mut socket, &Op::AddLink(vxlan()));
         let mut state = observe(&mut socket);
-        // More than fit in one datagram: only then a change can come in between.
+        // More than fit into one datagram: only then can a change come in between.
         for n in 0..2000_u32 {
             let address = std::net::Ipv4Addr::from(0x0a00_0000 + n);
             let net = format!("{address}/32").parse().unwrap();
             make(&mut socket, &Op::AddAddress(name("e0"), net));
             state.addresses.insert(net);
         }
-        // Threads start in the namespace of the one that starts them.
+        // A thread starts in the network namespace of the thread that spawns it.
         let other = thread::spawn(|| {
             sh("for n in $(seq 3000); do
                     echo addr add 192.0.2.77/24 dev u0

@@ -1,4 +1,4 @@
-//! What is put is observed, and what is deleted leaves nothing.
+//! Objects that are written are observed, and deleted objects leave nothing behind.
 
 use std::collections::BTreeSet;
 
@@ -75,7 +75,7 @@ fn adding_twice_is_refused_and_putting_twice_is_not() {
     });
 }
 
-/// Things that differ from ours in one attribute.
+/// Objects that differ from this crate's in one attribute.
 const DECOYS: &str = "
     ip rule add pref 100 fwmark 0x1000000/0xff000000 lookup 3000 protocol 70
     ip rule add pref 99 fwmark 0x1000000/0xff000000 lookup 3000 protocol 69
@@ -181,7 +181,7 @@ fn each_of_many_changes_has_an_answer_of_its_own() {
         let mut socket = RouteSocket::open().unwrap();
         make(&mut socket, &Op::AddLink(vxlan()));
         let add = |priority| Op::AddRule(rule(Family::V4, priority, RuleAction::Unreachable));
-        // More than go into one datagram.
+        // More than fit into one datagram.
         let mut ops: Vec<_> = (1_000..1_300).map(add).collect();
         ops.insert(7, add(1_003));
         ops.insert(150, Op::AddLink(vxlan()));

@@ -70,7 +70,7 @@ fn many_counters_are_all_read_and_known_without_a_difference() {
         ops.extend(all.iter().map(|(key, value)| Op::AddElement(key, value)));
         commit(socket, &ops).unwrap();
         assert_eq!(counts(socket).unwrap().len(), 10_000);
-        // Asked by someone who knows them, which is no way to ask for elements with comments.
+        // Reads with expected elements: elements with comments cannot be verified key by key.
         let (found, at) = observe_at(socket, Some(&all)).unwrap();
         assert_eq!((found.unwrap().elements, at), (all, generation(socket).unwrap()));
     });

@@ -42,7 +42,7 @@ fn value(class: u32) -> Value {
     Value::plain(Data::Tag(tag(class)))
 }
 
-/// Puts elements into a new table.
+/// Adds elements to a new table.
 fn put(socket: &mut Socket, elements: &Elements) {
     let _absent = commit(socket, &[Op::DeleteTable(TableFamily::Inet)]);
     let mut ops = vec![Op::AddTable(TableFamily::Inet)];
@@ -51,7 +51,7 @@ fn put(socket: &mut Socket, elements: &Elements) {
     commit(socket, &ops).unwrap();
 }
 
-/// Whether the kernel says how many elements the first of the sets has, which is not empty.
+/// Whether the kernel counts the elements of the first set, which is not empty.
 fn counts_elements(socket: &mut Socket) -> bool {
     let now = generation(socket).unwrap();
     let mut reader = Reader::new(socket, TableFamily::Inet, now, None);
@@ -78,7 +78,7 @@ fn silence_says_that_everything_is_as_expected() {
             (SETS[2], 5000, 7),
             (SETS[3], 300, 300),
         ] {
-            // Each value stands beside all others, so that they must be gathered.
+            // Equal values are never adjacent, so that they must be grouped.
             let all = (0..count).map(|n| (key(set, n), value(n % class)));
             let all: Elements = all.collect();
             put(socket, &all);
@@ -87,7 +87,7 @@ fn silence_says_that_everything_is_as_expected() {
     });
 }
 
-/// A number from a few others.
+/// Pseudorandom number below a limit.
 fn random(seed: &mut u64, below: u64) -> u32 {
     *seed = seed.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
     u32::try_from((*seed >> 33) % below).unwrap()
@@ -194,7 +194,7 @@ fn a_large_table_reads_the_same_whatever_is_expected() {
 fn whatever_goes_wrong_the_table_is_read() {
     use crate::faults::{Fault, Faults};
     use crate::kernel::netlink::fault_injector::Tap;
-    /// The call that asks for the table; the generation is asked for first.
+    /// Index of the call that reads the table; the generation is read before it.
     const TABLE: usize = 1;
     in_netns(|socket| {
         let expected: Elements = (0..9000).map(|n| (key(SETS[0], n), value(n % 9))).collect();
@@ -209,12 +209,12 @@ fn whatever_goes_wrong_the_table_is_read() {
         for call in 0..calls {
             for fault in [Fault::LoseReply, Fault::CutReply, Fault::Refuse(2), Fault::Errno(105)] {
                 if call == TABLE && matches!(fault, Fault::Refuse(2)) {
-                    continue; // It says that there is no table.
+                    continue; // ENOENT here means that there is no table.
                 }
                 let text = format!("{fault:?} at {call}");
                 let faults = Faults::new().at_call(call, fault);
                 socket.set_tap(Tap::of_netfilter(faults.clone()));
-                // An error is as good as the truth.
+                // An error is as good as the correct result.
                 if let Ok(found) = observe_at(socket, Some(&expected)) {
                     assert!(found == wanted, "{text}");
                 }
