@@ -50,7 +50,7 @@ pub enum Field {
     Output,
     /// `meta mark`: the firewall mark.
     Mark,
-    /// `meta priority`, in which a packet carries a [`Tag`](super::table::Tag) from map to map.
+    /// `meta priority`, in which a packet carries a [`Tag`](super::element::Tag) from map to map.
     Priority,
     /// `meta l4proto`: protocol number of the transport header.
     Protocol,

@@ -16,7 +16,7 @@ pub struct Case {
     pub shows: &'static str,
     /// Whether the program `nft` plays other software on the nodes.
     pub needs_nft: bool,
-    /// Why it cannot be passed with [`Backend::Iptables`](egress_datapath::Backend::Iptables), if
+    /// Why it cannot be passed with [`Backend::Iptables`](crate::Backend::Iptables), if
     /// it cannot.
     pub beyond_iptables: Option<&'static str>,
     pub(super) body: Body,
