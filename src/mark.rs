@@ -318,7 +318,7 @@ impl MarkLayout {
 
     /// Returns whether the prefix alone distinguishes gateways' marks from the reserved marks.
     ///
-    /// That takes a prefix of at least two bits.
+    /// This needs a prefix of at least two bits.
     pub(crate) const fn tells_by_prefix(&self) -> bool {
         self.prefix_mask.count_ones() >= 2
     }
