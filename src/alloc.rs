@@ -1,4 +1,4 @@
-//! Who hands out marks and routing tables.
+//! Allocators of firewall marks and routing tables for gateway nodes.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
@@ -8,49 +8,50 @@ use crate::error::KernelError;
 use crate::mark::MarkLayout;
 use crate::types::{Mark, NodeName, TableId};
 
-/// Gives every gateway node its firewall mark.
+/// An allocator of firewall marks, one for each gateway node.
 ///
-/// A mark is used on the node that programs it and nowhere else, so nodes need not agree.
+/// A mark is used only on the node that programs it, so nodes need not agree.
 #[cfg_attr(feature = "mock", mockall::automock)]
 pub trait MarkAllocator: Send {
-    /// The node's mark, chosen on the first call and the same on every later one.
+    /// Returns the node's mark, chosen on the first call and the same on every later call.
     ///
     /// # Errors
     ///
-    /// [`AllocError::Exhausted`] if every mark is given out.
+    /// [`AllocError::Exhausted`] if every mark is allocated.
     fn allocate(&mut self, node: &NodeName) -> Result<Mark, AllocError<Mark>>;
 
-    /// Records a mark that the node already has, found in the kernel or given by the caller.
+    /// Reserves a mark that the node already has, found in the kernel or given by the caller.
     ///
     /// # Errors
     ///
-    /// [`AllocError::Foreign`] for a mark that this allocator would never give out,
-    /// [`AllocError::Taken`] if another node has it, [`AllocError::Holds`] if the node has another.
+    /// [`AllocError::Foreign`] for a mark that this allocator would never allocate,
+    /// [`AllocError::Taken`] if another node has the mark, [`AllocError::Holds`] if the node has
+    /// another mark.
     fn reserve(&mut self, node: &NodeName, mark: Mark) -> Result<(), AllocError<Mark>>;
 
     /// Frees the node's mark and returns it.
     ///
     /// # Errors
     ///
-    /// [`AllocError::Unknown`] if the node has none, as after a second release.
+    /// [`AllocError::Unknown`] if the node has no mark, for example after an earlier release.
     fn release(&mut self, node: &NodeName) -> Result<Mark, AllocError<Mark>>;
 
-    /// The node's mark, if it has one.
+    /// Returns the node's mark, if it has one.
     fn get(&self, node: &NodeName) -> Option<Mark>;
 }
 
-/// Gives every gateway node its routing table on this host.
+/// An allocator of routing tables on this host, one for each gateway node.
 #[cfg_attr(feature = "mock", mockall::automock)]
 pub trait TableAllocator: Send {
-    /// The node's table, chosen on the first call and the same on every later one.
+    /// Returns the node's table, chosen on the first call and the same on every later call.
     ///
     /// # Errors
     ///
-    /// [`AllocError::Exhausted`] if every table is in use, [`AllocError::Kernel`] if the kernel
-    /// could not be asked.
+    /// [`AllocError::Exhausted`] if every table is in use, [`AllocError::Kernel`] if the tables in
+    /// use could not be read from the kernel.
     fn allocate(&mut self, node: &NodeName) -> Result<TableId, AllocError<TableId>>;
 
-    /// Records a table that the node already has, found in the kernel.
+    /// Reserves a table that the node already has, found in the kernel.
     ///
     /// # Errors
     ///
@@ -61,63 +62,63 @@ pub trait TableAllocator: Send {
     ///
     /// # Errors
     ///
-    /// [`AllocError::Unknown`] if the node has none, as after a second release.
+    /// [`AllocError::Unknown`] if the node has no table, for example after an earlier release.
     fn release(&mut self, node: &NodeName) -> Result<TableId, AllocError<TableId>>;
 
-    /// The node's table, if it has one.
+    /// Returns the node's table, if it has one.
     fn get(&self, node: &NodeName) -> Option<TableId>;
 }
 
-/// Why an allocator did not do as asked; `Id` is [`Mark`] or [`TableId`].
+/// The error of an allocator; `Id` is [`Mark`] or [`TableId`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum AllocError<Id: fmt::Display> {
-    /// All are given out or in use.
+    /// Every mark or table is allocated or in use.
     #[error("none of {capacity} ids is free for node {node}")]
     Exhausted {
-        /// The node that asked.
+        /// The requesting node.
         node: NodeName,
-        /// How many were looked at.
+        /// Number of marks or tables that the allocator has.
         capacity: usize,
     },
-    /// Another node has it.
+    /// Another node has the mark or table.
     #[error("{id} belongs to node {holder}, node {node} cannot have it")]
     Taken {
         /// The mark or table.
         id: Id,
-        /// The node that asked.
+        /// The requesting node.
         node: NodeName,
-        /// The node that has it.
+        /// The node that has the mark or table.
         holder: NodeName,
     },
-    /// The node has another one.
+    /// The node has another mark or table.
     #[error("node {node} has {held}, it cannot have {id} too")]
     Holds {
-        /// The node that asked.
+        /// The requesting node.
         node: NodeName,
-        /// What it has.
+        /// The mark or table that the node has.
         held: Id,
-        /// What it asked for.
+        /// The requested mark or table.
         id: Id,
     },
-    /// Not one that this allocator would ever give out.
+    /// The mark or table is not one that this allocator would ever allocate.
     #[error("{id} is outside what can be given out")]
     Foreign {
         /// The mark or table.
         id: Id,
     },
-    /// The node has none.
+    /// The node has no mark or table.
     #[error("node {node} has nothing to release")]
     Unknown {
-        /// The node that asked.
+        /// The requesting node.
         node: NodeName,
     },
-    /// The kernel could not be asked what is in use.
+    /// The tables in use could not be read from the kernel.
     #[error(transparent)]
     Kernel(KernelError),
 }
 
-/// The closed interval [start, start + count] of routing tables: `count` + 1 of them.
+/// A range of routing tables: the closed interval [start, start + count], `count` + 1 tables.
 ///
 /// The default is 3000 to 3100, 101 tables. The kernel's own tables are never part of a range.
 ///
@@ -139,7 +140,7 @@ pub struct TableRange {
     count: u32,
 }
 
-/// A range as it is written.
+/// The serialized form of a [`TableRange`].
 #[cfg(feature = "serde")]
 #[derive(serde::Deserialize)]
 #[serde(rename = "TableRange", deny_unknown_fields)]
@@ -157,33 +158,33 @@ impl TryFrom<Form> for TableRange {
     }
 }
 
-/// Why a range of tables was refused.
+/// The reason why a range of tables was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum TableRangeError {
-    /// The last table is beyond the highest number a table can have.
+    /// The last table is beyond the highest possible table number, 4294967295.
     #[error("{count} tables after {start} go beyond table 4294967295, the highest there is")]
     Overflow {
-        /// First table.
+        /// The first table.
         start: u32,
-        /// How many follow it.
+        /// Number of tables after the first.
         count: u32,
     },
-    /// One of the kernel's own tables is among them: 0, 253, 254 or 255.
+    /// The range includes one of the kernel's own tables: 0, 253, 254 or 255.
     #[error("tables {start} to {end} include {table}, which is the kernel's")]
     Kernel {
-        /// First table.
+        /// The first table.
         start: u32,
-        /// Last table.
+        /// The last table.
         end: u32,
-        /// The lowest one that is the kernel's.
+        /// The lowest table of the range that is the kernel's.
         table: u32,
     },
 }
 
 #[expect(clippy::len_without_is_empty, reason = "a range has at least one table")]
 impl TableRange {
-    /// The range that starts with this table and has `count` more.
+    /// Creates the range of this table and the `count` tables after it.
     pub fn new(start: u32, count: u32) -> Result<Self, TableRangeError> {
         let end = start.checked_add(count);
         let end = end.ok_or(TableRangeError::Overflow { start, count })?;
@@ -204,23 +205,23 @@ impl TableRange {
         self.start + self.count
     }
 
-    /// How many tables there are.
+    /// Returns the number of tables.
     pub const fn len(&self) -> u32 {
-        // Table 0 is in no range, so that the number fits.
+        // No overflow: table 0 is in no range.
         self.count + 1
     }
 
-    /// Whether the table is one of these.
+    /// Returns whether the table is in the range.
     pub fn contains(&self, table: TableId) -> bool {
         (self.start..=self.end()).contains(&table.get())
     }
 
-    /// All tables, ascending.
+    /// Returns all tables, ascending.
     pub fn iter(&self) -> impl Iterator<Item = TableId> + use<> {
         (self.start..=self.end()).filter_map(TableId::new)
     }
 
-    /// All tables, ascending from the one at `offset` to the last and on from the first.
+    /// Returns all tables in ring order: from the one at `offset` to the last, then from the first.
     fn ring(self, offset: u32) -> impl Iterator<Item = TableId> + use<> {
         let from = self.start + offset % self.len();
         (from..=self.end()).chain(self.start..from).filter_map(TableId::new)
@@ -233,7 +234,7 @@ impl Default for TableRange {
     }
 }
 
-/// Who has which id, and the other way round.
+/// The allocated ids, by node and by id.
 #[derive(Clone, Debug)]
 struct Given<Id> {
     ids: HashMap<NodeName, Id>,
@@ -280,11 +281,11 @@ impl<Id: Copy + Ord + fmt::Display> Given<Id> {
     }
 }
 
-/// Gives out the marks of one [`MarkLayout`], all of them, each to one node.
+/// A pool of all marks of one [`MarkLayout`], each allocated to at most one node.
 ///
-/// A new node gets the lowest free mark that needs no bit of [`MarkLayout::avoid`], and when there
-/// is none, the lowest of the others. It remembers nothing across a restart: marks that are in use
-/// must be [reserved](MarkAllocator::reserve) before the first new one is allocated.
+/// A new node gets the lowest free mark that needs no bit of [`MarkLayout::avoid`]. If no such mark
+/// is free, it gets the lowest free mark. The pool has no memory across a restart: marks in use
+/// must be [reserved](MarkAllocator::reserve) before the first new mark is allocated.
 ///
 /// ```
 /// use egress_datapath::{AllocError, Mark, MarkAllocator, MarkPool, NodeName};
@@ -303,57 +304,60 @@ impl<Id: Copy + Ord + fmt::Display> Given<Id> {
 pub struct MarkPool {
     layout: MarkLayout,
     given: Given<Mark>,
-    /// Ranks below `next` whose marks are free.
+    /// Ranks below `next` whose marks were released.
     freed: BTreeSet<u32>,
-    /// The first rank that was not looked at for a free mark.
+    /// The first rank that no allocation has examined.
     next: u32,
 }
 
 impl MarkPool {
-    /// A pool with every mark of the layout free.
+    /// Creates a pool with every mark of the layout free.
     pub fn new(layout: MarkLayout) -> Self {
         Self { layout, given: Given::new(), freed: BTreeSet::new(), next: 0 }
     }
 
-    /// Where the marks come from.
+    /// Returns the layout of the marks.
     pub const fn layout(&self) -> &MarkLayout {
         &self.layout
     }
 
-    /// How many marks are given out.
+    /// Returns the number of allocated marks.
     pub fn len(&self) -> usize {
         self.given.ids.len()
     }
 
-    /// Whether no mark is given out.
+    /// Returns whether no mark is allocated.
     pub fn is_empty(&self) -> bool {
         self.given.ids.is_empty()
     }
 
-    /// The nodes and their marks, by ascending mark.
+    /// Returns the nodes and their marks, by ascending mark.
     pub fn iter(&self) -> impl Iterator<Item = (&NodeName, Mark)> {
         self.given.iter()
     }
 
-    /// Number of values that fit the layout, those that are set aside included.
+    /// Returns the number of values that fit the layout, including the reserved ones.
     const fn values(&self) -> u32 {
         1 << self.layout.bits()
     }
 
-    /// The place of a mark in the order in which marks are given out: its value, and behind all
-    /// values if it needs a bit to stay clear of. Nothing if it is no mark of the layout.
+    /// Returns the rank of a mark in the order of allocation; `None` if it is not of the layout.
+    ///
+    /// The rank is the mark's value, plus the number of values if the mark needs an avoided bit.
     fn rank(&self, mark: Mark) -> Option<u32> {
         let value = u32::from(self.layout.value(mark)?);
         Some(if self.layout.touches_avoided(mark) { self.values() + value } else { value })
     }
 
-    /// The mark of this rank; nothing if its value has another rank, or is set aside.
+    /// Returns the mark of this rank; `None` if its value has another rank or is reserved.
     fn ranked(&self, rank: u32) -> Option<Mark> {
         let mark = self.layout.mark(u16::try_from(rank % self.values()).ok()?)?;
         (self.rank(mark) == Some(rank)).then_some(mark)
     }
 
-    /// The free mark of the lowest rank; every rank is looked at once, and later only if freed.
+    /// Returns the free mark of the lowest rank.
+    ///
+    /// Each rank is examined once, and again only after its mark was released.
     fn lowest_free(&mut self) -> Option<Mark> {
         if let Some(rank) = self.freed.pop_first() {
             return self.ranked(rank);
@@ -406,29 +410,30 @@ impl MarkAllocator for MarkPool {
     }
 }
 
-/// Says which routing tables are in use on this host, by whomever.
+/// A probe for the routing tables that are in use on this host, by any program.
 pub trait TablesInUse: Send {
-    /// The ids of all tables that have a route or that a rule leads to, in either family.
+    /// Returns the ids of all tables that have a route or are the target of a rule, in any family.
     ///
-    /// Ids outside the range of the one who asks do no harm.
+    /// Ids outside the caller's range have no effect.
     fn tables_in_use(&mut self) -> Result<BTreeSet<u32>, KernelError>;
 }
 
-/// A list that never changes.
+/// A constant list of tables.
 impl TablesInUse for BTreeSet<u32> {
     fn tables_in_use(&mut self) -> Result<BTreeSet<u32>, KernelError> {
         Ok(self.clone())
     }
 }
 
-/// Gives out the tables of one [`TableRange`], each to one node and none that is in use.
+/// A pool of the unused tables of one [`TableRange`], each allocated to at most one node.
 ///
-/// A new node gets the first free table from the pool's start upwards; after the last comes the
-/// first again, and each is looked at once. The start is random unless it is given, so that two
-/// agents on one host that look for a table at the same time are unlikely to take the same. A pool
-/// remembers nothing across a restart: tables of an earlier run must be
-/// [reserved](TableAllocator::reserve) for their nodes before the first new one is allocated,
-/// otherwise they count as in use by others.
+/// A new node gets the first free table from the pool's start upwards. The search wraps from the
+/// last table to the first and examines each table once. The start is random unless it is given, so
+/// that two agents that search on one host at the same time are unlikely to take the same table.
+///
+/// The pool has no memory across a restart: tables of an earlier run must be
+/// [reserved](TableAllocator::reserve) for their nodes before the first new table is allocated,
+/// otherwise they count as in use by other programs.
 ///
 /// ```
 /// use std::collections::BTreeSet;
@@ -451,53 +456,53 @@ pub struct TablePool {
 }
 
 impl TablePool {
-    /// A pool that takes all tables of the range to be unused by others.
+    /// Creates a pool without probe: it assumes that no other program uses tables of the range.
     pub fn new(range: TableRange) -> Self {
         Self { range, probe: None, start: random(), given: Given::new() }
     }
 
-    /// A pool that asks which tables are in use, once for every new node.
+    /// Creates a pool with a probe for tables in use, which is called once for every new node.
     pub fn with_probe(range: TableRange, probe: impl TablesInUse + 'static) -> Self {
         Self { probe: Some(Box::new(probe)), ..Self::new(range) }
     }
 
-    /// The same pool with this start: how many tables come before it in the range, modulo the
-    /// length of the range.
+    /// Sets the start of the search: an offset into the range, modulo the length of the range.
     #[must_use]
     pub fn with_start(self, start: u32) -> Self {
         Self { start, ..self }
     }
 
-    /// Where the tables come from.
+    /// Returns the range of the tables.
     pub const fn range(&self) -> TableRange {
         self.range
     }
 
-    /// How many tables are given out.
+    /// Returns the number of allocated tables.
     pub fn len(&self) -> usize {
         self.given.ids.len()
     }
 
-    /// Whether no table is given out.
+    /// Returns whether no table is allocated.
     pub fn is_empty(&self) -> bool {
         self.given.ids.is_empty()
     }
 
-    /// The nodes and their tables, by ascending table.
+    /// Returns the nodes and their tables, by ascending table.
     pub fn iter(&self) -> impl Iterator<Item = (&NodeName, TableId)> {
         self.given.iter()
     }
 }
 
-/// A number that differs from process to process and from call to call: the keys that the
-/// standard library gives to a new hash map.
+/// Returns a random number from the keys of a new [`RandomState`].
+///
+/// The number differs from process to process and from call to call.
 #[expect(clippy::cast_possible_truncation, reason = "half of the bits are enough")]
 fn random() -> u32 {
     RandomState::new().build_hasher().finish() as u32
 }
 
 impl Default for TablePool {
-    /// A pool of the default range that takes all its tables to be unused by others.
+    /// Creates a pool of the default range without probe.
     fn default() -> Self {
         Self::new(TableRange::default())
     }

@@ -1,10 +1,11 @@
-//! Stable egress IPs for pods: selected pods that talk to selected destinations leave through a
-//! chosen gateway node, wearing a chosen address.
+//! Stable egress IPs for Kubernetes pods: nf_tables, VXLAN and policy routing over netlink.
 //!
-//! The crate is a library for CNI plugins and operators. It plans what a node's kernel should hold,
-//! reads what it does hold, and makes the difference, over netlink and without any external binary;
-//! the backend for nodes that must stay with iptables ([`IptablesDatapath`]) runs its tools.
-//! It does not watch an API server, choose gateways, announce addresses or run threads.
+//! Traffic of selected pods to selected destinations leaves the cluster through a gateway node you
+//! choose, with a source IP address you choose. The crate is a library for CNI plugins and
+//! operators. It plans the kernel state of a node, reads the present state, and applies the
+//! difference over netlink, without any external binary. Nodes that must stay with iptables use the
+//! backend [`IptablesDatapath`], which runs the iptables tools. The crate does not watch an API
+//! server, choose gateways, announce addresses or run threads.
 //!
 //! ```text
 //!  policies, cluster        Reconciler::reconcile
@@ -14,28 +15,29 @@
 //!     (pure)  (wanted)       (kernel, Sim)         (steps in a safe order)
 //! ```
 //!
-//! - [`Policy`] says which traffic leaves where; [`EgressPolicy`] is the plain value.
-//! - [`MarkAllocator`] and [`TableAllocator`] number the gateways; [`MarkPool`] and [`TablePool`]
-//!   are ready-made.
-//! - [`plan`] makes a [`State`] of it; pure, and the same for the same input.
-//! - [`Changes`] are the difference of two states, in an order that is safe at every point; they
-//!   print as the commands an operator would type.
-//! - [`Datapath`] holds a state: the kernel ([`KernelDatapath`], [`IptablesDatapath`]) or a stand-in
-//!   ([`Sim`]).
-//! - [`Reconciler`] does all of this in one call.
-//! - [`explain()`] says where a packet goes and which objects decided it; [`SimCluster`] carries
-//!   packets between simulated nodes.
-//! - [`SharedSim`] is a simulated kernel that others write to, too, and that [`faults`] can be
-//!   planned for.
-//! - [`Reconciler::counts`] says how much each policy has taken, with [`Cluster::policy_counters`].
-//! - [`preflight`] looks beforehand at what on the host may be in the way.
-//! - [`Watch`] is readable when somebody else touched what is ours, and [`Reconciler::repair`] puts
-//!   it right.
+//! - [`Policy`]: the trait of an egress policy, which selects traffic and names its gateway and its
+//!   egress IP. [`EgressPolicy`] is the plain value.
+//! - [`MarkAllocator`] and [`TableAllocator`]: firewall marks and routing tables of the gateways.
+//!   [`MarkPool`] and [`TablePool`] are the implementations.
+//! - [`plan`]: computes the wanted [`State`] of a node; pure and deterministic.
+//! - [`Changes`]: the difference of two states, as operations in an order that is safe at every
+//!   point. `Display` prints the commands that an operator would type.
+//! - [`Datapath`]: the trait that reads and applies a state, of a kernel ([`KernelDatapath`],
+//!   [`IptablesDatapath`]) or of a simulator ([`Sim`]).
+//! - [`Reconciler`]: plans, observes, compares and applies in one call.
+//! - [`explain()`]: traces a packet through a state, with the objects that decided its fate.
+//!   [`SimCluster`] forwards packets between simulated nodes.
+//! - [`SharedSim`]: a simulated kernel for several writers, with fault injection ([`faults`]).
+//! - [`Reconciler::counts`]: packet and byte counters of each policy, enabled by
+//!   [`Cluster::policy_counters`].
+//! - [`preflight`]: checks the host for settings and software that conflict with the datapath.
+//! - [`Watch`]: a file descriptor that is readable when another program has changed objects of this
+//!   crate. [`Reconciler::repair`] restores them.
 //!
 //! # Example
 //!
-//! On a node that is not the gateway; with [`Sim`] it runs anywhere, with `Reconciler::open` it
-//! programs the kernel.
+//! The state of a node that is not the gateway. With [`Sim`] the example runs anywhere; with
+//! `Reconciler::open` the same calls program the kernel.
 //!
 //! ```
 //! use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, NodeName, PolicyId};
@@ -78,17 +80,40 @@
 //! # Features
 //!
 //! - `kernel` (default): [`KernelDatapath`] and [`preflight`], on Linux.
-//! - `ipset-sys`: sets through libipset, in a process of their own; module `libipset` says what that
-//!   needs.
+//! - `ipset-sys`: writes ipsets through libipset, in a helper process; module `libipset` documents
+//!   its requirements.
 //! - `serde`: `Serialize` and `Deserialize` for the value types.
 //! - `mock`: mocks of the four traits; exempt from semantic versioning.
-//! - `testing`: faults between the datapath and the kernel, a lab of network namespaces, and the
-//!   cases that an integration must pass there; exempt from semantic versioning.
+//! - `testing`: fault injection between the datapath and the kernel, a lab of network namespaces,
+//!   and the conformance cases of an integration; exempt from semantic versioning.
 //!
 //! # Permissions
 //!
 //! Programming a kernel needs `CAP_NET_ADMIN` in the user namespace that owns the network
 //! namespace. The minimum Rust version is 1.85.
+//!
+//! # Source layout
+//!
+//! | contents | modules in `src` |
+//! |---|---|
+//! | values: names, addresses, marks, address ranges | `types`, `mark`, `range` |
+//! | connections, counters, events, planned faults | `connection`, `count`, `event`, `faults` |
+//! | input of the caller: cluster, policies, allocators | `cluster`, `policy`, `alloc` |
+//! | rules of the nf_tables table, and its elements | `rules` |
+//! | state of a node | `state` |
+//! | planned state of a node | `plan` |
+//! | difference of two states, as ordered operations | `diff` |
+//! | trait that applies operations, and its errors | `datapath`, `error` |
+//! | plan, observe, compare and apply in one call | `reconcile` |
+//! | simulated kernel, and `explain` | `sim` |
+//! | netlink messages and sockets | `kernel/netlink` |
+//! | links, addresses, neighbours, routes, routing rules | `kernel/rtnetlink` |
+//! | nf_tables | `kernel/nft` |
+//! | conntrack | `kernel/conntrack` |
+//! | notifications about changes by other programs | `kernel/monitor` |
+//! | iptables backend and its sets | `iptables` |
+//! | checks of a node before the first packet | `preflight` |
+//! | fault injection, lab and conformance cases for an embedder's tests | `testing` |
 
 #[cfg(test)]
 #[macro_use]
@@ -162,12 +187,12 @@ pub use types::{
     DeviceName, Family, MacAddr, Mark, NameError, NodeName, ParseMacError, PolicyId, TableId,
 };
 
-/// The README's example, compiled.
+/// The README's examples, compiled as doctests.
 #[cfg(all(doctest, feature = "kernel", target_os = "linux"))]
 #[doc = include_str!("../README.md")]
 struct Readme;
 
-/// The unit tests, in a network namespace of their own where there can be one.
+/// Runs the unit tests, in a new network namespace where the system allows one.
 #[cfg(test)]
 fn main() -> std::process::ExitCode {
     harness::main(|| {

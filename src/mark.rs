@@ -1,13 +1,13 @@
-//! Where in the 32 bits of a packet's mark our values live.
+//! The layout of firewall marks: the bits of a 32-bit packet mark that this crate uses.
 
 use crate::state::MarkBits;
 use crate::types::Mark;
 
-/// Which bits of a packet's mark are ours, and how a gateway's number is written into them.
+/// The layout of firewall marks: the bits that this crate uses, and how they encode a gateway.
 ///
-/// A mark is `prefix | value << shift`. Two values of the same bits are set aside and never given
-/// to a gateway: [`tunnel`](Self::tunnel) for packets this node must translate, and one for
-/// packets that are dropped where they leave.
+/// A mark is `prefix | value << shift`. Two values of the same bits are reserved and never
+/// allocated to a gateway: [`tunnel`](Self::tunnel) for packets that this node must translate, and
+/// one for packets that are dropped when they are forwarded.
 ///
 /// ```
 /// use egress_datapath::{Mark, MarkLayout};
@@ -36,7 +36,7 @@ fn as_mark<S: serde::Serializer>(bits: &u32, serializer: S) -> Result<S::Ok, S::
     serializer.collect_str(&Mark::new(*bits))
 }
 
-/// A layout as it is written.
+/// The serialized form of a [`MarkLayout`].
 #[cfg(feature = "serde")]
 #[derive(serde::Deserialize)]
 #[serde(rename = "MarkLayout", deny_unknown_fields)]
@@ -64,11 +64,11 @@ impl TryFrom<Form> for MarkLayout {
     }
 }
 
-/// Why a layout was refused.
+/// The reason why a mark layout was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum LayoutError {
-    /// Value bits beyond bit 31, none, or more than 16.
+    /// The value has bits above bit 31, no bits, or more than 16 bits.
     #[error(
         "{bits} value bits at bit {shift} do not fit: a layout has 1 to 16 of them below bit 32"
     )]
@@ -78,7 +78,7 @@ pub enum LayoutError {
         /// Number of value bits.
         bits: u8,
     },
-    /// The prefix has bits outside its mask, so no packet could ever match it.
+    /// The prefix has bits outside its mask, so that no packet could ever match it.
     #[error("prefix {prefix:#010x} has bits outside its mask {mask:#010x}")]
     PrefixOutsideMask {
         /// The prefix.
@@ -86,21 +86,21 @@ pub enum LayoutError {
         /// Its mask.
         mask: u32,
     },
-    /// A prefix of zero under a mask that is not: unmarked packets would carry it.
+    /// The prefix is zero and its mask is not: unmarked packets would match it.
     #[error("a prefix of zero under mask {mask:#010x} is what unmarked packets carry")]
     PrefixZero {
         /// The mask.
         mask: u32,
     },
-    /// Prefix and value share bits.
+    /// The prefix and the value share bits.
     #[error("prefix mask {prefix_mask:#010x} and value bits {value_mask:#010x} overlap")]
     Overlap {
-        /// The prefix's mask.
+        /// The mask of the prefix.
         prefix_mask: u32,
-        /// The value's bits.
+        /// The bits of the value, as a mask.
         value_mask: u32,
     },
-    /// All values are set aside.
+    /// All values are reserved, so that none is left for a gateway.
     #[error("{bits} value bits without a wider prefix leave no value for a gateway")]
     NoValues {
         /// Number of value bits.
@@ -109,11 +109,13 @@ pub enum LayoutError {
 }
 
 impl MarkLayout {
-    /// Bits that other software is known to test: kube-proxy (0x4000, 0x8000), the portmap CNI
-    /// plugin (0x2000), Cilium (0x0f00) and Istio ambient (0x0fff).
+    /// Mark bits that other software is known to test.
+    ///
+    /// They are those of kube-proxy (0x4000, 0x8000), the portmap CNI plugin (0x2000), Cilium
+    /// (0x0f00) and Istio ambient (0x0fff).
     pub const KNOWN_FOREIGN: u32 = 0x0000_efff;
 
-    /// The default: prefix 0x26 in the top byte and 16 value bits, `0x26vvvv00/0xffffff00`.
+    /// The default layout: prefix 0x26 in the top byte and 16 value bits, `0x26vvvv00/0xffffff00`.
     pub const SEED: Self = Self {
         prefix: 0x2600_0000,
         prefix_mask: 0xff00_0000,
@@ -122,19 +124,24 @@ impl MarkLayout {
         avoid: Self::KNOWN_FOREIGN,
     };
 
-    /// Eight value bits at bit 22 and no prefix, 253 gateways: clear of Calico's default bits,
-    /// Cilium's, Istio's and kube-proxy's. Tailscale tests bits of it.
+    /// A layout for 253 gateways: eight value bits at bit 22 and no prefix.
+    ///
+    /// It has no default bits of Calico and no bits of Cilium, Istio and kube-proxy. Tailscale
+    /// tests some of its bits.
     pub const COMPACT: Self =
         Self { prefix: 0, prefix_mask: 0, shift: 22, bits: 8, avoid: Self::KNOWN_FOREIGN };
 
-    /// Six value bits at bit 24 and no prefix, 61 gateways: clear of Tailscale as well.
+    /// A layout for 61 gateways: six value bits at bit 24 and no prefix.
+    ///
+    /// Like [`COMPACT`](Self::COMPACT), it has no default bits of Calico and no bits of Cilium,
+    /// Istio and kube-proxy, nor of Tailscale.
     pub const COMPACT6: Self =
         Self { prefix: 0, prefix_mask: 0, shift: 24, bits: 6, avoid: Self::KNOWN_FOREIGN };
 
-    /// A layout of one's own; `prefix_mask` 0 and `prefix` 0 mean a layout without prefix.
+    /// Creates a layout; `prefix_mask` 0 and `prefix` 0 mean a layout without prefix.
     ///
-    /// A prefix of one bit is in all marks of ours, and tells none of them from another: what asks
-    /// for a layout with a prefix asks for two bits.
+    /// A prefix of one bit is set in all marks of this crate and distinguishes none of them from
+    /// another. Features that need a layout with a prefix need a prefix of at least two bits.
     pub fn new(prefix: u32, prefix_mask: u32, shift: u8, bits: u8) -> Result<Self, LayoutError> {
         if bits == 0 || bits > 16 || u32::from(shift) + u32::from(bits) > 32 {
             return Err(LayoutError::Field { shift, bits });
@@ -156,66 +163,66 @@ impl MarkLayout {
         Ok(layout)
     }
 
-    /// The same layout with other bits to stay clear of.
+    /// Sets the avoided bits: bits that other programs may use.
     ///
-    /// Values that need one of these bits are given out last, and a bit of them that no mark in
-    /// use needs is neither written nor tested: another program may set it at any time.
+    /// Values that need an avoided bit are allocated last. An avoided bit that no mark in use needs
+    /// is neither written nor tested: another program may set it at any time.
     #[must_use]
     pub const fn with_avoid(mut self, avoid: u32) -> Self {
         self.avoid = avoid;
         self
     }
 
-    /// The fixed part of every mark; 0 in a layout without prefix.
+    /// Returns the prefix: the fixed part of every mark; 0 in a layout without prefix.
     pub const fn prefix(&self) -> u32 {
         self.prefix
     }
 
-    /// The bits of the fixed part; 0 in a layout without prefix.
+    /// Returns the mask of the prefix; 0 in a layout without prefix.
     pub const fn prefix_mask(&self) -> u32 {
         self.prefix_mask
     }
 
-    /// Lowest bit of the value.
+    /// Returns the lowest bit of the value.
     pub const fn shift(&self) -> u8 {
         self.shift
     }
 
-    /// Number of value bits.
+    /// Returns the number of value bits.
     pub const fn bits(&self) -> u8 {
         self.bits
     }
 
-    /// The bits to stay clear of.
+    /// Returns the avoided bits.
     pub const fn avoid(&self) -> u32 {
         self.avoid
     }
 
-    /// The bits of the value.
+    /// Returns the mask of the value.
     #[expect(clippy::cast_possible_truncation, reason = "at most 16 bits below bit 32")]
     pub const fn value_mask(&self) -> u32 {
         (((1_u64 << self.bits) - 1) << self.shift) as u32
     }
 
-    /// All bits that are ours to write.
+    /// Returns the mask of all bits that this crate may write.
     pub const fn mask(&self) -> u32 {
         self.prefix_mask | self.value_mask()
     }
 
-    /// How many gateways can have a mark.
+    /// Returns the number of gateways that can have a mark.
     pub const fn capacity(&self) -> usize {
         let values = 1_usize << self.bits;
         if self.tells_by_prefix() {
             values
         } else if self.prefix_mask == 0 {
-            // Zero is what unmarked packets carry, the two highest are set aside.
+            // Zero is the mark of unmarked packets, and the two highest values are reserved.
             values.saturating_sub(3)
         } else {
             values.saturating_sub(2)
         }
     }
 
-    /// The mark with this value; `None` for values that do not fit or are set aside.
+    /// Returns the mark with this value; `None` for values that do not fit or are reserved.
     pub const fn mark(&self, value: u16) -> Option<Mark> {
         let value = value as u32;
         if value >> self.bits != 0 {
@@ -229,7 +236,7 @@ impl MarkLayout {
         Some(mark)
     }
 
-    /// The value in a mark; `None` if it is not a gateway's mark of this layout.
+    /// Returns the value in a mark; `None` if it is not a gateway's mark of this layout.
     #[expect(clippy::cast_possible_truncation, reason = "at most 16 value bits")]
     pub const fn value(&self, mark: Mark) -> Option<u16> {
         if mark.get() & !self.value_mask() != self.prefix {
@@ -239,7 +246,8 @@ impl MarkLayout {
         if self.mark(value).is_none() { None } else { Some(value) }
     }
 
-    /// Mark of packets that this node must translate: out of the tunnel, or of its own pods.
+    /// Returns the mark of packets to be translated here, from the tunnel or from pods of this
+    /// node.
     ///
     /// With a prefix of two bits or more it differs from every gateway's mark in the prefix, so
     /// that all values stay free; otherwise it is the last but one value.
@@ -251,10 +259,10 @@ impl MarkLayout {
         }
     }
 
-    /// Mark of packets that are dropped where they leave, because their policy is closed.
+    /// Returns the mark of packets to be dropped when forwarded, because their policy drops them.
     ///
-    /// Only the iptables backend sets it: its chain at prerouting comes before destination NAT, so
-    /// it cannot tell yet whether a packet stays inside.
+    /// Only the iptables backend sets it. Its chain at the prerouting hook comes before destination
+    /// NAT, where it is not known yet whether the packet stays inside the cluster.
     pub(crate) const fn closed(&self) -> Mark {
         if self.tells_by_prefix() {
             Mark::new(self.other_prefix(1))
@@ -263,32 +271,34 @@ impl MarkLayout {
         }
     }
 
-    /// What a connection's mark has that we translated or bound: the tunnel's mark, in the bits
-    /// that tell it from others whichever gateways there are.
+    /// Returns the connection mark of connections that this node translates or binds (null NAT).
+    ///
+    /// It is the [`tunnel`](Self::tunnel) mark, in the bits that distinguish it from other marks
+    /// whichever gateways there are.
     pub const fn connection(&self) -> MarkBits {
         let mask = if self.tells_by_prefix() { self.prefix_mask } else { self.mask() };
         MarkBits { mask, value: self.tunnel().get() & mask }
     }
 
-    /// What a connection's mark has that we translated or bound, where it may also be a gateway's:
-    /// the bits of the prefix that the tunnel's mark shares with those.
+    /// Returns the connection mark bits that the tunnel mark and the gateways' marks share.
     ///
-    /// There is one bit in which they differ, so no other mark has the rest; only for layouts with
-    /// a prefix.
+    /// They identify the connections that this node translates or binds where the connection mark
+    /// may also be that of a gateway. The tunnel mark differs from the gateways' marks in one
+    /// prefix bit only, so no other mark has the remaining bits. Only for layouts with a prefix.
     pub(crate) const fn bound(&self) -> MarkBits {
         let mask = self.prefix_mask & !(self.prefix ^ self.tunnel().get());
         MarkBits { mask, value: self.prefix & mask }
     }
 
-    /// Whether a mark needs a bit that should be stayed clear of.
+    /// Returns whether a mark needs an avoided bit.
     pub const fn touches_avoided(&self, mark: Mark) -> bool {
         mark.get() & self.avoid != 0
     }
 
-    /// The bits to write and to test so that these marks are told apart: all of ours but those to
-    /// stay clear of that none of the marks needs.
+    /// Returns the bits to write and to test so that these marks can be distinguished.
     ///
-    /// A bit that another program sets in a packet after us then does not unsteer it.
+    /// These are all bits of the layout except the avoided bits that none of the marks needs. A
+    /// packet therefore stays steered if another program sets such a bit in its mark later.
     pub fn tested(&self, marks: impl IntoIterator<Item = Mark>) -> u32 {
         let used = marks
             .into_iter()
@@ -297,23 +307,28 @@ impl MarkLayout {
         self.prefix_mask | (self.value_mask() & (!self.avoid | used))
     }
 
-    /// The bit of the value by which the gateways' routing rules are halved: the lowest that is not
-    /// to be stayed clear of, which every other mark has that a pool gives out. Zero in layouts
-    /// without prefix, and where all bits are to be stayed clear of.
+    /// Returns the value bit by which the gateways' routing rules are split into two halves.
+    ///
+    /// It is the lowest value bit that is not avoided; every second mark that a pool allocates has
+    /// it. Zero in layouts without prefix, and where all bits are avoided.
     pub(crate) const fn half(&self) -> u32 {
         let clear = self.value_mask() & !self.avoid;
         if self.tells_by_prefix() { clear & clear.wrapping_neg() } else { 0 }
     }
 
-    /// Whether the prefix alone tells gateways' marks from the others of ours; it takes two bits.
+    /// Returns whether the prefix alone distinguishes gateways' marks from the reserved marks.
+    ///
+    /// This needs a prefix of at least two bits.
     pub(crate) const fn tells_by_prefix(&self) -> bool {
         self.prefix_mask.count_ones() >= 2
     }
 
-    /// The n-th other value of the prefix bits, counted from their low end, that is not zero.
+    /// Returns the n-th nonzero value of the prefix bits that differs from the prefix.
+    ///
+    /// The order is that of the differing bits, from the lowest.
     const fn other_prefix(&self, n: u32) -> u32 {
         let mut seen = 0;
-        // Bit patterns of the prefix bits in ascending order; four are enough to find two others.
+        // The XOR patterns of the prefix bits, ascending; four are enough to find two other values.
         let mut flip = self.prefix_mask & self.prefix_mask.wrapping_neg();
         loop {
             let candidate = self.prefix ^ flip;

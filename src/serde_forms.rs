@@ -1,11 +1,11 @@
-//! What the serialized forms of several types have in common.
+//! Shared helpers of the serialized forms: parsed strings and CIDR prefixes.
 
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 use serde::de::{Deserialize, Deserializer, Error};
 
-/// A text as a value; an error quotes the text and says why it is none.
+/// Deserializes a string and parses it; an error quotes the string and names the reason.
 pub(crate) fn parsed<'de, D: Deserializer<'de>, T>(
     deserializer: D,
     parse: impl FnOnce(&str) -> Result<T, &'static str>,
@@ -14,7 +14,7 @@ pub(crate) fn parsed<'de, D: Deserializer<'de>, T>(
     parse(&text).map_err(|why| D::Error::custom(format_args!("{text:?} {why}")))
 }
 
-/// A prefix in the one way to write it: `ipnet` takes leading zeros, octal to other readers.
+/// A CIDR prefix without leading zeros, which `ipnet` accepts and other parsers read as octal.
 struct Net(IpNet);
 
 impl<'de> Deserialize<'de> for Net {
@@ -29,7 +29,7 @@ impl<'de> Deserialize<'de> for Net {
     }
 }
 
-/// Prefixes, each in the one way to write it.
+/// Deserializes CIDR prefixes without leading zeros.
 pub(crate) fn nets<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<IpNet>, D::Error> {
     Ok(Vec::<Net>::deserialize(deserializer)?.into_iter().map(|net| net.0).collect())
 }

@@ -1,11 +1,12 @@
-//! For tests of programs that embed the crate: faults, a lab, and the cases to pass in it; exempt
-//! from semantic versioning.
+//! Test support for programs that embed the crate: fault injection, a lab and conformance cases.
 //!
-//! - [`Faults`] let calls to the kernel fail that a test names: the same [plans](crate::faults) as for
-//!   a simulated datapath.
-//! - [`lab`] builds nodes, pods and a server out of network namespaces.
-//! - [`conformance`] runs this project's own cases there, against whatever makes nodes carry out
-//!   policies.
+//! The module is exempt from semantic versioning.
+//!
+//! - [`Faults`] makes calls to the kernel fail that a test selects. The
+//!   [fault plans](crate::faults) are the same as for a simulated datapath.
+//! - [`lab`] builds nodes, pods and a server from network namespaces.
+//! - [`conformance`] runs this project's own test cases in a lab, against any program that applies
+//!   policies to nodes.
 //!
 //! ```no_run
 //! use egress_datapath::testing::{Fault, Faults};

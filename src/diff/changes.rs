@@ -1,4 +1,4 @@
-//! The difference of two states, as steps in an order that is safe at every point.
+//! The difference of two states: steps in an order that is safe at every point.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -10,14 +10,15 @@ use crate::state::{Firewall, MarkBits};
 
 /// A phase of a change; the order of the variants is the order of the steps.
 ///
-/// A pod's packet must never meet a half-built path, whichever step was the last one made:
+/// A pod's packet must never be steered by an incomplete configuration, whichever step was the last
+/// one made:
 ///
-/// - Objects that a packet meets late are created early and deleted late. The guard rules come
-///   before everything, the routes before the marks that use them, and the maps are filled from the
-///   verdict back to the source and emptied from the source on.
-/// - A move between two sets takes two transactions, the new place first. One commit of nf_tables
-///   is atomic for its reader, but a packet makes several lookups, and may make the first before
-///   the commit and the second after it.
+/// - Objects that the packet path uses late are created early and deleted late. The guard rules
+///   come before everything, and the routes before the marks that use them. The maps are filled in
+///   the order from verdict to source, and emptied in the order from source to verdict.
+/// - A move between two sets takes two transactions; the element is first added to the new set. One
+///   nf_tables commit is atomic for its reader, but a packet makes several lookups, and may make
+///   the first before the commit and the second after it.
 /// - Within a step the order is that of the operations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Phase {
@@ -27,7 +28,7 @@ pub enum Phase {
     Wake,
     /// Creates the table, sets and guard chains, with empty maps.
     Skeleton,
-    /// Creates the tunnel device, its addresses, FDB entries and neighbours.
+    /// Creates the VXLAN device, its addresses, FDB entries and neighbours.
     Tunnel,
     /// Creates the chain at the egress hook, and the gateways' MAC addresses that it looks up.
     ///
@@ -62,9 +63,9 @@ pub enum Phase {
     EmptyPolicies,
     /// Deletes chains and rules that look up sets which are about to be deleted.
     EmptyVerdicts,
-    /// Deletes the tunnel device when everything is removed.
+    /// Deletes the VXLAN device when everything is removed.
     ///
-    /// This comes first, so that nothing enters or leaves by the tunnel.
+    /// This comes before routes and rules, so that no packet enters or leaves the tunnel.
     DeleteTunnel,
     /// Deletes routing rules, in the reverse order of their creation.
     DeleteRules,
@@ -75,7 +76,7 @@ pub enum Phase {
     /// No packet that a routing rule had to match is in flight any more. If the egress hook is
     /// removed, packets that enter the tunnel lose their mark from here on.
     EmptyGuards,
-    /// Deletes the table at the egress hook, now that no packet needs it.
+    /// Deletes the table at the egress hook, which no packet needs any more.
     DeleteHook,
     /// Deletes neighbours, FDB entries and addresses.
     DeletePeers,
@@ -83,7 +84,7 @@ pub enum Phase {
     MarkConnections,
     /// Blocks replies to connections that are about to end.
     HoldAnswers,
-    /// Ends stale connections, which the table would now treat otherwise.
+    /// Ends stale connections, which the table would now treat differently.
     EndConnections,
     /// Deletes guard rules for marks that are no longer set.
     ///
@@ -96,7 +97,7 @@ pub enum Phase {
     DeleteTable,
 }
 
-/// Operations that are made together.
+/// A step: operations of one phase that are made together.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Step {
     /// The phase of the step.
@@ -110,8 +111,8 @@ pub(crate) type Made = (usize, Vec<(Op, KernelError)>);
 
 /// Operations that turn one state into another, in an order that is safe at every point.
 ///
-/// `Display` writes one command on each line, with the quotes that a shell needs. It is for reading,
-/// and for a look at a single command: one transaction of the library is thousands of commands.
+/// `Display` prints one command per line, quoted for a shell. The output is meant for reading, not
+/// for execution as a whole: one transaction of the library is thousands of commands.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[must_use]
 pub struct Changes {
@@ -142,7 +143,7 @@ impl Changes {
             bits.is_none()
         });
         let held = connections.iter().filter(|one| one.can_turn_around() && has(one.answers()));
-        // Elements of one set share netlink messages.
+        // Sorted by set, because elements of one set share netlink messages.
         let mut held: Vec<_> = held.copied().collect();
         held.sort_by_key(Connection::answers);
         let held: Vec<_> = held.into_iter().map(Op::HoldAnswers).collect();

@@ -1,4 +1,4 @@
-//! Kernel operations, each printed as the command that an operator would type.
+//! Kernel operations; `Display` prints each as the command that an operator would type.
 
 mod iptables;
 
@@ -16,30 +16,29 @@ use crate::state::{
 };
 use crate::types::{DeviceName, Family, MacAddr};
 
-/// An operation on the kernel; `Display` writes it as the command that an operator would type.
+/// A kernel operation; `Display` prints it as the command that an operator would type.
 ///
-/// The command has the quotes that a shell needs.
+/// The command is quoted for a shell.
 ///
-/// Verbs are strict: an object that is added must not exist, an object that is deleted must. `Put`
-/// creates or replaces. An operation that finds the kernel otherwise is refused, so that drift
-/// becomes visible.
+/// Verbs are strict: an added object must not exist, a deleted object must exist. `Put` creates or
+/// replaces. An operation for which this does not hold is refused, so that drift becomes visible.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Op {
-    /// Creates the tunnel device and brings its link up.
+    /// Creates the VXLAN device of the tunnel and sets it up.
     AddLink(Vxlan),
-    /// Sets the changeable attributes of the tunnel device.
+    /// Sets the changeable attributes of the VXLAN device.
     ///
-    /// These are local address, underlay interface, MAC address, MTU, `rp_filter`, up, and the
-    /// attributes that all our devices have in common.
+    /// These are local address, underlay interface, MAC address, MTU, `rp_filter`, the up flag, and
+    /// the attributes that all VXLAN devices of this crate have in common.
     SetLink(Vxlan),
-    /// Deletes the tunnel device, and with it its addresses, routes and neighbours.
+    /// Deletes the VXLAN device, and with it its addresses, routes and neighbours.
     DeleteLink(DeviceName),
-    /// Adds an address to the device.
+    /// Adds an address to the VXLAN device.
     AddAddress(DeviceName, IpNet),
-    /// Deletes an address of the device.
+    /// Deletes an address of the VXLAN device.
     DeleteAddress(DeviceName, IpNet),
-    /// Creates or replaces an FDB entry: frames to a MAC address are sent to a node.
+    /// Creates or replaces an FDB entry: the node to which frames for a MAC address are sent.
     PutFdb(DeviceName, MacAddr, IpAddr),
     /// Deletes an FDB entry.
     DeleteFdb(DeviceName, MacAddr, IpAddr),
@@ -47,7 +46,7 @@ pub enum Op {
     PutNeighbour(DeviceName, IpAddr, MacAddr),
     /// Deletes a neighbour.
     DeleteNeighbour(DeviceName, IpAddr),
-    /// Creates or replaces a route; one via the tunnel uses this device.
+    /// Creates or replaces a route; a route via a gateway uses this device.
     PutRoute(DeviceName, RouteKey, Route),
     /// Deletes a route.
     DeleteRoute(DeviceName, RouteKey, Route),
@@ -55,9 +54,9 @@ pub enum Op {
     AddRule(Rule),
     /// Deletes a routing rule, by all its attributes.
     DeleteRule(Rule),
-    /// Deletes a route or a rule that has our protocol number, but that this crate did not create.
+    /// Deletes a route or a rule with our protocol number that this crate did not create.
     DeleteStrayRouting(StrayRouting),
-    /// Clears the dormant flag of a table, so that the kernel runs its chains again.
+    /// Clears the dormant flag of a table, so that the kernel evaluates its chains again.
     WakeTable(TableFamily),
     /// Creates one of our nf_tables tables.
     AddTable(TableFamily),
@@ -67,7 +66,7 @@ pub enum Op {
     AddSet(Set),
     /// Deletes a set or map.
     DeleteSet(Set),
-    /// Creates a chain without rules; `None` for one that is no base chain.
+    /// Creates a chain without rules; `None` for a chain that is not a base chain.
     AddChain(ChainId, Option<Base>),
     /// Deletes a chain and its rules.
     DeleteChain(ChainId),
@@ -83,7 +82,7 @@ pub enum Op {
     AddIpset(Ipset, IpsetContents),
     /// Replaces the capacity and the members of an ipset, all at once by a swap.
     PutIpset(Ipset, IpsetContents),
-    /// Deletes an ipset that no rule looks up.
+    /// Deletes an ipset that no rule matches.
     DeleteIpset(Ipset),
     /// Adds a member to an ipset, or changes its mark or `nomatch` flag.
     PutMember(Ipset, IpNet, Member),
@@ -172,13 +171,13 @@ impl Op {
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 pub(crate) use iptables::write_edit;
 
-/// Characters that mean nothing to a shell, beside letters and digits.
+/// Characters other than letters and digits that are not special to a shell.
 const PLAIN: &str = "-_./:=,@%+";
 
 impl fmt::Display for Op {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.is_xtables() {
-            // What it names has no character that means something to a shell.
+            // No quotes: the names in it have no character that is special to a shell.
             return iptables::command(f, self);
         }
         let mut text = String::new();
@@ -197,7 +196,7 @@ impl fmt::Display for Op {
     }
 }
 
-/// A text that a shell reads back as one word, or as it is if all its characters are plain.
+/// Quotes a text as one word of a shell, unless all its characters are plain.
 fn quoted<'a>(text: &'a str, plain: &str) -> Cow<'a, str> {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || plain.contains(c);
     if text.chars().all(is_plain) {
@@ -206,7 +205,7 @@ fn quoted<'a>(text: &'a str, plain: &str) -> Cow<'a, str> {
     format!("'{}'", text.replace('\'', r"'\''")).into()
 }
 
-/// The commands of an operation on devices, routes, rules or connections, one a line.
+/// Writes the commands of an operation on links, routes, rules or connections, one per line.
 fn commands(f: &mut String, op: &Op) -> fmt::Result {
     match op {
         Op::AddLink(link) => {
@@ -217,7 +216,8 @@ fn commands(f: &mut String, op: &Op) -> fmt::Result {
             // The kernel ignores an alias in the request that creates a device.
             write!(f, "\nip link set {} alias {LINK_ALIAS} addrgenmode none", link.name)?;
             rp_filter(f, link)?;
-            // Without it the deletion of an address also deletes other addresses of its network.
+            // Without `promote_secondaries` the deletion of an address also deletes other addresses
+            // of its network.
             write!(f, " net/ipv4/conf/{}/promote_secondaries=1", link.name)?;
             if link.up { write!(f, "\nip link set {} up", link.name) } else { Ok(()) }
         }
@@ -281,11 +281,11 @@ fn link_attributes(f: &mut String, link: &Vxlan) -> fmt::Result {
 }
 
 fn rp_filter(f: &mut String, link: &Vxlan) -> fmt::Result {
-    // With slashes, because the interface name has a dot in it.
+    // Slashes as separators, because the interface name may have a dot.
     write!(f, "\nsysctl -w net/ipv4/conf/{}/rp_filter={}", link.name, link.rp_filter)
 }
 
-/// The commands of an operation of nf_tables, one a line, as `nft -f` takes them.
+/// Writes the commands of an nf_tables operation, one per line, in the syntax of `nft -f`.
 fn nft_commands(f: &mut String, op: &Op) -> fmt::Result {
     let table = format!("{} {NFT_TABLE}", op.table());
     match op {

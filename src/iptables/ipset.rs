@@ -1,4 +1,4 @@
-//! Sets of the kernel's ipset subsystem: `hash:net` of either family, with or without marks.
+//! The netlink interface to ipsets: sets of type `hash:net`, IPv4 or IPv6, with or without marks.
 
 mod error;
 mod list;
@@ -24,17 +24,17 @@ use protocol::{
     data, kind, nfproto,
 };
 
-/// The revision of `hash:net` that brought marks (kernel 3.18).
+/// The first revision of `hash:net` with marks (`skbinfo`, kernel 3.18).
 const REVISION: u8 = 6;
 
-/// Whether a member is added or deleted.
+/// The operation on a member: add or delete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Verb {
     Put,
     Delete,
 }
 
-/// The subsystem, and what it speaks.
+/// The kernel's ipset subsystem, with the protocol version and set revision to use.
 #[derive(Debug)]
 pub(crate) struct Ipsets {
     protocol: u8,
@@ -42,11 +42,11 @@ pub(crate) struct Ipsets {
 }
 
 impl Ipsets {
-    /// Asks the kernel for its protocol and for sets of type `hash:net`.
+    /// Queries the kernel's ipset protocol version and its revision of set type `hash:net`.
     ///
     /// # Errors
     ///
-    /// What is missing.
+    /// The error names the missing kernel feature.
     pub(crate) fn probe(socket: &mut Socket) -> Result<Self, KernelError> {
         let (mut newest, mut oldest) = (OLDEST, OLDEST);
         let text = "ipset version";
@@ -95,22 +95,22 @@ impl Ipsets {
         Ok(Self { protocol, revision: REVISION })
     }
 
-    /// The sets of ours that there are.
+    /// Returns the names of this crate's sets in the kernel.
     pub(crate) fn names(&self, socket: &mut Socket) -> Result<BTreeSet<Ipset>, KernelError> {
         list::names(self.protocol, socket)
     }
 
-    /// All sets of ours with their members; of others not more than the name is read.
+    /// Reads all sets of this crate with their members; of other sets only the names.
     pub(crate) fn observe(&self, socket: &mut Socket) -> Result<Found, KernelError> {
         list::observe(self.protocol, socket)
     }
 
-    /// Makes an operation.
+    /// Applies one operation on sets.
     pub(crate) fn make(&self, socket: &mut Socket, op: &Op) -> Result<(), KernelError> {
         match op {
             Op::AddIpset(set, contents) => {
                 let new = self.fill_new(socket, op, *set, contents)?;
-                // Under its name it is complete, or not there.
+                // Renamed last, so that a set under its final name is always complete.
                 let named = self.two_names(socket, op, kind::RENAME, new, *set);
                 if named.is_err() {
                     let _kept = self.destroy(socket, op, new);
@@ -140,8 +140,9 @@ impl Ipsets {
         }
     }
 
-    /// Makes operations one after another, members of one set that come together at once; gives
-    /// those that were refused by their index.
+    /// Applies operations in order, and returns the refused ones by index.
+    ///
+    /// Successive members of one set share messages.
     pub(crate) fn make_all(&self, socket: &mut Socket, ops: &[&Op]) -> Vec<(usize, KernelError)> {
         let mut refused = Vec::new();
         let mut index = 0;
@@ -167,7 +168,7 @@ impl Ipsets {
         refused
     }
 
-    /// A new set with a name of its own that has these members.
+    /// Creates a set with these members under a temporary name.
     fn fill_new(
         &self,
         socket: &mut Socket,
@@ -201,7 +202,7 @@ impl Ipsets {
             writer.attribute(attribute::FAMILY, &[nfproto(set.family())]);
             writer.nest(attribute::DATA, |writer| {
                 let mut number = |kind, value| writer.be32(kind | NETWORK_ORDER, value);
-                // As large as it will be: growing would copy what is there, over and over.
+                // The final size from the start: a resize copies all members, again and again.
                 let size = u32::try_from(contents.members.len()).unwrap_or(u32::MAX);
                 number(data::HASH_SIZE, size.clamp(64, 1 << 26).next_power_of_two());
                 number(data::MAX_ELEMENTS, contents.capacity);
@@ -230,8 +231,9 @@ impl Ipsets {
         })
     }
 
-    /// Adds or deletes members, as many in a message as fit. Those before one that is refused
-    /// stay made.
+    /// Adds or deletes members, as many per message as fit.
+    ///
+    /// Changes before a refused member remain applied.
     fn members(
         &self,
         socket: &mut Socket,
@@ -240,7 +242,7 @@ impl Ipsets {
         set: Ipset,
         members: &[(IpNet, Member)],
     ) -> Result<(), KernelError> {
-        // A member may be put again, with another mark; one that is deleted must be there.
+        // A member may be added again, with another mark; a member that is deleted must exist.
         let (kind, flags) = match verb {
             Verb::Put => (kind::ADD, 0),
             Verb::Delete => (kind::DELETE, flag::EXCL),
@@ -273,7 +275,8 @@ impl Ipsets {
         kind: u16,
         write: impl FnOnce(&mut Writer),
     ) -> Result<(), KernelError> {
-        // Without it the kernel takes what is there, or is not, for done.
+        // Without `EXCL` the kernel reports success if the object exists already, or does not
+        // exist.
         self.change_with(socket, op, kind, flag::EXCL, write)
     }
 
@@ -291,7 +294,7 @@ impl Ipsets {
     }
 }
 
-/// Destroys a set of others, if no rule looks into it.
+/// Destroys a set of another program, if no rule matches it.
 pub(crate) fn destroy_foreign(socket: &mut Socket, name: &str) -> Result<(), KernelError> {
     let text = format!("ipset destroy {name}");
     let request = Request { text: &text, kind: kind::DESTROY, flags: flag::EXCL, answer: u16::MAX };
@@ -299,7 +302,7 @@ pub(crate) fn destroy_foreign(socket: &mut Socket, name: &str) -> Result<(), Ker
     ask(socket, &request, OLDEST, write, |_| Ok(())).map(drop)
 }
 
-/// The first of the commands that an operation prints as; a large set's are a million.
+/// Returns a short text of the operation for errors; that of a large set has a million commands.
 fn request_text(op: &Op) -> String {
     match op {
         Op::AddIpset(set, contents) => {

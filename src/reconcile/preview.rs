@@ -1,4 +1,4 @@
-//! What a reconciliation would do, without doing any of it.
+//! Preview: a dry run of a reconciliation.
 
 use super::adopt::adopt;
 use super::{Error, Reconciler, Report};
@@ -11,14 +11,14 @@ use crate::policy::Policy;
 use crate::types::{Mark, NodeName, TableId};
 
 impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
-    /// What [`reconcile`](Self::reconcile) would change and report, without changing it.
+    /// Returns the report that [`reconcile`](Self::reconcile) would return, and changes nothing.
     ///
-    /// Everything is read. The allocators are left with what they had: marks and tables that the
-    /// plan needed are released, those that it released are reserved.
+    /// The whole kernel state is read. The allocators are restored: marks and tables that the plan
+    /// allocated are released, and those that it released are reserved.
     ///
     /// # Errors
     ///
-    /// [`Error::Plan`] and [`Error::Observe`], as of [`reconcile`](Self::reconcile).
+    /// [`Error::Plan`] and [`Error::Observe`], as for [`reconcile`](Self::reconcile).
     pub fn preview<P: Policy>(
         &mut self,
         cluster: &Cluster,
@@ -27,8 +27,8 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         let draft = Draft::new(cluster, policies)?;
         let in_step = self.in_step;
         let observed = self.observe_before(&draft)?;
-        // The datapath reports drift from what it was read as, the next call needs it from what is
-        // wanted.
+        // The datapath now reports drift from the observed state; the next call needs drift from
+        // the wanted state.
         self.in_step = in_step && self.wanted.as_ref() == Some(&observed);
         let (mut marks, mut tables) = (Lent::new(&mut self.marks), Lent::new(&mut self.tables));
         adopt(cluster, &observed, &mut marks, &mut tables);
@@ -43,10 +43,10 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     }
 }
 
-/// An allocator that is given back as it was.
+/// A wrapper of an allocator that can undo all changes made through it.
 struct Lent<'a, A, Id> {
     allocator: &'a mut A,
-    /// Nodes that got or lost an id, in that order, with what they had before.
+    /// Nodes that got or lost an id, in order, each with the id that it had before.
     before: Vec<(NodeName, Option<Id>)>,
 }
 
@@ -68,7 +68,7 @@ macro_rules! lent {
                 made
             }
 
-            /// Undoes the changes, the last one first: each is possible where it was made.
+            /// Undoes the changes in reverse order, so that each of them can be undone.
             fn give_back(self) -> Result<(), AllocError<$id>> {
                 for (node, before) in self.before.into_iter().rev() {
                     if self.allocator.get(&node).is_some() {

@@ -2,7 +2,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// Takes all marks of a layout in turn.
+/// Allocates all marks of a layout.
 fn drain(layout: MarkLayout) -> (MarkPool, Vec<Mark>) {
     let mut pool = MarkPool::new(layout);
     let mut marks = Vec::new();
@@ -99,7 +99,7 @@ fn nodes_are_listed_by_mark() {
     assert_eq!(listed, [(&node("b"), low), (&node("a"), high)]);
 }
 
-/// The same rules, said slowly.
+/// A reference model of [`MarkPool`]: simple and slow.
 struct Model {
     layout: MarkLayout,
     nodes: BTreeMap<NodeName, Mark>,

@@ -14,7 +14,7 @@ fn range(start: u32, count: u32) -> TableRange {
     TableRange::new(start, count).unwrap()
 }
 
-/// Gives the next answer of a list; the last one for ever.
+/// A probe that returns the results of a list in turn, and then always the last one.
 struct Answers {
     list: VecDeque<Result<BTreeSet<u32>, KernelError>>,
     asked: Arc<AtomicUsize>,

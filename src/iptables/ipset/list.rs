@@ -1,4 +1,4 @@
-//! Reading sets back.
+//! Reads ipsets from the kernel: names, headers and members.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,21 +14,21 @@ use crate::kernel::netlink::socket::Socket;
 use crate::state::{Ipset, IpsetContents};
 use crate::types::Family;
 
-/// `IPSET_FLAG_LIST_SETNAME`: names only.
+/// `IPSET_FLAG_LIST_SETNAME`: list names only.
 const NAMES: u32 = 2;
 
-/// What is in sets of ours, by set.
+/// Contents of this crate's sets, by set.
 pub(crate) type Found = BTreeMap<Ipset, IpsetContents>;
 
 const LIST: &str = "ipset list -n";
 
-/// All sets of ours with their members; of others not more than the name is read.
+/// Reads all sets of this crate with their members; of other sets only the names.
 pub(super) fn observe(protocol: u8, socket: &mut Socket) -> Result<Found, KernelError> {
     let mut found = Found::new();
     for set in names(protocol, socket)? {
         match contents(protocol, socket, set) {
             Ok(contents) => drop(found.insert(set, contents)),
-            // Gone meanwhile.
+            // Destroyed in the meantime.
             Err(error) if error.is_not_found() => {}
             Err(error) => return Err(error),
         }
@@ -36,7 +36,7 @@ pub(super) fn observe(protocol: u8, socket: &mut Socket) -> Result<Found, Kernel
     Ok(found)
 }
 
-/// The sets of ours that there are.
+/// Returns the names of this crate's sets in the kernel.
 pub(super) fn names(protocol: u8, socket: &mut Socket) -> Result<BTreeSet<Ipset>, KernelError> {
     all_names(protocol, socket, Ipset::from_name)
 }
@@ -56,7 +56,7 @@ fn all_names<T: Ord>(
             for found in Attributes::new(body) {
                 let found = found?;
                 if found.kind == attribute::SETNAME {
-                    // Names of others may be any bytes.
+                    // Names of other programs' sets may be any bytes.
                     names.extend(found.text().ok().and_then(&pick));
                 }
             }
@@ -67,7 +67,9 @@ fn all_names<T: Ord>(
     found.ok_or_else(|| KernelError::answer(LIST, "the sets change faster than they can be listed"))
 }
 
-/// Sets of others of type `hash:net` that have a name for which there is a family, and that family.
+/// Returns sets of another program: type `hash:net`, recognised by name and family.
+///
+/// `family_of` returns the family that a set of this name must have, or `None` for other names.
 pub(crate) fn foreign(
     socket: &mut Socket,
     family_of: impl Fn(&str) -> Option<Family>,
@@ -93,7 +95,7 @@ pub(crate) fn foreign(
         match asked {
             Ok(_) if is == (true, true) => found.push(name),
             Ok(_) => {}
-            // Gone meanwhile.
+            // Destroyed in the meantime.
             Err(error) if error.is_not_found() => {}
             Err(error) => return Err(error),
         }
@@ -119,7 +121,7 @@ fn contents(protocol: u8, socket: &mut Socket, set: Ipset) -> Result<IpsetConten
     }
 }
 
-/// What the messages about one set say.
+/// The listing of one set, collected from several messages.
 pub(crate) struct Listing {
     pub(crate) contents: IpsetContents,
     is_hash_net: bool,

@@ -1,4 +1,4 @@
-//! Members on the wire.
+//! Netlink encoding of ipset members.
 
 use std::net::IpAddr;
 
@@ -8,8 +8,10 @@ use super::protocol::{NETWORK_ORDER, NOMATCH, attribute, byte, data};
 use crate::kernel::netlink::message::{Attribute, Attributes, Malformed, Writer};
 use crate::state::{MarkBits, Member};
 
-/// Members in one message: the longest, IPv6 with a mark, takes 56 bytes, and the length of the
-/// attribute around them has 16 bits.
+/// Maximum number of members in one message.
+///
+/// The longest member, IPv6 with a mark, takes 56 bytes, and the length of the enclosing attribute
+/// has 16 bits.
 pub(crate) const AT_ONCE: usize = 1000;
 
 pub(crate) fn write(writer: &mut Writer, net: IpNet, member: Member) {
@@ -30,7 +32,7 @@ pub(crate) fn write(writer: &mut Writer, net: IpNet, member: Member) {
     });
 }
 
-/// A listed member; `None` if it has no prefix.
+/// Decodes a member of a listing; `None` if it has no address.
 pub(crate) fn read(attributes: Attributes<'_>) -> Result<Option<(IpNet, Member)>, Malformed> {
     let (mut address, mut length, mut member) = (None, None, Member::In);
     for found in attributes {
@@ -42,7 +44,7 @@ pub(crate) fn read(attributes: Attributes<'_>) -> Result<Option<(IpNet, Member)>
                 let both = found.be64()?;
                 let half = |bits: u64| u32::try_from(bits & 0xffff_ffff).unwrap_or_default();
                 let (value, mask) = (half(both >> 32), half(both));
-                // A set with marks lists one of 0/0 for a member that has none.
+                // A set with marks lists a mark of 0/0 for a member without mark.
                 if member == Member::In && mask != 0 {
                     member = Member::Marked(MarkBits { mask, value });
                 }

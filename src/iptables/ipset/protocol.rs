@@ -1,6 +1,6 @@
-//! What is the same in all requests about sets.
+//! The ipset netlink protocol: message types, attributes and the common part of requests.
 //!
-//! Numbers are those of `include/uapi/linux/netfilter/ipset/ip_set.h`.
+//! Source of the numbers: `include/uapi/linux/netfilter/ipset/ip_set.h`.
 
 use super::error::explained;
 use crate::error::KernelError;
@@ -11,7 +11,7 @@ use crate::kernel::netlink::nfnetlink::Request;
 use crate::kernel::netlink::socket::Socket;
 use crate::types::Family;
 
-/// Commands, as message types of subsystem 6.
+/// Commands: message types of netlink subsystem 6 (`NFNL_SUBSYS_IPSET`).
 pub(super) mod kind {
     const SUBSYSTEM: u16 = 6 << 8;
     pub(crate) const PROTOCOL: u16 = SUBSYSTEM + 1;
@@ -30,7 +30,7 @@ pub(super) mod kind {
 pub(super) mod attribute {
     pub(crate) const PROTOCOL: u16 = 1;
     pub(crate) const SETNAME: u16 = 2;
-    /// Also the second name of a command that has two.
+    /// Also the second set name of commands with two names (rename, swap).
     pub(crate) const TYPENAME: u16 = 3;
     pub(crate) const REVISION: u16 = 4;
     pub(crate) const FAMILY: u16 = 5;
@@ -41,7 +41,7 @@ pub(super) mod attribute {
     pub(crate) const PROTOCOL_MIN: u16 = 10;
 }
 
-/// Attributes inside `DATA`: of a set that is made or listed, and of a member.
+/// Attributes inside `DATA`: of a set that is created or listed, and of a member.
 pub(super) mod data {
     pub(crate) const IP: u16 = 1;
     pub(crate) const CIDR: u16 = 3;
@@ -55,11 +55,12 @@ pub(super) mod data {
 pub(super) const NOMATCH: u32 = 4;
 pub(super) const WITH_MARKS: u32 = 64;
 
-/// Our type of sets.
+/// The set type that this crate uses.
 pub(super) const HASH_NET: &str = "hash:net";
 
-/// The protocol that the kernel has spoken since 4.20, and the oldest that it still does.
+/// The protocol version of the kernel since 4.20.
 pub(super) const PROTOCOL: u8 = 7;
+/// The oldest protocol version that the kernel still accepts.
 pub(super) const OLDEST: u8 = 6;
 
 /// `NLA_F_NET_BYTEORDER`, without which ipset refuses a number.
@@ -75,7 +76,7 @@ pub(super) const fn nfproto(family: Family) -> u8 {
     }
 }
 
-/// Asks, and explains what is refused.
+/// Sends a request and reads the answer; ipset error numbers are explained.
 pub(super) fn ask(
     socket: &mut Socket,
     request: &Request<'_>,

@@ -1,4 +1,4 @@
-//! What policies mean.
+//! Conformance cases of basic policy semantics: sources, destinations, gateways and egress IPs.
 
 use crate::{Destinations, EgressIp};
 use ipnet::IpNet;
@@ -160,12 +160,12 @@ pub(super) fn move_and_end(trial: &mut Trial<'_>) -> Result {
     both(trial, POD_A, POD_B)
 }
 
-/// What pod a and pod b wear outside.
+/// Checks the source addresses with which packets of pod-a and pod-b arrive at the server.
 fn both(trial: &Trial<'_>, a: Pair, b: Pair) -> Result {
     check(&[Expect::source(trial.pod_a(), SERVER, a), Expect::source(trial.pod_b(), SERVER, b)])
 }
 
-/// The prefixes of these lengths that the addresses are in.
+/// Returns the prefixes of these lengths that contain the addresses.
 fn around(pair: Pair, lengths: [u8; 2]) -> Vec<IpNet> {
     pair.into_iter().zip(lengths).map(|(ip, length)| net(ip, length).trunc()).collect()
 }

@@ -1,4 +1,4 @@
-//! The cases.
+//! The list of conformance cases.
 
 use std::fmt;
 
@@ -6,18 +6,18 @@ use super::super::lab::{Host, Lab};
 use super::trial::{Trial, have_nft};
 use super::{BoxError, Failure, Integration, Missing, Outcome, basics, closed, flows, neighbours};
 
-/// Something that must hold of packets, and how it is tried.
+/// A conformance case: a property of packets, and the test of it.
 #[derive(Clone, Copy)]
 #[non_exhaustive]
 pub struct Case {
-    /// What it is called; stays the same.
+    /// Stable name of the case.
     pub name: &'static str,
-    /// What it shows.
+    /// The property that the case shows.
     pub shows: &'static str,
-    /// Whether the program `nft` plays other software on the nodes.
+    /// True if the case installs rules of other software with the program `nft`.
     pub needs_nft: bool,
-    /// Why it cannot be passed with [`Backend::Iptables`](crate::Backend::Iptables), if
-    /// it cannot.
+    /// The reason why [`Backend::Iptables`](crate::Backend::Iptables) cannot pass the
+    /// case, if it cannot.
     pub beyond_iptables: Option<&'static str>,
     pub(super) body: Body,
 }
@@ -25,9 +25,9 @@ pub struct Case {
 type Body = fn(&mut Trial<'_>) -> Result<(), Failure>;
 
 impl Case {
-    /// Runs it in a lab of its own; `start` starts what is tested on a node.
+    /// Runs the case in its own lab; `start` starts the program under test on a node.
     ///
-    /// Takes some seconds at most, if what is tested returns.
+    /// Takes some seconds at most, if the calls of the program under test return.
     pub fn run<I: Integration + 'static>(
         &self,
         mut start: impl FnMut(&Host) -> Result<I, BoxError> + Send,
@@ -66,7 +66,7 @@ impl fmt::Debug for Case {
     }
 }
 
-/// All cases.
+/// All conformance cases.
 pub static CASES: &[Case] = &[
     Case::new("lab", "without policies every source arrives as it is", basics::lab),
     Case::new(

@@ -1,4 +1,4 @@
-//! What must not get out, whatever is missing, broken or not allowed.
+//! Conformance cases of failing closed: packets that must be dropped when objects are missing.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::thread;
@@ -26,7 +26,7 @@ pub(super) fn no_gateway(trial: &mut Trial<'_>) -> Result {
     ])?;
     trial.saw(&[])?;
     check(&[Expect::source(trial.server(), POD_A, SERVER)])?;
-    // Its answers to the server's own questions.
+    // The pod's replies to connections that the server opens.
     trial.saw(&[POD_A])
 }
 
@@ -53,7 +53,7 @@ pub(super) fn single_family(trial: &mut Trial<'_>) -> Result {
 pub(super) fn gateway_not_ready(trial: &mut Trial<'_>) -> Result {
     trial.apply(&[policy("p", &[POD_A], C, dual(EIP_C))?])?;
     let policies = [policy("p", &[POD_A], B, dual(EIP_B))?];
-    // Everybody but the new gateway knows.
+    // All nodes but the new gateway have the new policy.
     trial.apply_to("node-c", &policies)?;
     trial.apply_to("node-a", &policies)?;
     check(&[Expect::nothing(trial.pod_a(), SERVER)])?;
@@ -77,7 +77,7 @@ pub(super) fn nodes_disagree(trial: &mut Trial<'_>) -> Result {
     check(&[Expect::source(trial.pod_a(), SERVER, EIP_C)])
 }
 
-/// What somebody else does to what a node holds.
+/// An edit of a node's kernel state by another program.
 type Damage = fn(&mut State);
 
 const DAMAGES: [Damage; 8] = [
@@ -108,7 +108,7 @@ pub(super) fn lost_piece(trial: &mut Trial<'_>) -> Result {
         let (_, pod) = trial.pod_a();
         thread::scope(|scope| {
             for to in SERVER {
-                // Answered or not: what counts is what the server sees.
+                // The reply does not matter, only the sources that the server records.
                 scope.spawn(move || probe(pod, Proto::Udp, to));
             }
         });
@@ -139,7 +139,7 @@ pub(super) fn lost_table(trial: &mut Trial<'_>) -> Result {
     Ok(())
 }
 
-/// Changes what a node holds, as anybody can who may.
+/// Edits the kernel state of a node, as any privileged program can.
 fn spoil(host: &Host, damage: Damage) -> Result {
     let mut kernel = host.netns.run(KernelDatapath::open)??;
     let holds = kernel.observe()?;
@@ -175,17 +175,17 @@ pub(super) fn injected_frame(trial: &mut Trial<'_>) -> Result {
             let [v4, _] = NODE_B;
             (0..3).try_for_each(|_| socket.send_to(&frame, (v4, cluster.tunnel.port)).map(drop))
         })??;
-        // An answered question later the frames have arrived, or never will.
+        // Once a later probe has a reply, the frames have arrived or never will.
         check(&[Expect::source(trial.stranger(), OTHER_SERVER, STRANGER)])?;
         let [v4, _] = EIP_B;
-        // That the node itself can shows that it is a frame.
+        // The frame from node-a arrives, which shows that the frame is valid.
         if arrives { trial.saw(&[STRANGER, [v4; 2]])? } else { trial.saw(&[STRANGER])? }
     }
     Ok(())
 }
 
 pub(super) fn frame_of_a_pod(trial: &mut Trial<'_>) -> Result {
-    // What a pod sends to another node comes from its own node then.
+    // With the masquerade, a pod's packet to another node has its own node's address.
     trial.masquerade("cni")?;
     trial.apply(&[policy("p", &[POD_A], B, dual(EIP_B))?])?;
     let (cluster, frame) = frame(trial)?;
@@ -202,10 +202,10 @@ pub(super) fn frame_of_a_pod(trial: &mut Trial<'_>) -> Result {
             })??;
         }
     }
-    // An answered question later the frames have arrived, or never will.
+    // Once a later probe has a reply, the frames have arrived or never will.
     check(&[Expect::source(trial.stranger(), OTHER_SERVER, NODE_A)])?;
     trial.saw(&[NODE_A])?;
-    // It is the pods that are refused, not the frame.
+    // The same frame from the node arrives: it was dropped because a pod sent it.
     let [to, _] = NODE_B;
     let (_, node) = trial.node_a();
     let to = (to, cluster.tunnel.port);
@@ -215,7 +215,7 @@ pub(super) fn frame_of_a_pod(trial: &mut Trial<'_>) -> Result {
     trial.saw(&[NODE_A, [v4; 2]])
 }
 
-/// A cluster and a frame from node-a to node-b, as its tunnel carries them.
+/// Returns the cluster, and a valid VXLAN packet from node-a to node-b in its tunnel.
 fn frame(trial: &Trial<'_>) -> Result<(Cluster, Vec<u8>)> {
     let cluster = trial.lab.cluster(&trial.lab.node_a)?;
     let mac = |name: &str| {

@@ -1,4 +1,4 @@
-//! Questions and the sources they must arrive with.
+//! Probes, and the source addresses with which they must arrive.
 
 use std::net::IpAddr;
 use std::panic::resume_unwind;
@@ -7,7 +7,7 @@ use std::thread::{self, ScopedJoinHandle};
 use super::super::lab::{Netns, Pair, Proto, probe, probe_patiently};
 use super::{Astray, Failure};
 
-/// Who asks, whom, and with which source the question must arrive, if at all.
+/// A probe: its sender, its destination, and the source with which it must arrive, if at all.
 #[derive(Clone, Copy)]
 pub(super) struct Expect<'a> {
     pub(super) who: &'static str,
@@ -36,7 +36,7 @@ impl<'a> Expect<'a> {
     }
 }
 
-/// Asks by TCP and UDP over IPv4 and IPv6, all at once, and compares.
+/// Sends all probes at once, by TCP and UDP over IPv4 and IPv6, and compares the sources.
 pub(super) fn check(expectations: &[Expect<'_>]) -> Result<(), Failure> {
     let astray: Vec<Astray> = thread::scope(|scope| {
         let mut asked = Vec::new();

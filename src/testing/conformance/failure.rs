@@ -1,4 +1,4 @@
-//! Why a case was not passed.
+//! The failure of a conformance case.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -10,70 +10,70 @@ use crate::{KernelError, NameError, NodeName, State};
 use super::super::lab::Proto;
 use super::BoxError;
 
-/// Why a case was not passed.
+/// The reason why a conformance case failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Failure {
-    /// What is tested said so.
+    /// The program under test returned an error.
     #[error("on {node}, to {doing} failed: {error}")]
     Integration {
-        /// On this node.
+        /// The node.
         node: NodeName,
-        /// What it was asked for.
+        /// The requested action: start, apply or remove.
         doing: &'static str,
-        /// Its words.
+        /// The error of the program under test.
         error: BoxError,
     },
-    /// Packets did not do what they should.
+    /// Probes arrived with a wrong source, did not arrive, or should not have arrived.
     #[error("{}", Lines(.0))]
     Astray(Vec<Astray>),
-    /// The server outside saw packets from somebody else than it should.
+    /// The server outside received packets from other sources than expected.
     #[error("the server saw {seen:?}; expected was {expected:?}")]
     Seen {
-        /// All sources of packets.
+        /// All sources that the server saw.
         seen: BTreeSet<IpAddr>,
-        /// Those that there may be, or must be.
+        /// The allowed or required sources.
         expected: BTreeSet<IpAddr>,
     },
-    /// A connection was cut that should go on, or goes on in another way than it should.
+    /// A connection was ended that should continue, or continues with a wrong source.
     #[error("{what}: {error}")]
     Connection {
-        /// Which, and when.
+        /// The connection, and the moment in the case.
         what: String,
-        /// What its socket said.
+        /// The error of its socket.
         error: io::Error,
     },
-    /// Something of ours is still there after everything was removed.
+    /// Objects of this crate remain in the kernel after everything was removed.
     #[error("{node} still holds {state:?}")]
     Remains {
-        /// On this node.
+        /// The node.
         node: NodeName,
-        /// What is left.
+        /// The remaining objects.
         state: Box<State>,
     },
-    /// The lab itself does not do what the case needs.
+    /// The lab itself failed.
     #[error("the lab fails: {0}")]
     Lab(#[from] io::Error),
-    /// The kernel could not be read or damaged.
+    /// The kernel state could not be read, or could not be damaged for the case.
     #[error("the kernel fails: {0}")]
     Kernel(#[from] KernelError),
-    /// A name of the case is none.
+    /// A name in the case is invalid.
     #[error(transparent)]
     Name(#[from] NameError),
 }
 
-/// A question that was not answered as it should.
+/// A probe that did not have the expected result.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Astray {
-    /// Who asked: an address of the pod or node.
+    /// The sender: the name of a pod, a node or the server.
     pub from: &'static str,
-    /// By which protocol.
+    /// The transport protocol.
     pub proto: Proto,
-    /// Whom it was sent to.
+    /// The destination.
     pub to: IpAddr,
-    /// The source it should have arrived with; `None` if it should not arrive.
+    /// The expected source; `None` if the probe should not arrive.
     pub expected: Option<IpAddr>,
-    /// The source it arrived with; `None` if there was no answer.
+    /// The source that the server saw; `None` if there was no reply.
     pub seen: Option<IpAddr>,
 }
 

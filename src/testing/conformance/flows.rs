@@ -1,4 +1,4 @@
-//! What becomes of connections that are open while policies come, move and go.
+//! Conformance cases of open connections while policies are added, moved and removed.
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, TcpStream, UdpSocket};
@@ -10,14 +10,13 @@ use super::trial::{Result, Trial, dual, policy};
 
 const B: Option<&str> = Some("node-b");
 const C: Option<&str> = Some("node-c");
-/// How long a word of a connection may take that may have ended: a segment that was lost is sent
-/// again meanwhile.
+/// Timeout of a message on a connection that may have ended; it covers a retransmission.
 const PATIENCE: Duration = Duration::from_secs(3);
-/// How long an answer to a datagram may take that may be lost.
+/// Timeout of a reply to a datagram that may be lost.
 const SOON: Duration = Duration::from_millis(900);
-/// How long anything may take that must come, on a busy machine too.
+/// Timeout of a reply that must arrive, on a busy machine too.
 const LATE: Duration = Duration::from_secs(120);
-/// An egress IP that node-b answers for once it is told to.
+/// An egress IP that the case assigns to node-b.
 const ANOTHER: Pair = [
     IpAddr::V4(Ipv4Addr::new(198, 51, 100, 210)),
     IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0x51, 0, 0, 0, 0, 0x210)),
@@ -43,7 +42,7 @@ pub(super) fn open_datagrams(trial: &mut Trial<'_>) -> Result {
     let flows = [flow(&trial.lab.pod_a, SERVER, 0)?, flow(&trial.lab.pod_a, SERVER, 1)?];
     let settles = |trial: &Trial<'_>, source: Pair| -> Result {
         for (flow, source) in flows.iter().zip(source) {
-            // A flow that is ended may lose the datagram that finds it out.
+            // An ended flow may lose the first datagram.
             let seen = ask(flow, SOON).or_else(|_| ask(flow, LATE));
             let what = || format!("datagrams that should leave as {source}");
             let seen = seen.map_err(|error| Failure::Connection { what: what(), error })?;
@@ -98,7 +97,7 @@ pub(super) fn connections_of_others(trial: &mut Trial<'_>) -> Result {
     pipe.speak("a connection while all is removed")
 }
 
-/// Both ends of a connection to the server.
+/// Both ends of a TCP connection to the server.
 struct Pipe {
     client: TcpStream,
     server: TcpStream,
@@ -131,7 +130,7 @@ impl Pipe {
         self.word(LATE).map_err(|error| Failure::Connection { what: what.to_owned(), error })
     }
 
-    /// A word there and back.
+    /// Sends a message to the server and one back.
     fn word(&self, patience: Duration) -> io::Result<()> {
         let mut word = [0; 4];
         let (mut client, mut server) = (&self.client, &self.server);
@@ -144,7 +143,7 @@ impl Pipe {
     }
 }
 
-/// A socket whose datagrams are all of one flow, to the server's address of this family.
+/// Opens a socket whose datagrams are one UDP flow, to the server's address of this family.
 fn flow(netns: &Netns, server: Pair, family: usize) -> io::Result<UdpSocket> {
     let [v4, v6] = server;
     let (any, to): (IpAddr, IpAddr) = match family {
@@ -156,7 +155,7 @@ fn flow(netns: &Netns, server: Pair, family: usize) -> io::Result<UdpSocket> {
     Ok(socket)
 }
 
-/// The source that the server saw.
+/// Sends a datagram and returns the source that the server saw.
 fn ask(flow: &UdpSocket, patience: Duration) -> io::Result<IpAddr> {
     let mut answer = [0; 64];
     flow.set_read_timeout(Some(patience))?;

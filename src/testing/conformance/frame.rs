@@ -1,4 +1,4 @@
-//! A frame of the tunnel, made by hand.
+//! A hand-made VXLAN frame of the tunnel.
 
 use std::net::IpAddr;
 
@@ -6,8 +6,9 @@ use crate::{Cluster, MacAddr};
 
 use super::super::lab::{POD_A, PORT, SERVER};
 
-/// A UDP datagram from the selected pod to the server, as the tunnel of this cluster carries it:
-/// what is after the outer UDP header.
+/// Returns the VXLAN payload of a UDP datagram from the selected pod to the server.
+///
+/// It is the content of the outer UDP datagram: VXLAN header, Ethernet frame, IPv4 and UDP.
 pub(super) fn vxlan(cluster: &Cluster, to: MacAddr, from: MacAddr) -> Vec<u8> {
     const IPV4: [u8; 2] = [0x08, 0x00];
     let header = [[0x08, 0, 0, 0], (cluster.tunnel.vni << 8).to_be_bytes()].concat();
@@ -16,9 +17,9 @@ pub(super) fn vxlan(cluster: &Cluster, to: MacAddr, from: MacAddr) -> Vec<u8> {
 }
 
 fn datagram() -> Vec<u8> {
-    // From port 5000, nine bytes, without checksum.
+    // Source port 5000, nine bytes, no checksum.
     let udp = [&5000_u16.to_be_bytes()[..], &PORT.to_be_bytes(), &[0, 9, 0, 0], b"?"].concat();
-    // 29 bytes, not to be fragmented, UDP.
+    // Length 29, don't fragment, TTL 64, UDP.
     let mut ip = vec![0x45, 0, 0, 29, 0, 0, 0x40, 0, 64, 17, 0, 0];
     for address in [POD_A, SERVER] {
         if let [IpAddr::V4(address), _] = address {
@@ -30,7 +31,7 @@ fn datagram() -> Vec<u8> {
     [ip, udp].concat()
 }
 
-/// The internet checksum (RFC 1071) of bytes whose own checksum is zero.
+/// Returns the internet checksum (RFC 1071) of a header whose checksum field is zero.
 fn checksum(bytes: &[u8]) -> u16 {
     let mut sum = 0_u32;
     for pair in bytes.chunks(2) {

@@ -1,10 +1,10 @@
-//! What a program that embeds the crate must do, as cases with real packets.
+//! Conformance cases for programs that embed the crate, tested with real packets.
 //!
-//! Each [`Case`] builds a [lab](super::lab) of its own, starts what is tested on every node, gives
-//! it policies and sends packets; a packet that arrives with another source than it should is a
-//! failure, and so is one that arrives and should not. What is tested is an [`Integration`], one
-//! for each node: a [`Reconciler`] is one, a client of an operator or the call of a CNI plugin's
-//! binary can be made one.
+//! Each [`Case`] builds its own [lab](super::lab), starts the program under test on every node,
+//! applies policies and sends packets. A packet that arrives with a wrong source address is a
+//! failure, and so is a packet that arrives and should not. The program under test is an
+//! [`Integration`], one for each node. [`Reconciler`] implements the trait; implement it for a
+//! client of an operator, or for calls of a CNI plugin's binary.
 //!
 //! ```no_run
 //! use egress_datapath::testing::conformance::{CASES, run};
@@ -20,11 +20,11 @@
 //! # }
 //! ```
 //!
-//! Nothing here prints or ends the process. The lab runs threads, and what is done on a node is
-//! done on a thread in its network namespace, for as long as the call takes. Some cases put
-//! another program's rules beside ours and take the program `nft` for that; without it they are
-//! skipped, and the report says so. Run under `cargo test`, whose processes have many threads from
-//! the start, the cases take root, or `unshare -rn cargo test`.
+//! The module neither prints nor ends the process. The lab runs threads. Each call for a node runs
+//! on a thread in the node's network namespace, for as long as the call takes. Some cases install
+//! rules of another program with `nft`; without that program they are skipped, and the report says
+//! so. Under `cargo test`, whose processes have many threads from the start, the cases need root or
+//! `unshare -rn cargo test`.
 
 mod basics;
 mod case;
@@ -47,29 +47,29 @@ pub use case::{CASES, Case};
 pub use failure::{Astray, Failure};
 pub use report::{Missing, Outcome, Report, Verdict};
 
-/// An error in the words of what is tested.
+/// An error of the program under test.
 pub type BoxError = Box<dyn Error + Send + Sync>;
 
-/// What is tested, on one node: a program that embeds the crate, or the way to one.
+/// The program under test on one node: a program that embeds the crate, or a client of it.
 ///
-/// Every call is made on a thread that is in the node's network namespace: sockets that it opens
-/// and programs that it starts are there.
+/// Every call is made on a thread in the node's network namespace: sockets that it opens and
+/// programs that it starts are in that namespace.
 pub trait Integration: Send {
-    /// Makes the node carry out these policies and no others; returns when it does.
+    /// Applies these policies and no others on the node; returns when they are in effect.
     ///
-    /// It is also called with what it was given before, after somebody else has damaged what is in
-    /// the kernel, and must then put that right.
+    /// The method is also called again with the same policies after another program has damaged the
+    /// kernel state, and must then restore that state.
     ///
     /// # Errors
     ///
-    /// Whatever went wrong: the case has failed.
+    /// Any error; the case has failed.
     fn apply(&mut self, cluster: &Cluster, policies: &[EgressPolicy]) -> Result<(), BoxError>;
 
-    /// Takes everything back that it made on the node; returns when it has.
+    /// Removes everything that the program installed on the node; returns when that is done.
     ///
     /// # Errors
     ///
-    /// Whatever went wrong: the case has failed.
+    /// Any error; the case has failed.
     fn remove(&mut self) -> Result<(), BoxError>;
 }
 
@@ -101,10 +101,10 @@ where
     }
 }
 
-/// Runs cases one after another; `start` starts what is tested on a node.
+/// Runs cases one after another; `start` starts the program under test on a node.
 ///
-/// It is called for each node at the beginning of each case, and again where a case has the
-/// program restarted: what it has in memory is lost then, what is in the kernel is not.
+/// `start` is called for each node at the beginning of each case, and again where a case restarts
+/// the program. The program's memory is then lost, and the kernel state is kept.
 pub fn run<'a, I: Integration + 'static>(
     cases: impl IntoIterator<Item = &'a Case>,
     mut start: impl FnMut(&Host) -> Result<I, BoxError> + Send,

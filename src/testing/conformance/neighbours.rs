@@ -1,4 +1,4 @@
-//! Other software and settings on the nodes.
+//! Conformance cases of coexistence with other software and kernel settings on the nodes.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -13,7 +13,7 @@ use super::trial::{Result, Trial, dual, nft, policy};
 const B: Option<&str> = Some("node-b");
 
 pub(super) fn strict_rp_filter(trial: &mut Trial<'_>) -> Result {
-    // A filter of `all` goes for every device that has none of its own or a laxer number.
+    // `rp_filter` of `all` applies to every interface without a value or with a lower value.
     for host in trial.lab.nodes() {
         let strict = ["all", "default", "eth0"].map(|of| format!("ipv4/conf/{of}/rp_filter"));
         host.netns.sysctl(&strict.each_ref().map(|name| (name.as_str(), "1")))?;
@@ -63,12 +63,12 @@ pub(super) fn network_policy(trial: &mut Trial<'_>) -> Result {
     ])
 }
 
-/// A service whose endpoint is outside.
+/// Addresses of a service whose endpoint is outside the cluster.
 const SERVICE: Pair = [
     IpAddr::V4(Ipv4Addr::new(10, 96, 0, 50)),
     IpAddr::V6(Ipv6Addr::new(0xfd96, 0, 0, 0, 0, 0, 0, 0x50)),
 ];
-/// One with an address outside, whose endpoint is a pod.
+/// External addresses of a service whose endpoint is a pod.
 const PUBLISHED: Pair = [
     IpAddr::V4(Ipv4Addr::new(203, 0, 113, 7)),
     IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 7, 0, 0, 0, 0, 7)),
@@ -93,7 +93,7 @@ pub(super) fn service_address(trial: &mut Trial<'_>) -> Result {
         Expect::source(trial.pod_a(), SERVICE, EIP_B),
         Expect::source(trial.pod_a(), PUBLISHED, POD_A),
     ])?;
-    // Nor is it the service's address that a list of destinations is compared with.
+    // A list of destinations is matched against the endpoint too, not the service's address.
     let mut listed = policy("p", &[POD_A], B, dual(EIP_B))?;
     listed.destinations = Destinations::Nets(hosts(&[SERVER]));
     trial.apply(&[listed])?;

@@ -1,39 +1,39 @@
-//! What became of cases.
+//! Results of conformance cases.
 
 use std::fmt;
 use std::io;
 
 use super::{Case, Failure};
 
-/// What became of a case.
+/// The result of a case.
 #[derive(Debug)]
 pub enum Outcome {
-    /// All that it shows is so.
+    /// The property holds.
     Passed,
-    /// Something is not.
+    /// The property does not hold.
     Failed(Failure),
-    /// It could not be tried.
+    /// The case could not be run.
     Skipped(Missing),
 }
 
-/// What a case needs and the machine does not have.
+/// A requirement of a case that the machine does not meet.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Missing {
-    /// Network namespaces, for this user; see [`isolate`](super::super::lab::isolate).
+    /// This user cannot create network namespaces; see [`isolate`](super::super::lab::isolate).
     #[error("no lab can be built: {0}")]
     Lab(io::Error),
-    /// A program that plays other software on the nodes.
+    /// The program that installs rules of other software on the nodes cannot be run.
     #[error("program {0} cannot be run: {1}")]
     Program(&'static str, io::Error),
 }
 
-/// A case and what became of it.
+/// A case and its result.
 #[derive(Debug)]
 pub struct Verdict {
     /// The case.
     pub case: Case,
-    /// What became of it.
+    /// The result of the case.
     pub outcome: Outcome,
 }
 
@@ -48,23 +48,23 @@ impl fmt::Display for Verdict {
     }
 }
 
-/// What became of all cases that were run.
+/// The results of all cases that were run.
 ///
-/// `Display` writes a line for each, and one with the counts.
+/// `Display` prints one line for each case, and one with the counts.
 #[derive(Debug)]
 pub struct Report {
-    /// In the order in which they were run.
+    /// The cases with their results, in the order of the run.
     pub verdicts: Vec<Verdict>,
 }
 
 impl Report {
-    /// Whether there were cases and all of them passed; one that was skipped has not.
+    /// Returns whether there were cases and all of them passed; a skipped case has not passed.
     pub fn is_passed(&self) -> bool {
         let passed = |verdict: &Verdict| matches!(verdict.outcome, Outcome::Passed);
         !self.verdicts.is_empty() && self.verdicts.iter().all(passed)
     }
 
-    /// The cases that failed, each with why.
+    /// Returns the failed cases, each with its failure.
     pub fn failed(&self) -> impl Iterator<Item = (&Case, &Failure)> {
         self.verdicts.iter().filter_map(|verdict| match &verdict.outcome {
             Outcome::Failed(failure) => Some((&verdict.case, failure)),
@@ -72,7 +72,7 @@ impl Report {
         })
     }
 
-    /// The cases that could not be tried, each with what is missing.
+    /// Returns the skipped cases, each with the missing requirement.
     pub fn skipped(&self) -> impl Iterator<Item = (&Case, &Missing)> {
         self.verdicts.iter().filter_map(|verdict| match &verdict.outcome {
             Outcome::Skipped(missing) => Some((&verdict.case, missing)),

@@ -1,4 +1,4 @@
-//! A case under way: a lab, and what is tested on each of its nodes.
+//! A running conformance case: a lab, and the program under test on each of its nodes.
 
 use std::collections::BTreeSet;
 use std::io::{self, Write};
@@ -15,9 +15,9 @@ pub(super) type Result<T = ()> = std::result::Result<T, Failure>;
 pub(super) type Start<'a> =
     dyn FnMut(&Host) -> std::result::Result<Box<dyn Integration>, BoxError> + Send + 'a;
 
-/// A case under way.
+/// A running conformance case.
 pub(super) struct Trial<'a> {
-    /// From the first node to the last; they end before the lab does.
+    /// The nodes in order; a field before `lab`, so that the programs are dropped before the lab.
     nodes: Vec<Node>,
     start: &'a mut Start<'a>,
     pub(super) lab: Lab,
@@ -35,7 +35,7 @@ impl<'a> Trial<'a> {
         Ok(trial)
     }
 
-    /// Ends what is tested on every node, and starts it anew.
+    /// Restarts the program under test on every node.
     pub(super) fn restart(&mut self) -> Result {
         self.nodes.clear();
         for host in self.lab.nodes() {
@@ -47,25 +47,26 @@ impl<'a> Trial<'a> {
         Ok(())
     }
 
-    /// Changes what every node is told of the cluster.
+    /// Changes the cluster that every node is given.
     pub(super) fn change(&mut self, change: impl Fn(&mut Cluster)) {
         self.nodes.iter_mut().for_each(|node| change(&mut node.cluster));
     }
 
-    /// Gives every node the policies, from the last to the first: gateways before their clients.
+    /// Applies the policies on every node, from the last to the first: gateways before their
+    /// clients.
     pub(super) fn apply(&mut self, policies: &[EgressPolicy]) -> Result {
         let mut nodes = self.lab.nodes().into_iter().zip(&mut self.nodes).rev();
         nodes.try_for_each(|(host, node)| node.apply(host, policies))
     }
 
-    /// Gives one node the policies.
+    /// Applies the policies on one node.
     pub(super) fn apply_to(&mut self, name: &str, policies: &[EgressPolicy]) -> Result {
         let mut nodes = self.lab.nodes().into_iter().zip(&mut self.nodes);
         let found = nodes.find(|(host, _)| host.name == name);
         found.map_or(Ok(()), |(host, node)| node.apply(host, policies))
     }
 
-    /// Has every node take everything back, clients before their gateways.
+    /// Removes everything on every node, clients before their gateways.
     pub(super) fn remove(&mut self) -> Result {
         for (host, node) in self.lab.nodes().into_iter().zip(&mut self.nodes) {
             let removed = host.netns.run(|| node.integration.remove())?;
@@ -74,24 +75,24 @@ impl<'a> Trial<'a> {
         Ok(())
     }
 
-    /// All sources of packets that the server saw since the last call.
+    /// Returns all sources of packets that the server received since the last call.
     pub(super) fn seen(&self) -> BTreeSet<IpAddr> {
         self.lab.outside.take_seen().into_iter().map(|(source, _)| source).collect()
     }
 
-    /// The server saw packets of these, all of these, since the last call, and of nobody else.
+    /// Checks that the server received packets of exactly these sources since the last call.
     pub(super) fn saw(&self, sources: &[Pair]) -> Result {
         let (seen, expected) = (self.seen(), set(sources));
         if seen == expected { Ok(()) } else { Err(Failure::Seen { seen, expected }) }
     }
 
-    /// The server saw packets of nobody but these since the last call.
+    /// Checks that the server received packets of no other sources since the last call.
     pub(super) fn saw_no_others(&self, sources: &[Pair]) -> Result {
         let (seen, expected) = (self.seen(), set(sources));
         if seen.is_subset(&expected) { Ok(()) } else { Err(Failure::Seen { seen, expected }) }
     }
 
-    /// Hides the pods of every node behind it, as most CNI plugins do.
+    /// Installs a masquerade of the pods on every node, as most CNI plugins do.
     pub(super) fn masquerade(&self, table: &str) -> Result {
         let rules = format!(
             "table inet {table} {{
@@ -105,8 +106,7 @@ impl<'a> Trial<'a> {
         self.lab.nodes().into_iter().try_for_each(|host| nft(&host.netns, &rules))
     }
 
-    // By who they are, and where.
-
+    /// Returns the name and the network namespace of a probe's sender.
     pub(super) fn pod_a(&self) -> (&'static str, &Netns) {
         ("pod-a", &self.lab.pod_a)
     }
@@ -152,12 +152,12 @@ pub(super) fn set(pairs: &[Pair]) -> BTreeSet<IpAddr> {
     pairs.as_flattened().iter().copied().collect()
 }
 
-/// Whether `nft` can be run.
+/// Checks that the program `nft` can be run.
 pub(super) fn have_nft() -> io::Result<()> {
     Command::new("nft").arg("-v").stdout(Stdio::null()).stderr(Stdio::null()).status().map(drop)
 }
 
-/// Feeds rules to `nft` in a namespace.
+/// Loads rules with `nft -f` in a namespace.
 pub(super) fn nft(netns: &Netns, rules: &str) -> Result {
     let output = netns.run(|| {
         let mut nft = Command::new("nft")

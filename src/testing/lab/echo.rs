@@ -1,4 +1,4 @@
-//! Who am I, seen from there: a server that tells, and the client that asks.
+//! An echo server that replies with the client's source address, and its client.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -14,25 +14,25 @@ use rustix::net::{AddressFamily, Protocol, RecvFlags, SocketFlags, SocketType, e
 
 use super::netns::Netns;
 
-/// The port that is served, by UDP and TCP.
+/// The UDP and TCP port of the server.
 pub const PORT: u16 = 7000;
-/// How long a probe that may have no answer waits for one, all its tries together.
+/// Timeout of a probe that may get no reply, for all its tries together.
 const PATIENCE: Duration = Duration::from_millis(900);
 const TRIES: u32 = 3;
-/// How long one waits that must have an answer: longer than a busy machine takes.
+/// Timeout of a probe that must get a reply: longer than a busy machine takes.
 const LONG: Duration = Duration::from_secs(120);
 
 /// A transport protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Proto {
-    /// Its number is 6.
+    /// TCP, protocol number 6.
     Tcp,
-    /// Its number is 17.
+    /// UDP, protocol number 17.
     Udp,
 }
 
 impl Proto {
-    /// Both.
+    /// Both transport protocols.
     pub const BOTH: [Self; 2] = [Self::Tcp, Self::Udp];
 }
 
@@ -47,10 +47,10 @@ impl fmt::Display for Proto {
 
 type Seen = Arc<Mutex<BTreeSet<(IpAddr, Proto)>>>;
 
-/// A server that answers every TCP connection and UDP datagram with the source it saw.
+/// A server that replies to every TCP connection and UDP datagram with the source address it saw.
 ///
-/// It also remembers the source of every TCP and UDP packet that reached its namespace, be it of
-/// a connection or not.
+/// It also records the source of every TCP and UDP packet that reached its namespace, with or
+/// without a connection.
 #[derive(Debug)]
 pub struct Echo {
     seen: Seen,
@@ -59,22 +59,23 @@ pub struct Echo {
 }
 
 impl Echo {
-    /// Starts to serve on addresses of a namespace.
+    /// Starts a server on these addresses of a namespace.
     pub fn start(netns: &Netns, addresses: &[IpAddr]) -> io::Result<Self> {
         let sockets = netns.run(|| Sockets::open(addresses))??;
         let seen = Seen::default();
         let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
         let thread = thread::spawn({
             let (seen, stop) = (Arc::clone(&seen), Arc::clone(&stop));
-            // A server that fails stops to answer, and the probes say so.
+            // A server that fails stops replying, and the probes report that.
             move || drop(sockets.serve(&seen, &stop))
         });
         Ok(Self { seen, stop, thread: Some(thread) })
     }
 
-    /// The sources of all packets since the last call.
+    /// Returns the sources of all packets since the last call, and clears the record.
     ///
-    /// What came before an answer is in it.
+    /// Once a client has received a reply, all packets that arrived before its request are
+    /// recorded.
     pub fn take_seen(&self) -> BTreeSet<(IpAddr, Proto)> {
         std::mem::take(&mut self.seen.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -130,7 +131,7 @@ impl Sockets {
                 return Ok(());
             }
             let questions = self.questions();
-            // Before anybody is answered: an answer says that the packets before it are known.
+            // Before any reply is sent: a reply implies that earlier packets are recorded.
             self.note(&mut seen.lock().unwrap_or_else(PoisonError::into_inner));
             for question in questions {
                 question.answer();
@@ -169,7 +170,7 @@ enum Question<'a> {
 }
 
 impl Question<'_> {
-    /// Tells the asker; whether he hears it is his affair.
+    /// Sends the reply; a failure to send is ignored.
     fn answer(self) {
         let _sent = match self {
             Self::Datagram(udp, from) => udp.send_to(from.ip().to_string().as_bytes(), from),
@@ -178,7 +179,7 @@ impl Question<'_> {
     }
 }
 
-/// Source and protocol of a TCP or UDP packet.
+/// Returns the source and the protocol of a TCP or UDP packet; `None` for other packets.
 fn source(packet: &[u8]) -> Option<(IpAddr, Proto)> {
     let (address, protocol) = match packet.first()? >> 4 {
         4 => {
@@ -198,12 +199,14 @@ fn source(packet: &[u8]) -> Option<(IpAddr, Proto)> {
     }
 }
 
-/// The source that a server saw when it was asked from a namespace; waits less than a second.
+/// Sends a probe from a namespace and returns the source that the server saw.
+///
+/// The timeout is less than a second.
 pub fn probe(netns: &Netns, proto: Proto, server: IpAddr) -> io::Result<IpAddr> {
     ask(netns, proto, server, PATIENCE)
 }
 
-/// The same where there must be an answer: waits for it, as long as a slow machine may take.
+/// Sends a probe that must get a reply, like [`probe`], with a timeout of 120 s for busy machines.
 pub fn probe_patiently(netns: &Netns, proto: Proto, server: IpAddr) -> io::Result<IpAddr> {
     ask(netns, proto, server, LONG)
 }

@@ -1,4 +1,4 @@
-//! Three nodes, their pods and a server outside, each in a network namespace of its own.
+//! A lab of network namespaces: three nodes, their pods, a router and a server outside the cluster.
 //!
 //! ```text
 //! pod-a, stranger - node-a -- eth0 --\                             198.51.100.0/24
@@ -8,12 +8,13 @@
 //!                      \----- eth1 ----   fd10::/64 -----------/
 //! ```
 //!
-//! The router knows the way to the nodes and the pods, so that what leaves with an address of
-//! theirs is answered, and seen. The router's namespace also bridges the two segments.
+//! The router has routes to the nodes and the pods, so that a packet that leaves with an address of
+//! a node or a pod gets a reply and is recorded by the server. The router's namespace also has the
+//! bridges of the two segments.
 //!
-//! Namespaces have no names and live as long as the [`Lab`]; nothing of the host is touched. What
-//! is done in one is done on a thread of its own, and each [`Echo`] serves on a thread. To make
-//! them takes `CAP_SYS_ADMIN`; whoever has none calls [`isolate`] first.
+//! The namespaces have no names and live as long as the [`Lab`]; the host's network is not changed.
+//! Code in a namespace runs on a thread of its own, and so does each [`Echo`]. Creating a namespace
+//! needs `CAP_SYS_ADMIN`; a process without it calls [`isolate`] first.
 //!
 //! ```no_run
 //! use egress_datapath::testing::lab::{self, Lab, POD_A, Proto, SERVER};
@@ -55,7 +56,7 @@ const fn pair(v4: [u8; 4], prefix: [u16; 3], host: u16) -> Pair {
 }
 
 const fn outside(last: u8) -> Pair {
-    // Written alike in both families: .20 and ::20.
+    // The same digits in both families: .20 and ::20.
     let digits = (last / 100) as u16 * 0x100 + (last / 10 % 10) as u16 * 0x10 + (last % 10) as u16;
     pair([198, 51, 100, last], [0x2001, 0xdb8, 0x51], digits)
 }
@@ -73,34 +74,34 @@ const fn tunnel(node: u8) -> Pair {
     pair([172, 31, 0, 10 + node], [0xfd11, 0, 0], 0x10 + node as u16)
 }
 
-/// The server's first address.
+/// First addresses of the server.
 pub const SERVER: Pair = outside(10);
-/// The server's second address.
+/// Second addresses of the server.
 pub const OTHER_SERVER: Pair = outside(20);
-/// An egress IP that nobody answers for.
+/// An egress IP that is assigned to no node.
 pub const EIP_A: Pair = outside(202);
-/// An egress IP that node-b answers for.
+/// An egress IP that is assigned to node-b.
 pub const EIP_B: Pair = outside(200);
-/// An egress IP that node-c answers for.
+/// An egress IP that is assigned to node-c.
 pub const EIP_C: Pair = outside(201);
-/// What node-b is called outside.
+/// Addresses of node-b on the outside segment.
 pub const NODE_B_OUTSIDE: Pair = outside(12);
-/// What node-c is called outside.
+/// Addresses of node-c on the outside segment.
 pub const NODE_C_OUTSIDE: Pair = outside(13);
-/// A pod on node-a.
+/// Addresses of a pod on node-a, which the test policies select.
 pub const POD_A: Pair = pod_of(1, 10);
-/// Another pod on node-a.
+/// Addresses of another pod on node-a, which the test policies do not select.
 pub const STRANGER: Pair = pod_of(1, 11);
-/// A pod on node-b.
+/// Addresses of the pod on node-b.
 pub const POD_B: Pair = pod_of(2, 10);
-/// A pod on node-c.
+/// Addresses of the pod on node-c.
 pub const POD_C: Pair = pod_of(3, 10);
-/// The node that is no gateway, on the underlay.
+/// Underlay addresses of node-a, which is not a gateway.
 pub const NODE_A: Pair = underlay(1);
-/// A gateway, on the underlay.
+/// Underlay addresses of node-b, a gateway.
 pub const NODE_B: Pair = underlay(2);
 
-/// Names of the nodes, whose numbers begin with 1.
+/// Names of the nodes; their numbers start with 1.
 const NODES: [&str; 3] = ["node-a", "node-b", "node-c"];
 
 const UPLINK: u32 = 10;
@@ -109,51 +110,51 @@ const FIRST_POD: u32 = 20;
 const PREFIX: [u8; 2] = [24, 64];
 const FULL: [u8; 2] = [32, 128];
 
-/// A node: a network namespace with pods behind it.
+/// A node: a network namespace that routes to its pods.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Host {
-    /// Its name, as the cluster has it.
+    /// Name of the node in the cluster.
     pub name: &'static str,
-    /// Its network.
+    /// Network namespace of the node.
     pub netns: Netns,
     number: u8,
 }
 
-/// Everything.
+/// The lab: all network namespaces and echo servers.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Lab {
-    /// What the server saw.
+    /// Echo server on the server's addresses.
     pub outside: Echo,
-    /// What the pods on the gateways saw.
+    /// Echo servers on the addresses of pod-a, pod-b and pod-c.
     pub pods: Vec<Echo>,
-    /// The server's network.
+    /// Network namespace of the server.
     pub server: Netns,
-    /// The network of a pod that the tests select.
+    /// Network namespace of the pod that the test policies select.
     pub pod_a: Netns,
-    /// The network of a pod that they do not.
+    /// Network namespace of the pod that the test policies do not select.
     pub stranger: Netns,
-    /// The network of the pod on node-b.
+    /// Network namespace of the pod on node-b.
     pub pod_b: Netns,
-    /// The network of the pod on node-c.
+    /// Network namespace of the pod on node-c.
     pub pod_c: Netns,
-    /// The node that has no way out but the router.
+    /// The node that is connected to the underlay only, and is not a gateway.
     pub node_a: Host,
-    /// A gateway.
+    /// A gateway node.
     pub node_b: Host,
-    /// Another one.
+    /// Another gateway node.
     pub node_c: Host,
-    /// The network of the router, which is no node.
+    /// Network namespace of the router, which is not a node.
     pub router: Netns,
 }
 
 impl Lab {
-    /// Builds it all, with nothing of the datapath in it; takes a fraction of a second.
+    /// Builds the lab, without any datapath state; takes a fraction of a second.
     ///
     /// # Errors
     ///
-    /// What the kernel refused: without `CAP_SYS_ADMIN`, the first namespace.
+    /// The kernel's error. Without `CAP_SYS_ADMIN` the first namespace is refused.
     pub fn new() -> io::Result<Self> {
         let router = router()?;
         let server = server(&router)?;
@@ -185,19 +186,19 @@ impl Lab {
         })
     }
 
-    /// The nodes.
+    /// Returns the nodes.
     pub fn nodes(&self) -> [&Host; 3] {
         [&self.node_a, &self.node_b, &self.node_c]
     }
 
-    /// The cluster as one of its nodes sees it.
+    /// Returns the cluster as seen by one of its nodes.
     #[allow(clippy::unused_self, reason = "there is no cluster without a lab")]
     pub fn cluster(&self, of: &Host) -> Result<Cluster, NameError> {
         cluster(of.name)
     }
 }
 
-/// The cluster as the node of this name sees it.
+/// Returns the lab's cluster as seen by the node of this name.
 pub fn cluster(of: &str) -> Result<Cluster, NameError> {
     let node = |(name, number): (&str, u8)| {
         let tunnel = tunnel(number).into_iter().zip([16, 112]);
@@ -237,7 +238,7 @@ impl Host {
         Ok(Self { name, netns, number })
     }
 
-    /// Gives the node a second way out, and an egress IP to answer for.
+    /// Adds an uplink to the outside segment, and assigns an egress IP to it.
     fn attach_outside(&self, router: &Netns, eip: Pair) -> io::Result<()> {
         let uplink = Device { name: "eth1", index: OUTSIDE };
         plug(router, u32::from(self.number), OUTSIDE, &self.netns, uplink)?;
@@ -250,7 +251,7 @@ impl Host {
         self.own(eip)
     }
 
-    /// Makes a gateway, node-b or node-c, answer for another egress IP.
+    /// Assigns another egress IP to the outside uplink of a gateway, node-b or node-c.
     pub fn own(&self, eip: Pair) -> io::Result<()> {
         self.netns.link(|link| {
             let mut addresses = eip.into_iter().zip(FULL);
@@ -328,7 +329,7 @@ fn server(router: &Netns) -> io::Result<Netns> {
     Ok(server)
 }
 
-/// Connects a host to a bridge of the router's namespace.
+/// Connects a namespace to a bridge of the router's namespace by a veth pair.
 fn plug(
     router: &Netns,
     port: u32,
@@ -343,7 +344,9 @@ fn plug(
     host.link(|link| link.up(device.index))
 }
 
-/// A namespace whose addresses are usable at once and whose routes are as given.
+/// Creates a namespace without duplicate address detection, router solicitations and `rp_filter`.
+///
+/// Its addresses are usable at once, and it has no other routes than those added.
 fn quiet() -> io::Result<Netns> {
     let netns = Netns::new()?;
     netns.sysctl(&[
@@ -366,22 +369,22 @@ const fn underlay_router() -> Pair {
     pair([10, 10, 0, 1], [0xfd10, 0, 0], 1)
 }
 
-/// The prefix of length 0 of an address' family.
+/// Returns the default prefix (length 0) of an address family.
 fn everything(of: IpAddr) -> IpNet {
     net(of, 0).trunc()
 }
 
-/// An address with a prefix length; longer than its family has, it is all of it.
+/// Returns an address with a prefix length; a length over the maximum becomes the full length.
 pub fn net(address: IpAddr, length: u8) -> IpNet {
     IpNet::new(address, length).unwrap_or_else(|_| IpNet::from(address))
 }
 
-/// The addresses as prefixes of full length.
+/// Returns the addresses as prefixes of full length.
 pub fn hosts(pairs: &[Pair]) -> Vec<IpNet> {
     pairs.concat().into_iter().map(IpNet::from).collect()
 }
 
-/// Both addresses of a pair as egress IPs.
+/// Returns both addresses of a pair as a dual-stack egress IP.
 pub fn dual(pair: Pair) -> EgressIp {
     match pair {
         [IpAddr::V4(v4), IpAddr::V6(v6)] => EgressIp::Dual(v4, v6),
@@ -389,11 +392,11 @@ pub fn dual(pair: Pair) -> EgressIp {
     }
 }
 
-/// A policy of single pods, for everything external.
+/// Returns a policy of single pods for all external destinations.
 ///
 /// # Errors
 ///
-/// A name that is none.
+/// [`NameError`] if the id or the gateway's name is invalid.
 pub fn policy(
     id: &str,
     sources: &[Pair],

@@ -1,4 +1,4 @@
-//! Network namespaces without a name: they live as long as somebody holds them.
+//! Network namespaces without a name, which live as long as their file descriptor is open.
 
 use std::fs::{self, File};
 use std::io;
@@ -12,7 +12,7 @@ use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space}
 
 use super::rtnl::{LOOPBACK, Rtnl};
 
-/// A network namespace; it ends with this value, whatever way that goes.
+/// A network namespace, removed by the kernel when this value is dropped or the process dies.
 #[derive(Debug)]
 pub struct Netns {
     fd: OwnedFd,
@@ -20,7 +20,7 @@ pub struct Netns {
 }
 
 impl Netns {
-    /// A new namespace with nothing in it but the loopback device, which is up.
+    /// Creates a namespace with only the loopback interface, which is up.
     pub fn new() -> io::Result<Self> {
         let made = thread::spawn(|| {
             unshare(UnshareFlags::NEWNET)?;
@@ -33,17 +33,17 @@ impl Netns {
         made.join().unwrap_or_else(|panicked| panic::resume_unwind(panicked))
     }
 
-    /// Does something in the namespace; sockets opened there stay there.
+    /// Runs a closure in the namespace; sockets that it opens remain in the namespace.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> io::Result<T> {
         inside(self.fd.as_fd(), work)
     }
 
-    /// Changes links, addresses and routes of the namespace.
+    /// Runs a closure that changes links, addresses and routes of the namespace.
     pub fn link<T>(&self, work: impl FnOnce(&mut Rtnl) -> io::Result<T>) -> io::Result<T> {
         work(&mut self.rtnl.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Writes kernel parameters, each named as its file under `/proc/sys/net`.
+    /// Writes kernel parameters (sysctls), each named by its path under `/proc/sys/net`.
     pub fn sysctl(&self, settings: &[(&str, &str)]) -> io::Result<()> {
         self.run(|| {
             settings.iter().try_for_each(|(name, value)| {
@@ -57,7 +57,7 @@ impl Netns {
     }
 }
 
-/// Does something in a namespace, on a thread of its own.
+/// Runs a closure in a network namespace, on a new thread.
 pub fn inside<T: Send>(
     namespace: BorrowedFd<'_>,
     work: impl FnOnce() -> T + Send,
@@ -77,9 +77,10 @@ impl AsFd for Netns {
     }
 }
 
-/// Moves this process, which must not have started threads, off the host's network.
+/// Moves this process into a new network namespace; it must not have started threads.
 ///
-/// Root gets a network namespace, everybody else a user namespace of which he is root as well.
+/// For root this is a network namespace only. Other users also get a new user namespace, in which
+/// they are root.
 pub fn isolate() -> io::Result<()> {
     let (user, group) = (geteuid(), getegid());
     if user.is_root() {
@@ -89,7 +90,7 @@ pub fn isolate() -> io::Result<()> {
         let sentence = format!("this user may not create a user namespace: {error}");
         io::Error::new(error.kind(), sentence)
     })?;
-    // Without this an unprivileged process may not write the map of groups.
+    // The kernel refuses the group map of an unprivileged process until setgroups is denied.
     fs::write("/proc/self/setgroups", "deny")?;
     fs::write("/proc/self/uid_map", format!("0 {} 1", user.as_raw()))?;
     fs::write("/proc/self/gid_map", format!("0 {} 1", group.as_raw()))

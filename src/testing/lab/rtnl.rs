@@ -1,4 +1,4 @@
-//! The few rtnetlink requests that a lab is built with.
+//! A minimal rtnetlink client: the requests that build a lab.
 
 use std::io;
 use std::net::IpAddr;
@@ -21,28 +21,28 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
 
-/// Index of the loopback device in every namespace.
+/// Index of the loopback interface in every namespace.
 pub const LOOPBACK: u32 = 1;
 
-/// A device to be created: its name and the index it will have.
+/// An interface to be created: its name and the index it will have.
 #[derive(Clone, Copy, Debug)]
 pub struct Device<'a> {
-    /// Its name.
+    /// Name of the interface.
     pub name: &'a str,
-    /// Its index in its namespace.
+    /// Index of the interface in its namespace.
     pub index: u32,
 }
 
-/// An address and whether it may be chosen as a source.
+/// The preference of an address in source address selection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Preference {
-    /// As the kernel likes.
+    /// The kernel's default: the address may be selected.
     Usual,
-    /// Never chosen for a socket that did not ask for it.
+    /// Deprecated (`preferred_lft 0`): never selected for a socket that does not request it.
     Deprecated,
 }
 
-/// A route socket of one network namespace.
+/// An rtnetlink socket of one network namespace.
 #[derive(Debug)]
 pub struct Rtnl {
     socket: Socket,
@@ -55,12 +55,12 @@ impl Rtnl {
         let mut socket = Socket::new(NETLINK_ROUTE)?;
         socket.bind_auto()?;
         socket.connect(&SocketAddr::new(0, 0))?;
-        // The kernel has answered before `send` returns.
+        // The kernel's acknowledgement is queued before `send` returns.
         socket.set_non_blocking(true)?;
         Ok(Self { socket, sequence: 0 })
     }
 
-    /// Brings a device up.
+    /// Sets an interface up.
     pub fn up(&mut self, index: u32) -> io::Result<()> {
         let mut link = link(index);
         link.header.flags = LinkFlags::Up;
@@ -68,7 +68,7 @@ impl Rtnl {
         self.request(RouteNetlinkMessage::SetLink(link), 0)
     }
 
-    /// Creates a bridge that forwards at once, and brings it up.
+    /// Creates a bridge without forward delay and sets it up.
     pub fn bridge(&mut self, device: Device<'_>) -> io::Result<()> {
         let info = vec![
             LinkInfo::Kind(InfoKind::Bridge),
@@ -82,7 +82,7 @@ impl Rtnl {
         self.request(RouteNetlinkMessage::NewLink(link), CREATE)
     }
 
-    /// Creates a pair of devices: one here, up, and one in another namespace, down.
+    /// Creates a veth pair: one interface here, up, and its peer in another namespace, down.
     pub fn veth(
         &mut self,
         here: Device<'_>,
@@ -90,7 +90,7 @@ impl Rtnl {
         there: Device<'_>,
         namespace: BorrowedFd<'_>,
     ) -> io::Result<()> {
-        // Up from the start it would be opened before it has a peer, which is refused.
+        // The peer is created down: it would be opened before it has a peer, which is refused.
         let mut peer = down(there);
         let namespace = LinkAttribute::NetNsFd(namespace.as_raw_fd());
         peer.attributes.push(namespace);
@@ -103,7 +103,7 @@ impl Rtnl {
         self.request(RouteNetlinkMessage::NewLink(link), CREATE)
     }
 
-    /// Gives a device an address that is usable at once.
+    /// Adds an address to an interface, without duplicate address detection.
     pub fn address(&mut self, index: u32, net: IpNet, preference: Preference) -> io::Result<()> {
         let mut message = AddressMessage::default();
         message.header.family = family(net.addr());
@@ -122,7 +122,7 @@ impl Rtnl {
         self.request(RouteNetlinkMessage::NewAddress(message), CREATE)
     }
 
-    /// A route in the main table, by a neighbour or on the link.
+    /// Adds a route to the main table, via a gateway or on the link.
     pub fn route(&mut self, dst: IpNet, via: Option<IpAddr>, index: u32) -> io::Result<()> {
         let mut message = RouteMessage::default();
         message.header.address_family = family(dst.addr());
@@ -143,7 +143,7 @@ impl Rtnl {
         self.request(RouteNetlinkMessage::NewRoute(message), CREATE)
     }
 
-    /// A neighbour that is known for good.
+    /// Adds or replaces a permanent neighbour.
     pub fn neighbour(&mut self, index: u32, ip: IpAddr, mac: [u8; 6]) -> io::Result<()> {
         let mut message = NeighbourMessage::default();
         message.header.family = family(ip);
