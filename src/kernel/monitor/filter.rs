@@ -9,9 +9,6 @@ use crate::kernel::netlink::bpf;
 use crate::state::PROTOCOL;
 use bpf::{ACCEPT, DROP, FLAGS, PORT, TYPE, as_loaded, at_least, byte, half, has, is, word};
 
-/// `NETLINK_ROUTE`.
-pub(crate) const ROUTE: isize = 0;
-
 pub(crate) const NEWROUTE: u16 = 24;
 pub(crate) const DELROUTE: u16 = 25;
 /// `NLM_F_REPLACE` in the message about a new route: the route replaced another.

@@ -4,9 +4,8 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::filter;
 use crate::error::{KernelError, errno};
-use crate::kernel::netlink::socket::Socket;
+use crate::kernel::netlink::socket::{NETLINK_ROUTE, Socket};
 use crate::kernel::nft;
 
 /// Rtnetlink multicast groups of a watch (`enum rtnetlink_groups`).
@@ -39,7 +38,7 @@ pub(crate) struct Shared {
 impl Shared {
     /// Opens the sockets, which have joined no multicast group yet.
     pub(crate) fn open(device: Arc<AtomicU32>, netfilter: Socket) -> io::Result<Self> {
-        let routing = Socket::open(filter::ROUTE)?;
+        let routing = Socket::open(NETLINK_ROUTE)?;
         let (idle, rules) = (Mutex::new(Some(routing)), Mutex::new(netfilter));
         let missed = Arc::default();
         Ok(Self { idle: Arc::new(idle), rules: Arc::new(rules), device, missed })

@@ -12,13 +12,13 @@ use crate::error::KernelError;
 use crate::kernel::mutate;
 use crate::kernel::netlink::exchange::{Answer, Answered, Outcome};
 use crate::kernel::netlink::message::{Message, flag};
+use crate::kernel::netlink::socket::NETLINK_ROUTE;
 use crate::kernel::rtnetlink::link::Device;
 use crate::kernel::rtnetlink::socket::object;
 use crate::kernel::rtnetlink::wire_tests::golden;
 use crate::kernel::rtnetlink::{address, fdb, neighbour, route, rule};
 use crate::types::Family;
 
-const NETLINK_ROUTE: isize = 0;
 const SEQUENCE: u32 = 1;
 
 /// The kernel's answers to dumps of a type, by family, and what others write of the same kinds.

@@ -2,11 +2,9 @@
 
 use super::exchange::{self, Answered};
 use super::message::{Malformed, Message, Writer, flag};
+pub(crate) use super::socket::NETFILTER;
 use super::socket::Socket;
 use crate::error::KernelError;
-
-/// `NETLINK_NETFILTER`.
-pub(crate) const NETFILTER: isize = 12;
 
 /// Request with an acknowledgement.
 pub(crate) struct Request<'a> {

@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
+pub(crate) use netlink_sys::protocols::{NETLINK_NETFILTER as NETFILTER, NETLINK_ROUTE};
 use netlink_sys::{Socket as RawSocket, SocketAddr};
 use rustix::net::sockopt;
 use socket2::{SockFilter, SockRef};

@@ -11,13 +11,10 @@ use netlink_packet_route::RouteNetlinkMessage;
 
 use crate::diff::op::Op;
 use crate::error::{KernelError, errno};
-use crate::kernel::netlink::exchange;
-use crate::kernel::netlink::exchange::{AT_ONCE, Answered};
+use crate::kernel::netlink::exchange::{self, AT_ONCE, Answered};
 use crate::kernel::netlink::message::{Malformed, Message};
-use crate::kernel::netlink::socket::Socket;
+use crate::kernel::netlink::socket::{NETLINK_ROUTE, Socket};
 use crate::types::Family;
-
-const NETLINK_ROUTE: isize = 0;
 
 /// Request that changes an object; `flags` come in addition to `NLM_F_REQUEST` and `NLM_F_ACK`.
 #[derive(Debug)]
