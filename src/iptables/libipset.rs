@@ -201,18 +201,18 @@ impl Libipset {
             .spawn()
             .map_err(failed)?;
         let input: String = commands.iter().flat_map(|command| [command, "\n"]).collect();
-        // A broken pipe means that the process has already reported the reason.
+        // A broken pipe means that the process has ended, and its output says why.
         let written = child.stdin.take().map_or(Ok(()), |mut to| to.write_all(input.as_bytes()));
         let Output { status, stdout, stderr } = child.wait_with_output().map_err(failed)?;
         let said = String::from_utf8_lossy(&stderr);
         let (command, words) = last_words(&said);
         match command {
             _ if status.success() => {
-                written.map_err(failed)?;
                 let complete = command.map_or(0, |command| command + 1) == commands.len();
                 if !complete {
                     return Err(KernelError::answer(request, "it does not call libipset::serve"));
                 }
+                written.map_err(failed)?;
                 Ok(Ok(String::from_utf8_lossy(&stdout).into_owned()))
             }
             Some(command) => {
