@@ -8,7 +8,7 @@ use std::io::{self, Write};
 use egress_datapath::libipset::{self, Libipset};
 use egress_datapath::state::{Ipset, IpsetContents};
 use egress_datapath::testing::lab;
-use egress_datapath::{Changes, Datapath, Family, IptablesDatapath, State};
+use egress_datapath::{Changes, Datapath, Family, IptablesDatapath, State, observe};
 
 /// The argument that has this program be the process that libipset runs in.
 const SERVE: &str = "serve";
@@ -32,7 +32,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     writeln!(
         out,
         "read over netlink, the same: {}",
-        IptablesDatapath::open()?.observe()? == wanted
+        observe(&mut IptablesDatapath::open()?)? == wanted
     )?;
 
     // A refusal ends libipset's process, and is an error here.

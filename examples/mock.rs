@@ -64,7 +64,7 @@ fn own_allocators() -> Result<()> {
 /// A kernel that says no.
 fn refusals() -> Result<()> {
     let mut kernel = MockDatapath::new();
-    kernel.expect_observe().returning(|| Err(KernelError::refused("list the links", 1)));
+    kernel.expect_observe().returning(|_| Err(KernelError::refused("list the links", 1)));
     kernel.expect_apply().never();
     match Reconciler::new(kernel).reconcile(&cluster()?, [policy()?]) {
         Err(Error::Observe(error)) if error.is_denied() => println!("denied: {error}"),

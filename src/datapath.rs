@@ -9,103 +9,141 @@ use crate::diff::changes::{ApplyError, Changes};
 use crate::error::KernelError;
 use crate::state::{Elements, State};
 
-/// The parts of a datapath that may differ from its last known state.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Drift {
-    /// No part differs: this is certain.
-    None,
-    /// All parts may differ except the nf_tables table of family `inet`, which certainly does not.
-    Rest,
-    /// All parts may differ.
-    Unknown,
+/// The state that the caller of [`Datapath::observe`] knows or expects.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub enum Known<'a> {
+    /// No state is known.
+    Nothing,
+    /// These elements are probably installed in the `inet` table; nothing else is known.
+    ///
+    /// The elements are a hint, for example those of the plan after a restart. A datapath that can
+    /// query single keys for less than it costs to list a set may use it.
+    Expected(&'a Elements),
+    /// This state is the last observed one plus all changes applied since, none of them refused.
+    Installed(&'a State),
 }
 
+impl<'a> Known<'a> {
+    /// Elements of the `inet` table that are probably installed.
+    pub fn elements(self) -> Option<&'a Elements> {
+        match self {
+            Known::Nothing => None,
+            Known::Expected(elements) => Some(elements),
+            Known::Installed(state) => state.elements(),
+        }
+    }
+}
+
+/// The result of [`Datapath::observe`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Observed {
+    /// The state that was passed as [`Known::Installed`] is still installed: this is certain.
+    Unchanged,
+    /// This state is installed.
+    ///
+    /// Elements that were not read again, because they are certainly unchanged, are a clone of the
+    /// known ones. The comparison with the wanted state then skips them.
+    Installed(Box<State>),
+}
+
+impl From<State> for Observed {
+    fn from(state: State) -> Self {
+        Self::Installed(Box::new(state))
+    }
+}
+
+impl Observed {
+    /// The observed state, where the caller knew none that could be unchanged.
+    pub(crate) fn into_state(self) -> Result<State, KernelError> {
+        match self {
+            Self::Installed(state) => Ok(*state),
+            Self::Unchanged => Err(KernelError::answer(
+                "observe the datapath",
+                "it reports no change, but it was given no state to compare with",
+            )),
+        }
+    }
+}
+
+/// Reads everything that this crate installed, and nothing else.
+///
+/// ```
+/// use egress_datapath::{Sim, observe};
+///
+/// assert!(observe(&mut Sim::new())?.is_empty());
+/// # Ok::<(), egress_datapath::KernelError>(())
+/// ```
+///
+/// # Errors
+///
+/// The request that the kernel refused, with its extended acknowledgement.
+pub fn observe(datapath: &mut (impl Datapath + ?Sized)) -> Result<State, KernelError> {
+    datapath.observe(Known::Nothing)?.into_state()
+}
+
+/// A callback for each connection that [`Datapath::connections`] finds.
+pub type OnConnection<'a> = dyn FnMut(Connection) + 'a;
+
 /// Read and write access to the state of the kernel, or of a substitute such as a simulator.
+///
+/// A datapath of another program implements all four methods. The simplest
+/// [`observe`](Self::observe) ignores what is known and returns the whole state. A wrapper adds
+/// metrics, for example:
+///
+/// ```
+/// use std::collections::BTreeSet;
+/// use std::net::IpAddr;
+///
+/// use egress_datapath::{
+///     ApplyError, Changes, Connection, Counts, Datapath, KernelError, Known, Observed,
+///     OnConnection,
+/// };
+///
+/// /// Counts the operations that are applied.
+/// struct Metered<D> {
+///     inner: D,
+///     operations: usize,
+/// }
+///
+/// impl<D: Datapath> Datapath for Metered<D> {
+///     fn observe(&mut self, known: Known<'_>) -> Result<Observed, KernelError> {
+///         self.inner.observe(known)
+///     }
+///
+///     fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {
+///         self.operations += changes.len();
+///         self.inner.apply(changes)
+///     }
+///
+///     fn connections(
+///         &mut self,
+///         sources: Option<&BTreeSet<IpAddr>>,
+///         each: &mut OnConnection<'_>,
+///     ) -> Result<(), KernelError> {
+///         self.inner.connections(sources, each)
+///     }
+///
+///     fn counters(&mut self) -> Result<Counts, KernelError> {
+///         self.inner.counters()
+///     }
+/// }
+/// ```
 #[cfg_attr(feature = "mock", mockall::automock)]
+#[allow(clippy::elidable_lifetime_names, reason = "the mock needs the names")]
+#[cfg_attr(feature = "mock", allow(clippy::ref_option_ref, reason = "in the mock"))]
 pub trait Datapath: Send {
     /// Reads everything that this crate installed, and nothing else.
+    ///
+    /// The result is the installed state, whatever is known. A datapath that can prove that the
+    /// [installed](Known::Installed) state is unchanged need not read it:
+    /// [`Observed::Unchanged`]. A datapath that cannot tell, for example after a refused operation,
+    /// reads the whole state.
     ///
     /// # Errors
     ///
     /// The request that the kernel refused, with its extended acknowledgement.
-    fn observe(&mut self) -> Result<State, KernelError>;
-
-    /// Reads the same as [`observe`](Self::observe), given elements that are probably installed.
-    ///
-    /// The result is what is installed, whatever is expected: a datapath that can query single keys
-    /// for less than it costs to list a set may do so. The default calls
-    /// [`observe`](Self::observe), which is also what callers use where few elements are expected.
-    ///
-    /// # Errors
-    ///
-    /// As for [`observe`](Self::observe).
-    #[expect(unused_variables, reason = "the name is for those who have a use for it")]
-    fn observe_expecting(&mut self, expected: &Elements) -> Result<State, KernelError> {
-        self.observe()
-    }
-
-    /// Returns the parts that may differ from the last known state.
-    ///
-    /// The last known state is the last [observed](Self::observe) one plus all changes
-    /// [applied](Self::apply) since. A part may be reported as unchanged only if that is proven. A
-    /// datapath that cannot tell, for example after a refused operation, returns [`Drift::Unknown`]
-    /// and is read again. That is the default.
-    fn drift(&mut self) -> Drift {
-        Drift::Unknown
-    }
-
-    /// Reads everything of this crate except the nf_tables table of family `inet`.
-    ///
-    /// It is called where [`drift`](Self::drift) returns [`Drift::Rest`].
-    ///
-    /// # Errors
-    ///
-    /// As for [`observe`](Self::observe).
-    fn observe_rest(&mut self) -> Result<State, KernelError> {
-        Ok(State { firewall: None, ..self.observe()? })
-    }
-
-    /// Returns stale connections, which are not translated as `wanted` says.
-    ///
-    /// Only our connections and those of selected sources can be stale. `before` is the state that
-    /// was installed when they were opened. The method is called once the changes are made, and
-    /// again before the guard rules of a table that is removed are deleted. A datapath that tracks
-    /// no connections returns none.
-    #[expect(unused_variables, reason = "the names are for those who have some")]
-    fn stale_connections(
-        &mut self,
-        wanted: &State,
-        before: &State,
-    ) -> Result<BTreeSet<Connection>, KernelError> {
-        Ok(BTreeSet::new())
-    }
-
-    /// Returns forwarded connections, of one source or of all; `None` if they cannot be listed.
-    ///
-    /// It is called after an [update](crate::Reconciler::update) if connections may no longer be
-    /// translated as wanted. A datapath that returns `None`, which is the default, is asked for its
-    /// [stale connections](Self::stale_connections) instead.
-    #[expect(unused_variables, reason = "the name is for those who have some")]
-    fn connections(
-        &mut self,
-        source: Option<IpAddr>,
-    ) -> Result<Option<Vec<Connection>>, KernelError> {
-        Ok(None)
-    }
-
-    /// Returns the values of all policy counters that are installed.
-    ///
-    /// [`Reconciler::counts`](crate::Reconciler::counts) calls it where
-    /// [`Cluster::policy_counters`](crate::Cluster::policy_counters) is on. Counter values belong
-    /// to no state, so that they are no difference. A datapath without counters returns none, which
-    /// is the default.
-    ///
-    /// # Errors
-    ///
-    /// As for [`observe`](Self::observe).
-    fn counts(&mut self) -> Result<Counts, KernelError> {
-        Ok(Counts::new())
-    }
+    fn observe<'a>(&mut self, known: Known<'a>) -> Result<Observed, KernelError>;
 
     /// Applies the changes, step by step.
     ///
@@ -116,51 +154,70 @@ pub trait Datapath: Send {
     ///
     /// The refused operations, and how many were applied before and skipped after.
     fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError>;
+
+    /// Calls `each` with every tracked connection that this node forwards.
+    ///
+    /// `sources` limits the call to connections from these original sources; more connections do
+    /// no harm, and `each` may be called twice for the same one. The caller decides which
+    /// connections are stale, and ends them with [`Op::EndConnection`](crate::Op::EndConnection). A
+    /// datapath that tracks no connections returns at once.
+    ///
+    /// # Errors
+    ///
+    /// As for [`observe`](Self::observe).
+    fn connections<'a>(
+        &mut self,
+        sources: Option<&'a BTreeSet<IpAddr>>,
+        each: &'a mut OnConnection<'a>,
+    ) -> Result<(), KernelError>;
+
+    /// Reads the values of all policy counters that are installed.
+    ///
+    /// [`Reconciler::counters`](crate::Reconciler::counters) calls it where
+    /// [`Cluster::policy_counters`](crate::Cluster::policy_counters) is on. Counter values belong
+    /// to no state, so that they are no difference. A datapath without counters returns none.
+    ///
+    /// # Errors
+    ///
+    /// As for [`observe`](Self::observe).
+    fn counters(&mut self) -> Result<Counts, KernelError>;
 }
 
 macro_rules! delegate {
     ($($pointer:ty),*) => {$(
         impl<D: Datapath + ?Sized> Datapath for $pointer {
-            fn observe(&mut self) -> Result<State, KernelError> {
-                (**self).observe()
-            }
-
-            fn observe_expecting(&mut self, expected: &Elements) -> Result<State, KernelError> {
-                (**self).observe_expecting(expected)
-            }
-
-            fn drift(&mut self) -> Drift {
-                (**self).drift()
-            }
-
-            fn observe_rest(&mut self) -> Result<State, KernelError> {
-                (**self).observe_rest()
-            }
-
-            fn stale_connections(
-                &mut self,
-                wanted: &State,
-                before: &State,
-            ) -> Result<BTreeSet<Connection>, KernelError> {
-                (**self).stale_connections(wanted, before)
-            }
-
-            fn connections(
-                &mut self,
-                source: Option<IpAddr>,
-            ) -> Result<Option<Vec<Connection>>, KernelError> {
-                (**self).connections(source)
-            }
-
-            fn counts(&mut self) -> Result<Counts, KernelError> {
-                (**self).counts()
+            fn observe(&mut self, known: Known<'_>) -> Result<Observed, KernelError> {
+                (**self).observe(known)
             }
 
             fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {
                 (**self).apply(changes)
+            }
+
+            fn connections(
+                &mut self,
+                sources: Option<&BTreeSet<IpAddr>>,
+                each: &mut OnConnection<'_>,
+            ) -> Result<(), KernelError> {
+                (**self).connections(sources, each)
+            }
+
+            fn counters(&mut self) -> Result<Counts, KernelError> {
+                (**self).counters()
             }
         }
     )*};
 }
 
 delegate!(&mut D, Box<D>);
+
+/// Parts of a datapath that may differ from the last known state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Drift {
+    /// No part.
+    None,
+    /// All parts except the nf_tables table of family `inet`.
+    Rest,
+    /// All parts.
+    Unknown,
+}

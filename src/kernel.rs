@@ -15,7 +15,7 @@ use std::net::IpAddr;
 use crate::alloc::{MarkPool, TablePool, TableRange};
 use crate::connection::Connection;
 use crate::count::Counts;
-use crate::datapath::{Datapath, Drift};
+use crate::datapath::{Datapath, Drift, Known, Observed, OnConnection};
 use crate::diff::changes::{ApplyError, Changes, Made, Step};
 use crate::diff::op::Op;
 use crate::error::KernelError;
@@ -36,6 +36,11 @@ use ownership::Hold;
 pub use ownership::{Ownership, Protection};
 use rtnetlink::socket::RouteSocket;
 pub use rtnetlink::tables::KernelTables;
+
+/// Number of expected elements from which on the kernel is asked for them key by key.
+///
+/// Below it, a listing of the sets takes no longer.
+const MANY: usize = 8192;
 
 /// Datapath of one network namespace of the kernel.
 ///
@@ -131,13 +136,28 @@ impl KernelDatapath {
     }
 
     /// Reads the whole state; `expected` are the set elements that the kernel probably holds.
-    fn read(&mut self, expected: Option<&Elements>) -> Result<State, KernelError> {
+    pub(crate) fn read(&mut self, expected: Option<&Elements>) -> Result<State, KernelError> {
         self.trust.begin();
-        let mut state = self.observe_rest()?;
+        let mut state = self.read_rest()?;
+        let expected = expected.filter(|elements| elements.len() >= MANY);
         let (firewall, generation) = nft::observe_at(&mut self.netfilter, expected)?;
         self.trust.table_known(generation);
         state.firewall = firewall;
         Ok(state)
+    }
+
+    /// Reads everything except the nf_tables table of family `inet`.
+    fn read_rest(&mut self) -> Result<State, KernelError> {
+        let mut state = State::default();
+        self.routing.observe(&mut state)?;
+        state.hook = nft::observe_hook(&mut self.netfilter)?;
+        self.trust.routing_known();
+        Ok(state)
+    }
+
+    /// Parts that may have changed since the last read, apart from changes by this datapath.
+    pub(crate) fn drift(&mut self) -> Drift {
+        self.trust.drift(&mut self.netfilter)
     }
 
     /// Applies one step; after a refusal the state has to be read again.
@@ -242,53 +262,34 @@ impl Reconciler<KernelDatapath> {
 }
 
 impl Datapath for KernelDatapath {
-    fn observe(&mut self) -> Result<State, KernelError> {
-        self.read(None)
-    }
-
-    fn observe_expecting(&mut self, expected: &Elements) -> Result<State, KernelError> {
-        self.read(Some(expected))
-    }
-
-    fn drift(&mut self) -> Drift {
-        self.trust.drift(&mut self.netfilter)
-    }
-
-    fn observe_rest(&mut self) -> Result<State, KernelError> {
-        let mut state = State::default();
-        self.routing.observe(&mut state)?;
-        state.hook = nft::observe_hook(&mut self.netfilter)?;
-        self.trust.routing_known();
-        Ok(state)
-    }
-
-    fn stale_connections(
-        &mut self,
-        wanted: &State,
-        before: &State,
-    ) -> Result<BTreeSet<Connection>, KernelError> {
-        if wanted.decides_nothing() && before.decides_nothing() {
-            return Ok(BTreeSet::new());
+    fn observe(&mut self, known: Known<'_>) -> Result<Observed, KernelError> {
+        if let Known::Installed(state) = known {
+            match self.drift() {
+                Drift::None => return Ok(Observed::Unchanged),
+                Drift::Rest => {
+                    let firewall = state.firewall.clone();
+                    return Ok(State { firewall, ..self.read_rest()? }.into());
+                }
+                Drift::Unknown => {}
+            }
         }
-        let local = self.routing.local_addresses()?;
-        let connections = conntrack::connections(&mut self.netfilter)?.into_iter();
-        let forwarded = connections.filter(|connection| is_forwarded(connection, &local));
-        Ok(forwarded.filter(|connection| connection.is_stale(wanted, before)).collect())
+        self.read(known.elements()).map(Observed::from)
     }
 
     fn connections(
         &mut self,
-        source: Option<IpAddr>,
-    ) -> Result<Option<Vec<Connection>>, KernelError> {
-        let mut found = conntrack::connections_of(&mut self.netfilter, source)?;
-        if !found.is_empty() {
-            let local = self.routing.local_addresses()?;
-            found.retain(|connection| is_forwarded(connection, &local));
-        }
-        Ok(Some(found))
+        sources: Option<&BTreeSet<IpAddr>>,
+        each: &mut OnConnection<'_>,
+    ) -> Result<(), KernelError> {
+        let local = self.routing.local_addresses()?;
+        conntrack::connections(&mut self.netfilter, sources, &mut |connection| {
+            if is_forwarded(&connection, &local) {
+                each(connection);
+            }
+        })
     }
 
-    fn counts(&mut self) -> Result<Counts, KernelError> {
+    fn counters(&mut self) -> Result<Counts, KernelError> {
         nft::counts(&mut self.netfilter)
     }
 

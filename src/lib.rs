@@ -159,7 +159,7 @@ pub use connection::Connection;
 pub use count::{Count, Counts, PolicyCount};
 #[cfg(feature = "mock")]
 pub use datapath::MockDatapath;
-pub use datapath::{Datapath, Drift};
+pub use datapath::{Datapath, Known, Observed, OnConnection, observe};
 pub use diff::changes::{ApplyError, Changes, Phase, Step};
 pub use diff::op::Op;
 pub use error::KernelError;

@@ -3,11 +3,16 @@
 mod adopt;
 mod counters;
 mod incremental;
+mod lent;
 mod preview;
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
 
 use crate::alloc::{MarkAllocator, MarkPool, TableAllocator, TablePool};
 use crate::cluster::{Cluster, Steering};
-use crate::datapath::{Datapath, Drift};
+use crate::connection::Connection;
+use crate::datapath::{Datapath, Known, Observed};
 use crate::diff::changes::{ApplyError, Changes};
 use crate::diff::op::Op;
 use crate::error::KernelError;
@@ -16,10 +21,8 @@ use crate::policy::Policy;
 use crate::state::{Elements, Firewall, State};
 
 use adopt::adopt;
-use incremental::Unsettled;
-
-/// Number of elements from which on it may pay to tell the datapath which elements to expect.
-const MANY: usize = 8192;
+use incremental::{Unsettled, current, without_elements};
+use lent::{Lent, give_back};
 
 /// Reconciles the egress state of one network namespace with the wanted policies.
 ///
@@ -44,6 +47,18 @@ pub struct Reconciler<D, M = MarkPool, T = TablePool> {
     settled: bool,
     /// Changes whose stale connections were left for later.
     unsettled: Option<Unsettled>,
+}
+
+/// The observed state, beside the wanted one that the datapath was left in.
+#[derive(Debug)]
+pub(crate) enum Found {
+    /// The wanted state, which is unchanged.
+    Unchanged,
+    /// All parts were read except the elements of the `inet` table, which are unchanged: this
+    /// state has none.
+    Rest(Box<State>),
+    /// All parts were read.
+    Whole(Box<State>),
 }
 
 /// The result of a call.
@@ -120,8 +135,16 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         }
         let draft = Draft::new(cluster, policies)?;
         let observed = self.observe_before(&draft)?;
-        adopt(cluster, &observed, &mut self.marks, &mut self.tables);
-        let (index, state) = draft.number(&mut self.marks, &mut self.tables)?;
+        let (mut marks, mut tables) = (Lent::new(&mut self.marks), Lent::new(&mut self.tables));
+        adopt(cluster, &observed, &mut marks, &mut tables);
+        let (index, state) = match draft.number(&mut marks, &mut tables) {
+            Ok(numbered) => numbered,
+            Err(error) => {
+                // The allocators stay those of the index, which later updates are planned from.
+                give_back(marks, tables)?;
+                return Err(error.into());
+            }
+        };
         let changes = Changes::between(&observed, &state);
         (self.index, self.findings) = (Some(index), None);
         let made = self.make(changes, &observed, &state);
@@ -137,8 +160,8 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     /// The wanted state is that of the last [`reconcile`](Self::reconcile) or
     /// [`update`](Self::update). The call undoes changes by other programs, and completes the
     /// changes that a failed [`Error::Apply`] left undone. The report has no findings. If nothing
-    /// has changed, nothing is written, and where the datapath [can prove](Datapath::drift) that,
-    /// nothing is read. Before the first reconciliation, and after [`remove`](Self::remove),
+    /// has changed, nothing is written, and where the datapath [can prove](Datapath::observe)
+    /// that, nothing is read. Before the first reconciliation, and after [`remove`](Self::remove),
     /// nothing is wanted, and the call does nothing.
     ///
     /// # Errors
@@ -147,7 +170,8 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     pub fn repair(&mut self) -> Result<Report, Error> {
         let changes = match self.wanted.take() {
             Some(wanted) => {
-                let made = self.restore(&wanted);
+                let found = self.find(&wanted);
+                let made = found.and_then(|found| self.restore(&wanted, found));
                 self.wanted = Some(wanted);
                 let mut changes = made?;
                 changes.extend(self.end_unsettled()?);
@@ -202,10 +226,12 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     fn empty(&mut self, keep: impl Fn(&Firewall) -> Option<Firewall>) -> Result<Report, Error> {
         let wanted = self.wanted.take();
         (self.index, self.findings, self.unsettled) = (None, None, None);
-        let drift = self.drift();
         let observed = match wanted {
-            Some(wanted) => self.current(wanted, drift)?,
-            None => self.observe(None)?,
+            Some(wanted) => {
+                let found = self.find(&wanted)?;
+                current(wanted, found)
+            }
+            None => self.observe(Known::Nothing)?,
         };
         let firewall = observed.firewall.as_ref().and_then(keep);
         let nothing = State { firewall, ..State::default() };
@@ -222,16 +248,10 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         &mut self.datapath
     }
 
-    /// Reads everything, with a hint which elements are probably installed.
-    ///
-    /// The hint is independent of the wanted state.
-    fn observe(&mut self, expected: Option<&Elements>) -> Result<State, Error> {
+    /// Reads everything.
+    fn observe(&mut self, known: Known<'_>) -> Result<State, Error> {
         self.in_step = false;
-        let observed = match expected.filter(|elements| elements.len() >= MANY) {
-            Some(expected) => self.datapath.observe_expecting(expected),
-            None => self.datapath.observe(),
-        };
-        observed.map_err(Error::Observe)
+        self.datapath.observe(known).and_then(Observed::into_state).map_err(Error::Observe)
     }
 
     /// Reads everything before a plan is applied.
@@ -239,26 +259,42 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     /// The expected elements are those wanted before, or after a restart those of the draft.
     fn observe_before(&mut self, draft: &Draft) -> Result<State, Error> {
         let wanted = self.wanted.take();
-        let expected = wanted.as_ref().and_then(State::elements);
-        let observed = self.observe(expected.or(Some(draft.elements())));
+        let expected = wanted.as_ref().and_then(State::elements).unwrap_or(draft.elements());
+        let observed = self.observe(Known::Expected(expected));
         self.wanted = wanted;
         observed
     }
 
-    /// Returns the parts that may have changed since the datapath had the wanted state.
-    fn drift(&mut self) -> Drift {
-        if self.in_step { self.datapath.drift() } else { Drift::Unknown }
+    /// Reads the parts that may have changed since the datapath was left in the wanted state.
+    fn find(&mut self, wanted: &State) -> Result<Found, Error> {
+        if !self.in_step {
+            let known = wanted.elements().map_or(Known::Nothing, Known::Expected);
+            return Ok(Found::Whole(Box::new(self.observe(known)?)));
+        }
+        self.in_step = false;
+        match self.datapath.observe(Known::Installed(wanted)).map_err(Error::Observe)? {
+            Observed::Unchanged => {
+                self.in_step = true;
+                Ok(Found::Unchanged)
+            }
+            Observed::Installed(mut state) => match (&mut state.firewall, wanted.elements()) {
+                (Some(found), Some(elements)) if found.elements.is_shared_with(elements) => {
+                    found.elements = Elements::default();
+                    Ok(Found::Rest(state))
+                }
+                _ => Ok(Found::Whole(state)),
+            },
+        }
     }
 
-    fn restore(&mut self, wanted: &State) -> Result<Changes, Error> {
-        match self.drift() {
-            Drift::None => Ok(Changes::default()),
-            Drift::Rest => {
-                let changes = self.rest_changes(wanted)?;
+    fn restore(&mut self, wanted: &State, found: Found) -> Result<Changes, Error> {
+        match found {
+            Found::Unchanged => Ok(Changes::default()),
+            Found::Rest(state) => {
+                let changes = Changes::of(Some((&state, &without_elements(wanted))), []);
                 self.make_quietly(changes)
             }
-            Drift::Unknown => {
-                let observed = self.observe(wanted.elements())?;
+            Found::Whole(observed) => {
                 let changes = Changes::between(&observed, wanted);
                 self.make(changes, &observed, wanted)
             }
@@ -277,7 +313,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         (self.settled, self.in_step) = (false, false);
         let (mut made, last) = changes.before_guards_go();
         self.datapath.apply(&made)?;
-        let stale = self.datapath.stale_connections(wanted, before).map_err(Error::Observe)?;
+        let stale = self.stale_connections(None, wanted, before)?;
         // If everything is removed, the old table exists until its guard rules are no longer
         // needed.
         let table = wanted.firewall.as_ref().or(before.firewall.as_ref());
@@ -287,6 +323,28 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         made.extend(rest);
         (self.settled, self.in_step) = (true, true);
         Ok(made)
+    }
+
+    /// Lists the connections, of some sources or all, that are not translated as wanted.
+    ///
+    /// `before` is the state that was installed when they were opened.
+    fn stale_connections(
+        &mut self,
+        sources: Option<&BTreeSet<IpAddr>>,
+        wanted: &State,
+        before: &State,
+    ) -> Result<BTreeSet<Connection>, Error> {
+        let mut stale = BTreeSet::new();
+        if wanted.decides_nothing() && before.decides_nothing() {
+            return Ok(stale);
+        }
+        let mut each = |connection: Connection| {
+            if connection.is_stale(wanted, before) {
+                stale.insert(connection);
+            }
+        };
+        self.datapath.connections(sources, &mut each).map_err(Error::Observe)?;
+        Ok(stale)
     }
 
     /// Applies changes that do not affect the translation of any connection.
@@ -331,7 +389,7 @@ mod tests {
 
     use super::*;
     use crate::cluster::Node;
-    use crate::{EgressIp, EgressPolicy, NodeName, PolicyId, Sim};
+    use crate::{EgressIp, EgressPolicy, NodeName, PolicyId, Sim, observe};
 
     #[test]
     fn a_repair_restores_what_was_wanted_last_with_the_smallest_write() {
@@ -353,18 +411,18 @@ mod tests {
         let _report = egress.reconcile(&cluster, [&policy]).unwrap();
         assert!(egress.repair().unwrap().changes.is_empty());
 
-        let whole = egress.datapath().observe().unwrap();
+        let whole = observe(egress.datapath()).unwrap();
         let mut less = whole.clone();
         let rule = less.rules.pop_last().unwrap();
         egress.datapath().apply(&Changes::between(&whole, &less)).unwrap();
         let _looked = egress.preview(&cluster, [&policy; 0]).unwrap();
         let report = egress.repair().unwrap();
         assert_eq!(report.changes.ops().collect::<Vec<_>>(), [&Op::AddRule(rule)]);
-        assert_eq!(egress.datapath().observe().unwrap(), whole);
+        assert_eq!(observe(egress.datapath()).unwrap(), whole);
         assert!(egress.repair().unwrap().changes.is_empty());
 
         let _report = egress.remove().unwrap();
         assert!(egress.repair().unwrap().changes.is_empty(), "nothing is wanted any more");
-        assert!(egress.datapath().observe().unwrap().is_empty());
+        assert!(observe(egress.datapath()).unwrap().is_empty());
     }
 }

@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use crate::connection::Connection;
 use crate::count::Counts;
-use crate::datapath::{Datapath, Drift};
+use crate::datapath::{Datapath, Drift, Known, Observed, OnConnection};
 use crate::diff::changes::{ApplyError, Changes, Made, Step};
 use crate::diff::op::Op;
 use crate::error::KernelError;
@@ -138,11 +138,6 @@ impl Sim {
         self.walk(frame.packet, |walk| walk.receive(frame)).0
     }
 
-    /// The connections that this node forwards.
-    fn forwarded(&self) -> impl Iterator<Item = Connection> {
-        self.conntrack.connections().filter(|found| !self.around.local.contains(&found.peer))
-    }
-
     /// The values of the counters that the table has.
     fn counted(&self) -> Counts {
         let elements = self.state.elements().into_iter().flat_map(Elements::rest);
@@ -154,15 +149,13 @@ impl Sim {
         counted.map(|one| (one, stands(one))).collect()
     }
 
-    /// The forwarded connections of one source, or of all sources for `None`.
-    fn forwarded_of(&self, source: Option<IpAddr>) -> Vec<Connection> {
-        let of_source = |found: &Connection| source.is_none_or(|source| found.source == source);
-        self.forwarded().filter(of_source).collect()
-    }
-
-    /// The forwarded connections whose translation is not as wanted.
-    fn stale(&self, wanted: &State, before: &State) -> BTreeSet<Connection> {
-        self.forwarded().filter(|connection| connection.is_stale(wanted, before)).collect()
+    /// The connections that this node forwards, of some original sources or of all for `None`.
+    fn forwarded(&self, sources: Option<&BTreeSet<IpAddr>>) -> Vec<Connection> {
+        let wanted = |found: &Connection| {
+            !self.around.local.contains(&found.peer)
+                && sources.is_none_or(|sources| sources.contains(&found.source))
+        };
+        self.conntrack.connections().filter(wanted).collect()
     }
 
     /// Deletes all conntrack entries, as `conntrack -F` does.
@@ -215,7 +208,7 @@ impl Sim {
     /// An interface that goes down loses its routes, for example.
     ///
     /// ```
-    /// use egress_datapath::{Datapath, Drift, Sim};
+    /// use egress_datapath::{Datapath, Known, Observed, Sim, observe};
     /// # use egress_datapath::state::Vxlan;
     /// # let link = Vxlan {
     /// #     name: "egress.vxlan".parse()?, vni: 100, port: 7789, local: "10.10.0.11".parse()?,
@@ -225,12 +218,12 @@ impl Sim {
     /// # let mut held = egress_datapath::State { link: Some(link), ..Default::default() };
     /// # held.addresses = ["172.31.0.11/16".parse()?, "fd11::11/112".parse()?].into();
     /// let mut kernel = Sim::with_state(held);
-    /// let before = kernel.observe()?;
-    /// assert_eq!((before.addresses.len(), kernel.drift()), (2, Drift::None));
+    /// let before = observe(&mut kernel)?;
+    /// assert_eq!(kernel.observe(Known::Installed(&before))?, Observed::Unchanged);
     /// // `ip link set egress.vxlan down`
     /// kernel.edit(|state| state.link.iter_mut().for_each(|link| link.up = false));
-    /// assert_eq!(kernel.state().addresses.len(), 1, "IPv6 addresses went along");
-    /// assert_eq!(kernel.drift(), Drift::Rest);
+    /// let Observed::Installed(now) = kernel.observe(Known::Installed(&before))? else { panic!() };
+    /// assert_eq!(now.addresses.len(), 1, "the kernel removed the IPv6 address");
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn edit(&mut self, edit: impl FnOnce(&mut State)) {
@@ -439,36 +432,32 @@ fn elements(op: &Op) -> Option<(Set, bool)> {
 }
 
 impl Datapath for Sim {
-    fn observe(&mut self) -> Result<State, KernelError> {
+    fn observe(&mut self, known: Known<'_>) -> Result<Observed, KernelError> {
+        if let Known::Installed(state) = known {
+            match self.drift_by(self.trust) {
+                Drift::None => return Ok(Observed::Unchanged),
+                Drift::Rest => {
+                    self.trust.rest = true;
+                    let firewall = state.firewall.clone();
+                    return Ok(State { firewall, ..self.state.routing() }.into());
+                }
+                Drift::Unknown => {}
+            }
+        }
         self.trust = Trust { table: true, rest: true };
-        Ok(self.state.clone())
-    }
-
-    fn drift(&mut self) -> Drift {
-        self.drift_by(self.trust)
-    }
-
-    fn observe_rest(&mut self) -> Result<State, KernelError> {
-        self.trust.rest = true;
-        Ok(self.state.routing())
-    }
-
-    fn stale_connections(
-        &mut self,
-        wanted: &State,
-        before: &State,
-    ) -> Result<BTreeSet<Connection>, KernelError> {
-        Ok(self.stale(wanted, before))
+        Ok(self.state.clone().into())
     }
 
     fn connections(
         &mut self,
-        source: Option<IpAddr>,
-    ) -> Result<Option<Vec<Connection>>, KernelError> {
-        Ok(Some(self.forwarded_of(source)))
+        sources: Option<&BTreeSet<IpAddr>>,
+        each: &mut OnConnection<'_>,
+    ) -> Result<(), KernelError> {
+        self.forwarded(sources).into_iter().for_each(each);
+        Ok(())
     }
 
-    fn counts(&mut self) -> Result<Counts, KernelError> {
+    fn counters(&mut self) -> Result<Counts, KernelError> {
         Ok(self.counted())
     }
 

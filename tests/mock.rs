@@ -81,7 +81,7 @@ fn an_allocator_that_has_nothing_left_stops_before_the_kernel_is_changed() {
         .expect_allocate()
         .returning(|node| Err(AllocError::Exhausted { node: node.clone(), capacity: 0 }));
     let mut kernel = MockDatapath::new();
-    kernel.expect_observe().times(1).returning(|| Ok(State::default()));
+    kernel.expect_observe().times(1).returning(|_| Ok(State::default().into()));
     kernel.expect_apply().never();
     let mut egress = Reconciler::with_allocators(kernel, marks, TablePool::default());
     let error = egress.reconcile(&cluster(), [policy()]).unwrap_err();
@@ -91,7 +91,7 @@ fn an_allocator_that_has_nothing_left_stops_before_the_kernel_is_changed() {
 #[test]
 fn a_kernel_that_cannot_be_read_is_not_changed() {
     let mut kernel = MockDatapath::new();
-    kernel.expect_observe().times(1).returning(|| Err(KernelError::refused("list the links", 1)));
+    kernel.expect_observe().times(1).returning(|_| Err(KernelError::refused("list the links", 1)));
     kernel.expect_apply().never();
     let mut egress = Reconciler::new(kernel);
     let error = egress.reconcile(&cluster(), [policy()]).unwrap_err();
@@ -105,7 +105,7 @@ fn a_kernel_that_cannot_be_read_is_not_changed() {
 #[test]
 fn a_preview_changes_nothing() {
     let mut kernel = MockDatapath::new();
-    kernel.expect_observe().times(1).returning(|| Ok(State::default()));
+    kernel.expect_observe().times(1).returning(|_| Ok(State::default().into()));
     kernel.expect_apply().never();
     let pools = (MarkPool::default(), TablePool::default());
     let mut egress = Reconciler::with_allocators(kernel, pools.0, pools.1);

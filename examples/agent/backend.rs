@@ -3,7 +3,7 @@
 use egress_datapath::state::Variant;
 use egress_datapath::{
     Backend, Datapath, Iptables, IptablesDatapath, KernelDatapath, KernelError, KernelTables,
-    MarkLayout, MarkPool, Reconciler, TablePool, TableRange,
+    MarkLayout, MarkPool, Reconciler, TablePool, TableRange, observe,
 };
 
 /// A reconciler whatever the datapath.
@@ -36,10 +36,12 @@ impl Choice {
         match self {
             Self::Nftables => Ok(Backend::Nftables),
             Self::Iptables(variant) => Ok(iptables(variant)),
-            Self::Auto => match KernelDatapath::open().and_then(|mut kernel| kernel.observe()) {
-                Ok(_) => Ok(Backend::Nftables),
-                Err(_) => IptablesDatapath::open()?.prevailing().map(iptables),
-            },
+            Self::Auto => {
+                match KernelDatapath::open().and_then(|mut kernel| observe(&mut kernel)) {
+                    Ok(_) => Ok(Backend::Nftables),
+                    Err(_) => IptablesDatapath::open()?.prevailing().map(iptables),
+                }
+            }
         }
     }
 }

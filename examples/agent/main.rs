@@ -315,13 +315,13 @@ fn failure(file: &str, config: &Config, error: Error) -> Failure {
 
 fn observe() -> Result<State, Failure> {
     let mut kernel = datapath(Backend::Nftables).map_err(Failure::kernel)?;
-    kernel.observe().map_err(Failure::kernel)
+    egress_datapath::observe(&mut kernel).map_err(Failure::kernel)
 }
 
 fn show(write: impl Fn(&State, &Counts) -> io::Result<()>) -> Result<(), Failure> {
     let mut kernel = datapath(Backend::Nftables).map_err(Failure::kernel)?;
-    let state = kernel.observe().map_err(Failure::kernel)?;
-    let counts = kernel.counts().map_err(Failure::kernel)?;
+    let state = egress_datapath::observe(&mut kernel).map_err(Failure::kernel)?;
+    let counts = kernel.counters().map_err(Failure::kernel)?;
     Ok(write(&state, &counts)?)
 }
 

@@ -6,21 +6,21 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt;
 
 use super::ipset::Ipsets;
 #[cfg(feature = "ipset-sys")]
 use super::libipset::Libipset;
-use crate::connection::Connection;
 use crate::count::Counts;
-use crate::datapath::Datapath;
+use crate::datapath::{Datapath, Known, Observed, OnConnection};
 use crate::diff::changes::{ApplyError, Changes, Made, Step};
 use crate::diff::op::Op;
 use crate::error::KernelError;
 use crate::kernel::KernelDatapath;
 use crate::kernel::nft;
 use crate::kernel::nft::Sizes;
-use crate::state::{State, Variant, Xtables};
+use crate::state::{Variant, Xtables};
 use crate::types::{DeviceName, Family};
 
 use super::tool::Tools;
@@ -238,9 +238,9 @@ fn namespace() -> Result<u64, KernelError> {
 }
 
 impl Datapath for IptablesDatapath {
-    fn observe(&mut self) -> Result<State, KernelError> {
+    fn observe(&mut self, known: Known<'_>) -> Result<Observed, KernelError> {
         self.check_namespace()?;
-        let mut state = self.kernel.observe()?;
+        let mut state = self.kernel.read(known.elements())?;
         state.ipsets = match &self.sets {
             Sets::Netlink(ipsets) => ipsets.observe(&mut self.kernel.netfilter)?,
             #[cfg(feature = "ipset-sys")]
@@ -257,19 +257,19 @@ impl Datapath for IptablesDatapath {
             }
         }
         state.xtables = found;
-        Ok(state)
+        Ok(state.into())
     }
 
-    fn stale_connections(
+    fn connections(
         &mut self,
-        wanted: &State,
-        before: &State,
-    ) -> Result<BTreeSet<Connection>, KernelError> {
-        self.kernel.stale_connections(wanted, before)
+        sources: Option<&BTreeSet<IpAddr>>,
+        each: &mut OnConnection<'_>,
+    ) -> Result<(), KernelError> {
+        self.kernel.connections(sources, each)
     }
 
-    fn counts(&mut self) -> Result<Counts, KernelError> {
-        self.kernel.counts()
+    fn counters(&mut self) -> Result<Counts, KernelError> {
+        self.kernel.counters()
     }
 
     fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {

@@ -8,6 +8,7 @@ mod listing;
 #[cfg(test)]
 mod mutated;
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use super::netlink::exchange::{AT_ONCE, in_one_piece, request_all};
@@ -15,6 +16,7 @@ use super::netlink::message::{Attribute, Attributes, Malformed, Writer, flag};
 use super::netlink::nfnetlink::{Request, ask};
 use super::netlink::socket::Socket;
 use crate::connection::Connection;
+use crate::datapath::OnConnection;
 use crate::diff::op::Op;
 use crate::error::{KernelError, errno};
 use crate::types::Family;
@@ -44,38 +46,52 @@ const TUPLE_ZONE: u16 = 3;
 const TEXT: &str = "conntrack -L";
 const NO_CONNTRACK: &str = "load nf_conntrack_netlink or use a kernel with CONFIG_NF_CT_NETLINK";
 
-/// All connections that the kernel tracks in this network namespace.
+/// Number of sources up to which connections are listed by source, not all at once.
+const FEW: usize = 2;
+
+/// Calls `each` with the connections from some sources, or all that the kernel tracks here.
 ///
-/// The dump is no snapshot: connections start and end during it. The kernel walks through all hash
-/// buckets of the whole machine for it, so it is skipped if the kernel counts no connection.
-pub(super) fn connections(socket: &mut Socket) -> Result<Vec<Connection>, KernelError> {
-    connections_of(socket, None)
+/// The dump is no snapshot: connections start and end during it, and a dump that is repeated lists
+/// some of them twice. The kernel walks through all hash buckets of the whole machine for it, so it
+/// is skipped if the kernel counts no connection.
+pub(super) fn connections(
+    socket: &mut Socket,
+    sources: Option<&BTreeSet<IpAddr>>,
+    each: &mut OnConnection<'_>,
+) -> Result<(), KernelError> {
+    if count(socket) == Some(0) {
+        return Ok(());
+    }
+    match sources {
+        Some(few) if few.len() <= FEW => few.iter().try_for_each(|source| {
+            let of_source = |found: &Connection| found.source == *source;
+            dump(socket, Some(*source), of_source, each)
+        }),
+        Some(many) => dump(socket, None, |found| many.contains(&found.source), each),
+        None => dump(socket, None, |_| true, each),
+    }
 }
 
-/// Connections from one source address, or all of them.
+/// Dumps the connections from one source address, or all of them.
 ///
 /// Kernels from 5.8 on filter by an IPv4 source; in all other cases the dump has more connections,
-/// and those of other sources are left out here.
-pub(super) fn connections_of(
+/// and `wanted` leaves out those of other sources.
+fn dump(
     socket: &mut Socket,
     source: Option<IpAddr>,
-) -> Result<Vec<Connection>, KernelError> {
-    if count(socket) == Some(0) {
-        return Ok(Vec::new());
-    }
+    wanted: impl Fn(&Connection) -> bool,
+    each: &mut OnConnection<'_>,
+) -> Result<(), KernelError> {
     let request = Request { text: TEXT, kind: GET, flags: flag::DUMP, answer: NEW };
     let found = in_one_piece(|| {
-        let mut list = Vec::new();
         let take = |_, body: &[u8]| {
             // An entry that cannot be parsed must not prevent the others from being checked.
             let found = read(Attributes::new(body)).ok().flatten();
-            let wanted = |found: &Connection| source.is_none_or(|source| found.source == source);
-            list.extend(found.filter(wanted));
+            found.into_iter().filter(&wanted).for_each(&mut *each);
             Ok(())
         };
         let answered = ask(socket, &request, |writer| pick(writer, source), take);
-        let answered = answered.map_err(explained)?;
-        Ok((list, answered))
+        Ok(((), answered.map_err(explained)?))
     })?;
     found.ok_or_else(|| {
         KernelError::answer(TEXT, "connections change faster than they can be listed")

@@ -220,7 +220,7 @@ mod tests {
                 let (_, error) = error.refused.first().unwrap();
                 assert!(error.is_denied() && error.remedy().is_some(), "{error}");
                 assert_eq!(error.holder(), Some(socket.port()));
-                assert!(shared.observe().unwrap().is_empty());
+                assert!(shared.read(None).unwrap().is_empty());
                 shared.apply(&Changes::default()).unwrap();
                 // No other program can take the lock away.
                 assert!(nft::lock(&mut nft::open().unwrap()).is_err());
@@ -228,7 +228,7 @@ mod tests {
             }
             *socket = nft::open().unwrap();
             shared.apply(&change).unwrap();
-            assert_eq!(shared.observe().unwrap(), with_table());
+            assert_eq!(shared.read(None).unwrap(), with_table());
         });
     }
 
@@ -238,7 +238,7 @@ mod tests {
             for _ in 0..3 {
                 let mut datapath = exclusive().unwrap();
                 assert!(datapath.protection() >= Protection::Lock);
-                if datapath.observe().unwrap().firewall.is_none() {
+                if datapath.read(None).unwrap().firewall.is_none() {
                     create(&mut datapath);
                 }
                 let mut other = KernelDatapath::open().unwrap();
@@ -247,12 +247,12 @@ mod tests {
                 let (_, error) = error.refused.first().unwrap();
                 assert!(error.is_denied() && error.holder().is_some(), "{error}");
                 drop(datapath);
-                let left = KernelDatapath::open().unwrap().observe().unwrap();
+                let left = KernelDatapath::open().unwrap().read(None).unwrap();
                 assert_eq!(left, with_table());
             }
             let mut datapath = exclusive().unwrap();
             datapath.apply(&Changes::between(&with_table(), &State::default())).unwrap();
-            assert!(datapath.observe().unwrap().is_empty());
+            assert!(datapath.read(None).unwrap().is_empty());
         });
     }
 
@@ -265,7 +265,7 @@ mod tests {
             nft(&["flush", "ruleset"], "").unwrap();
             let delete = ["delete", "table", "inet", "egress_datapath"];
             assert!(nft(&delete, "").unwrap_err().contains("Operation not permitted"));
-            assert_eq!(datapath.observe().unwrap(), with_table());
+            assert_eq!(datapath.read(None).unwrap(), with_table());
         });
     }
 

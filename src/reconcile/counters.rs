@@ -34,7 +34,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     /// egress.reconcile(&cluster, [&policy])?;
     /// # egress.datapath().send(Packet::udp("10.244.1.10".parse()?, 7, "192.0.2.1".parse()?, 53));
     ///
-    /// for counted in egress.counts()? {
+    /// for counted in egress.counters()? {
     ///     let Count { packets, bytes } = counted.count;
     ///     println!("{} {}: {packets} packets, {bytes} bytes", counted.policy, counted.family);
     /// #   assert_eq!((packets, bytes), (1, 28));
@@ -45,12 +45,12 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     /// # Errors
     ///
     /// [`Error::Observe`].
-    pub fn counts(&mut self) -> Result<Vec<PolicyCount>, Error> {
+    pub fn counters(&mut self) -> Result<Vec<PolicyCount>, Error> {
         let Some(index) = self.index.as_ref().filter(|index| index.cluster().policy_counters)
         else {
             return Ok(Vec::new());
         };
-        let counts = self.datapath.counts().map_err(Error::Observe)?;
+        let counts = self.datapath.counters().map_err(Error::Observe)?;
         let found = index.counted().into_iter().filter_map(|(policy, family, tag)| {
             let count = *counts.get(&(family, tag))?;
             Some(PolicyCount { policy: policy.clone(), family, count })

@@ -6,11 +6,11 @@ mod tests;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use super::{Error, Reconciler, Report};
+use super::{Error, Found, Reconciler, Report};
 use crate::alloc::{MarkAllocator, TableAllocator};
 use crate::cluster::Cluster;
 use crate::connection::Connection;
-use crate::datapath::{Datapath, Drift};
+use crate::datapath::Datapath;
 use crate::diff::changes::Changes;
 use crate::diff::op::Op;
 use crate::plan::{Finding, Part, Planned, Update};
@@ -25,9 +25,6 @@ pub(crate) struct Unsettled {
     /// Elements before the changes.
     before: BTreeMap<Key, Option<Value>>,
 }
-
-/// Number of sources up to which connections are listed by source, not all at once.
-const FEW: usize = 2;
 
 impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     /// Updates the wanted policies and the kernel; the cost depends on the updates, not the total.
@@ -81,11 +78,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         &mut self,
         updates: impl IntoIterator<Item = Update<P>>,
     ) -> Result<Report, Error> {
-        if self.wanted.is_none() {
-            return Err(Error::NothingWanted);
-        }
-        let drift = self.drift();
-        let (changes, findings) = self.follow(updates, drift)?;
+        let (changes, findings) = self.follow(updates)?;
         let settled = self.settled && self.unsettled.is_none();
         Ok(Report { changes, findings, settled })
     }
@@ -116,72 +109,76 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
             return Ok(None);
         };
         let Some(updates) = index.differences(policies)? else { return Ok(None) };
-        let drift = self.drift();
-        if drift == Drift::Unknown {
-            return Ok(None);
-        }
-        let (mut changes, _) = self.follow(updates, drift)?;
+        let (mut changes, _) = self.follow(updates)?;
         changes.extend(self.end_unsettled()?);
         Ok(Some(changes))
     }
 
     /// Plans updates and applies them.
+    ///
+    /// The updates are wanted even if the state cannot be read.
     fn follow<P: Policy>(
         &mut self,
         updates: impl IntoIterator<Item = Update<P>>,
-        drift: Drift,
     ) -> Result<(Changes, Vec<Finding>), Error> {
-        let Some(index) = &mut self.index else { return Err(Error::NothingWanted) };
-        let (planned, findings) = index.update(updates, &mut self.marks, &mut self.tables)?;
-        let Some(mut wanted) = self.wanted.take() else { return Err(Error::NothingWanted) };
-        let (made, moved) = match planned {
-            Planned::Part(part) => {
-                let moved = part.rest.is_some();
-                if !part.elements.is_empty() || moved {
-                    self.findings = None;
-                }
-                (self.make_part(part, &mut wanted, drift), moved)
-            }
+        let (Some(mut wanted), Some(mut index)) = (self.wanted.take(), self.index.take()) else {
+            return Err(Error::NothingWanted);
+        };
+        let found = self.find(&wanted);
+        let planned = index.update(updates, &mut self.marks, &mut self.tables);
+        self.index = Some(index);
+        let made = planned.map_err(Error::from).and_then(|(planned, findings)| {
+            Ok((self.make_planned(planned, &mut wanted, found)?, findings))
+        });
+        self.wanted = Some(wanted);
+        made
+    }
+
+    fn make_planned(
+        &mut self,
+        planned: Planned,
+        wanted: &mut State,
+        found: Result<Found, Error>,
+    ) -> Result<Changes, Error> {
+        let (moved, any) = match &planned {
+            Planned::Part(part) => (part.rest.is_some(), !part.elements.is_empty()),
+            Planned::Whole(_) => (true, true),
+        };
+        if moved || any {
+            self.findings = None;
+        }
+        let changes = match planned {
+            Planned::Part(part) => self.make_part(part, wanted, found)?,
             Planned::Whole(state) => {
-                self.findings = None;
-                let before = std::mem::replace(&mut wanted, *state);
-                (self.make_whole(before, &wanted, drift), true)
+                let observed = current(std::mem::replace(wanted, *state), found?);
+                let changes = Changes::between(&observed, wanted);
+                self.make(changes, &observed, wanted)?
             }
         };
-        self.wanted = Some(wanted);
-        let changes = made?;
         if moved {
             self.release();
         }
-        Ok((changes, findings))
+        Ok(changes)
     }
 
     fn make_part(
         &mut self,
         part: Part,
         wanted: &mut State,
-        drift: Drift,
+        found: Result<Found, Error>,
     ) -> Result<Changes, Error> {
         let was = part.rest.is_some().then(|| without_elements(wanted));
         let elements = change(wanted, part.elements, part.rest);
-        if drift == Drift::Unknown {
+        let was = match found? {
+            Found::Unchanged => was,
+            Found::Rest(observed) => Some(*observed),
             // Changes by other programs are undone together with the update.
-            return self.restore(wanted);
-        }
-        if elements.is_empty() && was.is_none() && drift == Drift::None {
+            whole @ Found::Whole(_) => return self.restore(wanted, whole),
+        };
+        if elements.is_empty() && was.is_none() {
             return Ok(Changes::default());
         }
-        self.in_step = false;
-        let is = was.is_some() || drift == Drift::Rest;
-        let is = is.then(|| without_elements(wanted));
-        let was = match drift {
-            Drift::Rest => {
-                let firewall = was.or_else(|| is.clone()).and_then(|state| state.firewall);
-                let rest = self.datapath.observe_rest().map_err(Error::Observe)?;
-                Some(State { firewall, ..rest })
-            }
-            _ => was,
-        };
+        let is = was.is_some().then(|| without_elements(wanted));
         let before: BTreeMap<_, _> =
             elements.iter().map(|(key, was, _)| (*key, was.clone())).collect();
         let changes = Changes::of(was.as_ref().zip(is.as_ref()), elements);
@@ -193,40 +190,6 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
             self.unsettled = Some(merged(self.unsettled.take(), sources, before));
         }
         self.make_quietly(changes)
-    }
-
-    fn make_whole(
-        &mut self,
-        before: State,
-        wanted: &State,
-        drift: Drift,
-    ) -> Result<Changes, Error> {
-        let observed = self.current(before, drift)?;
-        let changes = Changes::between(&observed, wanted);
-        self.make(changes, &observed, wanted)
-    }
-
-    /// Returns the current state, given the state before: parts that may have changed are read.
-    pub(crate) fn current(&mut self, before: State, drift: Drift) -> Result<State, Error> {
-        match drift {
-            Drift::Unknown => self.observe(before.elements()),
-            Drift::Rest => {
-                self.in_step = false;
-                let rest = self.datapath.observe_rest().map_err(Error::Observe)?;
-                let State { firewall, ipsets, xtables, .. } = before;
-                Ok(State { firewall, ipsets, xtables, ..rest })
-            }
-            Drift::None => Ok(before),
-        }
-    }
-
-    /// Returns the changes that repair everything but the nf_tables table, after reading it.
-    pub(crate) fn rest_changes(&mut self, wanted: &State) -> Result<Changes, Error> {
-        self.in_step = false;
-        let rest = self.datapath.observe_rest().map_err(Error::Observe)?;
-        let is = without_elements(wanted);
-        let was = State { firewall: is.firewall.clone(), ..rest.routing() };
-        Ok(Changes::of(Some((&was, &is)), []))
     }
 
     /// Ends the stale connections that were left for later.
@@ -244,14 +207,8 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     }
 
     fn end(&mut self, unsettled: &Unsettled, wanted: &State) -> Result<Changes, Error> {
-        let stale = if let Some(candidates) = self.candidates(unsettled)? {
-            let before = unsettled.spoken();
-            candidates.into_iter().filter(|one| one.is_stale(wanted, &before)).collect()
-        } else {
-            let before = unsettled.before(wanted);
-            let found = self.datapath.stale_connections(wanted, &before);
-            found.map_err(Error::Observe)?
-        };
+        let sources = unsettled.sources.as_ref();
+        let stale = self.stale_connections(sources, wanted, &unsettled.egress_ips())?;
         // The rules were the same before.
         let due_mark = |one: &Connection| one.due_mark(wanted, wanted);
         let changes = Changes::end(&stale, wanted.firewall.as_ref(), due_mark);
@@ -260,46 +217,27 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         }
         Ok(changes)
     }
-
-    /// Returns connections that may be stale; `None` if the datapath cannot list them.
-    fn candidates(&mut self, unsettled: &Unsettled) -> Result<Option<Vec<Connection>>, Error> {
-        let mut list = |source| self.datapath.connections(source).map_err(Error::Observe);
-        match &unsettled.sources {
-            Some(sources) if sources.len() <= FEW => {
-                let mut all = Vec::new();
-                for source in sources {
-                    let Some(found) = list(Some(*source))? else { return Ok(None) };
-                    all.extend(found);
-                }
-                Ok(Some(all))
-            }
-            Some(sources) => {
-                let mut all = list(None)?;
-                if let Some(all) = &mut all {
-                    all.retain(|connection| sources.contains(&connection.source));
-                }
-                Ok(all)
-            }
-            None => list(None),
-        }
-    }
 }
 
 impl Unsettled {
     /// Returns a state with the previous local egress IPs and nothing else.
-    fn spoken(&self) -> State {
+    fn egress_ips(&self) -> State {
         let eips = self.before.iter().filter(|(key, _)| matches!(key, Key::Eip(_)));
         let eips = eips.filter_map(|(key, value)| Some((*key, value.clone()?)));
         let firewall = Firewall { elements: eips.collect(), ..Firewall::default() };
         State { firewall: Some(firewall), ..State::default() }
     }
+}
 
-    /// Returns the state that was wanted before.
-    fn before(&self, wanted: &State) -> State {
-        let mut before = wanted.clone();
-        let elements = self.before.iter().map(|(key, value)| (*key, value.clone()));
-        let _changed = change(&mut before, elements.collect(), None);
-        before
+/// Returns the current state, given the state that the datapath was left in.
+pub(super) fn current(before: State, found: Found) -> State {
+    match found {
+        Found::Unchanged => before,
+        Found::Rest(rest) => {
+            let State { firewall, ipsets, xtables, .. } = before;
+            State { firewall, ipsets, xtables, ..*rest }
+        }
+        Found::Whole(state) => *state,
     }
 }
 
@@ -356,7 +294,7 @@ fn change(
 }
 
 /// Returns a copy of a state without elements.
-fn without_elements(state: &State) -> State {
+pub(super) fn without_elements(state: &State) -> State {
     let firewall = state.firewall.as_ref().map(|firewall| Firewall {
         chains: firewall.chains.clone(),
         sets: firewall.sets.clone(),

@@ -23,7 +23,7 @@ pub struct Elements {
     v4: Arc<BTreeMap<u32, Tag>>,
     v6: Arc<BTreeMap<u128, Tag>>,
     /// All elements except sources with a class and no comment.
-    rest: BTreeMap<Key, Value>,
+    rest: Arc<BTreeMap<Key, Value>>,
 }
 
 /// Storage location of an element.
@@ -90,11 +90,11 @@ impl Elements {
             (Some(tag), Place::V6(address)) => Arc::make_mut(&mut self.v6).insert(address, tag),
             _ => {
                 let before = self.remove_small(&key);
-                return self.rest.insert(key, value).or(before.map(large));
+                return Arc::make_mut(&mut self.rest).insert(key, value).or(before.map(large));
             }
         };
         // The other location has the key only if another program commented a source.
-        before.map(large).or_else(|| self.rest.remove(&key))
+        before.map(large).or_else(|| self.remove_large(&key))
     }
 
     fn remove_small(&mut self, key: &Key) -> Option<Tag> {
@@ -105,9 +105,14 @@ impl Elements {
         }
     }
 
+    fn remove_large(&mut self, key: &Key) -> Option<Value> {
+        // Shared elements are copied only if the key is among them.
+        self.rest.contains_key(key).then(|| Arc::make_mut(&mut self.rest).remove(key)).flatten()
+    }
+
     /// Removes an element and returns its value.
     pub fn remove(&mut self, key: &Key) -> Option<Value> {
-        self.remove_small(key).map(large).or_else(|| self.rest.remove(key))
+        self.remove_small(key).map(large).or_else(|| self.remove_large(key))
     }
 
     /// Keeps the elements for which `keep` holds.
@@ -115,7 +120,7 @@ impl Elements {
         let (small4, small6) = (Arc::make_mut(&mut self.v4), Arc::make_mut(&mut self.v6));
         small4.retain(|address, tag| keep(&v4((address, tag)).0, &large(*tag)));
         small6.retain(|address, tag| keep(&v6((address, tag)).0, &large(*tag)));
-        self.rest.retain(|key, value| keep(key, value));
+        Arc::make_mut(&mut self.rest).retain(|key, value| keep(key, value));
     }
 
     /// The elements in the order of their keys.
@@ -130,6 +135,13 @@ impl Elements {
         let lowest = Key::Source(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
         let next = self.rest.range(lowest..).next();
         next.is_some_and(|(key, _)| matches!(key, Key::Source(_)))
+    }
+
+    /// Whether these are a clone of the others, or the others of these, without a change since.
+    pub(crate) fn is_shared_with(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.v4, &other.v4)
+            && Arc::ptr_eq(&self.v6, &other.v6)
+            && Arc::ptr_eq(&self.rest, &other.rest)
     }
 
     /// The IPv4 sources without comment; none if `other` shares them.
@@ -163,7 +175,7 @@ impl Elements {
             _ => return self.extend(other.of(set)),
         }
         let rest = other.rest.iter().filter(|(key, _)| key.set() == set);
-        self.rest.extend(rest.map(|(key, value)| (*key, value.clone())));
+        Arc::make_mut(&mut self.rest).extend(rest.map(|(key, value)| (*key, value.clone())));
     }
 
     /// The keys in order.

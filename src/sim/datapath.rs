@@ -7,9 +7,8 @@ use std::sync::Arc;
 
 use super::notify::{Listener, Trust, Writer};
 use super::{LOST, SharedSim, Sim, SimWatch};
-use crate::connection::Connection;
 use crate::count::Counts;
-use crate::datapath::{Datapath, Drift};
+use crate::datapath::{Datapath, Drift, Known, Observed, OnConnection};
 use crate::diff::changes::{ApplyError, Changes, Made, Step};
 use crate::diff::op::Op;
 use crate::error::{KernelError, errno};
@@ -235,6 +234,15 @@ impl SimDatapath {
         Ok(state)
     }
 
+    pub(super) fn drift(&mut self) -> Drift {
+        if self.trust.table && self.generation().is_err() {
+            self.trust.table = false;
+        }
+        // A change before the generation reply has its notification queued before that reply.
+        self.trust.hear(&self.ears.take());
+        self.kernel.lock().drift_by(self.trust)
+    }
+
     /// Applies a step: one transaction, or one request after the other.
     fn step(&mut self, step: &Step) -> Made {
         let made = match step.ops.first() {
@@ -279,42 +287,32 @@ const fn subsystem(op: &Op) -> Subsystem {
 }
 
 impl Datapath for SimDatapath {
-    fn observe(&mut self) -> Result<State, KernelError> {
-        self.read()
-    }
-
-    fn drift(&mut self) -> Drift {
-        if self.trust.table && self.generation().is_err() {
-            self.trust.table = false;
+    fn observe(&mut self, known: Known<'_>) -> Result<Observed, KernelError> {
+        if let Known::Installed(state) = known {
+            match self.drift() {
+                Drift::None => return Ok(Observed::Unchanged),
+                Drift::Rest => {
+                    let firewall = state.firewall.clone();
+                    return Ok(State { firewall, ..self.read_rest()? }.into());
+                }
+                Drift::Unknown => {}
+            }
         }
-        // A change before the generation reply has its notification queued before that reply.
-        self.trust.hear(&self.ears.take());
-        self.kernel.lock().drift_by(self.trust)
-    }
-
-    fn observe_rest(&mut self) -> Result<State, KernelError> {
-        self.read_rest()
-    }
-
-    fn stale_connections(
-        &mut self,
-        wanted: &State,
-        before: &State,
-    ) -> Result<BTreeSet<Connection>, KernelError> {
-        if wanted.decides_nothing() && before.decides_nothing() {
-            return Ok(BTreeSet::new());
-        }
-        self.list(Subsystem::Connections, "conntrack -L", |sim| sim.stale(wanted, before))
+        self.read().map(Observed::from)
     }
 
     fn connections(
         &mut self,
-        source: Option<IpAddr>,
-    ) -> Result<Option<Vec<Connection>>, KernelError> {
-        self.list(Subsystem::Connections, "conntrack -L", |sim| Some(sim.forwarded_of(source)))
+        sources: Option<&BTreeSet<IpAddr>>,
+        each: &mut OnConnection<'_>,
+    ) -> Result<(), KernelError> {
+        let what = "conntrack -L";
+        let found = self.list(Subsystem::Connections, what, |sim| sim.forwarded(sources))?;
+        found.into_iter().for_each(each);
+        Ok(())
     }
 
-    fn counts(&mut self) -> Result<Counts, KernelError> {
+    fn counters(&mut self) -> Result<Counts, KernelError> {
         self.list(Subsystem::Firewall, "nft list sets", Sim::counted)
     }
 

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use common::fleet::Result;
 use egress_datapath::testing::lab::Host;
-use egress_datapath::{Changes, Datapath, KernelDatapath, State};
+use egress_datapath::{Changes, KernelDatapath, State, observe};
 
 use crate::edits::{self, Edit};
 
@@ -42,7 +42,7 @@ impl<'a> Victim<'a> {
     fn wait(&mut self, after: &Edit) -> Result<Instant> {
         let begin = Instant::now();
         loop {
-            let now = self.kernel.observe();
+            let now = observe(&mut self.kernel);
             if now.as_ref().is_ok_and(|now| *now == self.whole) {
                 return Ok(Instant::now());
             }

@@ -4,11 +4,10 @@ use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use common::fleet::Result;
-use egress_datapath::Datapath;
 use egress_datapath::testing::lab::Host;
 use egress_datapath::{
     Cluster, EgressPolicy, KernelDatapath, MarkLayout, Ownership, Protection, Reconciler, State,
-    TableRange, Watch,
+    TableRange, Watch, observe,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -51,7 +50,7 @@ impl Keeper {
 
     /// What the kernel should hold, which it does now.
     pub(crate) fn whole(&mut self) -> Result<State> {
-        Ok(self.node.datapath().observe()?)
+        Ok(observe(self.node.datapath())?)
     }
 
     pub(crate) fn remove(mut self) -> Result {

@@ -31,7 +31,7 @@ use egress_datapath::testing::lab::{
 use egress_datapath::testing::{Call, Fault, Faults, Subsystem};
 use egress_datapath::{
     Changes, Cluster, Datapath, Destinations, EgressPolicy, Error, KernelDatapath, KernelTables,
-    Mark, MarkPool, Reconciler, Report, State, TablePool, TableRange,
+    Mark, MarkPool, Reconciler, Report, State, TablePool, TableRange, observe,
 };
 
 use foreign::Foreign;
@@ -171,7 +171,7 @@ impl Kind {
 }
 
 fn take_away(datapath: &mut KernelDatapath, what: What) {
-    let Ok(found) = datapath.observe() else { return };
+    let Ok(found) = observe(datapath) else { return };
     let left = match what {
         What::TakeRouting => {
             State { routes: BTreeMap::new(), rules: BTreeSet::new(), ..found.clone() }
@@ -246,7 +246,7 @@ impl Bench<'_> {
     /// Where a scenario begins: with connections of the pod.
     fn begin(&self, rehearsed: &Rehearsed) -> Result {
         let mut datapath = self.host.netns.run(KernelDatapath::open)??;
-        let found = datapath.observe()?;
+        let found = observe(&mut datapath)?;
         datapath.apply(&Changes::between(&found, &rehearsed.before))?;
         self.talk();
         Ok(())
@@ -256,13 +256,13 @@ impl Bench<'_> {
     fn rehearse(&self, scenario: &Scenario) -> Result<Rehearsed> {
         let mut node = self.open(&Faults::new())?;
         self.make(&mut node, &scenario.before)?;
-        let before = node.datapath().observe()?;
+        let before = observe(node.datapath())?;
         self.talk();
         let faults = Faults::new();
         let mut node = self.open(&faults)?;
         self.make(&mut node, &scenario.after)?;
         let calls = faults.calls();
-        Ok(Rehearsed { before, calls, after: numbered(node.datapath().observe()?) })
+        Ok(Rehearsed { before, calls, after: numbered(observe(node.datapath())?) })
     }
 
     /// One run with faults; the number of calls after which all was right.
@@ -291,7 +291,7 @@ impl Bench<'_> {
         let mut tries = usize::from(first.is_ok());
         let mut last = first;
         while tries <= TRIES {
-            if last.is_ok() && numbered(node.datapath().observe()?) == rehearsed.after {
+            if last.is_ok() && numbered(observe(node.datapath())?) == rehearsed.after {
                 let again = self.again(&mut node, scenario, planned)?;
                 if again.is_empty() {
                     return Ok(tries);
@@ -302,7 +302,7 @@ impl Bench<'_> {
             last = self.make(&mut node, &scenario.after);
         }
         last?;
-        let found = numbered(node.datapath().observe()?);
+        let found = numbered(observe(node.datapath())?);
         let wrong = Changes::between(&found, &rehearsed.after);
         Err(format!("it ends where this is still to do:\n{wrong}").into())
     }

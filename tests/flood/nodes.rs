@@ -1,14 +1,16 @@
 //! A reconciler on each node, as fast as commits can be.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 
 use common::backend::{backend, datapath, steering};
 use common::fleet::Result;
 use egress_datapath::state::Variant;
 use egress_datapath::testing::lab::{Host, Lab};
 use egress_datapath::{
-    ApplyError, Backend, Changes, Cluster, Connection, Datapath, Drift, EgressPolicy, Iptables,
-    KernelError, KernelTables, MarkPool, Reconciler, Report, State, TablePool, TableRange, Update,
+    ApplyError, Backend, Changes, Cluster, Counts, Datapath, EgressPolicy, Iptables, KernelError,
+    KernelTables, Known, MarkPool, Observed, OnConnection, Reconciler, Report, TablePool,
+    TableRange, Update,
 };
 
 use crate::change::{Change, Reads};
@@ -24,37 +26,29 @@ pub(crate) struct Hasty {
     /// Every so-manieth time.
     every: u32,
     asked: u32,
-    /// If everything is read, it is not asked what has drifted.
+    /// Whether everything is read, whatever is known.
     reads: Reads,
 }
 
 impl Datapath for Hasty {
-    fn observe(&mut self) -> std::result::Result<State, KernelError> {
-        self.kernel.observe()
-    }
-
-    fn observe_rest(&mut self) -> std::result::Result<State, KernelError> {
-        self.kernel.observe_rest()
-    }
-
-    fn drift(&mut self) -> Drift {
+    fn observe(&mut self, known: Known<'_>) -> std::result::Result<Observed, KernelError> {
         match self.reads {
-            Reads::Drift => self.kernel.drift(),
-            Reads::Everything => Drift::Unknown,
+            Reads::Drift => self.kernel.observe(known),
+            Reads::Everything => self.kernel.observe(Known::Nothing),
         }
     }
 
-    fn stale_connections(
+    fn connections(
         &mut self,
-        wanted: &State,
-        before: &State,
-    ) -> std::result::Result<BTreeSet<Connection>, KernelError> {
+        sources: Option<&BTreeSet<IpAddr>>,
+        each: &mut OnConnection<'_>,
+    ) -> std::result::Result<(), KernelError> {
         self.asked += 1;
-        if self.asked % self.every == 0 {
-            self.kernel.stale_connections(wanted, before)
-        } else {
-            Ok(BTreeSet::new())
-        }
+        if self.asked % self.every == 0 { self.kernel.connections(sources, each) } else { Ok(()) }
+    }
+
+    fn counters(&mut self) -> std::result::Result<Counts, KernelError> {
+        self.kernel.counters()
     }
 
     fn apply(&mut self, changes: &Changes) -> std::result::Result<(), ApplyError> {

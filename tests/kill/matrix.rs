@@ -7,7 +7,7 @@ use common::fleet::feed;
 use common::numbered;
 use egress_datapath::testing::Faults;
 use egress_datapath::testing::lab::{Host, Lab, Netns};
-use egress_datapath::{Backend, Changes, Datapath, Family, Ownership, State};
+use egress_datapath::{Backend, Changes, Datapath, Family, Ownership, State, observe};
 
 use crate::Result;
 use crate::allowed::{At, Cni, Progress, allowed};
@@ -115,7 +115,7 @@ impl<'a> Matrix<'a> {
             let brought = || -> Result<State> {
                 let mut node = open(&cluster, self.scenario.ownership, &Faults::new())?;
                 make(&mut node, &cluster, wanted)?;
-                Ok(node.datapath().observe()?)
+                Ok(observe(node.datapath())?)
             };
             brought().map_err(|error| error.to_string())
         })?;
@@ -183,7 +183,7 @@ impl<'a> Matrix<'a> {
     fn reset(&self) -> Result {
         for (host, before) in self.lab.nodes().into_iter().zip(&self.before) {
             let mut datapath = self.datapath(host)?;
-            let found = datapath.observe()?;
+            let found = observe(&mut datapath)?;
             datapath.apply(&Changes::between(&found, before))?;
         }
         Ok(())
@@ -259,7 +259,7 @@ impl<'a> Matrix<'a> {
     /// Whether the node holds what it should and nothing else of ours.
     fn compare(&mut self, step: usize, node: usize, moment: Option<Moment>) -> Result {
         let mut datapath = self.datapath(self.host(node)?)?;
-        let found = numbered(datapath.observe()?);
+        let found = numbered(observe(&mut datapath)?);
         let wanted = numbered(self.after.get(node).cloned().unwrap_or_default());
         if found != wanted {
             let left = Changes::between(&found, &wanted);

@@ -22,7 +22,7 @@ use std::process::ExitCode;
 use egress_datapath::libipset::{self, Libipset};
 use egress_datapath::state::{Ipset, IpsetContents, MarkBits, Member};
 use egress_datapath::testing::lab;
-use egress_datapath::{Changes, Datapath, Family, IptablesDatapath, State};
+use egress_datapath::{Changes, Datapath, Family, IptablesDatapath, State, observe};
 use ipnet::IpNet;
 
 type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
@@ -131,7 +131,7 @@ fn both_ways_to_write_give_the_same_sets() -> Result {
             } else {
                 over_netlink.apply(&changes)?;
             }
-            for found in [through_libipset.observe()?, over_netlink.observe()?] {
+            for found in [observe(&mut through_libipset)?, observe(&mut over_netlink)?] {
                 if found != wanted {
                     let left = Changes::between(&found, &wanted);
                     return Err(format!("state {number} lacks\n{left}").into());
@@ -182,7 +182,7 @@ fn a_refusal_is_an_error_with_its_words() -> Result {
     if !words.contains("exists") || !error.is_exists() {
         return Err(format!("{error:?}").into());
     }
-    if over_netlink.observe()? != wanted {
+    if observe(&mut over_netlink)? != wanted {
         return Err("what was half made is still there".into());
     }
     // A member of the other family is refused by libipset itself, before the kernel.
@@ -209,7 +209,7 @@ fn what_is_refused_keeps_nothing_else_back() -> Result {
     // It is thought that the second one is there.
     let all = Changes::between(&of(&[one, two, three]), &State::default());
     let refused = through_libipset.apply(&all).err().ok_or("nothing was refused")?;
-    let found = over_netlink.observe()?;
+    let found = observe(&mut over_netlink)?;
     if refused.refused.len() == 1 && found.is_empty() {
         return Ok(());
     }

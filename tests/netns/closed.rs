@@ -6,7 +6,7 @@ use common::backend::steering;
 use common::fleet::{Fleet, Result, check, dual, expect, lab, policy, tool, unless_beyond};
 use egress_datapath::state::RuleAction;
 use egress_datapath::testing::lab::{EIP_B, POD_A, POD_B, Proto, SERVER, probe};
-use egress_datapath::{Datapath, KernelDatapath, MarkLayout, Steering};
+use egress_datapath::{KernelDatapath, MarkLayout, Steering, observe};
 
 const B: Option<&str> = Some("node-b");
 
@@ -62,7 +62,7 @@ fn missing_object_no_leak_and_restored() -> Result {
             // There is no guard where there is but one rule to be spared.
             continue;
         }
-        let rules = lab.node_a.netns.run(KernelDatapath::open)??.observe()?.rules;
+        let rules = observe(&mut lab.node_a.netns.run(KernelDatapath::open)??)?.rules;
         let table = rules.into_iter().find_map(|rule| match rule.action {
             RuleAction::Lookup(table) => Some(table.to_string()),
             RuleAction::Unreachable | RuleAction::Goto(_) => None,

@@ -11,7 +11,7 @@ use egress_datapath::state::Set;
 use egress_datapath::testing::lab::{
     EIP_B, EIP_C, Lab, Netns, POD_A, POD_B, POD_C, Pair, SERVER, STRANGER,
 };
-use egress_datapath::{Count, Datapath, EgressPolicy, Family, KernelDatapath, NodeName};
+use egress_datapath::{Count, EgressPolicy, Family, KernelDatapath, NodeName, observe};
 
 use crate::flows::masquerade;
 
@@ -180,7 +180,7 @@ fn counters_switched_on_and_off_no_leak() -> Result {
             assert!(changed.iter().all(|report| !report.changes.is_empty()), "turn {turn}");
             let again = fleet.apply(&policies)?;
             assert!(again.iter().all(|report| report.changes.is_empty()), "turn {turn}");
-            let found = lab.node_a.netns.run(KernelDatapath::open)??.observe()?;
+            let found = observe(&mut lab.node_a.netns.run(KernelDatapath::open)??)?;
             let sets = found.firewall.map(|table| table.sets).unwrap_or_default();
             assert_eq!(sets.contains(&Set::Count(Family::V4)), on, "turn {turn}");
             assert_eq!(fleet.counts("node-a")?.is_empty(), !on, "turn {turn}");

@@ -17,8 +17,8 @@ use egress_datapath::testing::lab::{
     Proto, STRANGER, probe,
 };
 use egress_datapath::{
-    Datapath, EgressPolicy, Fate, KernelDatapath, Packet, Sim, Surroundings, Trace, explain,
-    explain_received,
+    EgressPolicy, Fate, KernelDatapath, Packet, Sim, Surroundings, Trace, explain,
+    explain_received, observe,
 };
 
 mod scenarios;
@@ -82,7 +82,7 @@ impl<'a> World<'a> {
 
     /// What the kernels hold.
     fn states(&mut self) -> Result<Vec<State>> {
-        Ok(self.kernels.iter_mut().map(Datapath::observe).collect::<std::result::Result<_, _>>()?)
+        Ok(self.kernels.iter_mut().map(observe).collect::<std::result::Result<_, _>>()?)
     }
 
     /// A pod sends packets of every protocol and family, and each is explained.
@@ -172,7 +172,7 @@ impl<'a> World<'a> {
     fn simulated(&mut self, at: usize) -> Result<Sim> {
         let local = [NODE_A, NODE_B_OUTSIDE, NODE_C_OUTSIDE][at].to_vec();
         let around = Surroundings { local, ..Surroundings::default() };
-        Ok(Sim::with_state(self.kernels[at].observe()?).surrounded_by(around))
+        Ok(Sim::with_state(observe(&mut self.kernels[at])?).surrounded_by(around))
     }
 }
 

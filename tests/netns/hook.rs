@@ -8,8 +8,8 @@ use common::fleet::{
 };
 use egress_datapath::testing::lab::{EIP_B, EIP_C, Host, POD_A, Proto, SERVER, STRANGER, probe};
 use egress_datapath::{
-    Backend, Cluster, Datapath, Family, KernelDatapath, MarkLayout, Ownership, Reconciler,
-    Steering, TableRange,
+    Backend, Cluster, Family, KernelDatapath, MarkLayout, Ownership, Reconciler, Steering,
+    TableRange, observe,
 };
 
 const B: Option<&str> = Some("node-b");
@@ -20,7 +20,7 @@ fn by_hook(cluster: &mut Cluster) {
 
 /// What is there of either way of steering.
 fn steers_by(host: &Host) -> Result<[usize; 3]> {
-    let found = host.netns.run(KernelDatapath::open)??.observe()?;
+    let found = observe(&mut host.netns.run(KernelDatapath::open)??)?;
     let rules = found.rules.iter().filter(|rule| rule.family == Family::V4).count();
     let neighbours = found.neighbours.keys().filter(|ip| ip.is_ipv4()).count();
     Ok([usize::from(found.hook.is_some()), rules, neighbours])
@@ -171,6 +171,6 @@ fn egress_hook_owned_table_protected_and_taken_over() -> Result {
     }
     let mut last = exclusive()?;
     last.remove()?;
-    assert!(last.datapath().observe()?.is_empty());
+    assert!(observe(last.datapath())?.is_empty());
     Ok(())
 }

@@ -11,7 +11,7 @@ use egress_datapath::state::{
 use egress_datapath::testing::lab::{EIP_B, EIP_C, OTHER_SERVER, POD_A, POD_C, hosts};
 use egress_datapath::{
     Backend, Changes, Datapath, Destinations, Family, Iptables, KernelError, Mark, MarkPool, Sim,
-    State, TablePool, plan,
+    State, TablePool, observe, plan,
 };
 
 const EIO: i32 = 5;
@@ -147,10 +147,10 @@ fn both_refuse_the_same(variant: Variant) -> Result {
             state
         };
         for both in [&mut sim as &mut dyn Datapath, &mut *kernel] {
-            let now = both.observe().map_err(|error| what(&error))?;
+            let now = observe(both).map_err(|error| what(&error))?;
             let changes = Changes::between(&now, &with(holds));
             both.apply(&changes).map_err(|error| what(&error))?;
-            assert_eq!(both.observe().map_err(|error| what(&error))?, with(holds), "{case}");
+            assert_eq!(observe(both).map_err(|error| what(&error))?, with(holds), "{case}");
         }
         let changes = Changes::between(&with(taken), &with(wanted));
         let first = |both: &mut dyn Datapath| {
@@ -166,8 +166,8 @@ fn both_refuse_the_same(variant: Variant) -> Result {
         assert!(simulated.as_ref().is_none_or(same), "{case}: {simulated:?}");
         refusals += usize::from(refused.is_some());
         if refused.is_none() {
-            let found = kernel.observe().map_err(|error| what(&error))?;
-            assert_eq!(found, sim.observe().map_err(|error| what(&error))?, "{case}");
+            let found = observe(&mut kernel).map_err(|error| what(&error))?;
+            assert_eq!(found, observe(&mut sim).map_err(|error| what(&error))?, "{case}");
         }
     }
     writeln!(io::stderr(), "{} cases, {refusals} refusals by both", CASES.len())?;

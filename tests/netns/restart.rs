@@ -6,8 +6,8 @@ use common::fleet::{Result, check, dual, expect, lab, open, policy};
 use egress_datapath::state::{Data, Key, State};
 use egress_datapath::testing::lab::{EIP_B, EIP_C, Host, POD_A, POD_B, POD_C, SERVER, STRANGER};
 use egress_datapath::{
-    Cluster, Datapath, EgressPolicy, Error, KernelDatapath, MarkLayout, PlanError, PolicyError,
-    Reconciler, TableRange,
+    Cluster, EgressPolicy, Error, KernelDatapath, MarkLayout, PlanError, PolicyError, Reconciler,
+    TableRange, observe,
 };
 
 use crate::process::{Process, part, say};
@@ -123,12 +123,12 @@ fn restarted_process() -> Result {
     let layout = layout(layout_name);
     let mut egress = Reconciler::open(layout, TableRange::default())?;
     let report = egress.reconcile(&cluster(node, marks, layout)?, policies()?)?;
-    let numbers = numbers(&egress.datapath().observe()?);
+    let numbers = numbers(&observe(egress.datapath())?);
     say(&format!("{} changes, {numbers}", report.changes.len()))
 }
 
 fn observed(host: &Host) -> Result<State> {
-    Ok(host.netns.run(KernelDatapath::open)??.observe()?)
+    Ok(observe(&mut host.netns.run(KernelDatapath::open)??)?)
 }
 
 /// The marks and tables in use, and the elements that say whose they are.

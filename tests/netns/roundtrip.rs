@@ -8,8 +8,8 @@ use egress_datapath::testing::lab::{
     EIP_B, EIP_C, Lab, Netns, OTHER_SERVER, POD_A, POD_B, POD_C, STRANGER, hosts,
 };
 use egress_datapath::{
-    Datapath, Destinations, DeviceName, EgressIp, EgressPolicy, Family, MarkLayout, PolicyId,
-    Reconciler,
+    Destinations, DeviceName, EgressIp, EgressPolicy, Family, MarkLayout, PolicyId, Reconciler,
+    observe,
 };
 use ipnet::IpNet;
 use serde_json::Value;
@@ -284,7 +284,7 @@ fn applied(
     cluster.policy_counters = true;
     let mut node: Reconciler<_> = open(host, cluster.marks)?;
     node.reconcile(&cluster, policies()?)?;
-    let state = node.datapath().observe()?;
+    let state = observe(node.datapath())?;
     Ok((cluster, state))
 }
 

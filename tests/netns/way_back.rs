@@ -8,7 +8,7 @@ use common::fleet::{Fleet, Result, check, dual, expect, lab, nft, policy, tool};
 use egress_datapath::testing::lab::{
     EIP_B, EIP_C, Netns, POD_A, POD_C, Proto, SERVER, STRANGER, probe,
 };
-use egress_datapath::{Datapath, Family, KernelDatapath, MarkLayout, Steering};
+use egress_datapath::{Family, KernelDatapath, MarkLayout, Steering, observe};
 
 const B: Option<&str> = Some("node-b");
 const C: Option<&str> = Some("node-c");
@@ -119,7 +119,7 @@ fn rules_in_any_order_removed() -> Result {
     let mut fleet = Fleet::open(&lab)?;
     let node = &lab.node_a.netns;
     let ours = |family| -> Result<usize> {
-        let rules = node.run(KernelDatapath::open)??.observe()?.rules;
+        let rules = observe(&mut node.run(KernelDatapath::open)??)?.rules;
         Ok(rules.iter().filter(|rule| rule.family == family).count())
     };
     let over = "pref 102 fwmark 0x26001000/0xff001000";

@@ -18,7 +18,7 @@ use egress_datapath::testing::lab::{
 };
 use egress_datapath::{
     ApplyError, Backend, Changes, Destinations, EgressIp, EgressPolicy, Family, Iptables,
-    MarkLayout, MarkPool, State, TablePool, Unavailable, plan,
+    MarkLayout, MarkPool, State, TablePool, Unavailable, observe, plan,
 };
 use rustix::fs::{FlockOperation, flock};
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
@@ -240,7 +240,7 @@ fn refused_change_leaves_table_unchanged(variant: Variant) -> Result {
     let mut kernel = datapath(netns, backend(variant))?;
     let mut fleet = fleet(&lab, backend(variant))?;
     fleet.apply(&policies()?)?;
-    let found = kernel.observe()?;
+    let found = observe(&mut kernel)?;
     // Somebody has deleted what is about to be deleted.
     let iptables = variant.command(Family::V4);
     let tables = found.xtables.get(&variant).ok_or("no chains")?;
@@ -278,11 +278,11 @@ fn printed_commands_give_same_state(variant: Variant) -> Result {
         let text = Changes::between(&State::default(), &plan.state).to_string();
         let mut kernel = datapath(&host.netns, cluster.backend)?;
         shell(&host.netns, &text)?;
-        let by_shell = kernel.observe()?;
+        let by_shell = observe(&mut kernel)?;
         kernel.apply(&Changes::between(&by_shell, &State::default()))?;
-        assert!(kernel.observe()?.is_empty());
+        assert!(observe(&mut kernel)?.is_empty());
         kernel.apply(&Changes::between(&State::default(), &plan.state))?;
-        assert_eq!(kernel.observe()?, by_shell, "{}", host.name);
+        assert_eq!(observe(&mut kernel)?, by_shell, "{}", host.name);
         assert_eq!(by_shell, plan.state, "{}", host.name);
     }
     check(&expectations(&lab));
@@ -298,7 +298,7 @@ fn nftables_printed_commands_give_same_state() -> Result {
     let plan = plan(&cluster, &policies()?, &mut marks, &mut tables)?;
     let text = Changes::between(&State::default(), &plan.state).to_string();
     shell(&lab.node_b.netns, &text)?;
-    let found = datapath(&lab.node_b.netns, Backend::Nftables)?.observe()?;
+    let found = observe(&mut datapath(&lab.node_b.netns, Backend::Nftables)?)?;
     assert_eq!(found, plan.state);
     Ok(())
 }

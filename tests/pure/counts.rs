@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use egress_datapath::state::State;
 use egress_datapath::{
     Changes, Count, Datapath, EgressPolicy, Family, NodeName, Packet, PolicyId, Reconciler, Sim,
-    Update,
+    Update, observe,
 };
 
 use crate::{cluster, dual, net, nets, policy, v4};
@@ -39,7 +39,7 @@ fn send(egress: &mut Egress, source: &str, ports: std::ops::Range<u16>) {
 }
 
 fn counts(egress: &mut Egress) -> BTreeMap<(String, Family), (u64, u64)> {
-    let counts = egress.counts().unwrap().into_iter();
+    let counts = egress.counters().unwrap().into_iter();
     let pair = |Count { packets, bytes }| (packets, bytes);
     counts.map(|one| ((one.policy.to_string(), one.family), pair(one.count))).collect()
 }
@@ -57,7 +57,7 @@ fn counters_survive_all_but_policy_removal() {
     use Family::{V4, V6};
     let cluster = counting("a");
     let mut egress = Reconciler::new(Sim::new());
-    assert_eq!(egress.counts().unwrap(), []);
+    assert_eq!(egress.counters().unwrap(), []);
     let mut policies = two();
     egress.reconcile(&cluster, &policies).unwrap();
     send(&mut egress, A, 1..8);
@@ -97,7 +97,7 @@ fn counters_survive_all_but_policy_removal() {
     // Who comes after knows nothing, and finds them.
     let kernel = std::mem::take(egress.datapath());
     let mut egress = Reconciler::new(kernel);
-    assert_eq!(egress.counts().unwrap(), []);
+    assert_eq!(egress.counters().unwrap(), []);
     assert!(egress.reconcile(&cluster, &policies).unwrap().changes.is_empty());
     assert_eq!(counts(&mut egress), expected(&all));
 
@@ -110,7 +110,7 @@ fn counters_survive_all_but_policy_removal() {
         expected(&[("shop/one", V4, 0), ("shop/one", V6, 0), ("shop/two", V4, 4)])
     );
     egress.remove().unwrap();
-    assert_eq!(egress.counts().unwrap(), []);
+    assert_eq!(egress.counters().unwrap(), []);
 }
 
 #[test]
@@ -120,7 +120,7 @@ fn counters_switched_on_and_off() {
     egress.reconcile(&cluster("a"), &policies).unwrap();
     for round in 0..2 {
         send(&mut egress, A, 1..4);
-        assert_eq!(egress.counts().unwrap(), [], "round {round}");
+        assert_eq!(egress.counters().unwrap(), [], "round {round}");
         assert!(!egress.reconcile(&counting("a"), &policies).unwrap().changes.is_empty());
         assert!(egress.audit().unwrap().changes.is_empty());
         send(&mut egress, A, 1..4);
@@ -137,15 +137,15 @@ fn counters_survive_refused_transaction() {
     let mut egress = Reconciler::new(Sim::new());
     egress.reconcile(&counting("a"), two()).unwrap();
     send(&mut egress, A, 1..4);
-    let before = egress.datapath().counts().unwrap();
+    let before = egress.datapath().counters().unwrap();
     assert!(before.values().any(|count| count.packets == 3));
-    let whole = egress.datapath().observe().unwrap();
+    let whole = observe(egress.datapath()).unwrap();
     let all = Changes::between(&whole, &State::default());
     for after in 0..all.len() {
         let mut kernel = egress.datapath().clone();
         kernel.refuse(after, 12);
         kernel.apply(&all).unwrap_err();
-        let counts = kernel.counts().unwrap();
+        let counts = kernel.counters().unwrap();
         assert!(counts == before || counts.is_empty(), "{after}: {counts:?}");
     }
 }

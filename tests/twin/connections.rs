@@ -8,9 +8,10 @@ use crate::Result;
 
 /// What only one of the two tracks, marks and translations included.
 pub(crate) fn difference(sim: &mut impl Datapath, kernel: &mut impl Datapath) -> Result {
-    let all = |found: Option<Vec<Connection>>| found.ok_or("connections cannot be listed");
-    let (sim, kernel) = (all(sim.connections(None)?)?, all(kernel.connections(None)?)?);
-    between(sim, kernel)
+    let (mut in_sim, mut in_kernel) = (Vec::new(), Vec::new());
+    sim.connections(None, &mut |found| in_sim.push(found))?;
+    kernel.connections(None, &mut |found| in_kernel.push(found))?;
+    between(in_sim, in_kernel)
 }
 
 fn between(sim: Vec<Connection>, kernel: Vec<Connection>) -> Result {

@@ -6,14 +6,14 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 use std::{io, mem, thread};
 
-use common::backend::steering;
+use common::backend::{backend, steering};
 use egress_datapath::state::State;
 use egress_datapath::testing::lab::{
     Lab, NODE_B_OUTSIDE, NODE_C_OUTSIDE, POD_A, POD_B, POD_C, PORT, STRANGER,
 };
 use egress_datapath::{
-    Changes, Cluster, Datapath, EgressPolicy, Fate, Journey, KernelDatapath, MarkLayout, Node,
-    Outcome, Packet, Reconciler, Sim, SimCluster, explain, explain_received,
+    Backend, Changes, Cluster, Datapath, EgressPolicy, Fate, Journey, MarkLayout, Node, Outcome,
+    Packet, Reconciler, Sim, SimCluster, explain, explain_received, observe,
 };
 
 use crate::nodes::{self, datapath, kernel, node, simulated};
@@ -22,7 +22,7 @@ use crate::shrink::patience;
 use crate::wire::{PAYLOAD, Seen, Tap, send};
 use crate::{Result, connections, difference, world};
 
-type Kernel = Reconciler<KernelDatapath>;
+type Kernel = Reconciler<Box<dyn Datapath>>;
 type Simulated = Reconciler<Sim>;
 
 /// The lab and its twin.
@@ -35,7 +35,7 @@ pub(crate) struct Fleet {
     clusters: Vec<Cluster>,
     kernels: Vec<Kernel>,
     /// Somebody else on each node.
-    others: Vec<KernelDatapath>,
+    others: Vec<Box<dyn Datapath>>,
     simulated: Vec<Simulated>,
     pub(crate) sims: SimCluster,
     next: u32,
@@ -64,8 +64,9 @@ impl Fleet {
         for host in lab.nodes() {
             let mut cluster = lab.cluster(host).map_err(io::Error::other)?;
             cluster.marks = layout;
+            cluster.backend = backend();
             cluster.connection_caching = caching;
-            cluster.policy_counters = !caching;
+            cluster.policy_counters = !caching && cluster.backend == Backend::Nftables;
             cluster.steering = steering(&layout);
             clusters.push(cluster);
             // So that connections are tracked and translated whether our table is there or not,
@@ -107,7 +108,8 @@ impl Fleet {
         let cluster = &mut self.clusters[at];
         let caching = &mut cluster.connection_caching;
         *caching = self.caching && (*caching || random.once_in(2)) && !random.once_in(4);
-        cluster.policy_counters = !*caching && !random.once_in(4);
+        let has_counters = cluster.backend == Backend::Nftables;
+        cluster.policy_counters = has_counters && !*caching && !random.once_in(4);
         self.kernels[at] = kernel(self.lab.nodes()[at], &self.clusters[at])?;
         self.simulated[at] = simulated(&self.clusters[at]);
         Ok(())
@@ -141,7 +143,7 @@ impl Fleet {
 
     /// Somebody else changes a node, in both worlds.
     pub(crate) fn edit(&mut self, at: usize, edit: impl FnOnce(&State) -> State) -> Result<String> {
-        let now = self.others[at].observe()?;
+        let now = observe(&mut self.others[at])?;
         let changes = Changes::between(&now, &edit(&now));
         let kernel = self.others[at].apply(&changes);
         let sim = self.in_sim(at, |egress, _| egress.datapath().apply(&changes));
@@ -165,8 +167,8 @@ impl Fleet {
     }
 
     fn compare(&mut self, at: usize) -> Result {
-        let kernel = self.others[at].observe()?;
-        let sim = self.in_sim(at, |egress, _| egress.datapath().observe())?;
+        let kernel = observe(&mut self.others[at])?;
+        let sim = self.in_sim(at, |egress, _| observe(egress.datapath()))?;
         difference(&sim, &kernel)?;
         self.compare_connections(at)
     }
@@ -200,7 +202,7 @@ impl Fleet {
         let mut batches: [Vec<(u32, Packet)>; 5] = Default::default();
         let mut expected = BTreeMap::new();
         let mut told = BTreeMap::new();
-        let states = self.others.iter_mut().map(Datapath::observe);
+        let states = self.others.iter_mut().map(observe);
         let states: Vec<State> = states.collect::<std::result::Result<_, _>>()?;
         for &(from, packet) in packets {
             self.next += 1;
@@ -330,12 +332,12 @@ impl Fleet {
         let mut wrong = Vec::new();
         for (other, cluster) in self.others.iter_mut().zip(&self.clusters) {
             let node = self.sims.node_mut(&cluster.node).ok_or("no such node")?;
-            let mut sim = node.sim.counts()?;
+            let mut sim = node.sim.counters()?;
             for count in sim.values_mut() {
                 // What the kernel's packets have behind their headers.
                 count.bytes += count.packets * PAYLOAD;
             }
-            let kernel = other.counts()?;
+            let kernel = other.counters()?;
             if kernel != sim {
                 wrong.push(format!("{} counted {kernel:?} instead of {sim:?}", cluster.node));
             }

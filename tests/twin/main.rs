@@ -36,7 +36,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use egress_datapath::testing::lab::{self, Device, Netns};
-use egress_datapath::{ApplyError, Datapath, KernelDatapath, Sim, State};
+use egress_datapath::{ApplyError, Datapath, KernelDatapath, Sim, State, observe};
 
 /// In a network namespace of its own where there can be one.
 fn main() -> ExitCode {
@@ -113,7 +113,7 @@ impl Twins {
 
     /// What both hold, if it is the same.
     fn observe(&mut self) -> Result<State> {
-        let (sim, kernel) = (self.sim.observe()?, self.kernel.observe()?);
+        let (sim, kernel) = (observe(&mut self.sim)?, observe(&mut self.kernel)?);
         difference(&sim, &kernel)?;
         Ok(kernel)
     }

@@ -3,12 +3,12 @@
 use std::io;
 use std::net::IpAddr;
 
+use common::backend;
 use egress_datapath::testing::lab::{
     EIP_B, EIP_C, Host, Lab, NODE_B_OUTSIDE, NODE_C_OUTSIDE, POD_A, Pair, Preference, SERVER, net,
 };
 use egress_datapath::{
-    Cluster, KernelDatapath, MarkPool, Reconciler, Sim, SimNode, Surroundings, TablePool,
-    TableRange,
+    Cluster, Datapath, MarkPool, Reconciler, Sim, SimNode, Surroundings, TablePool, TableRange,
 };
 
 /// Addresses outside.
@@ -72,11 +72,11 @@ pub(crate) fn outside(lab: &Lab) -> io::Result<()> {
     })
 }
 
-pub(crate) fn datapath(host: &Host) -> io::Result<KernelDatapath> {
-    host.netns.run(KernelDatapath::open)?.map_err(io::Error::other)
+pub(crate) fn datapath(host: &Host) -> io::Result<Box<dyn Datapath>> {
+    backend::datapath(&host.netns, backend::backend()).map_err(io::Error::other)
 }
 
-pub(crate) fn kernel(host: &Host, cluster: &Cluster) -> io::Result<Reconciler<KernelDatapath>> {
+pub(crate) fn kernel(host: &Host, cluster: &Cluster) -> io::Result<Reconciler<Box<dyn Datapath>>> {
     let datapath = datapath(host)?;
     let tables = TablePool::new(TableRange::default()).with_start(0);
     Ok(Reconciler::with_allocators(datapath, MarkPool::new(cluster.marks), tables))

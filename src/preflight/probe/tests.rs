@@ -3,7 +3,6 @@
 use std::process::Command;
 
 use crate::cluster::{Cluster, Node};
-use crate::datapath::Datapath;
 use crate::kernel::rtnetlink::kernel_tests::{in_namespace, sh};
 use crate::policy::{EgressIp, EgressPolicy};
 use crate::preflight::{DropHook, KernelPart, MarkKind, Preflight, Problem, Severity};
@@ -88,7 +87,7 @@ fn what_others_have_put_into_our_tables() {
         let (cluster, policy) = (cluster(), policy("node-b", EIP));
         let mut egress = Reconciler::open(cluster.marks, crate::TableRange::default()).unwrap();
         egress.reconcile(&cluster, [&policy]).unwrap();
-        let state = egress.datapath().observe().unwrap();
+        let state = egress.datapath().read(None).unwrap();
         let table = state.routes.keys().next().unwrap().table;
         let script = format!("ip route add 203.0.113.0/24 via 192.0.2.9 table {table}");
         let found = problems(&script);

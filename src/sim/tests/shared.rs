@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::*;
-use crate::datapath::Drift;
+use crate::datapath::{Drift, observe};
 use crate::error::errno;
 use crate::event::{News, Part};
 use crate::faults::{Call, Fault, Faults, Subsystem};
@@ -114,14 +114,15 @@ fn a_table_that_changes_while_it_is_read_is_read_again() {
     let mut again = 0;
     for edit in edits {
         let usual = Faults::new();
-        let _state = SharedSim::new(before.clone()).open().with_faults(&usual).observe().unwrap();
+        let mut first = SharedSim::new(before.clone()).open().with_faults(&usual);
+        let _state = observe(&mut first).unwrap();
         for call in 0..usual.calls().len() {
             let kernel = SharedSim::new(before.clone());
             let other = kernel.clone();
             let write = Fault::ForeignWrite(Box::new(move || other.edit(edit)));
             let faults = Faults::new().at_call(call, write);
             let mut datapath = kernel.open().with_faults(&faults);
-            let seen = datapath.observe().unwrap();
+            let seen = observe(&mut datapath).unwrap();
             assert_eq!(faults.pending(), 0);
             assert_eq!(seen.firewall, kernel.state().firewall, "call {call}");
             assert_eq!(datapath.drift(), Drift::Unknown, "somebody has written since it began");
@@ -137,7 +138,7 @@ fn what_never_stays_as_it_is_is_an_error() {
     for first in [0, 6] {
         let torn =
             (first..40).fold(Faults::new(), |faults, read| faults.at_read(read, Fault::TornDump));
-        let error = kernel.open().with_faults(&torn).observe().unwrap_err();
+        let error = observe(&mut kernel.open().with_faults(&torn)).unwrap_err();
         let calls = torn.calls().len();
         assert!(error.to_string().contains("chang"), "{error}");
         assert!(calls < 40, "{calls}");

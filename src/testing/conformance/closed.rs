@@ -3,7 +3,9 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::thread;
 
-use crate::{Changes, Cluster, Datapath, EgressIp, KernelDatapath, KernelError, MacAddr, State};
+use crate::{
+    Changes, Cluster, Datapath, EgressIp, KernelDatapath, KernelError, MacAddr, State, observe,
+};
 
 use super::super::lab::{
     EIP_B, EIP_C, Echo, Host, NODE_A, NODE_B, NODE_B_OUTSIDE, OTHER_SERVER, POD_A, POD_B, Proto,
@@ -142,7 +144,7 @@ pub(super) fn lost_table(trial: &mut Trial<'_>) -> Result {
 /// Edits the kernel state of a node, as any privileged program can.
 fn spoil(host: &Host, damage: Damage) -> Result {
     let mut kernel = host.netns.run(KernelDatapath::open)??;
-    let holds = kernel.observe()?;
+    let holds = observe(&mut kernel)?;
     let mut spoilt = holds.clone();
     damage(&mut spoilt);
     let refused = |error| KernelError::answer(error, "it is not damaged as the case wants it");
@@ -157,7 +159,7 @@ pub(super) fn nothing_left(trial: &mut Trial<'_>) -> Result {
     ])?;
     trial.remove()?;
     for host in trial.lab.nodes() {
-        let state = host.netns.run(KernelDatapath::open)??.observe()?;
+        let state = observe(&mut host.netns.run(KernelDatapath::open)??)?;
         if !state.is_empty() {
             let node = trial.lab.cluster(host)?.node;
             return Err(Failure::Remains { node, state: Box::new(state) });

@@ -2,13 +2,14 @@
 
 use std::collections::BTreeSet;
 use std::env;
+use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 
-use egress_datapath::state::{Elements, Variant};
+use egress_datapath::state::Variant;
 use egress_datapath::testing::lab::{Netns, inside};
 use egress_datapath::{
-    ApplyError, Backend, Changes, Connection, Counts, Datapath, Iptables, IptablesDatapath,
-    KernelDatapath, KernelError, MarkLayout, State, Steering,
+    ApplyError, Backend, Changes, Counts, Datapath, Iptables, IptablesDatapath, KernelDatapath,
+    KernelError, Known, MarkLayout, Observed, OnConnection, Steering,
 };
 
 /// The backend that `EGRESS_BACKEND` names as the agent does; without it nf_tables.
@@ -54,27 +55,21 @@ fn lost(what: &str) -> KernelError {
 }
 
 impl<D: Datapath> Datapath for Inside<D> {
-    fn observe(&mut self) -> Result<State, KernelError> {
+    fn observe(&mut self, known: Known<'_>) -> Result<Observed, KernelError> {
         let Self { namespace, inner } = self;
-        inside(namespace.as_fd(), || inner.observe()).map_err(|_| lost("observe"))?
+        inside(namespace.as_fd(), || inner.observe(known)).map_err(|_| lost("observe"))?
     }
 
-    fn observe_expecting(&mut self, expected: &Elements) -> Result<State, KernelError> {
-        let Self { namespace, inner } = self;
-        let observe = || inner.observe_expecting(expected);
-        inside(namespace.as_fd(), observe).map_err(|_| lost("observe"))?
-    }
-
-    fn stale_connections(
+    fn connections(
         &mut self,
-        wanted: &State,
-        before: &State,
-    ) -> Result<BTreeSet<Connection>, KernelError> {
-        self.inner.stale_connections(wanted, before)
+        sources: Option<&BTreeSet<IpAddr>>,
+        each: &mut OnConnection<'_>,
+    ) -> Result<(), KernelError> {
+        self.inner.connections(sources, each)
     }
 
-    fn counts(&mut self) -> Result<Counts, KernelError> {
-        self.inner.counts()
+    fn counters(&mut self) -> Result<Counts, KernelError> {
+        self.inner.counters()
     }
 
     fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {

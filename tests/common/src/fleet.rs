@@ -187,7 +187,7 @@ impl Fleet {
     pub fn counts(&mut self, name: &str) -> Result<BTreeMap<(String, Family), Count>> {
         let node = self.nodes.iter_mut().find(|(cluster, _)| cluster.node.as_str() == name);
         let (_, reconciler) = node.ok_or("no such node")?;
-        let counts = reconciler.counts()?.into_iter();
+        let counts = reconciler.counters()?.into_iter();
         Ok(counts.map(|one| ((one.policy.to_string(), one.family), one.count)).collect())
     }
 

@@ -63,7 +63,7 @@ pub fn forget_after(lab: &Lab, seconds: &str) -> Result {
     for host in lab.nodes() {
         // The setting comes with the tracking of connections, which is loaded when it is asked for.
         let mut datapath = host.netns.run(KernelDatapath::open)??;
-        drop(datapath.connections(None)?);
+        datapath.connections(None, &mut |_| {})?;
         host.netns.sysctl(&[("netfilter/nf_conntrack_udp_timeout", seconds)])?;
     }
     Ok(())

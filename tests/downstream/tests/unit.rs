@@ -104,7 +104,7 @@ fn a_refused_change_is_made_up_for_by_the_next_call() {
 #[test]
 fn a_kernel_that_cannot_be_read_is_not_changed() {
     let mut kernel = MockDatapath::new();
-    kernel.expect_observe().times(1).returning(|| Err(KernelError::refused("list the links", 1)));
+    kernel.expect_observe().times(1).returning(|_| Err(KernelError::refused("list the links", 1)));
     kernel.expect_apply().never();
     let error = agent(kernel).sync(&cluster("a"), &[rule(Some("b"))]).unwrap_err();
     assert!(matches!(error, Error::Observe(error) if error.is_denied()));
@@ -133,7 +133,7 @@ fn without_marks_nothing_is_changed() {
     let none = |node: &NodeName| Err(AllocError::Exhausted { node: node.clone(), capacity: 0 });
     marks.expect_allocate().returning(none);
     let mut kernel = MockDatapath::new();
-    kernel.expect_observe().times(1).returning(|| Ok(State::default()));
+    kernel.expect_observe().times(1).returning(|_| Ok(State::default().into()));
     kernel.expect_apply().never();
     let egress = Reconciler::with_allocators(kernel, marks, TablePool::default());
     let mut agent = Agent::of(egress);

@@ -3,8 +3,8 @@
 use std::net::IpAddr;
 
 use egress_datapath::{
-    Cluster, Datapath, Mark, MarkLayout, MarkPool, Outcome, Packet, Reconciler, SharedSim, Sim,
-    SimCluster, SimNode, Surroundings, TablePool, TableRange,
+    Cluster, Connection, Datapath, Mark, MarkLayout, MarkPool, Outcome, Packet, Reconciler,
+    SharedSim, Sim, SimCluster, SimNode, Surroundings, TablePool, TableRange,
 };
 
 use super::scenarios::{Scenario, Source, Talk};
@@ -220,8 +220,10 @@ fn allowed(
     };
     let was_ended = match progress {
         Progress::Under(kernel) if own_turn == Some(turn) => {
-            let open = kernel.lock().connections(Some(packet.source)).unwrap().unwrap_or_default();
-            !open.iter().any(|one| one.source_port == packet.source_port)
+            let mut is_open = false;
+            let mut each = |one: Connection| is_open |= one.source_port == packet.source_port;
+            kernel.lock().connections(Some(&[packet.source].into()), &mut each).unwrap();
+            !is_open
         }
         _ => done,
     };

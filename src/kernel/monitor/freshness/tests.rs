@@ -15,7 +15,7 @@ use crate::{Changes, Cluster, MarkPool, News, Reconciler, State, TablePool, Upda
 /// Reads until no more notifications arrive: new devices keep sending them for a while.
 fn known(kernel: &mut KernelDatapath) -> State {
     for _ in 0..50 {
-        let state = kernel.observe().unwrap();
+        let state = kernel.read(None).unwrap();
         std::thread::sleep(Duration::from_millis(20));
         if kernel.drift() == Drift::None {
             return state;
@@ -106,7 +106,7 @@ fn source(number: u8) -> IpNet {
 
 /// Checks the policies with the added sources: the plan against the state read from the kernel.
 fn check(host: &mut Host, cluster: &Cluster) {
-    let found = host.egress.datapath().observe().unwrap();
+    let found = host.egress.datapath().read(None).unwrap();
     // The pools allocate the marks and tables that the kernel has.
     let (mut marks, mut tables) = (MarkPool::default(), TablePool::default());
     let mut other = Reconciler::with_allocators(

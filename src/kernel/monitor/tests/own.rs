@@ -14,7 +14,7 @@ use crate::{EgressPolicy, Update};
 fn own_change_of_the_device_is_reported_a_few_times_and_repair_writes_nothing() {
     in_namespace(|| {
         let mut host = Host::new();
-        let all = host.egress.datapath().observe().unwrap();
+        let all = host.egress.datapath().read(None).unwrap();
         for _ in 0..2 {
             host.egress.remove().unwrap();
             host.settle("removing everything");
@@ -29,7 +29,7 @@ fn own_change_of_the_device_is_reported_a_few_times_and_repair_writes_nothing() 
         host.policies.extend(policies);
         host.reconcile();
         host.settle("a node that comes");
-        assert_eq!(host.egress.datapath().observe().unwrap(), all);
+        assert_eq!(host.egress.datapath().read(None).unwrap(), all);
     });
 }
 
@@ -77,7 +77,7 @@ fn has_port(op: &Op) -> bool {
 fn watch_silent_after_own_change_of_rules_routes_and_tables() {
     in_namespace(|| {
         let mut host = Host::new();
-        let all = host.egress.datapath().observe().unwrap();
+        let all = host.egress.datapath().read(None).unwrap();
         let mut more = all.clone();
         more.addresses
             .extend(["9.9.9.9/32", "fd99::9/128"].map(|net| net.parse::<IpNet>().unwrap()));
@@ -87,7 +87,7 @@ fn watch_silent_after_own_change_of_rules_routes_and_tables() {
         let mut seen = 0;
         for wanted in [&more, &bare, &all, &bare, &all] {
             let datapath = host.egress.datapath();
-            let observed = datapath.observe().unwrap();
+            let observed = datapath.read(None).unwrap();
             for step in crate::Changes::between(&observed, wanted).steps() {
                 let step = step.clone();
                 let silent = step.ops.iter().all(has_port);
