@@ -149,8 +149,7 @@ pub enum Backend {
 ///   pods.
 /// - The mark layout cannot be changed while policies are in force:
 ///   [drain](crate::Reconciler::drain) the node first.
-/// - Connections are not cached, with or without [`Cluster::connection_caching`], and
-///   [`explain`](crate::explain()) does not read the iptables rules.
+/// - Connections are not cached, with or without [`Cluster::connection_caching`].
 /// - Several tables and sets do not change atomically: the order of the steps keeps them safe.
 /// - There are no notifications of changes by other programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::net::IpAddr;
 
 use ipnet::IpNet;
 
@@ -131,6 +132,19 @@ impl IpsetContents {
         Self::new(false, nets.into_iter().map(|net| (net, Member::In)))
     }
 
+    /// The member with the longest prefix that contains an address.
+    pub(crate) fn longest(&self, address: IpAddr) -> Option<(IpNet, Member)> {
+        (1..=Family::of(address).bits()).rev().find_map(|length| {
+            let net = IpNet::new(address, length).ok()?.trunc();
+            Some((net, *self.members.get(&net)?))
+        })
+    }
+
+    /// Whether the set matches an address.
+    pub(crate) fn has(&self, address: IpAddr) -> bool {
+        self.longest(address).is_some_and(|(_, member)| member != Member::Not)
+    }
+
     /// Whether a set with these parameters can hold the members of `other`.
     pub(crate) fn can_hold(&self, other: &Self) -> bool {
         self.with_marks == other.with_marks && self.capacity >= other.capacity
@@ -221,8 +235,7 @@ mod tests {
 
     #[test]
     fn a_set_has_room_for_its_members() {
-        let nets =
-            |count: u32| (0..count).map(|n| IpNet::from(std::net::IpAddr::from(n.to_be_bytes())));
+        let nets = |count: u32| (0..count).map(|n| IpNet::from(IpAddr::from(n.to_be_bytes())));
         assert_eq!(IpsetContents::of(nets(1)).capacity, 65_536);
         assert_eq!(IpsetContents::of(nets(65_537)).capacity, 131_072);
     }

@@ -5,7 +5,7 @@ use std::fmt;
 use std::net::IpAddr;
 
 use super::ipset::Ipset;
-use super::stmt::{Direction, MarkBits};
+use super::stmt::{Direction, Field, MarkBits, Stmt};
 use crate::types::{DeviceName, Family, Mark};
 
 /// One of the two implementations of iptables.
@@ -257,6 +257,23 @@ pub enum CtState {
 impl CtState {
     #[cfg(all(feature = "kernel", target_os = "linux"))]
     pub(crate) const ALL: [Self; 3] = [Self::Invalid, Self::InvalidOrUntracked, Self::Snat];
+
+    /// The field of a packet in which nf_tables has the state.
+    pub(crate) const fn field(self) -> Field {
+        match self {
+            Self::Invalid | Self::InvalidOrUntracked => Field::CtState,
+            Self::Snat => Field::CtStatus,
+        }
+    }
+
+    /// The bits of the field, any of which is the state.
+    pub(crate) const fn bits(self) -> u32 {
+        match self {
+            Self::Invalid => Stmt::INVALID,
+            Self::InvalidOrUntracked => Stmt::INVALID | Stmt::UNTRACKED,
+            Self::Snat => Stmt::SNAT,
+        }
+    }
 
     pub(crate) const fn name(self) -> &'static str {
         match self {

@@ -291,6 +291,8 @@ impl Stmt {
     pub const UNTRACKED: u32 = 64;
     /// `ct status snat`: `IPS_SRC_NAT` of the same file.
     pub const SNAT: u32 = 1 << 4;
+    /// `ct status confirmed`: `IPS_CONFIRMED` of the same file.
+    pub const CONFIRMED: u32 = 1 << 3;
     /// `tcp flags syn` (RFC 9293 section 3.1).
     pub const SYN: u32 = 1 << 1;
 

@@ -3,10 +3,9 @@
 use super::packet::{Frame, Packet};
 use super::path::conntrack::Conntrack;
 use super::path::{Surroundings, Walk};
-use super::trace::{Decision, Reason, Trace};
+use super::trace::Trace;
 use crate::count::Counts;
 use crate::state::State;
-use crate::types::Family;
 
 /// Traces the first packet of a connection that a pod on the node opens.
 ///
@@ -15,8 +14,8 @@ use crate::types::Family;
 /// the host are not known: its routes, its firewall and its translations. The destination is that
 /// after destination NAT.
 ///
-/// iptables rules are not evaluated. If the state has any, the first reason is
-/// [`Decision::Unknown`](crate::Decision::Unknown), and the rest is the path without them.
+/// With the iptables backend the trace has no class, and no policy: policies share sets there, and
+/// only rules of policies with destinations have the policy's id as comment.
 ///
 /// ```
 /// use egress_datapath::{Cluster, EgressIp, EgressPolicy, Fate, Node, NodeName, Packet, PolicyId};
@@ -68,18 +67,12 @@ fn alone(
     go: impl FnOnce(&mut Walk<'_>) -> super::trace::Fate,
 ) -> Trace {
     let (mut conntrack, around) = (Conntrack::default(), Surroundings::default());
-    let unread = state.xtables.keys().map(|variant| Reason {
-        node: None,
-        object: format!("{}, our chains", variant.command(Family::of(packet.source))),
-        decision: Decision::Unknown,
-    });
-    let reasons = unread.collect();
     let mut walk = Walk {
         state,
         conntrack: &mut conntrack,
         counts: &mut Counts::new(),
         around: &around,
-        reasons,
+        reasons: Vec::new(),
     };
     let fate = go(&mut walk);
     Trace { packet, reasons: walk.reasons, fate }

@@ -6,9 +6,12 @@
 mod chains;
 pub(crate) mod conntrack;
 mod elements;
+mod hook;
 mod reply_block;
 mod routing;
+mod ruleset;
 mod skb;
+mod xtables;
 
 use std::net::IpAddr;
 
@@ -20,9 +23,10 @@ use crate::count::Counts;
 use crate::state::{Hook, Rule, State, Vxlan};
 use crate::types::{DeviceName, Family};
 
-use chains::{End, Nat};
 use conntrack::{Conntrack, Seen};
+use hook::DESTINATION_NAT;
 use routing::Routed;
+use ruleset::{End, Nat};
 use skb::{Skb, Tracking};
 
 /// Addresses of a simulated host, beside the objects of this crate.
@@ -116,8 +120,6 @@ impl Walk<'_> {
     fn pass(&mut self, packet: Packet, arrival: Arrival) -> (Fate, Packet) {
         let seen = self.conntrack.see(packet);
         let mut skb = Skb::new(packet, Tracking::Seen(seen.facts()));
-        // The kernel translates destinations of replies back right before our chain.
-        seen.translate_back(&mut skb.packet);
         let fate = self.through(&mut skb, Some(seen), arrival);
         // On a known connection a rule sets the mark immediately, and it stays if the packet is
         // dropped.
@@ -131,7 +133,15 @@ impl Walk<'_> {
         if let (Arrival::Tunnel, Some(link)) = (arrival, &self.state.link) {
             skb.input = Some(link.name.clone());
         }
-        if let End::Dropped = self.hook(&Hook::Prerouting, skb, false) {
+        let before_nat = i32::MIN..=DESTINATION_NAT;
+        if let End::Dropped = self.hook_within(&Hook::Prerouting, skb, false, before_nat) {
+            return Fate::Dropped;
+        }
+        if let Some(seen) = &seen {
+            seen.translate_back(&mut skb.packet);
+        }
+        let behind_nat = DESTINATION_NAT + 1..=i32::MAX;
+        if let End::Dropped = self.hook_within(&Hook::Prerouting, skb, false, behind_nat) {
             return Fate::Dropped;
         }
         if self.around.local.contains(&skb.packet.destination) {

@@ -3,8 +3,6 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use ipnet::IpNet;
-
 use super::lookup::WayOut;
 use crate::rules::ipset::{Ipset, IpsetContents, Member};
 use crate::rules::iptables::{
@@ -134,11 +132,7 @@ impl Packet<'_> {
         }
     }
 
-    /// The member with the longest prefix that contains an address.
     fn member(&self, set: Ipset, address: IpAddr) -> Option<Member> {
-        let members = &self.sets.get(&set)?.members;
-        (1..=Family::of(address).bits())
-            .rev()
-            .find_map(|length| members.get(&IpNet::new(address, length).ok()?.trunc()).copied())
+        self.sets.get(&set)?.longest(address).map(|(_, member)| member)
     }
 }

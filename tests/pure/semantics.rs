@@ -2,10 +2,10 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use egress_datapath::state::ChainId;
+use egress_datapath::state::{ChainId, Variant};
 use egress_datapath::{
-    Cluster, Decision, Destinations, EgressPolicy, Family, Fate, Frame, Mark, NodeName, Packet,
-    Plan, Trace, explain, explain_received,
+    Backend, Cluster, Decision, Destinations, EgressPolicy, Family, Fate, Frame, Iptables, Mark,
+    NodeName, Packet, Plan, Reason, Steering, Trace, explain, explain_received,
 };
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -115,8 +115,8 @@ fn packets() -> impl Strategy<Value = Packet> {
 
 /// What became of it, by the rules.
 fn became(packet: Packet, trace: &Trace) -> Wanted {
-    let left_alone = trace.policy().is_none()
-        || trace.reasons.iter().any(|reason| reason.decision == Decision::LeftAlone);
+    let translates = |reason: &Reason| matches!(reason.decision, Decision::Wears(_));
+    let left_alone = !trace.reasons.iter().any(translates);
     match (trace.fate, trace.mark()) {
         (Fate::Dropped, _) => Wanted::Dropped,
         (Fate::Tunnelled(frame), Some(mark)) if frame.packet == packet => Wanted::Sent(mark),
@@ -133,6 +133,17 @@ fn frame(cluster: &Cluster, plan: &Plan, packet: Packet) -> Frame {
     let peer = cluster.nodes.iter().find(|node| node.name != cluster.node).unwrap();
     let (from, to) = (peer.underlay[0], link.local);
     Frame { from, to, port: link.port, vni: link.vni, mac: link.mac, packet }
+}
+
+/// The same cluster with the iptables backend, which has fewer features.
+fn with_iptables(cluster: Cluster, variant: Variant, accept: bool) -> Cluster {
+    Cluster {
+        backend: Backend::Iptables(Iptables { accept, ..Iptables::new(variant) }),
+        steering: Steering::Tables,
+        policy_counters: false,
+        connection_caching: false,
+        ..cluster
+    }
 }
 
 proptest! {
@@ -162,6 +173,33 @@ proptest! {
             let lost = if let Wanted::Sent(_) = wanted { Wanted::Dropped } else { wanted };
             let trace = explain(&unmarked, &packet);
             prop_assert_eq!(became(packet, &trace), lost, "{} of {:?}", trace, winner);
+
+            // The same packet where it came out of the tunnel. What is excluded never gets there.
+            let Some(policy) = winner else { continue };
+            let trace = explain_received(&plan.state, &frame(&cluster, &plan, packet));
+            let wanted = translated(&cluster, policy, family);
+            prop_assert_eq!(became(packet, &trace), wanted, "{} of {:?}", trace, policy);
+        }
+    }
+
+    #[test]
+    fn iptables_packet_follows_first_matching_policy(
+        cluster in clusters(),
+        variant in select(Variant::BOTH.to_vec()),
+        accept in any::<bool>(),
+        policies in policies(),
+        packets in prop::collection::vec(packets(), 1..64),
+    ) {
+        let cluster = with_iptables(cluster, variant, accept);
+        let plan = planned(&cluster, &policies).unwrap();
+        for packet in packets {
+            let winner = winner(&cluster, &policies, packet);
+            let family = Family::of(packet.source);
+            let wanted = winner.map_or(Wanted::Alone, |policy| {
+                steered(&cluster, &plan, policy, family)
+            });
+            let trace = explain(&plan.state, &packet);
+            prop_assert_eq!(became(packet, &trace), wanted, "{} of {:?}", trace, winner);
 
             // The same packet where it came out of the tunnel. What is excluded never gets there.
             let Some(policy) = winner else { continue };

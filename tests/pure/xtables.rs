@@ -2,8 +2,8 @@
 
 use egress_datapath::state::{Ipset, IpsetContents, Variant, XtRule, XtTarget};
 use egress_datapath::{
-    Backend, Changes, Cluster, Datapath, Decision, Destinations, EgressPolicy, Iptables, Packet,
-    Plan, Sim, State, Steering, explain,
+    Backend, Changes, Cluster, Datapath, Destinations, EgressPolicy, Fate, Iptables, Packet, Plan,
+    Sim, State, Steering, explain,
 };
 use proptest::prelude::*;
 use proptest::sample::Index;
@@ -49,16 +49,12 @@ fn gateway_commands() {
 }
 
 #[test]
-fn explain_unread_iptables_rules_unknown() {
+fn explain_reads_iptables_rules() {
     let packet = Packet::udp([172, 29, 234, 173].into(), 40_000, [10, 6, 105, 150].into(), 53);
-    let explained = |cluster: &Cluster| {
-        let trace = explain(&planned(cluster, [&one()]).unwrap().state, &packet);
-        (trace.reasons.first().unwrap().decision.clone(), trace.policy().map(str::to_owned))
-    };
-    let nftables = cluster_v4("a");
     let iptables = with(cluster_v4("a"), Iptables::new(Variant::Legacy));
-    assert_eq!(explained(&nftables).1.as_deref(), Some("uuid"));
-    assert_eq!(explained(&iptables), (Decision::Unknown, None));
+    let trace = explain(&planned(&iptables, [&one()]).unwrap().state, &packet);
+    assert_eq!(trace.gateway(), Some("b"), "{trace}");
+    assert!(matches!(trace.fate, Fate::Tunnelled(_)), "{trace}");
 }
 
 fn backends() -> impl Strategy<Value = Backend> {

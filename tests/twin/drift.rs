@@ -56,7 +56,40 @@ fn drift(random: &mut Random, state: &mut State) {
                 state.addresses.remove(&net);
             }
         }
+        _ if state.firewall.is_none() => iptables(random, state),
         _ => firewall(random, state),
+    }
+}
+
+fn iptables(random: &mut Random, state: &mut State) {
+    let Some(tables) = state.xtables.values_mut().next() else { return };
+    match random.below(4) {
+        0 => {
+            let chain = one(random, tables.jumps.keys());
+            if let Some(jumps) = chain.and_then(|chain| tables.jumps.get_mut(&chain)) {
+                let lost = random.below(jumps.len());
+                jumps.remove(lost);
+                for (place, _) in jumps.iter_mut().skip(lost) {
+                    *place -= 1;
+                }
+            }
+            tables.jumps.retain(|_, jumps| !jumps.is_empty());
+        }
+        1 | 2 => {
+            let chain = one(random, tables.chains.keys());
+            let rules = chain.and_then(|chain| tables.chains.get_mut(&chain));
+            if let Some(rules) = rules.filter(|rules| !rules.is_empty()) {
+                rules.remove(random.below(rules.len()));
+            }
+        }
+        _ => {
+            let set = one(random, state.ipsets.keys());
+            if let Some(contents) = set.and_then(|set| state.ipsets.get_mut(&set)) {
+                if let Some(net) = one(random, contents.members.keys()) {
+                    contents.members.remove(&net);
+                }
+            }
+        }
     }
 }
 

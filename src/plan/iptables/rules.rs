@@ -1,7 +1,5 @@
 //! Plans the iptables chains and their rules.
 
-use std::net::IpAddr;
-
 use super::sets::{Sets, Way};
 use crate::cluster::Iptables;
 use crate::plan::policies::Kept;
@@ -324,12 +322,17 @@ impl Rules<'_> {
             // Later packets of the connection lose the mark before they get here.
             self.set_mark(0, "egress gateway: snat EIP"),
         ];
-        for (policy, name) in self.sets.local() {
-            let target = policy
-                .egress_ip
-                .address(family)
-                .map_or(XtTarget::Masquerade, |address: IpAddr| XtTarget::Snat(address));
-            rules.push(self.of_policy(policy, name, target, "snat EIP"));
+        for (policy, name) in self.sets.local_or_preceding() {
+            let (target, what) = if !self.sets.is_local(policy) {
+                // A node that knows another gateway sent the packet. A later policy of this node
+                // must not translate it.
+                (XtTarget::Sink, "gateway is another node, drop")
+            } else if let Some(address) = policy.egress_ip.address(family) {
+                (XtTarget::Snat(address), "snat EIP")
+            } else {
+                (XtTarget::Masquerade, "snat EIP")
+            };
+            rules.push(self.of_policy(policy, name, target, what));
         }
         // A packet from the tunnel whose source is in no policy of this node.
         rules.push(rule([], XtTarget::Sink, "egress gateway: no policy, drop"));

@@ -98,7 +98,23 @@ impl Sets<'_> {
         named.filter(|(policy, _)| self.is_local(policy)).collect()
     }
 
-    fn is_local(&self, policy: &Kept) -> bool {
+    /// Returns the local policies, and those of other nodes that precede one for some source.
+    pub(crate) fn local_or_preceding(&self) -> Vec<(&Kept, u64)> {
+        let is_local =
+            |rank: &Rank| policy(self.policies, *rank).is_some_and(|policy| self.is_local(policy));
+        let mut ranks = BTreeSet::<Rank>::new();
+        for members in &self.classes.members {
+            let last = members.iter().rposition(is_local);
+            ranks.extend(last.and_then(|last| members.get(..=last)).into_iter().flatten());
+        }
+        let named = (0..).zip(self.policies.iter().copied().zip(self.names.iter().copied()));
+        let wanted = |(rank, (policy, _)): &(Rank, (&Kept, u64))| {
+            ranks.contains(rank) || self.is_local(policy)
+        };
+        named.filter(wanted).map(|(_, policy)| policy).collect()
+    }
+
+    pub(crate) fn is_local(&self, policy: &Kept) -> bool {
         policy.sources.has(self.family) && self.way(policy) == Way::Here
     }
 

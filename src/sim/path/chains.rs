@@ -1,135 +1,20 @@
-//! Interpreter of our chains: executes each statement as the kernel does.
-
-use std::net::IpAddr;
+//! Interpreter of our nf_tables chains: executes each statement as the kernel does.
 
 use ipnet::IpNet;
 
 use super::Walk;
 use super::elements::{by_destination, element, found, holds, id, shown};
+use super::ruleset::{End, Nat, Next, Ruleset};
 use super::skb::{Loaded, Skb, Tracking, load, values};
 use crate::sim::trace::Decision;
 use crate::state::{
-    Base, ChainId, ChainType, Data, Firewall, Hook, Interface, Key, MarkOf, NftRule, Set, Stmt,
-    Tag, Target, Value, Verdict,
+    ChainId, Data, Firewall, Interface, Key, MarkOf, NftRule, Set, Stmt, Tag, Target, Value,
+    Verdict,
 };
 use crate::types::{Family, Mark};
 
-/// Result of a hook for a packet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum End {
-    Accepted,
-    Dropped,
-    /// The packet continues, and the source translation of its connection is decided.
-    Nat(Nat),
-}
-
-/// Source translation of a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Nat {
-    To(IpAddr),
-    Masquerade,
-    /// The source is kept.
-    Bound,
-}
-
-/// Next step after a statement.
-enum Next {
-    Statement,
-    /// The statement does not match; evaluation continues with the next rule.
-    Rule,
-    Goto(ChainId),
-    Jump(ChainId),
-    /// Continues after the jump that led to the chain; without a jump, ends the base chain.
-    Return,
-    End(End),
-}
-
-/// Maximum depth of nested jumps in the kernel (`NFT_JUMP_STACK_SIZE`).
-const JUMPS: usize = 16;
-
-/// Effective order of a base chain in its hook.
-///
-/// The kernel runs all NAT chains of a hook together, at one priority (`NF_IP_PRI_NAT_DST`,
-/// `NF_IP_PRI_NAT_SRC`), and there in the order of their own priorities.
-const fn place(base: &Base) -> (i32, i32) {
-    match (base.kind, &base.hook) {
-        (ChainType::Filter, _) => (base.priority, base.priority),
-        (ChainType::Nat, Hook::Prerouting) => (-100, base.priority),
-        (ChainType::Nat, _) => (100, base.priority),
-    }
-}
-
 impl Walk<'_> {
-    /// Runs the base chains of a hook; NAT chains only until the source translation is decided.
-    pub(crate) fn hook(&mut self, hook: &Hook, skb: &mut Skb, mut open: bool) -> End {
-        let state = self.state;
-        let table = match hook {
-            Hook::Egress(_) => &state.hook,
-            _ => &state.firewall,
-        };
-        let awake = table.as_ref().filter(|firewall| !firewall.dormant);
-        let Some(firewall) = awake else { return End::Accepted };
-        let bases =
-            firewall.chains.iter().filter_map(|(id, (base, _))| Some((*id, base.as_ref()?)));
-        let mut bases: Vec<_> = bases.filter(|(_, base)| base.hook == *hook).collect();
-        bases.sort_by_key(|(_, base)| place(base));
-        let mut done = End::Accepted;
-        for (chain, base) in bases {
-            if base.kind == ChainType::Nat && !(open && skb.tracking.facts().is_some()) {
-                continue;
-            }
-            match self.chain(firewall, chain, skb, JUMPS) {
-                Some(End::Dropped) => return End::Dropped,
-                Some(End::Nat(nat)) => {
-                    open = false;
-                    done = End::Nat(nat);
-                    if let (Some(facts), false) = (skb.facts_mut(), nat == Nat::Bound) {
-                        facts.translated = true;
-                    }
-                }
-                Some(End::Accepted) | None => {}
-            }
-        }
-        done
-    }
-
-    /// The verdict of a chain, if it gives one.
-    fn chain(
-        &mut self,
-        firewall: &Firewall,
-        start: ChainId,
-        skb: &mut Skb,
-        depth: usize,
-    ) -> Option<End> {
-        let mut chain = start;
-        // The kernel refuses loops of chains, but a hand-written state may have one.
-        'chain: for _ in 0..=firewall.chains.len() {
-            let (_, rules) = firewall.chains.get(&chain)?;
-            'rule: for rule in rules {
-                for statement in &rule.0 {
-                    match self.statement(firewall, chain, rule, statement, skb) {
-                        Next::Statement => {}
-                        Next::Rule => continue 'rule,
-                        Next::Goto(to) => {
-                            chain = to;
-                            continue 'chain;
-                        }
-                        Next::Jump(to) => {
-                            let deeper = depth.checked_sub(1)?;
-                            if let Some(end) = self.chain(firewall, to, skb, deeper) {
-                                return Some(end);
-                            }
-                        }
-                        Next::Return => return None,
-                        Next::End(end) => return Some(end),
-                    }
-                }
-            }
-            return None;
-        }
-        None
-    }
-
+    /// Evaluates a statement; `None` continues with the next one of the rule.
     fn statement(
         &mut self,
         firewall: &Firewall,
@@ -137,7 +22,7 @@ impl Walk<'_> {
         rule: &NftRule,
         statement: &Stmt,
         skb: &mut Skb,
-    ) -> Next {
+    ) -> Option<Next<ChainId>> {
         let here = || format!("chain {chain} {rule}");
         let holds = match statement {
             Stmt::Match { of, negated, value } => match load(*of, skb) {
@@ -156,7 +41,7 @@ impl Walk<'_> {
             Stmt::Map { key, map, into } => {
                 let key = values(key, skb).and_then(|values| element(firewall, *map, &values));
                 let found = key.and_then(|key| Some((key, found(firewall, &key)?)));
-                let Some((key, value)) = found else { return Next::Rule };
+                let Some((key, value)) = found else { return Some(Next::Rule) };
                 return self.store(firewall, (key, value), *into, skb, here);
             }
             Stmt::SetMark(MarkOf::Packet, bits) => {
@@ -177,15 +62,15 @@ impl Walk<'_> {
             }
             Stmt::KeepSource(of) => {
                 if *of != Self::family(skb.packet) {
-                    return Next::Rule;
+                    return Some(Next::Rule);
                 }
                 self.say(here(), Decision::Bound);
-                return Next::End(End::Nat(Nat::Bound));
+                return Some(Next::End(End::Nat(Nat::Bound)));
             }
             Stmt::Masquerade => {
                 let own = self.around.own(skb.packet.destination);
                 self.say(here(), Decision::Wears(own));
-                return Next::End(End::Nat(Nat::Masquerade));
+                return Some(Next::End(End::Nat(Nat::Masquerade)));
             }
             Stmt::NoTrack => {
                 skb.tracking = Tracking::Untracked;
@@ -194,22 +79,22 @@ impl Walk<'_> {
             Stmt::Counter => true,
             Stmt::Drop => {
                 self.say(here(), Decision::Dropped);
-                return Next::End(End::Dropped);
+                return Some(Next::End(End::Dropped));
             }
-            Stmt::Return => return Next::Return,
-            Stmt::Jump(to) => return Next::Jump(*to),
+            Stmt::Return => return Some(Next::Return),
+            Stmt::Jump(to) => return Some(Next::Jump(*to)),
             Stmt::Goto(to) => {
                 if *to == ChainId::Bypass {
                     self.say(here(), Decision::LeftAlone);
                 }
-                return Next::Goto(*to);
+                return Some(Next::Goto(*to));
             }
             Stmt::Unknown(_) => {
                 self.say(here(), Decision::Unknown);
                 false
             }
         };
-        if holds { Next::Statement } else { Next::Rule }
+        if holds { None } else { Some(Next::Rule) }
     }
 
     /// Whether a set has an element for these values; a counter of the element counts the packet.
@@ -231,13 +116,13 @@ impl Walk<'_> {
         into: Target,
         skb: &mut Skb,
         here: impl Fn() -> String,
-    ) -> Next {
+    ) -> Option<Next<ChainId>> {
         match (into, data) {
             (Target::Priority, Data::Tag(tag)) => {
                 let class = Tag::new(skb.priority);
                 skb.priority = tag.get();
                 self.say_tag(firewall, &key, tag, class);
-                Next::Statement
+                None
             }
             (Target::Verdict, Data::Verdict(Verdict::Drop)) => {
                 // For a policy, the rule says more than the element that all dropping policies
@@ -247,24 +132,24 @@ impl Walk<'_> {
                     _ => here(),
                 };
                 self.say(object, Decision::Dropped);
-                Next::End(End::Dropped)
+                Some(Next::End(End::Dropped))
             }
             (Target::Verdict, Data::Verdict(Verdict::Goto(chain))) => {
                 if let Key::Connection(_) = key {
                     self.say(shown(firewall, &key), Decision::Gateway(comment));
                 }
-                Next::Goto(chain)
+                Some(Next::Goto(chain))
             }
             (Target::Snat(of), Data::Address(address)) if of == Self::family(skb.packet) => {
                 self.say(shown(firewall, &key), Decision::Wears(Some(address)));
-                Next::End(End::Nat(Nat::To(address)))
+                Some(Next::End(End::Nat(Nat::To(address))))
             }
             (Target::EthernetDestination, Data::Ethernet(mac)) => {
                 skb.ethernet = Some(mac);
                 self.say(shown(firewall, &key), Decision::Ethernet(mac));
-                Next::Statement
+                None
             }
-            _ => Next::Rule,
+            _ => Some(Next::Rule),
         }
     }
 
@@ -303,6 +188,28 @@ impl Walk<'_> {
             let id = id(firewall, family, other);
             self.say(shown(firewall, &key), Decision::Overlapped(other, id));
         }
+    }
+}
+
+impl Ruleset for Firewall {
+    type Chain = ChainId;
+    type Rule = NftRule;
+
+    fn rules(&self, chain: ChainId) -> Option<Vec<&NftRule>> {
+        let (_, rules) = self.chains.get(&chain)?;
+        Some(rules.iter().collect())
+    }
+
+    fn rule(
+        &self,
+        walk: &mut Walk<'_>,
+        chain: ChainId,
+        rule: &NftRule,
+        skb: &mut Skb,
+    ) -> Next<ChainId> {
+        let statements = rule.0.iter();
+        let next = statements.map(|statement| walk.statement(self, chain, rule, statement, skb));
+        next.flatten().next().unwrap_or(Next::Rule)
     }
 }
 

@@ -137,6 +137,7 @@ impl Seen {
             established: self.entry.established,
             mark: self.entry.mark,
             translated: self.translated(),
+            confirmed: self.id.is_some(),
         }
     }
 

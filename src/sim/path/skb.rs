@@ -45,6 +45,8 @@ pub(crate) struct Facts {
     pub(crate) mark: u32,
     /// Whether the source is translated.
     pub(crate) translated: bool,
+    /// Whether an earlier packet of the connection has passed.
+    pub(crate) confirmed: bool,
 }
 
 impl Skb {
@@ -73,7 +75,8 @@ impl Tracking {
     /// The state of the first packet of a connection.
     pub(crate) const fn fresh() -> Self {
         let direction = Direction::Original;
-        Self::Seen(Facts { direction, established: false, mark: 0, translated: false })
+        let (established, translated, confirmed) = (false, false, false);
+        Self::Seen(Facts { direction, established, mark: 0, translated, confirmed })
     }
 
     /// The bit of `ct state` that is set.
@@ -124,7 +127,10 @@ pub(super) fn load(Selector { field, mask }: Selector, skb: &Skb) -> Option<Load
         Field::Protocol => protocol.into(),
         Field::CtDirection => facts?.direction as u32,
         Field::CtState => skb.tracking.state(),
-        Field::CtStatus => u32::from(facts?.translated) * Stmt::SNAT,
+        Field::CtStatus => {
+            let Facts { translated, confirmed, .. } = facts?;
+            (u32::from(*translated) * Stmt::SNAT) | (u32::from(*confirmed) * Stmt::CONFIRMED)
+        }
         Field::CtMark => facts?.mark,
         // For a protocol without ports, a later statement of the rule tests the protocol.
         Field::SourcePort => source_port.into(),
