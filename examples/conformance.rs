@@ -1,9 +1,9 @@
-//! The conformance kit's cases against the crate as it is: what a program that embeds it can run
-//! against itself.
+//! Conformance cases of `testing::conformance`, run against the crate itself.
 //!
-//! Each case builds three nodes, their pods and a server outside out of network namespaces, starts
-//! what is tested on every node, and sends packets. Needs no root; ends with status 1 if a case
-//! fails. With a word behind it, only cases with that word in their name are run.
+//! A program that embeds the crate can run the same cases. Each case builds three nodes, their pods
+//! and a server outside the cluster from network namespaces, starts the program under test on every
+//! node, and sends packets. The example needs no root; its exit status is 1 if a case fails. With
+//! an argument it runs only the cases whose name contains the argument.
 //!
 //! ```text
 //! cargo run --example conformance
@@ -17,11 +17,11 @@ use egress_datapath::testing::conformance::{BoxError, CASES, Case, Integration, 
 use egress_datapath::testing::lab::{self, Host};
 use egress_datapath::{Cluster, EgressPolicy, KernelDatapath, MarkLayout, Reconciler, TableRange};
 
-/// What runs on a node.
+/// The program under test on a node.
 struct Agent(Reconciler<KernelDatapath>);
 
 impl Agent {
-    /// Is called in the network namespace of the node.
+    /// Starts the program; called in the network namespace of the node.
     fn start(_node: &Host) -> Result<Self, BoxError> {
         Ok(Self(Reconciler::open(MarkLayout::SEED, TableRange::default())?))
     }
@@ -40,7 +40,7 @@ impl Integration for Agent {
 }
 
 fn main() -> ExitCode {
-    // First of all: from here on nothing touches the network of the machine.
+    // Must come first: from here on nothing changes the network of the machine.
     if let Err(error) = lab::isolate() {
         eprintln!("{error}");
         return ExitCode::FAILURE;

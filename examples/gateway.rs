@@ -1,9 +1,10 @@
-//! Pods of one node leave the cluster by another node, with an address that stays.
+//! Traffic of pods leaves the cluster through a gateway node, with a stable egress IP.
 //!
-//! Builds three nodes, their pods and a server outside out of network namespaces, gives each node
-//! the same policies, sends real packets and prints which source the server saw. Needs neither
-//! root nor any other program; ends with status 1 if a single packet wore the wrong address. Copied
-//! into a crate of yours, it needs `egress-datapath` with the feature `testing`.
+//! The example builds three nodes, their pods and a server outside the cluster from network
+//! namespaces, applies the same policies on each node, sends real packets and prints their source
+//! addresses at the server. It needs neither root nor any other program; its exit status is 1 if
+//! any packet had a wrong source address. In another crate it needs `egress-datapath` with the
+//! feature `testing`.
 //!
 //! ```text
 //! cargo run --example gateway
@@ -41,13 +42,13 @@ fn main() -> ExitCode {
     }
 }
 
-/// The number of things that went wrong.
+/// Runs all steps; returns the number of failed checks.
 fn run() -> Result<usize, Box<dyn Error>> {
-    // Nothing below touches the network of the machine.
+    // From here on nothing changes the network of the machine.
     lab::isolate()?;
     let start = Instant::now();
     let lab = Lab::new()?;
-    println!("three nodes, four pods, a router, a server: built in {:.0?}", start.elapsed());
+    println!("three nodes, four pods, a router and a server: built in {:.0?}", start.elapsed());
     let mut nodes = Nodes::open(&lab)?;
     let mut table = Table::default();
 
@@ -61,7 +62,7 @@ fn run() -> Result<usize, Box<dyn Error>> {
         ..EgressPolicy::new(PolicyId::new("shop")?, hosts(&[POD_A, POD_B]), dual(EIP_B))
     };
     nodes.reconcile(&[policy.clone()])?;
-    table.step("by node-b");
+    table.step("gateway node-b");
     table.expect("pod-a", &lab.pod_a, SERVER, EIP_B);
     table.expect("pod-a", &lab.pod_a, POD_B, POD_A);
     table.expect("pod-b, on the gateway", &lab.pod_b, SERVER, EIP_B);
@@ -73,25 +74,25 @@ fn run() -> Result<usize, Box<dyn Error>> {
 
     policy.destinations = Destinations::Nets(hosts(&[OTHER_SERVER]));
     nodes.reconcile(&[policy.clone()])?;
-    table.step("to one server only");
+    table.step("destination list");
     table.expect("pod-a", &lab.pod_a, OTHER_SERVER, EIP_B);
     table.expect("pod-a", &lab.pod_a, SERVER, POD_A);
 
     policy.destinations = Destinations::External;
     policy.egress_ip = EgressIp::Node;
     nodes.reconcile(&[policy.clone()])?;
-    table.step("the node's own address");
+    table.step("node address");
     table.expect("pod-a", &lab.pod_a, SERVER, NODE_B_OUTSIDE);
 
     policy.gateway = Some(NodeName::new("node-c")?);
     policy.egress_ip = dual(EIP_C);
     nodes.reconcile(&[policy.clone()])?;
-    table.step("moved to node-c");
+    table.step("gateway node-c");
     table.expect("pod-a", &lab.pod_a, SERVER, EIP_C);
     table.expect("pod-b", &lab.pod_b, SERVER, EIP_C);
 
     let changes = nodes.reconcile(&[policy])?;
-    table.verify("the same again changes nothing", changes == 0);
+    table.verify("the same policies again change nothing", changes == 0);
 
     nodes.remove()?;
     table.step("removed");
@@ -100,7 +101,7 @@ fn run() -> Result<usize, Box<dyn Error>> {
     Ok(table.wrong)
 }
 
-/// The reconciler of each node, as the agent that runs there would have it.
+/// The cluster and the reconciler of each node, as in an agent on that node.
 struct Nodes(Vec<(Cluster, Reconciler<KernelDatapath>)>);
 
 impl Nodes {
@@ -109,14 +110,14 @@ impl Nodes {
         for host in lab.nodes() {
             let cluster = lab.cluster(host)?;
             let marks = cluster.marks;
-            // Opened in the node's namespace; from there on it may be used anywhere.
+            // Opened in the node's network namespace; afterwards it may be used in any thread.
             let open = || Reconciler::open(marks, TableRange::default());
             nodes.push((cluster, host.netns.run(open)??));
         }
         Ok(Self(nodes))
     }
 
-    /// Gives every node the policies, the gateways first; returns the number of changes.
+    /// Applies the policies on every node, gateways first; returns the number of changes.
     fn reconcile(&mut self, policies: &[EgressPolicy]) -> Result<usize, Box<dyn Error>> {
         let mut changes = 0;
         println!();
@@ -137,13 +138,13 @@ impl Nodes {
         println!();
         for (cluster, reconciler) in &mut self.0 {
             let report = reconciler.remove()?;
-            println!("{}: {} changes to be gone", cluster.node, report.changes.len());
+            println!("{}: removed by {} changes", cluster.node, report.changes.len());
         }
         Ok(())
     }
 }
 
-/// What was expected and what was seen.
+/// Table of expected and observed source addresses.
 #[derive(Default)]
 struct Table {
     step: &'static str,
@@ -154,10 +155,10 @@ impl Table {
     fn step(&mut self, step: &'static str) {
         self.step = step;
         println!();
-        line(["step", "from", "", "to", "expected", "seen", "ok"]);
+        line(["step", "from", "", "to", "expected", "observed", "ok"]);
     }
 
-    /// Asks by TCP and UDP over IPv4 and IPv6.
+    /// Sends TCP and UDP requests over IPv4 and IPv6, and compares the source addresses.
     fn expect(&mut self, from: &str, netns: &Netns, to: Pair, source: Pair) {
         for (to, source) in to.into_iter().zip(source) {
             for proto in Proto::BOTH {

@@ -1,6 +1,7 @@
-//! Sets written through libipset, in a process of their own, and read back over netlink.
+//! ipsets written through libipset in a helper process, and read back over netlink.
 //!
-//! `cargo run --features ipset-sys --example libipset`, in a network namespace of its own.
+//! `cargo run --features ipset-sys --example libipset`; the example creates its own network
+//! namespace.
 
 use std::error::Error;
 use std::io::{self, Write};
@@ -10,7 +11,7 @@ use egress_datapath::state::{Ipset, IpsetContents};
 use egress_datapath::testing::lab;
 use egress_datapath::{Changes, Datapath, Family, IptablesDatapath, State, observe};
 
-/// The argument that has this program be the process that libipset runs in.
+/// Argument that starts this program as the helper process of libipset.
 const SERVE: &str = "serve";
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -31,13 +32,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     writeln!(out, "10.244.2.7 in {set}: {}", libipset.contains(set, "10.244.2.7".parse()?)?)?;
     writeln!(
         out,
-        "read over netlink, the same: {}",
+        "the same set read over netlink: {}",
         observe(&mut IptablesDatapath::open()?)? == wanted
     )?;
 
-    // A refusal ends libipset's process, and is an error here.
+    // A refused command ends the helper process, and is returned as an error.
     if let Err(error) = datapath.apply(&changes) {
-        writeln!(out, "once more: {error}")?;
+        writeln!(out, "applied again: {error}")?;
     }
     datapath.apply(&Changes::between(&wanted, &State::default()))?;
     Ok(())

@@ -1,5 +1,4 @@
-//! How a program that embeds the library tests its own part: mocks for what it hands over, and a
-//! kernel in memory for what becomes of it.
+//! Unit tests of a program that embeds the crate: mocks of the traits, and a simulated kernel.
 
 use egress_datapath::{
     Cluster, Destinations, EgressIp, Error, KernelError, Mark, MockDatapath, MockMarkAllocator,
@@ -15,37 +14,38 @@ fn main() -> Result<()> {
     refusals()
 }
 
-/// A policy type of one's own, against a kernel in memory.
+/// Tests a custom policy type against a simulated kernel.
 fn own_policies() -> Result<()> {
     let mut egress = Reconciler::new(Sim::new());
     let report = egress.reconcile(&cluster()?, [policy()?])?;
-    println!("{} changes for a policy out of a mock", report.changes.len());
+    println!("{} changes for a mock policy", report.changes.len());
     let again = egress.reconcile(&cluster()?, [policy()?])?;
-    assert!(again.changes.is_empty(), "the second call finds everything right");
+    assert!(again.changes.is_empty(), "the second call changes nothing");
 
-    // Somebody deletes a rule behind our back.
+    // Another program deletes a routing rule.
     let rules = &mut egress.datapath().state_mut().rules;
     let gone = rules.pop_first().ok_or("no rule to delete")?;
     let repaired = egress.reconcile(&cluster()?, [policy()?])?;
     assert_eq!(repaired.changes.len(), 1);
     println!("repaired: {gone}");
 
-    // One operation fails, and the next call makes up for it.
+    // One operation is refused, and the next call completes the changes.
     egress.remove()?;
     egress.datapath().refuse(30, 12);
-    let error = egress.reconcile(&cluster()?, [policy()?]).err().ok_or("nothing failed")?;
+    let error =
+        egress.reconcile(&cluster()?, [policy()?]).err().ok_or("no operation was refused")?;
     println!("refused: {error}");
     egress.reconcile(&cluster()?, [policy()?])?;
     assert!(egress.reconcile(&cluster()?, [policy()?])?.changes.is_empty());
     Ok(())
 }
 
-/// Marks and tables that come from elsewhere, a database perhaps.
+/// Tests custom allocators of marks and tables, such as a database.
 fn own_allocators() -> Result<()> {
     let (mut marks, mut tables) = (MockMarkAllocator::new(), MockTableAllocator::new());
     let mark = Mark::new(0x2600_2000);
-    let table = |id| TableId::new(id).ok_or("a kernel's table");
-    // One for the gateway, and one for this node: what is marked and finds no gateway ends there.
+    let table = |id| TableId::new(id).ok_or("a table of the kernel");
+    // One table for the gateway, and the fallback table for marked packets that match no rule.
     let (table, closing) = (table(7000)?, table(7001)?);
     marks.expect_get().return_const(None);
     marks.expect_allocate().times(1).returning(move |_| Ok(mark));
@@ -57,11 +57,11 @@ fn own_allocators() -> Result<()> {
     let state = egress.datapath().state();
     assert!(state.rules.iter().any(|rule| rule.mark == mark));
     assert!(state.routes.keys().all(|key| [table, closing].contains(&key.table)));
-    println!("gateway b has mark {mark} and table {table}, as the allocators said");
+    println!("gateway b has mark {mark} and table {table} from the allocators");
     Ok(())
 }
 
-/// A kernel that says no.
+/// Tests the error of a kernel that refuses a request.
 fn refusals() -> Result<()> {
     let mut kernel = MockDatapath::new();
     kernel.expect_observe().returning(|_| Err(KernelError::refused("list the links", 1)));
@@ -79,7 +79,7 @@ fn policy() -> Result<MockPolicy> {
     policy.expect_priority().return_const(0_u32);
     policy.expect_sources().return_const(vec!["10.244.1.10/32".parse()?]);
     policy.expect_destinations().return_const(Destinations::External);
-    // What a mock hands out by reference must outlive it.
+    // A value that a mock returns by reference must outlive the mock.
     let gateway: &'static NodeName = Box::leak(Box::new(NodeName::new("b")?));
     policy.expect_gateway().returning(move || Some(gateway));
     policy.expect_unavailable().return_const(Unavailable::Drop);

@@ -1,6 +1,6 @@
-//! Prints what two nodes of a cluster would do for two policies; needs no privilege.
+//! Prints the changes of two nodes of a cluster for two policies; needs no privilege.
 //!
-//! The node `a` is a client of both policies, `b` is the gateway of the first.
+//! Node `a` is a client of the gateways of both policies, node `b` is the gateway of the first.
 
 use egress_datapath::{
     Changes, Cluster, Destinations, EgressIp, EgressPolicy, MarkPool, Node, NodeName, PolicyId,
@@ -19,11 +19,11 @@ fn main() -> Result<()> {
 
 fn show(here: &str) -> Result<()> {
     let cluster = cluster(here)?;
-    // In an agent both outlive the call: a gateway keeps its mark and its table.
+    // In an agent both allocators outlive the call: a gateway keeps its mark and its table.
     let mut marks = MarkPool::new(cluster.marks);
     let mut tables = TablePool::default();
     let plan = plan(&cluster, policies()?, &mut marks, &mut tables)?;
-    // What an empty node has to do; an agent would give what the kernel holds.
+    // The changes of a node without state; an agent passes the observed state.
     let changes = Changes::between(&State::default(), &plan.state);
     for step in changes.steps() {
         println!("## {:?}", step.phase);
@@ -60,7 +60,7 @@ fn cluster(here: &str) -> Result<Cluster> {
     Ok(Cluster::new(NodeName::new(here)?, nodes, excluded))
 }
 
-/// A shop whose checkout speaks to one partner with its own address.
+/// Two policies of a shop: its checkout has its own egress IP for one partner network.
 fn policies() -> Result<[EgressPolicy; 2]> {
     let checkout = EgressPolicy {
         destinations: Destinations::Nets(vec![

@@ -1,4 +1,4 @@
-//! Which backend a command is about, and the datapath for it.
+//! Backend of a command, and its datapath.
 
 use egress_datapath::state::Variant;
 use egress_datapath::{
@@ -6,16 +6,16 @@ use egress_datapath::{
     MarkLayout, MarkPool, Reconciler, TablePool, TableRange, observe,
 };
 
-/// A reconciler whatever the datapath.
+/// Reconciler of any datapath.
 pub(crate) type Egress = Reconciler<Box<dyn Datapath>>;
 
-/// What `--backend` says.
+/// Value of the option `--backend`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Choice {
     #[default]
     Nftables,
     Iptables(Variant),
-    /// nf_tables where the kernel has it, else the iptables that others here use.
+    /// nf_tables if the kernel has it, else the iptables variant that other programs use.
     Auto,
 }
 
@@ -30,7 +30,7 @@ impl Choice {
         })
     }
 
-    /// The backend that it means on this host.
+    /// Returns the backend for this host.
     pub(crate) fn resolve(self) -> Result<Backend, KernelError> {
         let iptables = |variant| Backend::Iptables(Iptables::new(variant));
         match self {
@@ -46,7 +46,7 @@ impl Choice {
     }
 }
 
-/// The datapath that can bring this backend about, and take away what another one left.
+/// Opens a datapath that can program this backend, and remove the state of another one.
 pub(crate) fn datapath(backend: Backend) -> Result<Box<dyn Datapath>, KernelError> {
     let iptables = matches!(backend, Backend::Iptables(_)) || IptablesDatapath::is_in_use()?;
     Ok(if iptables {
@@ -56,7 +56,7 @@ pub(crate) fn datapath(backend: Backend) -> Result<Box<dyn Datapath>, KernelErro
     })
 }
 
-/// A reconciler of the namespace that the agent runs in.
+/// Opens a reconciler for the network namespace of the agent.
 pub(crate) fn reconciler(
     backend: Backend,
     marks: MarkLayout,

@@ -1,4 +1,4 @@
-//! The file that says what is wanted, and how it becomes a cluster and policies.
+//! The configuration file, and its conversion to a cluster and policies.
 
 use std::fmt::Display;
 use std::net::IpAddr;
@@ -12,7 +12,7 @@ use ipnet::IpNet;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error};
 
-/// What is wanted of this node.
+/// Configuration of this node.
 pub(crate) struct Config {
     pub(crate) cluster: Cluster,
     pub(crate) policies: Vec<EgressPolicy>,
@@ -20,13 +20,14 @@ pub(crate) struct Config {
 }
 
 impl Config {
-    /// Reads the text of a file of this name; an error is one sentence that names the field and its
-    /// value.
+    /// Parses the text of the file with this name.
+    ///
+    /// An error is one sentence that names the field and its value.
     pub(crate) fn parse(node: NodeName, file: &str, text: &str) -> Result<Self, String> {
         let mut json = serde_json::Deserializer::from_str(text);
         let form: File = serde_path_to_error::deserialize(&mut json).map_err(|error| {
             let path = match error.path().to_string() {
-                // A text that is no JSON breaks off somewhere, not in a field.
+                // A syntax error belongs to no field.
                 _ if error.inner().is_syntax() || error.inner().is_eof() => String::new(),
                 path if path == "." => String::new(),
                 path => format!("{path}: "),
@@ -37,7 +38,7 @@ impl Config {
         Ok(form.into_config(node))
     }
 
-    /// The field that an error of planning is about.
+    /// Returns the field that caused a planning error.
     pub(crate) fn field_of(&self, error: &PlanError) -> String {
         let field = match error {
             PlanError::UnknownNode { .. } => "--node",
@@ -75,7 +76,7 @@ impl Config {
         field.into()
     }
 
-    /// The address of this node that the tunnel uses, and the field it stands in.
+    /// Returns the underlay address of this node that the tunnel uses, and its field.
     pub(crate) fn underlay(&self) -> Option<(IpAddr, String)> {
         let nodes = self.cluster.nodes.iter().enumerate();
         let (at, here) = nodes.into_iter().find(|(_, node)| node.name == self.cluster.node)?;
@@ -85,7 +86,7 @@ impl Config {
     }
 }
 
-/// The sentence with its place in the file in front, as compilers write it.
+/// Returns an error message with file, line, column and field in front.
 fn place(file: &str, path: &str, error: &serde_json::Error) -> String {
     let (line, column) = (error.line(), error.column());
     let text = error.to_string();
@@ -94,7 +95,7 @@ fn place(file: &str, path: &str, error: &serde_json::Error) -> String {
     printable(&format!("{file}:{line}:{column}: {path}{sentence}"))
 }
 
-/// The text without control characters: a key of the file is told as it is written there.
+/// Escapes control characters: messages contain keys of the file.
 fn printable(text: &str) -> String {
     let mut line = String::with_capacity(text.len());
     for character in text.chars() {
@@ -220,7 +221,7 @@ impl PolicyForm {
     }
 }
 
-/// A value written as text; an error quotes the text.
+/// A value that is a string in the file; an error quotes the string.
 struct Text<T>(T);
 
 impl<'de, T: FromStr<Err: Display>> Deserialize<'de> for Text<T> {
@@ -231,7 +232,7 @@ impl<'de, T: FromStr<Err: Display>> Deserialize<'de> for Text<T> {
     }
 }
 
-/// A prefix with its length.
+/// A prefix with a prefix length.
 struct Prefix(IpNet);
 
 impl FromStr for Prefix {
@@ -241,7 +242,7 @@ impl FromStr for Prefix {
         let (address, length) =
             text.split_once('/').ok_or("a prefix needs a length, such as 10.244.0.0/16")?;
         let address: IpAddr = address.parse().map_err(|_| NO_ADDRESS)?;
-        // `u8` takes both.
+        // `u8` parses a sign and leading zeros.
         let plain = length == "0" || !length.starts_with(['0', '+']);
         let net = length
             .parse()
@@ -254,7 +255,7 @@ impl FromStr for Prefix {
     }
 }
 
-/// A prefix, or an address that stands for itself.
+/// A prefix, or an address as a prefix of full length.
 struct Hosts(IpNet);
 
 impl FromStr for Hosts {
@@ -269,5 +270,5 @@ impl FromStr for Hosts {
     }
 }
 
-/// Leading zeros are octal to some readers.
+/// Leading zeros are refused because some parsers read octal numbers.
 const NO_ADDRESS: &str = "not an IP address, which has no leading zeros";

@@ -1,4 +1,6 @@
-//! The agent's file, damaged: read or refused with one sentence, and planned as far as it goes.
+//! Tests of the parser of the agent's file with damaged input.
+//!
+//! A file is parsed or refused with one sentence; a parsed file is planned or refused.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -41,7 +43,7 @@ const GOOD: &str = r#"{
 
 const SHORT: &str = r#"{"excluded":["0.0.0.0/0"],"nodes":[{"name":"a","underlay":["1.2.3.4"],"tunnel":["1.2.3.5/0"]}],"policies":[]}"#;
 
-/// Values that somebody might write, or send.
+/// Values that a user or an attacker might write.
 const VALUES: [&str; 34] = [
     "null",
     "true",
@@ -79,7 +81,7 @@ const VALUES: [&str; 34] = [
     "{\"v4\":\"1.2.3.4\",\"v4\":\"1.2.3.4\"}",
 ];
 
-/// Puts other values in the place of some, and sometimes damages the bytes, too.
+/// Replaces values of a file, and sometimes also damages bytes.
 fn damaged(random: &mut Random, corpus: &[Vec<u8>]) -> Vec<u8> {
     if random.one_in(3) {
         return random.damaged(corpus);
@@ -94,7 +96,7 @@ fn damaged(random: &mut Random, corpus: &[Vec<u8>]) -> Vec<u8> {
             }
             continue;
         }
-        // A value is what stands between these; a key, too, or a part of a list.
+        // A value is between two of these bytes; so is a key, or a part of a list.
         let is_edge = |byte: &u8| b",:[]{}".contains(byte);
         let edges: Vec<usize> =
             (0..text.len()).filter(|at| text.get(*at).is_some_and(is_edge)).collect();
@@ -141,7 +143,7 @@ fn mutated_files_of_the_agent() {
     });
 }
 
-/// Bytes of memory that the lists of a file take.
+/// Returns the bytes of memory that the lists of a file take.
 fn held(config: &Config) -> usize {
     let nodes = config.cluster.nodes.iter();
     let nodes =

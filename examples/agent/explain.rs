@@ -1,7 +1,6 @@
-//! Where a pod's packet goes, and why: what the kernel here does with it, and what the gateway
-//! does as the file has it.
+//! Trace of a pod's packet: on this node by the kernel's state, on the gateway by the file.
 //!
-//! The field names of the JSON document are stable: fields may be added, none changes.
+//! The field names of the JSON document are stable: fields may be added, but none is changed.
 
 use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr};
@@ -15,18 +14,18 @@ use serde::Serialize;
 use super::config::Config;
 use super::{Failure, failure, observe, read, values};
 
-/// Port that the packet comes from; no rule of ours looks at it.
+/// Source port of the packet; steering does not depend on it.
 const SOURCE_PORT: u16 = 40_000;
 
-/// The document.
+/// The JSON document.
 #[derive(Serialize)]
 struct Document {
     node: NodeName,
-    /// What the kernel here does.
+    /// Trace through the kernel's state on this node.
     here: Trace,
-    /// What the gateway does, as the file has it; null if the packet is not sent to one.
+    /// Trace through the planned state of the gateway; null if the packet is sent to no gateway.
     gateway: Option<Gateway>,
-    /// Where the kernel differs from the file, and what policies overlap.
+    /// Differences between the kernel and the file, and overlapping policies.
     notes: Vec<String>,
 }
 
@@ -52,7 +51,7 @@ pub(crate) fn run(options: &[&str]) -> Result<(), Failure> {
     }
     write!(out, "on {}: {}", document.node, document.here)?;
     if let Some(Gateway { node, trace }) = &document.gateway {
-        write!(out, "on {node}, as the file has it: {trace}")?;
+        write!(out, "on {node}, by the file: {trace}")?;
     }
     for note in &document.notes {
         writeln!(out, "note: {note}")?;
@@ -66,12 +65,12 @@ fn document(file: &str, mut config: Config, packet: &Packet) -> Result<Document,
     let planned = planned(file, &config)?;
     let mut notes = Vec::new();
     let wanted = explain(&planned.state, packet);
-    let told = |trace: &Trace| {
+    let summary = |trace: &Trace| {
         let policy = trace.policy().map_or("no policy".into(), |id| format!("policy {id}"));
         format!("{policy}, {}", trace.fate)
     };
-    if told(&here) != told(&wanted) {
-        notes.push(format!("the file wants: {}; run agent apply", told(&wanted)));
+    if summary(&here) != summary(&wanted) {
+        notes.push(format!("the file requires: {}; run agent apply", summary(&wanted)));
     }
     notes.extend(overlaps(&planned, here.policy()));
     let gateway = match here.fate {
@@ -81,7 +80,7 @@ fn document(file: &str, mut config: Config, packet: &Packet) -> Result<Document,
     Ok(Document { node, here, gateway, notes })
 }
 
-/// What the node of a frame does with it, if the file knows the node.
+/// Traces a frame on the node that receives it, if the file lists that node.
 fn gateway(
     file: &str,
     config: &mut Config,
@@ -104,7 +103,7 @@ fn planned(file: &str, config: &Config) -> Result<Plan, Failure> {
         .map_err(|error| failure(file, config, error.into()))
 }
 
-/// What the plan says of policies that overlap this one.
+/// Returns the findings of the plan about policies that overlap this one.
 fn overlaps(plan: &Plan, policy: Option<&str>) -> Vec<String> {
     let is_about = |finding: &&Finding| match finding {
         Finding::Overlap { winner, loser, .. } => {
@@ -115,13 +114,13 @@ fn overlaps(plan: &Plan, policy: Option<&str>) -> Vec<String> {
     plan.findings.iter().filter(is_about).map(ToString::to_string).collect()
 }
 
-/// The packet from one address to another; without a port it is an echo request.
+/// Parses the packet from one address to another; without a port it is an ICMP echo request.
 fn packet(from: &str, to: &str) -> Result<Packet, String> {
     let source: IpAddr = from.parse().map_err(|_| format!("--from {from:?}: not an IP address"))?;
     let packet = if let Ok(destination) = to.parse() {
         Packet::echo(source, destination, 1)
     } else {
-        let what = "write an address, or one with port and protocol: 192.0.2.1:443/tcp, \
+        let what = "expected an address, or one with port and protocol: 192.0.2.1:443/tcp, \
                     [2001:db8::1]:53/udp";
         let error = || format!("--to {to:?}: {what}");
         let (end, protocol) = to.rsplit_once('/').unwrap_or((to, "tcp"));

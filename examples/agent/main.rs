@@ -1,4 +1,4 @@
-//! A node agent: makes the network namespace it is started in hold what a file asks for.
+//! A node agent that applies a configuration file to its network namespace.
 
 mod backend;
 mod config;
@@ -21,26 +21,27 @@ use egress_datapath::{
 };
 
 const USAGE: &str = "\
-usage: agent apply --node NAME --cluster FILE.json   make the kernel hold what FILE asks for
-       agent plan --node NAME --cluster FILE.json    say what apply would change
+usage: agent apply --node NAME --cluster FILE.json   apply FILE to the kernel
+       agent plan --node NAME --cluster FILE.json    print the changes that apply would make
              --as-shell                              as a shell script
              --backend NAME                          with nftables (default), iptables-legacy,
                                                      iptables-nft or auto
-       agent doctor --node NAME --cluster FILE.json  say what on this host is in the way
-       agent show [--json]                           say what the kernel holds
+       agent doctor --node NAME --cluster FILE.json  check this host for conflicts (preflight)
+       agent show [--json]                           print the installed state
        agent explain --node NAME --cluster FILE.json --from ADDRESS --to ADDRESS[:PORT/udp] [--json]
-                                                     say where a pod's packet goes, and why
+                                                     trace a packet of a pod
        agent takeover --node NAME --cluster FILE.json
-             [--backend NAME]                        apply, then remove what spidernet's
-                                                     egressgateway left; stop its agent first
-       agent remove [--now]                          remove everything of ours, but first wait
-                                                     for late answers to connections that end";
+             [--backend NAME]                        apply FILE, then remove the state of
+                                                     spidernet's egressgateway; stop its agent
+                                                     first
+       agent remove [--now]                          remove all objects of the datapath, after
+                                                     blocking late replies to ended connections";
 
-/// Why the agent stopped.
+/// Error that ends the agent.
 enum Failure {
-    /// What it was given cannot be meant; the kernel is untouched.
+    /// Invalid input; the kernel state was not changed.
     Input(String),
-    /// The kernel refused.
+    /// The kernel refused a request.
     Kernel(String),
 }
 
@@ -50,7 +51,7 @@ impl Failure {
     }
 }
 
-/// The agent writes nothing but its output.
+/// Converts errors of writing the output; other I/O errors are converted where they occur.
 impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Self {
         Self::Kernel(format!("cannot write the output: {error}"))
@@ -68,7 +69,7 @@ fn main() -> ExitCode {
         Err(Failure::Kernel(message)) => (1, message),
         Err(Failure::Input(message)) => (2, message),
     };
-    // Nobody is left to tell if this fails.
+    // There is no other channel to report a failure of this write.
     let _unwritten = writeln!(io::stderr(), "agent: {message}");
     ExitCode::from(code)
 }
@@ -89,7 +90,7 @@ fn run(arguments: &[&str]) -> Result<(), Failure> {
         [command @ ("show" | "remove"), ref rest @ ..] => {
             Err(Failure::Input(format!("{command} does not take {:?}\n{USAGE}", rest.join(" "))))
         }
-        [command, ..] => Err(Failure::Input(format!("{command:?} is no command\n{USAGE}"))),
+        [command, ..] => Err(Failure::Input(format!("unknown command {command:?}\n{USAGE}"))),
     }
 }
 
@@ -100,8 +101,8 @@ enum Mode {
     TakeOver,
 }
 
-/// Reads the file, and plans once without the kernel, so that bad input is told from a kernel
-/// that refuses.
+/// Reads the file, and plans once without the kernel, to tell invalid input from errors of the
+/// kernel.
 fn read<'a>(options: &[&'a str]) -> Result<(&'a str, Config, bool), Failure> {
     let Options { node, file, backend, as_shell } = options_of(options)?;
     let mut config = config(node, file).map_err(Failure::Input)?;
@@ -130,9 +131,7 @@ fn doctor(options: &[&str]) -> Result<(), Failure> {
     let broken = problems.iter().filter(|problem| problem.severity() == Severity::Broken).count();
     match broken {
         0 => Ok(()),
-        _ => Err(Failure::Kernel(format!(
-            "{broken} problem(s) would keep the datapath from working"
-        ))),
+        _ => Err(Failure::Kernel(format!("{broken} problem(s) prevent the datapath from working"))),
     }
 }
 
@@ -163,7 +162,7 @@ fn reconcile(options: &[&str], mode: Mode) -> Result<(), Failure> {
     predecessors.map_or(Ok(()), |mut datapath| clear(&mut datapath))
 }
 
-/// A datapath that sees what spidernet's egressgateway left, which is not in the way of ours.
+/// Opens a datapath for the removal of spidernet's state, if that state does not conflict.
 fn open_beside_theirs(
     file: &str,
     config: &Config,
@@ -173,13 +172,13 @@ fn open_beside_theirs(
     let theirs = datapath.predecessor().map_err(Failure::kernel)?;
     if let Some(problem) = theirs.in_the_way(&config.cluster.tunnel) {
         return Err(Failure::Input(format!(
-            "{file}: tunnel: {problem}; give ours another name and another VNI or UDP port"
+            "{file}: tunnel: {problem}; set another device name and another VNI or UDP port"
         )));
     }
     let planned = egress.preview(&config.cluster, &config.policies);
     let planned = planned.map_err(|error| failure(file, config, error))?;
     let mut added = planned.changes.ops().filter_map(|op| match op {
-        // The one for the bare prefix only refuses.
+        // The fallback rule, for the prefix alone, steers no packet.
         Op::AddRule(rule) if rule.mask != config.cluster.marks.prefix_mask() => Some(rule),
         _ => None,
     });
@@ -189,13 +188,13 @@ fn open_beside_theirs(
             Ok(datapath)
         }
         Some(rule) => Err(Failure::Input(format!(
-            "{file}: nodes: a rule of theirs takes packets of ip rule {rule}; give that gateway \
-             another mark"
+            "{file}: nodes: a routing rule of spidernet's agent matches packets of ip rule {rule}; \
+             set another mark for that gateway"
         ))),
     }
 }
 
-/// Removes what spidernet's egressgateway left, now that our own state is in force.
+/// Removes the state of spidernet's egressgateway, after the new state is installed.
 fn clear(datapath: &mut IptablesDatapath) -> Result<(), Failure> {
     let theirs = datapath.predecessor().map_err(Failure::kernel)?;
     write!(io::stdout(), "{theirs}")?;
@@ -204,10 +203,10 @@ fn clear(datapath: &mut IptablesDatapath) -> Result<(), Failure> {
     if left.is_empty() {
         return Ok(writeln!(io::stdout(), "{} removed", theirs.to_string().lines().count())?);
     }
-    Err(Failure::Kernel(format!("this came back, is its agent still running?\n{left}")))
+    Err(Failure::Kernel(format!("objects were restored; is spidernet's agent running?\n{left}")))
 }
 
-/// The values of these options, each given once, in any order.
+/// Returns the values of these options, each given once, in any order.
 fn values<'a, const N: usize>(
     options: &[&'a str],
     names: [&str; N],
@@ -217,7 +216,7 @@ fn values<'a, const N: usize>(
     while let Some(option) = options.next() {
         let place = names.iter().position(|name| *name == option);
         let slot = place.and_then(|place| found.get_mut(place));
-        let slot = slot.ok_or_else(|| format!("{option:?} is no option\n{USAGE}"));
+        let slot = slot.ok_or_else(|| format!("unknown option {option:?}\n{USAGE}"));
         let value = options.next().ok_or_else(|| format!("{option} needs a value\n{USAGE}"));
         if slot.map_err(Failure::Input)?.replace(value.map_err(Failure::Input)?).is_some() {
             return Err(Failure::Input(format!("{option} is given twice\n{USAGE}")));
@@ -230,7 +229,7 @@ fn values<'a, const N: usize>(
     Ok(given)
 }
 
-/// What stands behind a command.
+/// Options of a command.
 struct Options<'a> {
     node: &'a str,
     file: &'a str,
@@ -238,7 +237,7 @@ struct Options<'a> {
     as_shell: bool,
 }
 
-/// The options, in any order.
+/// Parses the options, in any order.
 fn options_of<'a>(options: &[&'a str]) -> Result<Options<'a>, Failure> {
     let (mut node, mut file, mut backend, mut shell) = (None, None, None, None);
     let mut options = options.iter().copied();
@@ -248,7 +247,7 @@ fn options_of<'a>(options: &[&'a str]) -> Result<Options<'a>, Failure> {
             "--cluster" => (&mut file, false),
             "--backend" => (&mut backend, false),
             "--as-shell" => (&mut shell, true),
-            other => return Err(Failure::Input(format!("{other:?} is no option\n{USAGE}"))),
+            other => return Err(Failure::Input(format!("unknown option {other:?}\n{USAGE}"))),
         };
         let value = if is_flag { Some(option) } else { options.next() };
         let value = value.ok_or_else(|| format!("{option} needs a value\n{USAGE}"));
@@ -260,7 +259,7 @@ fn options_of<'a>(options: &[&'a str]) -> Result<Options<'a>, Failure> {
     let backend = match backend {
         None => Choice::default(),
         Some(name) => Choice::named(name).ok_or_else(|| {
-            Failure::Input(format!("--backend {name:?}: there is no such backend\n{USAGE}"))
+            Failure::Input(format!("--backend {name:?}: unknown backend\n{USAGE}"))
         })?,
     };
     Ok(Options {
@@ -271,8 +270,8 @@ fn options_of<'a>(options: &[&'a str]) -> Result<Options<'a>, Failure> {
     })
 }
 
-/// Fills in the MTU of the device below the tunnel, and where none is named the device that has
-/// this node's underlay address.
+/// Sets the MTU of the underlay interface, and if no interface is configured, the interface that
+/// has this node's underlay address.
 fn find_underlay(
     file: &str,
     config: &mut Config,
@@ -286,14 +285,14 @@ fn find_underlay(
         let mtu = kernel.mtu_of(device).map_err(Failure::kernel)?;
         tunnel.underlay_mtu = mtu.ok_or_else(|| {
             Failure::Input(format!(
-                "{file}: tunnel.underlay_device: \"{device}\" is no device here"
+                "{file}: tunnel.underlay_device: no interface is named \"{device}\""
             ))
         })?;
         return Ok(());
     }
     let found = kernel.device_of(address).map_err(Failure::kernel)?;
     let (device, mtu) = found.ok_or_else(|| {
-        Failure::Input(format!("{file}: {field}: no device here has the address {address}"))
+        Failure::Input(format!("{file}: {field}: no interface has the address {address}"))
     })?;
     tunnel.underlay_device = Some(device);
     tunnel.underlay_mtu = mtu;
@@ -326,19 +325,19 @@ fn show(write: impl Fn(&State, &Counts) -> io::Result<()>) -> Result<(), Failure
 }
 
 fn remove(patience: Duration) -> Result<(), Failure> {
-    // Which marks and tables could be given out does not matter to what is taken away.
+    // A removal allocates no marks and tables.
     let opened = reconciler(Backend::Nftables, MarkLayout::default(), TableRange::default());
     let mut egress = opened.map_err(Failure::kernel)?;
     let mut all = egress.drain().map_err(Failure::kernel)?;
     if all.changes.ops().any(|op| matches!(op, Op::HoldAnswers(_))) && !patience.is_zero() {
-        writeln!(io::stderr(), "waiting {patience:?} for late answers to connections that ended")?;
+        writeln!(io::stderr(), "blocking late replies to ended connections for {patience:?}")?;
         thread::sleep(patience);
     }
     all.changes.extend(egress.remove().map_err(Failure::kernel)?.changes);
     summary(&all, "changes")
 }
 
-/// The changes as a shell script that stops at the first command that fails.
+/// Prints the changes as a shell script that stops at the first command that fails.
 fn script(changes: &Changes) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
     writeln!(out, "set -e")?;

@@ -1,6 +1,6 @@
-//! What the kernel holds, for people and for programs.
+//! Output of the installed state, as text and as JSON.
 //!
-//! The field names of the JSON document are stable: fields may be added, none changes.
+//! The field names of the JSON document are stable: fields may be added, but none is changed.
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
@@ -11,17 +11,17 @@ use egress_datapath::state::{
 use egress_datapath::{Count, Counts, Family, State};
 use serde::Serialize;
 
-/// The document.
+/// The JSON document.
 #[derive(Serialize)]
 struct Document {
-    /// The tunnel device; null if there is none.
+    /// The tunnel interface; null if there is none.
     link: Option<Link>,
-    /// Nodes that this one sends to, by name.
+    /// Nodes that this node sends packets to, sorted by name.
     gateways: Vec<Gateway>,
-    /// By id.
+    /// Policies, sorted by id.
     policies: Vec<Policy>,
     sources: PerFamily<Sources>,
-    /// Variants of iptables that hold rules of ours.
+    /// Variants of iptables that contain rules of the datapath.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     iptables: Vec<Tables>,
 }
@@ -32,7 +32,7 @@ struct Tables {
     variant: Variant,
     chains: usize,
     rules: usize,
-    /// Sets that the rules look into, with the number of their members.
+    /// Sets that the rules look up, with the number of their members.
     ipsets: BTreeMap<String, usize>,
 }
 
@@ -43,7 +43,7 @@ struct Link {
     port: u16,
     /// Source address of the outer packets.
     local: String,
-    /// Device that carries the outer packets; null if none is named.
+    /// Interface that carries the outer packets; null if none is configured.
     underlay_device: Option<String>,
     mac: String,
     mtu: u32,
@@ -55,34 +55,35 @@ struct Link {
 #[derive(Serialize)]
 struct Gateway {
     node: String,
-    /// As `0x26000100`.
+    /// Firewall mark, such as `0x26000100`.
     mark: String,
-    /// Routing table; null if no rule leads to one.
+    /// Routing table; null if no routing rule looks one up.
     table: Option<u32>,
 }
 
 #[derive(Serialize)]
 struct Policy {
     id: String,
-    /// What becomes of its traffic; a family without sources is null.
+    /// Action for the traffic of each family; null for a family without sources.
     #[serde(flatten)]
     families: PerFamily<Option<Steered>>,
 }
 
 #[derive(Clone, Serialize)]
 struct Steered {
-    /// `gateway`, `here`, `closed` or `bypass`.
+    /// Action: `gateway` (steered), `here` (translated on this node), `closed` (dropped) or
+    /// `bypass` (left unchanged).
     way_out: &'static str,
-    /// The node it is sent to; null unless `way_out` is `gateway`.
+    /// Gateway node; null unless `way_out` is `gateway`.
     gateway: Option<String>,
-    /// The address it wears, or `node`; null unless `way_out` is `here`.
+    /// Egress IP, or `node` for the node's own address; null unless `way_out` is `here`.
     egress_ip: Option<String>,
-    /// `packets` and `bytes` of this node's pods; not there where policies are not counted.
+    /// Counters `packets` and `bytes` of this node's pods; absent if policies are not counted.
     #[serde(flatten)]
     count: Option<Count>,
 }
 
-/// Elements that say which policies a source has.
+/// Numbers of elements that map sources to policies.
 #[derive(Default, Serialize)]
 struct Sources {
     addresses: usize,
@@ -104,14 +105,14 @@ impl<T> PerFamily<T> {
     }
 }
 
-/// Writes one JSON document.
+/// Writes the state as one JSON document.
 pub(crate) fn json(state: &State, counts: &Counts) -> io::Result<()> {
     let mut out = io::stdout().lock();
     serde_json::to_writer_pretty(&mut out, &document(state, counts))?;
     writeln!(out)
 }
 
-/// Writes lines for people.
+/// Writes the state as text.
 pub(crate) fn people(state: &State, counts: &Counts) -> io::Result<()> {
     let mut out = io::stdout().lock();
     let document = document(state, counts);

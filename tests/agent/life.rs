@@ -134,7 +134,7 @@ fn explained(file: &str) {
     let begin =
         "on a: ICMP type 8 10.244.1.10 to 198.51.100.7\n  element source4 { 10.244.1.10 }: ";
     assert!(text.starts_with(begin), "{text}");
-    assert!(text.contains("\non b, as the file has it: ICMP type 8 "), "{text}");
+    assert!(text.contains("\non b, by the file: ICMP type 8 "), "{text}");
     assert!(text.contains(" { b49e:c3f0 } \"default/p1\": wears 203.0.113.200\n"), "{text}");
     let end = "\ngoes by the host's own routes as 203.0.113.200\n";
     assert!(text.ends_with(end), "{text}");
@@ -150,14 +150,14 @@ fn explained(file: &str) {
     let moved = File::new(&changed("/policies/0/gateway", json!("a")));
     let other = ["explain", "--node", "a", "--cluster", moved.path(), "--from", "10.244.1.10"];
     let text = done(&[&other[..], &["--to", "198.51.100.7:53/udp"]].concat());
-    let note = "note: the file wants: policy default/p1, goes by the host's own routes as \
+    let note = "note: the file requires: policy default/p1, goes by the host's own routes as \
                 203.0.113.200; run agent apply\n";
     assert!(text.contains(note), "{text}");
 
     for (to, sentence) in [
         ("fd44::1", "--from 10.244.1.10 and --to fd44::1 are of different families"),
-        ("198.51.100.7:x", "--to \"198.51.100.7:x\": write an address, or one with port and"),
-        ("198.51.100.7:7/sctp", "--to \"198.51.100.7:7/sctp\": write an address, or one with"),
+        ("198.51.100.7:x", "--to \"198.51.100.7:x\": expected an address, or one with port"),
+        ("198.51.100.7:7/sctp", "--to \"198.51.100.7:7/sctp\": expected an address, or one"),
     ] {
         let options = ["--node", "a", "--cluster", file, "--from", "10.244.1.10", "--to", to];
         let (code, _, message) = run(&[&["explain"][..], &options].concat());
@@ -228,7 +228,7 @@ fn a_node_is_taken_over() {
         assert!(found.contains(line), "{found}");
         let (code, out, message) = run(&[&["takeover"][..], &options].concat());
         assert_eq!((code, out.as_str()), (Some(2), ""), "{message}");
-        let why = "tunnel: device egress.vxlan exists and is not ours; give ours another name";
+        let why = "tunnel: device egress.vxlan exists and is not ours; set another device name";
         assert!(message.contains(why), "{message}");
 
         let mut other = good();

@@ -351,11 +351,11 @@ fn a_file_with_only_what_it_needs_passes_the_checks() {
         ],
     });
     in_netns(move || {
-        let no_device = "nodes[0].underlay[0]: no device here has the address 192.0.2.77";
+        let no_device = "nodes[0].underlay[0]: no interface has the address 192.0.2.77";
         assert_eq!(refusal("a", &minimal.to_string()), no_device);
         let mut other = minimal.clone();
         other["tunnel"] = json!({"underlay_device": "eth9"});
-        let unknown = "tunnel.underlay_device: \"eth9\" is no device here";
+        let unknown = "tunnel.underlay_device: no interface is named \"eth9\"";
         assert_eq!(refusal("a", &other.to_string()), unknown);
     });
 }
@@ -364,13 +364,13 @@ fn a_file_with_only_what_it_needs_passes_the_checks() {
 fn command_lines_that_cannot_be_meant() {
     for (arguments, sentence) in [
         (&[][..], "no command given"),
-        (&["aply"], "\"aply\" is no command"),
+        (&["aply"], "unknown command \"aply\""),
         (&["plan"], "--node is missing"),
         (&["plan", "--node", "a"], "--cluster is missing"),
         (&["plan", "--node"], "--node needs a value"),
         (&["plan", "--node", "a", "--node", "b"], "--node is given twice"),
-        (&["apply", "--force"], "\"--force\" is no option"),
-        (&["plan", "--backend", "ebtables"], "--backend \"ebtables\": there is no such backend"),
+        (&["apply", "--force"], "unknown option \"--force\""),
+        (&["plan", "--backend", "ebtables"], "--backend \"ebtables\": unknown backend"),
         (&["apply", "--as-shell", "--as-shell"], "--as-shell is given twice"),
         (&["show", "--yaml"], "show does not take \"--yaml\""),
         (&["remove", "all", "of it"], "remove does not take \"all of it\""),
