@@ -64,7 +64,7 @@ pub struct Cluster {
     /// packet is what the kernel handles as one, which may be several segments merged by GRO, and
     /// its bytes are those from the IP header on.
     ///
-    /// [`Reconciler::counts`](crate::Reconciler::counts) reads the counters. They continue over
+    /// [`Reconciler::counters`](crate::Reconciler::counters) reads the counters. They continue over
     /// changes of the policy, moves and restarts, and end with the policy or with its last source
     /// of the family. All of them end when everything is removed, or when this option is switched
     /// off.

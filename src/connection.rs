@@ -4,7 +4,7 @@ use std::fmt;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use crate::state::lookup::WayOut;
+use crate::state::lookup::Action;
 use crate::state::{MarkBits, Set, State};
 use crate::types::Family;
 
@@ -24,11 +24,11 @@ pub struct Connection {
     /// Source of replies: the real destination, after destination NAT.
     pub peer: IpAddr,
     /// Source port of replies; for ICMP the identifier.
-    pub peer_port: u16,
+    pub reply_source_port: u16,
     /// Destination of replies: the address that the connection uses as source after source NAT.
-    pub wears: IpAddr,
+    pub snat_address: IpAddr,
     /// Destination port of replies; for ICMP type and code of a reply.
-    pub wears_port: u16,
+    pub snat_port: u16,
     /// Connection mark.
     pub mark: u32,
     /// Conntrack zone.
@@ -51,24 +51,24 @@ impl Connection {
     /// Time for which replies to an ended connection are dropped.
     ///
     /// It covers replies in flight and the time the gateway may need to learn of the change.
-    pub const ANSWERS_HELD: Duration = Duration::from_secs(30);
+    pub const REPLY_BLOCK_TIME: Duration = Duration::from_secs(30);
 
     /// Returns whether a late reply can reopen the connection in the reverse direction.
     ///
     /// This is so if replies reach the original source untranslated. After the connection was
     /// ended, the kernel would take the next packet of the original source for a reply to that
     /// reply, and would not translate its source.
-    pub(crate) fn can_turn_around(&self) -> bool {
-        self.wears == self.source && !ICMP.contains(&self.protocol)
+    pub(crate) fn can_be_reopened_by_reply(&self) -> bool {
+        self.snat_address == self.source && !ICMP.contains(&self.protocol)
     }
 
     /// Returns the set in which replies to the connection are blocked after it was ended.
-    pub(crate) fn answers(&self) -> Set {
+    pub(crate) fn blocked_replies(&self) -> Set {
         let family = Family::of(self.source);
         if WITH_PORTS.contains(&self.protocol) {
-            Set::Answer(family)
+            Set::BlockedReply(family)
         } else {
-            Set::PortlessAnswer(family)
+            Set::PortlessBlockedReply(family)
         }
     }
 
@@ -80,30 +80,33 @@ impl Connection {
     pub(crate) fn is_stale(&self, wanted: &State, before: &State) -> bool {
         let ours = self.has(wanted.connection_mark());
         let was_ours = self.is_of(before);
-        let translated = self.wears != self.source;
-        let way_out = |state: &State| state.way_out(self.source, self.peer);
-        match way_out(wanted) {
-            WayOut::None => self.is_of(wanted) || was_ours,
+        let translated = self.snat_address != self.source;
+        let action = |state: &State| state.action(self.source, self.peer);
+        match action(wanted) {
+            Action::None => self.is_of(wanted) || was_ours,
             // The connection is dropped while its policy is denied, and is checked again once the
             // policy has a gateway. Two cases must end now: a cached gateway mark, and a source
             // address that is no egress IP of this node any more, since nothing would identify it
             // as one later.
-            WayOut::Closed => {
-                let forgotten = before.speaks_as(self.wears) && !wanted.speaks_as(self.wears);
+            Action::Deny => {
+                let forgotten = before.is_local_egress_ip(self.snat_address)
+                    && !wanted.is_local_egress_ip(self.snat_address);
                 self.is_cached(wanted) || forgotten
             }
-            WayOut::To(gateway) => match wanted.cached() {
+            Action::Gateway(gateway) => match wanted.cached() {
                 Some(cached) if self.is_cached(wanted) => {
                     translated || self.mark & cached.mask != gateway.get()
                 }
                 _ => !ours || translated,
             },
-            WayOut::Here(Some(address)) => !ours || self.wears != address,
-            WayOut::Here(None) => {
+            Action::Local(Some(address)) => !ours || self.snat_address != address,
+            Action::Local(None) => {
                 // Translated to an egress IP by an earlier policy, or by one that was denied in
                 // between.
-                let wore = way_out(before) == WayOut::Here(Some(self.wears))
-                    || [wanted, before].iter().any(|state| state.speaks_as(self.wears));
+                let wore = action(before) == Action::Local(Some(self.snat_address))
+                    || [wanted, before]
+                        .iter()
+                        .any(|state| state.is_local_egress_ip(self.snat_address));
                 !ours || !translated || wore
             }
         }
@@ -115,8 +118,8 @@ impl Connection {
     /// another gateway. If it were ended, its client would have to open it again, and may have
     /// nothing to send.
     pub(crate) fn due_mark(&self, wanted: &State, before: &State) -> Option<MarkBits> {
-        let WayOut::To(gateway) = wanted.way_out(self.source, self.peer) else { return None };
-        if self.wears != self.source || !(self.is_of(wanted) || self.is_of(before)) {
+        let Action::Gateway(gateway) = wanted.action(self.source, self.peer) else { return None };
+        if self.snat_address != self.source || !(self.is_of(wanted) || self.is_of(before)) {
             return None;
         }
         match wanted.cached() {

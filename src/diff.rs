@@ -470,7 +470,7 @@ const fn filled_in(key: &Key) -> Phase {
         | Key::Eip(_)
         | Key::Gateway(_)
         | Key::Connection(_)
-        | Key::Verdict(_) => Phase::FillVerdicts,
+        | Key::PolicyAction(_) => Phase::FillVerdicts,
         Key::Steer(..) | Key::Snat(..) | Key::Masquerade(..) | Key::Count(..) => {
             Phase::FillPolicies
         }

@@ -7,35 +7,35 @@ use std::fmt;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[must_use]
 #[non_exhaustive]
-pub struct News {
+pub struct ChangeEvents {
     /// The changed parts.
-    pub changed: BTreeSet<Part>,
+    pub changed: BTreeSet<Component>,
     /// Notifications were lost: everything may have changed.
     pub lost: bool,
     /// Processes that changed the nf_tables table; for the other parts the kernel names no process.
     pub writers: BTreeSet<Process>,
 }
 
-impl News {
+impl ChangeEvents {
     /// Returns whether none of our objects was changed.
     pub fn is_empty(&self) -> bool {
         self.changed.is_empty() && !self.lost
     }
 }
 
-impl fmt::Display for News {
+impl fmt::Display for ChangeEvents {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.is_empty() {
-            return f.write_str("no news");
+            return f.write_str("no events");
         }
-        let mut between = "changed by others: ";
+        let mut between = "changed by other programs: ";
         for part in &self.changed {
             write!(f, "{between}{part}")?;
             between = ", ";
         }
         if self.lost {
             f.write_str(if self.changed.is_empty() { "" } else { "; " })?;
-            f.write_str("news was lost, everything may have changed")?;
+            f.write_str("events were lost, everything may have changed")?;
         }
         let mut between = " (nf_tables by ";
         for writer in &self.writers {
@@ -49,7 +49,7 @@ impl fmt::Display for News {
 /// A part of a [`State`](crate::State).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
-pub enum Part {
+pub enum Component {
     /// The tunnel interface (VXLAN device).
     Link,
     /// Addresses of the tunnel interface.
@@ -66,7 +66,7 @@ pub enum Part {
     Firewall,
 }
 
-impl fmt::Display for Part {
+impl fmt::Display for Component {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Link => "device",
@@ -100,19 +100,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn news_is_a_sentence() {
-        let mut news = News::default();
-        assert_eq!(news.to_string(), "no news");
-        news.lost = true;
-        assert_eq!(news.to_string(), "news was lost, everything may have changed");
-        news.changed = [Part::Firewall, Part::Link].into();
-        news.writers = [Process { pid: 7, name: "nft".into() }].into();
+    fn events_display_as_sentence() {
+        let mut events = ChangeEvents::default();
+        assert_eq!(events.to_string(), "no events");
+        events.lost = true;
+        assert_eq!(events.to_string(), "events were lost, everything may have changed");
+        events.changed = [Component::Firewall, Component::Link].into();
+        events.writers = [Process { pid: 7, name: "nft".into() }].into();
         assert_eq!(
-            news.to_string(),
-            "changed by others: device, nf_tables table; news was lost, everything may have \
+            events.to_string(),
+            "changed by other programs: device, nf_tables table; events were lost, everything may have \
              changed (nf_tables by nft[7])"
         );
-        news.lost = false;
-        assert!(!news.is_empty());
+        events.lost = false;
+        assert!(!events.is_empty());
     }
 }

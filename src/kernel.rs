@@ -27,7 +27,7 @@ use crate::types::DeviceName;
 pub(crate) use harness::mutate;
 
 pub use monitor::Watch;
-use monitor::freshness::Trust;
+use monitor::freshness::Freshness;
 #[cfg(feature = "testing")]
 use netlink::fault_injector::Tap;
 use netlink::socket::Socket;
@@ -56,7 +56,7 @@ pub struct KernelDatapath {
     pub(crate) netfilter: Socket,
     hold: Hold,
     watching: monitor::Shared,
-    trust: Trust,
+    freshness: Freshness,
 }
 
 impl KernelDatapath {
@@ -87,8 +87,8 @@ impl KernelDatapath {
         };
         let watching = sockets()?;
         let ports = [routing.port(), netfilter.port()];
-        let trust = Trust::new(sockets()?, watching.clone(), ports);
-        Ok(Self { routing, netfilter, hold, watching, trust })
+        let freshness = Freshness::new(sockets()?, watching.clone(), ports);
+        Ok(Self { routing, netfilter, hold, watching, freshness })
     }
 
     /// Protection of the nf_tables table from changes by other programs.
@@ -137,11 +137,11 @@ impl KernelDatapath {
 
     /// Reads the whole state; `expected` are the set elements that the kernel probably holds.
     pub(crate) fn read(&mut self, expected: Option<&Elements>) -> Result<State, KernelError> {
-        self.trust.begin();
+        self.freshness.begin();
         let mut state = self.read_rest()?;
         let expected = expected.filter(|elements| elements.len() >= MANY);
         let (firewall, generation) = nft::observe_at(&mut self.netfilter, expected)?;
-        self.trust.table_known(generation);
+        self.freshness.table_known(generation);
         state.firewall = firewall;
         Ok(state)
     }
@@ -151,20 +151,20 @@ impl KernelDatapath {
         let mut state = State::default();
         self.routing.observe(&mut state)?;
         state.hook = nft::observe_hook(&mut self.netfilter)?;
-        self.trust.routing_known();
+        self.freshness.routing_known();
         Ok(state)
     }
 
     /// Parts that may have changed since the last read, apart from changes by this datapath.
     pub(crate) fn drift(&mut self) -> Drift {
-        self.trust.drift(&mut self.netfilter)
+        self.freshness.drift(&mut self.netfilter)
     }
 
     /// Applies one step; after a refusal the state has to be read again.
     pub(crate) fn step(&mut self, step: &Step, sizes: &Sizes) -> Made {
         let made = self.attempt(step, sizes);
         if !made.1.is_empty() {
-            self.trust.end();
+            self.freshness.end();
         }
         made
     }
@@ -173,19 +173,19 @@ impl KernelDatapath {
     fn commit(&mut self, ops: &[Op], sizes: &Sizes) -> Result<(), nft::Refused> {
         let table_flags = self.hold.table_flags;
         let terms = Terms { table_flags, sizes: Some(sizes), only_at: None };
-        self.trust.will_commit(ops.len());
+        self.freshness.will_commit(ops.len());
         let made = nft::commit_as(&mut self.netfilter, ops, &terms).or_else(|refused| {
             let full = nft::full(ops, &refused);
             if full.is_empty() {
                 return Err(refused);
             }
             // The transaction may be small, but the sets that are recreated may be large.
-            self.trust.will_commit(usize::MAX);
+            self.freshness.will_commit(usize::MAX);
             let first = nft::enlarge(&mut self.netfilter, &full, sizes, refused)?;
             let next = nft::commit_as(&mut self.netfilter, ops, &terms)?;
             Ok(next.and_then(|next| first.and_then(next)))
         });
-        self.trust.committed(&mut self.netfilter, made.as_ref().ok().copied().flatten());
+        self.freshness.committed(&mut self.netfilter, made.as_ref().ok().copied().flatten());
         made.map(drop)
     }
 

@@ -28,7 +28,7 @@
 //! - [`explain()`]: traces a packet through a state, with the objects that decided its fate.
 //!   [`SimCluster`] forwards packets between simulated nodes.
 //! - [`SharedSim`]: a simulated kernel for several writers, with fault injection ([`faults`]).
-//! - [`Reconciler::counts`]: packet and byte counters of each policy, enabled by
+//! - [`Reconciler::counters`]: packet and byte counters of each policy, enabled by
 //!   [`Cluster::policy_counters`].
 //! - [`preflight`]: checks the host for settings and software that conflict with the datapath.
 //! - [`Watch`]: a file descriptor that is readable when another program has changed objects of this
@@ -163,7 +163,7 @@ pub use datapath::{Datapath, Known, Observed, OnConnection, observe};
 pub use diff::changes::{ApplyError, Changes, Phase, Step};
 pub use diff::op::Op;
 pub use error::KernelError;
-pub use event::{News, Part, Process};
+pub use event::{ChangeEvents, Component, Process};
 #[cfg(all(feature = "ipset-sys", target_os = "linux"))]
 pub use iptables::libipset;
 #[cfg(all(feature = "kernel", target_os = "linux"))]
@@ -171,7 +171,7 @@ pub use iptables::{IptablesDatapath, Predecessor};
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 pub use kernel::{KernelDatapath, KernelTables, Ownership, Protection, Watch};
 pub use mark::{LayoutError, MarkLayout};
-pub use plan::{Closed, Finding, Plan, PlanError, PolicyError, Update, plan};
+pub use plan::{DenyReason, Finding, Plan, PlanError, PolicyError, Update, plan};
 #[cfg(feature = "mock")]
 pub use policy::MockPolicy;
 pub use policy::{Destinations, EgressIp, EgressPolicy, Policy, Unavailable};
@@ -179,9 +179,9 @@ pub use range::IpRange;
 pub use reconcile::{Error, Reconciler, Report};
 pub use sim::explain::{explain, explain_received};
 pub use sim::packet::{Frame, Packet};
-pub use sim::path::Surroundings;
+pub use sim::path::HostContext;
 pub use sim::trace::{Decision, Fate, Reason, Trace};
-pub use sim::{Journey, Outcome, SharedSim, Sim, SimCluster, SimDatapath, SimNode, SimWatch};
+pub use sim::{ClusterTrace, Outcome, SharedSim, Sim, SimCluster, SimDatapath, SimNode, SimWatch};
 pub use state::State;
 pub use types::{
     DeviceName, Family, MacAddr, Mark, NameError, NodeName, ParseMacError, PolicyId, TableId,

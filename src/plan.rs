@@ -27,16 +27,16 @@ use crate::state::State;
 use crate::types::{Family, Mark, NodeName, TableId};
 
 pub use error::{PlanError, PolicyError};
-pub use finding::{Closed, Finding};
+pub use finding::{DenyReason, Finding};
 pub(crate) use index::{Draft, Index};
-use policies::Kept;
+use policies::NormalizedPolicy;
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 pub(crate) use skeleton::priority::BEFORE_SNAT;
 #[cfg(test)]
 pub(crate) use tags::tests::with_few as with_few_tags;
 pub use update::Update;
 pub(crate) use update::{Part, Planned};
-use validate::World;
+use validate::ValidatedCluster;
 
 /// The planned kernel state of this node, with information for the caller.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -161,16 +161,16 @@ enum Role {
     /// The traffic leaves from this node.
     Gateway,
     /// The policy cannot be carried out: its traffic is dropped, or bypasses the policy.
-    Closed(Closed),
+    Denied(DenyReason),
 }
 
-fn role(policy: &Kept, family: Family, world: &World) -> Role {
+fn role(policy: &NormalizedPolicy, family: Family, world: &ValidatedCluster) -> Role {
     let gateway = policy.gateway.and_then(|place| Some((place, world.node(place)?)));
     let Some((place, gateway)) = gateway else {
-        return Role::Closed(Closed::NoGateway);
+        return Role::Denied(DenyReason::NoGateway);
     };
     if !policy.egress_ip.serves(family) {
-        return Role::Closed(Closed::NoEgressIp);
+        return Role::Denied(DenyReason::NoEgressIp);
     }
     if gateway.name == world.here.name {
         return Role::Gateway;
@@ -178,12 +178,15 @@ fn role(policy: &Kept, family: Family, world: &World) -> Role {
     if routing::carries(world, gateway, family) {
         Role::Client(place)
     } else {
-        Role::Closed(Closed::NoTunnelAddress)
+        Role::Denied(DenyReason::NoTunnelAddress)
     }
 }
 
 /// Returns the roles of a policy for the families of its sources.
-fn roles(policy: &Kept, world: &World) -> impl Iterator<Item = (Family, Role)> {
+fn roles(
+    policy: &NormalizedPolicy,
+    world: &ValidatedCluster,
+) -> impl Iterator<Item = (Family, Role)> {
     let families = Family::BOTH.into_iter().filter(|family| policy.sources.has(*family));
     families.map(|family| (family, role(policy, family, world)))
 }
@@ -191,7 +194,7 @@ fn roles(policy: &Kept, world: &World) -> impl Iterator<Item = (Family, Role)> {
 /// Assigns marks and tables to the gateways at these indices of the cluster's list.
 fn numbered(
     used: impl IntoIterator<Item = usize>,
-    world: &World,
+    world: &ValidatedCluster,
     marks: &mut dyn MarkAllocator,
     tables: &mut dyn TableAllocator,
 ) -> Result<Gateways, PlanError> {

@@ -21,7 +21,7 @@ use crate::policy::Policy;
 use crate::state::{Elements, Firewall, State};
 
 use adopt::adopt;
-use incremental::{Unsettled, current, without_elements};
+use incremental::{PendingConnections, current, without_elements};
 use lent::{Lent, give_back};
 
 /// Reconciles the egress state of one network namespace with the wanted policies.
@@ -42,11 +42,11 @@ pub struct Reconciler<D, M = MarkPool, T = TablePool> {
     /// Warnings about `wanted`, once they were requested.
     findings: Option<Vec<Finding>>,
     /// True if the datapath was left in exactly the `wanted` state.
-    in_step: bool,
+    in_sync: bool,
     /// True if the last call was completed, including the end of stale connections.
     settled: bool,
     /// Changes whose stale connections were left for later.
-    unsettled: Option<Unsettled>,
+    pending: Option<PendingConnections>,
 }
 
 /// The observed state, beside the wanted one that the datapath was left in.
@@ -109,9 +109,9 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
             index: None,
             wanted: None,
             findings: None,
-            in_step: false,
+            in_sync: false,
             settled: false,
-            unsettled: None,
+            pending: None,
         }
     }
 
@@ -188,7 +188,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     ///
     /// As for [`repair`](Self::repair).
     pub fn audit(&mut self) -> Result<Report, Error> {
-        self.in_step = false;
+        self.in_sync = false;
         self.repair()
     }
 
@@ -208,8 +208,8 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     ///
     /// Connections that were steered or translated are ended, and the rules drop late replies to
     /// them. Such a reply would make the pod's next packet a reply to it, which leaves with the
-    /// pod's own address. If the report has an [`Op::HoldAnswers`], wait for
-    /// [`Connection::ANSWERS_HELD`](crate::Connection::ANSWERS_HELD), then [`remove`](Self::remove)
+    /// pod's own address. If the report has an [`Op::BlockReplies`], wait for
+    /// [`Connection::REPLY_BLOCK_TIME`](crate::Connection::REPLY_BLOCK_TIME), then [`remove`](Self::remove)
     /// the rest.
     ///
     /// # Errors
@@ -225,7 +225,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     /// Removes everything except the part of the nf_tables table that `keep` returns.
     fn empty(&mut self, keep: impl Fn(&Firewall) -> Option<Firewall>) -> Result<Report, Error> {
         let wanted = self.wanted.take();
-        (self.index, self.findings, self.unsettled) = (None, None, None);
+        (self.index, self.findings, self.pending) = (None, None, None);
         let observed = match wanted {
             Some(wanted) => {
                 let found = self.find(&wanted)?;
@@ -244,13 +244,13 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     ///
     /// The caller may change the state of the datapath, so the next call reads it again.
     pub const fn datapath(&mut self) -> &mut D {
-        self.in_step = false;
+        self.in_sync = false;
         &mut self.datapath
     }
 
     /// Reads everything.
     fn observe(&mut self, known: Known<'_>) -> Result<State, Error> {
-        self.in_step = false;
+        self.in_sync = false;
         self.datapath.observe(known).and_then(Observed::into_state).map_err(Error::Observe)
     }
 
@@ -267,14 +267,14 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
 
     /// Reads the parts that may have changed since the datapath was left in the wanted state.
     fn find(&mut self, wanted: &State) -> Result<Found, Error> {
-        if !self.in_step {
+        if !self.in_sync {
             let known = wanted.elements().map_or(Known::Nothing, Known::Expected);
             return Ok(Found::Whole(Box::new(self.observe(known)?)));
         }
-        self.in_step = false;
+        self.in_sync = false;
         match self.datapath.observe(Known::Installed(wanted)).map_err(Error::Observe)? {
             Observed::Unchanged => {
-                self.in_step = true;
+                self.in_sync = true;
                 Ok(Found::Unchanged)
             }
             Observed::Installed(mut state) => match (&mut state.firewall, wanted.elements()) {
@@ -292,7 +292,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
             Found::Unchanged => Ok(Changes::default()),
             Found::Rest(state) => {
                 let changes = Changes::of(Some((&state, &without_elements(wanted))), []);
-                self.make_quietly(changes)
+                self.apply_only(changes)
             }
             Found::Whole(observed) => {
                 let changes = Changes::between(&observed, wanted);
@@ -308,9 +308,9 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     /// between the two.
     fn make(&mut self, changes: Changes, before: &State, wanted: &State) -> Result<Changes, Error> {
         if self.settled && !changes.ops().any(Op::concerns_packets) {
-            return self.make_quietly(changes);
+            return self.apply_only(changes);
         }
-        (self.settled, self.in_step) = (false, false);
+        (self.settled, self.in_sync) = (false, false);
         let (mut made, last) = changes.before_guards_go();
         self.datapath.apply(&made)?;
         let stale = self.stale_connections(None, wanted, before)?;
@@ -321,7 +321,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         rest.extend(last);
         self.datapath.apply(&rest)?;
         made.extend(rest);
-        (self.settled, self.in_step) = (true, true);
+        (self.settled, self.in_sync) = (true, true);
         Ok(made)
     }
 
@@ -348,12 +348,12 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     }
 
     /// Applies changes that do not affect the translation of any connection.
-    fn make_quietly(&mut self, changes: Changes) -> Result<Changes, Error> {
-        self.in_step = false;
+    fn apply_only(&mut self, changes: Changes) -> Result<Changes, Error> {
+        self.in_sync = false;
         if !changes.is_empty() {
             self.datapath.apply(&changes)?;
         }
-        self.in_step = true;
+        self.in_sync = true;
         Ok(changes)
     }
 
@@ -362,7 +362,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         let index = self.index.as_ref();
         let findings =
             self.findings.get_or_insert_with(|| index.map(Index::findings).unwrap_or_default());
-        let settled = self.settled && self.unsettled.is_none();
+        let settled = self.settled && self.pending.is_none();
         Report { changes, findings: findings.clone(), settled }
     }
 

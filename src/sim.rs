@@ -25,19 +25,19 @@ use crate::datapath::{Datapath, Drift, Known, Observed, OnConnection};
 use crate::diff::changes::{ApplyError, Changes, Made, Step};
 use crate::diff::op::Op;
 use crate::error::KernelError;
-use crate::event::Part;
+use crate::event::Component;
 use crate::state::{Elements, Key, Set, State};
 use packet::{Frame, Packet};
 use path::conntrack::Conntrack;
-use path::{Surroundings, Walk};
+use path::{HostContext, Walk};
 use trace::{Fate, Trace};
 
-pub use cluster::{Journey, Outcome, SimCluster, SimNode};
+pub use cluster::{ClusterTrace, Outcome, SimCluster, SimNode};
 pub use datapath::SimDatapath;
-use notify::{Bulletin, Trust, Writer, Written};
+use notify::{ChangeSet, Freshness, Notifier, Writer};
 use ops::{Errno, make};
 pub use shared::SharedSim;
-use side_effects::{Footing, follow};
+use side_effects::{LinkSnapshot, follow};
 pub use watch::SimWatch;
 
 /// A [`Datapath`] in memory that refuses an operation where the kernel would refuse it.
@@ -93,12 +93,12 @@ pub struct Sim {
     conntrack: Conntrack,
     /// Counter values other than zero; may include counters that no longer exist.
     counts: Counts,
-    around: Surroundings,
+    around: HostContext,
     /// Number of transactions and edits of the nf_tables table.
     generation: u32,
-    /// Trust of the simulator's own datapath in its last read.
-    trust: Trust,
-    bulletin: Bulletin,
+    /// Freshness of the simulator's own datapath in its last read.
+    freshness: Freshness,
+    notifier: Notifier,
 }
 
 impl Sim {
@@ -114,7 +114,7 @@ impl Sim {
 
     /// Sets the host addresses around the simulated kernel.
     #[must_use]
-    pub fn surrounded_by(self, around: Surroundings) -> Self {
+    pub fn with_host(self, around: HostContext) -> Self {
         Self { around, ..self }
     }
 
@@ -198,7 +198,7 @@ impl Sim {
         self.generation = self.generation.wrapping_add(1);
         self.tell(
             Writer::Stranger,
-            &Written { anything: true, untold: true, ..Written::default() },
+            &ChangeSet { anything: true, unnotified: true, ..ChangeSet::default() },
         );
         &mut self.state
     }
@@ -229,52 +229,53 @@ impl Sim {
     pub fn edit(&mut self, edit: impl FnOnce(&mut State)) {
         let before = self.state.clone();
         edit(&mut self.state);
-        follow(&Footing::of(&before), &mut self.state);
-        let mut written = Written::between(&before, &self.state);
+        follow(&LinkSnapshot::of(&before), &mut self.state);
+        let mut written = ChangeSet::between(&before, &self.state);
         if (&before.firewall, &before.hook) != (&self.state.firewall, &self.state.hook) {
             self.generation = self.generation.wrapping_add(1);
             self.keep_held();
-            written.parts.insert(Part::Firewall);
+            written.parts.insert(Component::Firewall);
         }
-        written.untold = before.ipsets != self.state.ipsets || before.xtables != self.state.xtables;
+        written.unnotified =
+            before.ipsets != self.state.ipsets || before.xtables != self.state.xtables;
         self.tell(Writer::Stranger, &written);
     }
 
     /// Reports lost notifications to all listeners, as a kernel does whose socket buffers overflow.
-    pub fn lose_news(&mut self) {
-        self.tell(Writer::Stranger, &Written { anything: true, ..Written::default() });
+    pub fn lose_events(&mut self) {
+        self.tell(Writer::Stranger, &ChangeSet { anything: true, ..ChangeSet::default() });
     }
 
     /// Runs a write and notifies all listeners but the writer.
     fn write_as(&mut self, writer: Writer, write: impl FnOnce(&mut Self) -> Made) -> Made {
-        if !self.bulletin.is_read() && writer == Writer::Own {
+        if !self.notifier.is_read() && writer == Writer::Own {
             return write(self);
         }
         let (before, generation) = (self.state.routing(), self.generation);
         let made = write(self);
-        let mut written = Written::between(&before, &self.state);
+        let mut written = ChangeSet::between(&before, &self.state);
         if generation != self.generation {
-            written.parts.insert(Part::Firewall);
+            written.parts.insert(Component::Firewall);
         }
-        written.untold = self.has_iptables();
+        written.unnotified = self.has_iptables();
         self.tell(writer, &written);
         made
     }
 
-    fn tell(&mut self, writer: Writer, written: &Written) {
+    fn tell(&mut self, writer: Writer, written: &ChangeSet) {
         if writer != Writer::Own {
-            self.trust.hear(written);
+            self.freshness.hear(written);
         }
-        self.bulletin.tell(writer, written);
+        self.notifier.tell(writer, written);
     }
 
     fn has_iptables(&self) -> bool {
         !self.state.ipsets.is_empty() || !self.state.xtables.is_empty()
     }
 
-    /// Possible drift for a listener with this trust; changes of iptables produce no notification.
-    fn drift_by(&self, trust: Trust) -> Drift {
-        if self.has_iptables() { Drift::Unknown } else { trust.drift() }
+    /// Possible drift for a listener with this freshness; changes of iptables produce no notification.
+    fn drift_by(&self, freshness: Freshness) -> Drift {
+        if self.has_iptables() { Drift::Unknown } else { freshness.drift() }
     }
 
     /// Refuses one operation with an error number (positive), even if the operation is valid.
@@ -302,13 +303,13 @@ impl Sim {
     /// use egress_datapath::{Changes, Datapath, Sim, State};
     /// # let wanted = State { firewall: Some(Default::default()), ..State::default() };
     /// let mut kernel = Sim::new();
-    /// kernel.lose_answer(0);
+    /// kernel.lose_ack(0);
     /// let changes = Changes::between(kernel.state(), &wanted);
     /// assert!(kernel.apply(&changes).is_err());
     /// assert_eq!(kernel.state(), &wanted, "it was made");
     /// ```
-    pub const fn lose_answer(&mut self, after: usize) {
-        self.fault = Some((after, Fault::LoseAnswer));
+    pub const fn lose_ack(&mut self, after: usize) {
+        self.fault = Some((after, Fault::LoseAck));
     }
 
     /// The fault of the current operation, if one is due.
@@ -338,7 +339,7 @@ impl Sim {
                 self.conntrack.end(connection);
                 Ok(())
             }
-            Op::HoldAnswers(connection) if self.has(connection.answers()) => {
+            Op::BlockReplies(connection) if self.has(connection.blocked_replies()) => {
                 self.conntrack.held.hold(connection);
                 Ok(())
             }
@@ -384,7 +385,7 @@ impl Sim {
             ended = None;
             let made = match self.met() {
                 Some(Fault::Refuse(errno)) => Err(errno),
-                Some(Fault::LoseAnswer) => {
+                Some(Fault::LoseAck) => {
                     lost = Some((op.clone(), KernelError::answer(op, LOST)));
                     self.op(op)
                 }
@@ -416,7 +417,7 @@ impl Sim {
 #[derive(Clone, Copy, Debug)]
 enum Fault {
     Refuse(Errno),
-    LoseAnswer,
+    LoseAck,
 }
 
 const LOST: &str = "the kernel's answer was lost: whether the changes were made must be read";
@@ -426,7 +427,7 @@ fn elements(op: &Op) -> Option<(Set, bool)> {
     match op {
         Op::AddElement(key, _) => Some((key.set(), true)),
         Op::DeleteElement(key, _) => Some((key.set(), false)),
-        Op::HoldAnswers(connection) => Some((connection.answers(), true)),
+        Op::BlockReplies(connection) => Some((connection.blocked_replies(), true)),
         _ => None,
     }
 }
@@ -434,17 +435,17 @@ fn elements(op: &Op) -> Option<(Set, bool)> {
 impl Datapath for Sim {
     fn observe(&mut self, known: Known<'_>) -> Result<Observed, KernelError> {
         if let Known::Installed(state) = known {
-            match self.drift_by(self.trust) {
+            match self.drift_by(self.freshness) {
                 Drift::None => return Ok(Observed::Unchanged),
                 Drift::Rest => {
-                    self.trust.rest = true;
+                    self.freshness.rest = true;
                     let firewall = state.firewall.clone();
                     return Ok(State { firewall, ..self.state.routing() }.into());
                 }
                 Drift::Unknown => {}
             }
         }
-        self.trust = Trust { table: true, rest: true };
+        self.freshness = Freshness { table: true, rest: true };
         Ok(self.state.clone().into())
     }
 
@@ -464,7 +465,7 @@ impl Datapath for Sim {
     fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {
         let made = changes.make(|step| self.write_as(Writer::Own, |sim| sim.step(step)));
         if made.is_err() {
-            self.trust = Trust::default();
+            self.freshness = Freshness::default();
         }
         made
     }

@@ -83,7 +83,7 @@ fn run(arguments: &[&str]) -> Result<(), Failure> {
         ["explain", ref options @ ..] => explain::run(options),
         ["show"] => show(show::people),
         ["show", "--json"] => show(show::json),
-        ["remove"] => remove(Connection::ANSWERS_HELD),
+        ["remove"] => remove(Connection::REPLY_BLOCK_TIME),
         ["remove", "--now"] => remove(Duration::ZERO),
         ["--help" | "-h"] => Ok(writeln!(io::stdout(), "{USAGE}")?),
         [] => Err(Failure::Input(format!("no command given\n{USAGE}"))),
@@ -329,7 +329,7 @@ fn remove(patience: Duration) -> Result<(), Failure> {
     let opened = reconciler(Backend::Nftables, MarkLayout::default(), TableRange::default());
     let mut egress = opened.map_err(Failure::kernel)?;
     let mut all = egress.drain().map_err(Failure::kernel)?;
-    if all.changes.ops().any(|op| matches!(op, Op::HoldAnswers(_))) && !patience.is_zero() {
+    if all.changes.ops().any(|op| matches!(op, Op::BlockReplies(_))) && !patience.is_zero() {
         writeln!(io::stderr(), "blocking late replies to ended connections for {patience:?}")?;
         thread::sleep(patience);
     }

@@ -71,12 +71,12 @@ struct Policy {
 
 #[derive(Clone, Serialize)]
 struct Steered {
-    /// Action: `gateway` (steered), `here` (translated on this node), `closed` (dropped) or
+    /// Action: `gateway` (steered), `local` (translated on this node), `deny` (dropped) or
     /// `bypass` (left unchanged).
-    way_out: &'static str,
-    /// Gateway node; null unless `way_out` is `gateway`.
+    action: &'static str,
+    /// Gateway node; null unless `action` is `gateway`.
     gateway: Option<String>,
-    /// Egress IP, or `node` for the node's own address; null unless `way_out` is `here`.
+    /// Egress IP, or `node` for the node's own address; null unless `action` is `local`.
     egress_ip: Option<String>,
     /// Counters `packets` and `bytes` of this node's pods; absent if policies are not counted.
     #[serde(flatten)]
@@ -135,7 +135,7 @@ pub(crate) fn people(state: &State, counts: &Counts) -> io::Result<()> {
     for Policy { id, families } in &document.policies {
         for (family, steered) in [("IPv4", &families.ipv4), ("IPv6", &families.ipv6)] {
             let Some(steered) = steered else { continue };
-            write!(out, "policy: {id} {family} {}", steered.way_out)?;
+            write!(out, "policy: {id} {family} {}", steered.action)?;
             if let Some(gateway) = &steered.gateway {
                 write!(out, " {gateway}")?;
             }
@@ -238,10 +238,10 @@ fn gateways(state: &State, firewall: &Firewall) -> Vec<Gateway> {
 fn policies(firewall: &Firewall, counts: &Counts) -> Vec<Policy> {
     let mut policies: BTreeMap<String, PerFamily<Option<Steered>>> = BTreeMap::new();
     for (key, value) in &firewall.elements {
-        if let (Key::Steer(family, policy), Data::Tag(way_out)) = (key, value.data) {
+        if let (Key::Steer(family, policy), Data::Tag(action)) = (key, value.data) {
             let families = policies.entry(comment(&value)).or_default();
             let count = counts.get(&(family, policy)).copied();
-            let steered = steered(firewall, family, policy, way_out);
+            let steered = steered(firewall, family, policy, action);
             *families.of(family) = Some(Steered { count, ..steered });
         }
     }
@@ -249,12 +249,12 @@ fn policies(firewall: &Firewall, counts: &Counts) -> Vec<Policy> {
     policies.into_iter().map(policy).collect()
 }
 
-fn steered(firewall: &Firewall, family: Family, policy: Tag, way_out: Tag) -> Steered {
-    let mut steered = Steered { way_out: "closed", gateway: None, egress_ip: None, count: None };
+fn steered(firewall: &Firewall, family: Family, policy: Tag, action: Tag) -> Steered {
+    let mut steered = Steered { action: "deny", gateway: None, egress_ip: None, count: None };
     let elements = &firewall.elements;
-    match elements.get(&Key::Verdict(way_out)) {
-        Some(Value { data: Data::Verdict(Verdict::Goto(ChainId::Here)), .. }) => {
-            steered.way_out = "here";
+    match elements.get(&Key::PolicyAction(action)) {
+        Some(Value { data: Data::Verdict(Verdict::Goto(ChainId::LocalGateway)), .. }) => {
+            steered.action = "local";
             let worn = elements.get(&Key::Snat(family, policy)).map(|value| value.data);
             steered.egress_ip = match worn {
                 Some(Data::Address(address)) => Some(address.to_string()),
@@ -263,10 +263,10 @@ fn steered(firewall: &Firewall, family: Family, policy: Tag, way_out: Tag) -> St
             };
         }
         Some(Value { data: Data::Verdict(Verdict::Goto(ChainId::Bypass)), .. }) => {
-            steered.way_out = "bypass";
+            steered.action = "bypass";
         }
         Some(value @ Value { data: Data::Verdict(Verdict::Goto(_)), .. }) => {
-            steered.way_out = "gateway";
+            steered.action = "gateway";
             steered.gateway = Some(comment(&value));
         }
         _ => {}

@@ -83,7 +83,7 @@ pub enum Phase {
     /// Sets the marks of connections that are steered to another gateway.
     MarkConnections,
     /// Blocks replies to connections that are about to end.
-    HoldAnswers,
+    BlockReplies,
     /// Ends stale connections, which the table would now treat differently.
     EndConnections,
     /// Deletes guard rules for marks that are no longer set.
@@ -142,15 +142,17 @@ impl Changes {
             marked.extend(bits.map(|bits| Op::MarkConnection(*connection, bits)));
             bits.is_none()
         });
-        let held = connections.iter().filter(|one| one.can_turn_around() && has(one.answers()));
+        let held = connections
+            .iter()
+            .filter(|one| one.can_be_reopened_by_reply() && has(one.blocked_replies()));
         // Sorted by set, because elements of one set share netlink messages.
         let mut held: Vec<_> = held.copied().collect();
-        held.sort_by_key(Connection::answers);
-        let held: Vec<_> = held.into_iter().map(Op::HoldAnswers).collect();
+        held.sort_by_key(Connection::blocked_replies);
+        let held: Vec<_> = held.into_iter().map(Op::BlockReplies).collect();
         let ended: Vec<_> = connections.iter().copied().map(Op::EndConnection).collect();
         let steps = [
             (Phase::MarkConnections, marked),
-            (Phase::HoldAnswers, held),
+            (Phase::BlockReplies, held),
             (Phase::EndConnections, ended),
         ];
         let steps = steps.into_iter().filter(|(_, ops)| !ops.is_empty());

@@ -18,7 +18,7 @@ pub(super) fn guarded(found: &[NftRule], wanted: &[NftRule]) -> Vec<NftRule> {
 /// Returns a copy of a guard rule for the mark that another rule of the same kind matches.
 fn with_marks_of(other: &NftRule, guard: &NftRule) -> Option<NftRule> {
     let end = guard.0.last().filter(|end| other.0.last() == Some(*end))?;
-    let guards = matches!(end, Stmt::Drop | Stmt::Goto(ChainId::Marked | ChainId::Bound));
+    let guards = matches!(end, Stmt::Drop | Stmt::Goto(ChainId::Marked | ChainId::Tracked));
     if !guards {
         return None;
     }

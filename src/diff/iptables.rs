@@ -83,7 +83,7 @@ const fn filled_in(set: Ipset) -> Phase {
         | Ipset::EgressIps(_)
         | Ipset::Temporary(_) => Phase::FillVerdicts,
         Ipset::Destinations(..) => Phase::FillPolicies,
-        Ipset::Sources(..) | Ipset::Marks(_) | Ipset::Closed(_) => Phase::FillClasses,
+        Ipset::Sources(..) | Ipset::Marks(_) | Ipset::Denied(_) => Phase::FillClasses,
         Ipset::Selected(_) => Phase::FillSources,
     }
 }

@@ -94,10 +94,10 @@ pub enum Op {
     DeleteXtChain(Variant, XtChain),
     /// Edits the rules of an iptables chain, one edit after the other.
     EditXtChain(Variant, XtChain, Vec<XtEdit>),
-    /// Blocks replies to a connection that is about to end, for [`Connection::ANSWERS_HELD`].
+    /// Blocks replies to a connection that is about to end, for [`Connection::REPLY_BLOCK_TIME`].
     ///
     /// Such a reply would open the connection in the reverse direction.
-    HoldAnswers(Connection),
+    BlockReplies(Connection),
     /// Sets bits of a connection's mark.
     MarkConnection(Connection, MarkBits),
     /// Deletes a conntrack entry, so that the connection's next packet is classified again.
@@ -147,7 +147,7 @@ impl Op {
                 | Self::AddElement(..)
                 | Self::DeleteElement(..)
                 | Self::DeleteStray(..)
-                | Self::HoldAnswers(_)
+                | Self::BlockReplies(_)
         )
     }
 
@@ -317,14 +317,15 @@ fn nft_commands(f: &mut String, op: &Op) -> fmt::Result {
         Op::DeleteStray(_, Stray::Set(name)) => {
             write!(f, "delete set {table} {}", name.escape_default())
         }
-        Op::HoldAnswers(connection) => {
-            let Connection { peer, wears, protocol, peer_port, wears_port, .. } = connection;
-            let set = connection.answers();
-            write!(f, "add element {table} {set} {{ {peer} . {wears} . {protocol}")?;
-            if let Set::Answer(_) = set {
-                write!(f, " . {peer_port} . {wears_port}")?;
+        Op::BlockReplies(connection) => {
+            let Connection { peer, snat_address, protocol, reply_source_port, snat_port, .. } =
+                connection;
+            let set = connection.blocked_replies();
+            write!(f, "add element {table} {set} {{ {peer} . {snat_address} . {protocol}")?;
+            if let Set::BlockedReply(_) = set {
+                write!(f, " . {reply_source_port} . {snat_port}")?;
             }
-            write!(f, " timeout {}s }}", Connection::ANSWERS_HELD.as_secs())
+            write!(f, " timeout {}s }}", Connection::REPLY_BLOCK_TIME.as_secs())
         }
         _ => Ok(()),
     }

@@ -39,9 +39,9 @@ pub(super) fn table(family: TableFamily, observed: &State, desired: &State, step
 pub(super) fn phases(chain: ChainId, found: &[NftRule], wanted: &[NftRule]) -> (Phase, Phase) {
     match (chain, keeps_mark(found), keeps_mark(wanted)) {
         // The hook must exist, and no route may need it yet.
-        (ChainId::Marked | ChainId::Bound, false, true) => (Phase::Hook, Phase::EmptyVerdicts),
+        (ChainId::Marked | ChainId::Tracked, false, true) => (Phase::Hook, Phase::EmptyVerdicts),
         // The routes that need the hook must be deleted.
-        (ChainId::Marked | ChainId::Bound, true, false) => (Phase::Chains, Phase::EmptyGuards),
+        (ChainId::Marked | ChainId::Tracked, true, false) => (Phase::Chains, Phase::EmptyGuards),
         _ => (Phase::Chains, Phase::EmptyVerdicts),
     }
 }
@@ -70,7 +70,7 @@ pub(super) fn transitional(
         _ => None,
     };
     let mut rules = wanted.to_vec();
-    let enters = matches!(chain, ChainId::Marked | ChainId::Bound);
+    let enters = matches!(chain, ChainId::Marked | ChainId::Tracked);
     if enters && keeps_mark(found) && !keeps_mark(wanted) {
         rules.splice(..1, found.first().cloned());
     }

@@ -227,7 +227,7 @@ mod tests {
             comment: comment.into(),
         };
         let mut all = vec![
-            (v4, rule(vec![M::InputDevice(Is::So, device())], T::Goto(XtName::Here), "")),
+            (v4, rule(vec![M::InputDevice(Is::So, device())], T::Goto(XtName::Local), "")),
             (v4, rule(vec![M::InputDevice(Is::Not, device())], T::Jump(XtName::MarkRequest), "")),
             (v4, rule(vec![M::OutputDevice(device())], T::Netmap(v4), "no snat")),
             (Family::V6, rule(vec![M::OutputDevice(device())], T::Netmap(Family::V6), "")),
@@ -300,10 +300,10 @@ mod tests {
     fn only_what_leads_to_a_chain_of_ours_is_a_jump() {
         let jump = |text: &str| read_jump(&words(text));
         assert_eq!(jump("PREROUTING -j EGRESSGATEWAY-MARK-REQUEST"), Some(XtName::MarkRequest));
-        assert_eq!(jump("FORWARD -i eth0 -g EGRESSGATEWAY-HERE"), Some(XtName::Here));
+        assert_eq!(jump("FORWARD -i eth0 -g EGRESSGATEWAY-LOCAL"), Some(XtName::Local));
         for text in [
             "PREROUTING -j cali-PREROUTING",
-            "PREROUTING -j DROP -m comment --comment \"-j EGRESSGATEWAY-HERE\"",
+            "PREROUTING -j DROP -m comment --comment \"-j EGRESSGATEWAY-LOCAL\"",
             "PREROUTING -j EGRESSGATEWAY-OTHER",
             "PREROUTING -j FORWARD",
             "PREROUTING",

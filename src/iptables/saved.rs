@@ -58,22 +58,22 @@ mod tests {
 *mangle
 :PREROUTING ACCEPT [0:0]
 :FORWARD ACCEPT [0:0]
-:EGRESSGATEWAY-HERE - [0:0]
+:EGRESSGATEWAY-LOCAL - [0:0]
 :EGRESSGATEWAY-MARK-REQUEST - [0:0]
 :EGRESSGATEWAY-OTHER - [0:0]
 :cali-PREROUTING - [0:0]
 -A PREROUTING -m comment --comment \"cali:6gwbT8clXdHdC1b1\" -j cali-PREROUTING
 -A PREROUTING -m comment --comment \"egress gateway: mark egress packet\" -j EGRESSGATEWAY-MARK-REQUEST
--A PREROUTING -i eth0 -j EGRESSGATEWAY-HERE
--A FORWARD -j EGRESSGATEWAY-HERE
--A EGRESSGATEWAY-HERE -j MARK --set-xmark 0x27000000/0xffff1100
+-A PREROUTING -i eth0 -j EGRESSGATEWAY-LOCAL
+-A FORWARD -j EGRESSGATEWAY-LOCAL
+-A EGRESSGATEWAY-LOCAL -j MARK --set-xmark 0x27000000/0xffff1100
 -A EGRESSGATEWAY-MARK-REQUEST -s 10.0.0.0/8 -j DROP
--A EGRESSGATEWAY-OTHER -j EGRESSGATEWAY-HERE
+-A EGRESSGATEWAY-OTHER -j EGRESSGATEWAY-LOCAL
 -A cali-PREROUTING -j ACCEPT
 COMMIT
 *raw
 :PREROUTING ACCEPT [0:0]
--A PREROUTING -j EGRESSGATEWAY-HERE
+-A PREROUTING -j EGRESSGATEWAY-LOCAL
 COMMIT
 *nat
 :EGRESSGATEWAY-NO-SNAT - [0:0]
@@ -95,7 +95,7 @@ COMMIT
             [
                 chain(XtTable::Nat, XtName::NoSnat),
                 mangle(XtName::MarkRequest),
-                mangle(XtName::Here),
+                mangle(XtName::Local),
             ]
         );
         let places = |name| -> Vec<usize> {

@@ -175,9 +175,9 @@ fn read(attributes: Attributes<'_>) -> Result<Option<Connection>, Malformed> {
         destination: orig.destination,
         destination_port: orig.destination_port,
         peer: reply.source,
-        peer_port: reply.source_port,
-        wears: reply.destination,
-        wears_port: reply.destination_port,
+        reply_source_port: reply.source_port,
+        snat_address: reply.destination,
+        snat_port: reply.destination_port,
         mark,
         zone,
         id,
@@ -343,9 +343,9 @@ mod tests {
             destination: destination.parse().unwrap(),
             destination_port: 0x0800,
             peer: destination.parse().unwrap(),
-            peer_port: 0x0800,
-            wears: source.parse().unwrap(),
-            wears_port: 40_000,
+            reply_source_port: 0x0800,
+            snat_address: source.parse().unwrap(),
+            snat_port: 40_000,
             mark: 0,
             zone: 7,
             id: 0x1234_5678,
@@ -375,9 +375,12 @@ mod tests {
             let read = read(Attributes::new(&both)).unwrap().unwrap();
             // Reply tuple is a copy of the original one, so its source is read as the peer.
             let Connection { source, source_port, destination, destination_port, .. } = connection;
-            let (peer, peer_port) = (source, source_port);
-            let (wears, wears_port) = (destination, destination_port);
-            assert_eq!(read, Connection { peer, peer_port, wears, wears_port, ..connection });
+            let (peer, reply_source_port) = (source, source_port);
+            let (snat_address, snat_port) = (destination, destination_port);
+            assert_eq!(
+                read,
+                Connection { peer, reply_source_port, snat_address, snat_port, ..connection }
+            );
         }
     }
 

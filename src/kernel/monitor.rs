@@ -17,7 +17,7 @@ use super::netlink::exchange::discard;
 use super::netlink::message::Messages;
 use super::netlink::socket::Socket;
 use crate::error::{KernelError, errno};
-use crate::event::News;
+use crate::event::ChangeEvents;
 
 pub(super) use sockets::Shared;
 use sockets::{NETFILTER, ROUTING, lock};
@@ -44,10 +44,10 @@ const UNREAD: usize = 1 << 20;
 /// // … egress.reconcile(&cluster, &policies)?;
 /// loop {
 ///     wait_until_readable(watch.as_fd()); // poll(2) for POLLIN, with the slow poll's timeout
-///     let news = watch.drain()?;
-///     if !news.is_empty() {
+///     let events = watch.drain()?;
+///     if !events.is_empty() {
 ///         let report = egress.repair()?;
-///         eprintln!("{news}; repaired:\n{}", report.changes);
+///         eprintln!("{events}; repaired:\n{}", report.changes);
 ///     }
 /// }
 /// # }
@@ -83,7 +83,7 @@ const UNREAD: usize = 1 << 20;
 /// filter drops it. During a large transaction the watch therefore leaves the multicast group, and
 /// the datapath makes sure that changes missed meanwhile are reported as lost. Up to 1 MiB of
 /// notifications is buffered, less without `CAP_NET_ADMIN` in the initial user namespace; if more
-/// arrive, [`News::lost`] is set.
+/// arrive, [`ChangeEvents::lost`] is set.
 ///
 /// The watch does not replace periodic reconciliation: some changes produce no notification. IPv4
 /// routes that the kernel removes with a device are an example, though the device itself produces
@@ -126,11 +126,11 @@ impl Watch {
     /// Reads all pending notifications; the descriptor is then not readable until more arrive.
     ///
     /// Never blocks. An error is one of the socket, after which the watch cannot be used; lost
-    /// notifications are no error but set [`News::lost`].
-    pub fn drain(&mut self) -> Result<News, KernelError> {
-        let mut news = News::default();
+    /// notifications are no error but set [`ChangeEvents::lost`].
+    pub fn drain(&mut self) -> Result<ChangeEvents, KernelError> {
+        let mut events = ChangeEvents::default();
         let Self { routing: Some(routing), shared, unsigned, generation, .. } = self else {
-            return Ok(news);
+            return Ok(events);
         };
         let device = shared.device();
         let mut rules = lock(&shared.rules);
@@ -142,9 +142,9 @@ impl Watch {
                             match message {
                                 Ok(message) => {
                                     *generation = classify::generation(&message).or(*generation);
-                                    classify::read(&message, device, unsigned, &mut news);
+                                    classify::read(&message, device, unsigned, &mut events);
                                 }
-                                Err(_) => news.lost = true,
+                                Err(_) => events.lost = true,
                             }
                         }
                     }
@@ -155,15 +155,15 @@ impl Watch {
                         if error.raw_os_error() == Some(errno::ENOBUFS)
                             || error.kind() == io::ErrorKind::InvalidData =>
                     {
-                        news.lost = true;
+                        events.lost = true;
                     }
-                    Err(error) => return Err(KernelError::io("read the kernel's news", &error)),
+                    Err(error) => return Err(KernelError::io("read the kernel's events", &error)),
                 }
             }
         }
-        news.lost |= shared.has_missed();
-        *unsigned &= !news.lost;
-        Ok(news)
+        events.lost |= shared.has_missed();
+        *unsigned &= !events.lost;
+        Ok(events)
     }
 
     /// Stops waiting for the end of a transaction whose start was read.

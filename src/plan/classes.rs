@@ -271,7 +271,7 @@ impl<A: Address> Classes<A> {
             *self.overlaps.entry(pair).or_default() += 1;
         }
         let class = cut(&members, policies, A::FAMILY);
-        let new = Class { tag: Tag::CLOSED, users: 0 };
+        let new = Class { tag: Tag::DENY, users: 0 };
         let found = self.numbered.entry(Arc::clone(&class)).or_insert(new);
         found.users += 1;
         let combination =

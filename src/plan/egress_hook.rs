@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use super::validate::World;
+use super::validate::ValidatedCluster;
 use super::{Gateways, PlanError};
 use crate::cluster::{Backend, Steering};
 use crate::state::{
@@ -28,7 +28,7 @@ pub(super) const fn next_hop(family: Family) -> IpAddr {
 /// Checks the requirements of the hook: a mark layout with a prefix, and nf_tables as backend.
 ///
 /// One rule must match all our marks, and iptables has no such hook.
-pub(super) fn check(world: &World) -> Result<(), PlanError> {
+pub(super) fn check(world: &ValidatedCluster) -> Result<(), PlanError> {
     let cluster = &world.cluster;
     if cluster.steering == Steering::Tables {
         return Ok(());
@@ -43,7 +43,7 @@ pub(super) fn check(world: &World) -> Result<(), PlanError> {
 }
 
 /// Returns the table, if steering uses the egress hook.
-pub(super) fn hook(world: &World, gateways: &Gateways) -> Option<Firewall> {
+pub(super) fn hook(world: &ValidatedCluster, gateways: &Gateways) -> Option<Firewall> {
     if world.cluster.steering == Steering::Tables {
         return None;
     }

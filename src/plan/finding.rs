@@ -26,31 +26,31 @@ pub enum Finding {
         capacity: usize,
     },
     /// The policy's traffic of a family bypasses the policy, as its `unavailable` says.
-    #[error("policy {policy} leaves its {family} traffic alone: {why}")]
+    #[error("policy {policy} leaves its {family} traffic unchanged: {reason}")]
     Bypassed {
         /// The policy.
         policy: PolicyId,
         /// The family.
         family: Family,
         /// The reason.
-        why: Closed,
+        reason: DenyReason,
     },
     /// The policy's traffic of a family is dropped.
-    #[error("policy {policy} drops its {family} traffic: {why}")]
-    Closed {
+    #[error("policy {policy} drops its {family} traffic: {reason}")]
+    Denied {
         /// The policy.
         policy: PolicyId,
         /// The family.
         family: Family,
         /// The reason.
-        why: Closed,
+        reason: DenyReason,
     },
 }
 
 /// The reason why a policy's traffic cannot be sent to its gateway or out of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
-pub enum Closed {
+pub enum DenyReason {
     /// The policy has no gateway.
     #[error("it has no gateway")]
     NoGateway,

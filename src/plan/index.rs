@@ -6,10 +6,10 @@ use std::net::IpAddr;
 use super::classes::Classes;
 use super::egress_hook;
 use super::egress_hook::hook;
-use super::policies::{Handle, Kept, Policies};
+use super::policies::{Handle, NormalizedPolicy, Policies};
 use super::skeleton::Used;
 use super::table::{skeleton, spoken, ways_out};
-use super::validate::World;
+use super::validate::ValidatedCluster;
 use super::{
     Finding, Gateways, PlanError, Role, Update, closing_table, iptables as xtables, numbered,
     reserve_given, roles, routing,
@@ -23,7 +23,7 @@ use crate::types::{Family, Mark, NodeName, PolicyId, TableId};
 /// The wanted policies, and the counts and classes that their plan is derived from.
 #[derive(Debug)]
 pub(crate) struct Index {
-    pub(super) world: World,
+    pub(super) world: ValidatedCluster,
     pub(super) policies: Policies,
     pub(super) v4: Classes<u32>,
     pub(super) v6: Classes<u128>,
@@ -43,7 +43,7 @@ pub(crate) struct Index {
 /// A plan up to the point where marks and tables are needed.
 #[derive(Debug)]
 pub(crate) struct Draft {
-    world: World,
+    world: ValidatedCluster,
     policies: Policies,
     v4: Classes<u32>,
     v6: Classes<u128>,
@@ -59,7 +59,7 @@ impl Draft {
         cluster: &Cluster,
         policies: impl IntoIterator<Item = P>,
     ) -> Result<Self, PlanError> {
-        let world = World::new(cluster)?;
+        let world = ValidatedCluster::new(cluster)?;
         xtables::check(&world)?;
         egress_hook::check(&world)?;
         let policies = Policies::new(policies, &world)?;
@@ -69,7 +69,7 @@ impl Draft {
                 match role {
                     Role::Client(place) => *used.entry(place).or_default() += 1,
                     Role::Gateway => own += 1,
-                    Role::Closed(_) => {}
+                    Role::Denied(_) => {}
                 }
             }
             for address in spoken(kept, &world) {
@@ -261,13 +261,13 @@ impl Index {
     }
 
     /// Returns the warnings about a policy that cannot be carried out.
-    pub(super) fn findings_of(&self, kept: &Kept) -> impl Iterator<Item = Finding> {
+    pub(super) fn findings_of(&self, kept: &NormalizedPolicy) -> impl Iterator<Item = Finding> {
         roles(kept, &self.world).filter_map(|(family, role)| {
-            let Role::Closed(why) = role else { return None };
+            let Role::Denied(reason) = role else { return None };
             let policy = kept.id.clone();
             Some(match kept.unavailable {
-                Unavailable::Drop => Finding::Closed { policy, family, why },
-                Unavailable::Bypass => Finding::Bypassed { policy, family, why },
+                Unavailable::Drop => Finding::Denied { policy, family, reason },
+                Unavailable::Bypass => Finding::Bypassed { policy, family, reason },
             })
         })
     }

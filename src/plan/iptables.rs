@@ -9,7 +9,7 @@ mod tests;
 use std::collections::BTreeMap;
 
 use super::policies::Policies;
-use super::validate::World;
+use super::validate::ValidatedCluster;
 use super::{Gateways, PlanError};
 use crate::cluster::{Backend, Iptables};
 use crate::state::{Ipset, IpsetContents, Xtables};
@@ -22,7 +22,7 @@ use sets::Sets;
 /// Checks the name of the tunnel interface against the limits of iptables.
 ///
 /// In an interface name `+` is a wildcard, and some other characters are allowed by no tool.
-pub(super) fn check(world: &World) -> Result<(), PlanError> {
+pub(super) fn check(world: &ValidatedCluster) -> Result<(), PlanError> {
     let device = &world.cluster.tunnel.device;
     let good = |c: char| c.is_ascii_alphanumeric() || "._-@".contains(c);
     if world.cluster.backend == Backend::Nftables || device.as_str().chars().all(good) {
@@ -33,7 +33,7 @@ pub(super) fn check(world: &World) -> Result<(), PlanError> {
 
 /// Returns the sets and chains of this node.
 pub(super) fn xtables(
-    world: &World,
+    world: &ValidatedCluster,
     policies: &Policies,
     gateways: &Gateways,
     iptables: Iptables,

@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ipnet::IpNet;
 
 use super::tags::Numbers;
-use super::validate::{World, around, canonical, check_egress_ip, check_net, disjoint};
+use super::validate::{ValidatedCluster, around, canonical, check_egress_ip, check_net, disjoint};
 use super::{PlanError, PolicyError};
 use crate::policy::{Destinations, EgressIp, Policy, Unavailable};
 use crate::state::{Comment, Tag};
@@ -18,7 +18,7 @@ pub(super) type Handle = u32;
 
 /// A policy in canonical form, independent of the caller's value.
 #[derive(Debug)]
-pub(super) struct Kept {
+pub(super) struct NormalizedPolicy {
     pub(super) id: PolicyId,
     pub(super) comment: Comment,
     /// Identifies the policy in the kernel's maps.
@@ -174,14 +174,14 @@ impl Sources {
     }
 }
 
-impl Kept {
-    pub(super) fn new<P: Policy>(policy: &P, world: &World) -> Result<Self, PlanError> {
+impl NormalizedPolicy {
+    pub(super) fn new<P: Policy>(policy: &P, world: &ValidatedCluster) -> Result<Self, PlanError> {
         let id = policy.id();
         Self::check(policy, world)
             .map_err(|source| PlanError::Policy { policy: id.clone(), source })
     }
 
-    fn check<P: Policy>(policy: &P, world: &World) -> Result<Self, PolicyError> {
+    fn check<P: Policy>(policy: &P, world: &ValidatedCluster) -> Result<Self, PolicyError> {
         if policy.sources().is_empty() {
             return Err(PolicyError::NoSources);
         }
@@ -197,7 +197,7 @@ impl Kept {
         Ok(Self {
             id: policy.id().clone(),
             comment: Comment::of_policy(policy.id()),
-            tag: Tag::CLOSED,
+            tag: Tag::DENY,
             priority: policy.priority(),
             sources: Sources::of(policy.sources())?,
             destinations,
@@ -208,7 +208,7 @@ impl Kept {
     }
 
     /// Returns whether the caller's policy equals this one.
-    pub(super) fn is<P: Policy>(&self, policy: &P, world: &World) -> bool {
+    pub(super) fn is<P: Policy>(&self, policy: &P, world: &ValidatedCluster) -> bool {
         let gateway = self.gateway.and_then(|place| world.node(place)).map(|node| &node.name);
         self.priority == policy.priority()
             && gateway == policy.gateway()
@@ -247,7 +247,7 @@ impl Kept {
 /// Returns the index of a gateway in the cluster's list of nodes.
 pub(super) fn place(
     gateway: Option<&NodeName>,
-    world: &World,
+    world: &ValidatedCluster,
 ) -> Result<Option<usize>, PolicyError> {
     let known = |name: &NodeName| {
         world.place(name).ok_or_else(|| PolicyError::UnknownGateway { gateway: name.clone() })
@@ -258,7 +258,7 @@ pub(super) fn place(
 /// The store of all wanted policies.
 #[derive(Debug, Default)]
 pub(super) struct Policies {
-    slots: Vec<Option<Kept>>,
+    slots: Vec<Option<NormalizedPolicy>>,
     free: Vec<Handle>,
     by_id: HashMap<PolicyId, Handle>,
     pub(super) numbers: Numbers,
@@ -268,14 +268,14 @@ impl Policies {
     /// Validates and stores policies.
     pub(super) fn new<P: Policy>(
         policies: impl IntoIterator<Item = P>,
-        world: &World,
+        world: &ValidatedCluster,
     ) -> Result<Self, PlanError> {
         let mut all = Self::default();
         for policy in policies {
             if all.by_id.contains_key(policy.id()) {
                 return Err(PlanError::DuplicatePolicy { policy: policy.id().clone() });
             }
-            all.insert(Kept::new(&policy, world)?);
+            all.insert(NormalizedPolicy::new(&policy, world)?);
         }
         all.number();
         Ok(all)
@@ -284,11 +284,11 @@ impl Policies {
     /// Assigns a tag to every policy; the tags depend on the ids alone.
     pub(super) fn number(&mut self) {
         let kept = self.slots.iter_mut().flatten();
-        let mut all: Vec<_> = kept.map(|Kept { id, tag, .. }| (&*id, tag)).collect();
+        let mut all: Vec<_> = kept.map(|NormalizedPolicy { id, tag, .. }| (&*id, tag)).collect();
         self.numbers = Numbers::of_all(&mut all, |id| std::iter::once(*id));
     }
 
-    pub(super) fn insert(&mut self, kept: Kept) -> Handle {
+    pub(super) fn insert(&mut self, kept: NormalizedPolicy) -> Handle {
         let id = kept.id.clone();
         let handle = if let Some(handle) = self.free.pop() {
             if let Some(free) = slot(handle).and_then(|at| self.slots.get_mut(at)) {
@@ -303,7 +303,7 @@ impl Policies {
         handle
     }
 
-    pub(super) fn remove(&mut self, handle: Handle) -> Option<Kept> {
+    pub(super) fn remove(&mut self, handle: Handle) -> Option<NormalizedPolicy> {
         let kept = slot(handle).and_then(|at| self.slots.get_mut(at)?.take())?;
         self.by_id.remove(&kept.id);
         self.free.push(handle);
@@ -314,11 +314,11 @@ impl Policies {
         self.by_id.get(id).copied()
     }
 
-    pub(super) fn get(&self, handle: Handle) -> Option<&Kept> {
+    pub(super) fn get(&self, handle: Handle) -> Option<&NormalizedPolicy> {
         slot(handle).and_then(|at| self.slots.get(at)?.as_ref())
     }
 
-    pub(super) fn get_mut(&mut self, handle: Handle) -> Option<&mut Kept> {
+    pub(super) fn get_mut(&mut self, handle: Handle) -> Option<&mut NormalizedPolicy> {
         slot(handle).and_then(|at| self.slots.get_mut(at)?.as_mut())
     }
 
@@ -332,12 +332,12 @@ impl Policies {
     }
 
     /// Iterates over all policies, in no particular order.
-    pub(super) fn iter(&self) -> impl Iterator<Item = (Handle, &Kept)> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = (Handle, &NormalizedPolicy)> {
         (0..).zip(&self.slots).filter_map(|(handle, kept)| Some((handle, kept.as_ref()?)))
     }
 
     /// Returns all policies in their total order: (priority, id).
-    pub(super) fn ordered(&self) -> Vec<(Handle, &Kept)> {
+    pub(super) fn ordered(&self) -> Vec<(Handle, &NormalizedPolicy)> {
         let mut all: Vec<_> = self.iter().collect();
         all.sort_unstable_by_key(|(_, kept)| (kept.priority, &kept.id));
         all

@@ -6,19 +6,19 @@ use ipnet::IpNet;
 
 use super::Gateways;
 use super::egress_hook::next_hop;
-use super::validate::{World, tunnel_of};
+use super::validate::{ValidatedCluster, tunnel_of};
 use crate::cluster::{Node, RulePriorities, Steering};
 use crate::state::{BACKSTOP_METRIC, Route, RouteKey, Rule, RuleAction, State, Vxlan};
 use crate::types::{DeviceName, Family, Mark, TableId};
 
 /// Returns whether the tunnel carries a family between this node and another.
-pub(super) fn carries(world: &World, peer: &Node, family: Family) -> bool {
+pub(super) fn carries(world: &ValidatedCluster, peer: &Node, family: Family) -> bool {
     tunnel_of(&world.here, family).is_some() && tunnel_of(peer, family).is_some()
 }
 
 /// Fills in everything of a state except the firewall.
 pub(super) fn routing(
-    world: &World,
+    world: &ValidatedCluster,
     gateways: &Gateways,
     closing: Option<TableId>,
     state: &mut State,
@@ -132,7 +132,7 @@ pub(super) fn routing(
 ///
 /// `spared` says that rules skip the table for packets that must not enter the tunnel.
 fn table(
-    world: &World,
+    world: &ValidatedCluster,
     gateway: &Node,
     table: TableId,
     via: IpAddr,
@@ -155,7 +155,13 @@ fn default_route(table: TableId, family: Family) -> RouteKey {
 }
 
 /// Adds routes that leave excluded destinations to the main table, and make others unreachable.
-fn inside(world: &World, table: TableId, family: Family, outer: Option<IpAddr>, state: &mut State) {
+fn inside(
+    world: &ValidatedCluster,
+    table: TableId,
+    family: Family,
+    outer: Option<IpAddr>,
+    state: &mut State,
+) {
     let metric = RouteKey::default_metric(family);
     let inside = world.inside.iter().copied().chain(outer.map(IpNet::from));
     for dst in inside.filter(|net| Family::of_net(net) == family) {

@@ -89,7 +89,7 @@ const fn base(kind: ChainType, hook: Hook, priority: i32) -> Base {
 impl Skeleton<'_> {
     /// Returns all sets and maps that the rules refer to.
     pub(super) fn sets(&self) -> BTreeSet<Set> {
-        let mut sets = BTreeSet::from([Set::Verdict]);
+        let mut sets = BTreeSet::from([Set::PolicyAction]);
         if self.prefix.is_none() {
             sets.insert(Set::Gateway);
         }
@@ -134,13 +134,13 @@ impl Skeleton<'_> {
             );
         }
         add(ChainId::Marked, None, self.marked());
-        add(ChainId::Bound, None, self.bound());
-        add(ChainId::Injected, None, self.injected());
-        add(ChainId::Arrived, None, self.arrived());
-        add(ChainId::Select, None, self.by_source(Field::Source, ChainId::Admit));
-        add(ChainId::Midway, None, self.by_source(Field::Destination, ChainId::Answering));
+        add(ChainId::Tracked, None, self.bound());
+        add(ChainId::SpoofedVxlan, None, self.injected());
+        add(ChainId::FromTunnel, None, self.arrived());
+        add(ChainId::Classify, None, self.by_source(Field::Source, ChainId::Exclude));
+        add(ChainId::MidStream, None, self.by_source(Field::Destination, ChainId::ReplyCheck));
         add(ChainId::Bypass, None, vec![vec![Stmt::ClearPriority]]);
-        add(ChainId::Here, None, self.send(self.tunnel));
+        add(ChainId::LocalGateway, None, self.send(self.tunnel));
         for mark in &self.gateways {
             add(ChainId::To(*mark), None, self.send_to(*mark));
             if self.caching {
@@ -148,12 +148,12 @@ impl Skeleton<'_> {
             }
         }
         for family in Family::BOTH {
-            add(ChainId::Answering(family), None, self.answering(family));
-            add(ChainId::Admit(family), None, self.admit(family));
-            add(ChainId::Pick(family), None, self.pick(family));
+            add(ChainId::ReplyCheck(family), None, self.answering(family));
+            add(ChainId::Exclude(family), None, self.admit(family));
+            add(ChainId::SelectPolicy(family), None, self.pick(family));
             add(ChainId::Steer(family), None, self.steer(family));
             add(ChainId::Translate(family), None, self.translate(family));
-            add(ChainId::Wear(family), None, self.wear(family));
+            add(ChainId::Snat(family), None, self.wear(family));
         }
         chains
     }
@@ -185,7 +185,7 @@ impl Skeleton<'_> {
     }
 
     fn prerouting(&self) -> Vec<Vec<Stmt>> {
-        let mut rules = vec![vec![self.out_of_tunnel(), Stmt::Goto(ChainId::Arrived)]];
+        let mut rules = vec![vec![self.out_of_tunnel(), Stmt::Goto(ChainId::FromTunnel)]];
         if let (true, Some((value, mask))) = (self.caching, self.prefix) {
             // The first packet of the connection was classified, and its gateway is in the
             // connection mark.
@@ -195,7 +195,7 @@ impl Skeleton<'_> {
                 Field::CtMark.bits(self.mask).map(Set::Connection, Target::Verdict),
             ]);
         }
-        rules.extend(self.by_source(Field::Source, ChainId::Admit));
+        rules.extend(self.by_source(Field::Source, ChainId::Exclude));
         rules
     }
 
@@ -269,7 +269,7 @@ impl Skeleton<'_> {
 
     fn admit(&self, family: Family) -> Vec<Vec<Stmt>> {
         let bypass = Stmt::Goto(ChainId::Bypass);
-        let pick = Stmt::Goto(ChainId::Pick(family));
+        let pick = Stmt::Goto(ChainId::SelectPolicy(family));
         vec![
             // The first packet of the connection passed the checks below. A destination that was
             // excluded since then needs no check: the connection has no other allowed path, and is
@@ -292,7 +292,10 @@ impl Skeleton<'_> {
 
     fn steer(&self, family: Family) -> Vec<Vec<Stmt>> {
         let mut rules = vec![
-            vec![by_tag(Set::Steer(family)), Field::Priority.map(Set::Verdict, Target::Verdict)],
+            vec![
+                by_tag(Set::Steer(family)),
+                Field::Priority.map(Set::PolicyAction, Target::Verdict),
+            ],
             vec![Stmt::Counter, Stmt::Drop],
         ];
         if self.counting {
@@ -340,9 +343,11 @@ impl Skeleton<'_> {
             (false, Some(bits)) => vec![marked(Field::Mark.has(bits))],
             (false, None) => vec![marked(self.is_stray()), marked(self.is_tunnel())],
         };
-        rules
-            .push(vec![Field::DestinationPort.is(self.port.into()), Stmt::Jump(ChainId::Injected)]);
-        rules.push(vec![self.is_ours(), Stmt::Goto(ChainId::Bound)]);
+        rules.push(vec![
+            Field::DestinationPort.is(self.port.into()),
+            Stmt::Jump(ChainId::SpoofedVxlan),
+        ]);
+        rules.push(vec![self.is_ours(), Stmt::Goto(ChainId::Tracked)]);
         rules
     }
 
@@ -390,11 +395,15 @@ impl Skeleton<'_> {
         // A late reply to an ended connection would open it in the reverse direction, and the pod's
         // packets would leave as replies to it. Only first packets of connections pass a NAT chain.
         for family in Family::BOTH {
-            for set in [Set::Answer(family), Set::PortlessAnswer(family)] {
+            for set in [Set::BlockedReply(family), Set::PortlessBlockedReply(family)] {
                 rules.push(vec![Stmt::answers(set), Stmt::Counter, Stmt::Drop]);
             }
         }
-        rules.push(vec![Stmt::without_syn(), Field::Input.is_not(0), Stmt::Jump(ChainId::Midway)]);
+        rules.push(vec![
+            Stmt::without_syn(),
+            Field::Input.is_not(0),
+            Stmt::Jump(ChainId::MidStream),
+        ]);
         let mut bind = vec![self.to_tunnel(), Stmt::SetMark(MarkOf::Connection, self.connection)];
         if let (true, Some((value, mask))) = (self.caching, self.prefix) {
             bind.insert(1, Field::CtMark.has_not(MarkBits { mask, value }));
@@ -411,7 +420,11 @@ impl Skeleton<'_> {
         // are recognised by the input interface, and others are classified again. Before Linux 5.7
         // there is no input interface in this hook, and the mark is used.
         rules.push(vec![self.out_of_tunnel(), self.set_mark(self.tunnel.get())]);
-        rules.push(vec![self.is_not_tunnel(), Field::Input.is_not(0), Stmt::Jump(ChainId::Select)]);
+        rules.push(vec![
+            self.is_not_tunnel(),
+            Field::Input.is_not(0),
+            Stmt::Jump(ChainId::Classify),
+        ]);
         rules.push(vec![Field::Input.is_not(0), self.is_stray(), Stmt::Counter, Stmt::Drop]);
         rules.push(vec![self.is_not_tunnel(), Stmt::Return]);
         rules.extend(self.by_source(Field::Source, ChainId::Translate));
@@ -421,7 +434,7 @@ impl Skeleton<'_> {
     }
 
     fn translate(&self, family: Family) -> Vec<Vec<Stmt>> {
-        let mut rules = self.by_destination(family, ChainId::Wear(family));
+        let mut rules = self.by_destination(family, ChainId::Snat(family));
         rules.push(vec![Stmt::Counter, Stmt::Drop]);
         rules
     }

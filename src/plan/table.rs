@@ -3,9 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use super::policies::Kept;
+use super::policies::NormalizedPolicy;
 use super::skeleton::{Skeleton, Used};
-use super::validate::World;
+use super::validate::ValidatedCluster;
 use super::{Gateways, Role, roles};
 use crate::cluster::Steering;
 use crate::policy::Unavailable;
@@ -14,7 +14,7 @@ use crate::state::{ChainId, Comment, Data, Firewall, Key, Tag, Value, Verdict};
 
 /// Returns the nf_tables table of this node without the elements of single policies.
 pub(super) fn skeleton(
-    world: &World,
+    world: &ValidatedCluster,
     gateways: &Gateways,
     used: Used,
 ) -> (Firewall, BTreeMap<Key, Value>) {
@@ -53,7 +53,7 @@ pub(super) fn skeleton(
 }
 
 /// Returns the elements that do not depend on single policies.
-fn fixed(world: &World, gateways: &Gateways) -> BTreeMap<Key, Value> {
+fn fixed(world: &ValidatedCluster, gateways: &Gateways) -> BTreeMap<Key, Value> {
     let mut elements = BTreeMap::new();
     for peer in world.peers() {
         let comment = Some(Comment::of_name(peer.name.as_str()));
@@ -68,53 +68,65 @@ fn fixed(world: &World, gateways: &Gateways) -> BTreeMap<Key, Value> {
     for net in &world.excluded {
         elements.insert(Key::Excluded(IpRange::from(*net)), Value::plain(Data::None));
     }
-    let mut way_out = |tag, verdict, comment| {
+    let mut policy_action = |tag, verdict, comment| {
         let data = Data::Verdict(verdict);
-        elements.insert(Key::Verdict(tag), Value { data, comment });
+        elements.insert(Key::PolicyAction(tag), Value { data, comment });
     };
-    way_out(Tag::CLOSED, Verdict::Drop, Some(Comment::of_name("closed")));
-    way_out(Tag::BYPASS, Verdict::Goto(ChainId::Bypass), Some(Comment::of_name("bypass")));
-    way_out(Tag::HERE, Verdict::Goto(ChainId::Here), Some(Comment::of_name("this-node")));
+    policy_action(Tag::DENY, Verdict::Drop, Some(Comment::of_name("deny")));
+    policy_action(Tag::BYPASS, Verdict::Goto(ChainId::Bypass), Some(Comment::of_name("bypass")));
+    policy_action(
+        Tag::LOCAL,
+        Verdict::Goto(ChainId::LocalGateway),
+        Some(Comment::of_name("this-node")),
+    );
     for (name, gateway) in gateways {
         let comment = Some(Comment::of_name(name.as_str()));
-        way_out(Tag::gateway(gateway.value), Verdict::Goto(ChainId::To(gateway.mark)), comment);
+        policy_action(
+            Tag::gateway(gateway.value),
+            Verdict::Goto(ChainId::To(gateway.mark)),
+            comment,
+        );
     }
     elements
 }
 
 /// Returns the elements of a policy: its action, its SNAT address on this node, and its counter.
 pub(super) fn ways_out(
-    world: &World,
-    policy: &Kept,
+    world: &ValidatedCluster,
+    policy: &NormalizedPolicy,
     gateways: &Gateways,
 ) -> impl Iterator<Item = (Key, Value)> {
     roles(policy, world).flat_map(|(family, role)| {
-        let way_out = match role {
-            Role::Gateway => Tag::HERE,
+        let policy_action = match role {
+            Role::Gateway => Tag::LOCAL,
             Role::Client(place) => {
                 let name = world.node(place).map(|node| &node.name);
                 let gateway = name.and_then(|name| gateways.get(name));
-                gateway.map_or(Tag::CLOSED, |gateway| Tag::gateway(gateway.value))
+                gateway.map_or(Tag::DENY, |gateway| Tag::gateway(gateway.value))
             }
-            Role::Closed(_) if policy.unavailable == Unavailable::Bypass => Tag::BYPASS,
-            Role::Closed(_) => Tag::CLOSED,
+            Role::Denied(_) if policy.unavailable == Unavailable::Bypass => Tag::BYPASS,
+            Role::Denied(_) => Tag::DENY,
         };
         let value = |data| Value { data, comment: Some(policy.comment.clone()) };
-        let steer = (Key::Steer(family, policy.tag), value(Data::Tag(way_out)));
-        let worn = (way_out == Tag::HERE).then(|| match policy.egress_ip.address(family) {
-            Some(address) => (Key::Snat(family, policy.tag), value(Data::Address(address))),
-            None => (Key::Masquerade(family, policy.tag), value(Data::None)),
-        });
+        let steer = (Key::Steer(family, policy.tag), value(Data::Tag(policy_action)));
+        let translation =
+            (policy_action == Tag::LOCAL).then(|| match policy.egress_ip.address(family) {
+                Some(address) => (Key::Snat(family, policy.tag), value(Data::Address(address))),
+                None => (Key::Masquerade(family, policy.tag), value(Data::None)),
+            });
         // Depends on the policy's tag alone, so that the counter outlives every change of the
         // policy.
         let counted = world.cluster.policy_counters;
         let count = counted.then(|| (Key::Count(family, policy.tag), value(Data::None)));
-        [Some(steer), worn, count].into_iter().flatten()
+        [Some(steer), translation, count].into_iter().flatten()
     })
 }
 
 /// Returns the egress IPs of a policy that are local to this node, its gateway.
-pub(super) fn spoken(policy: &Kept, world: &World) -> impl Iterator<Item = IpAddr> {
+pub(super) fn spoken(
+    policy: &NormalizedPolicy,
+    world: &ValidatedCluster,
+) -> impl Iterator<Item = IpAddr> {
     let here = roles(policy, world).filter(|(_, role)| *role == Role::Gateway);
     here.filter_map(|(family, _)| policy.egress_ip.address(family))
 }

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 
 use super::index::{Index, NOTHING};
 use super::pending::Delta;
-use super::policies::{Handle, Kept, place};
+use super::policies::{Handle, NormalizedPolicy, place};
 use super::table::{spoken, ways_out};
 use super::validate::check_net;
 use super::{Finding, PlanError, PolicyError, Role, closing_table, numbered, roles};
@@ -71,8 +71,8 @@ pub(crate) struct Part {
 /// A validated update.
 #[derive(Debug)]
 enum Edit {
-    Insert(Box<Kept>),
-    Replace(Handle, Box<Kept>),
+    Insert(Box<NormalizedPolicy>),
+    Replace(Handle, Box<NormalizedPolicy>),
     Remove(Handle),
     Add(Handle, Vec<IpNet>),
     Drop(Handle, Vec<IpNet>),
@@ -144,7 +144,7 @@ impl Index {
                 if same.is_some_and(|kept| kept.is(&policy, &self.world)) {
                     return Ok(None);
                 }
-                let kept = Box::new(Kept::new(&policy, &self.world)?);
+                let kept = Box::new(NormalizedPolicy::new(&policy, &self.world)?);
                 Some(match found {
                     Some(handle) => Edit::Replace(handle, kept),
                     None => Edit::Insert(kept),
@@ -210,7 +210,7 @@ impl Index {
             match role {
                 Role::Client(place) => drop(less(&mut self.used, &place)),
                 Role::Gateway => self.own = self.own.saturating_sub(1),
-                Role::Closed(_) => {}
+                Role::Denied(_) => {}
             }
         }
         for address in spoken(kept, &self.world) {
@@ -227,7 +227,7 @@ impl Index {
                 match role {
                     Role::Client(place) => *self.used.entry(place).or_default() += 1,
                     Role::Gateway => self.own += 1,
-                    Role::Closed(_) => {}
+                    Role::Denied(_) => {}
                 }
             }
             for address in spoken(kept, &self.world) {
@@ -236,16 +236,17 @@ impl Index {
         }
     }
 
-    fn insert(&mut self, kept: Kept, course: &mut Course) -> Handle {
+    fn insert(&mut self, kept: NormalizedPolicy, course: &mut Course) -> Handle {
         let tag = self.policies.numbers.take_alone([&kept.id]);
         course.delta.disputed |= tag.is_none() || !kept.sources.cover.is_empty();
-        let handle = self.policies.insert(Kept { tag: tag.unwrap_or(kept.tag), ..kept });
+        let handle =
+            self.policies.insert(NormalizedPolicy { tag: tag.unwrap_or(kept.tag), ..kept });
         course.touched.insert(handle);
         self.enter(handle, &mut course.delta);
         handle
     }
 
-    fn remove(&mut self, handle: Handle, course: &mut Course) -> Option<Kept> {
+    fn remove(&mut self, handle: Handle, course: &mut Course) -> Option<NormalizedPolicy> {
         self.touch(handle, course);
         let kept = self.policies.get(handle)?;
         course.delta.disputed |= !kept.sources.cover.is_empty();
@@ -255,10 +256,15 @@ impl Index {
         Some(kept)
     }
 
-    fn replace(&mut self, handle: Handle, new: Kept, course: &mut Course) -> Option<Kept> {
+    fn replace(
+        &mut self,
+        handle: Handle,
+        new: NormalizedPolicy,
+        course: &mut Course,
+    ) -> Option<NormalizedPolicy> {
         self.touch(handle, course);
         let old = self.policies.get(handle)?;
-        let new = Kept { tag: old.tag, ..new };
+        let new = NormalizedPolicy { tag: old.tag, ..new };
         let shape = old.priority != new.priority || old.destinations != new.destinations;
         course.everybody |= old.gateway != new.gateway
             || old.egress_ip != new.egress_ip

@@ -22,7 +22,7 @@ pub(super) fn never_steered() -> [IpNet; 4] {
 
 /// A validated cluster.
 #[derive(Debug)]
-pub(super) struct World {
+pub(super) struct ValidatedCluster {
     pub(super) cluster: Cluster,
     /// This node.
     pub(super) here: Node,
@@ -38,7 +38,7 @@ pub(super) struct World {
     addresses: BTreeMap<IpAddr, usize>,
 }
 
-impl World {
+impl ValidatedCluster {
     pub(super) fn new(cluster: &Cluster) -> Result<Self, PlanError> {
         check_settings(cluster)?;
         let mut nodes = BTreeMap::new();
@@ -251,7 +251,10 @@ pub(super) fn check_net(net: &IpNet) -> Result<(), PolicyError> {
     Ok(())
 }
 
-pub(super) fn check_egress_ip(address: IpAddr, world: &World) -> Result<(), PolicyError> {
+pub(super) fn check_egress_ip(
+    address: IpAddr,
+    world: &ValidatedCluster,
+) -> Result<(), PolicyError> {
     if is_mapped(address) || !is_host(address) {
         return Err(PolicyError::EgressIpNotUnicast { address });
     }

@@ -33,7 +33,7 @@ pub(crate) fn foreign(socket: &mut Socket) -> Result<Firewall, KernelError> {
         interrupted |= generation(socket)? != before;
         Ok((found, Answered { interrupted }))
     })?;
-    let changes = "somebody changes nf_tables faster than it can be read";
+    let changes = "other programs change nf_tables faster than it can be read";
     found.ok_or_else(|| KernelError::answer("nft list ruleset", changes))
 }
 

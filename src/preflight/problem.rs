@@ -47,14 +47,14 @@ pub enum Problem {
     ///
     /// Strict filtering drops packets that the host would not send back over the same interface;
     /// for the tunnel device that is every packet.
-    #[error("reverse path filtering of {device} is strict: it drops every packet that is steered")]
+    #[error("reverse path filtering of {device} is strict: it drops every steered packet")]
     StrictTunnel {
         /// Tunnel device.
         device: String,
     },
     /// Strict reverse path filtering on the interfaces of an overlay network of pods.
     #[error(
-        "reverse path filtering is strict on {}: replies from outside that come back over them \
+        "reverse path filtering is strict on {}: replies from outside that arrive there \
          are dropped", devices.join(", ")
     )]
     StrictOverlay {
@@ -65,21 +65,23 @@ pub enum Problem {
     #[error("reverse path filtering is strict on every device that has no value of its own")]
     StrictByDefault,
     /// The reverse path lookup uses the packet's firewall mark (`src_valid_mark`).
-    #[error("{device} looks reverse paths up with the packet's mark (src_valid_mark)")]
+    #[error("{device} uses the packet's mark in reverse path lookups (src_valid_mark)")]
     MarkInReversePath {
         /// Interface, or `all`.
         device: String,
     },
     /// Kernel-generated replies carry the mark of the packet they reply to (`fwmark_reflect`).
     #[error(
-        "the kernel's own {family} answers carry the mark of what they answer (fwmark_reflect)"
+        "the kernel's own {family} replies carry the mark of the packet they reply to (fwmark_reflect)"
     )]
     MarkReflected {
         /// Address family.
         family: Family,
     },
     /// A routing rule of another program tests bits of the datapath's marks.
-    #[error("{rule} tests bits {bits:#010x} of the mark, of which {shared:#010x} are ours")]
+    #[error(
+        "{rule} tests bits {bits:#010x} of the mark, of which {shared:#010x} are in the mark layout"
+    )]
     MarkTestedByRule {
         /// Rule as `ip rule` shows it.
         rule: String,
@@ -91,7 +93,7 @@ pub enum Problem {
     /// nf_tables rules of another program test or write bits of the datapath's marks.
     #[error(
         "{rules} rule(s) of nft table {table}, one in chain {chain}, {} bits {bits:#010x} of the \
-         {kind} mark, of which {shared:#010x} are ours", if *writes { "write" } else { "test" }
+         {kind} mark, of which {shared:#010x} are in the mark layout", if *writes { "write" } else { "test" }
     )]
     MarkUsedByFirewall {
         /// Family and name of the table.
@@ -110,7 +112,7 @@ pub enum Problem {
         shared: u32,
     },
     /// A routing rule before the datapath's rules decides the route of steered packets.
-    #[error("{rule} comes before ours at {priority} and takes the packets that we steer")]
+    #[error("{rule} precedes the gateways' rules at {priority} and matches steered packets")]
     RuleTakesFirst {
         /// Rule as `ip rule` shows it.
         rule: String,
@@ -138,7 +140,7 @@ pub enum Problem {
         priority: u32,
     },
     /// A route of another program in a table of the datapath takes steered packets.
-    #[error("{command} {route} is not ours, and packets that we steer by this table take it")]
+    #[error("{command} {route} is of another program, and steered packets of this table match it")]
     RouteInOurTable {
         /// Command that lists the route: `ip route` or `ip -6 route`.
         command: &'static str,
@@ -152,7 +154,9 @@ pub enum Problem {
         device: String,
     },
     /// Routing tables of the datapath's range are in use by other programs.
-    #[error("{taken} of the routing tables {start} to {end} are in use by others, {free} are free")]
+    #[error(
+        "{taken} of the routing tables {start} to {end} are in use by other programs, {free} are free"
+    )]
     TablesTaken {
         /// First table of the range.
         start: u32,
@@ -178,7 +182,7 @@ pub enum Problem {
         gateways: u32,
     },
     /// Another VXLAN device has the VNI and the UDP port of the tunnel.
-    #[error("VXLAN device {device} has our VNI {vni} and our UDP port {port}")]
+    #[error("VXLAN device {device} has the tunnel's VNI {vni} and UDP port {port}")]
     VxlanTaken {
         /// VXLAN device.
         device: String,
@@ -188,7 +192,7 @@ pub enum Problem {
         port: u16,
     },
     /// Another VXLAN device takes every VNI on the UDP port of the tunnel.
-    #[error("VXLAN device {device} takes every VNI on our UDP port {port}")]
+    #[error("VXLAN device {device} receives every VNI on the tunnel's UDP port {port}")]
     PortTaken {
         /// VXLAN device.
         device: String,
@@ -196,7 +200,7 @@ pub enum Problem {
         port: u16,
     },
     /// Another VXLAN device has the UDP port of the tunnel and another VNI, which works.
-    #[error("VXLAN device {device} uses our UDP port {port} too, with VNI {vni}")]
+    #[error("VXLAN device {device} also uses the tunnel's UDP port {port}, with VNI {vni}")]
     PortShared {
         /// VXLAN device.
         device: String,
@@ -217,13 +221,15 @@ pub enum Problem {
         device: Option<String>,
     },
     /// A device of another program has the name of the tunnel device.
-    #[error("device {device} exists and is not ours")]
+    #[error("device {device} exists and was not created by this crate")]
     NameTaken {
         /// Name of the device.
         device: String,
     },
     /// A base chain with policy drop drops packets that no rule of it accepts.
-    #[error("chain {chain} of nft table {table} drops {hook} packets that no rule of it accepts")]
+    #[error(
+        "chain {chain} of nft table {table} drops {hook} packets that none of its rules accepts"
+    )]
     DropPolicy {
         /// Family and name of the table.
         table: String,
@@ -248,7 +254,9 @@ pub enum Problem {
     /// A NAT chain of another program runs before the datapath's chain.
     ///
     /// The first chain that translates a connection wins.
-    #[error("NAT chain {chain} of nft table {table} runs at {priority}, before ours at {ours}")]
+    #[error(
+        "NAT chain {chain} of nft table {table} runs at {priority}, before this crate's chain at {ours}"
+    )]
     NatFirst {
         /// Family and name of the table.
         table: String,
@@ -266,7 +274,7 @@ pub enum Problem {
         address: IpAddr,
     },
     /// The MTU of the underlay interface differs from the one in the cluster configuration.
-    #[error("device {device} has MTU {found}, and the cluster says {said}")]
+    #[error("device {device} has MTU {found}, and the cluster is configured with {said}")]
     UnderlayMtu {
         /// Underlay interface.
         device: String,
@@ -295,7 +303,7 @@ pub enum Problem {
     },
     /// More pods use an egress IP than it has ports.
     #[error(
-        "{pods} pods wear egress IP {address}, and it has ports for {} connections at a time to \
+        "{pods} pods use egress IP {address}, which has ports for {} connections at a time to \
          one destination",
         Self::PORTS
     )]
@@ -343,7 +351,7 @@ pub enum Problem {
         max: u64,
     },
     /// Conntrack does not pick up established TCP connections (`nf_conntrack_tcp_loose=0`).
-    #[error("TCP connections are not picked up in the middle: one that moves to this gateway ends")]
+    #[error("TCP connections are not picked up mid-stream: one that moves to this gateway ends")]
     ConntrackStrict,
 }
 

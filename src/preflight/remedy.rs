@@ -13,7 +13,7 @@ impl Problem {
             }
             Self::DropPolicy { hook: DropHook::Forward, table, chain, .. } => format!(
                 "accept forwarded packets of the policies' pods, both ways, in chain {chain} of \
-                 {table}: nobody's accept overrides another's drop"
+                 {table}: an accept verdict in one chain does not override a drop verdict in another"
             ),
             Self::DropPolicy { table, chain, port, .. } => format!(
                 "accept UDP port {port} between the nodes in chain {chain} of {table}, if no rule \

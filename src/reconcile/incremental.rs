@@ -19,7 +19,7 @@ use crate::state::{Elements, Firewall, Key, State, Value};
 
 /// Changes since connections were last checked for stale ones.
 #[derive(Debug, Default)]
-pub(crate) struct Unsettled {
+pub(crate) struct PendingConnections {
     /// Single-address sources whose packets may take another path; `None` if any source's may.
     sources: Option<BTreeSet<IpAddr>>,
     /// Elements before the changes.
@@ -36,7 +36,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     /// guard rules of this node drop their packets. But call `settle` soon, above all on a gateway:
     /// packets that the far end still sends to these connections reach the pod's node, which blocks
     /// such replies for no longer than
-    /// [`Connection::ANSWERS_HELD`](crate::Connection::ANSWERS_HELD). The cluster stays that of the
+    /// [`Connection::REPLY_BLOCK_TIME`](crate::Connection::REPLY_BLOCK_TIME). The cluster stays that of the
     /// last [`reconcile`](Self::reconcile).
     ///
     /// Sources that are prefixes depend on one another: where one is added or removed, everything
@@ -79,7 +79,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         updates: impl IntoIterator<Item = Update<P>>,
     ) -> Result<Report, Error> {
         let (changes, findings) = self.follow(updates)?;
-        let settled = self.settled && self.unsettled.is_none();
+        let settled = self.settled && self.pending.is_none();
         Ok(Report { changes, findings, settled })
     }
 
@@ -187,28 +187,28 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
             // If an egress IP is no longer local to this node, other policies that are denied for
             // now may have connections with it.
             let sources = part.sources.filter(|_| !changes.ops().any(takes_egress_ip));
-            self.unsettled = Some(merged(self.unsettled.take(), sources, before));
+            self.pending = Some(merged(self.pending.take(), sources, before));
         }
-        self.make_quietly(changes)
+        self.apply_only(changes)
     }
 
     /// Ends the stale connections that were left for later.
     pub(crate) fn end_unsettled(&mut self) -> Result<Changes, Error> {
-        let Some(unsettled) = self.unsettled.take() else { return Ok(Changes::default()) };
+        let Some(pending) = self.pending.take() else { return Ok(Changes::default()) };
         let Some(wanted) = self.wanted.take() else { return Ok(Changes::default()) };
-        let in_step = std::mem::take(&mut self.in_step);
-        let ended = self.end(&unsettled, &wanted);
+        let in_sync = std::mem::take(&mut self.in_sync);
+        let ended = self.end(&pending, &wanted);
         self.wanted = Some(wanted);
         match &ended {
-            Ok(_) => self.in_step = in_step,
-            Err(_) => self.unsettled = Some(unsettled),
+            Ok(_) => self.in_sync = in_sync,
+            Err(_) => self.pending = Some(pending),
         }
         ended
     }
 
-    fn end(&mut self, unsettled: &Unsettled, wanted: &State) -> Result<Changes, Error> {
-        let sources = unsettled.sources.as_ref();
-        let stale = self.stale_connections(sources, wanted, &unsettled.egress_ips())?;
+    fn end(&mut self, pending: &PendingConnections, wanted: &State) -> Result<Changes, Error> {
+        let sources = pending.sources.as_ref();
+        let stale = self.stale_connections(sources, wanted, &pending.egress_ips())?;
         // The rules were the same before.
         let due_mark = |one: &Connection| one.due_mark(wanted, wanted);
         let changes = Changes::end(&stale, wanted.firewall.as_ref(), due_mark);
@@ -219,7 +219,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     }
 }
 
-impl Unsettled {
+impl PendingConnections {
     /// Returns a state with the previous local egress IPs and nothing else.
     fn egress_ips(&self) -> State {
         let eips = self.before.iter().filter(|(key, _)| matches!(key, Key::Eip(_)));
@@ -242,24 +242,24 @@ pub(super) fn current(before: State, found: Found) -> State {
 }
 
 fn merged(
-    unsettled: Option<Unsettled>,
+    pending: Option<PendingConnections>,
     sources: Option<BTreeSet<IpAddr>>,
     before: BTreeMap<Key, Option<Value>>,
-) -> Unsettled {
-    let Some(mut unsettled) = unsettled else { return Unsettled { sources, before } };
-    unsettled.sources = unsettled.sources.zip(sources).map(|(mut all, more)| {
+) -> PendingConnections {
+    let Some(mut pending) = pending else { return PendingConnections { sources, before } };
+    pending.sources = pending.sources.zip(sources).map(|(mut all, more)| {
         all.extend(more);
         all
     });
     for (key, value) in before {
         // The first value is the one by which connections were translated; an egress IP may have
         // been added and deleted since.
-        let first = unsettled.before.entry(key).or_insert_with(|| value.clone());
+        let first = pending.before.entry(key).or_insert_with(|| value.clone());
         if matches!(key, Key::Eip(_)) && first.is_none() {
             *first = value;
         }
     }
-    unsettled
+    pending
 }
 
 /// Returns whether the operation deletes an egress IP.

@@ -25,11 +25,11 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         policies: impl IntoIterator<Item = P>,
     ) -> Result<Report, Error> {
         let draft = Draft::new(cluster, policies)?;
-        let in_step = self.in_step;
+        let in_sync = self.in_sync;
         let observed = self.observe_before(&draft)?;
         // The datapath now reports drift from the observed state; the next call needs drift from
         // the wanted state.
-        self.in_step = in_step && self.wanted.as_ref() == Some(&observed);
+        self.in_sync = in_sync && self.wanted.as_ref() == Some(&observed);
         let (mut marks, mut tables) = (Lent::new(&mut self.marks), Lent::new(&mut self.tables));
         adopt(cluster, &observed, &mut marks, &mut tables);
         let numbered = draft.number(&mut marks, &mut tables);
@@ -37,7 +37,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         let (index, state) = numbered?;
         back?;
         let changes = Changes::between(&observed, &state);
-        let settled = self.settled && self.unsettled.is_none();
+        let settled = self.settled && self.pending.is_none();
         Ok(Report { changes, findings: index.findings(), settled })
     }
 }

@@ -49,25 +49,25 @@ pub enum ChainId {
     /// Packets with a gateway's mark: clears it before encapsulation, drops packets not tunnelled.
     Marked,
     /// Packets of our tracked connections: drops those that are not steered or translated any more.
-    Bound,
+    Tracked,
     /// Packets that imitate a tunnel packet of this node: drops them.
-    Injected,
+    SpoofedVxlan,
     /// Packets received from the tunnel.
-    Arrived,
+    FromTunnel,
     /// Class lookup by source, for packets whose mark does not give the class.
-    Select,
+    Classify,
     /// Segments of a TCP connection whose opening segment conntrack has not seen.
-    Midway,
+    MidStream,
     /// Mid-connection TCP segments: drops those from a destination that a policy selects.
-    Answering(Family),
+    ReplyCheck(Family),
     /// Packets of a selected pod: excludes those that no policy may take.
-    Admit(Family),
+    Exclude(Family),
     /// Policy lookup by class and destination.
-    Pick(Family),
+    SelectPolicy(Family),
     /// Action lookup by policy.
     Steer(Family),
     /// Action: translate the packet on this node.
-    Here,
+    LocalGateway,
     /// Action: leave the packet unchanged.
     Bypass,
     /// Action: steer the packet to the gateway with this mark.
@@ -77,7 +77,7 @@ pub enum ChainId {
     /// Policy lookup by class and destination, on the gateway node.
     Translate(Family),
     /// Egress IP lookup by policy: translates the source address.
-    Wear(Family),
+    Snat(Family),
     /// Egress hook base chain: sets a frame's MAC address to its gateway's and clears the mark.
     Egress,
 }
@@ -102,25 +102,25 @@ impl ChainId {
             "nat_postrouting" => Self::NatPostrouting,
             "guard" => Self::Guard,
             "marked" => Self::Marked,
-            "bound" => Self::Bound,
-            "injected" => Self::Injected,
-            "arrived" => Self::Arrived,
-            "select" => Self::Select,
-            "midway" => Self::Midway,
-            "answering4" => Self::Answering(V4),
-            "answering6" => Self::Answering(V6),
-            "admit4" => Self::Admit(V4),
-            "admit6" => Self::Admit(V6),
-            "pick4" => Self::Pick(V4),
-            "pick6" => Self::Pick(V6),
+            "tracked" => Self::Tracked,
+            "spoofed_vxlan" => Self::SpoofedVxlan,
+            "from_tunnel" => Self::FromTunnel,
+            "classify" => Self::Classify,
+            "mid_stream" => Self::MidStream,
+            "reply_check4" => Self::ReplyCheck(V4),
+            "reply_check6" => Self::ReplyCheck(V6),
+            "exclude4" => Self::Exclude(V4),
+            "exclude6" => Self::Exclude(V6),
+            "select_policy4" => Self::SelectPolicy(V4),
+            "select_policy6" => Self::SelectPolicy(V6),
             "steer4" => Self::Steer(V4),
             "steer6" => Self::Steer(V6),
-            "here" => Self::Here,
+            "local_gateway" => Self::LocalGateway,
             "bypass" => Self::Bypass,
             "translate4" => Self::Translate(V4),
             "translate6" => Self::Translate(V6),
-            "wear4" => Self::Wear(V4),
-            "wear6" => Self::Wear(V6),
+            "snat4" => Self::Snat(V4),
+            "snat6" => Self::Snat(V6),
             "egress" => Self::Egress,
             _ => {
                 let (way, digits) = name.split_once('_')?;
@@ -145,21 +145,21 @@ impl fmt::Display for ChainId {
             Self::NatPostrouting => f.write_str("nat_postrouting"),
             Self::Guard => f.write_str("guard"),
             Self::Marked => f.write_str("marked"),
-            Self::Bound => f.write_str("bound"),
-            Self::Injected => f.write_str("injected"),
-            Self::Arrived => f.write_str("arrived"),
-            Self::Select => f.write_str("select"),
-            Self::Midway => f.write_str("midway"),
-            Self::Answering(family) => write!(f, "answering{}", family.digit()),
-            Self::Admit(family) => write!(f, "admit{}", family.digit()),
-            Self::Pick(family) => write!(f, "pick{}", family.digit()),
+            Self::Tracked => f.write_str("tracked"),
+            Self::SpoofedVxlan => f.write_str("spoofed_vxlan"),
+            Self::FromTunnel => f.write_str("from_tunnel"),
+            Self::Classify => f.write_str("classify"),
+            Self::MidStream => f.write_str("mid_stream"),
+            Self::ReplyCheck(family) => write!(f, "reply_check{}", family.digit()),
+            Self::Exclude(family) => write!(f, "exclude{}", family.digit()),
+            Self::SelectPolicy(family) => write!(f, "select_policy{}", family.digit()),
             Self::Steer(family) => write!(f, "steer{}", family.digit()),
-            Self::Here => f.write_str("here"),
+            Self::LocalGateway => f.write_str("local_gateway"),
             Self::Bypass => f.write_str("bypass"),
             Self::To(mark) => write!(f, "to_{:08x}", mark.get()),
             Self::Via(mark) => write!(f, "via_{:08x}", mark.get()),
             Self::Translate(family) => write!(f, "translate{}", family.digit()),
-            Self::Wear(family) => write!(f, "wear{}", family.digit()),
+            Self::Snat(family) => write!(f, "snat{}", family.digit()),
             Self::Egress => f.write_str("egress"),
         }
     }

@@ -19,9 +19,9 @@ pub struct Tag(u32);
 
 impl Tag {
     /// Action: drop the packet.
-    pub const CLOSED: Self = Self(0x0001_0001);
+    pub const DENY: Self = Self(0x0001_0001);
     /// Action: translate the packet on this node.
-    pub const HERE: Self = Self(0x0001_0002);
+    pub const LOCAL: Self = Self(0x0001_0002);
     /// Action: leave the packet unchanged.
     pub const BYPASS: Self = Self(0x0001_0003);
 
@@ -66,8 +66,8 @@ pub enum Key {
     Gateway(Mark),
     /// In [`Set::Connection`].
     Connection(Mark),
-    /// In [`Set::Verdict`].
-    Verdict(Tag),
+    /// In [`Set::PolicyAction`].
+    PolicyAction(Tag),
     /// In [`Set::Steer`].
     Steer(Family, Tag),
     /// In [`Set::Snat`].
@@ -98,7 +98,7 @@ impl Key {
             Self::Eip(address) => Set::Eip(Family::of(address)),
             Self::Gateway(_) => Set::Gateway,
             Self::Connection(_) => Set::Connection,
-            Self::Verdict(_) => Set::Verdict,
+            Self::PolicyAction(_) => Set::PolicyAction,
             Self::Steer(family, _) => Set::Steer(family),
             Self::Snat(family, _) => Set::Snat(family),
             Self::Masquerade(family, _) => Set::Masquerade(family),
@@ -121,7 +121,7 @@ impl fmt::Display for Key {
             | Self::Source(address) => address.fmt(f),
             Self::Excluded(range) | Self::SourceNet(range) => range.fmt(f),
             Self::Gateway(mark) | Self::Connection(mark) | Self::NextHop(mark) => mark.fmt(f),
-            Self::Verdict(tag)
+            Self::PolicyAction(tag)
             | Self::Steer(_, tag)
             | Self::Snat(_, tag)
             | Self::Masquerade(_, tag)
@@ -232,7 +232,7 @@ mod tests {
     fn the_ways_out_of_all_gateways_are_distinct_tags() {
         let tags: BTreeSet<_> = (0..=u16::MAX).map(Tag::gateway).collect();
         assert_eq!(tags.len(), 65_536);
-        for tag in tags.into_iter().chain([Tag::CLOSED, Tag::HERE, Tag::BYPASS]) {
+        for tag in tags.into_iter().chain([Tag::DENY, Tag::LOCAL, Tag::BYPASS]) {
             assert_eq!(Tag::new(tag.get()), Some(tag));
         }
     }

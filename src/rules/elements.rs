@@ -357,7 +357,7 @@ mod tests {
             let noted = ours.rest().any(|(key, _)| matches!(key, Key::Source(_)));
             prop_assert_eq!(ours.has_noted_sources(), noted);
             let copy = ours.clone();
-            parted.insert(Key::Source(Ipv4Addr::new(1, 2, 3, 4).into()), large(Tag::HERE));
+            parted.insert(Key::Source(Ipv4Addr::new(1, 2, 3, 4).into()), large(Tag::LOCAL));
             prop_assert_eq!(&copy, &ours);
             let noted = |value: &Value| value.comment.is_some();
             ours.retain(|_, value| noted(value));

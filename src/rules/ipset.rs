@@ -27,7 +27,7 @@ pub enum Ipset {
     /// Sources with a single policy that takes every destination, each with the mark it sets.
     Marks(Family),
     /// Sources with a single policy that takes every destination and drops.
-    Closed(Family),
+    Denied(Family),
     /// Addresses of the other nodes on the underlay, the network that carries the tunnel.
     Peers(Family),
     /// Underlay addresses of this node, the destinations of tunnel packets.
@@ -53,7 +53,7 @@ impl Ipset {
             None => match rest {
                 "selected" => Self::Selected(family),
                 "marks" => Self::Marks(family),
-                "closed" => Self::Closed(family),
+                "denied" => Self::Denied(family),
                 "peers" => Self::Peers(family),
                 "underlay" => Self::Underlay(family),
                 "eips" => Self::EgressIps(family),
@@ -72,7 +72,7 @@ impl Ipset {
             | Self::Selected(family)
             | Self::Ignored(family)
             | Self::Marks(family)
-            | Self::Closed(family)
+            | Self::Denied(family)
             | Self::Peers(family)
             | Self::Underlay(family)
             | Self::EgressIps(family)
@@ -90,7 +90,7 @@ impl fmt::Display for Ipset {
             Self::Selected(_) => f.write_str("selected"),
             Self::Ignored(_) => f.write_str("ignore"),
             Self::Marks(_) => f.write_str("marks"),
-            Self::Closed(_) => f.write_str("closed"),
+            Self::Denied(_) => f.write_str("denied"),
             Self::Peers(_) => f.write_str("peers"),
             Self::Underlay(_) => f.write_str("underlay"),
             Self::EgressIps(_) => f.write_str("eips"),
@@ -193,7 +193,7 @@ mod tests {
                 Ipset::Selected(family),
                 Ipset::Ignored(family),
                 Ipset::Marks(family),
-                Ipset::Closed(family),
+                Ipset::Denied(family),
                 Ipset::Peers(family),
                 Ipset::EgressIps(family),
                 Ipset::Temporary(family),

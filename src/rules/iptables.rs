@@ -116,11 +116,11 @@ pub enum XtName {
     /// Source NAT to the egress IPs.
     SnatEip,
     /// Action: translate the packet on this node.
-    Here,
+    Local,
     /// Action: leave the packet unchanged.
     Clear,
     /// Action: drop the packet where it would leave the node, if it does.
-    Closed,
+    Denied,
     /// Action: steer the packet to the gateway with this mark.
     To(Mark),
 }
@@ -143,9 +143,9 @@ impl XtName {
                 "TUNNEL" => Self::Tunnel,
                 "NO-SNAT" => Self::NoSnat,
                 "SNAT-EIP" => Self::SnatEip,
-                "HERE" => Self::Here,
+                "LOCAL" => Self::Local,
                 "CLEAR" => Self::Clear,
-                "CLOSED" => Self::Closed,
+                "DENIED" => Self::Denied,
                 rest => {
                     let digits = rest.strip_prefix("TO-")?;
                     let chain = Self::To(Mark::new(u32::from_str_radix(digits, 16).ok()?));
@@ -180,9 +180,9 @@ impl fmt::Display for XtName {
             Self::Tunnel => "EGRESSGATEWAY-TUNNEL",
             Self::NoSnat => "EGRESSGATEWAY-NO-SNAT",
             Self::SnatEip => "EGRESSGATEWAY-SNAT-EIP",
-            Self::Here => "EGRESSGATEWAY-HERE",
+            Self::Local => "EGRESSGATEWAY-LOCAL",
             Self::Clear => "EGRESSGATEWAY-CLEAR",
-            Self::Closed => "EGRESSGATEWAY-CLOSED",
+            Self::Denied => "EGRESSGATEWAY-DENIED",
             Self::To(mark) => return write!(f, "EGRESSGATEWAY-TO-{:08x}", mark.get()),
         };
         f.write_str(name)

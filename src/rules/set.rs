@@ -66,17 +66,17 @@ pub enum Set {
     Eip(Family),
     /// Replies to terminated connections: source, destination, protocol and ports.
     ///
-    /// [`Op::HoldAnswers`](crate::Op::HoldAnswers) adds the elements. They expire after a timeout
+    /// [`Op::BlockReplies`](crate::Op::BlockReplies) adds the elements. They expire after a timeout
     /// and are not part of a state.
-    Answer(Family),
+    BlockedReply(Family),
     /// Replies to terminated connections of protocols without ports.
-    PortlessAnswer(Family),
+    PortlessBlockedReply(Family),
     /// Marks in use, in mark layouts without prefix.
     Gateway,
     /// Connection mark → verdict, where the first packet of a connection decides for all.
     Connection,
     /// Action → verdict.
-    Verdict,
+    PolicyAction,
     /// Policy → action.
     Steer(Family),
     /// Policy → egress IP.
@@ -116,8 +116,8 @@ impl Set {
             Self::Underlay(family),
             Self::Excluded(family),
             Self::Eip(family),
-            Self::Answer(family),
-            Self::PortlessAnswer(family),
+            Self::BlockedReply(family),
+            Self::PortlessBlockedReply(family),
             Self::Steer(family),
             Self::Snat(family),
             Self::Masquerade(family),
@@ -134,11 +134,13 @@ impl Set {
             Self::Underlay(family) => format!("underlay{}", family.digit()),
             Self::Excluded(family) => format!("excluded{}", family.digit()),
             Self::Eip(family) => format!("eip{}", family.digit()),
-            Self::Answer(family) => format!("answer{}", family.digit()),
-            Self::PortlessAnswer(family) => format!("answer{}_portless", family.digit()),
+            Self::BlockedReply(family) => format!("blocked_reply{}", family.digit()),
+            Self::PortlessBlockedReply(family) => {
+                format!("blocked_reply{}_portless", family.digit())
+            }
             Self::Gateway => "gateway_mark".into(),
             Self::Connection => "connection_mark".into(),
-            Self::Verdict => "way_out".into(),
+            Self::PolicyAction => "policy_action".into(),
             Self::Steer(family) => format!("steer{}", family.digit()),
             Self::Snat(family) => format!("snat{}", family.digit()),
             Self::Masquerade(family) => format!("masquerade{}", family.digit()),
@@ -163,13 +165,13 @@ impl Set {
             "excluded6" => Self::Excluded(V6),
             "eip4" => Self::Eip(V4),
             "eip6" => Self::Eip(V6),
-            "answer4" => Self::Answer(V4),
-            "answer6" => Self::Answer(V6),
-            "answer4_portless" => Self::PortlessAnswer(V4),
-            "answer6_portless" => Self::PortlessAnswer(V6),
+            "blocked_reply4" => Self::BlockedReply(V4),
+            "blocked_reply6" => Self::BlockedReply(V6),
+            "blocked_reply4_portless" => Self::PortlessBlockedReply(V4),
+            "blocked_reply6_portless" => Self::PortlessBlockedReply(V6),
             "gateway_mark" => Self::Gateway,
             "connection_mark" => Self::Connection,
-            "way_out" => Self::Verdict,
+            "policy_action" => Self::PolicyAction,
             "steer4" => Self::Steer(V4),
             "steer6" => Self::Steer(V6),
             "snat4" => Self::Snat(V4),
@@ -224,11 +226,11 @@ impl Set {
             | Self::Eip(family)
             | Self::Source(family)
             | Self::SourceNet(family) => pick(IP, family),
-            Self::Answer(family) => pick(ANSWER, family),
-            Self::PortlessAnswer(family) => pick(PORTLESS, family),
+            Self::BlockedReply(family) => pick(ANSWER, family),
+            Self::PortlessBlockedReply(family) => pick(PORTLESS, family),
             Self::Gateway | Self::Connection | Self::NextHop => &[Datum::Mark],
             Self::Destination(family, _) => pick(IP_CLASS, family),
-            Self::Verdict
+            Self::PolicyAction
             | Self::Steer(_)
             | Self::Snat(_)
             | Self::Masquerade(_)
@@ -253,12 +255,12 @@ impl Set {
             | Self::Underlay(_)
             | Self::Excluded(_)
             | Self::Eip(_)
-            | Self::Answer(_)
-            | Self::PortlessAnswer(_)
+            | Self::BlockedReply(_)
+            | Self::PortlessBlockedReply(_)
             | Self::Gateway
             | Self::Masquerade(_)
             | Self::Count(_) => None,
-            Self::Connection | Self::Verdict => Some(Datum::Verdict),
+            Self::Connection | Self::PolicyAction => Some(Datum::Verdict),
             Self::NextHop => Some(Datum::Ethernet),
             Self::Snat(family) => Some(Datum::of(family)),
             Self::Steer(_)
@@ -281,7 +283,7 @@ impl Set {
 
     /// Whether the set's elements expire after a timeout.
     pub(crate) const fn is_fleeting(self) -> bool {
-        matches!(self, Self::Answer(_) | Self::PortlessAnswer(_))
+        matches!(self, Self::BlockedReply(_) | Self::PortlessBlockedReply(_))
     }
 }
 
@@ -297,7 +299,7 @@ mod tests {
 
     #[test]
     fn set_names_read_back() {
-        let mut sets = vec![Set::Gateway, Set::Connection, Set::Verdict, Set::NextHop];
+        let mut sets = vec![Set::Gateway, Set::Connection, Set::PolicyAction, Set::NextHop];
         for family in Family::BOTH {
             sets.extend(Set::of(family));
             sets.push(Set::Count(family));

@@ -316,13 +316,13 @@ impl Stmt {
         Field::TcpFlags.has(MarkBits { mask: Self::SYN, value: 0 })
     }
 
-    /// A lookup of addresses and protocol in a set of [replies](Set::Answer).
+    /// A lookup of addresses and protocol in a set of [replies](Set::BlockedReply).
     ///
     /// Ports are part of the key where the set's keys have them.
     pub fn answers(set: Set) -> Self {
         let family = set.family().unwrap_or(Family::V4);
         let mut key = vec![Field::Source(family), Field::Destination(family), Field::Protocol];
-        if let Set::Answer(_) = set {
+        if let Set::BlockedReply(_) = set {
             key.extend([Field::SourcePort, Field::DestinationPort]);
         }
         let key = key.into_iter().map(Field::whole).collect();

@@ -16,7 +16,7 @@ use crate::types::NodeName;
 ///
 /// ```
 /// use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, NodeName, Packet, PolicyId};
-/// use egress_datapath::{Outcome, Reconciler, Sim, SimCluster, SimNode, Surroundings};
+/// use egress_datapath::{Outcome, Reconciler, Sim, SimCluster, SimNode, HostContext};
 ///
 /// let (a, b) = (NodeName::new("a")?, NodeName::new("b")?);
 /// let nodes = vec![
@@ -33,9 +33,9 @@ use crate::types::NodeName;
 /// };
 /// let mut sims = SimCluster::new(nodes.iter().map(|node| SimNode {
 ///     name: node.name.clone(),
-///     sim: Sim::new().surrounded_by(Surroundings {
+///     sim: Sim::new().with_host(HostContext {
 ///         local: node.underlay.clone(),
-///         ..Surroundings::default()
+///         ..HostContext::default()
 ///     }),
 ///     pods: Vec::new(),
 /// }));
@@ -64,7 +64,7 @@ pub struct SimCluster {
 pub struct SimNode {
     /// The node's name.
     pub name: NodeName,
-    /// The node's kernel; its `Surroundings` must include the node's underlay addresses.
+    /// The node's kernel; its `HostContext` must include the node's underlay addresses.
     pub sim: Sim,
     /// The address ranges of the node's pods.
     pub pods: Vec<IpNet>,
@@ -72,7 +72,7 @@ pub struct SimNode {
 
 /// The path of a packet through a cluster.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Journey {
+pub struct ClusterTrace {
     /// The decisions of each node; the fate is that on the last node.
     pub trace: Trace,
     /// The outcome.
@@ -131,14 +131,14 @@ impl SimCluster {
     ///
     /// From outside, it goes to the node that has its destination, or to the first node if no node
     /// has it.
-    pub fn send(&mut self, packet: Packet) -> Journey {
+    pub fn send(&mut self, packet: Packet) -> ClusterTrace {
         let pod = self.nodes.iter().position(|node| node.has_pod(packet.source));
         let at = pod.or_else(|| self.holder(packet.destination)).unwrap_or_default();
         self.journey(at, packet)
     }
 
     /// Sends a packet from outside to a node, even if another node has its destination.
-    pub fn send_to(&mut self, node: &NodeName, packet: Packet) -> Journey {
+    pub fn send_to(&mut self, node: &NodeName, packet: Packet) -> ClusterTrace {
         let at = self.nodes.iter().position(|other| other.name == *node);
         self.journey(at.unwrap_or(usize::MAX), packet)
     }
@@ -147,7 +147,7 @@ impl SimCluster {
         self.nodes.iter().position(|node| node.has(address))
     }
 
-    fn journey(&mut self, start: usize, packet: Packet) -> Journey {
+    fn journey(&mut self, start: usize, packet: Packet) -> ClusterTrace {
         let mut trace = Trace { packet, reasons: Vec::new(), fate: Fate::Dropped };
         let (mut at, mut next) = (start, Next::Packet(packet));
         for _ in 0..HOPS {
@@ -160,13 +160,13 @@ impl SimCluster {
             let named = |reason| Reason { node: Some(name.clone()), ..reason };
             trace.reasons.extend(here.reasons.into_iter().map(named));
             trace.fate = here.fate;
-            let end = |outcome| Journey { trace: trace.clone(), outcome };
+            let end = |outcome| ClusterTrace { trace: trace.clone(), outcome };
             match here.fate {
                 Fate::Dropped => return end(Outcome::Dropped { node: Some(name) }),
                 Fate::Delivered => return end(Outcome::Arrived { node: name, packet }),
                 Fate::Tunnelled(frame) => match self.holder(frame.to) {
                     Some(peer) => (at, next) = (peer, Next::Frame(frame)),
-                    None => return lost(trace, Some(name), format!("nobody has {}", frame.to)),
+                    None => return lost(trace, Some(name), format!("no node has {}", frame.to)),
                 },
                 Fate::Routed(_) => match self.holder(packet.destination) {
                     None => return end(Outcome::Left { node: name, packet }),
@@ -184,11 +184,11 @@ impl SimCluster {
     }
 }
 
-fn lost(mut trace: Trace, node: Option<NodeName>, object: String) -> Journey {
+fn lost(mut trace: Trace, node: Option<NodeName>, object: String) -> ClusterTrace {
     let decision = Decision::Dropped;
     trace.reasons.push(Reason { node: node.clone(), object, decision });
     trace.fate = Fate::Dropped;
-    Journey { trace, outcome: Outcome::Dropped { node } }
+    ClusterTrace { trace, outcome: Outcome::Dropped { node } }
 }
 
 impl SimNode {

@@ -5,7 +5,7 @@ use std::fmt::Display;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use super::notify::{Listener, Trust, Writer};
+use super::notify::{Freshness, Listener, Writer};
 use super::{LOST, SharedSim, Sim, SimWatch};
 use crate::count::Counts;
 use crate::datapath::{Datapath, Drift, Known, Observed, OnConnection};
@@ -31,8 +31,8 @@ pub struct SimDatapath {
     kernel: SharedSim,
     faults: Faults,
     writer: Writer,
-    ears: Arc<Listener>,
-    trust: Trust,
+    listener: Arc<Listener>,
+    freshness: Freshness,
     dead: bool,
 }
 
@@ -46,12 +46,12 @@ enum Answer<T> {
 impl SimDatapath {
     pub(super) fn new(kernel: SharedSim) -> Self {
         let mut sim = kernel.lock();
-        let writer = sim.bulletin.writer();
-        let ears = Listener::new(writer, None);
-        sim.bulletin.add(&ears);
+        let writer = sim.notifier.writer();
+        let listener = Listener::new(writer, None);
+        sim.notifier.add(&listener);
         drop(sim);
-        let (faults, trust) = (Faults::new(), Trust::default());
-        Self { kernel, faults, writer, ears, trust, dead: false }
+        let (faults, freshness) = (Faults::new(), Freshness::default());
+        Self { kernel, faults, writer, listener, freshness, dead: false }
     }
 
     /// The same datapath, with faults from its next call on.
@@ -70,7 +70,7 @@ impl SimDatapath {
     pub fn watch(&self) -> Result<SimWatch, KernelError> {
         let what = "watch the simulated kernel";
         let mut sim = self.kernel.lock();
-        if sim.bulletin.has_watch(self.writer) {
+        if sim.notifier.has_watch(self.writer) {
             return Err(KernelError::refused(what, errno::EBUSY));
         }
         let made = SimWatch::of(self.writer).map_err(|error| match error.raw_os_error() {
@@ -78,7 +78,7 @@ impl SimDatapath {
             None => KernelError::answer(what, "no descriptor could be made"),
         });
         let (watch, listener) = made?;
-        sim.bulletin.add(&listener);
+        sim.notifier.add(&listener);
         Ok(watch)
     }
 
@@ -179,7 +179,7 @@ impl SimDatapath {
         state.strays.extend(more);
         let what = format!("nft list table netdev {NFT_TABLE}");
         state.hook = self.list(Subsystem::Firewall, &what, |sim| sim.state.hook.clone())?;
-        self.trust.rest = true;
+        self.freshness.rest = true;
         Ok(state)
     }
 
@@ -214,13 +214,13 @@ impl SimDatapath {
                 }));
             }
         }
-        Err(KernelError::answer(what, "somebody changes nf_tables faster than it can be read"))
+        Err(KernelError::answer(what, "other programs change nf_tables faster than it can be read"))
     }
 
     fn read(&mut self) -> Result<State, KernelError> {
         // Earlier changes by other programs are covered by the read that follows.
-        let _heard = self.ears.take();
-        self.trust = Trust::default();
+        let _heard = self.listener.take();
+        self.freshness = Freshness::default();
         let mut state = self.read_rest()?;
         state.firewall = self.read_table()?;
         if self.kernel.lock().has_iptables() {
@@ -230,17 +230,17 @@ impl SimDatapath {
             state.xtables =
                 self.list(Subsystem::Iptables, what, |sim| sim.state.xtables.clone())?;
         }
-        self.trust.table = true;
+        self.freshness.table = true;
         Ok(state)
     }
 
     pub(super) fn drift(&mut self) -> Drift {
-        if self.trust.table && self.generation().is_err() {
-            self.trust.table = false;
+        if self.freshness.table && self.generation().is_err() {
+            self.freshness.table = false;
         }
         // A change before the generation reply has its notification queued before that reply.
-        self.trust.hear(&self.ears.take());
-        self.kernel.lock().drift_by(self.trust)
+        self.freshness.hear(&self.listener.take());
+        self.kernel.lock().drift_by(self.freshness)
     }
 
     /// Applies a step: one transaction, or one request after the other.
@@ -257,7 +257,7 @@ impl SimDatapath {
             }
         };
         if !made.1.is_empty() {
-            self.trust = Trust::default();
+            self.freshness = Freshness::default();
         }
         made
     }

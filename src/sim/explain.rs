@@ -2,7 +2,7 @@
 
 use super::packet::{Frame, Packet};
 use super::path::conntrack::Conntrack;
-use super::path::{Surroundings, Walk};
+use super::path::{HostContext, Walk};
 use super::trace::Trace;
 use crate::count::Counts;
 use crate::state::State;
@@ -66,7 +66,7 @@ fn alone(
     packet: Packet,
     go: impl FnOnce(&mut Walk<'_>) -> super::trace::Fate,
 ) -> Trace {
-    let (mut conntrack, around) = (Conntrack::default(), Surroundings::default());
+    let (mut conntrack, around) = (Conntrack::default(), HostContext::default());
     let mut walk = Walk {
         state,
         conntrack: &mut conntrack,

@@ -11,7 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use crate::datapath::Drift;
-use crate::event::Part;
+use crate::event::Component;
 use crate::state::{Route, RouteKey, State, StrayKind, StrayRouting};
 
 /// The writer of a change, as the kernel identifies it by the port id of a socket.
@@ -27,15 +27,15 @@ pub(super) enum Writer {
 
 /// A change that a writer made.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Written {
-    pub(super) parts: BTreeSet<Part>,
+pub(super) struct ChangeSet {
+    pub(super) parts: BTreeSet<Component>,
     /// Whether ipsets or iptables rules changed, for which the kernel sends no notification.
-    pub(super) untold: bool,
+    pub(super) unnotified: bool,
     /// Whether anything may have changed.
     pub(super) anything: bool,
 }
 
-impl Written {
+impl ChangeSet {
     /// Difference of two states in objects of rtnetlink, without changes the kernel does not
     /// notify.
     pub(super) fn between(before: &State, after: &State) -> Self {
@@ -44,25 +44,25 @@ impl Written {
             !before.strays.iter().filter(is).eq(after.strays.iter().filter(is))
         };
         let differs = [
-            (Part::Link, before.link != after.link),
-            (Part::Address, before.addresses != after.addresses),
-            (Part::Fdb, before.fdb != after.fdb),
-            (Part::Neighbour, before.neighbours != after.neighbours),
-            (Part::Route, routes_differ(before, after) || strays(StrayKind::Route)),
-            (Part::Rule, before.rules != after.rules || strays(StrayKind::Rule)),
+            (Component::Link, before.link != after.link),
+            (Component::Address, before.addresses != after.addresses),
+            (Component::Fdb, before.fdb != after.fdb),
+            (Component::Neighbour, before.neighbours != after.neighbours),
+            (Component::Route, routes_differ(before, after) || strays(StrayKind::Route)),
+            (Component::Rule, before.rules != after.rules || strays(StrayKind::Rule)),
         ];
         let parts = differs.into_iter().filter_map(|(part, differs)| differs.then_some(part));
         Self { parts: parts.collect(), ..Self::default() }
     }
 
     /// Whether a watch is notified of it.
-    pub(super) fn is_told(&self) -> bool {
+    pub(super) fn is_notified(&self) -> bool {
         self.anything || !self.parts.is_empty()
     }
 
     fn add(&mut self, other: &Self) {
         self.parts.extend(&other.parts);
-        self.untold |= other.untold;
+        self.unnotified |= other.unnotified;
         self.anything |= other.anything;
     }
 }
@@ -73,7 +73,7 @@ impl Written {
 /// (`fib_sync_down_dev`, `fib_disable_ip`).
 fn routes_differ(before: &State, after: &State) -> bool {
     let on_same_ground = before.link == after.link && before.addresses == after.addresses;
-    let is_told = |(key, route): (&RouteKey, &Route)| {
+    let is_notified = |(key, route): (&RouteKey, &Route)| {
         let goes_along = key.dst.addr().is_ipv4() && matches!(route, Route::Via(_));
         match after.routes.get(key) {
             Some(now) => now != route,
@@ -81,21 +81,21 @@ fn routes_differ(before: &State, after: &State) -> bool {
         }
     };
     let is_new = |key: &RouteKey| !before.routes.contains_key(key);
-    before.routes.iter().any(is_told) || after.routes.keys().any(is_new)
+    before.routes.iter().any(is_notified) || after.routes.keys().any(is_new)
 }
 
 /// Parts of the state that certainly are as last read and written.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Trust {
+pub(super) struct Freshness {
     pub(super) table: bool,
     pub(super) rest: bool,
 }
 
-impl Trust {
-    pub(super) fn hear(&mut self, written: &Written) {
-        let Written { parts, untold, anything } = written;
-        self.table &= !anything && !untold && !parts.contains(&Part::Firewall);
-        self.rest &= !anything && !parts.iter().any(|part| *part != Part::Firewall);
+impl Freshness {
+    pub(super) fn hear(&mut self, written: &ChangeSet) {
+        let ChangeSet { parts, unnotified, anything } = written;
+        self.table &= !anything && !unnotified && !parts.contains(&Component::Firewall);
+        self.rest &= !anything && !parts.iter().any(|part| *part != Component::Firewall);
     }
 
     pub(super) const fn drift(self) -> Drift {
@@ -111,32 +111,32 @@ impl Trust {
 #[derive(Debug)]
 pub(super) struct Listener {
     /// The writer whose changes are not delivered.
-    deaf_to: Writer,
+    muted: Writer,
     /// Changes since the last call of `take`.
-    heard: Mutex<Written>,
+    heard: Mutex<ChangeSet>,
     /// Wake-up of a watch; the listener of a datapath has none.
-    bell: Option<Arc<Bell>>,
+    event_fd: Option<Arc<EventFd>>,
 }
 
 impl Listener {
-    pub(super) fn new(deaf_to: Writer, bell: Option<Arc<Bell>>) -> Arc<Self> {
-        Arc::new(Self { deaf_to, heard: Mutex::default(), bell })
+    pub(super) fn new(muted: Writer, event_fd: Option<Arc<EventFd>>) -> Arc<Self> {
+        Arc::new(Self { muted, heard: Mutex::default(), event_fd })
     }
 
-    fn tell(&self, written: &Written) {
+    fn tell(&self, written: &ChangeSet) {
         let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
-        let first = written.is_told() && !heard.is_told();
+        let first = written.is_notified() && !heard.is_notified();
         heard.add(written);
-        if let Some(bell) = self.bell.as_ref().filter(|_| first) {
-            bell.ring();
+        if let Some(event_fd) = self.event_fd.as_ref().filter(|_| first) {
+            event_fd.signal();
         }
     }
 
     /// Takes the changes received so far.
-    pub(super) fn take(&self) -> Written {
+    pub(super) fn take(&self) -> ChangeSet {
         let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(bell) = &self.bell {
-            bell.hush();
+        if let Some(event_fd) = &self.event_fd {
+            event_fd.clear();
         }
         std::mem::take(&mut heard)
     }
@@ -144,18 +144,18 @@ impl Listener {
 
 /// All listeners; a clone of the simulator has none.
 #[derive(Debug, Default)]
-pub(super) struct Bulletin {
+pub(super) struct Notifier {
     listeners: Vec<Weak<Listener>>,
     datapaths: u32,
 }
 
-impl Clone for Bulletin {
+impl Clone for Notifier {
     fn clone(&self) -> Self {
         Self::default()
     }
 }
 
-impl Bulletin {
+impl Notifier {
     /// Registers a new datapath as a writer.
     pub(super) fn writer(&mut self) -> Writer {
         self.datapaths += 1;
@@ -170,7 +170,7 @@ impl Bulletin {
     /// Whether a watch of this writer exists.
     pub(super) fn has_watch(&self, writer: Writer) -> bool {
         let mut alive = self.listeners.iter().filter_map(Weak::upgrade);
-        alive.any(|listener| listener.deaf_to == writer && listener.bell.is_some())
+        alive.any(|listener| listener.muted == writer && listener.event_fd.is_some())
     }
 
     pub(super) fn is_read(&self) -> bool {
@@ -178,9 +178,9 @@ impl Bulletin {
     }
 
     /// Notifies all listeners but the writer.
-    pub(super) fn tell(&self, writer: Writer, written: &Written) {
+    pub(super) fn tell(&self, writer: Writer, written: &ChangeSet) {
         for listener in self.listeners.iter().filter_map(Weak::upgrade) {
-            if listener.deaf_to != writer {
+            if listener.muted != writer {
                 listener.tell(written);
             }
         }
@@ -189,7 +189,7 @@ impl Bulletin {
 
 /// Wake-up of a file descriptor, on platforms that have file descriptors.
 #[derive(Debug)]
-pub(super) struct Bell {
+pub(super) struct EventFd {
     #[cfg(unix)]
     rung: UnixStream,
     #[cfg(unix)]
@@ -197,7 +197,7 @@ pub(super) struct Bell {
 }
 
 #[cfg(unix)]
-impl Bell {
+impl EventFd {
     pub(super) fn new() -> io::Result<Self> {
         let (rung, heard) = UnixStream::pair()?;
         rung.set_nonblocking(true)?;
@@ -205,34 +205,34 @@ impl Bell {
         Ok(Self { rung, heard })
     }
 
-    pub(super) fn ring(&self) {
+    pub(super) fn signal(&self) {
         // If the buffer is full, the descriptor is already readable.
         let _full = (&self.rung).write(&[0]);
     }
 
-    pub(super) fn hush(&self) {
+    pub(super) fn clear(&self) {
         let mut rings = [0; 64];
         while (&self.heard).read(&mut rings).is_ok_and(|read| read > 0) {}
     }
 }
 
 #[cfg(unix)]
-impl AsFd for Bell {
+impl AsFd for EventFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.heard.as_fd()
     }
 }
 
 #[cfg(not(unix))]
-impl Bell {
+impl EventFd {
     #[expect(clippy::unnecessary_wraps, reason = "elsewhere it needs a descriptor")]
     pub(super) const fn new() -> io::Result<Self> {
         Ok(Self {})
     }
 
     #[expect(clippy::unused_self, reason = "elsewhere it has something to ring")]
-    pub(super) const fn ring(&self) {}
+    pub(super) const fn signal(&self) {}
 
     #[expect(clippy::unused_self, reason = "elsewhere it has something to hush")]
-    pub(super) const fn hush(&self) {}
+    pub(super) const fn clear(&self) {}
 }

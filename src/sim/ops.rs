@@ -2,7 +2,7 @@
 
 use std::collections::btree_map::Entry;
 
-use super::side_effects::{Footing, follow, has_ipv6};
+use super::side_effects::{LinkSnapshot, follow, has_ipv6};
 use crate::diff::op::Op;
 use crate::error::errno;
 use crate::state::{
@@ -35,7 +35,7 @@ pub(super) fn make(state: &mut State, op: &Op) -> Result<(), Errno> {
 }
 
 fn rtnetlink(state: &mut State, op: &Op) -> Result<(), Errno> {
-    let was = Footing::of(state);
+    let was = LinkSnapshot::of(state);
     request(state, op)?;
     follow(&was, state);
     Ok(())
@@ -229,7 +229,7 @@ fn nft(firewall: &mut Firewall, op: &Op) -> Result<(), Errno> {
             firewall.strays.remove(stray).then_some(()).ok_or(errno::ENOENT)
         }
         // The set of the element does not exist.
-        Op::HoldAnswers(_) => Err(errno::ENOENT),
+        Op::BlockReplies(_) => Err(errno::ENOENT),
         _ => Err(errno::EINVAL),
     }
 }

@@ -146,9 +146,9 @@ impl Connection {
         Packet {
             protocol: self.protocol,
             source: self.peer,
-            source_port: self.peer_port,
-            destination: self.wears,
-            destination_port: self.wears_port,
+            source_port: self.reply_source_port,
+            destination: self.snat_address,
+            destination_port: self.snat_port,
         }
     }
 }

@@ -31,14 +31,14 @@ use skb::{Skb, Tracking};
 
 /// Addresses of a simulated host, beside the objects of this crate.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Surroundings {
+pub struct HostContext {
     /// Addresses of the node: packets to them are delivered, not forwarded.
     pub local: Vec<IpAddr>,
     /// Source address of the node's own packets by destination; the longest prefix decides.
     pub own: Vec<(IpNet, IpAddr)>,
 }
 
-impl Surroundings {
+impl HostContext {
     fn own(&self, destination: IpAddr) -> Option<IpAddr> {
         let nets = self.own.iter().filter(|(net, _)| net.contains(&destination));
         nets.max_by_key(|(net, _)| net.prefix_len()).map(|(_, address)| *address)
@@ -50,7 +50,7 @@ pub(crate) struct Walk<'a> {
     pub(crate) state: &'a State,
     pub(crate) conntrack: &'a mut Conntrack,
     pub(crate) counts: &'a mut Counts,
-    pub(crate) around: &'a Surroundings,
+    pub(crate) around: &'a HostContext,
     pub(crate) reasons: Vec<Reason>,
 }
 

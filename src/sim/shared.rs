@@ -13,7 +13,7 @@ use crate::state::State;
 ///
 /// ```
 /// # use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, NodeName, PolicyId};
-/// use egress_datapath::{Part, Reconciler, SharedSim};
+/// use egress_datapath::{Component, Reconciler, SharedSim};
 /// # let node = Node::new(NodeName::new("a")?, vec!["10.10.0.11".parse()?], vec!["172.31.0.11/16".parse()?]);
 /// # let cluster = Cluster::new(NodeName::new("a")?, vec![node], vec!["10.244.0.0/16".parse()?]);
 /// # let policy = EgressPolicy::new(
@@ -29,8 +29,8 @@ use crate::state::State;
 /// assert!(watch.drain()?.is_empty(), "nobody else has written");
 ///
 /// kernel.edit(|state| state.firewall = None); // as `nft flush ruleset` does
-/// let news = watch.drain()?; // a loop waits for `watch.as_fd()` before
-/// assert_eq!(news.changed, [Part::Firewall].into());
+/// let events = watch.drain()?; // a loop waits for `watch.as_fd()` before
+/// assert_eq!(events.changed, [Component::Firewall].into());
 /// assert!(!egress.repair()?.changes.is_empty());
 /// assert!(watch.drain()?.is_empty());
 /// # Ok::<(), Box<dyn std::error::Error>>(())

@@ -14,12 +14,12 @@ pub(super) const fn has_ipv6(link: &Vxlan) -> bool {
 
 /// The properties that other objects depend on: the VXLAN device, and having an IPv4 address.
 #[derive(Clone, Debug)]
-pub(super) struct Footing {
+pub(super) struct LinkSnapshot {
     link: Option<Vxlan>,
     ipv4: bool,
 }
 
-impl Footing {
+impl LinkSnapshot {
     pub(super) fn of(state: &State) -> Self {
         let ipv4 = state.addresses.iter().any(|net| net.addr().is_ipv4());
         Self { link: state.link.clone(), ipv4 }
@@ -30,7 +30,7 @@ impl Footing {
 ///
 /// `was` is the footing before the change. Removed objects do not return when the change is
 /// reverted.
-pub(super) fn follow(was: &Footing, state: &mut State) {
+pub(super) fn follow(was: &LinkSnapshot, state: &mut State) {
     match (&was.link, state.link.clone()) {
         (Some(_), None) => {
             state.addresses.clear();
@@ -54,7 +54,7 @@ pub(super) fn follow(was: &Footing, state: &mut State) {
         }
         (None, _) => {}
     }
-    if was.ipv4 && !Footing::of(state).ipv4 {
+    if was.ipv4 && !LinkSnapshot::of(state).ipv4 {
         // IPv4 on the interface ends with its last address (`fib_inetaddr_event`).
         gone_with_device(state, |address| address.is_ipv4());
     }

@@ -51,7 +51,7 @@ fn policy(gateway: &str) -> EgressPolicy {
 fn sims() -> SimCluster {
     let node = |(of, number): (&str, u8)| SimNode {
         name: name(of),
-        sim: Sim::new().surrounded_by(Surroundings {
+        sim: Sim::new().with_host(HostContext {
             local: vec![ip(&format!("10.10.0.1{number}"))],
             own: vec![("0.0.0.0/0".parse().unwrap(), ip(&format!("10.10.0.1{number}")))],
         }),
@@ -72,7 +72,7 @@ fn sim<'a>(sims: &'a mut SimCluster, of: &str) -> &'a mut Sim {
 }
 
 /// Node and source address with which a packet left the cluster.
-fn left(journey: &Journey) -> Option<(&str, IpAddr)> {
+fn left(journey: &ClusterTrace) -> Option<(&str, IpAddr)> {
     match &journey.outcome {
         Outcome::Left { node, packet } => Some((node.as_str(), packet.source)),
         _ => None,
@@ -99,7 +99,9 @@ fn a_connection_is_translated_there_and_back() {
     }
     let trace = sims.send(asked()).trace;
     assert!(
-        trace.to_string().contains("connection: translated as the connection began"),
+        trace
+            .to_string()
+            .contains("connection: translated like the first packet of the connection"),
         "{trace}"
     );
 }
@@ -119,7 +121,7 @@ fn the_first_packet_of_a_connection_decides_until_the_connection_is_looked_at() 
         }
     };
     everywhere(&mut sims, &[policy("b")]);
-    let unasked = |journey: &Journey| journey.trace.class().is_none();
+    let unasked = |journey: &ClusterTrace| journey.trace.class().is_none();
     assert!(!unasked(&sims.send(asked())));
     assert!(unasked(&sims.send(asked())), "the second packet is asked for nothing");
 
@@ -217,7 +219,7 @@ fn the_guards_hold_what_was_ours_and_is_not_steered_any_more() {
     let journey = sims.send(asked());
     assert_eq!(journey.outcome, Outcome::Dropped { node: Some(name("a")) });
     let by = journey.trace.dropped_by().unwrap().object.clone();
-    assert!(by.starts_with("chain bound ct direction original "), "{by}");
+    assert!(by.starts_with("chain tracked ct direction original "), "{by}");
 }
 
 #[test]
@@ -335,7 +337,7 @@ fn an_answer_that_comes_late_does_not_turn_a_connection_around() {
     assert_eq!(left(&sims.send(asked())), Some(("b", ip(EIP))));
     // After the timeout and without conntrack entries, the packet opens a new connection.
     sim(&mut sims, "a").forget_connections();
-    sim(&mut sims, "a").pass(Connection::ANSWERS_HELD);
+    sim(&mut sims, "a").pass(Connection::REPLY_BLOCK_TIME);
     let new = sims.send(packet.reply());
     assert!(matches!(new.outcome, Outcome::Arrived { .. }), "{}", new.trace);
 }

@@ -43,13 +43,13 @@ pub enum Decision {
     /// The comment gives the policy's id; `None` if no element has one.
     Policy(Tag, Option<Comment>),
     /// This policy of the class also takes the destination, but with lower precedence.
-    Overlapped(Tag, Option<Comment>),
+    Shadowed(Tag, Option<Comment>),
     /// The packet is steered to this gateway, named by the comment.
     Gateway(Option<Comment>),
     /// The packet is translated on this node.
-    Here,
+    Local,
     /// The packet is left unchanged.
-    LeftAlone,
+    Bypass,
     /// The firewall mark is now this.
     Mark(Mark),
     /// The connection mark now has this value in these bits.
@@ -67,9 +67,9 @@ pub enum Decision {
     /// The packet was received from the tunnel.
     Received,
     /// The source is translated to this address; `None` is the node's own address.
-    Wears(Option<IpAddr>),
+    Snat(Option<IpAddr>),
     /// The source is kept, and no other rule can translate it.
-    Bound,
+    SourceKept,
     /// The packet belongs to a known connection and is translated as its first packet was.
     Connection,
     /// The packet is dropped.
@@ -117,9 +117,9 @@ impl Trace {
     }
 
     /// The ids of overlapping policies of the class, which would take the packet without that one.
-    pub fn overlapped(&self) -> impl Iterator<Item = &str> {
+    pub fn shadowed(&self) -> impl Iterator<Item = &str> {
         self.reasons.iter().filter_map(|reason| match &reason.decision {
-            Decision::Overlapped(_, Some(id)) => Some(id.as_str()),
+            Decision::Shadowed(_, Some(id)) => Some(id.as_str()),
             _ => None,
         })
     }
@@ -151,7 +151,7 @@ impl Trace {
     /// The address that the source is translated to.
     pub fn egress_ip(&self) -> Option<IpAddr> {
         self.find(|reason| match reason.decision {
-            Decision::Wears(address) => address,
+            Decision::Snat(address) => address,
             _ => None,
         })
     }
@@ -176,8 +176,8 @@ impl fmt::Display for Decision {
                 named(f, id.as_ref())?;
                 write!(f, " ({tag})")
             }
-            Self::Overlapped(tag, id) => {
-                f.write_str("comes after it: policy")?;
+            Self::Shadowed(tag, id) => {
+                f.write_str("shadowed policy")?;
                 named(f, id.as_ref())?;
                 write!(f, " ({tag})")
             }
@@ -185,8 +185,8 @@ impl fmt::Display for Decision {
                 f.write_str("gateway")?;
                 named(f, name.as_ref())
             }
-            Self::Here => f.write_str("leaves from this node"),
-            Self::LeftAlone => f.write_str("left alone"),
+            Self::Local => f.write_str("translated on this node"),
+            Self::Bypass => f.write_str("left unchanged"),
             Self::Mark(mark) => write!(f, "mark {mark}"),
             Self::ConnectionMark(MarkBits { mask, value }) => {
                 write!(f, "connection mark {value:#010x}/{mask:#010x}")
@@ -196,13 +196,13 @@ impl fmt::Display for Decision {
             Self::Via(address) => write!(f, "neighbour {address}"),
             Self::Ethernet(mac) => write!(f, "Ethernet address {mac}"),
             Self::Tunnel(node) => write!(f, "through the tunnel to {node}"),
-            Self::Received => f.write_str("came out of the tunnel"),
-            Self::Wears(Some(address)) => write!(f, "wears {address}"),
-            Self::Wears(None) => f.write_str("wears the node's own address"),
-            Self::Bound => f.write_str("keeps its source, whoever else would change it"),
-            Self::Connection => f.write_str("translated as the connection began"),
+            Self::Received => f.write_str("received from the tunnel"),
+            Self::Snat(Some(address)) => write!(f, "SNAT to {address}"),
+            Self::Snat(None) => f.write_str("SNAT to the node's own address"),
+            Self::SourceKept => f.write_str("source kept: no other SNAT applies"),
+            Self::Connection => f.write_str("translated like the first packet of the connection"),
             Self::Dropped => f.write_str("dropped"),
-            Self::Unknown => f.write_str("not understood, taken not to match"),
+            Self::Unknown => f.write_str("unknown rule, treated as no match"),
         }
     }
 }
@@ -294,7 +294,7 @@ mod serialize {
             fields.serialize_field("packet", &self.packet)?;
             fields.serialize_field("class", &self.class().map(|class| class.to_string()))?;
             fields.serialize_field("policy", &self.policy())?;
-            fields.serialize_field("overlapped", &self.overlapped().collect::<Vec<_>>())?;
+            fields.serialize_field("shadowed", &self.shadowed().collect::<Vec<_>>())?;
             fields.serialize_field("gateway", &self.gateway())?;
             fields.serialize_field("mark", &self.mark())?;
             fields.serialize_field("table", &self.table().map(crate::types::TableId::get))?;

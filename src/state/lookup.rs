@@ -13,15 +13,15 @@ use crate::types::{Family, Mark};
 
 /// The action for a packet, by its source and its destination after destination NAT.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum WayOut {
+pub(crate) enum Action {
     /// No policy takes the packet.
     None,
     /// The packet is dropped.
-    Closed,
+    Deny,
     /// The packet is sent to the gateway with this mark.
-    To(Mark),
+    Gateway(Mark),
     /// The packet leaves from this node with this source address; `None` is the node's own address.
-    Here(Option<IpAddr>),
+    Local(Option<IpAddr>),
 }
 
 /// The part of connection marks that caches the gateway of a connection.
@@ -38,11 +38,11 @@ impl State {
     ///
     /// If both nf_tables and iptables have our rules, one backend is about to be removed and they
     /// agree.
-    pub(crate) fn way_out(&self, source: IpAddr, destination: IpAddr) -> WayOut {
+    pub(crate) fn action(&self, source: IpAddr, destination: IpAddr) -> Action {
         match (&self.firewall, self.xtables.values().next()) {
-            (Some(firewall), _) => firewall.way_out(source, destination),
-            (None, Some(tables)) => tables.way_out(&self.ipsets, source, destination),
-            (None, None) => WayOut::None,
+            (Some(firewall), _) => firewall.action(source, destination),
+            (None, Some(tables)) => tables.action(&self.ipsets, source, destination),
+            (None, None) => Action::None,
         }
     }
 
@@ -65,7 +65,7 @@ impl State {
     }
 
     /// Whether an address is an egress IP that connections use as source on this node.
-    pub(crate) fn speaks_as(&self, address: IpAddr) -> bool {
+    pub(crate) fn is_local_egress_ip(&self, address: IpAddr) -> bool {
         let spoken = |table: &Firewall| table.elements.contains_key(&Key::Eip(address));
         self.firewall.as_ref().is_some_and(spoken)
     }
@@ -78,22 +78,26 @@ impl State {
 
 impl Firewall {
     /// The action for the first packet of a connection.
-    pub(crate) fn way_out(&self, source: IpAddr, destination: IpAddr) -> WayOut {
+    pub(crate) fn action(&self, source: IpAddr, destination: IpAddr) -> Action {
         let family = Family::of(source);
         let Some(policy) = self.class_of(source).and_then(|class| {
             let excluded =
                 self.overlapping(&Key::Excluded(IpRange::from(IpNet::from(destination))));
             if excluded.is_some() { None } else { self.policy_of(class, destination) }
         }) else {
-            return WayOut::None;
+            return Action::None;
         };
-        let way_out = self.tag(&Key::Steer(family, policy));
-        match way_out.and_then(|tag| self.elements.get(&Key::Verdict(tag))).map(|value| value.data)
+        let action = self.tag(&Key::Steer(family, policy));
+        match action
+            .and_then(|tag| self.elements.get(&Key::PolicyAction(tag)))
+            .map(|value| value.data)
         {
-            Some(Data::Verdict(Verdict::Goto(ChainId::To(mark)))) => WayOut::To(mark),
-            Some(Data::Verdict(Verdict::Goto(ChainId::Here))) => self.worn(family, policy),
-            Some(Data::Verdict(Verdict::Goto(ChainId::Bypass))) => WayOut::None,
-            _ => WayOut::Closed,
+            Some(Data::Verdict(Verdict::Goto(ChainId::To(mark)))) => Action::Gateway(mark),
+            Some(Data::Verdict(Verdict::Goto(ChainId::LocalGateway))) => {
+                self.translation(family, policy)
+            }
+            Some(Data::Verdict(Verdict::Goto(ChainId::Bypass))) => Action::None,
+            _ => Action::Deny,
         }
     }
 
@@ -117,11 +121,13 @@ impl Firewall {
             .or_else(|| self.tag(&Key::Any(family, class)))
     }
 
-    fn worn(&self, family: Family, policy: Tag) -> WayOut {
+    fn translation(&self, family: Family, policy: Tag) -> Action {
         match self.elements.get(&Key::Snat(family, policy)).map(|value| value.data) {
-            Some(Data::Address(address)) => WayOut::Here(Some(address)),
-            _ if self.elements.contains_key(&Key::Masquerade(family, policy)) => WayOut::Here(None),
-            _ => WayOut::Closed,
+            Some(Data::Address(address)) => Action::Local(Some(address)),
+            _ if self.elements.contains_key(&Key::Masquerade(family, policy)) => {
+                Action::Local(None)
+            }
+            _ => Action::Deny,
         }
     }
 
@@ -157,7 +163,7 @@ impl Firewall {
         let rules = self.chains.get(&ChainId::Forward).map_or(&[][..], |(_, rules)| rules);
         rules.iter().any(|rule| {
             let ours = |one: &Stmt| one.tests(Field::CtMark).is_some_and(|bits| bits.are_in(mark));
-            rule.0.last() == Some(&Stmt::Goto(ChainId::Bound)) && rule.0.iter().any(ours)
+            rule.0.last() == Some(&Stmt::Goto(ChainId::Tracked)) && rule.0.iter().any(ours)
         })
     }
 }

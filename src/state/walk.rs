@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use super::lookup::WayOut;
+use super::lookup::Action;
 use crate::rules::ipset::{Ipset, IpsetContents, Member};
 use crate::rules::iptables::{
     Is, Side, XtChain, XtMatch, XtName, XtRule, XtTable, XtTarget, Xtables,
@@ -36,34 +36,34 @@ enum End {
 
 impl Xtables {
     /// The action for the first packet of a connection, by its destination after destination NAT.
-    pub(crate) fn way_out(&self, sets: &Ipsets, source: IpAddr, destination: IpAddr) -> WayOut {
+    pub(crate) fn action(&self, sets: &Ipsets, source: IpAddr, destination: IpAddr) -> Action {
         let mut packet = Packet { chains: &self.chains, sets, source, destination, mark: 0 };
         let family = Family::of(source);
         // The jump to the chain has this match.
         if !packet.holds(&XtMatch::Set(Is::So, Ipset::Selected(family), Side::Src)) {
-            return WayOut::None;
+            return Action::None;
         }
         if let End::Dropped = packet.walk(XtTable::Mangle, XtName::MarkRequest, 0) {
-            return WayOut::Closed;
+            return Action::Deny;
         }
         if packet.mark == 0 {
-            return WayOut::None;
+            return Action::None;
         }
         let chain = |name| self.chains.get(&XtChain { family, table: XtTable::Mangle, name });
-        let closed = chain(XtName::Closed).into_iter().flatten();
+        let closed = chain(XtName::Denied).into_iter().flatten();
         if closed
             .map(|rule| &rule.target)
             .any(|target| matches!(target, XtTarget::SetMark(bits) if bits.are_in(packet.mark)))
         {
-            return WayOut::Closed;
+            return Action::Deny;
         }
         let mark = Mark::new(packet.mark);
         if chain(XtName::To(mark)).is_some() {
-            return WayOut::To(mark);
+            return Action::Gateway(mark);
         }
         match packet.walk(XtTable::Nat, XtName::SnatEip, 0) {
-            End::Translated(address) => WayOut::Here(address),
-            End::Through | End::Dropped => WayOut::Closed,
+            End::Translated(address) => Action::Local(address),
+            End::Through | End::Dropped => Action::Deny,
         }
     }
 

@@ -62,8 +62,8 @@ fn a_whole_life() {
                 ],
                 "policies": [{
                     "id": "default/p1",
-                    "ipv4": {"way_out": "gateway", "gateway": "b", "egress_ip": null},
-                    "ipv6": {"way_out": "closed", "gateway": null, "egress_ip": null},
+                    "ipv4": {"action": "gateway", "gateway": "b", "egress_ip": null},
+                    "ipv6": {"action": "deny", "gateway": null, "egress_ip": null},
                 }],
                 "sources": {
                     "ipv4": {"addresses": 1, "ranges": 0}, "ipv6": {"addresses": 1, "ranges": 0},
@@ -77,7 +77,7 @@ fn a_whole_life() {
         let here = File::new(&changed("/policies/0/gateway", json!("a")));
         done(&["apply", "--node", "a", "--cluster", here.path()]);
         let people = done(&["show"]);
-        assert!(people.contains("\npolicy: default/p1 IPv4 here as 203.0.113.200\n"), "{people}");
+        assert!(people.contains("\npolicy: default/p1 IPv4 local as 203.0.113.200\n"), "{people}");
 
         let counted = File::new(&changed("/policy_counters", json!(true)));
         done(&["apply", "--node", "a", "--cluster", counted.path()]);
@@ -111,7 +111,7 @@ fn explained(file: &str) {
     assert_eq!(here["policy"], "default/p1", "{text}");
     assert_eq!((&here["gateway"], &json["node"]), (&json!("b"), &json!("a")), "{text}");
     assert_eq!(here["fate"], json!({"end": "tunnelled", "to": "10.10.0.12", "source": null}));
-    assert_eq!(here["overlapped"], json!([]), "{text}");
+    assert_eq!(here["shadowed"], json!([]), "{text}");
     assert!(here["class"].is_string() && here["mark"].is_string() && here["table"].is_u64());
     let objects: Vec<_> =
         here["reasons"].as_array().unwrap().iter().map(|r| r["object"].as_str().unwrap()).collect();
@@ -135,7 +135,7 @@ fn explained(file: &str) {
         "on a: ICMP type 8 10.244.1.10 to 198.51.100.7\n  element source4 { 10.244.1.10 }: ";
     assert!(text.starts_with(begin), "{text}");
     assert!(text.contains("\non b, by the file: ICMP type 8 "), "{text}");
-    assert!(text.contains(" { b49e:c3f0 } \"default/p1\": wears 203.0.113.200\n"), "{text}");
+    assert!(text.contains(" { b49e:c3f0 } \"default/p1\": SNAT to 203.0.113.200\n"), "{text}");
     let end = "\ngoes by the host's own routes as 203.0.113.200\n";
     assert!(text.ends_with(end), "{text}");
     // IPv6 has no tunnel, another destination no policy, another pod no class.
@@ -228,7 +228,7 @@ fn a_node_is_taken_over() {
         assert!(found.contains(line), "{found}");
         let (code, out, message) = run(&[&["takeover"][..], &options].concat());
         assert_eq!((code, out.as_str()), (Some(2), ""), "{message}");
-        let why = "tunnel: device egress.vxlan exists and is not ours; set another device name";
+        let why = "tunnel: device egress.vxlan exists and was not created by this crate; set another device name";
         assert!(message.contains(why), "{message}");
 
         let mut other = good();

@@ -86,7 +86,9 @@ pub(crate) fn all(whole: &State, plants: bool) -> Vec<Edit> {
     closed.push(vec![format!("nft add rule {table} forward counter")]);
     closed.push(vec![format!("nft add chain {table} stray")]);
     let mut open = Vec::new();
-    for chain in ["prerouting", "pick4", "pick6", "steer4", "steer6", "here"] {
+    for chain in
+        ["prerouting", "select_policy4", "select_policy6", "steer4", "steer6", "local_gateway"]
+    {
         open.push(vec![format!("nft flush chain {table} {chain}")]);
     }
     for map in ["source4", "source6", "any4", "any6"] {

@@ -58,7 +58,7 @@ impl Keeper {
         Ok(())
     }
 
-    /// Repairs whenever there is news, until it is to stop.
+    /// Repairs whenever there is events, until it is to stop.
     pub(crate) fn keep(&mut self, stop: &AtomicBool) -> std::result::Result<Kept, String> {
         let mut kept = Kept::default();
         let mut again = false;
@@ -68,8 +68,8 @@ impl Keeper {
                 let mut fds = [PollFd::from_borrowed_fd(self.watch.as_fd(), PollFlags::IN)];
                 poll(&mut fds, Some(&patience)).map_err(|error| error.to_string())?;
             }
-            let news = self.watch.drain().map_err(|error| error.to_string())?;
-            if news.is_empty() && !again {
+            let events = self.watch.drain().map_err(|error| error.to_string())?;
+            if events.is_empty() && !again {
                 continue;
             }
             // Refused means that the hand was quicker, between reading and writing.

@@ -77,9 +77,9 @@ fn chaos(lab: &Lab, ownership: Ownership, seed: u64, time: Duration) -> Result<V
     // Every repair lists all connections, and those of the flood never come again.
     stream::forget_after(lab, "0")?;
     let stop = AtomicBool::new(false);
-    let wears = [EIP_B];
+    let allowed = [EIP_B];
     let pods = [(&lab.pod_a, POD_A), (&lab.pod_b, POD_B)];
-    let pods = pods.map(|(netns, address)| Pod { netns, address, wears: &wears });
+    let pods = pods.map(|(netns, address)| Pod { netns, address, allowed: &allowed });
     let ((done, kept), tally) = thread::scope(|scope| -> Result<_> {
         let keeping: Vec<_> =
             keepers.iter_mut().map(|keeper| scope.spawn(|| keeper.keep(&stop))).collect();

@@ -62,7 +62,7 @@ pub(crate) struct Change {
     /// What changes.
     pub(crate) name: &'static str,
     /// The sources that are right for the pod on the client and for the one on the gateway.
-    pub(crate) wears: [&'static [Pair]; 2],
+    pub(crate) allowed: [&'static [Pair]; 2],
     /// The bits of the marks.
     pub(crate) marks: MarkLayout,
     /// Where the packets go.

@@ -26,7 +26,7 @@ const FULL: Size =
 const A_MILLION: Size = Size { packets: 1_000_000, per_second: 20_000, ..FULL };
 const USUAL: Change = Change {
     name: "",
-    wears: [&[EIP_B]; 2],
+    allowed: [&[EIP_B]; 2],
     marks: MarkLayout::SEED,
     to: To::Server,
     loss: Loss::None,
@@ -90,20 +90,20 @@ pub(crate) const ALL: &[Change] = &[
     Change {
         name: "move, other egress IP",
         loss: Loss::Few,
-        wears: EITHER,
+        allowed: EITHER,
         round: moved_otherwise,
         ..USUAL
     },
     Change {
         name: "move, marks without prefix",
-        wears: EITHER,
+        allowed: EITHER,
         marks: MarkLayout::COMPACT,
         loss: Loss::Few,
         round: moved_otherwise,
         ..USUAL
     },
     Change { name: "move of all there is", loss: Loss::Any, round: moved, ..USUAL },
-    Change { name: "egress IP", wears: EITHER, round: egress_ip, ..USUAL },
+    Change { name: "egress IP", allowed: EITHER, round: egress_ip, ..USUAL },
     Change { name: "gateways", round: gateways, ..USUAL },
     Change { name: STEERING, round: steerings, ..USUAL },
     Change { name: "nodes", round: known, ..USUAL },
@@ -125,14 +125,14 @@ pub(crate) const ALL: &[Change] = &[
     Change { name: "closed and open", loss: Loss::Any, round: closed, ..USUAL },
     Change {
         name: "excluded prefixes",
-        wears: [&[POD_A], &[POD_B]],
+        allowed: [&[POD_A], &[POD_B]],
         to: To::PodC,
         round: excluded,
         ..USUAL
     },
     Change {
         name: "policy",
-        wears: PLAIN,
+        allowed: PLAIN,
         foreign: MASQUERADE,
         loss: Loss::Few,
         round: comes,
@@ -140,7 +140,7 @@ pub(crate) const ALL: &[Change] = &[
     },
     Change {
         name: "policy, the only one",
-        wears: PLAIN,
+        allowed: PLAIN,
         foreign: MASQUERADE,
         loss: Loss::Any,
         round: comes,
@@ -148,7 +148,7 @@ pub(crate) const ALL: &[Change] = &[
     },
     Change {
         name: "everything",
-        wears: PLAIN,
+        allowed: PLAIN,
         foreign: MASQUERADE,
         loss: Loss::Any,
         round: everything,
@@ -171,7 +171,7 @@ pub(crate) const ALL: &[Change] = &[
     Change {
         name: "cached: move, other egress IP",
         loss: Loss::OnGateway,
-        wears: EITHER,
+        allowed: EITHER,
         round: moved_otherwise,
         caching: true,
         ..USUAL
@@ -185,7 +185,7 @@ pub(crate) const ALL: &[Change] = &[
     },
     Change {
         name: "cached: policy",
-        wears: PLAIN,
+        allowed: PLAIN,
         foreign: MASQUERADE,
         loss: Loss::Any,
         round: comes,
@@ -194,7 +194,7 @@ pub(crate) const ALL: &[Change] = &[
     },
     Change {
         name: "cached: everything",
-        wears: PLAIN,
+        allowed: PLAIN,
         foreign: MASQUERADE,
         loss: Loss::Any,
         round: everything,

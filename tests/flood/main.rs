@@ -93,10 +93,10 @@ fn flood(lab: &Lab, change: &Change, size: &Size) -> Result<Vec<String>> {
     let mut nodes = Nodes::open(lab, change)?;
     (change.round)(lab, &mut nodes, 0)?;
     let untracked = untracked(lab)?;
-    let [by_client, by_gateway] = change.wears;
+    let [by_client, by_gateway] = change.allowed;
     let pods = [
-        Pod { netns: &lab.pod_a, address: POD_A, wears: by_client },
-        Pod { netns: &lab.pod_b, address: POD_B, wears: by_gateway },
+        Pod { netns: &lab.pod_a, address: POD_A, allowed: by_client },
+        Pod { netns: &lab.pod_b, address: POD_B, allowed: by_gateway },
     ];
     let to = match change.to {
         To::Server => (&lab.server, SERVER),

@@ -75,8 +75,8 @@ fn take_over(lab: &Lab, variant: Variant) -> Result {
     })?;
     let policies = [policy("p", &[POD_A, POD_B], Some("node-b"), dual(EIP_B))?];
     let pods = [
-        Pod { netns: &lab.pod_a, address: POD_A, wears: &[EIP_B] },
-        Pod { netns: &lab.pod_b, address: POD_B, wears: &[EIP_B] },
+        Pod { netns: &lab.pod_a, address: POD_A, allowed: &[EIP_B] },
+        Pod { netns: &lab.pod_b, address: POD_B, allowed: &[EIP_B] },
     ];
     let pause = || sleep(Duration::from_millis(300));
     let to = (&lab.server, SERVER);

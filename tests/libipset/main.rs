@@ -163,7 +163,7 @@ fn every_address_is_found_by_both() -> Result {
             return Err(format!("{address} in {set} is not {is_in}").into());
         }
     }
-    let error = libipset.contains(Ipset::Closed(Family::V4), "10.0.0.1".parse()?).err();
+    let error = libipset.contains(Ipset::Denied(Family::V4), "10.0.0.1".parse()?).err();
     let error = error.ok_or("a set that is not there has a member")?;
     if error.is_not_found() { Ok(()) } else { Err(error.into()) }
 }
@@ -202,7 +202,7 @@ fn what_is_refused_keeps_nothing_else_back() -> Result {
     harness::given("network namespace", lab::isolate());
     let [mut through_libipset, mut over_netlink] = both()?;
     let [one, two, three] =
-        [Ipset::Closed(Family::V4), Ipset::Ignored(Family::V4), Ipset::Peers(Family::V4)];
+        [Ipset::Denied(Family::V4), Ipset::Ignored(Family::V4), Ipset::Peers(Family::V4)];
     let of =
         |sets: &[Ipset]| holding(sets.iter().map(|set| (*set, IpsetContents::of([]))).collect());
     through_libipset.apply(&Changes::between(&State::default(), &of(&[one, three])))?;

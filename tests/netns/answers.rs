@@ -55,7 +55,7 @@ struct Flow {
     name: String,
     pod_says: Box<dyn Fn() -> io::Result<()> + Send + Sync>,
     server_says: Box<dyn Fn() -> io::Result<()> + Send + Sync>,
-    wears: IpAddr,
+    snat_address: IpAddr,
 }
 
 fn datagrams(lab: &Lab, to: IpAddr) -> Result<Flow> {
@@ -70,7 +70,7 @@ fn datagrams(lab: &Lab, to: IpAddr) -> Result<Flow> {
         name: format!("datagrams to {to}"),
         pod_says: Box::new(move || pod.send(b"?").map(drop)),
         server_says: Box::new(move || server.send_to(b"!", peer).map(drop)),
-        wears: peer.ip(),
+        snat_address: peer.ip(),
     })
 }
 
@@ -86,7 +86,7 @@ fn connection(lab: &Lab, to: IpAddr) -> Result<Flow> {
         name: format!("connection to {to}"),
         pod_says: Box::new(move || (&pod).write_all(b"?")),
         server_says: Box::new(move || (&server).write_all(b"!")),
-        wears: peer.ip(),
+        snat_address: peer.ip(),
     })
 }
 
@@ -107,7 +107,7 @@ fn portless(lab: &Lab, to: IpAddr) -> Result<Flow> {
         name: format!("protocol {EXPERIMENT} to {to}"),
         pod_says: Box::new(move || say(&pod, to)),
         server_says: Box::new(move || say(&server, peer)),
-        wears: peer,
+        snat_address: peer,
     })
 }
 
@@ -140,7 +140,7 @@ fn late_answers_policy_removed_flow_not_reversed() -> Result {
         for to in SERVER {
             fleet.apply(&policies)?;
             let flow = open(&lab, to)?;
-            assert!(EIP_B.contains(&flow.wears), "{}: {}", flow.name, flow.wears);
+            assert!(EIP_B.contains(&flow.snat_address), "{}: {}", flow.name, flow.snat_address);
             let (done, said) = (AtomicBool::new(false), AtomicU32::new(0));
             let hundred_more = || {
                 let enough = said.load(Relaxed) + 100;
@@ -189,7 +189,7 @@ fn conntrack_flush_connection_reopened_by_pod_only() -> Result {
         fleet.apply(&[policy])?;
         for to in SERVER {
             let flow = connection(&lab, to)?;
-            assert!(EIP_B.contains(&flow.wears), "{}: {}", flow.name, flow.wears);
+            assert!(EIP_B.contains(&flow.snat_address), "{}: {}", flow.name, flow.snat_address);
             for _ in 0..20 {
                 tool(&lab.node_a.netns, "conntrack -F")?;
                 let spoken = (flow.server_says)();

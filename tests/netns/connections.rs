@@ -173,7 +173,7 @@ fn they_are_reset(caching: bool) -> Result {
     let other: Pair = ["198.51.100.210".parse()?, "2001:db8:51::210".parse()?];
     lab.node_b.own(other)?;
     let mut fleet = Fleet::with(&lab, |cluster| cluster.connection_caching = caching)?;
-    let mut wears = NODE_A;
+    let mut wanted = NODE_A;
     for (what, next, policies) in [
         ("a policy is added", EIP_B, by("node-b", EIP_B)?),
         ("the egress IP changes", other, by("node-b", other)?),
@@ -181,8 +181,8 @@ fn they_are_reset(caching: bool) -> Result {
         ("the policy is removed", NODE_A, Vec::new()),
     ] {
         let pipes = outward(&lab.pod_a, &listeners)?;
-        for (pipe, wears) in pipes.iter().zip(wears) {
-            assert_eq!(pipe.source()?, wears, "before {what}");
+        for (pipe, wanted) in pipes.iter().zip(wanted) {
+            assert_eq!(pipe.source()?, wanted, "before {what}");
             pipe.client_first()?;
         }
         fleet.apply(&policies)?;
@@ -192,7 +192,7 @@ fn they_are_reset(caching: bool) -> Result {
         for (pipe, next) in outward(&lab.pod_a, &listeners)?.iter().zip(next) {
             assert_eq!(pipe.source()?, next, "after {what}");
         }
-        wears = next;
+        wanted = next;
     }
     let right = [NODE_A, EIP_B, other, EIP_C].concat().into_iter().collect::<BTreeSet<_>>();
     let seen = sources(&lab);
@@ -275,10 +275,10 @@ fn unselected_connections_survive_policy_changes() -> Result {
     let at_pod_c = listen(&lab.pod_c, POD_C)?;
     let mut fleet = Fleet::open(&lab)?;
     let mut pipes = Vec::new();
-    let mut open = |from: &Netns, to: Pair, at: &[TcpListener; 2], wears: Pair| -> Result {
-        for ((to, listener), wears) in to.into_iter().zip(at).zip(wears) {
+    let mut open = |from: &Netns, to: Pair, at: &[TcpListener; 2], wanted: Pair| -> Result {
+        for ((to, listener), wanted) in to.into_iter().zip(at).zip(wanted) {
             let pipe = Pipe::open(from, (to, PORT).into(), listener)?;
-            assert_eq!(pipe.source()?, wears, "{}", pipe.name);
+            assert_eq!(pipe.source()?, wanted, "{}", pipe.name);
             pipes.push(pipe);
         }
         Ok(())

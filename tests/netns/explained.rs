@@ -17,8 +17,8 @@ use egress_datapath::testing::lab::{
     Proto, STRANGER, probe,
 };
 use egress_datapath::{
-    EgressPolicy, Fate, KernelDatapath, Packet, Sim, Surroundings, Trace, explain,
-    explain_received, observe,
+    EgressPolicy, Fate, HostContext, KernelDatapath, Packet, Sim, Trace, explain, explain_received,
+    observe,
 };
 
 mod scenarios;
@@ -171,8 +171,8 @@ impl<'a> World<'a> {
     /// A node as its kernel holds it, in memory.
     fn simulated(&mut self, at: usize) -> Result<Sim> {
         let local = [NODE_A, NODE_B_OUTSIDE, NODE_C_OUTSIDE][at].to_vec();
-        let around = Surroundings { local, ..Surroundings::default() };
-        Ok(Sim::with_state(observe(&mut self.kernels[at])?).surrounded_by(around))
+        let around = HostContext { local, ..HostContext::default() };
+        Ok(Sim::with_state(observe(&mut self.kernels[at])?).with_host(around))
     }
 }
 

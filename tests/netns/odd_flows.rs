@@ -53,16 +53,16 @@ fn conntrack_zone_per_direction_policy_followed() -> Result {
     nft(&lab.node_a.netns, &[], zones)?;
     let mut fleet = Fleet::open(&lab)?;
     let flows = [datagrams(&lab.stranger, SERVER[0])?, datagrams(&lab.stranger, SERVER[1])?];
-    for (policies, wears) in [
+    for (policies, source) in [
         (vec![], NODE_A),
         (vec![policy("p", &[STRANGER], Some("node-b"), dual(EIP_B))?], EIP_B),
         (vec![policy("p", &[STRANGER], Some("node-c"), dual(EIP_C))?], EIP_C),
         (vec![], NODE_A),
     ] {
         fleet.apply(&policies)?;
-        for (flow, wears) in flows.iter().zip(wears) {
+        for (flow, source) in flows.iter().zip(source) {
             // A flow that is ended may lose the datagram that finds it out.
-            assert_eq!(ask_twice(flow)?, wears);
+            assert_eq!(ask_twice(flow)?, source);
         }
     }
     Ok(())

@@ -148,7 +148,7 @@ fn exclusive_table_protected_from_nft_and_iptables() -> Result {
             "nft flush table inet egress_datapath",
             "nft flush chain inet egress_datapath guard",
             "nft delete chain inet egress_datapath guard",
-            "nft flush map inet egress_datapath way_out",
+            "nft flush map inet egress_datapath policy_action",
             "nft insert rule inet egress_datapath forward accept",
         ] {
             let error = tool(&host.netns, denied).err().ok_or(denied)?.to_string();

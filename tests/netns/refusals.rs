@@ -57,7 +57,7 @@ fn more_set(state: &mut State) {
 }
 
 fn no_closed_set(state: &mut State) {
-    state.ipsets.remove(&Ipset::Closed(V4));
+    state.ipsets.remove(&Ipset::Denied(V4));
 }
 
 fn member(state: &mut State, member: Member) {
@@ -92,7 +92,7 @@ fn more_chain(state: &mut State) {
 
 fn no_here(state: &mut State) {
     tables(state).for_each(|tables| {
-        drop(tables.chains.remove(&chain(XtTable::Mangle, XtName::Here)));
+        drop(tables.chains.remove(&chain(XtTable::Mangle, XtName::Local)));
     });
 }
 

@@ -137,7 +137,7 @@ fn numbers(state: &State) -> String {
         state.rules.iter().map(|rule| format!("{}/{:#x} {:?}", rule.mark, rule.mask, rule.action));
     let elements = state.firewall.iter().flat_map(|firewall| &firewall.elements);
     let ways = elements.filter_map(|(key, value)| match (key, value.data) {
-        (Key::Verdict(_), Data::Verdict(_)) => Some(format!("{key}{value}")),
+        (Key::PolicyAction(_), Data::Verdict(_)) => Some(format!("{key}{value}")),
         _ => None,
     });
     rules.chain(ways).collect::<Vec<_>>().join(", ")

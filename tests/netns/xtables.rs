@@ -108,7 +108,7 @@ fn source_prefix_with_exceptions(variant: Variant) -> Result {
     let mut whole = policy("whole", &[], B, dual(EIP_B))?;
     whole.priority = 1;
     whole.sources = POD_A.into_iter().zip([24, 64]).map(|(ip, len)| net(ip, len).trunc()).collect();
-    for (mut own, wears) in [
+    for (mut own, translated) in [
         (policy("own", &[STRANGER], C, dual(EIP_C))?, Some(EIP_C)),
         (policy("own", &[STRANGER], B, EgressIp::Node)?, Some(NODE_B_OUTSIDE)),
         (policy("own", &[STRANGER], None, dual(EIP_C))?, None),
@@ -120,19 +120,19 @@ fn source_prefix_with_exceptions(variant: Variant) -> Result {
             Some(STRANGER),
         ),
     ] {
-        let own_wears = |to| match wears {
-            Some(wears) => expect(&lab.stranger, to, wears),
+        let own_source = |to| match translated {
+            Some(translated) => expect(&lab.stranger, to, translated),
             None => expect_nothing(&lab.stranger, to),
         };
         let mut fleet = fleet(&lab, backend(variant))?;
         fleet.apply(&[whole.clone(), own.clone()])?;
-        check(&[expect(&lab.pod_a, SERVER, EIP_B), own_wears(SERVER)]);
+        check(&[expect(&lab.pod_a, SERVER, EIP_B), own_source(SERVER)]);
         own.destinations = Destinations::Nets(hosts(&[OTHER_SERVER]));
         fleet.apply(&[whole.clone(), own.clone()])?;
         check(&[
             expect(&lab.pod_a, SERVER, EIP_B),
             expect(&lab.stranger, SERVER, EIP_B),
-            own_wears(OTHER_SERVER),
+            own_source(OTHER_SERVER),
         ]);
         fleet.apply(&[whole.clone()])?;
         check(&[expect(&lab.stranger, SERVER, EIP_B)]);
@@ -210,13 +210,13 @@ fn objects_changed_by_others_restored(variant: Variant) -> Result {
         "IPTABLES -t nat -D EGRESSGATEWAY-SNAT-EIP 1",
         "IPTABLES -t nat -I POSTROUTING -s 10.244.1.10 -d 198.51.100.0/24 -j MASQUERADE",
         "IPTABLES -t mangle -I PREROUTING -j ACCEPT",
-        "IPTABLES -t mangle -A FORWARD -j EGRESSGATEWAY-HERE",
-        "IPTABLES -t mangle -I EGRESSGATEWAY-HERE -j RETURN",
+        "IPTABLES -t mangle -A FORWARD -j EGRESSGATEWAY-LOCAL",
+        "IPTABLES -t mangle -I EGRESSGATEWAY-LOCAL -j RETURN",
         "IPTABLES -t mangle -N EGRESSGATEWAY-TO-26ffff00",
         "ipset flush egress4-selected",
         "ipset flush egress4-marks",
         "ipset add egress4-selected 10.244.1.99",
-        "ipset add egress4-closed 10.244.1.10",
+        "ipset add egress4-denied 10.244.1.10",
         "ipset create egress4-temporary hash:net",
         "ipset create egress4-src-0000000000000007 hash:net",
         "ipset del egress4-ignore 10.244.0.0/16",

@@ -25,7 +25,7 @@ fn ranges() -> Stmt {
 }
 
 /// The chains that find a packet's class, in their order.
-const CHAINS: [ChainId; 3] = [ChainId::Prerouting, ChainId::NatPostrouting, ChainId::Select];
+const CHAINS: [ChainId; 3] = [ChainId::Prerouting, ChainId::NatPostrouting, ChainId::Classify];
 
 /// What the chains that find a class look for after these operations, in its order.
 fn looking<'a>(ops: impl IntoIterator<Item = &'a Op>) -> Vec<(ChainId, Vec<&'a Stmt>)> {

@@ -115,7 +115,7 @@ fn packets() -> impl Strategy<Value = Packet> {
 
 /// What became of it, by the rules.
 fn became(packet: Packet, trace: &Trace) -> Wanted {
-    let translates = |reason: &Reason| matches!(reason.decision, Decision::Wears(_));
+    let translates = |reason: &Reason| matches!(reason.decision, Decision::Snat(_));
     let left_alone = !trace.reasons.iter().any(translates);
     match (trace.fate, trace.mark()) {
         (Fate::Dropped, _) => Wanted::Dropped,

@@ -8,7 +8,7 @@ use egress_datapath::testing::lab::{
     self, EIP_B, EIP_C, NODE_B, OTHER_SERVER, POD_A, POD_B, POD_C, Pair, SERVER, STRANGER, hosts,
 };
 use egress_datapath::{
-    Changes, Datapath, Decision, Destinations, EgressPolicy, Fate, Frame, Journey, NodeName,
+    Changes, ClusterTrace, Datapath, Decision, Destinations, EgressPolicy, Fate, Frame, NodeName,
     Outcome, Packet, PolicyId, Sim, SimCluster, TableId,
 };
 
@@ -116,7 +116,7 @@ fn leaves(
     Ok(())
 }
 
-fn left(journey: &Journey) -> Option<(NodeName, IpAddr)> {
+fn left(journey: &ClusterTrace) -> Option<(NodeName, IpAddr)> {
     match &journey.outcome {
         Outcome::Left { node, packet } => Some((node.clone(), packet.source)),
         Outcome::Arrived { .. } | Outcome::Dropped { .. } => None,
@@ -263,7 +263,7 @@ pub(crate) const CHECKS: [(&str, Check); 15] = [
                     _ => None,
                 });
                 let bound = |decision: &&&Decision| {
-                    matches!(decision, Decision::Bound | Decision::Wears(_))
+                    matches!(decision, Decision::SourceKept | Decision::Snat(_))
                 };
                 if mark != Some(0) || !decisions.iter().any(|decision| bound(&decision)) {
                     return Err(trace.to_string());

@@ -21,8 +21,8 @@ fn between(sim: Vec<Connection>, kernel: Vec<Connection>) -> Result {
     }
     let only = |one: &BTreeSet<Connection>, other: &BTreeSet<Connection>| {
         let lines = one.difference(other).map(|found| {
-            let Connection { wears, wears_port, mark, .. } = found;
-            format!("{found} as {wears} port {wears_port}, mark {mark:#x}")
+            let Connection { snat_address, snat_port, mark, .. } = found;
+            format!("{found} as {snat_address} port {snat_port}, mark {mark:#x}")
         });
         lines.collect::<Vec<_>>().join("\n")
     };
@@ -33,8 +33,8 @@ fn between(sim: Vec<Connection>, kernel: Vec<Connection>) -> Result {
 /// A connection without what is the kernel's secret: its number, and which port comes in the place
 /// of one that is taken.
 fn comparable(found: Connection) -> Connection {
-    let kept = found.wears_port == found.source_port;
-    Connection { id: 0, wears_port: if kept { found.wears_port } else { 0 }, ..found }
+    let kept = found.snat_port == found.source_port;
+    Connection { id: 0, snat_port: if kept { found.snat_port } else { 0 }, ..found }
 }
 
 #[test]
@@ -47,17 +47,17 @@ fn connections_differ_in_all_but_their_numbers() {
         destination: peer,
         destination_port: 53,
         peer,
-        peer_port: 53,
-        wears: source,
-        wears_port: 1024,
+        reply_source_port: 53,
+        snat_address: source,
+        snat_port: 1024,
         mark: 0x2700_0000,
         zone: 0,
         id: 7,
     };
     assert!(between(vec![one], vec![Connection { id: 8, ..one }]).is_ok());
     let marked = Connection { mark: 0x2600_0000, ..one };
-    let worn = Connection { wears: peer, ..one };
-    let moved = Connection { wears_port: 1025, ..one };
+    let worn = Connection { snat_address: peer, ..one };
+    let moved = Connection { snat_port: 1025, ..one };
     for other in [vec![], vec![marked], vec![worn], vec![moved], vec![one, marked]] {
         let told = between(vec![one], other.clone()).unwrap_err().to_string();
         assert!(told.starts_with("only the simulator tracks:\n"), "{told}");

@@ -123,7 +123,7 @@ fn rule_to_chain(state: &mut State) {
 }
 
 fn no_chain(state: &mut State) {
-    table(state).chains.remove(&ChainId::Here);
+    table(state).chains.remove(&ChainId::LocalGateway);
 }
 
 fn no_steer(state: &mut State) {
@@ -152,16 +152,16 @@ fn put(state: &mut State, key: Key, data: Data) {
 }
 
 fn other_value(state: &mut State) {
-    put(state, source(), Data::Tag(Tag::HERE));
+    put(state, source(), Data::Tag(Tag::LOCAL));
 }
 
 fn element_of_none(state: &mut State) {
-    let key = Key::Destination("192.0.0.0/7".parse().unwrap(), Tag::HERE);
-    put(state, key, Data::Tag(Tag::HERE));
+    let key = Key::Destination("192.0.0.0/7".parse().unwrap(), Tag::LOCAL);
+    put(state, key, Data::Tag(Tag::LOCAL));
 }
 
 fn element_to_none(state: &mut State) {
-    put(state, Key::Verdict(Tag::gateway(999)), Data::Verdict(Verdict::Goto(NOWHERE)));
+    put(state, Key::PolicyAction(Tag::gateway(999)), Data::Verdict(Verdict::Goto(NOWHERE)));
 }
 
 fn range(text: &str) -> Key {
@@ -179,7 +179,7 @@ fn wider(state: &mut State) {
 
 fn other_excluded(state: &mut State) {
     for last in 0..4 {
-        put(state, Key::Source([10, 244, 9, last].into()), Data::Tag(Tag::HERE));
+        put(state, Key::Source([10, 244, 9, last].into()), Data::Tag(Tag::LOCAL));
     }
 }
 

@@ -121,7 +121,7 @@ fn firewall(random: &mut Random, state: &mut State) {
                 firewall.elements.remove(&key);
                 if let (true, Some(mut value)) = (random.once_in(3), value) {
                     if let Data::Tag(tag) = &mut value.data {
-                        *tag = Tag::HERE;
+                        *tag = Tag::LOCAL;
                     }
                     firewall.elements.insert(key, value);
                 }

@@ -12,8 +12,8 @@ use egress_datapath::testing::lab::{
     Lab, NODE_B_OUTSIDE, NODE_C_OUTSIDE, POD_A, POD_B, POD_C, PORT, STRANGER,
 };
 use egress_datapath::{
-    Backend, Changes, Cluster, Datapath, EgressPolicy, Fate, Journey, MarkLayout, Node, Outcome,
-    Packet, Reconciler, Sim, SimCluster, explain, explain_received, observe,
+    Backend, Changes, Cluster, ClusterTrace, Datapath, EgressPolicy, Fate, MarkLayout, Node,
+    Outcome, Packet, Reconciler, Sim, SimCluster, explain, explain_received, observe,
 };
 
 use crate::nodes::{self, datapath, kernel, node, simulated};
@@ -294,7 +294,7 @@ impl Fleet {
     fn exchange(
         &mut self,
         batches: &[Vec<(u32, Packet)>; 5],
-        expected: &BTreeMap<u32, (Packet, Journey)>,
+        expected: &BTreeMap<u32, (Packet, ClusterTrace)>,
     ) -> Result<BTreeMap<u32, Vec<Seen>>> {
         let lab = &self.lab;
         let hosts = [&lab.server, &lab.pod_a, &lab.stranger, &lab.pod_b, &lab.pod_c];
@@ -307,7 +307,7 @@ impl Fleet {
             for (at, tap) in self.taps.iter().enumerate() {
                 tap.take(at, &mut seen);
             }
-            let arrives = |(number, (_, journey)): (&u32, &(Packet, Journey))| {
+            let arrives = |(number, (_, journey)): (&u32, &(Packet, ClusterTrace))| {
                 Self::wanted(journey).is_none() || seen.contains_key(number)
             };
             if expected.iter().all(arrives) || Instant::now() > deadline {
@@ -354,7 +354,7 @@ impl Fleet {
     }
 
     /// What the taps should see of a packet.
-    fn wanted(journey: &Journey) -> Option<Seen> {
+    fn wanted(journey: &ClusterTrace) -> Option<Seen> {
         match &journey.outcome {
             Outcome::Left { packet, .. } => Some(Seen { at: 0, packet: *packet }),
             Outcome::Arrived { packet, .. } => {

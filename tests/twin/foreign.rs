@@ -6,8 +6,8 @@ use std::io;
 use egress_datapath::state::{Key, NftRule, Rule, State, Stmt};
 use egress_datapath::testing::lab::Netns;
 use egress_datapath::{
-    Changes, Datapath, KernelDatapath, Known, Observed, Part, SharedSim, SimDatapath, SimWatch,
-    Watch, observe,
+    Changes, Component, Datapath, KernelDatapath, Known, Observed, SharedSim, SimDatapath,
+    SimWatch, Watch, observe,
 };
 
 use crate::checks::policies;
@@ -84,7 +84,7 @@ fn table(state: &mut State) -> &mut egress_datapath::state::Firewall {
 /// What one datapath hears and knows.
 #[derive(Debug, PartialEq, Eq)]
 struct Told {
-    changed: BTreeSet<Part>,
+    changed: BTreeSet<Component>,
     lost: bool,
     read: Read,
 }
@@ -149,8 +149,8 @@ impl Both {
 
     fn told(&mut self, held: &State) -> Result<[Told; 2]> {
         let [in_sim, in_kernel] = [read(&mut self.datapath, held)?, read(&mut self.kernel, held)?];
-        let news = [self.sim_watch.drain()?, self.watch.drain()?];
-        let [sim, kernel] = news.map(|news| (news.changed, news.lost));
+        let events = [self.sim_watch.drain()?, self.watch.drain()?];
+        let [sim, kernel] = events.map(|events| (events.changed, events.lost));
         Ok([
             Told { changed: sim.0, lost: sim.1, read: in_sim },
             Told { changed: kernel.0, lost: kernel.1, read: in_kernel },
@@ -165,7 +165,7 @@ fn what_others_write_has_the_same_effects_and_is_told() -> Result {
     for (script, edit) in EDITS {
         both.hold(&usual).map_err(|error| format!("{script}: {error}"))?;
         let [sim, _] = both.told(&usual)?;
-        assert_eq!(sim, NOTHING, "what it wrote itself is no news");
+        assert_eq!(sim, NOTHING, "what it wrote itself is no events");
         let done = both.netns[0].run(|| harness::shell(script).output())??;
         assert!(done.status.success(), "{script}: {}", String::from_utf8_lossy(&done.stderr));
         both.sim.edit(edit);

@@ -74,7 +74,7 @@ const MUTANTS: [(&str, Mutate); 25] = [
         forget(state, ChainId::Marked, |statement| *statement == Stmt::Drop);
     }),
     ("missing guard: connections go on without their policy", |state| {
-        forget(state, ChainId::Bound, |statement| *statement == Stmt::Drop);
+        forget(state, ChainId::Tracked, |statement| *statement == Stmt::Drop);
     }),
     ("missing guard: what comes out of the tunnel may leave untranslated", |state| {
         forget(state, ChainId::Guard, |_| true);
@@ -171,9 +171,9 @@ const MUTANTS: [(&str, Mutate); 25] = [
     }),
     ("open where it should be closed", |state| {
         let firewall = state.firewall.as_mut().unwrap();
-        let bypass = firewall.elements.get(&Key::Verdict(Tag::BYPASS));
+        let bypass = firewall.elements.get(&Key::PolicyAction(Tag::BYPASS));
         let bypass = bypass.unwrap();
-        firewall.elements.insert(Key::Verdict(Tag::CLOSED), bypass);
+        firewall.elements.insert(Key::PolicyAction(Tag::DENY), bypass);
     }),
     ("strict filtering of the tunnel's sources", |state| {
         state.link.as_mut().unwrap().rp_filter = 1;

@@ -8,7 +8,7 @@ use egress_datapath::testing::lab::{
     EIP_B, EIP_C, Host, Lab, NODE_B_OUTSIDE, NODE_C_OUTSIDE, POD_A, Pair, Preference, SERVER, net,
 };
 use egress_datapath::{
-    Cluster, Datapath, MarkPool, Reconciler, Sim, SimNode, Surroundings, TablePool, TableRange,
+    Cluster, Datapath, HostContext, MarkPool, Reconciler, Sim, SimNode, TablePool, TableRange,
 };
 
 /// Addresses outside.
@@ -90,7 +90,7 @@ pub(crate) fn simulated(cluster: &Cluster) -> Reconciler<Sim> {
 /// The twin of the lab's node of this number.
 pub(crate) fn node(number: u8, cluster: &Cluster) -> SimNode {
     let here = cluster.nodes.iter().find(|node| node.name == cluster.node).unwrap();
-    let mut around = Surroundings { local: here.underlay.clone(), own: Vec::new() };
+    let mut around = HostContext { local: here.underlay.clone(), own: Vec::new() };
     let everything = ["0.0.0.0/0", "::/0"].map(|net| net.parse().unwrap());
     around.own.extend(everything.into_iter().zip(here.underlay.iter().copied()));
     let (outside, eip): (Pair, Pair) = match number {
@@ -106,7 +106,7 @@ pub(crate) fn node(number: u8, cluster: &Cluster) -> SimNode {
     let pods = [format!("10.244.{number}.0/24"), format!("fd44:{number}::/64")];
     SimNode {
         name: cluster.node.clone(),
-        sim: Sim::new().surrounded_by(around),
+        sim: Sim::new().with_host(around),
         pods: pods.iter().map(|net| net.parse().unwrap()).collect(),
     }
 }

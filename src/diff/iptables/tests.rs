@@ -6,7 +6,7 @@ use ipnet::IpNet;
 use proptest::prelude::*;
 
 use super::*;
-use crate::state::lookup::WayOut;
+use crate::state::lookup::Action;
 use crate::state::{MarkBits, XtTarget};
 use crate::{
     Backend, Changes, Cluster, Destinations, EgressIp, EgressPolicy, Iptables, MarkPool, Node,
@@ -110,20 +110,20 @@ proptest! {
                     let pod = IpAddr::from([10, 0, 0, pod]);
                     // The rules of both variants see a packet.
                     let mut ways = state.xtables.values().map(|tables| {
-                        tables.way_out(&state.ipsets, pod, outside)
+                        tables.action(&state.ipsets, pod, outside)
                     });
-                    ways.find(|way| *way != WayOut::None).unwrap_or(WayOut::None)
+                    ways.find(|way| *way != Action::None).unwrap_or(Action::None)
                 };
                 let ends = [way(&before), way(&after)];
                 let own = |address: IpAddr| {
-                    let worn = [Some(pod), Some(3)].into_iter().flatten();
-                    pod < 4 && worn.map(|n| IpAddr::from([203, 0, 113, n])).any(|a| a == address)
+                    let translated = [Some(pod), Some(3)].into_iter().flatten();
+                    pod < 4 && translated.map(|n| IpAddr::from([203, 0, 113, n])).any(|a| a == address)
                 };
                 let now = way(&state);
                 let is_good = ends.contains(&now) || pod < 4 && match now {
-                    WayOut::None => false,
-                    WayOut::Closed | WayOut::To(_) | WayOut::Here(None) => true,
-                    WayOut::Here(Some(address)) => own(address),
+                    Action::None => false,
+                    Action::Deny | Action::Gateway(_) | Action::Local(None) => true,
+                    Action::Local(Some(address)) => own(address),
                 };
                 prop_assert!(is_good, "pod {} to {}: {:?}, not {:?}, after\n{}",
                     pod, destination, now, ends, op);

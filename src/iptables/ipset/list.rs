@@ -116,7 +116,7 @@ fn contents(protocol: u8, socket: &mut Socket, set: Ipset) -> Result<IpsetConten
     match listing {
         Some(Listing { is_hash_net: true, contents }) => Ok(contents),
         Some(_) => Err(KernelError::answer(text, "it is of another type than hash:net")
-            .with_remedy("delete it: nobody else should make sets of this name")),
+            .with_remedy("delete it: no other program should create sets of this name")),
         None => Err(KernelError::answer(text, "the set changes faster than it can be listed")),
     }
 }

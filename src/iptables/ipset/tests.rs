@@ -203,7 +203,7 @@ fn members_that_come_and_go_together_do_so_in_a_message() {
 fn refusals_are_sentences() {
     in_netns(|socket| {
         let ipsets = Ipsets::probe(socket).unwrap();
-        let set = Ipset::Closed(V4);
+        let set = Ipset::Denied(V4);
         let add = Op::AddIpset(set, IpsetContents::of([net("10.0.0.0/8")]));
         ipsets.make(socket, &add).unwrap();
         let twice = ipsets.make(socket, &add).unwrap_err();
@@ -214,14 +214,14 @@ fn refusals_are_sentences() {
         let mark = Member::Marked(MarkBits { mask: 1, value: 1 });
         let error = ipsets.make(socket, &Op::PutMember(set, net("10.1.0.0/16"), mark)).unwrap_err();
         assert!(error.to_string().contains("without marks"), "{error}");
-        let missing = ipsets.make(socket, &Op::DeleteIpset(Ipset::Closed(V6))).unwrap_err();
+        let missing = ipsets.make(socket, &Op::DeleteIpset(Ipset::Denied(V6))).unwrap_err();
         assert!(missing.is_not_found(), "{missing}");
-        let missing = Op::PutIpset(Ipset::Closed(V6), IpsetContents::of([]));
+        let missing = Op::PutIpset(Ipset::Denied(V6), IpsetContents::of([]));
         assert!(ipsets.make(socket, &missing).unwrap_err().is_not_found());
         // A set that could not be swapped in must not be left under its temporary name.
-        ipsets.make(socket, &Op::AddIpset(Ipset::Closed(V6), IpsetContents::of([]))).unwrap();
+        ipsets.make(socket, &Op::AddIpset(Ipset::Denied(V6), IpsetContents::of([]))).unwrap();
         let found: Vec<_> = ipsets.observe(socket).unwrap().into_keys().collect();
-        assert_eq!(found, [Ipset::Closed(V4), Ipset::Closed(V6)]);
+        assert_eq!(found, [Ipset::Denied(V4), Ipset::Denied(V6)]);
     });
 }
 

@@ -170,7 +170,7 @@ COMMIT
     fn mutated_listings() {
         let corpus = [SAVED.as_bytes().to_vec()];
         mutate::bytes(
-            "what others left in iptables",
+            "chains of other programs in iptables",
             1,
             &corpus,
             mutate::Random::damaged,

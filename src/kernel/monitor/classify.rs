@@ -5,7 +5,7 @@ use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::neighbour::{NeighbourAttribute, NeighbourMessage, NeighbourState};
 
 use super::filter::{DELROUTE, NEWROUTE, OWN_TABLES, REPLACE};
-use crate::event::{News, Part, Process};
+use crate::event::{ChangeEvents, Component, Process};
 use crate::kernel::netlink::message::{Attribute, Attributes, Message};
 use crate::kernel::nft;
 use crate::kernel::rtnetlink::address;
@@ -41,16 +41,21 @@ const NEWGEN: u16 = 0xa0f;
 ///
 /// `unsigned` is whether our table was changed by a transaction that has not ended yet: the writer
 /// is named in the message that ends it, so the change is reported then.
-pub(super) fn read(message: &Message<'_>, device: u32, unsigned: &mut bool, news: &mut News) {
+pub(super) fn read(
+    message: &Message<'_>,
+    device: u32,
+    unsigned: &mut bool,
+    events: &mut ChangeEvents,
+) {
     if message.kind == NEWGEN {
         if std::mem::take(unsigned) {
-            news.changed.insert(Part::Firewall);
-            news.writers.extend(writer(message));
+            events.changed.insert(Component::Firewall);
+            events.writers.extend(writer(message));
         }
     } else if message.kind >> 8 == NF_TABLES {
         *unsigned |= is_our_table(message);
     } else {
-        news.changed.extend(part(message, device));
+        events.changed.extend(part(message, device));
     }
 }
 
@@ -75,27 +80,29 @@ fn writer(message: &Message<'_>) -> Option<Process> {
     Some(Process { pid, name: name.trim_end_matches('\0').to_owned() })
 }
 
-fn part(message: &Message<'_>, device: u32) -> Option<Part> {
+fn part(message: &Message<'_>, device: u32) -> Option<Component> {
     let body = message.payload();
     let is_ours = |index| index != 0 && index == device;
     match message.kind {
         NEWLINK | DELLINK => {
             let alias = attribute(body, LINK, IFLA_IFALIAS);
             let named = alias.is_some_and(|alias| alias.text() == Ok(LINK_ALIAS));
-            (named || is_ours(index(body))).then_some(Part::Link)
+            (named || is_ours(index(body))).then_some(Component::Link)
         }
         NEWADDR | DELADDR if is_ours(index(body)) => {
-            is_address_of_ours(message).then_some(Part::Address)
+            is_address_of_ours(message).then_some(Component::Address)
         }
         NEWNEIGH | DELNEIGH if is_ours(index(body)) => neighbour_or_fdb(message),
-        NEWROUTE | DELROUTE => is_route_of_ours(message).then_some(Part::Route),
+        NEWROUTE | DELROUTE => is_route_of_ours(message).then_some(Component::Route),
         NEWRULE | DELRULE => {
             let protocol = attribute(body, RULE, FRA_PROTOCOL);
-            protocol.is_some_and(|protocol| protocol.bytes() == [PROTOCOL]).then_some(Part::Rule)
+            protocol
+                .is_some_and(|protocol| protocol.bytes() == [PROTOCOL])
+                .then_some(Component::Rule)
         }
         NEWNETCONF => {
             let index = setting(body, NETCONFA_IFINDEX).unwrap_or_default();
-            (is_ours(index) && is_rp_filter_alone(body)).then_some(Part::Link)
+            (is_ours(index) && is_rp_filter_alone(body)).then_some(Component::Link)
         }
         _ => None,
     }
@@ -112,22 +119,22 @@ fn is_address_of_ours(message: &Message<'_>) -> bool {
     found.is_none_or(|(_, net)| !is_link_local(net.addr()))
 }
 
-fn neighbour_or_fdb(message: &Message<'_>) -> Option<Part> {
+fn neighbour_or_fdb(message: &Message<'_>) -> Option<Component> {
     let Ok(RouteNetlinkMessage::NewNeighbour(found) | RouteNetlinkMessage::DelNeighbour(found)) =
         object(message)
     else {
-        return Some(Part::Neighbour);
+        return Some(Component::Neighbour);
     };
     if found.header.family == AddressFamily::Bridge {
         // Kernels before 6.13 send two notifications of a write: one by the device, and one,
         // without most attributes, by the rtnetlink code that called it.
         let told = |attribute: &_| matches!(attribute, NeighbourAttribute::CacheInfo(_));
-        return found.attributes.iter().any(told).then_some(Part::Fdb);
+        return found.attributes.iter().any(told).then_some(Component::Fdb);
     }
     (message.kind == DELNEIGH || may_be_permanent(&found)).then_some(())?;
     let address = neighbour::destination(&found.attributes);
     let is_ours = address.is_none_or(|ip| !ip.is_multicast() && !is_link_local(ip));
-    is_ours.then_some(Part::Neighbour)
+    is_ours.then_some(Component::Neighbour)
 }
 
 /// Whether the neighbour is or may have been permanent.
@@ -183,14 +190,14 @@ mod tests {
     use super::*;
     use crate::kernel::netlink::message::{Messages, Writer};
 
-    fn tell(kind: u16, body: &[u8], news: &mut News, unsigned: &mut bool) {
+    fn tell(kind: u16, body: &[u8], events: &mut ChangeEvents, unsigned: &mut bool) {
         let mut writer = Writer::default();
         let message = writer.message(kind, 0, 0);
         writer.raw(body);
         writer.end(message);
         let bytes = writer.finish().unwrap();
         for message in Messages::new(&bytes).flatten() {
-            read(&message, 7, unsigned, news);
+            read(&message, 7, unsigned, events);
         }
     }
 
@@ -209,20 +216,20 @@ mod tests {
         end.be32(2, 77);
         end.string(3, "nft");
         let end = end.finish().unwrap();
-        let (mut news, mut unsigned) = (News::default(), false);
+        let (mut events, mut unsigned) = (ChangeEvents::default(), false);
         for body in [table(2, NFT_TABLE), table(1, "other")] {
-            tell(0xa06, &body, &mut news, &mut unsigned);
-            tell(NEWGEN, &end, &mut news, &mut unsigned);
-            assert!(news.is_empty());
+            tell(0xa06, &body, &mut events, &mut unsigned);
+            tell(NEWGEN, &end, &mut events, &mut unsigned);
+            assert!(events.is_empty());
         }
         for family in [1, 5] {
-            news = News::default();
-            tell(0xa06, &table(family, NFT_TABLE), &mut news, &mut unsigned);
-            assert!(news.is_empty() && unsigned);
-            tell(NEWGEN, &end, &mut news, &mut unsigned);
+            events = ChangeEvents::default();
+            tell(0xa06, &table(family, NFT_TABLE), &mut events, &mut unsigned);
+            assert!(events.is_empty() && unsigned);
+            tell(NEWGEN, &end, &mut events, &mut unsigned);
             assert!(!unsigned);
-            assert_eq!(news.changed, [Part::Firewall].into());
-            assert_eq!(news.writers, [Process { pid: 77, name: "nft".into() }].into());
+            assert_eq!(events.changed, [Component::Firewall].into());
+            assert_eq!(events.writers, [Process { pid: 77, name: "nft".into() }].into());
         }
     }
 
@@ -236,7 +243,7 @@ mod tests {
             if let (true, Some(index)) = (ours, body.get_mut(4..8)) {
                 index.copy_from_slice(&7_u32.to_ne_bytes());
             }
-            tell(kind, &body, &mut News::default(), &mut false);
+            tell(kind, &body, &mut ChangeEvents::default(), &mut false);
         }
     }
 }

@@ -5,7 +5,7 @@ mod tests;
 
 use super::{Shared, Watch};
 use crate::datapath::Drift;
-use crate::event::Part;
+use crate::event::Component;
 use crate::kernel::netlink::socket::Socket;
 use crate::kernel::nft;
 use crate::kernel::nft::Between;
@@ -18,7 +18,7 @@ use crate::kernel::nft::Between;
 /// empty socket proves that nothing changed. A change by the datapath whose notification carries no
 /// port counts as one by another program: it costs a read of the routing part.
 #[derive(Debug)]
-pub(crate) struct Trust {
+pub(crate) struct Freshness {
     shared: Shared,
     /// Sockets of the caller's watch.
     others: Shared,
@@ -37,7 +37,7 @@ pub(crate) struct Trust {
 /// Leaving the multicast group then saves a millisecond, a hundred times what it costs.
 const LARGE: usize = 1_000;
 
-impl Trust {
+impl Freshness {
     /// Starts with nothing known; the ports are those of the datapath's writing sockets.
     pub(crate) const fn new(shared: Shared, others: Shared, ports: [u32; 2]) -> Self {
         Self {
@@ -153,16 +153,16 @@ impl Trust {
     /// Reads the notifications that have arrived.
     fn take_in(&mut self) {
         let Some(watch) = &mut self.watch else { return self.end() };
-        let Ok(news) = watch.drain() else {
+        let Ok(events) = watch.drain() else {
             self.watch = None;
             return self.end();
         };
-        if news.lost {
+        if events.lost {
             return self.end();
         }
-        if watch.is_amid_change() || news.changed.contains(&Part::Firewall) {
+        if watch.is_amid_change() || events.changed.contains(&Component::Firewall) {
             self.generation = None;
         }
-        self.routing &= !news.changed.iter().any(|part| *part != Part::Firewall);
+        self.routing &= !events.changed.iter().any(|part| *part != Component::Firewall);
     }
 }

@@ -14,7 +14,7 @@ use super::*;
 use crate::kernel::KernelDatapath;
 use crate::kernel::rtnetlink::kernel_tests::{in_namespace, sh};
 use crate::{
-    Cluster, EgressIp, EgressPolicy, MarkLayout, Node, NodeName, Part, PolicyId, Reconciler,
+    Cluster, Component, EgressIp, EgressPolicy, MarkLayout, Node, NodeName, PolicyId, Reconciler,
     Report, TableRange,
 };
 
@@ -79,22 +79,22 @@ impl Host {
     }
 
     #[track_caller]
-    pub(crate) fn drain(&mut self) -> News {
+    pub(crate) fn drain(&mut self) -> ChangeEvents {
         self.watch.drain().unwrap()
     }
 
     /// Waits until changes of all these parts, and of no others, are reported.
     #[track_caller]
-    fn expect(&mut self, parts: &[Part], what: &str) -> News {
-        let mut all = News::default();
+    fn expect(&mut self, parts: &[Component], what: &str) -> ChangeEvents {
+        let mut all = ChangeEvents::default();
         let begin = Instant::now();
         while all.changed != parts.iter().copied().collect() {
             assert!(begin.elapsed() < Duration::from_secs(5), "{what}: {all}");
             self.is_readable(100);
-            let news = self.drain();
-            all.changed.extend(news.changed);
-            all.writers.extend(news.writers);
-            all.lost |= news.lost;
+            let events = self.drain();
+            all.changed.extend(events.changed);
+            all.writers.extend(events.writers);
+            all.lost |= events.lost;
         }
         all
     }
@@ -102,11 +102,11 @@ impl Host {
     /// Asserts that nothing is reported, also not late notifications as of IPv6 addresses.
     #[track_caller]
     fn expect_silence(&mut self, what: &str) {
-        let mut news = self.drain();
-        while news.is_empty() && self.is_readable(20) {
-            news = self.drain();
+        let mut events = self.drain();
+        while events.is_empty() && self.is_readable(20) {
+            events = self.drain();
         }
-        assert_eq!(news, News::default(), "{what}: {news}");
+        assert_eq!(events, ChangeEvents::default(), "{what}: {events}");
     }
 
     /// Number of reports of own changes of the device and the objects on it, until it is silent.
@@ -114,11 +114,14 @@ impl Host {
     fn reported(&mut self, what: &str) -> usize {
         let mut reports = 0;
         while self.is_readable(50) {
-            let news = self.drain();
-            assert!(!news.lost && !news.changed.contains(&Part::Firewall), "{what}: {news}");
-            assert!(!news.changed.contains(&Part::Rule), "{what}: {news}");
-            reports += usize::from(!news.is_empty());
-            assert!(reports <= REPORTS, "{what}: {news}");
+            let events = self.drain();
+            assert!(
+                !events.lost && !events.changed.contains(&Component::Firewall),
+                "{what}: {events}"
+            );
+            assert!(!events.changed.contains(&Component::Rule), "{what}: {events}");
+            reports += usize::from(!events.is_empty());
+            assert!(reports <= REPORTS, "{what}: {events}");
         }
         reports
     }
@@ -158,7 +161,7 @@ fn a_datapath_has_one_watch_at_a_time() {
         let mut second = datapath.watch().unwrap();
         assert!(!is_readable(&second, 0), "a change between two watches is not reported");
         sh("nft delete table inet egress_datapath");
-        assert_eq!(second.drain().unwrap().changed, [Part::Firewall].into());
+        assert_eq!(second.drain().unwrap().changed, [Component::Firewall].into());
     });
 }
 
@@ -170,7 +173,7 @@ fn watch_is_of_the_namespace_that_the_datapath_was_opened_in() {
             scope.spawn(|| in_namespace_of_its_own(&datapath)).join().unwrap()
         });
         sh("ip rule add pref 9 fwmark 9 lookup 9 protocol 69");
-        assert_eq!(watch.drain().unwrap().changed, [Part::Rule].into());
+        assert_eq!(watch.drain().unwrap().changed, [Component::Rule].into());
     });
 }
 

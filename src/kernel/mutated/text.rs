@@ -49,11 +49,18 @@ fn mutated_ethernet_addresses() {
 
 #[test]
 fn mutated_names_of_chains_and_sets() {
-    let corpus =
-        ["prerouting", "to_26000100", "pick4", "wear6", "nat_postrouting", "guard", "bypass"];
+    let corpus = [
+        "prerouting",
+        "to_26000100",
+        "select_policy4",
+        "snat6",
+        "nat_postrouting",
+        "guard",
+        "bypass",
+    ];
     texts("chain names", &corpus, |text| {
         ChainId::from_name(text).map(|chain| (chain, chain.to_string()))
     });
-    let corpus = ["dest4_24", "dest6_128", "source_net4", "way_out", "gateway_mark", "eip6"];
+    let corpus = ["dest4_24", "dest6_128", "source_net4", "policy_action", "gateway_mark", "eip6"];
     texts("set names", &corpus, |text| Set::from_name(text).map(|set| (set, set.name())));
 }

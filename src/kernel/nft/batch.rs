@@ -238,9 +238,9 @@ impl Builder<'_> {
     fn hold_answers(&mut self, ops: &[Op]) {
         let mut answers = BTreeMap::new();
         for (index, op) in ops.iter().enumerate() {
-            if let Op::HoldAnswers(connection) = op {
+            if let Op::BlockReplies(connection) = op {
                 // Several connections may have the same key; an element can be deleted only once.
-                let key = (connection.answers(), element::answer(connection));
+                let key = (connection.blocked_replies(), element::answer(connection));
                 answers.entry(key).or_insert(index);
             }
         }

@@ -45,11 +45,11 @@ pub(super) fn write(writer: &mut Writer, key: &Key, value: Option<&Value>) {
 /// Key of the replies of a connection, in the set [`Connection::answers`].
 pub(super) fn answer(connection: &Connection) -> Vec<u8> {
     let mut key = octets(connection.peer);
-    key.extend(octets(connection.wears));
+    key.extend(octets(connection.snat_address));
     // Every part of a concatenation fills a register.
     key.extend([connection.protocol, 0, 0, 0]);
-    if let Set::Answer(_) = connection.answers() {
-        for port in [connection.peer_port, connection.wears_port] {
+    if let Set::BlockedReply(_) = connection.blocked_replies() {
+        for port in [connection.reply_source_port, connection.snat_port] {
             key.extend(port.to_be_bytes());
             key.extend([0, 0]);
         }
@@ -59,7 +59,7 @@ pub(super) fn answer(connection: &Connection) -> Vec<u8> {
 
 /// Writes an element that drops late replies until its timeout, or only its key.
 pub(super) fn write_answer(writer: &mut Writer, key: &[u8], whole: bool) {
-    let held = u64::try_from(Connection::ANSWERS_HELD.as_millis()).unwrap_or(u64::MAX);
+    let held = u64::try_from(Connection::REPLY_BLOCK_TIME.as_millis()).unwrap_or(u64::MAX);
     writer.nest(expr::ELEMENT, |writer| {
         if whole {
             writer.attribute(4, &held.to_be_bytes());
@@ -111,7 +111,7 @@ fn write_key(writer: &mut Writer, key: &Key) {
         Key::Gateway(mark) | Key::Connection(mark) | Key::NextHop(mark) => {
             writer.attribute(1, &mark.get().to_ne_bytes());
         }
-        Key::Verdict(tag)
+        Key::PolicyAction(tag)
         | Key::Steer(_, tag)
         | Key::Snat(_, tag)
         | Key::Masquerade(_, tag)
@@ -248,7 +248,7 @@ pub(super) fn key(set: Set, bytes: &[u8]) -> Option<Key> {
         Set::Gateway => Key::Gateway(mark(bytes)?),
         Set::Connection => Key::Connection(mark(bytes)?),
         Set::NextHop => Key::NextHop(mark(bytes)?),
-        Set::Verdict => Key::Verdict(tag(bytes)?),
+        Set::PolicyAction => Key::PolicyAction(tag(bytes)?),
         Set::Steer(family) => Key::Steer(family, tag(bytes)?),
         Set::Snat(family) => Key::Snat(family, tag(bytes)?),
         Set::Masquerade(family) => Key::Masquerade(family, tag(bytes)?),
@@ -259,7 +259,10 @@ pub(super) fn key(set: Set, bytes: &[u8]) -> Option<Key> {
             let net = IpNet::new(ip(family, head)?, length).ok()?;
             Key::Destination(net, tag(class)?)
         }
-        Set::Excluded(_) | Set::SourceNet(_) | Set::Answer(_) | Set::PortlessAnswer(_) => {
+        Set::Excluded(_)
+        | Set::SourceNet(_)
+        | Set::BlockedReply(_)
+        | Set::PortlessBlockedReply(_) => {
             return None;
         }
     })
@@ -315,18 +318,18 @@ mod tests {
         // nft add element inet t a '{ 1:1 : drop }'
         let drop = Value::plain(Data::Verdict(crate::state::Verdict::Drop));
         assert_eq!(
-            bytes(&Key::Verdict(tag(0x0001_0001)), &drop),
+            bytes(&Key::PolicyAction(tag(0x0001_0001)), &drop),
             b"\x20\0\x01\x80\x0c\0\x01\x80\x08\0\x01\0\x01\0\x01\0\
               \x10\0\x02\x80\x0c\0\x02\x80\x08\0\x01\0\0\0\0\0"
         );
 
-        // nft add element inet t a '{ 1:3 : goto here }'
-        let goto = Value::plain(Data::Verdict(crate::state::Verdict::Goto(ChainId::Here)));
+        // nft add element inet t a '{ 1:3 : goto local_gateway }'
+        let goto = Value::plain(Data::Verdict(crate::state::Verdict::Goto(ChainId::LocalGateway)));
         assert_eq!(
-            bytes(&Key::Verdict(tag(0x0001_0003)), &goto),
-            b"\x2c\0\x01\x80\x0c\0\x01\x80\x08\0\x01\0\x03\0\x01\0\
-              \x1c\0\x02\x80\x18\0\x02\x80\x08\0\x01\0\xff\xff\xff\xfc\
-              \x09\0\x02\0here\0\0\0\0"
+            bytes(&Key::PolicyAction(tag(0x0001_0003)), &goto),
+            b"\x34\0\x01\x80\x0c\0\x01\x80\x08\0\x01\0\x03\0\x01\0\
+              \x24\0\x02\x80\x20\0\x02\x80\x08\0\x01\0\xff\xff\xff\xfc\
+              \x12\0\x02\0local_gateway\0\0\0"
         );
     }
 
@@ -367,9 +370,9 @@ mod tests {
             destination: peer,
             destination_port: 10,
             peer,
-            peer_port: 7,
-            wears: opener,
-            wears_port: 8,
+            reply_source_port: 7,
+            snat_address: opener,
+            snat_port: 8,
             mark: 0,
             zone: 0,
             id: 0,

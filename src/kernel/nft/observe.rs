@@ -95,7 +95,7 @@ fn steady<T>(
     found.unwrap_or_else(|| {
         Err(KernelError::answer(
             format!("nft list table {family} {NFT_TABLE}"),
-            "somebody changes nf_tables faster than it can be read",
+            "other programs change nf_tables faster than it can be read",
         ))
     })
 }

@@ -222,7 +222,7 @@ mod tests {
 
         // nft add map inet t a '{ type classid : verdict; }'
         let expected = [
-            attribute(2, b"way_out\0"),
+            attribute(2, b"policy_action\0"),
             attribute(3, &[0, 0, 0, 8]),
             attribute(4, &[0, 0, 0, 0x17]),
             attribute(5, &[0, 0, 0, 4]),
@@ -232,7 +232,7 @@ mod tests {
             attribute(13, b"\0\x04\x01\0\0\0\x01\x04\0\0\0\0\x06\x04\0\0\0\0"),
         ]
         .concat();
-        assert_eq!(bytes(Set::Verdict, 4), expected);
+        assert_eq!(bytes(Set::PolicyAction, 4), expected);
 
         // nft add set inet t s '{ type ipv4_addr; flags interval; }'
         let expected = [
@@ -249,7 +249,7 @@ mod tests {
         // nft add set inet t a '{ type ipv4_addr . ipv4_addr . inet_proto . inet_service
         //     . inet_service; flags timeout; }'
         let expected = [
-            attribute(2, b"answer4\0"),
+            attribute(2, b"blocked_reply4\0"),
             attribute(3, &[0, 0, 0, 0x10]),
             attribute(4, &[0x07, 0x1c, 0xc3, 0x4d]),
             attribute(5, &[0, 0, 0, 0x14]),
@@ -257,7 +257,7 @@ mod tests {
             attribute(13, b"\0\x04\0\0\0\0\x03\x08\0\x04\x0d\0\0\0\x01\0"),
         ]
         .concat();
-        assert_eq!(bytes(Set::Answer(Family::V4), 1), expected);
+        assert_eq!(bytes(Set::BlockedReply(Family::V4), 1), expected);
 
         // nft add set inet t c '{ type classid; counter; }'
         let expected = [

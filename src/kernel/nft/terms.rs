@@ -107,7 +107,7 @@ mod tests {
         assert!(sizes.map(|count| size(SOURCES, count)).into_iter().eq(expected));
         for set in [
             Set::Excluded(Family::V4),
-            Set::Answer(Family::V6),
+            Set::BlockedReply(Family::V6),
             Set::Count(Family::V4),
             Set::NextHop,
         ] {
@@ -117,7 +117,7 @@ mod tests {
 
     #[test]
     fn what_comes_is_counted_for_every_set() {
-        let value = Value::plain(Data::Tag(Tag::HERE));
+        let value = Value::plain(Data::Tag(Tag::LOCAL));
         let source =
             |number: u8| Op::AddElement(Key::Source([10, 0, 0, number].into()), value.clone());
         let other = Value::plain(Data::None);

@@ -21,7 +21,7 @@ pub(crate) fn delete(what: &dyn Display, stray: &StrayRouting) -> Result<Request
         StrayKind::Rule => RTM_DELRULE,
     };
     let message = RouteNetlinkMessage::deserialize(&header, &stray.message)
-        .map_err(|_| KernelError::answer(what, "it cannot be told from others"))?;
+        .map_err(|_| KernelError::answer(what, "it cannot be distinguished from other objects"))?;
     Ok(Request { message, flags: 0 })
 }
 

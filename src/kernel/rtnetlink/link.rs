@@ -21,7 +21,7 @@ const IPV4_DEVCONF_RP_FILTER: u16 = 8;
 const IPV4_DEVCONF_PROMOTE_SECONDARIES: u16 = 20;
 
 const NAME_TAKEN: &str =
-    "the name is taken by somebody else's device: remove that device or choose another name";
+    "a device of another program has this name: remove that device or choose another name";
 const VNI_TAKEN: &str =
     "another VXLAN device has this VNI and port: remove that device or choose others";
 const NO_UNDERLAY: &str = "create the underlay device first or name another one";

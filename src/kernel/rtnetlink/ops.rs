@@ -114,7 +114,7 @@ impl RouteSocket {
             | Op::AddElement(..)
             | Op::DeleteElement(..)
             | Op::DeleteStray(..)
-            | Op::HoldAnswers(_)
+            | Op::BlockReplies(_)
             | Op::MarkConnection(..)
             | Op::EndConnection(_) => {
                 return Err(KernelError::answer(

@@ -115,7 +115,7 @@ impl RouteSocket {
         answer.ok_or_else(|| KernelError::answer(what, "the answer was empty"))
     }
 
-    /// Dumps all objects of a kind and returns the results of `pick`.
+    /// Dumps all objects of a kind and returns the results of `select_policy`.
     ///
     /// A routing table that does not exist is empty.
     pub(crate) fn dump<T>(

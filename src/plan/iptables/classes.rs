@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 
 use crate::plan::intervals::segments;
-use crate::plan::policies::Kept;
+use crate::plan::policies::NormalizedPolicy;
 use crate::range::IpRange;
 use crate::types::Family;
 
@@ -26,7 +26,7 @@ pub(crate) struct Classes {
 }
 
 impl Classes {
-    pub(crate) fn new(policies: &[&Kept], family: Family) -> Self {
+    pub(crate) fn new(policies: &[&NormalizedPolicy], family: Family) -> Self {
         let (mut nets, mut hosts) = (Vec::new(), BTreeMap::<IpAddr, Vec<Rank>>::new());
         for (rank, policy) in (0..).zip(policies) {
             let cover = policy.sources.cover.iter();
@@ -57,7 +57,7 @@ impl Classes {
     fn class(
         &mut self,
         mut ranks: Vec<Rank>,
-        policies: &[&Kept],
+        policies: &[&NormalizedPolicy],
         family: Family,
         known: &mut HashMap<Vec<Rank>, Class>,
     ) -> Class {
@@ -75,6 +75,9 @@ impl Classes {
     }
 }
 
-pub(crate) fn policy<'a>(policies: &[&'a Kept], rank: Rank) -> Option<&'a Kept> {
+pub(crate) fn policy<'a>(
+    policies: &[&'a NormalizedPolicy],
+    rank: Rank,
+) -> Option<&'a NormalizedPolicy> {
     policies.get(usize::try_from(rank).ok()?).copied()
 }

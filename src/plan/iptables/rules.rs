@@ -2,7 +2,7 @@
 
 use super::sets::{Sets, Way};
 use crate::cluster::Iptables;
-use crate::plan::policies::Kept;
+use crate::plan::policies::NormalizedPolicy;
 use crate::state::{
     Comment, CtState, Direction, Ipset, Is, MarkBits, Side, XtChain, XtMatch, XtName, XtRule,
     XtTable, XtTarget, Xtables,
@@ -37,11 +37,11 @@ impl Rules<'_> {
         chain(Mangle, N::ResetMark, self.reset_mark());
         chain(Mangle, N::Guard, self.guard());
         chain(Mangle, N::CheckSnat, self.check_snat());
-        chain(Mangle, N::Clear, vec![self.set_mark(0, "egress gateway: stays inside")]);
-        let here = self.set_mark(self.tunnel().get(), "egress gateway: leaves from here");
-        chain(Mangle, N::Here, vec![here]);
-        let closed = self.set_mark(self.closed().get(), "egress gateway: closed");
-        chain(Mangle, N::Closed, vec![closed]);
+        chain(Mangle, N::Clear, vec![self.set_mark(0, "egress gateway: not steered")]);
+        let here = self.set_mark(self.tunnel().get(), "egress gateway: local gateway");
+        chain(Mangle, N::Local, vec![here]);
+        let closed = self.set_mark(self.closed().get(), "egress gateway: denied");
+        chain(Mangle, N::Denied, vec![closed]);
         for (node, gateway) in self.sets.gateways {
             let comment = format!("egress gateway: {}", Comment::of_name(node.as_str()).as_str());
             let mark = self.set_mark(gateway.mark.get(), &comment);
@@ -79,7 +79,7 @@ impl Rules<'_> {
             // Never sent into the tunnel again: two nodes that disagree about the gateway would
             // send it back and forth. Later chains cannot match the input interface, so that the
             // mark is set here.
-            to([self.input(Is::So)], XtName::Here, "out of the tunnel"),
+            to([self.input(Is::So)], XtName::Local, "out of the tunnel"),
             to(selected, XtName::MarkRequest, "mark egress packet"),
         ]
     }
@@ -152,7 +152,13 @@ impl Rules<'_> {
     }
 
     /// Creates a rule for the packets of a policy.
-    fn of_policy(&self, policy: &Kept, name: u64, target: XtTarget, what: &str) -> XtRule {
+    fn of_policy(
+        &self,
+        policy: &NormalizedPolicy,
+        name: u64,
+        target: XtTarget,
+        what: &str,
+    ) -> XtRule {
         let family = self.sets.family;
         let comment = format!("rule {}: {what}", policy.comment.as_str());
         let source = XtMatch::Set(Is::So, Ipset::Sources(family, name), Side::Src);
@@ -172,22 +178,22 @@ impl Rules<'_> {
             rule(
                 [self.destination(Is::So, Ipset::Ignored)],
                 XtTarget::Return,
-                "egress gateway: inside",
+                "egress gateway: excluded destination",
             ),
-            rule([reply], XtTarget::Return, "egress gateway: opened by others"),
+            rule([reply], XtTarget::Return, "egress gateway: reply"),
             // NAT ignores it, so it would leave with the pod's address.
-            rule([invalid], XtTarget::Drop, "egress gateway: cannot be translated"),
+            rule([invalid], XtTarget::Drop, "egress gateway: invalid or untracked"),
             rule(
-                [self.source(Is::So, Ipset::Closed)],
-                XtTarget::Goto(XtName::Closed),
-                "egress gateway: closed",
+                [self.source(Is::So, Ipset::Denied)],
+                XtTarget::Goto(XtName::Denied),
+                "egress gateway: denied",
             ),
         ];
         for (policy, name) in self.sets.ruled() {
             let target = match self.sets.way(policy) {
                 Way::To(mark) => XtTarget::Goto(XtName::To(mark)),
-                Way::Here => XtTarget::Goto(XtName::Here),
-                Way::Closed => XtTarget::Goto(XtName::Closed),
+                Way::Here => XtTarget::Goto(XtName::Local),
+                Way::Deny => XtTarget::Goto(XtName::Denied),
                 Way::Bypass => XtTarget::Return,
             };
             rules.push(self.of_policy(policy, name, target, "mark request packet"));
@@ -206,7 +212,7 @@ impl Rules<'_> {
         ];
         let mut rules = vec![
             // If this node masqueraded it, a frame forged by a pod would come from a known node.
-            rule(injected, XtTarget::Drop, "egress gateway: no pod speaks to the tunnel"),
+            rule(injected, XtTarget::Drop, "egress gateway: frame forged by a pod"),
             // The outer packet inherits the mark; routed by it, it would enter the tunnel again.
             XtRule {
                 matches: [self.to_tunnel()].into(),
@@ -218,21 +224,21 @@ impl Rules<'_> {
             rule(
                 [XtMatch::Connmark(Is::So, self.connection()), original, self.is_tunnel(Is::Not)],
                 XtTarget::Drop,
-                "egress gateway: policy has gone",
+                "egress gateway: policy removed",
             ),
             // Marked before destination NAT showed that it stays inside.
             rule(
                 [self.marked(Is::So), self.destination(Is::So, Ipset::Ignored)],
                 XtTarget::Goto(XtName::Clear),
-                "egress gateway: inside",
+                "egress gateway: excluded destination",
             ),
         ];
         let mask = self.connection().mask & self.sets.mask();
         let closed = MarkBits { mask, value: self.closed().get() & mask };
-        rules.push(rule([XtMatch::Mark(Is::So, closed)], XtTarget::Drop, "egress gateway: closed"));
+        rules.push(rule([XtMatch::Mark(Is::So, closed)], XtTarget::Drop, "egress gateway: denied"));
         // Marked, but not entering the tunnel: the link, a route or a rule is missing.
         let stray = |bits| {
-            rule([XtMatch::Mark(Is::So, bits)], XtTarget::Drop, "egress gateway: way is missing")
+            rule([XtMatch::Mark(Is::So, bits)], XtTarget::Drop, "egress gateway: route is missing")
         };
         let layout = self.sets.world.cluster.marks;
         if layout.tells_by_prefix() {
@@ -284,11 +290,11 @@ impl Rules<'_> {
             // The jump has the same condition, but an older jump that is about to be replaced may
             // not.
             rule([self.is_tunnel(Is::Not)], XtTarget::Return, "egress gateway: not ours"),
-            rule([untracked], XtTarget::Drop, "egress gateway: cannot be translated"),
+            rule([untracked], XtTarget::Drop, "egress gateway: invalid or untracked"),
             rule(
                 [original(), open(), foreign],
                 XtTarget::Drop,
-                "egress gateway: older than its policy",
+                "egress gateway: connection older than its policy",
             ),
             rule([original(), open(), plain], XtTarget::Drop, "egress gateway: not translated"),
             XtRule { matches: [open()].into(), ..self.set_mark(0, "egress gateway: translated") },

@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use ipnet::{IpNet, IpSubnets, Ipv4Subnets, Ipv6Subnets};
 
 use super::classes::{Class, Classes, Rank, policy};
-use crate::plan::policies::Kept;
-use crate::plan::validate::World;
+use crate::plan::policies::NormalizedPolicy;
+use crate::plan::validate::ValidatedCluster;
 use crate::plan::{Gateways, Role, role};
 use crate::policy::Unavailable;
 use crate::range::IpRange;
@@ -14,7 +14,7 @@ use crate::state::{Ipset, IpsetContents, MarkBits, Member};
 use crate::types::{Family, Mark, fnv1a};
 
 /// Returns hashes for the names of each policy's sets; they depend on the ids alone, not on order.
-pub(crate) fn names(policies: &[&Kept]) -> Vec<u64> {
+pub(crate) fn names(policies: &[&NormalizedPolicy]) -> Vec<u64> {
     let mut by_id: Vec<_> = policies.iter().map(|policy| &policy.id).enumerate().collect();
     by_id.sort_unstable_by_key(|&(_, id)| id);
     let mut taken = BTreeSet::new();
@@ -40,7 +40,7 @@ pub(crate) enum Way {
     /// Translated on this node, the gateway.
     Here,
     /// Dropped.
-    Closed,
+    Deny,
     /// Forwarded as if there were no policy.
     Bypass,
 }
@@ -55,8 +55,8 @@ enum Kind {
 
 /// The sets of one family.
 pub(crate) struct Sets<'a> {
-    pub(crate) world: &'a World,
-    pub(crate) policies: &'a [&'a Kept],
+    pub(crate) world: &'a ValidatedCluster,
+    pub(crate) policies: &'a [&'a NormalizedPolicy],
     pub(crate) gateways: &'a Gateways,
     pub(crate) names: &'a [u64],
     pub(crate) family: Family,
@@ -66,7 +66,7 @@ pub(crate) struct Sets<'a> {
 type Members = BTreeMap<Ipset, BTreeMap<IpNet, Member>>;
 
 impl Sets<'_> {
-    pub(crate) fn way(&self, policy: &Kept) -> Way {
+    pub(crate) fn way(&self, policy: &NormalizedPolicy) -> Way {
         let gateway = |place| self.gateways.values().find(|gateway| gateway.place == place);
         let role = role(policy, self.family, self.world);
         let client = if let Role::Client(place) = role { gateway(place) } else { None };
@@ -74,7 +74,7 @@ impl Sets<'_> {
             (Role::Gateway, _) => Way::Here,
             (_, Some(gateway)) => Way::To(gateway.mark),
             _ if policy.unavailable == Unavailable::Bypass => Way::Bypass,
-            _ => Way::Closed,
+            _ => Way::Deny,
         }
     }
 
@@ -86,20 +86,20 @@ impl Sets<'_> {
     /// Returns the policies whose packets are matched by a rule of their own, in order.
     ///
     /// Each policy comes with the hash for the names of its sets.
-    pub(crate) fn ruled(&self) -> Vec<(&Kept, u64)> {
+    pub(crate) fn ruled(&self) -> Vec<(&NormalizedPolicy, u64)> {
         let ranks = self.ruled_ranks();
         let ranked = (0..).zip(self.policies.iter().copied().zip(self.names.iter().copied()));
         ranked.filter(|(rank, _)| ranks.contains(rank)).map(|(_, policy)| policy).collect()
     }
 
     /// Returns the policies whose gateway is this node, in order, each with its name hash.
-    pub(crate) fn local(&self) -> Vec<(&Kept, u64)> {
+    pub(crate) fn local(&self) -> Vec<(&NormalizedPolicy, u64)> {
         let named = self.policies.iter().copied().zip(self.names.iter().copied());
         named.filter(|(policy, _)| self.is_local(policy)).collect()
     }
 
     /// Returns the local policies, and those of other nodes that precede one for some source.
-    pub(crate) fn local_or_preceding(&self) -> Vec<(&Kept, u64)> {
+    pub(crate) fn local_or_preceding(&self) -> Vec<(&NormalizedPolicy, u64)> {
         let is_local =
             |rank: &Rank| policy(self.policies, *rank).is_some_and(|policy| self.is_local(policy));
         let mut ranks = BTreeSet::<Rank>::new();
@@ -108,13 +108,13 @@ impl Sets<'_> {
             ranks.extend(last.and_then(|last| members.get(..=last)).into_iter().flatten());
         }
         let named = (0..).zip(self.policies.iter().copied().zip(self.names.iter().copied()));
-        let wanted = |(rank, (policy, _)): &(Rank, (&Kept, u64))| {
+        let wanted = |(rank, (policy, _)): &(Rank, (&NormalizedPolicy, u64))| {
             ranks.contains(rank) || self.is_local(policy)
         };
         named.filter(wanted).map(|(_, policy)| policy).collect()
     }
 
-    pub(crate) fn is_local(&self, policy: &Kept) -> bool {
+    pub(crate) fn is_local(&self, policy: &NormalizedPolicy) -> bool {
         policy.sources.has(self.family) && self.way(policy) == Way::Here
     }
 
@@ -147,7 +147,7 @@ impl Sets<'_> {
             Kind::Flat(Way::Here) => {
                 vec![(Ipset::Marks(family), marked(self.world.cluster.marks.tunnel()))]
             }
-            Kind::Flat(Way::Closed) => vec![(Ipset::Closed(family), Member::In)],
+            Kind::Flat(Way::Deny) => vec![(Ipset::Denied(family), Member::In)],
             Kind::Flat(Way::Bypass) => return Vec::new(),
             Kind::Ruled => Vec::new(),
         };
@@ -163,7 +163,7 @@ impl Sets<'_> {
             Ipset::Selected(family),
             Ipset::Ignored(family),
             Ipset::Marks(family),
-            Ipset::Closed(family),
+            Ipset::Denied(family),
             Ipset::Peers(family),
             Ipset::Underlay(family),
             Ipset::EgressIps(family),
@@ -181,8 +181,8 @@ impl Sets<'_> {
         let here = self.world.here.underlay.iter();
         put(Ipset::Underlay(family), &mut here.map(|address| IpNet::from(*address)));
         let local = self.local();
-        let worn = local.iter().filter_map(|(policy, _)| policy.egress_ip.address(family));
-        put(Ipset::EgressIps(family), &mut worn.map(IpNet::from));
+        let addresses = local.iter().filter_map(|(policy, _)| policy.egress_ip.address(family));
+        put(Ipset::EgressIps(family), &mut addresses.map(IpNet::from));
         let ruled = self.ruled_ranks();
         let mut sets_of = BTreeMap::new();
         for ((rank, policy), name) in (0..).zip(self.policies).zip(self.names) {

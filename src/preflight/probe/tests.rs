@@ -149,13 +149,13 @@ fn rules_and_tables_of_others() {
             [
                 "no IPv4 rule looks in the table of local addresses before ours at 101: packets \
                  to this host are steered away",
-                "ip rule 40: lookup 254 comes before ours at 101 and takes the packets that we \
-                 steer",
+                "ip rule 40: lookup 254 precedes the gateways' rules at 101 and matches steered \
+                 packets",
                 "ip rule 102: lookup 7 has a priority of ours: which of them is asked first \
                  depends on their age, and packets without our mark may pass it by",
                 "ip rule 5210: fwmark 0x80000/0xff0000 lookup 52 tests bits 0x00ff0000 of the \
-                 mark, of which 0x00ff0000 are ours",
-                "1 of the routing tables 3000 to 3100 are in use by others, 100 are free",
+                 mark, of which 0x00ff0000 are in the mark layout",
+                "1 of the routing tables 3000 to 3100 are in use by other programs, 100 are free",
             ]
         );
     });

@@ -56,7 +56,7 @@ fn rules_that_use_our_bits() {
     assert_eq!(
         problems[0].to_string(),
         "3 rule(s) of nft table ip mangle, one in chain cali-x, write bits 0x00010000 of the \
-         packet mark, of which 0x00010000 are ours"
+         packet mark, of which 0x00010000 are in the mark layout"
     );
     assert!(used(u32::MAX, false)[0].to_string().contains("test bits 0xffffffff"));
     assert_eq!(used_of(MarkKind::Connection, 0x10000, true), [], "only the prefix is ours there");

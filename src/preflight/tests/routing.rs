@@ -65,7 +65,7 @@ fn a_rule_that_tests_our_bits() {
     assert_eq!(
         problem.to_string(),
         "ip rule 5210: fwmark 0x80000/0xff0000 lookup 254 tests bits 0x00ff0000 of the mark, of \
-         which 0x00ff0000 are ours"
+         which 0x00ff0000 are in the mark layout"
     );
 }
 

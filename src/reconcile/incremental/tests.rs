@@ -276,7 +276,7 @@ fn run(acts: Vec<Act>, tables: u32) {
             }
             Act::ElementLost => {
                 let firewall = egress.datapath.sim.state_mut().firewall.as_mut().unwrap();
-                let key = firewall.elements.keys().find(|key| !matches!(key, Key::Verdict(_)));
+                let key = firewall.elements.keys().find(|key| !matches!(key, Key::PolicyAction(_)));
                 firewall.elements.remove(&key.unwrap());
                 egress.datapath.drift = Some(Drift::Unknown);
                 if policies.len() % 2 == 0 {
@@ -349,9 +349,9 @@ fn connection(source: &str) -> Connection {
         destination: peer,
         destination_port: 443,
         peer,
-        peer_port: 443,
-        wears: source,
-        wears_port: 40_000,
+        reply_source_port: 443,
+        snat_address: source,
+        snat_port: 40_000,
         mark: 0,
         zone: 0,
         id: 7,
@@ -421,15 +421,18 @@ fn connections_are_left_to_be_settled_and_never_forgotten() {
 }
 
 #[test]
-fn who_wears_an_egress_ip_that_is_not_wanted_any_more_is_ended() {
+fn connection_with_removed_egress_ip_ended() {
     let mut egress = Reconciler::new(Recorder::default());
     let policy = EgressPolicy { gateway: Some(name("a")), ..one_policy() };
     egress.reconcile(&cluster(), [&policy]).unwrap();
     let firewall = egress.wanted.as_ref().and_then(|wanted| wanted.firewall.as_ref()).unwrap();
     let mark = firewall.connection_mark().unwrap().value;
-    let wears =
-        |address: [u8; 4]| Connection { mark, wears: address.into(), ..connection("10.0.0.1") };
-    let (eip, own) = (wears([203, 0, 113, 1]), wears([10, 10, 0, 11]));
+    let translated = |address: [u8; 4]| Connection {
+        mark,
+        snat_address: address.into(),
+        ..connection("10.0.0.1")
+    };
+    let (eip, own) = (translated([203, 0, 113, 1]), translated([10, 10, 0, 11]));
     egress.datapath.connections = vec![eip, own];
     let masquerade = EgressPolicy { egress_ip: EgressIp::Node, ..policy };
     assert!(!egress.update([Update::Upsert(masquerade)]).unwrap().settled);
@@ -445,7 +448,7 @@ fn a_closed_policy_keeps_its_connections_as_long_as_their_egress_ip_is_known() {
     egress.reconcile(&cluster(), [&policy, &other]).unwrap();
     let firewall = egress.wanted.as_ref().and_then(|wanted| wanted.firewall.as_ref()).unwrap();
     let mark = firewall.connection_mark().unwrap().value;
-    let eip = Connection { mark, wears: [203, 0, 113, 1].into(), ..connection("10.0.0.1") };
+    let eip = Connection { mark, snat_address: [203, 0, 113, 1].into(), ..connection("10.0.0.1") };
     egress.datapath.connections = vec![eip];
     let settled = |egress: &mut Egress, update: Update| {
         let _report = egress.update([update]).unwrap();

@@ -32,7 +32,9 @@ impl Walk<'_> {
             Stmt::Interface(Interface::Input, name) => skb.input.as_ref() == Some(name),
             Stmt::Interface(Interface::Output, name) => skb.output.as_ref() == Some(name),
             Stmt::Lookup {
-                set: set @ (Set::Answer(_) | Set::PortlessAnswer(_)), negated, ..
+                set: set @ (Set::BlockedReply(_) | Set::PortlessBlockedReply(_)),
+                negated,
+                ..
             } => self.conntrack.held.holds(*set, &skb.packet) != *negated,
             Stmt::Lookup { key, set, negated } => match values(key, skb) {
                 Some(values) => self.is_in(firewall, *set, &values, skb) != *negated,
@@ -64,12 +66,12 @@ impl Walk<'_> {
                 if *of != Self::family(skb.packet) {
                     return Some(Next::Rule);
                 }
-                self.say(here(), Decision::Bound);
+                self.say(here(), Decision::SourceKept);
                 return Some(Next::End(End::Nat(Nat::Bound)));
             }
             Stmt::Masquerade => {
                 let own = self.around.own(skb.packet.destination);
-                self.say(here(), Decision::Wears(own));
+                self.say(here(), Decision::Snat(own));
                 return Some(Next::End(End::Nat(Nat::Masquerade)));
             }
             Stmt::NoTrack => {
@@ -85,7 +87,7 @@ impl Walk<'_> {
             Stmt::Jump(to) => return Some(Next::Jump(*to)),
             Stmt::Goto(to) => {
                 if *to == ChainId::Bypass {
-                    self.say(here(), Decision::LeftAlone);
+                    self.say(here(), Decision::Bypass);
                 }
                 return Some(Next::Goto(*to));
             }
@@ -141,7 +143,7 @@ impl Walk<'_> {
                 Some(Next::Goto(chain))
             }
             (Target::Snat(of), Data::Address(address)) if of == Self::family(skb.packet) => {
-                self.say(shown(firewall, &key), Decision::Wears(Some(address)));
+                self.say(shown(firewall, &key), Decision::Snat(Some(address)));
                 Some(Next::End(End::Nat(Nat::To(address))))
             }
             (Target::EthernetDestination, Data::Ethernet(mac)) => {
@@ -160,7 +162,7 @@ impl Walk<'_> {
             Key::Source(_) | Key::SourceNet(_) => Some(Decision::Class(tag)),
             Key::Destination(net, _) => Some(policy(Family::of(net.addr()))),
             Key::Any(family, _) => Some(policy(*family)),
-            _ => way_out(firewall, tag),
+            _ => policy_action(firewall, tag),
         };
         if let Some(decision) = decision {
             self.say(shown(firewall, key), decision);
@@ -186,7 +188,7 @@ impl Walk<'_> {
             };
             known.push(other);
             let id = id(firewall, family, other);
-            self.say(shown(firewall, &key), Decision::Overlapped(other, id));
+            self.say(shown(firewall, &key), Decision::Shadowed(other, id));
         }
     }
 }
@@ -214,11 +216,11 @@ impl Ruleset for Firewall {
 }
 
 /// The decision for an action; a drop is reported by the rule that drops the packet.
-fn way_out(firewall: &Firewall, way_out: Tag) -> Option<Decision> {
-    let Value { data, comment } = found(firewall, &Key::Verdict(way_out))?;
+fn policy_action(firewall: &Firewall, policy_action: Tag) -> Option<Decision> {
+    let Value { data, comment } = found(firewall, &Key::PolicyAction(policy_action))?;
     match data {
-        Data::Verdict(Verdict::Goto(ChainId::Here)) => Some(Decision::Here),
-        Data::Verdict(Verdict::Goto(ChainId::Bypass)) => Some(Decision::LeftAlone),
+        Data::Verdict(Verdict::Goto(ChainId::LocalGateway)) => Some(Decision::Local),
+        Data::Verdict(Verdict::Goto(ChainId::Bypass)) => Some(Decision::Bypass),
         Data::Verdict(Verdict::Goto(_)) => Some(Decision::Gateway(comment)),
         Data::Verdict(Verdict::Drop)
         | Data::None

@@ -55,7 +55,7 @@ fn by_number(set: Set, number: u32) -> Option<Key> {
         Set::Gateway => Key::Gateway(mark),
         Set::Connection => Key::Connection(mark),
         Set::NextHop => Key::NextHop(mark),
-        Set::Verdict => Key::Verdict(tag?),
+        Set::PolicyAction => Key::PolicyAction(tag?),
         Set::Steer(family) => Key::Steer(family, tag?),
         Set::Snat(family) => Key::Snat(family, tag?),
         Set::Masquerade(family) => Key::Masquerade(family, tag?),

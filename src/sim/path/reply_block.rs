@@ -18,8 +18,8 @@ pub(crate) struct Held {
 impl Held {
     /// Blocks replies to a connection; an existing block is not extended.
     pub(crate) fn hold(&mut self, connection: &Connection) {
-        let set = connection.answers();
-        let until = self.now + Connection::ANSWERS_HELD;
+        let set = connection.blocked_replies();
+        let until = self.now + Connection::REPLY_BLOCK_TIME;
         self.elements.entry((set, key(set, &connection.answer()))).or_insert(until);
     }
 
@@ -45,7 +45,7 @@ impl Held {
 /// The fields of a packet that are part of a set's key.
 fn key(set: Set, packet: &Packet) -> Packet {
     match set {
-        Set::PortlessAnswer(_) => Packet { source_port: 0, destination_port: 0, ..*packet },
+        Set::PortlessBlockedReply(_) => Packet { source_port: 0, destination_port: 0, ..*packet },
         _ => *packet,
     }
 }

@@ -118,7 +118,7 @@ impl Ruleset for Table<'_> {
             XtTarget::Goto(to) => {
                 match to {
                     XtName::To(mark) => walk.say(here(), Decision::Gateway(self.gateway(*mark))),
-                    XtName::Here => walk.say(here(), Decision::Here),
+                    XtName::Local => walk.say(here(), Decision::Local),
                     _ => {}
                 }
                 Next::Goto(*to)
@@ -149,16 +149,16 @@ impl Ruleset for Table<'_> {
                 Next::Rule
             }
             XtTarget::Snat(address) => {
-                walk.say(here(), Decision::Wears(Some(*address)));
+                walk.say(here(), Decision::Snat(Some(*address)));
                 Next::End(End::Nat(Nat::To(*address)))
             }
             XtTarget::Masquerade => {
                 let own = walk.around.own(skb.packet.destination);
-                walk.say(here(), Decision::Wears(own));
+                walk.say(here(), Decision::Snat(own));
                 Next::End(End::Nat(Nat::Masquerade))
             }
             XtTarget::Netmap(_) => {
-                walk.say(here(), Decision::Bound);
+                walk.say(here(), Decision::SourceKept);
                 Next::End(End::Nat(Nat::Bound))
             }
             XtTarget::Unknown(_) => {

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use super::*;
 use crate::datapath::{Drift, observe};
 use crate::error::errno;
-use crate::event::{News, Part};
+use crate::event::{ChangeEvents, Component};
 use crate::faults::{Call, Fault, Faults, Subsystem};
 
 const READ: Call = Call { subsystem: Subsystem::Firewall, writes: false };
@@ -18,8 +18,8 @@ fn right() -> (SharedSim, Faults, Reconciler<SimDatapath>) {
     (kernel, faults, egress)
 }
 
-fn changed(parts: &[Part]) -> News {
-    News { changed: parts.iter().copied().collect(), ..News::default() }
+fn changed(parts: &[Component]) -> ChangeEvents {
+    ChangeEvents { changed: parts.iter().copied().collect(), ..ChangeEvents::default() }
 }
 
 #[cfg(unix)]
@@ -43,19 +43,26 @@ fn a_watch_is_readable_when_somebody_else_wrote() {
     kernel.edit(|state| state.rules.clear());
     kernel.edit(|state| state.link = None);
     assert!(is_readable(&watch));
-    let all = [Part::Link, Part::Address, Part::Fdb, Part::Neighbour, Part::Route, Part::Rule];
+    let all = [
+        Component::Link,
+        Component::Address,
+        Component::Fdb,
+        Component::Neighbour,
+        Component::Route,
+        Component::Rule,
+    ];
     assert_eq!(watch.drain().unwrap(), changed(&all));
     assert!(!is_readable(&watch));
     let whole = egress.repair().unwrap().changes;
     assert!(!whole.is_empty());
-    assert!(!is_readable(&watch) && watch.drain().unwrap().is_empty(), "nor is a repair news");
+    assert!(!is_readable(&watch) && watch.drain().unwrap().is_empty(), "nor is a repair events");
 
     let mut other = Reconciler::new(kernel.open());
     let _report = other.reconcile(&cluster("a"), [policy("c")]).unwrap();
     assert!(is_readable(&watch));
-    assert!(watch.drain().unwrap().changed.contains(&Part::Firewall));
+    assert!(watch.drain().unwrap().changed.contains(&Component::Firewall));
 
-    kernel.lock().lose_news();
+    kernel.lock().lose_events();
     assert!(is_readable(&watch) && watch.drain().unwrap().lost);
     kernel.lock().state_mut().rules.clear();
     assert!(is_readable(&watch) && watch.drain().unwrap().lost);
@@ -83,7 +90,7 @@ fn nothing_is_read_that_nobody_can_have_changed() {
 
     kernel.edit(|state| state.firewall = None);
     assert!(!egress.repair().unwrap().changes.is_empty());
-    kernel.lock().lose_news();
+    kernel.lock().lose_events();
     let begun = faults.calls().len();
     assert!(egress.repair().unwrap().changes.is_empty());
     assert!(since(begun).len() > 6, "everything");

@@ -71,7 +71,7 @@ pub static CASES: &[Case] = &[
     Case::new("lab", "without policies every source arrives as it is", basics::lab),
     Case::new(
         "selected-pod",
-        "a selected pod wears the egress IP and nobody else does",
+        "a selected pod uses the egress IP and no other pod does",
         basics::selected_pod,
     ),
     Case::new(
@@ -85,7 +85,7 @@ pub static CASES: &[Case] = &[
         basics::narrow_in_wide,
     ),
     Case::new("source-prefix", "a prefix of sources takes all pods in it", basics::source_prefix),
-    Case::new("pod-on-gateway", "a pod on the gateway wears the egress IP", basics::pod_on_gateway),
+    Case::new("pod-on-gateway", "a pod on the gateway uses the egress IP", basics::pod_on_gateway),
     Case::new(
         "gateway-as-client",
         "a gateway's own pod leaves by another gateway",
@@ -103,7 +103,7 @@ pub static CASES: &[Case] = &[
     ),
     Case::new(
         "node-address",
-        "without an egress IP of its own a policy wears the gateway's address",
+        "without an egress IP of its own a policy uses the gateway's address",
         basics::node_address,
     ),
     Case::new(
@@ -185,7 +185,7 @@ pub static CASES: &[Case] = &[
     .beyond_iptables("packets are classified before destination NAT"),
     Case::new(
         "open-datagrams",
-        "an open flow of datagrams wears what a new one would, through every change",
+        "an open UDP flow has the source of a new one after every change",
         flows::open_datagrams,
     )
     .with_nft(),

@@ -42,7 +42,7 @@ const LATE: Duration = Duration::from_secs(1);
 pub struct Pod<'a> {
     pub netns: &'a Netns,
     pub address: Pair,
-    pub wears: &'a [Pair],
+    pub allowed: &'a [Pair],
 }
 
 /// What became of all packets.
@@ -259,8 +259,8 @@ fn receive(
                 if let Some(seen) = arrived.numbers.get_mut(at) {
                     *seen = true;
                 }
-                let wears = pods.get(at / 2 % pods.len().max(1)).map_or(&[][..], |pod| pod.wears);
-                if !wears.iter().flatten().any(|right| *right == from.ip()) {
+                let allowed = pods.get(at / 2 % pods.len().max(1)).map_or(&[][..], |pod| pod.allowed);
+                if !allowed.iter().flatten().any(|right| *right == from.ip()) {
                     arrived.leaked.push((from.ip(), Instant::now()));
                 }
                 progress.received.fetch_add(1, Relaxed);

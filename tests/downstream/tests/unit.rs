@@ -7,7 +7,7 @@ use downstream::{Agent, Rule};
 use egress_datapath::{
     AllocError, Cluster, Datapath, EgressIp, Error, KernelError, Mark, MarkPool, MockDatapath,
     MockMarkAllocator, MockPolicy, MockTableAllocator, Node, NodeName, Outcome, Packet, PlanError,
-    PolicyId, Reconciler, Sim, SimCluster, SimNode, State, Surroundings, TableId, TablePool,
+    PolicyId, Reconciler, Sim, SimCluster, SimNode, State, HostContext, TableId, TablePool,
     Unavailable, explain,
 };
 
@@ -54,7 +54,7 @@ fn a_label_sends_a_pods_packets_by_the_gateway_as_the_egress_ip() {
     let mut sims = SimCluster::new(nodes().into_iter().map(|node| {
         SimNode {
             sim: Sim::new()
-                .surrounded_by(Surroundings { local: node.underlay, ..Surroundings::default() }),
+                .with_host(HostContext { local: node.underlay, ..HostContext::default() }),
             pods: if node.name == name("a") {
                 vec!["10.244.1.0/24".parse().unwrap()]
             } else {

@@ -3,8 +3,8 @@
 use std::net::IpAddr;
 
 use egress_datapath::{
-    Cluster, Connection, Datapath, Mark, MarkLayout, MarkPool, Outcome, Packet, Reconciler,
-    SharedSim, Sim, SimCluster, SimNode, Surroundings, TablePool, TableRange,
+    Cluster, Connection, Datapath, HostContext, Mark, MarkLayout, MarkPool, Outcome, Packet,
+    Reconciler, SharedSim, Sim, SimCluster, SimNode, TablePool, TableRange,
 };
 
 use super::scenarios::{Scenario, Source, Talk};
@@ -58,7 +58,7 @@ impl Nodes {
         let sims = clusters.iter().map(|cluster| {
             let underlay = cluster.nodes.iter().find(|node| node.name == cluster.node).unwrap();
             let local = underlay.underlay.clone();
-            Sim::new().surrounded_by(Surroundings { local, own: Vec::new() })
+            Sim::new().with_host(HostContext { local, own: Vec::new() })
         });
         let marks = MarkPool::new(MarkLayout::SEED);
         let mut nodes = Self { sims: sims.collect(), clusters: clusters.to_vec(), marks };

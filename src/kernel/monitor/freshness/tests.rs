@@ -10,7 +10,7 @@ use crate::kernel::monitor::tests::Host;
 use crate::kernel::monitor::tests::edits::EDITS;
 use crate::kernel::monitor::tests::noise::NOISE;
 use crate::kernel::rtnetlink::kernel_tests::{in_namespace, sh};
-use crate::{Changes, Cluster, MarkPool, News, Reconciler, State, TablePool, Update, plan};
+use crate::{ChangeEvents, Changes, Cluster, MarkPool, Reconciler, State, TablePool, Update, plan};
 
 /// Reads until no more notifications arrive: new devices keep sending them for a while.
 fn known(kernel: &mut KernelDatapath) -> State {
@@ -48,7 +48,7 @@ fn every_edit_is_noticed_and_undone_whole() {
             sh(&format!("{variables}{script}"));
             let drift = kernel.drift();
             let expected =
-                if parts.contains(&Part::Firewall) { Drift::Unknown } else { Drift::Rest };
+                if parts.contains(&Component::Firewall) { Drift::Unknown } else { Drift::Rest };
             assert_eq!(drift, expected, "{script}");
             assert_eq!(kernel.drift(), drift, "it stays so until it is read: {script}");
             host.egress.repair().unwrap();
@@ -69,7 +69,7 @@ fn too_much_at_once_is_not_taken_for_silence() {
         let mut host = Host::new();
         let kernel = host.egress.datapath();
         known(kernel);
-        kernel.trust.watch.as_mut().unwrap().shrink(0);
+        kernel.freshness.watch.as_mut().unwrap().shrink(0);
         sh("for i in $(seq 200); do echo link set u0 mtu $((1400 + i)); done | ip -batch -");
         assert_eq!(kernel.drift(), Drift::Unknown);
         known(kernel);
@@ -168,12 +168,12 @@ fn what_happens_while_nobody_listens_is_not_taken_for_ours() {
         for ([before, ours, after], expected) in cases {
             let kernel = host.egress.datapath();
             known(kernel);
-            kernel.trust.will_commit(LARGE);
+            kernel.freshness.will_commit(LARGE);
             sh(before);
             let before = nft::generation(&mut kernel.netfilter).unwrap();
             sh(ours);
             let between = Between { before, after: before + 1 };
-            kernel.trust.committed(&mut kernel.netfilter, Some(between));
+            kernel.freshness.committed(&mut kernel.netfilter, Some(between));
             sh(after);
             assert_eq!(kernel.drift(), expected, "{ours}, {after}");
             // The caller's watch reports the same.
@@ -199,9 +199,9 @@ fn a_large_change_of_ours_leaves_everything_certain() {
         let made = host.egress.reconcile(&cluster, &host.policies).unwrap().changes;
         assert!(made.len() > LARGE, "{}", made.len());
         assert_eq!(host.egress.datapath().drift(), Drift::None);
-        assert_eq!(host.drain(), News::default());
+        assert_eq!(host.drain(), ChangeEvents::default());
         sh("nft delete element inet egress_datapath source4 '{ 10.245.0.7 }'");
-        assert_eq!(host.drain().changed, [Part::Firewall].into());
+        assert_eq!(host.drain().changed, [Component::Firewall].into());
         assert_eq!(host.egress.repair().unwrap().changes.len(), 1);
     });
 }

@@ -6,10 +6,10 @@ use crate::kernel::rtnetlink::socket::RouteSocket;
 use crate::state::RuleAction;
 use crate::types::{Family, Mark};
 
-use Part::{Address, Fdb, Firewall, Link, Neighbour, Route, Rule};
+use Component::{Address, Fdb, Firewall, Link, Neighbour, Route, Rule};
 
 /// Commands of another program, and the parts that must be reported at least.
-pub(crate) const EDITS: [(&str, &[Part]); 47] = [
+pub(crate) const EDITS: [(&str, &[Component]); 47] = [
     ("nft delete element inet egress_datapath source4 '{ 10.244.1.2 }'", &[Firewall]),
     ("nft add element inet egress_datapath peer4 '{ 192.0.2.77 }'", &[Firewall]),
     ("nft flush table inet egress_datapath", &[Firewall]),
@@ -78,15 +78,15 @@ fn every_edit_wakes_is_named_and_is_repaired() {
         for (script, parts) in EDITS {
             sh(&format!("{variables}{script}"));
             assert!(host.is_readable(1000), "{script}");
-            let news = host.drain();
+            let events = host.drain();
             for part in parts {
-                assert!(news.changed.contains(part), "{script}: {news}");
+                assert!(events.changed.contains(part), "{script}: {events}");
             }
-            assert!(!news.lost, "{script}: {news}");
-            assert_eq!(!news.writers.is_empty(), parts == [Firewall], "{script}: {news}");
+            assert!(!events.lost, "{script}: {events}");
+            assert_eq!(!events.writers.is_empty(), parts == [Firewall], "{script}: {events}");
             let report = host.egress.repair().unwrap();
             assert!(!report.changes.is_empty(), "{script}");
-            note!("{script}\n    {news}\n    {} repaired", report.changes.len());
+            note!("{script}\n    {events}\n    {} repaired", report.changes.len());
             host.settle(script);
             assert!(host.reconcile().changes.is_empty(), "{script}");
             host.expect_silence(script);
@@ -100,19 +100,22 @@ fn the_writer_of_a_transaction_is_named() {
         let mut host = Host::new();
         let pid =
             sh("nft delete element inet egress_datapath source4 '{ 10.244.1.2 }' & echo $!; wait");
-        let news = host.drain();
-        let writers: Vec<_> = news.writers.iter().map(|writer| writer.name.as_str()).collect();
+        let events = host.drain();
+        let writers: Vec<_> = events.writers.iter().map(|writer| writer.name.as_str()).collect();
         assert_eq!(writers, ["nft"]);
-        assert_eq!(news.writers.first().unwrap().pid.to_string(), pid.trim());
+        assert_eq!(events.writers.first().unwrap().pid.to_string(), pid.trim());
         assert_eq!(
-            news.to_string(),
-            format!("changed by others: nf_tables table (nf_tables by nft[{}])", pid.trim())
+            events.to_string(),
+            format!(
+                "changed by other programs: nf_tables table (nf_tables by nft[{}])",
+                pid.trim()
+            )
         );
     });
 }
 
 #[test]
-fn the_second_of_two_edits_is_news_again() {
+fn second_of_two_edits_reported() {
     in_namespace(|| {
         let mut host = Host::new();
         for _ in 0..2 {

@@ -1,6 +1,6 @@
 //! Mutated notifications.
 
-use crate::event::{News, Process};
+use crate::event::{ChangeEvents, Process};
 use crate::kernel::monitor::classify;
 use crate::kernel::mutate;
 use crate::kernel::mutated::notifications;
@@ -10,32 +10,32 @@ use crate::kernel::rtnetlink::wire_tests::golden;
 /// Interface indices that the VXLAN device may have.
 const INDICES: [u32; 3] = [2, 3, 4];
 
-fn news(what: &str, corpus: &[Vec<u8>]) {
+fn events(what: &str, corpus: &[Vec<u8>]) {
     mutate::messages(what, 8, corpus, |input| {
-        let (mut news, mut unsigned) = (News::default(), false);
+        let (mut events, mut unsigned) = (ChangeEvents::default(), false);
         for index in INDICES {
             for message in Messages::new(input).flatten() {
-                classify::read(&message, index, &mut unsigned, &mut news);
+                classify::read(&message, index, &mut unsigned, &mut events);
             }
         }
-        let _sentence = news.to_string();
-        let writers = news.writers.iter();
+        let _sentence = events.to_string();
+        let writers = events.writers.iter();
         let held = writers.map(|writer| size_of::<Process>() + writer.name.len()).sum();
-        (!news.is_empty() || unsigned).then_some(held)
+        (!events.is_empty() || unsigned).then_some(held)
     });
 }
 
 #[test]
-fn mutated_routing_news() {
+fn mutated_routing_events() {
     let mut corpus = notifications(0, 1..12);
     corpus.extend(notifications(0, 24..25));
     corpus.extend(golden());
-    news("routing notifications", &corpus);
+    events("routing notifications", &corpus);
 }
 
 #[test]
-fn mutated_firewall_news() {
+fn mutated_firewall_events() {
     let mut corpus = notifications(12, 7..8);
     corpus.extend(crate::kernel::mutated::golden_table());
-    news("nf_tables notifications", &corpus);
+    events("nf_tables notifications", &corpus);
 }

@@ -20,15 +20,15 @@ pub(crate) const NOISE: [&str; 12] = [
 ];
 
 #[test]
-fn what_others_do_elsewhere_is_no_news() {
+fn foreign_objects_produce_no_events() {
     in_namespace(|| {
         let mut host = Host::new();
         for script in NOISE {
             sh(script);
             let woke = host.is_readable(50);
-            let news = host.drain();
-            note!("{script}\n    woke: {woke}, {news}");
-            assert_eq!(news, News::default(), "{script}");
+            let events = host.drain();
+            note!("{script}\n    woke: {woke}, {events}");
+            assert_eq!(events, ChangeEvents::default(), "{script}");
             assert!(!host.is_readable(0), "{script}");
         }
         assert!(host.egress.repair().unwrap().changes.is_empty());
@@ -62,8 +62,8 @@ fn overflow_is_reported_as_lost_and_later_changes_are_reported() {
             "for i in $(seq 40); do echo rule add pref 9$i fwmark 9 lookup 9 protocol 69; done | ip -batch -",
         );
         assert!(host.is_readable(999));
-        let news = host.drain();
-        assert!(news.lost && !news.is_empty(), "{news}");
+        let events = host.drain();
+        assert!(events.lost && !events.is_empty(), "{events}");
         assert!(!host.is_readable(0));
         assert_eq!(host.egress.repair().unwrap().changes.len(), 40);
         assert!(host.drain().is_empty());
@@ -74,7 +74,7 @@ fn overflow_is_reported_as_lost_and_later_changes_are_reported() {
         assert!(host.drain().lost);
         host.egress.repair().unwrap();
         sh("nft add chain inet egress_datapath last");
-        assert_eq!(host.drain().changed, [Part::Firewall].into());
+        assert_eq!(host.drain().changed, [Component::Firewall].into());
     });
 }
 
@@ -86,16 +86,16 @@ fn what_noise_costs() {
                 echo \"neigh add 10.7.$((i / 250)).$((i % 250)) lladdr 66:00:00:00:00:01 dev u0\"
             done | ip -batch -");
         let begin = Instant::now();
-        let news = host.drain();
+        let events = host.drain();
         let neighbours = begin.elapsed();
         sh("for i in $(seq 150); do echo link add d$i type veth peer name e$i; done | ip -batch -");
         let begin = Instant::now();
         let also = host.drain();
         note!(
-            "2000 foreign neighbours: {neighbours:?}, {news}; 150 pairs of devices: {:?}, {also}",
+            "2000 foreign neighbours: {neighbours:?}, {events}; 150 pairs of devices: {:?}, {also}",
             begin.elapsed()
         );
-        assert!(news.changed.is_empty() && also.changed.is_empty());
+        assert!(events.changed.is_empty() && also.changed.is_empty());
         assert!(begin.elapsed() < Duration::from_secs(9));
     });
 }

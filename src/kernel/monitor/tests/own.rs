@@ -120,10 +120,16 @@ fn edge_triggered_poller_is_woken_by_every_change() {
         for _ in 0..3 {
             sh("nft add table inet egress_datapath; ip rule add pref 9 fwmark 9 protocol 69");
             assert_eq!(wakes(), 1);
-            assert_eq!(watch.drain().unwrap().changed, [Part::Firewall, Part::Rule].into());
+            assert_eq!(
+                watch.drain().unwrap().changed,
+                [Component::Firewall, Component::Rule].into()
+            );
             sh("nft delete table inet egress_datapath; ip rule del pref 9");
             assert_eq!(wakes(), 1);
-            assert_eq!(watch.drain().unwrap().changed, [Part::Firewall, Part::Rule].into());
+            assert_eq!(
+                watch.drain().unwrap().changed,
+                [Component::Firewall, Component::Rule].into()
+            );
         }
     });
 }

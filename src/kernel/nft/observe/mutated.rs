@@ -99,7 +99,7 @@ fn mutated_sets() {
 fn mutated_elements() {
     use crate::types::Family::{V4, V6};
     let sets = [
-        Set::Verdict,
+        Set::PolicyAction,
         Set::Gateway,
         Set::Peer(V4),
         Set::Excluded(V4),

@@ -231,7 +231,7 @@ fn begin(writer: &mut Writer, kind: u16, flags: u16, sequence: u32, set: Set) ->
 fn filter(set: Set, key: &Key) -> Option<[SockFilter; 10]> {
     let mut writer = Writer::default();
     let answer = begin(&mut writer, kind::NEWSETELEM, 0, 0, set);
-    let value = Value::plain(Data::Tag(Tag::HERE));
+    let value = Value::plain(Data::Tag(Tag::LOCAL));
     writer.nest(3, |writer| element::write(writer, key, Some(&value)));
     let length = u32::try_from(writer.since(answer)).ok()?;
     // The value comes last, in native byte order like the sequence number.

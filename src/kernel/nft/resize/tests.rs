@@ -22,14 +22,14 @@ fn commit(socket: &mut Socket, ops: &[Op]) -> Result<(), Refused> {
 /// Operations for a table with two chains, one of which looks up the sources, and `count` sources.
 fn table(count: u32) -> Vec<Op> {
     let mut ops = vec![Op::AddTable(TableFamily::Inet), Op::AddSet(SOURCES), Op::AddSet(OTHERS)];
-    for chain in [ChainId::Select, ChainId::Bypass] {
+    for chain in [ChainId::Classify, ChainId::Bypass] {
         ops.push(Op::AddChain(chain, None));
     }
     let looks = NftRule(vec![
         Field::Source(Family::V4).map(SOURCES, Target::Priority),
         Stmt::Goto(ChainId::Bypass),
     ]);
-    ops.push(Op::SetRules(ChainId::Select, vec![looks]));
+    ops.push(Op::SetRules(ChainId::Classify, vec![looks]));
     ops.push(Op::SetRules(ChainId::Bypass, vec![NftRule(vec![Stmt::ClearPriority])]));
     let peer = std::net::Ipv4Addr::LOCALHOST.into();
     ops.push(Op::AddElement(Key::Peer(peer), Value::plain(Data::None)));
@@ -93,9 +93,9 @@ fn a_set_that_somebody_elses_rule_looks_into_is_left_as_it_is() {
     in_netns(|socket| {
         commit(socket, &table(410)).unwrap();
         let rule = "meta priority set ip saddr map @source4 counter accept";
-        nft(&["-f", "-"], &format!("add rule inet {NFT_TABLE} select {rule}")).unwrap();
+        nft(&["-f", "-"], &format!("add rule inet {NFT_TABLE} classify {rule}")).unwrap();
         let before = observe(socket).unwrap().unwrap();
-        let (_, rules) = &before.chains[&ChainId::Select];
+        let (_, rules) = &before.chains[&ChainId::Classify];
         assert!(rules[1].0.iter().any(|statement| matches!(statement, Stmt::Unknown(_))));
         let (more, refused) = overfill(socket, 513);
         let refused = enlarge(socket, &[SOURCES].into(), &Sizes::of(&more), refused).unwrap_err();

@@ -47,8 +47,8 @@ fn statements() -> Vec<Stmt> {
             destination.map(Set::SourceNet(family), Target::Priority),
             Field::Priority.map(Set::Snat(family), Target::Snat(family)),
             Field::Priority.map(Set::Snat(family), Target::Priority),
-            Stmt::answers(Set::Answer(family)),
-            Stmt::answers(Set::PortlessAnswer(family)),
+            Stmt::answers(Set::BlockedReply(family)),
+            Stmt::answers(Set::PortlessBlockedReply(family)),
             Stmt::KeepSource(family),
         ]);
         list.extend((1..=family.bits()).map(|bits| Stmt::by_prefix(destination, bits)));
@@ -145,7 +145,7 @@ fn read_all(bytes: &[u8]) {
         .map(|found| found.map(|found| found.ours(TableFamily::Inet)));
     for set in [
         Set::Gateway,
-        Set::Verdict,
+        Set::PolicyAction,
         Set::Snat(Family::V6),
         Set::Destination(Family::V6, 64),
         Set::Excluded(Family::V4),

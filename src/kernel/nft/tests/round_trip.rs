@@ -206,9 +206,9 @@ fn what_is_not_ours_is_told_apart() {
         let script = format!(
             "add chain inet {NFT_TABLE} foreign
              add set inet {NFT_TABLE} foreign {{ type inet_service; }}
-             flush chain inet {NFT_TABLE} here
-             add rule inet {NFT_TABLE} here tcp dport {{ 80, 443 }} limit rate 1/second drop
-             add rule inet {NFT_TABLE} here counter packets 7 bytes 70 masquerade random
+             flush chain inet {NFT_TABLE} local_gateway
+             add rule inet {NFT_TABLE} local_gateway tcp dport {{ 80, 443 }} limit rate 1/second drop
+             add rule inet {NFT_TABLE} local_gateway counter packets 7 bytes 70 masquerade random
              delete set inet {NFT_TABLE} eip4
              add element inet {NFT_TABLE} any4 {{ 0:7 : 1:1 }}
              chain inet {NFT_TABLE} guard {{ policy drop; }}"
@@ -234,7 +234,8 @@ fn what_is_not_ours_is_told_apart() {
         );
         assert!(!found.sets.contains(&Set::Any(Family::V4)));
         assert!(!found.chains.contains_key(&ChainId::Guard));
-        let here: Vec<_> = found.chains[&ChainId::Here].1.iter().map(ToString::to_string).collect();
+        let here: Vec<_> =
+            found.chains[&ChainId::LocalGateway].1.iter().map(ToString::to_string).collect();
         assert_eq!(here.len(), 2);
         assert!(here[0].ends_with("<not ours> drop"), "{here:?}");
         assert_eq!(here[1], "counter");

@@ -86,10 +86,10 @@ fn base_chains() -> Vec<Chain> {
                     Stmt::direction(Direction::Original),
                     Field::CtMark.bits(MASK).map(Set::Connection, Target::Verdict),
                 ],
-                vec![by_source(Set::Source(V4)), Goto(ChainId::Pick(V4))],
-                vec![by_source(Set::SourceNet(V4)), Goto(ChainId::Pick(V4))],
-                vec![by_source(Set::Source(V6)), Goto(ChainId::Pick(V6))],
-                vec![by_source(Set::SourceNet(V6)), Goto(ChainId::Pick(V6))],
+                vec![by_source(Set::Source(V4)), Goto(ChainId::SelectPolicy(V4))],
+                vec![by_source(Set::SourceNet(V4)), Goto(ChainId::SelectPolicy(V4))],
+                vec![by_source(Set::Source(V6)), Goto(ChainId::SelectPolicy(V6))],
+                vec![by_source(Set::SourceNet(V6)), Goto(ChainId::SelectPolicy(V6))],
             ]),
         ),
         (
@@ -142,8 +142,8 @@ fn base_chains() -> Vec<Chain> {
                 vec![output(), KeepSource(V4)],
                 vec![output(), KeepSource(V6)],
                 vec![Field::Mark.has_not(bits(0x2700_0000)), Return],
-                vec![by_source(Set::Source(V4)), Goto(ChainId::Wear(V4))],
-                vec![by_source(Set::Source(V6)), Goto(ChainId::Wear(V6))],
+                vec![by_source(Set::Source(V4)), Goto(ChainId::Snat(V4))],
+                vec![by_source(Set::Source(V6)), Goto(ChainId::Snat(V6))],
             ]),
         ),
         (
@@ -170,7 +170,7 @@ pub(super) fn chains() -> Vec<Chain> {
     use Stmt::*;
     let mut list = base_chains();
     list.extend([
-        (ChainId::Here, None, rules(vec![vec![ClearPriority]])),
+        (ChainId::LocalGateway, None, rules(vec![vec![ClearPriority]])),
         (ChainId::Bypass, None, rules(vec![])),
         (ChainId::To(GATEWAY), None, rules(vec![vec![MARK], vec![ClearPriority], vec![Counter]])),
     ]);
@@ -186,8 +186,12 @@ pub(super) fn chains() -> Vec<Chain> {
             .collect();
         pick.push(vec![by_tag(Set::Any(family)), Goto(ChainId::Steer(family))]);
         list.extend([
-            (ChainId::Admit(family), None, rules(vec![vec![Goto(ChainId::Pick(family))]])),
-            (ChainId::Pick(family), None, rules(pick)),
+            (
+                ChainId::Exclude(family),
+                None,
+                rules(vec![vec![Goto(ChainId::SelectPolicy(family))]]),
+            ),
+            (ChainId::SelectPolicy(family), None, rules(pick)),
             (
                 ChainId::Steer(family),
                 None,
@@ -195,14 +199,14 @@ pub(super) fn chains() -> Vec<Chain> {
                     vec![Field::Output.is(0), Field::Priority.is_in(Set::Count(family))],
                     vec![
                         by_tag(Set::Steer(family)),
-                        Field::Priority.map(Set::Verdict, Target::Verdict),
+                        Field::Priority.map(Set::PolicyAction, Target::Verdict),
                     ],
                     vec![Drop],
                 ]),
             ),
             (ChainId::Translate(family), None, rules(vec![vec![Return]])),
             (
-                ChainId::Wear(family),
+                ChainId::Snat(family),
                 None,
                 rules(vec![
                     vec![Field::Priority.map(Set::Snat(family), Target::Snat(family))],
@@ -216,7 +220,7 @@ pub(super) fn chains() -> Vec<Chain> {
 }
 
 pub(super) fn sets() -> Vec<Set> {
-    let mut sets = vec![Set::Gateway, Set::Connection, Set::Verdict];
+    let mut sets = vec![Set::Gateway, Set::Connection, Set::PolicyAction];
     for (family, lengths) in [(V4, [32, 24, 1]), (V6, [128, 64, 1])] {
         sets.extend([
             Set::Peer(family),
@@ -240,7 +244,7 @@ pub(super) fn elements() -> Vec<(Key, Value)> {
     let note = |data, text: &str| Value { data, comment: Some(Comment::of_name(text)) };
     let plain = || Value::plain(Data::None);
     let class = |number| Value::plain(Data::Tag(tag(number)));
-    let way = |tag, verdict| (Key::Verdict(tag), Value::plain(Data::Verdict(verdict)));
+    let way = |tag, verdict| (Key::PolicyAction(tag), Value::plain(Data::Verdict(verdict)));
     let net = |text: &str, number| Key::Destination(text.parse().unwrap(), tag(number));
     let mut list = vec![
         (Key::Gateway(GATEWAY), note(Data::None, "node-1")),
@@ -248,8 +252,8 @@ pub(super) fn elements() -> Vec<(Key, Value)> {
             Key::Connection(GATEWAY),
             note(Data::Verdict(Verdict::Goto(ChainId::To(GATEWAY))), "node-1"),
         ),
-        way(Tag::CLOSED, Verdict::Drop),
-        way(Tag::HERE, Verdict::Goto(ChainId::Here)),
+        way(Tag::DENY, Verdict::Drop),
+        way(Tag::LOCAL, Verdict::Goto(ChainId::LocalGateway)),
         way(Tag::BYPASS, Verdict::Goto(ChainId::Bypass)),
         way(Tag::gateway(0x2601), Verdict::Goto(ChainId::To(GATEWAY))),
         (net("198.51.100.7/32", 1), class(2)),
@@ -275,7 +279,7 @@ pub(super) fn elements() -> Vec<(Key, Value)> {
             (Key::Eip(address(eip)), plain()),
             (Key::Source(address(one)), class(7)),
             (Key::Any(family, tag(1)), class(8)),
-            (Key::Steer(family, tag(8)), note(Data::Tag(Tag::HERE), "default/p2")),
+            (Key::Steer(family, tag(8)), note(Data::Tag(Tag::LOCAL), "default/p2")),
             (Key::Snat(family, tag(8)), note(Data::Address(address(eip)), "default/p2")),
             (Key::Masquerade(family, tag(9)), plain()),
             (Key::Count(family, tag(8)), note(Data::None, "default/p2")),

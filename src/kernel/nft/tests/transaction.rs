@@ -90,9 +90,9 @@ fn connection(protocol: u8, port: u16) -> Connection {
         destination: peer,
         destination_port: 53,
         peer,
-        peer_port: 53,
-        wears: opener,
-        wears_port: port,
+        reply_source_port: 53,
+        snat_address: opener,
+        snat_port: port,
         mark: 0,
         zone: 0,
         id: port.into(),
@@ -125,14 +125,14 @@ fn read_time(text: &str) -> Duration {
 fn answers_are_held_as_long_from_every_time_that_it_is_asked_for() {
     harness::needs(&["nft"]);
     in_netns(|socket| {
-        let sets = [Set::Answer(V4), Set::PortlessAnswer(V4)];
+        let sets = [Set::BlockedReply(V4), Set::PortlessBlockedReply(V4)];
         let made = [&[Op::AddTable(TableFamily::Inet)][..], &sets.map(Op::AddSet)].concat();
         commit(socket, &made).unwrap();
-        let hold = |protocol, port| Op::HoldAnswers(connection(protocol, port));
+        let hold = |protocol, port| Op::BlockReplies(connection(protocol, port));
         // Without ports all connections between the two have the same answers.
         let first = [hold(17, 7), hold(47, 1), hold(47, 2)];
         commit(socket, &first).unwrap();
-        let full = Connection::ANSWERS_HELD;
+        let full = Connection::REPLY_BLOCK_TIME;
         let (mut before, begin) = (left(sets[0]), Instant::now());
         assert_eq!((before.len(), left(sets[1]).len()), (1, 1));
         while before[0] + Duration::from_millis(500) >= full {

@@ -17,7 +17,7 @@ fn a_device_that_is_not_ours_is_left_alone() {
             let before = snapshot();
             let error = socket.make_one(&Op::AddLink(vxlan())).unwrap_err();
             assert!(error.is_exists(), "{kind}: {error}");
-            assert!(error.remedy().unwrap().contains("somebody else"), "{error}");
+            assert!(error.remedy().unwrap().contains("another program"), "{error}");
             let peer = "66:00:00:00:00:02".parse().unwrap();
             for op in [
                 Op::SetLink(vxlan()),

@@ -10,7 +10,7 @@ use crate::diff::changes::{Changes, Step};
 use crate::mark::MarkLayout;
 use crate::policy::{EgressIp, EgressPolicy};
 use crate::sim::Sim;
-use crate::sim::path::Surroundings;
+use crate::sim::path::HostContext;
 use crate::sim::path::conntrack::Conntrack;
 use crate::state::{Rule, State};
 use crate::types::{NodeName, PolicyId};
@@ -63,7 +63,7 @@ fn with_throws(mut state: State) -> State {
 }
 
 fn routed(state: &State, to: &str, mark: u32, input: Option<&str>) -> &'static str {
-    let (mut conntrack, around) = (Conntrack::default(), Surroundings::default());
+    let (mut conntrack, around) = (Conntrack::default(), HostContext::default());
     let mut walk = Walk {
         state,
         conntrack: &mut conntrack,
