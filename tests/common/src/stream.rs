@@ -259,7 +259,8 @@ fn receive(
                 if let Some(seen) = arrived.numbers.get_mut(at) {
                     *seen = true;
                 }
-                let allowed = pods.get(at / 2 % pods.len().max(1)).map_or(&[][..], |pod| pod.allowed);
+                let allowed =
+                    pods.get(at / 2 % pods.len().max(1)).map_or(&[][..], |pod| pod.allowed);
                 if !allowed.iter().flatten().any(|right| *right == from.ip()) {
                     arrived.leaked.push((from.ip(), Instant::now()));
                 }
