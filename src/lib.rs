@@ -7,6 +7,17 @@
 //! backend [`IptablesDatapath`], which runs the iptables tools. The crate does not watch an API
 //! server, choose gateways, announce addresses or run threads.
 //!
+//! The [guide](mod@guide) has the architecture, the path of a packet, and these chapters:
+//!
+//! - [`embedding`](guide::embedding): three steps to embed the crate in an empty project.
+//! - [`operation`](guide::operation): the loop, the cost of each call, ownership, errors.
+//! - [`marks`](guide::marks): marks, tables and rule priorities beside Calico, Cilium and others.
+//! - [`gateways`](guide::gateways): a gateway dies, drains or moves.
+//! - [`upgrades`](guide::upgrades): restart, upgrade, change of a setting, removal.
+//! - [`troubleshooting`](guide::troubleshooting): symptom, cause, command.
+//! - [`monitoring`](guide::monitoring): reports, events, counters, preflight problems.
+//! - [`limits`](guide::limits): sizes, cost of a packet, results of the tests, known limits.
+//!
 //! ```text
 //!  policies, cluster        Reconciler::reconcile
 //!        │
@@ -114,6 +125,7 @@
 //! | iptables backend and its sets | `iptables` |
 //! | checks of a node before the first packet | `preflight` |
 //! | fault injection, lab and conformance cases for an embedder's tests | `testing` |
+//! | guided tour, documentation only | `guide` |
 
 #[cfg(test)]
 #[macro_use]
@@ -128,6 +140,7 @@ mod diff;
 mod error;
 mod event;
 pub mod faults;
+pub mod guide;
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 mod iptables;
 #[cfg(all(feature = "kernel", target_os = "linux"))]

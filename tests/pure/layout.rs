@@ -28,6 +28,7 @@ const ORDER: &[&str] = &[
     "kernel",
     "iptables",
     "preflight",
+    "guide",
     "testing",
 ];
 

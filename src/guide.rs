@@ -1,0 +1,53 @@
+//! A guided tour for programs that embed the crate, and for operators.
+//!
+//! | chapter | contents |
+//! |---|---|
+//! | [`embedding`] | three steps to embed the crate in an empty project |
+//! | [`operation`] | the loop, the cost of each call, ownership, errors |
+//! | [`marks`] | firewall marks, tables and rule priorities beside Calico, Cilium and others |
+//! | [`gateways`] | a gateway dies, drains or moves |
+//! | [`upgrades`] | restart, upgrade, change of a setting, removal |
+//! | [`troubleshooting`] | symptom, cause, command |
+//! | [`monitoring`] | reports, events, counters, preflight problems |
+//! | [`limits`] | sizes, cost of a packet, results of the tests, known limits |
+//!
+//! # Architecture
+//!
+#![doc = include_str!("guide/architecture.svg")]
+//!
+//! The planner computes the wanted [`State`](crate::State) of a node from the policies and the
+//! cluster. The datapath observes the present state. The difference of the two states is a list of
+//! changes in a safe order, which the datapath applies. A watch reports changes by other programs;
+//! a repair restores the wanted state.
+//!
+//! # Path of a packet
+//!
+#![doc = include_str!("guide/packet.svg")]
+//!
+//! A request of a selected pod goes through the tunnel to the gateway, and leaves with the egress
+//! IP. The reply arrives at the gateway, where connection tracking restores the destination, and
+//! returns to the pod by the routes of the CNI plugin, outside the tunnel.
+
+#[doc = include_str!("guide/embedding.md")]
+pub mod embedding {}
+
+#[doc = include_str!("guide/gateways.md")]
+pub mod gateways {}
+
+#[doc = include_str!("guide/limits.md")]
+pub mod limits {}
+
+#[doc = include_str!("guide/marks.md")]
+pub mod marks {}
+
+#[doc = include_str!("guide/monitoring.md")]
+pub mod monitoring {}
+
+#[doc = include_str!("guide/operation.md")]
+pub mod operation {}
+
+#[doc = include_str!("guide/troubleshooting.md")]
+pub mod troubleshooting {}
+
+#[doc = include_str!("guide/upgrades.md")]
+pub mod upgrades {}
