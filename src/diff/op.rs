@@ -177,7 +177,6 @@ const PLAIN: &str = "-_./:=,@%+";
 impl fmt::Display for Op {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.is_xtables() {
-            // No quotes: the names in it have no character that is special to a shell.
             return iptables::command(f, self);
         }
         let mut text = String::new();
@@ -393,6 +392,20 @@ mod tests {
         assert_eq!(printed("a;b"), "ip link del 'a;b'");
         assert_eq!(printed("$a'b"), r"ip link del '$a'\''b'");
         assert_eq!(printed("&&"), "ip link del '&&'");
+    }
+
+    #[test]
+    fn iptables_rule_of_another_program_not_expanded_by_shell() {
+        use crate::state::{XtChain, XtEdit, XtName, XtRule, XtTable, XtTarget};
+        let text = r#"-m comment --comment "$(id) `id`" -j a;id"#;
+        let target = XtTarget::Unknown(text.into());
+        let rule = XtRule { matches: [].into(), target, comment: "".into() };
+        let chain = XtChain { family: Family::V4, table: XtTable::Nat, name: XtName::Postrouting };
+        let edits = vec![XtEdit::Remove(rule)];
+        assert_eq!(
+            Op::EditXtChain(Variant::Nft, chain, edits).to_string(),
+            "iptables-nft -t nat -D POSTROUTING -m comment --comment '$(id) `id`' -j 'a;id'"
+        );
     }
 
     #[test]

@@ -9,40 +9,10 @@ use std::str::FromStr;
 
 use crate::rules::ipset::Ipset;
 use crate::rules::iptables::{
-    CtState, Is, SINK_QUEUE, Side, XtMatch, XtName, XtRule, XtTarget, everything,
+    CtState, Is, SINK_QUEUE, Side, XtMatch, XtName, XtRule, XtTarget, everything, words,
 };
 use crate::rules::stmt::{Direction, MarkBits};
 use crate::types::{DeviceName, Family};
-
-/// Splits a line into words at blanks, with double quotes around words that contain some.
-pub(crate) fn words(line: &str) -> Vec<String> {
-    let mut words = Vec::new();
-    let (mut word, mut quoted, mut begun) = (String::new(), false, false);
-    let mut characters = line.chars();
-    while let Some(character) = characters.next() {
-        match character {
-            '"' => {
-                quoted = !quoted;
-                begun = true;
-            }
-            '\\' if quoted => word.extend(characters.next()),
-            ' ' | '\t' if !quoted => {
-                if begun {
-                    words.push(std::mem::take(&mut word));
-                }
-                begun = false;
-            }
-            other => {
-                word.push(other);
-                begun = true;
-            }
-        }
-    }
-    if begun {
-        words.push(word);
-    }
-    words
-}
 
 /// Returns the datapath chain that a line of a built-in chain jumps to, if any.
 pub(crate) fn read_jump(words: &[String]) -> Option<XtName> {

@@ -1,6 +1,7 @@
 //! Parser of `iptables-save` output for chains and rules of the datapath.
 
-use super::parse::{read_jump, read_rule, words};
+use super::parse::{read_jump, read_rule};
+use crate::rules::iptables::words;
 use crate::state::{XtChain, XtName, XtTable, Xtables};
 use crate::types::Family;
 

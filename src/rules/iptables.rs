@@ -355,7 +355,7 @@ fn xmark(MarkBits { mask, value }: MarkBits) -> String {
 }
 
 impl fmt::Display for XtRule {
-    /// The rule in `iptables` syntax, without the chain's name.
+    /// The rule in the syntax of `iptables-restore`, without the chain's name.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let XtTarget::Unknown(text) = &self.target {
             return f.write_str(text);
@@ -384,9 +384,37 @@ impl fmt::Display for XtRule {
     }
 }
 
-/// A word in double quotes, as `iptables-restore` and a shell read it.
-///
-/// Our own comments contain nothing that a shell would expand.
+/// Splits a line into words at blanks, with double quotes around words that contain some.
+pub(crate) fn words(line: &str) -> Vec<String> {
+    let mut words = Vec::new();
+    let (mut word, mut quoted, mut begun) = (String::new(), false, false);
+    let mut characters = line.chars();
+    while let Some(character) = characters.next() {
+        match character {
+            '"' => {
+                quoted = !quoted;
+                begun = true;
+            }
+            '\\' if quoted => word.extend(characters.next()),
+            ' ' | '\t' if !quoted => {
+                if begun {
+                    words.push(std::mem::take(&mut word));
+                }
+                begun = false;
+            }
+            other => {
+                word.push(other);
+                begun = true;
+            }
+        }
+    }
+    if begun {
+        words.push(word);
+    }
+    words
+}
+
+/// A word in double quotes, as `iptables-restore` reads it; a shell would expand it.
 fn quoted(text: &str) -> String {
     let mut word = String::with_capacity(text.len() + 2);
     word.push('"');

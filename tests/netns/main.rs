@@ -10,6 +10,7 @@
 #[macro_use]
 extern crate harness;
 
+mod abuse;
 mod answers;
 mod closed;
 mod conforms;

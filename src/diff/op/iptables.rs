@@ -4,7 +4,8 @@ use std::fmt;
 
 use ipnet::IpNet;
 
-use super::Op;
+use super::{Op, PLAIN, quoted};
+use crate::rules::iptables::words;
 use crate::state::{Ipset, IpsetContents, Member, Variant, XtChain, XtEdit};
 use crate::types::Family;
 
@@ -60,8 +61,14 @@ pub(crate) fn command(f: &mut fmt::Formatter<'_>, op: &Op) -> fmt::Result {
                 if number > 0 {
                     f.write_str("\n")?;
                 }
-                write!(f, "{} ", iptables(*variant, *chain))?;
-                write_edit(f, chain, edit)?;
+                f.write_str(&iptables(*variant, *chain))?;
+                // A rule of another program may have any text as comment.
+                let mut text = String::new();
+                write_edit(&mut text, chain, edit)?;
+                for word in words(&text) {
+                    let plain = if word == "!" { "!" } else { PLAIN };
+                    write!(f, " {}", quoted(&word, plain))?;
+                }
             }
             Ok(())
         }
@@ -91,7 +98,7 @@ fn iptables(variant: Variant, chain: XtChain) -> String {
     format!("{} -t {}", variant.command(chain.family), chain.table.name())
 }
 
-/// Writes an edit as arguments of `iptables` after the table, or as a line for `iptables-restore`.
+/// Writes an edit as a line for `iptables-restore`.
 pub(crate) fn write_edit(f: &mut dyn fmt::Write, chain: &XtChain, edit: &XtEdit) -> fmt::Result {
     match edit {
         XtEdit::Append(rule) => write!(f, "-A {} {rule}", chain.name),

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::iptables::parse::words;
+use crate::rules::iptables::words;
 use crate::state::XtTable;
 
 /// Agent chains with the name of a datapath chain: table, name, and name once set aside.
