@@ -5,6 +5,7 @@ use std::fmt;
 
 /// Changes by other programs since the last time the events were drained.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[must_use]
 #[non_exhaustive]
 pub struct ChangeEvents {
@@ -48,6 +49,7 @@ impl fmt::Display for ChangeEvents {
 
 /// A part of a [`State`](crate::State).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize), serde(rename_all = "snake_case"))]
 #[non_exhaustive]
 pub enum Component {
     /// The tunnel interface (VXLAN device).
@@ -82,6 +84,7 @@ impl fmt::Display for Component {
 
 /// A process that changed the nf_tables table.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Process {
     /// Thread id in the kernel's initial PID namespace.
     pub pid: u32,

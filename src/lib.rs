@@ -93,7 +93,10 @@
 //! - `kernel` (default): [`KernelDatapath`] and [`preflight`], on Linux.
 //! - `ipset-sys`: writes ipsets through libipset, in a helper process; module `libipset` documents
 //!   its requirements.
-//! - `serde`: `Serialize` and `Deserialize` for the value types.
+//! - `serde`: `Serialize` and `Deserialize` for the value types; `Serialize` for reports, errors,
+//!   findings, events and problems, each with a short code that never changes.
+//! - `tracing`: spans of the calls and their reads and writes; events for refused operations,
+//!   repairs and findings.
 //! - `mock`: mocks of the four traits; exempt from semantic versioning.
 //! - `testing`: fault injection between the datapath and the kernel, a lab of network namespaces,
 //!   and the conformance cases of an integration; exempt from semantic versioning.
@@ -126,6 +129,8 @@
 //! | checks of a node before the first packet | `preflight` |
 //! | fault injection, lab and conformance cases for an embedder's tests | `testing` |
 //! | guided tour, documentation only | `guide` |
+
+#![cfg_attr(docsrs, feature(doc_cfg))]
 
 #[cfg(test)]
 #[macro_use]

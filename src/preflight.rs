@@ -38,6 +38,8 @@ pub(crate) mod probe;
 mod problem;
 mod remedy;
 mod routing;
+#[cfg(feature = "serde")]
+mod serialize;
 mod settings;
 mod terms;
 #[cfg(test)]

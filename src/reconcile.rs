@@ -5,6 +5,9 @@ mod counters;
 mod incremental;
 mod lent;
 mod preview;
+#[cfg(feature = "serde")]
+mod serialize;
+mod traced;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -23,6 +26,7 @@ use crate::state::{Elements, Firewall, State};
 use adopt::adopt;
 use incremental::{PendingConnections, current, without_elements};
 use lent::{Lent, give_back};
+use traced::{report_findings, report_repair, span};
 
 /// Reconciles the egress state of one network namespace with the wanted policies.
 ///
@@ -62,6 +66,9 @@ pub(crate) enum Found {
 }
 
 /// The result of a call.
+///
+/// With the feature `serde` it serializes as a JSON object: `settled`, `findings`, each with `code`
+/// and `message`, and `changes`, the commands of the operations.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Report {
     /// The changes that were made.
@@ -73,6 +80,9 @@ pub struct Report {
 }
 
 /// The reason why a call was not completed.
+///
+/// With the feature `serde` it serializes as a JSON object: `code`, `message`, `kernel` (the failed
+/// read), `applied`, `skipped` and `refused`, each with `operation` and `error`.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -90,6 +100,20 @@ pub enum Error {
     /// An update was requested before the first reconciliation; the kernel state was not changed.
     #[error("nothing is wanted that could be updated: reconcile first")]
     NothingWanted,
+}
+
+impl Error {
+    /// Short code of the error, which never changes: for alerts and for programs.
+    ///
+    /// An error of the input has the code of its [`PlanError`].
+    pub const fn code(&self) -> &'static str {
+        match self {
+            Self::Plan(error) => error.code(),
+            Self::Observe(_) => "observe_failed",
+            Self::Apply(_) => "apply_refused",
+            Self::NothingWanted => "nothing_wanted",
+        }
+    }
 }
 
 impl<D: Datapath> Reconciler<D> {
@@ -129,6 +153,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         cluster: &Cluster,
         policies: impl IntoIterator<Item = P>,
     ) -> Result<Report, Error> {
+        span!("reconcile");
         let policies: Vec<P> = policies.into_iter().collect();
         if let Some(changes) = self.follow_snapshot(cluster, &policies)? {
             return Ok(self.report(changes));
@@ -168,6 +193,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     ///
     /// [`Error::Observe`] and [`Error::Apply`], as for [`reconcile`](Self::reconcile).
     pub fn repair(&mut self) -> Result<Report, Error> {
+        span!("repair");
         let changes = match self.wanted.take() {
             Some(wanted) => {
                 let found = self.find(&wanted);
@@ -179,6 +205,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
             }
             None => Changes::default(),
         };
+        report_repair(&changes);
         Ok(Report { changes, findings: Vec::new(), settled: true })
     }
 
@@ -224,6 +251,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
 
     /// Removes everything except the part of the nf_tables table that `keep` returns.
     fn empty(&mut self, keep: impl Fn(&Firewall) -> Option<Firewall>) -> Result<Report, Error> {
+        span!("remove");
         let wanted = self.wanted.take();
         (self.index, self.findings, self.pending) = (None, None, None);
         let observed = match wanted {
@@ -251,7 +279,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     /// Reads everything.
     fn observe(&mut self, known: Known<'_>) -> Result<State, Error> {
         self.in_sync = false;
-        self.datapath.observe(known).and_then(Observed::into_state).map_err(Error::Observe)
+        self.observe_datapath(known)?.into_state().map_err(Error::Observe)
     }
 
     /// Reads everything before a plan is applied.
@@ -272,7 +300,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
             return Ok(Found::Whole(Box::new(self.observe(known)?)));
         }
         self.in_sync = false;
-        match self.datapath.observe(Known::Installed(wanted)).map_err(Error::Observe)? {
+        match self.observe_datapath(Known::Installed(wanted))? {
             Observed::Unchanged => {
                 self.in_sync = true;
                 Ok(Found::Unchanged)
@@ -312,14 +340,14 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         }
         (self.settled, self.in_sync) = (false, false);
         let (mut made, last) = changes.before_guards_go();
-        self.datapath.apply(&made)?;
+        self.apply_changes(&made)?;
         let stale = self.stale_connections(None, wanted, before)?;
         // If everything is removed, the old table exists until its guard rules are no longer
         // needed.
         let table = wanted.firewall.as_ref().or(before.firewall.as_ref());
         let mut rest = Changes::end(&stale, table, |one| one.due_mark(wanted, before));
         rest.extend(last);
-        self.datapath.apply(&rest)?;
+        self.apply_changes(&rest)?;
         made.extend(rest);
         (self.settled, self.in_sync) = (true, true);
         Ok(made)
@@ -351,7 +379,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     fn apply_only(&mut self, changes: Changes) -> Result<Changes, Error> {
         self.in_sync = false;
         if !changes.is_empty() {
-            self.datapath.apply(&changes)?;
+            self.apply_changes(&changes)?;
         }
         self.in_sync = true;
         Ok(changes)
@@ -360,8 +388,11 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     /// Returns the report of a call that planned everything.
     fn report(&mut self, changes: Changes) -> Report {
         let index = self.index.as_ref();
-        let findings =
-            self.findings.get_or_insert_with(|| index.map(Index::findings).unwrap_or_default());
+        let findings = self.findings.get_or_insert_with(|| {
+            let findings = index.map(Index::findings).unwrap_or_default();
+            report_findings(&findings);
+            findings
+        });
         let settled = self.settled && self.pending.is_none();
         Report { changes, findings: findings.clone(), settled }
     }

@@ -10,9 +10,8 @@ use egress_datapath::{
 pub(crate) type Egress = Reconciler<Box<dyn Datapath>>;
 
 /// Value of the option `--backend`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Choice {
-    #[default]
     Nftables,
     Iptables(Variant),
     /// nf_tables if the kernel has it, else the iptables variant that other programs use.
@@ -20,13 +19,13 @@ pub(crate) enum Choice {
 }
 
 impl Choice {
-    pub(crate) fn named(name: &str) -> Option<Self> {
-        Some(match name {
+    pub(crate) fn named(name: &str) -> Result<Self, &'static str> {
+        Ok(match name {
             "nftables" => Self::Nftables,
             "iptables-legacy" => Self::Iptables(Variant::Legacy),
             "iptables-nft" => Self::Iptables(Variant::Nft),
             "auto" => Self::Auto,
-            _ => return None,
+            _ => return Err("expected nftables, iptables-legacy, iptables-nft or auto"),
         })
     }
 

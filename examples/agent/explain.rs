@@ -11,8 +11,9 @@ use egress_datapath::{
 };
 use serde::Serialize;
 
+use super::command::Explain;
 use super::config::Config;
-use super::{Failure, failure, observe, read, values};
+use super::{Failure, failure, json, observe, read};
 
 /// Source port of the packet; steering does not depend on it.
 const SOURCE_PORT: u16 = 40_000;
@@ -36,19 +37,14 @@ struct Gateway {
 }
 
 /// Explains the packet that the options describe.
-pub(crate) fn run(options: &[&str]) -> Result<(), Failure> {
-    let json = options.contains(&"--json");
-    let others: Vec<&str> = options.iter().copied().filter(|option| *option != "--json").collect();
-    let names = ["--node", "--cluster", "--from", "--to"];
-    let [node, file, from, to] = values(&others, names)?;
-    let packet = packet(from, to).map_err(Failure::Input)?;
-    let (file, config, _) = read(&["--node", node, "--cluster", file])?;
-    let document = document(file, config, &packet)?;
-    let mut out = io::stdout().lock();
-    if json {
-        serde_json::to_writer_pretty(&mut out, &document).map_err(io::Error::from)?;
-        return Ok(writeln!(out)?);
+pub(crate) fn run(options: &Explain) -> Result<(), Failure> {
+    let packet = packet(&options.from, &options.to).map_err(Failure::Input)?;
+    let (file, config) = read(&options.of)?;
+    let document = document(&file, config, &packet)?;
+    if options.json {
+        return json(&document);
     }
+    let mut out = io::stdout().lock();
     write!(out, "on {}: {}", document.node, document.here)?;
     if let Some(Gateway { node, trace }) = &document.gateway {
         write!(out, "on {node}, by the file: {trace}")?;

@@ -1,6 +1,7 @@
 //! A node agent that applies a configuration file to its network namespace.
 
 mod backend;
+mod command;
 mod config;
 mod explain;
 mod show;
@@ -12,30 +13,16 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
 
-use backend::{Choice, Egress, datapath, reconciler};
+use backend::{Egress, datapath, reconciler};
+use clap::Parser;
+use command::{Apply, Cli, Command, Doctor, Of, Plan, Remove, Show};
 use config::Config;
 use egress_datapath::preflight::{Preflight, Severity};
 use egress_datapath::{
     AllocError, Backend, Changes, Connection, Counts, Error, IptablesDatapath, KernelDatapath,
-    MarkLayout, MarkPool, NodeName, Op, PlanError, Report, State, TablePool, TableRange, plan,
+    MarkLayout, MarkPool, Op, PlanError, Report, State, TablePool, TableRange, plan,
 };
-
-const USAGE: &str = "\
-usage: agent apply --node NAME --cluster FILE.json   apply FILE to the kernel
-       agent plan --node NAME --cluster FILE.json    print the changes that apply would make
-             --as-shell                              as a shell script
-             --backend NAME                          with nftables (default), iptables-legacy,
-                                                     iptables-nft or auto
-       agent doctor --node NAME --cluster FILE.json  check this host for conflicts (preflight)
-       agent show [--json]                           print the installed state
-       agent explain --node NAME --cluster FILE.json --from ADDRESS --to ADDRESS[:PORT/udp] [--json]
-                                                     trace a packet of a pod
-       agent takeover --node NAME --cluster FILE.json
-             [--backend NAME]                        apply FILE, then remove the state of
-                                                     spidernet's egressgateway; stop its agent
-                                                     first
-       agent remove [--now]                          remove all objects of the datapath, after
-                                                     blocking late replies to ended connections";
+use serde::Serialize;
 
 /// Error that ends the agent.
 enum Failure {
@@ -59,13 +46,8 @@ impl From<io::Error> for Failure {
 }
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args_os()
-        .skip(1)
-        .map(|argument| argument.to_string_lossy().into_owned())
-        .collect();
-    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let (code, message) = match run(&arguments) {
-        Ok(()) => return ExitCode::SUCCESS,
+    let (code, message) = match run(Cli::parse().command) {
+        Ok(code) => return code,
         Err(Failure::Kernel(message)) => (1, message),
         Err(Failure::Input(message)) => (2, message),
     };
@@ -74,60 +56,56 @@ fn main() -> ExitCode {
     ExitCode::from(code)
 }
 
-fn run(arguments: &[&str]) -> Result<(), Failure> {
-    match *arguments {
-        ["apply", ref options @ ..] => reconcile(options, Mode::Apply),
-        ["plan", ref options @ ..] => reconcile(options, Mode::Plan),
-        ["takeover", ref options @ ..] => reconcile(options, Mode::TakeOver),
-        ["doctor", ref options @ ..] => doctor(options),
-        ["explain", ref options @ ..] => explain::run(options),
-        ["show"] => show(show::people),
-        ["show", "--json"] => show(show::json),
-        ["remove"] => remove(Connection::REPLY_BLOCK_TIME),
-        ["remove", "--now"] => remove(Duration::ZERO),
-        ["--help" | "-h"] => Ok(writeln!(io::stdout(), "{USAGE}")?),
-        [] => Err(Failure::Input(format!("no command given\n{USAGE}"))),
-        [command @ ("show" | "remove"), ref rest @ ..] => {
-            Err(Failure::Input(format!("{command} does not take {:?}\n{USAGE}", rest.join(" "))))
-        }
-        [command, ..] => Err(Failure::Input(format!("unknown command {command:?}\n{USAGE}"))),
-    }
-}
+/// Exit status of `plan --exit-code` if there are changes.
+const CHANGES: u8 = 3;
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Mode {
-    Apply,
-    Plan,
-    TakeOver,
+fn run(command: Command) -> Result<ExitCode, Failure> {
+    match command {
+        Command::Apply(Apply { of, json }) => apply(&of, json)?,
+        Command::Plan(options) => {
+            let changes = plan_only(&options)?;
+            if options.exit_code && changes > 0 {
+                return Ok(ExitCode::from(CHANGES));
+            }
+        }
+        Command::Doctor(Doctor { of, json }) => doctor(&of, json)?,
+        Command::Show(Show { json: false }) => show(show::people)?,
+        Command::Show(Show { json: true }) => show(show::json)?,
+        Command::Explain(options) => explain::run(&options)?,
+        Command::Takeover(of) => take_over(&of)?,
+        Command::Remove(Remove { now: false }) => remove(Connection::REPLY_BLOCK_TIME)?,
+        Command::Remove(Remove { now: true }) => remove(Duration::ZERO)?,
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Reads the file, and plans once without the kernel, to tell invalid input from errors of the
 /// kernel.
-fn read<'a>(options: &[&'a str]) -> Result<(&'a str, Config, bool), Failure> {
-    let Options { node, file, backend, as_shell } = options_of(options)?;
-    let mut config = config(node, file).map_err(Failure::Input)?;
-    config.cluster.backend = backend.resolve().map_err(Failure::kernel)?;
+fn read(of: &Of) -> Result<(String, Config), Failure> {
+    let file = of.cluster.display().to_string();
+    let text = fs::read_to_string(&of.cluster)
+        .map_err(|error| Failure::Input(format!("--cluster {file}: {error}")))?;
+    let mut config = Config::parse(of.node.clone(), &file, &text).map_err(Failure::Input)?;
+    config.cluster.backend = of.backend.resolve().map_err(Failure::kernel)?;
     let Config { cluster, policies, tables } = &config;
     plan(cluster, policies, &mut MarkPool::new(cluster.marks), &mut TablePool::new(*tables))
-        .map_err(|error| failure(file, &config, error.into()))?;
-    Ok((file, config, as_shell))
+        .map_err(|error| failure(&file, &config, error.into()))?;
+    Ok((file, config))
 }
 
-fn config(node: &str, file: &str) -> Result<Config, String> {
-    let node = NodeName::new(node).map_err(|error| format!("--node {node:?}: {error}"))?;
-    let text = fs::read_to_string(file).map_err(|error| format!("--cluster {file}: {error}"))?;
-    Config::parse(node, file, &text)
-}
-
-fn doctor(options: &[&str]) -> Result<(), Failure> {
-    let (_, config, _) = read(options)?;
+fn doctor(of: &Of, as_json: bool) -> Result<(), Failure> {
+    let (_, config) = read(of)?;
     let preflight = Preflight::new(&config.cluster, &config.policies).with_tables(config.tables);
     let problems = preflight.run().map_err(Failure::kernel)?;
-    let mut out = io::stdout().lock();
-    for problem in &problems {
-        writeln!(out, "{}: {problem}; {}", problem.severity(), problem.remedy())?;
+    if as_json {
+        json(&problems)?;
+    } else {
+        let mut out = io::stdout().lock();
+        for problem in &problems {
+            writeln!(out, "{}: {problem}; {}", problem.severity(), problem.remedy())?;
+        }
+        writeln!(out, "{} problem(s)", problems.len())?;
     }
-    writeln!(out, "{} problem(s)", problems.len())?;
     let broken = problems.iter().filter(|problem| problem.severity() == Severity::Broken).count();
     match broken {
         0 => Ok(()),
@@ -135,31 +113,48 @@ fn doctor(options: &[&str]) -> Result<(), Failure> {
     }
 }
 
-fn reconcile(options: &[&str], mode: Mode) -> Result<(), Failure> {
-    let (file, mut config, as_shell) = read(options)?;
-    if as_shell && mode != Mode::Plan {
-        return Err(Failure::Input(format!("only plan takes --as-shell\n{USAGE}")));
-    }
+/// Reads the file and opens a reconciler.
+fn open(of: &Of) -> Result<(String, Config, Egress), Failure> {
+    let (file, mut config) = read(of)?;
     let mut kernel = KernelDatapath::open().map_err(Failure::kernel)?;
-    find_underlay(file, &mut config, &mut kernel)?;
+    find_underlay(&file, &mut config, &mut kernel)?;
     let opened = reconciler(config.cluster.backend, config.cluster.marks, config.tables);
-    let mut egress = opened.map_err(Failure::kernel)?;
-    let predecessors = match mode {
-        Mode::TakeOver => Some(open_beside_theirs(file, &config, &mut egress)?),
-        _ => None,
-    };
-    let (report, what) = match mode {
-        Mode::Apply | Mode::TakeOver => {
-            (egress.reconcile(&config.cluster, &config.policies), "changes")
-        }
-        Mode::Plan => (egress.preview(&config.cluster, &config.policies), "changes planned"),
-    };
-    let report = report.map_err(|error| failure(file, &config, error))?;
-    if as_shell {
-        return script(&report.changes);
+    Ok((file, config, opened.map_err(Failure::kernel)?))
+}
+
+fn apply(of: &Of, as_json: bool) -> Result<(), Failure> {
+    let (file, config, mut egress) = open(of)?;
+    let report = egress.reconcile(&config.cluster, &config.policies);
+    let report = report.map_err(|error| failure(&file, &config, error))?;
+    if as_json { json(&report) } else { summary(&report, "changes") }
+}
+
+/// Prints the changes that apply would make, and returns their number.
+fn plan_only(options: &Plan) -> Result<usize, Failure> {
+    let (file, config, mut egress) = open(&options.of)?;
+    let report = egress.preview(&config.cluster, &config.policies);
+    let report = report.map_err(|error| failure(&file, &config, error))?;
+    match options {
+        Plan { as_shell: true, .. } => script(&report.changes)?,
+        Plan { json: true, .. } => json(&report)?,
+        _ => summary(&report, "changes planned")?,
     }
-    summary(&report, what)?;
-    predecessors.map_or(Ok(()), |mut datapath| clear(&mut datapath))
+    Ok(report.changes.len())
+}
+
+fn take_over(of: &Of) -> Result<(), Failure> {
+    let (file, config, mut egress) = open(of)?;
+    let mut predecessors = open_beside_theirs(&file, &config, &mut egress)?;
+    let report = egress.reconcile(&config.cluster, &config.policies);
+    summary(&report.map_err(|error| failure(&file, &config, error))?, "changes")?;
+    clear(&mut predecessors)
+}
+
+/// Writes a value as JSON.
+fn json(value: &impl Serialize) -> Result<(), Failure> {
+    let mut out = io::stdout().lock();
+    serde_json::to_writer_pretty(&mut out, value).map_err(io::Error::from)?;
+    Ok(writeln!(out)?)
 }
 
 /// Opens a datapath for the removal of spidernet's state, if that state does not conflict.
@@ -204,70 +199,6 @@ fn clear(datapath: &mut IptablesDatapath) -> Result<(), Failure> {
         return Ok(writeln!(io::stdout(), "{} removed", theirs.to_string().lines().count())?);
     }
     Err(Failure::Kernel(format!("objects were restored; is spidernet's agent running?\n{left}")))
-}
-
-/// Returns the values of these options, each given once, in any order.
-fn values<'a, const N: usize>(
-    options: &[&'a str],
-    names: [&str; N],
-) -> Result<[&'a str; N], Failure> {
-    let mut found = [None; N];
-    let mut options = options.iter().copied();
-    while let Some(option) = options.next() {
-        let place = names.iter().position(|name| *name == option);
-        let slot = place.and_then(|place| found.get_mut(place));
-        let slot = slot.ok_or_else(|| format!("unknown option {option:?}\n{USAGE}"));
-        let value = options.next().ok_or_else(|| format!("{option} needs a value\n{USAGE}"));
-        if slot.map_err(Failure::Input)?.replace(value.map_err(Failure::Input)?).is_some() {
-            return Err(Failure::Input(format!("{option} is given twice\n{USAGE}")));
-        }
-    }
-    let mut given = [""; N];
-    for ((slot, value), name) in given.iter_mut().zip(found).zip(names) {
-        *slot = value.ok_or_else(|| Failure::Input(format!("{name} is missing\n{USAGE}")))?;
-    }
-    Ok(given)
-}
-
-/// Options of a command.
-struct Options<'a> {
-    node: &'a str,
-    file: &'a str,
-    backend: Choice,
-    as_shell: bool,
-}
-
-/// Parses the options, in any order.
-fn options_of<'a>(options: &[&'a str]) -> Result<Options<'a>, Failure> {
-    let (mut node, mut file, mut backend, mut shell) = (None, None, None, None);
-    let mut options = options.iter().copied();
-    while let Some(option) = options.next() {
-        let (slot, is_flag) = match option {
-            "--node" => (&mut node, false),
-            "--cluster" => (&mut file, false),
-            "--backend" => (&mut backend, false),
-            "--as-shell" => (&mut shell, true),
-            other => return Err(Failure::Input(format!("unknown option {other:?}\n{USAGE}"))),
-        };
-        let value = if is_flag { Some(option) } else { options.next() };
-        let value = value.ok_or_else(|| format!("{option} needs a value\n{USAGE}"));
-        if slot.replace(value.map_err(Failure::Input)?).is_some() {
-            return Err(Failure::Input(format!("{option} is given twice\n{USAGE}")));
-        }
-    }
-    let missing = |option| Failure::Input(format!("{option} is missing\n{USAGE}"));
-    let backend = match backend {
-        None => Choice::default(),
-        Some(name) => Choice::named(name).ok_or_else(|| {
-            Failure::Input(format!("--backend {name:?}: unknown backend\n{USAGE}"))
-        })?,
-    };
-    Ok(Options {
-        node: node.ok_or_else(|| missing("--node"))?,
-        file: file.ok_or_else(|| missing("--cluster"))?,
-        backend,
-        as_shell: shell.is_some(),
-    })
 }
 
 /// Sets the MTU of the underlay interface, and if no interface is configured, the interface that

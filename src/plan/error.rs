@@ -234,3 +234,54 @@ pub enum PolicyError {
         node: NodeName,
     },
 }
+
+impl PlanError {
+    /// Short code of the error, which never changes: for alerts and for programs.
+    pub const fn code(&self) -> &'static str {
+        match self {
+            Self::UnknownNode { .. } => "unknown_node",
+            Self::IptablesDevice { .. } => "iptables_device",
+            Self::EgressHookPrefix { .. } => "egress_hook_prefix",
+            Self::EgressHookBackend { .. } => "egress_hook_backend",
+            Self::DuplicateNode { .. } => "duplicate_node",
+            Self::NodeAddress { .. } => "node_address",
+            Self::NodeMapped { .. } => "node_mapped",
+            Self::NodeFamily { .. } => "node_family",
+            Self::NoUnderlay { .. } => "no_underlay",
+            Self::UnderlayFamily { .. } => "underlay_family",
+            Self::NoTunnel { .. } => "no_tunnel",
+            Self::Mac { .. } => "node_mac",
+            Self::ForeignMark { .. } => "foreign_mark",
+            Self::Shared { .. } => "shared_by_nodes",
+            Self::Vni { .. } => "vni",
+            Self::Port { .. } => "port",
+            Self::Mtu { .. } => "mtu",
+            Self::RulePriority { .. } => "rule_priority",
+            Self::CachedCounters { .. } => "cached_counters",
+            Self::IptablesCounters { .. } => "iptables_counters",
+            Self::NothingExcluded { .. } => "nothing_excluded",
+            Self::Excluded { .. } => "excluded_prefix",
+            Self::DuplicatePolicy { .. } => "duplicate_policy",
+            Self::Policy { source, .. } => source.code(),
+            Self::UnknownPolicy { .. } => "unknown_policy",
+            Self::Mark { .. } => "mark_allocator",
+            Self::Table { .. } => "table_allocator",
+        }
+    }
+}
+
+impl PolicyError {
+    /// Short code of the error, which never changes: for alerts and for programs.
+    pub const fn code(&self) -> &'static str {
+        match self {
+            Self::HostBits { .. } => "host_bits",
+            Self::Mapped { .. } => "mapped",
+            Self::NoSources { .. } => "no_sources",
+            Self::NoDestinations { .. } => "no_destinations",
+            Self::UnknownGateway { .. } => "unknown_gateway",
+            Self::EgressIpNotUnicast { .. } => "egress_ip_not_unicast",
+            Self::EgressIpExcluded { .. } => "egress_ip_excluded",
+            Self::EgressIpOfNode { .. } => "egress_ip_of_node",
+        }
+    }
+}

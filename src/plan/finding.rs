@@ -47,6 +47,18 @@ pub enum Finding {
     },
 }
 
+impl Finding {
+    /// Short code of the finding, which never changes: for alerts and for programs.
+    pub const fn code(&self) -> &'static str {
+        match self {
+            Self::Overlap { .. } => "policies_overlap",
+            Self::NoClosingTable { .. } => "no_closing_table",
+            Self::Bypassed { .. } => "policy_bypassed",
+            Self::Denied { .. } => "policy_denied",
+        }
+    }
+}
+
 /// The reason why a policy's traffic cannot be sent to its gateway or out of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]

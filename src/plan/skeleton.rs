@@ -149,11 +149,11 @@ impl Skeleton<'_> {
         }
         for family in Family::BOTH {
             add(ChainId::ReplyCheck(family), None, self.answering(family));
-            add(ChainId::Exclude(family), None, self.admit(family));
-            add(ChainId::SelectPolicy(family), None, self.pick(family));
+            add(ChainId::Exclude(family), None, self.exclude(family));
+            add(ChainId::SelectPolicy(family), None, self.select_policy(family));
             add(ChainId::Steer(family), None, self.steer(family));
             add(ChainId::Translate(family), None, self.translate(family));
-            add(ChainId::Snat(family), None, self.wear(family));
+            add(ChainId::Snat(family), None, self.snat(family));
         }
         chains
     }
@@ -267,7 +267,7 @@ impl Skeleton<'_> {
         rules
     }
 
-    fn admit(&self, family: Family) -> Vec<Vec<Stmt>> {
+    fn exclude(&self, family: Family) -> Vec<Vec<Stmt>> {
         let bypass = Stmt::Goto(ChainId::Bypass);
         let pick = Stmt::Goto(ChainId::SelectPolicy(family));
         vec![
@@ -284,7 +284,7 @@ impl Skeleton<'_> {
         ]
     }
 
-    fn pick(&self, family: Family) -> Vec<Vec<Stmt>> {
+    fn select_policy(&self, family: Family) -> Vec<Vec<Stmt>> {
         let mut rules = self.by_destination(family, ChainId::Steer(family));
         rules.push(vec![Stmt::ClearPriority]);
         rules
@@ -404,11 +404,17 @@ impl Skeleton<'_> {
             Field::Input.is_not(0),
             Stmt::Jump(ChainId::MidStream),
         ]);
-        let mut bind = vec![self.to_tunnel(), Stmt::SetMark(MarkOf::Connection, self.connection)];
-        if let (true, Some((value, mask))) = (self.caching, self.prefix) {
-            bind.insert(1, Field::CtMark.has_not(MarkBits { mask, value }));
+        for family in Family::BOTH {
+            // The tunnel address of another node is an excluded destination: that connection enters
+            // the tunnel without a policy.
+            let steered = Field::Destination(family).is_not_in(Set::Excluded(family));
+            let mut bind = vec![self.to_tunnel(), steered];
+            if let (true, Some((value, mask))) = (self.caching, self.prefix) {
+                bind.push(Field::CtMark.has_not(MarkBits { mask, value }));
+            }
+            bind.push(Stmt::SetMark(MarkOf::Connection, self.connection));
+            rules.push(bind);
         }
-        rules.push(bind);
         for family in Family::BOTH {
             // `accept` would not keep a masquerade in another table from binding.
             rules.push(vec![self.to_tunnel(), Stmt::KeepSource(family)]);
@@ -439,7 +445,7 @@ impl Skeleton<'_> {
         rules
     }
 
-    fn wear(&self, family: Family) -> Vec<Vec<Stmt>> {
+    fn snat(&self, family: Family) -> Vec<Vec<Stmt>> {
         vec![
             vec![Stmt::SetMark(MarkOf::Connection, self.connection)],
             vec![Field::Priority.map(Set::Snat(family), Target::Snat(family))],

@@ -362,6 +362,48 @@ impl Problem {
     /// `net/netfilter/nf_nat_core.c`).
     pub const PORTS: usize = 64_512;
 
+    /// Short code of the problem, which never changes: for alerts and for programs.
+    pub const fn code(&self) -> &'static str {
+        match self {
+            Self::Denied { .. } => "privilege_missing",
+            Self::Missing { .. } => "kernel_feature_missing",
+            Self::RangesMissed { .. } => "ranges_missed",
+            Self::NotForwarding { .. } => "not_forwarding",
+            Self::StrictTunnel { .. } => "strict_tunnel",
+            Self::StrictOverlay { .. } => "strict_overlay",
+            Self::StrictByDefault { .. } => "strict_by_default",
+            Self::MarkInReversePath { .. } => "mark_in_reverse_path",
+            Self::MarkReflected { .. } => "mark_reflected",
+            Self::MarkTestedByRule { .. } => "mark_tested_by_rule",
+            Self::MarkUsedByFirewall { .. } => "mark_used_by_firewall",
+            Self::RuleTakesFirst { .. } => "rule_takes_first",
+            Self::PriorityShared { .. } => "priority_shared",
+            Self::LocalRuleLate { .. } => "local_rule_late",
+            Self::RouteInOurTable { .. } => "route_in_our_table",
+            Self::TunnelWithoutIpv6 { .. } => "tunnel_without_ipv6",
+            Self::TablesTaken { .. } => "tables_taken",
+            Self::TablesFew { .. } => "tables_few",
+            Self::VxlanTaken { .. } => "vxlan_taken",
+            Self::PortTaken { .. } => "port_taken",
+            Self::PortShared { .. } => "port_shared",
+            Self::Predecessor { .. } => "spidernet_present",
+            Self::NameTaken { .. } => "name_taken",
+            Self::DropPolicy { .. } => "drop_policy",
+            Self::LegacyIptables { .. } => "legacy_iptables",
+            Self::NatFirst { .. } => "nat_first",
+            Self::NoUnderlay { .. } => "no_underlay",
+            Self::UnderlayMtu { .. } => "underlay_mtu",
+            Self::TunnelMtu { .. } => "tunnel_mtu",
+            Self::EgressIpAbsent { .. } => "egress_ip_absent",
+            Self::PortsFew { .. } => "ports_few",
+            Self::EgressIpSilent { .. } => "egress_ip_silent",
+            Self::EgressIpElsewhere { .. } => "egress_ip_elsewhere",
+            Self::EgressIpPreferred { .. } => "egress_ip_preferred",
+            Self::ConntrackFull { .. } => "conntrack_full",
+            Self::ConntrackStrict { .. } => "conntrack_strict",
+        }
+    }
+
     /// Severity of the problem.
     pub fn severity(&self) -> Severity {
         match self {

@@ -6,6 +6,7 @@ mod tests;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use super::traced::{report_findings, span};
 use super::{Error, Found, Reconciler, Report};
 use crate::alloc::{MarkAllocator, TableAllocator};
 use crate::cluster::Cluster;
@@ -78,7 +79,9 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         &mut self,
         updates: impl IntoIterator<Item = Update<P>>,
     ) -> Result<Report, Error> {
+        span!("update");
         let (changes, findings) = self.follow(updates)?;
+        report_findings(&findings);
         let settled = self.settled && self.pending.is_none();
         Ok(Report { changes, findings, settled })
     }
@@ -92,6 +95,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     ///
     /// [`Error::Observe`] and [`Error::Apply`]; call again.
     pub fn settle(&mut self) -> Result<Report, Error> {
+        span!("settle");
         if !self.settled {
             return self.repair();
         }
@@ -213,7 +217,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         let due_mark = |one: &Connection| one.due_mark(wanted, wanted);
         let changes = Changes::end(&stale, wanted.firewall.as_ref(), due_mark);
         if !changes.is_empty() {
-            self.datapath.apply(&changes)?;
+            self.apply_changes(&changes)?;
         }
         Ok(changes)
     }

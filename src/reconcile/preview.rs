@@ -2,6 +2,7 @@
 
 use super::adopt::adopt;
 use super::lent::{Lent, give_back};
+use super::traced::span;
 use super::{Error, Reconciler, Report};
 use crate::alloc::{MarkAllocator, TableAllocator};
 use crate::cluster::Cluster;
@@ -24,6 +25,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         cluster: &Cluster,
         policies: impl IntoIterator<Item = P>,
     ) -> Result<Report, Error> {
+        span!("preview");
         let draft = Draft::new(cluster, policies)?;
         let in_sync = self.in_sync;
         let observed = self.observe_before(&draft)?;

@@ -39,12 +39,19 @@ fn a_whole_life() {
         assert!(planned.contains(note), "{planned}");
         let (_, count) = planned.trim_end().rsplit_once('\n').unwrap();
         assert!(done(&["show"]).starts_with("link: none\n"), "a plan changes nothing");
+        let exit_code = [&plan[..], &["--exit-code"]].concat();
+        assert_eq!(run(&exit_code).0, Some(3));
+        let json = done(&[&plan[..], &["--json"]].concat());
+        let json: Value = serde_json::from_str(&json).unwrap();
+        assert_eq!(json["findings"][0]["code"], "policy_denied", "{json}");
+        assert!(json["changes"].as_array().is_some_and(|all| !all.is_empty()), "{json}");
 
         let applied = done(&apply);
         let (_, applied) = applied.trim_end().rsplit_once('\n').unwrap();
         assert_eq!(format!("{applied} planned"), count);
         assert_eq!(done(&apply), format!("{note}0 changes\n"));
         assert_eq!(done(&plan), format!("{note}0 changes planned\n"));
+        assert_eq!(run(&exit_code).0, Some(0));
 
         let shown: Value = serde_json::from_str(&done(&["show", "--json"])).unwrap();
         let gateway = &shown["gateways"][0];
@@ -224,6 +231,11 @@ fn a_node_is_taken_over() {
         let file = File::new(&good().to_string());
         let options = ["--node", "a", "--cluster", file.path()];
         let (_, found, _) = run(&[&["doctor"][..], &options].concat());
+        let (_, as_json, _) = run(&[&["doctor"][..], &options, &["--json"]].concat());
+        let problems: Value = serde_json::from_str(&as_json).unwrap();
+        for problem in problems.as_array().unwrap() {
+            assert!(problem["code"].is_string() && problem["remedy"].is_string(), "{problem}");
+        }
         let line = "risk: 1 routing rule(s) and VXLAN device egress.vxlan are as spidernet's";
         assert!(found.contains(line), "{found}");
         let (code, out, message) = run(&[&["takeover"][..], &options].concat());

@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr as UnixAddr, UnixListener};
+use std::time::Duration;
 
 use common::backend::steering;
 use common::fleet::{
@@ -394,6 +395,28 @@ fn tunnel_address_of_a_peer_reached_by_any_pod_unless_host_drops() -> Result {
 }
 
 #[test]
+fn flow_of_selected_pod_to_tunnel_address_of_another_node_continues() -> Result {
+    let lab = lab();
+    let _fleet = steered(&lab)?;
+    if steering(&MarkLayout::SEED) == Steering::EgressHook {
+        // Nodes have no neighbour entry for the address.
+        return Ok(());
+    }
+    let at: Pair = ["172.31.0.13".parse()?, "fd11::13".parse()?];
+    let _service = Echo::start(&lab.node_c.netns, &at)?;
+    for (from, to) in POD_A.into_iter().zip(at) {
+        let socket = lab.pod_a.run(|| UdpSocket::bind((from, 0)))??;
+        socket.set_read_timeout(Some(Duration::from_secs(10)))?;
+        socket.connect((to, PORT))?;
+        for number in 0..3_u8 {
+            socket.send(&[number])?;
+            socket.recv(&mut [0; 256]).map_err(|error| format!("packet {number}: {error}"))?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn exclusive_open_refused_while_unprivileged_process_has_the_name() -> Result {
     let lab = lab();
     let open = |host: &Host| host.netns.run(|| KernelDatapath::open_as(Ownership::Exclusive));
@@ -460,7 +483,7 @@ fn egress_ip_bound_by_process_of_gateway_gets_no_reply() -> Result {
     let _fleet = steered(&lab)?;
     for (ip, server) in EIP_B.into_iter().zip(SERVER) {
         let socket = unprivileged(&lab.node_b.netns, || UdpSocket::bind((ip, 0)))??;
-        socket.set_read_timeout(Some(std::time::Duration::from_millis(500)))?;
+        socket.set_read_timeout(Some(Duration::from_millis(500)))?;
         socket.send_to(b"?", (server, PORT))?;
         assert!(socket.recv(&mut [0; 64]).is_err(), "{ip}");
         assert_eq!(seen(&lab)?, [ip], "{ip}");

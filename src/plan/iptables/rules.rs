@@ -304,7 +304,13 @@ impl Rules<'_> {
     fn no_snat(&self) -> Vec<XtRule> {
         let bound = XtTarget::SetConnmark(self.connection());
         let mut rules = vec![
-            rule([self.to_tunnel()], bound, "egress gateway: no snat"),
+            // The tunnel address of another node is an excluded destination: that connection enters
+            // the tunnel without a policy.
+            rule(
+                [self.to_tunnel(), self.destination(Is::Not, Ipset::Ignored)],
+                bound,
+                "egress gateway: no snat",
+            ),
             // ACCEPT would not keep a masquerade in another table from binding.
             rule([self.to_tunnel()], XtTarget::Netmap(self.sets.family), "egress gateway: no snat"),
         ];

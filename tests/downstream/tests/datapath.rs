@@ -5,7 +5,8 @@ use std::net::IpAddr;
 
 use egress_datapath::{
     ApplyError, Changes, Cluster, Connection, Counts, Datapath, EgressIp, EgressPolicy, Error,
-    KernelError, Known, Node, NodeName, Observed, OnConnection, Op, PolicyId, Reconciler, Sim, State, Update,
+    KernelError, Known, Node, NodeName, Observed, OnConnection, Op, PolicyId, Reconciler, Sim,
+    State, Update,
 };
 
 const POD: &str = "10.244.1.10";

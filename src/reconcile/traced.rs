@@ -1,0 +1,53 @@
+//! Calls of the datapath, with spans and events of the feature `tracing`.
+
+use super::{Error, Reconciler};
+use crate::datapath::{Datapath, Known, Observed};
+use crate::diff::changes::Changes;
+use crate::plan::Finding;
+
+/// Opens a span of the feature `tracing`, until the end of the block.
+macro_rules! span {
+    ($name:literal $(, $($field:tt)*)?) => {
+        #[cfg(feature = "tracing")]
+        let _span = tracing::info_span!($name $(, $($field)*)?).entered();
+    };
+}
+pub(super) use span;
+
+impl<D: Datapath, M, T> Reconciler<D, M, T> {
+    pub(super) fn observe_datapath(&mut self, known: Known<'_>) -> Result<Observed, Error> {
+        span!("observe");
+        self.datapath.observe(known).map_err(Error::Observe)
+    }
+
+    /// Applies changes, with one event for each refused operation.
+    pub(super) fn apply_changes(&mut self, changes: &Changes) -> Result<(), Error> {
+        span!("apply", operations = changes.len());
+        let made = self.datapath.apply(changes);
+        #[cfg(feature = "tracing")]
+        if let Err(error) = &made {
+            for (operation, error) in &error.refused {
+                tracing::error!(%operation, %error, "operation refused");
+            }
+        }
+        made.map_err(Error::from)
+    }
+}
+
+/// Emits an event for each finding.
+#[cfg_attr(not(feature = "tracing"), expect(unused_variables, reason = "for the events alone"))]
+pub(super) fn report_findings(findings: &[Finding]) {
+    #[cfg(feature = "tracing")]
+    for finding in findings {
+        tracing::warn!(%finding, "finding");
+    }
+}
+
+/// Emits an event if a repair has changed something.
+#[cfg_attr(not(feature = "tracing"), expect(unused_variables, reason = "for the event alone"))]
+pub(super) fn report_repair(changes: &Changes) {
+    #[cfg(feature = "tracing")]
+    if !changes.is_empty() {
+        tracing::warn!(operations = changes.len(), "changes of other programs undone");
+    }
+}
