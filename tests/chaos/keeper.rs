@@ -58,7 +58,7 @@ impl Keeper {
         Ok(())
     }
 
-    /// Repairs whenever there is events, until it is to stop.
+    /// Repairs after each event, until it is to stop.
     pub(crate) fn keep(&mut self, stop: &AtomicBool) -> std::result::Result<Kept, String> {
         let mut kept = Kept::default();
         let mut again = false;
