@@ -61,7 +61,7 @@ pub(crate) enum Found {
     Whole(Box<State>),
 }
 
-/// The result of a call.
+/// The result of a call of the [`Reconciler`]: its changes, and warnings about the plan.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Report {
     /// The changes that were made.
@@ -72,7 +72,9 @@ pub struct Report {
     pub settled: bool,
 }
 
-/// The reason why a call was not completed.
+/// The reason why a call of the [`Reconciler`] was not completed.
+///
+/// The guide has the [next step](crate::guide::errors) for each error.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -94,6 +96,10 @@ pub enum Error {
 
 impl<D: Datapath> Reconciler<D> {
     /// Creates a reconciler with the default mark layout and table range.
+    ///
+    /// The table pool has no probe for tables of other programs. For a kernel use
+    /// `Reconciler::open`, or [`with_allocators`](Self::with_allocators) and a
+    /// [pool with a probe](TablePool::with_probe).
     pub fn new(datapath: D) -> Self {
         Self::with_allocators(datapath, MarkPool::default(), TablePool::default())
     }
