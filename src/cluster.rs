@@ -31,9 +31,9 @@ pub struct Cluster {
     /// The bits of a packet's firewall mark that this crate uses.
     #[cfg_attr(feature = "serde", serde(default))]
     pub marks: MarkLayout,
-    /// The first of the four consecutive priorities of our routing rules, 1 to 32762; default 101.
+    /// The first of the four consecutive priorities of routing rules, 1 to 32762; default 101.
     ///
-    /// The four are: guard rules that skip the gateways' rules for packets without our mark prefix
+    /// The four are: guard rules that skip the gateways' rules for packets without the mark prefix
     /// and for this node's own packets, then the gateways' rules in two halves, then the fallback
     /// rule.
     ///
@@ -50,9 +50,9 @@ pub struct Cluster {
     /// processed them, not from the first packet after the commit. Until then they go to their old
     /// gateway, which translates or drops them.
     ///
-    /// The option has no effect in a mark layout without prefix, where our connection marks cannot
-    /// be told from those of other programs, and with iptables. It cannot be combined with
-    /// [`policy_counters`](Self::policy_counters).
+    /// The option has no effect in a mark layout without prefix, where the connection marks of this
+    /// crate cannot be told from those of other programs, and with iptables. It cannot be combined
+    /// with [`policy_counters`](Self::policy_counters).
     #[cfg_attr(feature = "serde", serde(default))]
     pub connection_caching: bool,
     /// Enables packet and byte counters for each policy; default off.
@@ -132,14 +132,14 @@ pub enum Backend {
 ///   [`Cluster::excluded`] is steered by that address, and stays inside if its translated
 ///   destination is inside; a packet to an excluded service address is not steered, whatever its
 ///   translated destination is.
-/// - A program translates first if it inserts a masquerade above our rules, has one in the other
-///   iptables variant, or has one in its own nf_tables table. Every reconciliation restores the
-///   position of our rules. A connection that was translated otherwise is dropped from its second
-///   packet on.
+/// - A program translates first if it inserts a masquerade above the rules of this crate, has one
+///   in the other iptables variant, or has one in its own nf_tables table. Every reconciliation
+///   restores the position of the rules. A connection that was translated otherwise is dropped from
+///   its second packet on.
 /// - The first packets of a connection that another program translates first do leave, with the
 ///   address that program gave them, if they leave from the pod's own node.
-/// - A program that overwrites the whole mark of a packet removes our mark, and the packet leaves
-///   as if there were no policy.
+/// - A program that overwrites the whole mark of a packet removes the mark of this crate, and the
+///   packet leaves as if there were no policy.
 /// - A reply that is in flight when its connection is ended, or when another program flushes the
 ///   conntrack table, may open the connection in the reverse direction. The pod's packets then
 ///   leave as replies to it, with the pod's own address.
@@ -157,10 +157,10 @@ pub enum Backend {
 pub struct Iptables {
     /// The iptables implementation: nft or legacy.
     pub variant: Variant,
-    /// Accepts our packets where the host's firewall drops by default; default off.
+    /// Accepts packets of the tunnel where the host's firewall drops by default; default off.
     ///
-    /// Our packets are those of the tunnel, and those that enter and leave it. The option is off by
-    /// default because it accepts them ahead of network policies.
+    /// These are the outer packets, and the packets that enter and leave the tunnel. The option is
+    /// off by default because it accepts them ahead of network policies.
     #[cfg_attr(feature = "serde", serde(default))]
     pub accept: bool,
     /// Keeps Weave Net from translating the packets of policies on the pod's own node; default off.
@@ -185,7 +185,7 @@ const fn rule_priority() -> u32 {
 }
 
 impl Cluster {
-    /// Default of the first priority of our routing rules.
+    /// Default of the first priority of the routing rules.
     pub const RULE_PRIORITY: u32 = 101;
 
     /// Creates a cluster with the default tunnel, mark layout and rule priority.

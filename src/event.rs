@@ -18,7 +18,7 @@ pub struct ChangeEvents {
 }
 
 impl ChangeEvents {
-    /// Returns whether none of our objects was changed.
+    /// Returns whether no object of this crate was changed.
     pub fn is_empty(&self) -> bool {
         self.changed.is_empty() && !self.lost
     }

@@ -2,13 +2,14 @@
 //!
 //! | chapter | contents |
 //! |---|---|
-//! | [`embedding`] | three steps to embed the crate in an empty project |
-//! | [`operation`] | the loop, the cost of each call, ownership, errors |
+//! | [`embedding`] | three steps in an empty project, address families, iptables, traits, tests |
+//! | [`operation`] | the loop of a node agent, the cost of each call, ownership, errors |
 //! | [`marks`] | firewall marks, tables and rule priorities beside Calico, Cilium and others |
 //! | [`gateways`] | a gateway dies, drains or moves |
 //! | [`upgrades`] | restart, upgrade, change of a setting, removal |
 //! | [`troubleshooting`] | symptom, cause, command |
 //! | [`monitoring`] | reports, events, counters, preflight problems |
+//! | [`errors`] | errors, findings and preflight problems, each with the next step |
 //! | [`limits`] | sizes, cost of a packet, results of the tests, known limits |
 //!
 //! # Architecture
@@ -30,6 +31,9 @@
 
 #[doc = include_str!("guide/embedding.md")]
 pub mod embedding {}
+
+#[doc = include_str!("guide/errors.md")]
+pub mod errors {}
 
 #[doc = include_str!("guide/gateways.md")]
 pub mod gateways {}

@@ -1,22 +1,30 @@
 //! Stable egress IPs for Kubernetes pods: nf_tables, VXLAN and policy routing over netlink.
 //!
 //! Traffic of selected pods to selected destinations leaves the cluster through a gateway node you
-//! choose, with a source IP address you choose. The crate is a library for CNI plugins and
-//! operators. It plans the kernel state of a node, reads the present state, and applies the
-//! difference over netlink, without any external binary. Nodes that must stay with iptables use the
-//! backend [`IptablesDatapath`], which runs the iptables tools. The crate does not watch an API
-//! server, choose gateways, announce addresses or run threads.
+//! choose, with a source IP address you choose. The crate is a library for the node agent of a CNI
+//! plugin or of an operator: one process on each node. It plans the kernel state of the node, reads
+//! the present state, and applies the difference over netlink, without any external binary. Nodes
+//! that must stay with iptables use the backend [`IptablesDatapath`], which runs the iptables
+//! tools. The crate does not watch an API server, choose gateways, announce addresses or run
+//! threads.
 //!
 //! The [guide](mod@guide) has the architecture, the path of a packet, and these chapters:
 //!
-//! - [`embedding`](guide::embedding): three steps to embed the crate in an empty project.
-//! - [`operation`](guide::operation): the loop, the cost of each call, ownership, errors.
+//! - [`embedding`](guide::embedding): three steps in an empty project, address families, iptables,
+//!   own implementations of the traits, tests without root.
+//! - [`operation`](guide::operation): the loop of a node agent, the cost of each call, ownership,
+//!   two instances, errors.
 //! - [`marks`](guide::marks): marks, tables and rule priorities beside Calico, Cilium and others.
 //! - [`gateways`](guide::gateways): a gateway dies, drains or moves.
-//! - [`upgrades`](guide::upgrades): restart, upgrade, change of a setting, removal.
+//! - [`upgrades`](guide::upgrades): restart, reboot, upgrade, change of a setting, removal.
 //! - [`troubleshooting`](guide::troubleshooting): symptom, cause, command.
+//! - [`errors`](guide::errors): errors, findings and preflight problems, each with the next step.
 //! - [`monitoring`](guide::monitoring): reports, events, counters, preflight problems.
-//! - [`limits`](guide::limits): sizes, cost of a packet, results of the tests, known limits.
+//! - [`limits`](guide::limits): sizes, cost of a packet, results of the tests, kernel versions,
+//!   known limits.
+//!
+//! SECURITY.md, beside the sources, has the threat model: actions of a pod, a neighbour, a peer and
+//! a process that the crate prevents, and those that it does not.
 //!
 //! ```text
 //!  policies, cluster        Reconciler::reconcile
@@ -101,10 +109,13 @@
 //! - `testing`: fault injection between the datapath and the kernel, a lab of network namespaces,
 //!   and the conformance cases of an integration; exempt from semantic versioning.
 //!
-//! # Permissions
+//! # Requirements
 //!
-//! Programming a kernel needs `CAP_NET_ADMIN` in the user namespace that owns the network
-//! namespace. The minimum Rust version is 1.85.
+//! - Privilege: `CAP_NET_ADMIN` in the user namespace that owns the network namespace. The planner
+//!   and the simulator need none.
+//! - Kernel: Linux 6.1, 6.12 and 6.18 are tested. [`limits`](guide::limits#kernel-versions) has the
+//!   features that depend on the version, and [`preflight`] reports missing ones.
+//! - Rust: 1.85 or newer.
 //!
 //! # Source layout
 //!

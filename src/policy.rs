@@ -10,8 +10,10 @@ use crate::types::{Family, NodeName, PolicyId};
 /// An egress policy: the selected traffic, its gateway node and its egress IP.
 ///
 /// Implement the trait for a type of your own to plan from it without copying; [`EgressPolicy`] is
-/// the plain data type that implements it. [`plan`](crate::plan) validates the values that an
-/// implementation returns.
+/// the plain data type that implements it. The guide has [an
+/// example](crate::guide::embedding#own-implementations-of-the-traits). [`plan`](crate::plan())
+/// validates the values that an implementation returns, and an invalid value refuses the
+/// [whole input](crate::guide::errors#one-invalid-policy).
 #[cfg_attr(feature = "mock", mockall::automock)]
 pub trait Policy: Send + Sync {
     /// Returns the stable identity, which is also the comment on the policy's kernel objects.
@@ -24,7 +26,7 @@ pub trait Policy: Send + Sync {
 
     /// Returns the pod prefixes whose traffic the policy selects.
     ///
-    /// Host bits must be zero. The order has no effect.
+    /// There is at least one, of either family, and host bits are zero. The order has no effect.
     fn sources(&self) -> &[IpNet];
 
     /// Returns the destinations whose traffic the policy selects.

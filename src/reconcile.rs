@@ -65,7 +65,7 @@ pub(crate) enum Found {
     Whole(Box<State>),
 }
 
-/// The result of a call.
+/// The result of a call of the [`Reconciler`]: its changes, and warnings about the plan.
 ///
 /// With the feature `serde` it serializes as a JSON object: `settled`, `findings`, each with `code`
 /// and `message`, and `changes`, the commands of the operations.
@@ -79,7 +79,9 @@ pub struct Report {
     pub settled: bool,
 }
 
-/// The reason why a call was not completed.
+/// The reason why a call of the [`Reconciler`] was not completed.
+///
+/// The guide has the [next step](crate::guide::errors) for each error.
 ///
 /// With the feature `serde` it serializes as a JSON object: `code`, `message`, `kernel` (the failed
 /// read), `applied`, `skipped` and `refused`, each with `operation` and `error`.
@@ -118,6 +120,10 @@ impl Error {
 
 impl<D: Datapath> Reconciler<D> {
     /// Creates a reconciler with the default mark layout and table range.
+    ///
+    /// The table pool has no probe for tables of other programs. For a kernel use
+    /// `Reconciler::open`, or [`with_allocators`](Self::with_allocators) and a
+    /// [pool with a probe](TablePool::with_probe).
     pub fn new(datapath: D) -> Self {
         Self::with_allocators(datapath, MarkPool::default(), TablePool::default())
     }

@@ -7,10 +7,10 @@
 //! After a restart without memory, each object can still be distinguished from objects of other
 //! programs:
 //!
-//! | object | ours if |
+//! | object | of this crate if |
 //! |---|---|
-//! | VXLAN device | it has our [`LINK_ALIAS`] or our [`LINK_GROUP`] |
-//! | address, FDB entry, neighbour | it is on our VXLAN device |
+//! | VXLAN device | it has the alias [`LINK_ALIAS`] or the group [`LINK_GROUP`] |
+//! | address, FDB entry, neighbour | it is on the VXLAN device |
 //! | route | its protocol is [`PROTOCOL`] and its table is not one of the kernel's own |
 //! | rule | its protocol is [`PROTOCOL`] |
 //! | set, chain, element | it is in the nf_tables table `inet egress_datapath` or `netdev egress_datapath` |
@@ -46,28 +46,28 @@ pub use crate::rules::stmt::{
 pub use crate::rules::table::{Firewall, Stray};
 pub use leftovers::{StrayKind, StrayRouting};
 
-/// Protocol number of our routes and rules, as `ip route` and `ip rule` print it.
+/// Protocol number of this crate's routes and rules, as `ip route` and `ip rule` print it.
 ///
 /// It is neither in `include/uapi/linux/rtnetlink.h` nor in iproute2's `rt_protos`.
 pub const PROTOCOL: u8 = 69;
 
-/// Alias of our VXLAN device.
+/// Alias of the VXLAN device.
 pub const LINK_ALIAS: &str = "egress-datapath";
 
-/// Group of our VXLAN device: the letters `egrx`.
+/// Group of the VXLAN device: the letters `egrx`.
 ///
 /// The kernel sets a group when it creates an interface, and an alias only later. The group
 /// therefore identifies a device whose creator died in between, and one whose alias another program
 /// has changed.
 pub const LINK_GROUP: u32 = 0x6567_7278;
 
-/// Name of our nf_tables tables.
+/// Name of the nf_tables tables of this crate.
 ///
 /// One table is of family `inet`. The other is of family `netdev`, and exists where
 /// [`Steering::EgressHook`](crate::Steering::EgressHook) asks for it.
 pub const NFT_TABLE: &str = "egress_datapath";
 
-/// Metric of the `unreachable` route in each of our routing tables.
+/// Metric of the `unreachable` route in each routing table of this crate.
 ///
 /// It is one step above the highest metric that anybody would use by hand, so that the route loses
 /// to every other default route.
@@ -84,11 +84,11 @@ pub struct State {
     pub fdb: BTreeMap<MacAddr, IpAddr>,
     /// Neighbours: the MAC address of each tunnel address of the other nodes.
     pub neighbours: BTreeMap<IpAddr, MacAddr>,
-    /// Routes in our routing tables.
+    /// Routes in the routing tables of this crate.
     pub routes: BTreeMap<RouteKey, Route>,
-    /// Routing rules that send marked packets to our tables, and rules that skip those tables.
+    /// Routing rules that send marked packets to these tables, and rules that skip those tables.
     pub rules: BTreeSet<Rule>,
-    /// Routes and rules with our protocol number that this crate never makes.
+    /// Routes and rules with this crate's protocol number that this crate never makes.
     pub strays: BTreeSet<StrayRouting>,
     /// The nf_tables table of family `inet`.
     pub firewall: Option<Firewall>,
@@ -166,7 +166,7 @@ pub struct Vxlan {
     pub up: bool,
     /// Whether the other attributes are as this crate sets them.
     ///
-    /// They are our alias and our group, no bridge, no learning, and the host's TTL on frames.
+    /// They are alias and group, no bridge, no learning, and the host's TTL on frames.
     pub intact: bool,
 }
 

@@ -54,13 +54,13 @@ pub enum Op {
     AddRule(Rule),
     /// Deletes a routing rule, by all its attributes.
     DeleteRule(Rule),
-    /// Deletes a route or a rule with our protocol number that this crate did not create.
+    /// Deletes a route or a rule with this crate's protocol number that this crate did not create.
     DeleteStrayRouting(StrayRouting),
     /// Clears the dormant flag of a table, so that the kernel evaluates its chains again.
     WakeTable(TableFamily),
-    /// Creates one of our nf_tables tables.
+    /// Creates an nf_tables table of this crate.
     AddTable(TableFamily),
-    /// Deletes one of our nf_tables tables and everything in it.
+    /// Deletes an nf_tables table of this crate and everything in it.
     DeleteTable(TableFamily),
     /// Creates an empty set or map.
     AddSet(Set),
@@ -76,7 +76,7 @@ pub enum Op {
     AddElement(Key, Value),
     /// Deletes an element.
     DeleteElement(Key, Value),
-    /// Deletes an object in one of our tables that this crate never creates.
+    /// Deletes an object in a table of this crate that this crate never creates.
     DeleteStray(TableFamily, Stray),
     /// Creates an ipset with these members.
     AddIpset(Ipset, IpsetContents),

@@ -53,9 +53,13 @@ const UNREAD: usize = 1 << 20;
 /// # }
 /// ```
 ///
-/// With tokio, put it into an `AsyncFd`: await `readable_mut()`, call `clear_ready()` on the guard,
-/// then [`drain`](Self::drain) on its `get_inner_mut()`, and run the repair in `spawn_blocking`.
-/// Edge-triggered pollers must read until nothing is left; [`drain`](Self::drain) does.
+/// The guide has a [complete loop](crate::guide::operation#the-loop-with-threads) with `poll(2)`
+/// and threads, which works with tokio, too. With tokio's `AsyncFd` instead: await
+/// `readable_mut()`, call `clear_ready()` on the guard, then [`drain`](Self::drain) on its
+/// `get_inner_mut()`, and run the repair in `spawn_blocking`. tokio 1.54 deprecates `AsyncFd::new`
+/// in favour of the unsafe `AsyncFd::register`, whose condition the watch meets: it owns its
+/// descriptor and never replaces it. Edge-triggered pollers must read until nothing is left;
+/// [`drain`](Self::drain) does.
 ///
 /// # Which changes are reported
 ///

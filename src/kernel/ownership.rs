@@ -15,7 +15,7 @@ use crate::state::TableFamily;
 pub enum Ownership {
     /// Every privileged program may change the table, `nft flush ruleset` included.
     ///
-    /// For short-lived processes that run one after another, such as CNI plugins.
+    /// For short-lived processes that run one after another, each with all policies of the node.
     #[default]
     Shared,
     /// Only this datapath may change the table, for as long as it lives; a second one is refused.

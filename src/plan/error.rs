@@ -9,6 +9,8 @@ use crate::cluster::RulePriorities;
 use crate::types::{DeviceName, Family, MacAddr, Mark, NodeName, PolicyId, TableId};
 
 /// An error in the input, which contradicts itself or the kernel's limits; nothing was changed.
+///
+/// The guide has the [next step](crate::guide::errors#errors-of-the-plan) for each error.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PlanError {

@@ -3,6 +3,8 @@
 use crate::types::{Family, PolicyId};
 
 /// A warning about a valid plan: it was carried out as requested, but may not do what was intended.
+///
+/// The guide has the [next step](crate::guide::errors#findings) for each finding.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Finding {

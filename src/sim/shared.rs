@@ -7,8 +7,8 @@ use crate::state::State;
 
 /// A [`Sim`] that several programs have open, as they would a kernel.
 ///
-/// Examples are the program under test, its successor, and other programs that write to our
-/// objects. A clone refers to the same kernel. A test of a program that repairs changes of other
+/// Examples are the program under test, its successor, and other programs that write to objects of
+/// this crate. A clone refers to the same kernel. A test of a program that repairs changes of other
 /// programs:
 ///
 /// ```

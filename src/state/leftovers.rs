@@ -13,7 +13,7 @@ pub enum StrayKind {
     Rule,
 }
 
-/// A route or rule with our protocol number that this crate never makes.
+/// A route or rule with this crate's protocol number that this crate never makes.
 ///
 /// Such an object may have any shape, so the kernel's message is kept and used to delete it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
