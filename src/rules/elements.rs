@@ -137,7 +137,7 @@ impl Elements {
         next.is_some_and(|(key, _)| matches!(key, Key::Source(_)))
     }
 
-    /// Whether these are a clone of the others, or the others of these, without a change since.
+    /// Returns true if one is an unchanged clone of the other.
     pub(crate) fn is_shared_with(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.v4, &other.v4)
             && Arc::ptr_eq(&self.v6, &other.v6)
