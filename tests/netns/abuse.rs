@@ -396,12 +396,11 @@ fn tunnel_address_of_a_peer_reached_by_any_pod_unless_host_drops() -> Result {
 
 #[test]
 fn flow_of_selected_pod_to_tunnel_address_of_another_node_continues() -> Result {
+    if steering(&MarkLayout::SEED) == Steering::EgressHook {
+        harness::limit("with the egress hook nodes have no neighbour entry for a tunnel address");
+    }
     let lab = lab();
     let _fleet = steered(&lab)?;
-    if steering(&MarkLayout::SEED) == Steering::EgressHook {
-        // Nodes have no neighbour entry for the address.
-        return Ok(());
-    }
     let at: Pair = ["172.31.0.13".parse()?, "fd11::13".parse()?];
     let _service = Echo::start(&lab.node_c.netns, &at)?;
     for (from, to) in POD_A.into_iter().zip(at) {
