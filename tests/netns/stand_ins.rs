@@ -56,9 +56,16 @@ const COMMANDS: &[&str] = &[
     "ip rule flush protocol 69",
     "ip -6 route flush table all proto 69",
     "ip -4 addr flush dev u0",
-    "bridge fdb flush dev e0",
     "ip link set e0 down name e1",
     "ip link del br0",
+];
+
+/// Commands that empty the FDB of a VXLAN device at once.
+const FLUSH: &[&str] = &[
+    "ip link add e0 address 02:00:00:00:00:04 type vxlan id 7 dstport 4790",
+    "bridge fdb append 00:00:00:00:00:00 dev e0 dst 192.0.2.3 self permanent",
+    "bridge fdb add 66:00:00:00:00:06 dev e0 dst 192.0.2.6 self permanent",
+    "bridge fdb flush dev e0",
 ];
 
 /// Rules whose effects `nft` lists.
@@ -147,15 +154,14 @@ fn difference(one: &str, other: &str) -> String {
     format!("{:#?}\n{:#?}", only(one, other), only(other, one))
 }
 
-#[test]
-fn ip_and_bridge() -> Result {
-    harness::needs(&["ip", "bridge"]);
+/// Runs each command by the program and by its stand-in, and compares what the kernel lists.
+fn have_the_same_effect(commands: &[&str]) -> Result {
     let [programs, stand_ins] = [(); 2].map(|()| harness::given("network namespace", Netns::new()));
-    for (number, line) in COMMANDS.iter().enumerate() {
+    for line in commands {
         let words: Vec<&str> = line.split(' ').collect();
         run(&programs, words[0], &words[1..], false)?;
         run(&stand_ins, words[0], &words[1..], true)?;
-        if number == 0 {
+        if line.ends_with("peer name u1") {
             // The other end has an address by chance until the next command.
             continue;
         }
@@ -172,6 +178,23 @@ fn ip_and_bridge() -> Result {
         assert_eq!(different, "", "after {line}, by the program and by its stand-in");
     }
     Ok(())
+}
+
+#[test]
+fn ip_and_bridge() -> Result {
+    harness::needs(&["ip", "bridge"]);
+    have_the_same_effect(COMMANDS)
+}
+
+#[test]
+fn bridge_fdb_flush() -> Result {
+    harness::needs(&["ip", "bridge"]);
+    let netns = harness::given("network namespace", Netns::new());
+    run(&netns, "ip", &["link", "add", "e0", "type", "vxlan", "id", "7", "dstport", "4790"], true)?;
+    let flushed = run(&netns, "bridge", &["fdb", "flush", "dev", "e0"], false);
+    let has = !flushed.is_err_and(|error| error.to_string().contains("not supported"));
+    harness::needs_kernel("flush of a VXLAN device's FDB (Linux 6.7)", has);
+    have_the_same_effect(FLUSH)
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -45,7 +45,39 @@ impl fmt::Display for Proto {
     }
 }
 
-type Seen = Arc<Mutex<BTreeSet<(IpAddr, Proto)>>>;
+/// The packet sockets of the server's namespace, and what was received on them.
+#[derive(Debug)]
+struct Capture {
+    taps: [OwnedFd; 2],
+    seen: Mutex<BTreeSet<(IpAddr, Proto)>>,
+}
+
+impl Capture {
+    fn open() -> io::Result<Self> {
+        let tap = |protocol: Protocol| {
+            rustix::net::socket_with(
+                AddressFamily::PACKET,
+                SocketType::DGRAM,
+                SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+                Some(protocol),
+            )
+        };
+        Ok(Self { taps: [tap(eth::IP)?, tap(eth::IPV6)?], seen: Mutex::default() })
+    }
+
+    /// Records the packets that have arrived, and returns the record.
+    fn record(&self) -> MutexGuard<'_, BTreeSet<(IpAddr, Proto)>> {
+        // Locked while it reads: nobody sees a record without a packet that was read.
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut packet = [0; 2048];
+        for tap in &self.taps {
+            while let Ok((length, _)) = recv(tap, &mut packet[..], RecvFlags::empty()) {
+                seen.extend(packet.get(..length).and_then(source));
+            }
+        }
+        seen
+    }
+}
 
 /// A server that replies to every TCP connection and UDP datagram with the source address it saw.
 ///
@@ -53,7 +85,7 @@ type Seen = Arc<Mutex<BTreeSet<(IpAddr, Proto)>>>;
 /// without a connection.
 #[derive(Debug)]
 pub struct Echo {
-    seen: Seen,
+    capture: Arc<Capture>,
     stop: Arc<OwnedFd>,
     thread: Option<JoinHandle<()>>,
 }
@@ -62,22 +94,22 @@ impl Echo {
     /// Starts a server on these addresses of a namespace.
     pub fn start(netns: &Netns, addresses: &[IpAddr]) -> io::Result<Self> {
         let sockets = netns.run(|| Sockets::open(addresses))??;
-        let seen = Seen::default();
+        let capture = Arc::new(netns.run(Capture::open)??);
         let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
         let thread = thread::spawn({
-            let (seen, stop) = (Arc::clone(&seen), Arc::clone(&stop));
+            let (capture, stop) = (Arc::clone(&capture), Arc::clone(&stop));
             // A server that fails stops replying, and the probes report that.
-            move || drop(sockets.serve(&seen, &stop))
+            move || drop(sockets.serve(&capture, &stop))
         });
-        Ok(Self { seen, stop, thread: Some(thread) })
+        Ok(Self { capture, stop, thread: Some(thread) })
     }
 
     /// Returns the sources of all packets since the last call, and clears the record.
     ///
-    /// Once a client has received a reply, all packets that arrived before its request are
-    /// recorded.
+    /// Every packet that arrived before the call is recorded, also while the server's thread waits
+    /// for a processor.
     pub fn take_seen(&self) -> BTreeSet<(IpAddr, Proto)> {
-        std::mem::take(&mut self.seen.lock().unwrap_or_else(PoisonError::into_inner))
+        std::mem::take(&mut *self.capture.record())
     }
 }
 
@@ -91,23 +123,13 @@ impl Drop for Echo {
 }
 
 struct Sockets {
-    taps: Vec<OwnedFd>,
     udp: Vec<UdpSocket>,
     tcp: Vec<TcpListener>,
 }
 
 impl Sockets {
     fn open(addresses: &[IpAddr]) -> io::Result<Self> {
-        let tap = |protocol: Protocol| {
-            rustix::net::socket_with(
-                AddressFamily::PACKET,
-                SocketType::DGRAM,
-                SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
-                Some(protocol),
-            )
-        };
-        let mut sockets =
-            Self { taps: vec![tap(eth::IP)?, tap(eth::IPV6)?], udp: Vec::new(), tcp: Vec::new() };
+        let mut sockets = Self { udp: Vec::new(), tcp: Vec::new() };
         for address in addresses {
             let udp = UdpSocket::bind((*address, PORT))?;
             udp.set_nonblocking(true)?;
@@ -119,32 +141,19 @@ impl Sockets {
         Ok(sockets)
     }
 
-    fn serve(&self, seen: &Seen, stop: &OwnedFd) -> io::Result<()> {
+    fn serve(&self, capture: &Capture, stop: &OwnedFd) -> io::Result<()> {
         loop {
             let readable = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
             let mut fds = vec![readable(stop.as_fd())];
-            fds.extend(self.taps.iter().map(|tap| readable(tap.as_fd())));
+            fds.extend(capture.taps.iter().map(|tap| readable(tap.as_fd())));
             fds.extend(self.udp.iter().map(|udp| readable(udp.as_fd())));
             fds.extend(self.tcp.iter().map(|tcp| readable(tcp.as_fd())));
             poll(&mut fds, None)?;
             if fds.first().is_some_and(|stop| !stop.revents().is_empty()) {
                 return Ok(());
             }
-            let questions = self.questions();
-            // Before any reply is sent: a reply implies that earlier packets are recorded.
-            self.note(&mut seen.lock().unwrap_or_else(PoisonError::into_inner));
-            for question in questions {
-                question.answer();
-            }
-        }
-    }
-
-    fn note(&self, seen: &mut BTreeSet<(IpAddr, Proto)>) {
-        let mut packet = [0; 2048];
-        for tap in &self.taps {
-            while let Ok((length, _)) = recv(tap, &mut packet[..], RecvFlags::empty()) {
-                seen.extend(packet.get(..length).and_then(source));
-            }
+            drop(capture.record());
+            self.questions().into_iter().for_each(Question::answer);
         }
     }
 
