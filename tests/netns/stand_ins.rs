@@ -56,7 +56,8 @@ const COMMANDS: &[&str] = &[
     "ip rule flush protocol 69",
     "ip -6 route flush table all proto 69",
     "ip -4 addr flush dev u0",
-    "ip link set e0 down name e1",
+    "ip link set e0 down",
+    "ip link set e0 name e1",
     "ip link del br0",
 ];
 
