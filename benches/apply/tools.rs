@@ -29,7 +29,9 @@ pub(crate) fn nft_file(changes: &Changes) -> String {
     }
     text.push_str(&rest);
     let only_nft = text.lines().filter_map(|line| line.strip_prefix("nft "));
-    let mut file: String = only_nft.flat_map(|line| [line, "\n"]).collect();
+    // A command that means something to a shell is quoted.
+    let commands = only_nft.map(|line| line.trim_matches('\'').replace(r"'\''", "'") + "\n");
+    let mut file: String = commands.collect();
     for (set, list) in elements {
         writeln!(file, "add element inet egress_datapath {set} {{ {list} }}").unwrap();
     }
