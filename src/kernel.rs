@@ -26,12 +26,12 @@ use crate::types::DeviceName;
 #[cfg(test)]
 pub(crate) use harness::mutate;
 
+use monitor::Monitor;
 pub use monitor::Watch;
-use monitor::freshness::Freshness;
 #[cfg(feature = "testing")]
 use netlink::fault_injector::Tap;
 use netlink::socket::Socket;
-use nft::{Sizes, Terms};
+use nft::{Between, Sizes, Terms};
 use ownership::Hold;
 pub use ownership::{Ownership, Protection};
 use rtnetlink::socket::RouteSocket;
@@ -55,8 +55,7 @@ pub struct KernelDatapath {
     pub(crate) routing: RouteSocket,
     pub(crate) netfilter: Socket,
     hold: Hold,
-    watching: monitor::Shared,
-    freshness: Freshness,
+    monitor: Monitor,
 }
 
 impl KernelDatapath {
@@ -81,14 +80,10 @@ impl KernelDatapath {
         let hold = Hold::take(ownership, &mut netfilter)?;
         // Opened last: the port of a process's first netlink socket is its PID, which identifies
         // the owner of the table to other programs.
-        let sockets = || {
-            monitor::Shared::open(routing.device_index(), nft::open()?)
-                .map_err(|error| KernelError::io("open a routing socket", &error))
-        };
-        let watching = sockets()?;
         let ports = [routing.port(), netfilter.port()];
-        let freshness = Freshness::new(sockets()?, watching.clone(), ports);
-        Ok(Self { routing, netfilter, hold, watching, freshness })
+        let monitor = Monitor::open(routing.device_index(), nft::open()?, ports)
+            .map_err(|error| KernelError::io("open the listening sockets", &error))?;
+        Ok(Self { routing, netfilter, hold, monitor })
     }
 
     /// Protection of the nf_tables table from changes by other programs.
@@ -105,7 +100,7 @@ impl KernelDatapath {
     ///
     /// A missing privilege, or `EBUSY` while another watch of this datapath exists.
     pub fn watch(&self) -> Result<Watch, KernelError> {
-        self.watching.watch(self.routing.port(), self.netfilter.port())
+        self.monitor.watch()
     }
 
     /// Interface that has this address, and its MTU in bytes; `None` if no interface has it.
@@ -137,34 +132,36 @@ impl KernelDatapath {
 
     /// Reads the whole state; `expected` are the set elements that the kernel probably holds.
     pub(crate) fn read(&mut self, expected: Option<&Elements>) -> Result<State, KernelError> {
-        self.freshness.begin();
+        self.monitor.lock().begin();
         let mut state = self.read_rest()?;
         let expected = expected.filter(|elements| elements.len() >= MANY);
         let (firewall, generation) = nft::observe_at(&mut self.netfilter, expected)?;
-        self.freshness.table_known(generation);
+        self.monitor.lock().table_known(generation);
         state.firewall = firewall;
         Ok(state)
     }
 
     /// Reads everything except the nf_tables table of family `inet`.
     fn read_rest(&mut self) -> Result<State, KernelError> {
+        self.monitor.lock().begin_routing();
         let mut state = State::default();
         self.routing.observe(&mut state)?;
         state.hook = nft::observe_hook(&mut self.netfilter)?;
-        self.freshness.routing_known();
+        self.monitor.lock().routing_known();
         Ok(state)
     }
 
     /// Parts that may have changed since the last read, apart from changes by this datapath.
     pub(crate) fn drift(&mut self) -> Drift {
-        self.freshness.drift(&mut self.netfilter)
+        let current = nft::generation(&mut self.netfilter).ok();
+        self.monitor.lock().drift(current)
     }
 
     /// Applies one step; after a refusal the state has to be read again.
     pub(crate) fn step(&mut self, step: &Step, sizes: &Sizes) -> Made {
         let made = self.attempt(step, sizes);
         if !made.1.is_empty() {
-            self.freshness.end();
+            self.monitor.lock().end();
         }
         made
     }
@@ -173,20 +170,27 @@ impl KernelDatapath {
     fn commit(&mut self, ops: &[Op], sizes: &Sizes) -> Result<(), nft::Refused> {
         let table_flags = self.hold.table_flags;
         let terms = Terms { table_flags, sizes: Some(sizes), only_at: None };
-        self.freshness.will_commit(ops.len());
+        self.monitor.lock().will_commit(ops.len());
         let made = nft::commit_as(&mut self.netfilter, ops, &terms).or_else(|refused| {
             let full = nft::full(ops, &refused);
             if full.is_empty() {
                 return Err(refused);
             }
             // The transaction may be small, but the sets that are recreated may be large.
-            self.freshness.will_commit(usize::MAX);
+            self.monitor.lock().will_commit(usize::MAX);
             let first = nft::enlarge(&mut self.netfilter, &full, sizes, refused)?;
             let next = nft::commit_as(&mut self.netfilter, ops, &terms)?;
             Ok(next.and_then(|next| first.and_then(next)))
         });
-        self.freshness.committed(&mut self.netfilter, made.as_ref().ok().copied().flatten());
+        self.committed(made.as_ref().ok().copied().flatten());
         made.map(drop)
+    }
+
+    fn committed(&mut self, between: Option<Between>) {
+        if self.monitor.lock().committed(between) {
+            let current = nft::generation(&mut self.netfilter).ok();
+            self.monitor.lock().resumed(current);
+        }
     }
 
     /// Applies one step: one nf_tables transaction, or its requests one by one.

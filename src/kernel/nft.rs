@@ -22,7 +22,7 @@ pub(super) use batch::number as family_number;
 #[cfg(test)]
 pub(super) use commit::commit;
 pub(super) use commit::{Between, Refused, commit_as};
-pub(crate) use generation::{ask_generation, generation, is_absent, open};
+pub(crate) use generation::{generation, is_absent, open};
 #[cfg(test)]
 pub(super) use observe::observe;
 pub(super) use observe::{counts, observe_at, observe_hook};

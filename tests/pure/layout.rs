@@ -37,7 +37,6 @@ const ORDER: &[&str] = &[
 const PARTS: &[(&str, &str)] = &[
     ("diff", "the change that the parts of a difference are collected in"),
     ("diff::op", "the operation that one part prints"),
-    ("kernel::monitor", "the watch that tells what is fresh"),
     ("kernel::netlink::message", "flags and lengths of what is read and written"),
     ("kernel::nft::expr", "numbers of the expressions that are read and written"),
     ("kernel::nft::observe", "methods of the reader"),

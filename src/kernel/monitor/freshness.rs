@@ -1,168 +1,99 @@
 //! Tracks whether the kernel still holds the last state read or written.
+//!
+//! A change of an interface, address, neighbour, route or rule puts a notification into the socket
+//! before the system call that made it returns, or an error if the receive buffer is full. So an
+//! empty socket proves that nothing changed. A change by the datapath whose notification carries no
+//! port counts as one by another program: it costs a read of the routing part. The nf_tables table
+//! is unchanged while the ruleset generation is; with a watch also if notifications of all later
+//! transactions were read, and none was about our table.
 
 #[cfg(test)]
 mod tests;
 
-use super::{Shared, Watch};
+use super::listener::Listener;
 use crate::datapath::Drift;
-use crate::event::Component;
-use crate::kernel::netlink::socket::Socket;
-use crate::kernel::nft;
 use crate::kernel::nft::Between;
-
-/// State of the datapath's own watch: whether the nf_tables table and the routing part are current.
-///
-/// The kernel is asked for the ruleset generation only, and sends notifications of everything else:
-/// a change of an interface, address, neighbour, route or rule puts a notification into the socket
-/// before the system call that made it returns, or an error if the receive buffer is full. So an
-/// empty socket proves that nothing changed. A change by the datapath whose notification carries no
-/// port counts as one by another program: it costs a read of the routing part.
-#[derive(Debug)]
-pub(crate) struct Freshness {
-    shared: Shared,
-    /// Sockets of the caller's watch.
-    others: Shared,
-    ports: [u32; 2],
-    watch: Option<Watch>,
-    /// Ruleset generation at which our table was known.
-    generation: Option<u32>,
-    /// Whether the routing part is known.
-    routing: bool,
-    /// Whether the watches have left the nf_tables multicast group during a transaction.
-    is_paused: bool,
-}
 
 /// Number of operations from which a transaction is large.
 ///
 /// Leaving the multicast group then saves a millisecond, a hundred times what it costs.
 const LARGE: usize = 1_000;
 
-impl Freshness {
-    /// Starts with nothing known; the ports are those of the datapath's writing sockets.
-    pub(crate) const fn new(shared: Shared, others: Shared, ports: [u32; 2]) -> Self {
-        Self {
-            shared,
-            others,
-            ports,
-            watch: None,
-            generation: None,
-            routing: false,
-            is_paused: false,
-        }
-    }
-
+impl Listener {
     /// Prepares for a read of the whole state: earlier notifications do not matter.
     ///
-    /// Without permission for a watch the state never counts as current.
+    /// Without the multicast groups the routing part never counts as current.
     pub(crate) fn begin(&mut self) {
-        self.end();
-        if self.watch.is_none() {
-            let [routing, netfilter] = self.ports;
-            self.watch = self.shared.watch(routing, netfilter).ok();
+        let _unknown = self.join_routing();
+        if self.is_watched() && !self.rules_joined {
+            // After a large transaction the group could not be joined again.
+            let _not_joined = self.join_rules();
         }
-        self.take_in();
-        (self.generation, self.routing) = (None, false);
+        let _lost = self.take_in();
+        self.end();
+        self.table_steady = true;
+    }
+
+    /// Prepares for a read of the routing part.
+    pub(crate) const fn begin_routing(&mut self) {
+        self.rest_steady = true;
     }
 
     /// Records that our table was read at this generation.
     pub(crate) const fn table_known(&mut self, generation: u32) {
-        self.generation = Some(generation);
+        self.table = if self.table_steady { Some(generation) } else { None };
     }
 
     /// Records that the routing part was read.
     pub(crate) const fn routing_known(&mut self) {
-        self.routing = true;
+        self.rest = self.routing_joined && self.rest_steady;
     }
 
     /// Prepares for a transaction of this many operations.
     ///
-    /// If any socket is in the multicast group (`netlink_has_listeners`), the kernel writes a
-    /// notification of every element that changes, and only then runs the socket filter that drops
-    /// it: that is half of the cost of a large change. So the watches leave the group during a
-    /// large transaction; the generations before and after it show whether a notification was
-    /// missed.
+    /// The socket leaves the nf_tables group during a large one; the generations before and after
+    /// it show whether a notification was missed.
     pub(crate) fn will_commit(&mut self, operations: usize) {
-        self.is_paused = operations >= LARGE;
-        if self.is_paused {
-            self.shared.pause();
-            self.others.pause();
-            // Also reads the start of a transaction whose end is not received.
-            self.take_in();
+        if operations >= LARGE && self.rules_joined {
+            self.leave_rules();
         }
     }
 
     /// Records a transaction and the generations before and after it.
     ///
-    /// `None` if it was not committed, or if the generations are not known.
-    pub(crate) fn committed(&mut self, netfilter: &mut Socket, between: Option<Between>) {
-        let known = between.filter(|between| self.generation == Some(between.before));
-        self.generation = known.map(|between| between.after);
-        if !std::mem::take(&mut self.is_paused) {
-            return;
+    /// `None` if it was not committed, or if the generations are not known. Returns whether the
+    /// socket has joined the group again: then [`resumed`](Self::resumed) must be called.
+    pub(crate) fn committed(&mut self, between: Option<Between>) -> bool {
+        let known = between.filter(|between| self.table == Some(between.before));
+        self.table = known.map(|between| between.after);
+        let resumes = self.is_watched() && !self.rules_joined;
+        if resumes {
+            let _not_joined = self.join_rules();
         }
-        let (ours, others) = (self.shared.resume(), self.others.resume());
-        // Transactions by other programs are notified from here on; earlier ones were missed.
-        let current = nft::generation(netfilter).ok();
-        self.generation = self.generation.filter(|known| current == Some(*known));
-        if let Some(watch) = &mut self.watch {
-            watch.forget_beginning();
-        }
-        if self.generation.is_none() || others.is_err() {
-            self.others.missed();
-        }
-        if ours.is_err() {
-            self.watch = None;
-            self.end();
+        resumes
+    }
+
+    /// Checks the ruleset generation after the group was joined again.
+    ///
+    /// Later transactions by other programs are notified; earlier ones were missed.
+    pub(crate) fn resumed(&mut self, current: Option<u32>) {
+        if self.table.is_none() || self.table != current || !self.rules_joined {
+            self.lose();
         }
     }
 
-    /// Forgets everything: the state has to be read again.
-    pub(crate) const fn end(&mut self) {
-        (self.generation, self.routing) = (None, false);
-    }
-
-    /// Parts of the state that may have changed.
-    pub(crate) fn drift(&mut self, netfilter: &mut Socket) -> Drift {
-        self.take_in();
-        let table = self.generation.is_some() && self.is_current(netfilter);
-        if !table {
-            self.generation = None;
-        }
-        match (table, self.routing) {
+    /// Parts of the state that may have changed, given the ruleset generation just read.
+    pub(crate) fn drift(&mut self, current: Option<u32>) -> Drift {
+        let _lost = self.take_in();
+        // The notifications are in the socket before the transaction is over, but the generation
+        // may be read before they are: only a transaction whose end was read is known not to have
+        // changed our table.
+        let is_heard = self.table == current || self.last_end == current;
+        self.table = self.table.and(current).filter(|_| is_heard);
+        match (self.table.is_some(), self.rest) {
             (true, true) => Drift::None,
             (true, false) => Drift::Rest,
             (false, _) => Drift::Unknown,
         }
-    }
-
-    /// Whether the ruleset generation is the one at which our table was known.
-    ///
-    /// A later generation also counts if only tables of other programs changed since.
-    fn is_current(&mut self, netfilter: &mut Socket) -> bool {
-        let Ok(current) = nft::generation(netfilter) else { return false };
-        if self.generation == Some(current) {
-            return true;
-        }
-        // The notifications are in the socket before the transaction is over, but the generation
-        // may be read before they are: only a transaction whose end was read is known not to change
-        // our table.
-        self.generation = Some(current);
-        self.watch.as_ref().and_then(Watch::generation) == Some(current)
-    }
-
-    /// Reads the notifications that have arrived.
-    fn take_in(&mut self) {
-        let Some(watch) = &mut self.watch else { return self.end() };
-        let Ok(events) = watch.drain() else {
-            self.watch = None;
-            return self.end();
-        };
-        if events.lost {
-            return self.end();
-        }
-        if watch.is_amid_change() || events.changed.contains(&Component::Firewall) {
-            self.generation = None;
-        }
-        self.routing &= !events.changed.iter().any(|part| *part != Component::Firewall);
     }
 }

@@ -4,6 +4,7 @@ pub(crate) mod edits;
 mod mutated;
 pub(crate) mod noise;
 mod own;
+mod shared;
 
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};

@@ -1,12 +1,10 @@
 //! Ruleset generation, and requests with the generation in their replies.
 
-use std::io;
-
 use super::batch::number;
 use super::kind;
 use crate::error::{KernelError, errno};
 use crate::kernel::netlink::exchange::Answered;
-use crate::kernel::netlink::message::{Attributes, Malformed, Writer, flag};
+use crate::kernel::netlink::message::{Attributes, Malformed, Writer};
 use crate::kernel::netlink::nfnetlink;
 use crate::kernel::netlink::nfnetlink::{NETFILTER, Request};
 use crate::kernel::netlink::socket::Socket;
@@ -40,15 +38,6 @@ pub(super) fn ask(
         write(writer);
     };
     nfnetlink::ask(socket, request, header, take)
-}
-
-/// Requests the ruleset generation without reading the reply.
-pub(crate) fn ask_generation(socket: &mut Socket) -> io::Result<()> {
-    let mut writer = Writer::default();
-    let message = writer.message(kind::GETGEN, flag::REQUEST, socket.next_sequence());
-    writer.nfgen(number(TableFamily::Inet), 0);
-    writer.end(message);
-    writer.finish().map_or(Ok(()), |datagram| socket.send(&datagram))
 }
 
 /// Ruleset generation: the kernel's count of transactions, by any program.

@@ -9,8 +9,11 @@ use crate::kernel::KernelDatapath;
 use crate::kernel::monitor::tests::Host;
 use crate::kernel::monitor::tests::edits::EDITS;
 use crate::kernel::monitor::tests::noise::NOISE;
+use crate::kernel::nft;
 use crate::kernel::rtnetlink::kernel_tests::{in_namespace, sh};
-use crate::{ChangeEvents, Changes, Cluster, MarkPool, Reconciler, State, TablePool, Update, plan};
+use crate::{
+    ChangeEvents, Changes, Cluster, Component, MarkPool, Reconciler, State, TablePool, Update, plan,
+};
 
 /// Reads until no more notifications arrive: new devices keep sending them for a while.
 fn known(kernel: &mut KernelDatapath) -> State {
@@ -69,7 +72,7 @@ fn too_much_at_once_is_not_taken_for_silence() {
         let mut host = Host::new();
         let kernel = host.egress.datapath();
         known(kernel);
-        kernel.freshness.watch.as_mut().unwrap().shrink(0);
+        kernel.monitor.lock().reserve(0);
         sh("for i in $(seq 200); do echo link set u0 mtu $((1400 + i)); done | ip -batch -");
         assert_eq!(kernel.drift(), Drift::Unknown);
         known(kernel);
@@ -168,12 +171,12 @@ fn what_happens_while_nobody_listens_is_not_taken_for_ours() {
         for ([before, ours, after], expected) in cases {
             let kernel = host.egress.datapath();
             known(kernel);
-            kernel.freshness.will_commit(LARGE);
+            kernel.monitor.lock().will_commit(LARGE);
             sh(before);
             let before = nft::generation(&mut kernel.netfilter).unwrap();
             sh(ours);
             let between = Between { before, after: before + 1 };
-            kernel.freshness.committed(&mut kernel.netfilter, Some(between));
+            kernel.committed(Some(between));
             sh(after);
             assert_eq!(kernel.drift(), expected, "{ours}, {after}");
             // The caller's watch reports the same.

@@ -157,7 +157,7 @@ fn watch_that_begins_after_a_restart_reports_changes_of_the_device() {
     });
 }
 
-const RULE: crate::state::Rule = crate::state::Rule {
+pub(super) const RULE: crate::state::Rule = crate::state::Rule {
     family: Family::V4,
     priority: 9,
     mark: Mark::new(9),

@@ -57,7 +57,7 @@ fn foreign_routes_do_not_even_wake() {
 fn overflow_is_reported_as_lost_and_later_changes_are_reported() {
     in_namespace(|| {
         let mut host = Host::new();
-        host.watch.shrink(0);
+        host.watch.monitor.lock().reserve(0);
         sh(
             "for i in $(seq 40); do echo rule add pref 9$i fwmark 9 lookup 9 protocol 69; done | ip -batch -",
         );

@@ -3,9 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 
 use super::*;
-use crate::datapath::Datapath;
+use crate::datapath::{Datapath, Drift};
 use crate::diff::op::Op;
 use crate::state::State;
 use crate::{EgressPolicy, Update};
@@ -106,7 +107,7 @@ fn watch_silent_after_own_change_of_rules_routes_and_tables() {
 #[test]
 fn edge_triggered_poller_is_woken_by_every_change() {
     in_namespace(|| {
-        let datapath = KernelDatapath::open().unwrap();
+        let mut datapath = KernelDatapath::open().unwrap();
         let mut watch = datapath.watch().unwrap();
         let outer = epoll::create(CreateFlags::CLOEXEC).unwrap();
         let flags = EventFlags::IN | EventFlags::ET;
@@ -125,6 +126,9 @@ fn edge_triggered_poller_is_woken_by_every_change() {
                 [Component::Firewall, Component::Rule].into()
             );
             sh("nft delete table inet egress_datapath; ip rule del pref 9");
+            assert_eq!(wakes(), 1);
+            // The datapath reads them, and keeps them for the watch.
+            assert_eq!(datapath.drift(), Drift::Unknown);
             assert_eq!(wakes(), 1);
             assert_eq!(
                 watch.drain().unwrap().changed,
