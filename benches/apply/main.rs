@@ -1,8 +1,8 @@
 //! What it costs to change a node's kernel: ours, the tools, and the kernel's own floor.
 //!
-//! `cargo bench --bench apply -- --quick`, as root; compare figures of one run
-//! with each other; `-- gateways`, `-- moves` and `-- sets` are those rows alone. Everything is made
-//! in a network namespace that ends with the process.
+//! `cargo bench --bench apply -- --quick`, as root; compare figures of one run with each other;
+//! `-- gateways`, `-- moves`, `-- sets` and `-- watch` are those rows alone. Everything is made in a
+//! network namespace that ends with the process.
 
 #![allow(
     clippy::unwrap_used,
@@ -14,6 +14,7 @@
 mod gateways;
 mod sets;
 mod tools;
+mod watch;
 
 use std::time::{Duration, Instant};
 
@@ -42,8 +43,12 @@ fn main() {
     for (_, (count, sources)) in sizes {
         size(*count, *sources, restore && !(quick && count * sources > 10_000));
     }
-    let parts: [(&str, fn()); 3] =
-        [("gateways", gateways::gateways), ("moves", gateways::moving), ("sets", sets::sets)];
+    let parts: [(&str, fn()); 4] = [
+        ("gateways", gateways::gateways),
+        ("moves", gateways::moving),
+        ("sets", sets::sets),
+        ("watch", watch::watch),
+    ];
     for (name, part) in parts {
         if named.is_empty() || named.iter().any(|one| one == name) {
             part();
