@@ -10,7 +10,7 @@
 #[cfg(test)]
 mod tests;
 
-use super::listener::Listener;
+use super::listener::{Listener, Part};
 use crate::datapath::Drift;
 use crate::kernel::nft::Between;
 
@@ -30,23 +30,26 @@ impl Listener {
             let _not_joined = self.join_rules();
         }
         let _lost = self.take_in();
-        self.end();
-        self.table_steady = true;
+        (self.table, self.rest) = (Part::Reading, Part::Unknown);
     }
 
     /// Prepares for a read of the routing part.
     pub(crate) const fn begin_routing(&mut self) {
-        self.rest_steady = true;
+        self.rest = Part::Reading;
     }
 
     /// Records that our table was read at this generation.
-    pub(crate) const fn table_known(&mut self, generation: u32) {
-        self.table = if self.table_steady { Some(generation) } else { None };
+    pub(crate) fn table_known(&mut self, generation: u32) {
+        if self.table == Part::Reading {
+            self.table = Part::Known(generation);
+        }
     }
 
     /// Records that the routing part was read.
-    pub(crate) const fn routing_known(&mut self) {
-        self.rest = self.routing_joined && self.rest_steady;
+    pub(crate) fn routing_known(&mut self) {
+        if self.rest == Part::Reading && self.routing_joined {
+            self.rest = Part::Known(());
+        }
     }
 
     /// Prepares for a transaction of this many operations.
@@ -64,8 +67,12 @@ impl Listener {
     /// `None` if it was not committed, or if the generations are not known. Returns whether the
     /// socket has joined the group again: then [`resumed`](Self::resumed) must be called.
     pub(crate) fn committed(&mut self, between: Option<Between>) -> bool {
-        let known = between.filter(|between| self.table == Some(between.before));
-        self.table = known.map(|between| between.after);
+        self.table = match between {
+            Some(Between { before, after }) if self.table == Part::Known(before) => {
+                Part::Known(after)
+            }
+            _ => Part::Unknown,
+        };
         let resumes = self.is_watched() && !self.rules_joined;
         if resumes {
             let _not_joined = self.join_rules();
@@ -77,7 +84,8 @@ impl Listener {
     ///
     /// Later transactions by other programs are notified; earlier ones were missed.
     pub(crate) fn resumed(&mut self, current: Option<u32>) {
-        if self.table.is_none() || self.table != current || !self.rules_joined {
+        let is_known = current.is_some_and(|current| self.table == Part::Known(current));
+        if !is_known || !self.rules_joined {
             self.lose();
         }
     }
@@ -85,15 +93,17 @@ impl Listener {
     /// Parts of the state that may have changed, given the ruleset generation just read.
     pub(crate) fn drift(&mut self, current: Option<u32>) -> Drift {
         let _lost = self.take_in();
-        // The notifications are in the socket before the transaction is over, but the generation
-        // may be read before they are: only a transaction whose end was read is known not to have
-        // changed our table.
-        let is_heard = self.table == current || self.last_end == current;
-        self.table = self.table.and(current).filter(|_| is_heard);
-        match (self.table.is_some(), self.rest) {
-            (true, true) => Drift::None,
-            (true, false) => Drift::Rest,
-            (false, _) => Drift::Unknown,
+        if let Part::Known(known) = self.table {
+            // The notifications are in the socket before the transaction is over, but the
+            // generation may be read before they are: only a transaction whose end was read is
+            // known not to have changed our table.
+            let is_heard = |current: &u32| *current == known || self.last_end == Some(*current);
+            self.table = current.filter(is_heard).map_or(Part::Unknown, Part::Known);
+        }
+        match (self.table, self.rest) {
+            (Part::Known(_), Part::Known(())) => Drift::None,
+            (Part::Known(_), _) => Drift::Rest,
+            _ => Drift::Unknown,
         }
     }
 }

@@ -49,20 +49,27 @@ pub(crate) struct Listener {
     pub(super) unsigned: bool,
     /// Ruleset generation after the last transaction by another program that was read.
     pub(super) last_end: Option<u32>,
-    /// Ruleset generation at which our table was known.
+    /// Our table, known at this ruleset generation.
     ///
     /// While the socket is in the group, every later transaction is notified.
-    pub(super) table: Option<u32>,
-    /// Whether the routing part is known.
-    pub(super) rest: bool,
-    /// Whether no change of our table was read since the last read of it began.
-    ///
-    /// The watch may be drained in another thread during that read.
-    pub(super) table_steady: bool,
-    /// The same of the routing part.
-    pub(super) rest_steady: bool,
+    pub(super) table: Part<u32>,
+    /// The routing part.
+    pub(super) rest: Part<()>,
     /// Events for the watch; `None` while there is none.
     pending: Option<Pending>,
+}
+
+/// What is known about a part of the state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Part<T> {
+    /// It has to be read.
+    Unknown,
+    /// It is being read, and no change was notified since that began.
+    ///
+    /// The watch may be drained in another thread meanwhile.
+    Reading,
+    /// It is as last read or written.
+    Known(T),
 }
 
 /// Events that the watch has not drained.
@@ -94,10 +101,8 @@ impl Listener {
             rules_joined: false,
             unsigned: false,
             last_end: None,
-            table: None,
-            rest: false,
-            table_steady: false,
-            rest_steady: false,
+            table: Part::Unknown,
+            rest: Part::Unknown,
             pending: None,
         };
         listener.reserve(UNREAD);
@@ -145,7 +150,7 @@ impl Listener {
         self.join_routing()?;
         self.join_rules()?;
         // Transactions since the table was known were not notified.
-        self.table = None;
+        self.table = Part::Unknown;
         // Left over from before the watch.
         let _lost = self.take_in();
         self.pending = Some(Pending { events: ChangeEvents::default(), event_fd });
@@ -202,10 +207,10 @@ impl Listener {
             self.end();
         }
         if self.unsigned || events.changed.contains(&Component::Firewall) {
-            (self.table, self.table_steady) = (None, false);
+            self.table = Part::Unknown;
         }
         if events.changed.iter().any(|part| *part != Component::Firewall) {
-            (self.rest, self.rest_steady) = (false, false);
+            self.rest = Part::Unknown;
         }
         self.report(events);
         failed
@@ -213,8 +218,7 @@ impl Listener {
 
     /// Forgets everything: the state has to be read again.
     pub(crate) const fn end(&mut self) {
-        (self.table, self.table_steady) = (None, false);
-        (self.rest, self.rest_steady) = (false, false);
+        (self.table, self.rest) = (Part::Unknown, Part::Unknown);
     }
 
     /// Treats everything as changed, as after lost notifications.
