@@ -200,7 +200,9 @@ pub use iptables::{IptablesDatapath, Predecessor};
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 pub use kernel::{KernelDatapath, KernelTables, Ownership, Protection, Watch};
 pub use mark::{LayoutError, MarkLayout};
-pub use plan::{DenyReason, Finding, Plan, PlanError, PolicyError, Update, plan};
+pub use plan::{
+    DenyReason, Finding, NodeError, Plan, PlanError, PolicyError, Update, check_policy, plan,
+};
 #[cfg(feature = "mock")]
 pub use policy::MockPolicy;
 pub use policy::{Destinations, EgressIp, EgressPolicy, Policy, Unavailable};

@@ -26,7 +26,7 @@ use crate::policy::Policy;
 use crate::state::State;
 use crate::types::{Family, Mark, NodeName, TableId};
 
-pub use error::{PlanError, PolicyError};
+pub use error::{NodeError, PlanError, PolicyError};
 pub use finding::{DenyReason, Finding};
 pub(crate) use index::{Draft, Index};
 use policies::NormalizedPolicy;
@@ -35,8 +35,8 @@ pub(crate) use skeleton::priority::BEFORE_SNAT;
 #[cfg(test)]
 pub(crate) use tags::tests::with_few as with_few_tags;
 pub use update::Update;
-pub(crate) use update::{Part, Planned};
-use validate::ValidatedCluster;
+pub(crate) use update::{Change, Part, Planned};
+use validate::{Nodes, ValidatedCluster};
 
 /// The planned kernel state of this node, with information for the caller.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,7 +45,7 @@ pub struct Plan {
     pub state: State,
     /// The gateways that this node steers to, each with its mark and its routing table.
     pub gateways: BTreeMap<NodeName, (Mark, TableId)>,
-    /// Warnings about the plan, which is valid but may not do what was intended.
+    /// Errors of nodes and policies, and warnings.
     pub findings: Vec<Finding>,
 }
 
@@ -57,10 +57,15 @@ pub struct Plan {
 /// gateway's rule, as long as the gateways leave one free. With [`Steering::EgressHook`] the
 /// fallback table is the only one, and all gateways share it.
 ///
+/// A policy or another node with an error takes no other policy along: it is a [`Finding`], the
+/// traffic of the policy is treated as its [`Unavailable`](crate::Unavailable) says, and a node is
+/// no gateway. If there are more gateways than marks or tables, those that have them keep them,
+/// and others follow by name.
+///
 /// # Errors
 ///
-/// The first contradiction found. By then the allocators may have given out ids; nothing else is
-/// changed.
+/// An error of this node or of a setting, and a failure of an allocator. By then the allocators may
+/// have given out ids; nothing else is changed.
 pub fn plan<P: Policy>(
     cluster: &Cluster,
     policies: impl IntoIterator<Item = P>,
@@ -71,21 +76,47 @@ pub fn plan<P: Policy>(
     Ok(Plan { state, gateways: index.gateways(), findings: index.findings() })
 }
 
+/// Checks a single policy, for example in an admission webhook.
+///
+/// The policy is compared with the valid nodes and prefixes of the cluster; whether the cluster has
+/// errors besides, and which node it is seen from, does not matter.
+///
+/// ```
+/// use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, NodeName, PolicyId, check_policy};
+///
+/// let name = NodeName::new("node-a")?;
+/// let node =
+///     Node::new(name.clone(), vec!["10.10.0.11".parse()?], vec!["172.31.0.11/16".parse()?]);
+/// let cluster = Cluster::new(name, vec![node], vec!["10.244.0.0/16".parse()?]);
+/// let policy = EgressPolicy {
+///     gateway: Some(NodeName::new("node-z")?),
+///     ..EgressPolicy::new(PolicyId::new("p")?, vec!["10.244.1.10/24".parse()?], EgressIp::Node)
+/// };
+/// let errors = check_policy(&cluster, &policy).unwrap_err();
+/// assert_eq!(errors[0].code(), "host_bits");
+/// assert_eq!(errors[1].to_string(), "gateway node-z is not a node of the cluster");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// # Errors
+///
+/// All errors of the policy.
+pub fn check_policy<P: Policy>(cluster: &Cluster, policy: &P) -> Result<(), Vec<PolicyError>> {
+    let errors = NormalizedPolicy::new(policy, &Nodes::new(cluster, None)).all_errors();
+    if errors.is_empty() { Ok(()) } else { Err(errors) }
+}
+
 /// Reserves the marks that the caller gives in the allocator.
-fn reserve_given(cluster: &Cluster, marks: &mut dyn MarkAllocator) -> Result<(), PlanError> {
-    let given = |node: &NodeName| {
-        cluster.nodes.iter().find(|other| other.name == *node).and_then(|other| other.mark)
-    };
-    for node in &cluster.nodes {
-        let Some(mark) = node.mark else { continue };
-        if marks.get(&node.name).is_some_and(|held| held != mark) {
-            marks.release(&node.name).map_err(PlanError::Mark)?;
+fn reserve_given(world: &ValidatedCluster, marks: &mut dyn MarkAllocator) -> Result<(), PlanError> {
+    for (name, mark) in world.given_marks() {
+        if marks.get(name).is_some_and(|held| held != mark) {
+            marks.release(name).map_err(PlanError::Mark)?;
         }
-        match marks.reserve(&node.name, mark) {
+        match marks.reserve(name, mark) {
             // A node that has the mark by allocation alone gets another one.
-            Err(AllocError::Taken { holder, .. }) if given(&holder).is_none_or(|m| m != mark) => {
+            Err(AllocError::Taken { holder, .. }) if world.given_mark(&holder) != Some(mark) => {
                 marks.release(&holder).map_err(PlanError::Mark)?;
-                marks.reserve(&node.name, mark).map_err(PlanError::Mark)?;
+                marks.reserve(name, mark).map_err(PlanError::Mark)?;
             }
             other => other.map_err(PlanError::Mark)?,
         }
@@ -112,32 +143,41 @@ fn closing_table(
     }
 }
 
-/// Allocates a free table; if there is none, takes the table of an idle node.
+/// Defines a function that allocates a free id; if there is none, it takes the id of an idle node.
 ///
-/// An idle node is no gateway any more, or needs its table less.
-fn table_for(
-    name: &NodeName,
-    cluster: &Cluster,
-    idle: impl Fn(&NodeName) -> bool,
-    tables: &mut dyn TableAllocator,
-) -> Result<TableId, AllocError<TableId>> {
-    let exhausted = match tables.allocate(name) {
-        Err(error @ AllocError::Exhausted { .. }) => error,
-        other => return other,
-    };
-    // This node comes last, because its table is the fallback rule's.
-    let others = cluster.nodes.iter().map(|node| &node.name).filter(|node| **node != cluster.node);
-    for node in others.chain([&cluster.node]).filter(|node| idle(node)) {
-        if let Some(table) = tables.get(node) {
-            tables.release(node)?;
-            // Not allocated: the routes that the kernel has in the table are ours, and would count
-            // as in use.
-            tables.reserve(name, table)?;
-            return Ok(table);
+/// An idle node is no gateway any more, or needs its id less.
+macro_rules! allocate_or_take {
+    ($name:ident, $allocator:ident, $id:ty) => {
+        fn $name(
+            name: &NodeName,
+            cluster: &Cluster,
+            idle: impl Fn(&NodeName) -> bool,
+            ids: &mut dyn $allocator,
+        ) -> Result<$id, AllocError<$id>> {
+            let exhausted = match ids.allocate(name) {
+                Err(error @ AllocError::Exhausted { .. }) => error,
+                other => return other,
+            };
+            // This node comes last, because its table is the fallback rule's.
+            let others =
+                cluster.nodes.iter().map(|node| &node.name).filter(|node| **node != cluster.node);
+            for node in others.chain([&cluster.node]).filter(|node| idle(node)) {
+                let Some(id) = ids.get(node) else { continue };
+                ids.release(node)?;
+                // Not allocated: what the kernel has in a table is ours, and would count as in use.
+                match ids.reserve(name, id) {
+                    Ok(()) => return Ok(id),
+                    // An allocator that assigns ids by node does not move them.
+                    Err(_) => ids.reserve(node, id)?,
+                }
+            }
+            Err(exhausted)
         }
-    }
-    Err(exhausted)
+    };
 }
+
+allocate_or_take!(mark_for, MarkAllocator, Mark);
+allocate_or_take!(table_for, TableAllocator, TableId);
 
 /// A gateway that this node steers to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -162,10 +202,16 @@ enum Role {
     Gateway,
     /// The policy cannot be carried out: its traffic is dropped, or bypasses the policy.
     Denied(DenyReason),
+    /// The policy has errors, and is treated in the same way.
+    Invalid,
 }
 
 fn role(policy: &NormalizedPolicy, family: Family, world: &ValidatedCluster) -> Role {
-    let gateway = policy.gateway.and_then(|place| Some((place, world.node(place)?)));
+    if !policy.is_sound() {
+        return Role::Invalid;
+    }
+    let place = policy.gateway.as_ref().and_then(|gateway| gateway.as_ref().ok());
+    let gateway = place.and_then(|place| Some((*place, world.node(*place)?)));
     let Some((place, gateway)) = gateway else {
         return Role::Denied(DenyReason::NoGateway);
     };
@@ -191,35 +237,70 @@ fn roles(
     families.map(|family| (family, role(policy, family, world)))
 }
 
+/// Returns the gateway of a role; `None` if no mark or no table was left for it, too.
+fn gateway_of<'a>(
+    role: Role,
+    world: &ValidatedCluster,
+    gateways: &'a Gateways,
+) -> Option<&'a Gateway> {
+    let Role::Client(place) = role else { return None };
+    world.node(place).and_then(|node| gateways.get(&node.name))
+}
+
 /// Assigns marks and tables to the gateways at these indices of the cluster's list.
+///
+/// Gateways for which none is left are missing in the result, and hold neither afterwards.
 fn numbered(
     used: impl IntoIterator<Item = usize>,
     world: &ValidatedCluster,
     marks: &mut dyn MarkAllocator,
     tables: &mut dyn TableAllocator,
 ) -> Result<Gateways, PlanError> {
+    let cluster = &world.cluster;
     let named = used.into_iter().filter_map(|place| Some((&world.node(place)?.name, place)));
     let used: BTreeMap<_, _> = named.collect();
-    let everybodys = match world.cluster.steering {
-        Steering::EgressHook if !used.is_empty() => {
-            let cluster = &world.cluster;
-            let table = table_for(&cluster.node, cluster, |_| true, tables);
-            Some(table.map_err(PlanError::Table)?)
+    // Gateways that have a mark keep it; a new one must not displace them.
+    let mut waiting: Vec<_> = used.iter().map(|(name, place)| (*name, *place)).collect();
+    waiting.sort_by_key(|(name, _)| (marks.get(name).is_none(), *name));
+    let mut marked = BTreeMap::new();
+    for (name, place) in waiting {
+        let idle = |node: &NodeName| !used.contains_key(node) && world.given_mark(node).is_none();
+        match mark_for(name, cluster, idle, marks) {
+            Ok(mark) => {
+                marked.insert(name, (place, mark));
+            }
+            Err(AllocError::Exhausted { .. }) => {}
+            Err(error) => return Err(PlanError::Mark(error)),
         }
-        _ => None,
-    };
+    }
     let mut gateways = Gateways::new();
-    for (&name, &place) in &used {
-        let mark = marks.allocate(name).map_err(PlanError::Mark)?;
-        let value = world
-            .cluster
+    let mut waiting: Vec<_> = marked.iter().collect();
+    waiting.sort_by_key(|(name, _)| (tables.get(name).is_none(), **name));
+    for (&name, &(place, mark)) in waiting {
+        let value = cluster
             .marks
             .value(mark)
             .ok_or_else(|| PlanError::ForeignMark { node: name.clone(), mark })?;
-        let idle = |node: &NodeName| !used.contains_key(node);
-        let own = || table_for(name, &world.cluster, idle, tables).map_err(PlanError::Table);
-        let table = everybodys.map_or_else(own, Ok)?;
-        gateways.insert(name.clone(), Gateway { place, mark, value, table });
+        // With the egress hook all gateways share this node's table.
+        let found = match cluster.steering {
+            Steering::Tables => table_for(name, cluster, |node| !marked.contains_key(node), tables),
+            Steering::EgressHook => table_for(&cluster.node, cluster, |_| true, tables),
+        };
+        match found {
+            Ok(table) => {
+                gateways.insert(name.clone(), Gateway { place, mark, value, table });
+            }
+            Err(AllocError::Exhausted { .. }) => {}
+            Err(error) => return Err(PlanError::Table(error)),
+        }
+    }
+    for name in used.into_keys().filter(|name| !gateways.contains_key(*name)) {
+        if marks.get(name).is_some() && world.given_mark(name).is_none() {
+            marks.release(name).map_err(PlanError::Mark)?;
+        }
+        if tables.get(name).is_some() && *name != cluster.node {
+            tables.release(name).map_err(PlanError::Table)?;
+        }
     }
     Ok(gateways)
 }

@@ -88,7 +88,7 @@ pub struct Report {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The input contradicts itself; the kernel state was not changed.
+    /// The input leaves nothing to carry out; the kernel state was not changed.
     #[error(transparent)]
     Plan(#[from] PlanError),
     /// The kernel state could not be read.
@@ -147,7 +147,8 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
 
     /// Installs the state that the policies require in the kernel.
     ///
-    /// Other objects of this crate are removed. Policies that have not changed since the last call
+    /// Other objects of this crate are removed. A policy or another node with an error takes no
+    /// other policy along: it is a [`Finding`] of the report. Policies that have not changed since the last call
     /// cost a comparison, and the kernel is read only if other programs may have changed it.
     ///
     /// # Errors
@@ -410,7 +411,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         let one_table = cluster.steering == Steering::EgressHook;
         for node in cluster.nodes.iter().filter(|node| node.name != cluster.node) {
             let idle = !index.steers_to(&node.name);
-            if idle && node.mark.is_none() && self.marks.get(&node.name).is_some() {
+            if idle && !index.gives_mark(&node.name) && self.marks.get(&node.name).is_some() {
                 let _freed = self.marks.release(&node.name);
             }
             if (idle || one_table) && self.tables.get(&node.name).is_some() {

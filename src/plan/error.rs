@@ -1,5 +1,6 @@
-//! Errors of planning: contradictory or invalid input.
+//! Errors of planning: of the whole input, of a node, of a policy.
 
+use std::fmt::Display;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -8,7 +9,9 @@ use crate::alloc::AllocError;
 use crate::cluster::RulePriorities;
 use crate::types::{DeviceName, Family, MacAddr, Mark, NodeName, PolicyId, TableId};
 
-/// An error in the input, which contradicts itself or the kernel's limits; nothing was changed.
+/// An error that leaves nothing to carry out: of this node or of a setting; nothing was changed.
+///
+/// An error of a single policy or of another node is a [`Finding`](crate::Finding) instead.
 ///
 /// The guide has the [next step](crate::guide::errors#errors-of-the-plan) for each error.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -19,6 +22,14 @@ pub enum PlanError {
     UnknownNode {
         /// Name of the node.
         node: NodeName,
+    },
+    /// The entry of this node leaves it without an address that the tunnel needs.
+    #[error("node {node}, this one, has no usable addresses: {}", listed(errors))]
+    ThisNode {
+        /// Name of the node.
+        node: NodeName,
+        /// The errors in its entry; at least one.
+        errors: Vec<NodeError>,
     },
     /// The name of the tunnel interface has characters that iptables interprets otherwise.
     #[error(
@@ -37,82 +48,6 @@ pub enum PlanError {
     /// Steering by the egress hook was combined with iptables as backend.
     #[error("steering by the egress hook needs nf_tables as backend: iptables has no such hook")]
     EgressHookBackend,
-    /// A node name occurs twice.
-    #[error("node {node} is listed twice")]
-    DuplicateNode {
-        /// The name.
-        node: NodeName,
-    },
-    /// An underlay or tunnel address is not a unicast address of a host.
-    #[error("node {node} cannot have address {address}: it is not a unicast address")]
-    NodeAddress {
-        /// The node.
-        node: NodeName,
-        /// The address.
-        address: IpAddr,
-    },
-    /// An IPv4 address of a node is written as an IPv4-mapped IPv6 address.
-    #[error("node {node} has address {address}: write IPv4 addresses as IPv4")]
-    NodeMapped {
-        /// The node.
-        node: NodeName,
-        /// The address.
-        address: IpAddr,
-    },
-    /// A node has more than one underlay or tunnel address of a family.
-    #[error("node {node} has more than one {family} underlay or tunnel address")]
-    NodeFamily {
-        /// The node.
-        node: NodeName,
-        /// The family.
-        family: Family,
-    },
-    /// This node has no underlay address.
-    #[error("node {node} has no underlay address")]
-    NoUnderlay {
-        /// The node.
-        node: NodeName,
-    },
-    /// A node has no underlay address of the family of this node's outer packets.
-    #[error("node {node} has no {family} underlay address, which the tunnel of this node uses")]
-    UnderlayFamily {
-        /// The node.
-        node: NodeName,
-        /// The family of this node's outer packets.
-        family: Family,
-    },
-    /// A node has no tunnel address.
-    #[error("node {node} has no tunnel address")]
-    NoTunnel {
-        /// The node.
-        node: NodeName,
-    },
-    /// The MAC address of a node is zero or a group address.
-    #[error("node {node} cannot have Ethernet address {mac}: it is zero or a group address")]
-    Mac {
-        /// The node.
-        node: NodeName,
-        /// The address.
-        mac: MacAddr,
-    },
-    /// The mark of a node is outside the layout, or reserved in it.
-    #[error("node {node} cannot have mark {mark}: the layout has no such gateway mark")]
-    ForeignMark {
-        /// The node.
-        node: NodeName,
-        /// The mark.
-        mark: Mark,
-    },
-    /// Two nodes have the same address, MAC address or mark.
-    #[error("nodes {one} and {other} both have {what}")]
-    Shared {
-        /// The shared address or mark.
-        what: String,
-        /// The first node.
-        one: NodeName,
-        /// The second node.
-        other: NodeName,
-    },
     /// The VXLAN network identifier is zero or longer than 24 bits.
     #[error("VXLAN network identifier {vni} is not between 1 and 16777215")]
     Vni {
@@ -155,32 +90,91 @@ pub enum PlanError {
         /// The error in the prefix.
         source: PolicyError,
     },
-    /// Two policies have the same id.
-    #[error("policy {policy} is given twice")]
-    DuplicatePolicy {
-        /// The id.
-        policy: PolicyId,
-    },
-    /// A policy contradicts itself or the cluster.
-    #[error("policy {policy}: {source}")]
-    Policy {
-        /// Id of the policy.
-        policy: PolicyId,
-        /// The error in the policy.
-        source: PolicyError,
-    },
     /// An update names a policy that is not wanted.
     #[error("policy {policy} is not one of those that are wanted")]
     UnknownPolicy {
         /// Id of the policy.
         policy: PolicyId,
     },
-    /// No mark could be allocated for a gateway.
+    /// The allocator gave a gateway a mark that is outside the layout, or reserved in it.
+    #[error("the allocator gave node {node} mark {mark}: the layout has no such gateway mark")]
+    ForeignMark {
+        /// The node.
+        node: NodeName,
+        /// The mark.
+        mark: Mark,
+    },
+    /// The allocator of marks failed, otherwise than because no mark was free.
     #[error("marks: {0}")]
     Mark(AllocError<Mark>),
-    /// No routing table could be allocated for a gateway.
+    /// The allocator of routing tables failed, otherwise than because no table was free.
     #[error("routing tables: {0}")]
     Table(AllocError<TableId>),
+}
+
+/// An error in a node, which is then no gateway and no peer of the tunnel.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum NodeError {
+    /// An underlay or tunnel address is not a unicast address of a host.
+    #[error("{address} is not a unicast address")]
+    Address {
+        /// The address.
+        address: IpAddr,
+    },
+    /// An IPv4 address is written as an IPv4-mapped IPv6 address.
+    #[error("{address} is an IPv4-mapped IPv6 address; write IPv4 addresses as IPv4")]
+    Mapped {
+        /// The address.
+        address: IpAddr,
+    },
+    /// There is more than one underlay or tunnel address of a family.
+    #[error("it has more than one {family} underlay or tunnel address")]
+    Family {
+        /// The family.
+        family: Family,
+    },
+    /// An address is both on the underlay and in the tunnel.
+    #[error("{address} is both its underlay and its tunnel address")]
+    Twofold {
+        /// The address.
+        address: IpAddr,
+    },
+    /// There is no underlay address.
+    #[error("it has no underlay address")]
+    NoUnderlay,
+    /// There is no underlay address of the family of this node's outer packets.
+    #[error("it has no {family} underlay address, which the tunnel of this node uses")]
+    UnderlayFamily {
+        /// The family of this node's outer packets.
+        family: Family,
+    },
+    /// There is no tunnel address.
+    #[error("it has no tunnel address")]
+    NoTunnel,
+    /// The MAC address is zero or a group address.
+    #[error("Ethernet address {mac} is zero or a group address")]
+    Mac {
+        /// The address.
+        mac: MacAddr,
+    },
+    /// The mark is outside the layout, or reserved in it.
+    #[error("mark {mark} is no gateway mark of the layout")]
+    ForeignMark {
+        /// The mark.
+        mark: Mark,
+    },
+    /// The name occurs twice.
+    #[error("it is listed twice")]
+    Duplicate,
+    /// Another node has the same address, MAC address or mark.
+    #[error("node {other} has {what} too")]
+    Shared {
+        /// The shared address or mark.
+        what: String,
+        /// The other node; of several the one with the smallest name.
+        other: NodeName,
+    },
 }
 
 /// An error in a policy or a prefix.
@@ -201,8 +195,11 @@ pub enum PolicyError {
         /// The prefix.
         net: IpNet,
     },
-    /// The policy has no source, so that it would have no effect.
-    #[error("sources are empty; a policy needs at least one")]
+    /// The id is given to more than one policy.
+    #[error("the id is given to more than one policy")]
+    Duplicate,
+    /// The policy has no source, so that it has no effect.
+    #[error("sources are empty: the policy selects nothing")]
     NoSources,
     /// The list of destinations is empty, which must not be mistaken for all destinations.
     #[error("destinations are an empty list; say external, or name a prefix")]
@@ -210,6 +207,12 @@ pub enum PolicyError {
     /// The gateway is not a node of the cluster.
     #[error("gateway {gateway} is not a node of the cluster")]
     UnknownGateway {
+        /// Name of the gateway.
+        gateway: NodeName,
+    },
+    /// The gateway is a node that is left out, because of an error in it.
+    #[error("gateway {gateway} is left out of the cluster's nodes")]
+    GatewayLeftOut {
         /// Name of the gateway.
         gateway: NodeName,
     },
@@ -242,19 +245,14 @@ impl PlanError {
     pub const fn code(&self) -> &'static str {
         match self {
             Self::UnknownNode { .. } => "unknown_node",
+            Self::ThisNode { errors, .. } => match errors.as_slice() {
+                [first, ..] => first.code(),
+                [] => "this_node",
+            },
             Self::IptablesDevice { .. } => "iptables_device",
             Self::EgressHookPrefix { .. } => "egress_hook_prefix",
             Self::EgressHookBackend { .. } => "egress_hook_backend",
-            Self::DuplicateNode { .. } => "duplicate_node",
-            Self::NodeAddress { .. } => "node_address",
-            Self::NodeMapped { .. } => "node_mapped",
-            Self::NodeFamily { .. } => "node_family",
-            Self::NoUnderlay { .. } => "no_underlay",
-            Self::UnderlayFamily { .. } => "underlay_family",
-            Self::NoTunnel { .. } => "no_tunnel",
-            Self::Mac { .. } => "node_mac",
             Self::ForeignMark { .. } => "foreign_mark",
-            Self::Shared { .. } => "shared_by_nodes",
             Self::Vni { .. } => "vni",
             Self::Port { .. } => "port",
             Self::Mtu { .. } => "mtu",
@@ -263,11 +261,28 @@ impl PlanError {
             Self::IptablesCounters { .. } => "iptables_counters",
             Self::NothingExcluded { .. } => "nothing_excluded",
             Self::Excluded { .. } => "excluded_prefix",
-            Self::DuplicatePolicy { .. } => "duplicate_policy",
-            Self::Policy { source, .. } => source.code(),
             Self::UnknownPolicy { .. } => "unknown_policy",
             Self::Mark { .. } => "mark_allocator",
             Self::Table { .. } => "table_allocator",
+        }
+    }
+}
+
+impl NodeError {
+    /// Short code of the error, which never changes: for alerts and for programs.
+    pub const fn code(&self) -> &'static str {
+        match self {
+            Self::Address { .. } => "node_address",
+            Self::Mapped { .. } => "node_mapped",
+            Self::Family { .. } => "node_family",
+            Self::Twofold { .. } => "node_address_twofold",
+            Self::NoUnderlay => "no_underlay",
+            Self::UnderlayFamily { .. } => "underlay_family",
+            Self::NoTunnel => "no_tunnel",
+            Self::Mac { .. } => "node_mac",
+            Self::ForeignMark { .. } => "node_mark",
+            Self::Duplicate => "duplicate_node",
+            Self::Shared { .. } => "shared_by_nodes",
         }
     }
 }
@@ -278,12 +293,27 @@ impl PolicyError {
         match self {
             Self::HostBits { .. } => "host_bits",
             Self::Mapped { .. } => "mapped",
+            Self::Duplicate => "duplicate_policy",
             Self::NoSources { .. } => "no_sources",
             Self::NoDestinations { .. } => "no_destinations",
             Self::UnknownGateway { .. } => "unknown_gateway",
+            Self::GatewayLeftOut { .. } => "gateway_left_out",
             Self::EgressIpNotUnicast { .. } => "egress_ip_not_unicast",
             Self::EgressIpExcluded { .. } => "egress_ip_excluded",
             Self::EgressIpOfNode { .. } => "egress_ip_of_node",
         }
     }
+
+    /// Returns the gateway that the error is about.
+    pub(super) const fn gateway(&self) -> Option<&NodeName> {
+        match self {
+            Self::UnknownGateway { gateway } | Self::GatewayLeftOut { gateway } => Some(gateway),
+            _ => None,
+        }
+    }
+}
+
+/// Returns the sentences of several errors as one.
+pub(super) fn listed(errors: &[impl Display]) -> String {
+    errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
 }

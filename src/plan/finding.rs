@@ -1,13 +1,39 @@
-//! Warnings about a valid plan.
+//! Warnings about a plan, and the errors of policies and nodes that it left out.
 
-use crate::types::{Family, PolicyId};
+use super::error::{NodeError, PolicyError, listed};
+use crate::policy::Unavailable;
+use crate::types::{Family, NodeName, PolicyId};
 
-/// A warning about a valid plan: it was carried out as requested, but may not do what was intended.
+/// A warning about a plan: a policy or node with an error, or what may not be intended.
+///
+/// Policies without a finding are in force as requested, whatever the findings about others.
 ///
 /// The guide has the [next step](crate::guide::errors#findings) for each finding.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Finding {
+    /// A node has an error, and is neither gateway nor peer of the tunnel.
+    ///
+    /// This node itself goes on to steer the traffic of its pods.
+    #[error("node {node} is left out: {}", listed(errors))]
+    InvalidNode {
+        /// The node.
+        node: NodeName,
+        /// The errors; at least one.
+        errors: Vec<NodeError>,
+    },
+    /// A policy has an error, and cannot be carried out.
+    ///
+    /// What is valid of its sources and destinations is dropped, or bypasses the policy.
+    #[error("policy {policy} {}: {}", treated(*unavailable), listed(errors))]
+    InvalidPolicy {
+        /// The policy.
+        policy: PolicyId,
+        /// What becomes of the traffic.
+        unavailable: Unavailable,
+        /// The errors; at least one.
+        errors: Vec<PolicyError>,
+    },
     /// Two policies select the same packets of a common source.
     #[error("policies {winner} and {loser} overlap in {family}: {winner} comes first and wins")]
     Overlap {
@@ -51,13 +77,30 @@ pub enum Finding {
 
 impl Finding {
     /// Short code of the finding, which never changes: for alerts and for programs.
+    ///
+    /// A policy or node with errors has the code of its first error.
     pub const fn code(&self) -> &'static str {
         match self {
+            Self::InvalidNode { errors, .. } => match errors.as_slice() {
+                [first, ..] => first.code(),
+                [] => "invalid_node",
+            },
+            Self::InvalidPolicy { errors, .. } => match errors.as_slice() {
+                [first, ..] => first.code(),
+                [] => "invalid_policy",
+            },
             Self::Overlap { .. } => "policies_overlap",
             Self::NoClosingTable { .. } => "no_closing_table",
             Self::Bypassed { .. } => "policy_bypassed",
             Self::Denied { .. } => "policy_denied",
         }
+    }
+}
+
+const fn treated(unavailable: Unavailable) -> &'static str {
+    match unavailable {
+        Unavailable::Drop => "drops its traffic",
+        Unavailable::Bypass => "leaves its traffic unchanged",
     }
 }
 
@@ -74,4 +117,7 @@ pub enum DenyReason {
     /// The tunnel does not carry the family between this node and the gateway.
     #[error("this node or the gateway has no tunnel address of that family")]
     NoTunnelAddress,
+    /// There are more gateways than marks or routing tables.
+    #[error("no mark or no routing table is left for its gateway")]
+    TooManyGateways,
 }

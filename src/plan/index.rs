@@ -11,8 +11,8 @@ use super::skeleton::Used;
 use super::table::{skeleton, spoken, ways_out};
 use super::validate::ValidatedCluster;
 use super::{
-    Finding, Gateways, PlanError, Role, Update, closing_table, iptables as xtables, numbered,
-    reserve_given, roles, routing,
+    Change, DenyReason, Finding, Gateways, PlanError, Role, Update, closing_table, gateway_of,
+    iptables as xtables, numbered, reserve_given, roles, routing,
 };
 use crate::alloc::{MarkAllocator, TableAllocator};
 use crate::cluster::{Backend, Cluster};
@@ -34,6 +34,8 @@ pub(crate) struct Index {
     /// Number of policies for each egress IP that is local to this node.
     pub(super) spoken: BTreeMap<IpAddr, usize>,
     pub(super) gateways: Gateways,
+    /// True if no mark or table was left for some gateway.
+    pub(super) short: bool,
     /// Table of the fallback rule.
     pub(super) closing: Option<TableId>,
     /// Number of tables, if none is left for the fallback rule.
@@ -62,14 +64,14 @@ impl Draft {
         let world = ValidatedCluster::new(cluster)?;
         xtables::check(&world)?;
         egress_hook::check(&world)?;
-        let policies = Policies::new(policies, &world)?;
+        let policies = Policies::new(policies, &world.nodes);
         let (mut used, mut own, mut speaks) = (BTreeMap::new(), 0, BTreeMap::new());
         for (_, kept) in policies.iter() {
             for (_, role) in roles(kept, &world) {
                 match role {
                     Role::Client(place) => *used.entry(place).or_default() += 1,
                     Role::Gateway => own += 1,
-                    Role::Denied(_) => {}
+                    Role::Denied(_) | Role::Invalid => {}
                 }
             }
             for address in spoken(kept, &world) {
@@ -92,11 +94,23 @@ impl Draft {
         tables: &mut dyn TableAllocator,
     ) -> Result<(Index, State), PlanError> {
         let Self { world, policies, v4, v6, used, own, spoken, elements } = self;
-        reserve_given(&world.cluster, marks)?;
+        reserve_given(&world, marks)?;
         let gateways = numbered(used.keys().copied(), &world, marks, tables)?;
         let (closing, no_table) = closing_table(&world.cluster, &gateways, tables)?;
-        let index =
-            Index { world, policies, v4, v6, used, own, spoken, gateways, closing, no_table };
+        let short = gateways.len() < used.len();
+        let index = Index {
+            world,
+            policies,
+            v4,
+            v6,
+            used,
+            own,
+            spoken,
+            gateways,
+            short,
+            closing,
+            no_table,
+        };
         let state = index.state(elements);
         Ok((index, state))
     }
@@ -170,18 +184,14 @@ impl Index {
         self.own > 0
     }
 
-    /// Returns the updates from the wanted policies to a snapshot; `None` if most of it differs.
-    ///
-    /// # Errors
-    ///
-    /// [`PlanError::DuplicatePolicy`] for a policy that occurs twice.
+    /// Returns the changes from the wanted policies to a snapshot; `None` if most of it differs.
     pub(crate) fn differences<'p, P: Policy>(
         &self,
         policies: &'p [P],
-    ) -> Result<Option<Vec<Update<&'p P>>>, PlanError> {
+    ) -> Option<Vec<Change<&'p P>>> {
         let mut seen = vec![false; self.policies.end()];
-        let (mut updates, mut new) = (Vec::new(), BTreeSet::new());
-        let (mut known, mut differing) = (0, 0);
+        let (mut changes, mut new) = (Vec::new(), BTreeSet::new());
+        let (mut known, mut differing, mut twice) = (0, 0, BTreeMap::<_, Vec<_>>::new());
         for (place, policy) in (0..).zip(policies) {
             // A list that has not changed mostly comes in the same order as the first time.
             let same = self.policies.get(place).is_some_and(|kept| kept.id == *policy.id());
@@ -192,23 +202,33 @@ impl Index {
                 None => !new.insert(policy.id()),
             };
             if again {
-                return Err(PlanError::DuplicatePolicy { policy: policy.id().clone() });
+                twice.insert(policy.id(), Vec::new());
+                continue;
             }
             known += usize::from(handle.is_some());
             let kept = handle.and_then(|handle| self.policies.get(handle));
             if !kept.is_some_and(|kept| kept.is(policy, &self.world)) {
                 differing += policy.sources().len();
-                updates.push(Update::Upsert(policy));
+                changes.push(Change::One(Update::Upsert(policy)));
             }
+        }
+        if !twice.is_empty() {
+            for policy in policies {
+                if let Some(all) = twice.get_mut(policy.id()) {
+                    all.push(policy);
+                }
+            }
+            changes.retain(|change| !change.upserts().is_some_and(|id| twice.contains_key(id)));
+            changes.extend(twice.into_values().map(Change::Several));
         }
         if known < self.policies.len() {
             let gone = (0..).zip(&seen).filter(|(_, seen)| !**seen);
             let gone = gone.filter_map(|(handle, _)| self.policies.get(handle));
-            updates.extend(gone.map(|kept| Update::Remove(kept.id.clone())));
+            changes.extend(gone.map(|kept| Change::One(Update::Remove(kept.id.clone()))));
         }
         // Beyond this, single updates cost more than a new plan.
         let all = self.policies.iter().map(|(_, kept)| kept.sources.len()).sum::<usize>();
-        Ok((differing <= MANY || differing <= all / 4).then_some(updates))
+        (differing <= MANY || differing <= all / 4).then_some(changes)
     }
 
     /// Returns the cluster that the plan was made for.
@@ -232,6 +252,11 @@ impl Index {
         self.gateways.contains_key(node)
     }
 
+    /// Returns whether the caller gives the node its mark.
+    pub(crate) fn gives_mark(&self, node: &NodeName) -> bool {
+        self.world.given_mark(node).is_some()
+    }
+
     /// Returns the policies in the order of their ids, with the keys of their counters.
     pub(crate) fn counted(&self) -> Vec<(&PolicyId, Family, Tag)> {
         let all = self.policies.iter().flat_map(|(_, kept)| {
@@ -242,11 +267,17 @@ impl Index {
         all
     }
 
-    /// Returns warnings about the plan, which is valid but may not do what was intended.
+    /// Returns errors of nodes and policies, and warnings, in an order that depends on nothing else.
     pub(crate) fn findings(&self) -> Vec<Finding> {
-        let ordered = self.policies.ordered();
-        let mut findings: Vec<_> =
-            ordered.iter().flat_map(|(_, kept)| self.findings_of(kept)).collect();
+        let left_out = self.world.nodes.left_out.iter();
+        let mut findings: Vec<_> = left_out
+            .map(|(node, errors)| Finding::InvalidNode {
+                node: node.clone(),
+                errors: errors.clone(),
+            })
+            .collect();
+        findings
+            .extend(self.policies.ordered().iter().flat_map(|(_, kept)| self.findings_of(kept)));
         findings.extend(self.no_table.map(|capacity| Finding::NoClosingTable { capacity }));
         for (family, mut pairs) in [
             (Family::V4, self.v4.overlaps().collect::<Vec<_>>()),
@@ -260,16 +291,29 @@ impl Index {
         findings
     }
 
-    /// Returns the warnings about a policy that cannot be carried out.
+    /// Returns the errors of a policy, or the reasons why it cannot be carried out.
     pub(super) fn findings_of(&self, kept: &NormalizedPolicy) -> impl Iterator<Item = Finding> {
-        roles(kept, &self.world).filter_map(|(family, role)| {
-            let Role::Denied(reason) = role else { return None };
+        let errors = kept.all_errors();
+        let invalid = (!errors.is_empty()).then(|| Finding::InvalidPolicy {
+            policy: kept.id.clone(),
+            unavailable: kept.unavailable,
+            errors,
+        });
+        let denied = roles(kept, &self.world).filter_map(|(family, role)| {
+            let reason = match role {
+                Role::Denied(reason) => reason,
+                Role::Client(_) if gateway_of(role, &self.world, &self.gateways).is_none() => {
+                    DenyReason::TooManyGateways
+                }
+                _ => return None,
+            };
             let policy = kept.id.clone();
             Some(match kept.unavailable {
                 Unavailable::Drop => Finding::Denied { policy, family, reason },
                 Unavailable::Bypass => Finding::Bypassed { policy, family, reason },
             })
-        })
+        });
+        invalid.into_iter().chain(denied)
     }
 
     pub(super) fn overlap(

@@ -6,18 +6,20 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 
+use super::PolicyError;
 use super::tags::Numbers;
-use super::validate::{ValidatedCluster, around, canonical, check_egress_ip, check_net, disjoint};
-use super::{PlanError, PolicyError};
+use super::validate::{Nodes, ValidatedCluster, around, check_net, disjoint, smallest_reading};
 use crate::policy::{Destinations, EgressIp, Policy, Unavailable};
 use crate::state::{Comment, Tag};
-use crate::types::{Family, NodeName, PolicyId};
+use crate::types::{Family, PolicyId};
 
 /// Index of a policy in the store.
 pub(super) type Handle = u32;
 
 /// A policy in canonical form, independent of the caller's value.
-#[derive(Debug)]
+///
+/// A policy with errors is closed: what is sound of it is kept.
+#[derive(Clone, Debug, PartialEq)]
 pub(super) struct NormalizedPolicy {
     pub(super) id: PolicyId,
     pub(super) comment: Comment,
@@ -27,52 +29,79 @@ pub(super) struct NormalizedPolicy {
     /// Disjoint and sorted; a prefix of length 0 stands for all destinations of its family.
     pub(super) destinations: Option<Vec<IpNet>>,
     /// Index of the gateway in the cluster's list of nodes.
-    pub(super) gateway: Option<usize>,
+    pub(super) gateway: Option<Result<usize, PolicyError>>,
     pub(super) egress_ip: EgressIp,
     pub(super) unavailable: Unavailable,
     pub(super) sources: Sources,
+    /// Errors of the id, the destinations and the egress IP.
+    pub(super) errors: Vec<PolicyError>,
 }
 
 /// The sources of a policy as the caller gave them, without duplicates.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Sources {
+    /// Single addresses, those that invalid prefixes name included.
     pub(super) v4: BTreeSet<u32>,
     pub(super) v6: BTreeSet<u128>,
     /// Prefixes of more than one address, sorted.
     nets: Vec<IpNet>,
     /// Disjoint prefixes that cover the same addresses as `nets`.
     pub(super) cover: Vec<IpNet>,
+    /// Invalid prefixes, sorted.
+    invalid: Vec<IpNet>,
+    /// Single addresses that only invalid prefixes name.
+    read: BTreeSet<IpAddr>,
 }
 
 impl Sources {
-    pub(super) fn of(nets: &[IpNet]) -> Result<Self, PolicyError> {
-        if nets.is_empty() {
-            return Err(PolicyError::NoSources);
-        }
-        let (mut v4, mut v6, mut wide) = (Vec::with_capacity(nets.len()), Vec::new(), Vec::new());
+    pub(super) fn of(nets: &[IpNet]) -> Self {
+        let (mut v4, mut v6) = (Vec::with_capacity(nets.len()), Vec::new());
+        let (mut wide, mut invalid) = (Vec::new(), Vec::new());
         for net in nets {
             match net {
                 // A single IPv4 address is always valid.
                 IpNet::V4(net) if net.prefix_len() == 32 => v4.push(net.addr().to_bits()),
-                net => {
-                    check_net(net)?;
-                    match net {
-                        IpNet::V6(net) if net.prefix_len() == 128 => v6.push(net.addr().to_bits()),
-                        net => wide.push(*net),
-                    }
-                }
+                net if check_net(net).is_err() => invalid.push(*net),
+                IpNet::V6(net) if net.prefix_len() == 128 => v6.push(net.addr().to_bits()),
+                net => wide.push(*net),
             }
         }
-        wide.sort_unstable();
-        wide.dedup();
+        for list in [&mut wide, &mut invalid] {
+            list.sort_unstable();
+            list.dedup();
+        }
         let cover = disjoint(wide.clone());
         let (v4, v6) = (v4.into_iter().collect(), v6.into_iter().collect());
-        Ok(Self { v4, v6, nets: wide, cover })
+        let mut new = Self { v4, v6, nets: wide, cover, invalid, read: BTreeSet::new() };
+        for address in new.invalid.iter().filter_map(smallest_reading).collect::<Vec<_>>() {
+            if new.insert(address.into()) {
+                new.read.insert(address);
+            }
+        }
+        new
+    }
+
+    /// Returns the sources as the caller gave them.
+    pub(super) fn given(&self) -> Vec<IpNet> {
+        let single = self.single().into_iter().filter(|address| !self.read.contains(address));
+        let wide = self.nets.iter().chain(&self.invalid).copied();
+        single.map(IpNet::from).chain(wide).collect()
+    }
+
+    /// Returns whether no source is invalid.
+    pub(super) const fn are_sound(&self) -> bool {
+        self.invalid.is_empty()
+    }
+
+    fn errors(&self) -> impl Iterator<Item = PolicyError> {
+        let none = self.len() == 0 && self.invalid.is_empty();
+        let invalid = self.invalid.iter().filter_map(|net| check_net(net).err());
+        none.then_some(PolicyError::NoSources).into_iter().chain(invalid)
     }
 
     /// Returns whether a list has exactly these sources.
     pub(super) fn are(&self, nets: &[IpNet]) -> bool {
-        self.are_in_order(nets) || Self::of(nets).is_ok_and(|other| *self == other)
+        self.are_sound() && self.are_in_order(nets) || Self::of(nets) == *self
     }
 
     /// Returns whether a list has exactly these sources in sorted order.
@@ -86,20 +115,6 @@ impl Sources {
             net => wide.next() == Some(net),
         });
         same && v4.next().is_none() && v6.next().is_none() && wide.next().is_none()
-    }
-
-    /// Returns whether a list includes all of these sources.
-    pub(super) fn are_all_among(&self, nets: &[IpNet]) -> bool {
-        let named: BTreeSet<_> = nets.iter().filter(|net| self.contains(**net)).collect();
-        named.len() == self.len()
-    }
-
-    fn contains(&self, net: IpNet) -> bool {
-        match net {
-            IpNet::V4(net) if net.prefix_len() == 32 => self.v4.contains(&net.addr().to_bits()),
-            IpNet::V6(net) if net.prefix_len() == 128 => self.v6.contains(&net.addr().to_bits()),
-            net => self.nets.binary_search(&net).is_ok(),
-        }
     }
 
     /// Adds a source and returns whether it is new.
@@ -174,55 +189,114 @@ impl Sources {
     }
 }
 
-impl NormalizedPolicy {
-    pub(super) fn new<P: Policy>(policy: &P, world: &ValidatedCluster) -> Result<Self, PlanError> {
-        let id = policy.id();
-        Self::check(policy, world)
-            .map_err(|source| PlanError::Policy { policy: id.clone(), source })
+/// Returns the destinations that a policy selects, disjoint and sorted, and their errors.
+///
+/// Of invalid prefixes the single addresses that they name are kept, beside the valid ones. `None`
+/// stands for all destinations, also if no prefix is valid.
+fn selected(destinations: &Destinations) -> (Option<Vec<IpNet>>, Vec<PolicyError>) {
+    let nets = match destinations {
+        Destinations::External => return (None, Vec::new()),
+        Destinations::Nets(nets) if nets.is_empty() => {
+            return (None, vec![PolicyError::NoDestinations]);
+        }
+        Destinations::Nets(nets) => nets,
+    };
+    let mut invalid: Vec<_> = nets.iter().filter(|net| check_net(net).is_err()).copied().collect();
+    if invalid.is_empty() {
+        return (Some(disjoint(nets.clone())), Vec::new());
     }
+    let valid = nets.iter().filter(|net| check_net(net).is_ok()).copied();
+    let read = invalid.iter().filter_map(smallest_reading).map(IpNet::from);
+    let any = invalid.len() < nets.len();
+    let kept = any.then(|| disjoint(valid.chain(read).collect()));
+    invalid.sort_unstable();
+    invalid.dedup();
+    (kept, invalid.iter().filter_map(|net| check_net(net).err()).collect())
+}
 
-    fn check<P: Policy>(policy: &P, world: &ValidatedCluster) -> Result<Self, PolicyError> {
-        if policy.sources().is_empty() {
-            return Err(PolicyError::NoSources);
-        }
-        let destinations = match policy.destinations() {
-            Destinations::External => None,
-            Destinations::Nets(nets) if nets.is_empty() => return Err(PolicyError::NoDestinations),
-            Destinations::Nets(nets) => Some(canonical(nets)?),
-        };
-        let gateway = place(policy.gateway(), world)?;
-        for address in policy.egress_ip().addresses() {
-            check_egress_ip(address, world)?;
-        }
-        Ok(Self {
+impl NormalizedPolicy {
+    pub(super) fn new<P: Policy>(policy: &P, nodes: &Nodes) -> Self {
+        let (destinations, mut errors) = selected(policy.destinations());
+        let addresses = policy.egress_ip().addresses();
+        errors.extend(addresses.filter_map(|address| nodes.check_egress_ip(address).err()));
+        Self {
             id: policy.id().clone(),
             comment: Comment::of_policy(policy.id()),
             tag: Tag::DENY,
             priority: policy.priority(),
-            sources: Sources::of(policy.sources())?,
+            sources: Sources::of(policy.sources()),
             destinations,
-            gateway,
+            gateway: policy.gateway().map(|gateway| nodes.gateway(gateway)),
             egress_ip: policy.egress_ip(),
             unavailable: policy.unavailable(),
-        })
+            errors,
+        }
+    }
+
+    /// Merges a policy of the same id: what either of them selects is closed.
+    ///
+    /// It precedes other policies as the first of the two does.
+    fn merge(&mut self, other: &Self) {
+        let sources = [self.sources.given(), other.sources.given()].concat();
+        self.sources = Sources::of(&sources);
+        self.priority = self.priority.min(other.priority);
+        self.destinations = match (self.destinations.take(), &other.destinations) {
+            (Some(one), Some(other)) => Some(disjoint([one.as_slice(), other].concat())),
+            _ => None,
+        };
+        if other.unavailable == Unavailable::Drop {
+            self.unavailable = Unavailable::Drop;
+        }
+        (self.gateway, self.egress_ip) = (None, EgressIp::Node);
+        self.errors = vec![PolicyError::Duplicate];
+    }
+
+    /// Returns the closed policy that stands for several of one id; `None` for an empty list.
+    pub(super) fn of_all<P: Policy>(policies: &[P], nodes: &Nodes) -> Option<Self> {
+        let mut all = policies.iter().map(|policy| Self::new(policy, nodes));
+        let mut merged = all.next()?;
+        all.for_each(|other| merged.merge(&other));
+        Some(merged)
+    }
+
+    /// Returns whether several policies have the id.
+    pub(super) fn is_duplicate(&self) -> bool {
+        self.errors.contains(&PolicyError::Duplicate)
+    }
+
+    /// Returns whether the policy has no error, apart from that it may have no source.
+    pub(super) fn is_sound(&self) -> bool {
+        let gateway = !matches!(self.gateway, Some(Err(_)));
+        self.errors.is_empty() && gateway && self.sources.are_sound()
+    }
+
+    /// Returns all errors of the policy.
+    pub(super) fn all_errors(&self) -> Vec<PolicyError> {
+        let gateway = self.gateway.as_ref().and_then(|gateway| gateway.as_ref().err());
+        self.sources.errors().chain(self.errors.iter().chain(gateway).cloned()).collect()
     }
 
     /// Returns whether the caller's policy equals this one.
     pub(super) fn is<P: Policy>(&self, policy: &P, world: &ValidatedCluster) -> bool {
-        let gateway = self.gateway.and_then(|place| world.node(place)).map(|node| &node.name);
+        let gateway = match &self.gateway {
+            Some(Ok(place)) => world.node(*place).map(|node| &node.name),
+            Some(Err(error)) => error.gateway(),
+            None => None,
+        };
+        let selects = match (policy.destinations(), &self.destinations) {
+            (Destinations::External, None) => self.errors.is_empty(),
+            (Destinations::Nets(nets), Some(kept)) => self.errors.is_empty() && nets == kept,
+            _ => false,
+        };
         self.priority == policy.priority()
             && gateway == policy.gateway()
             && self.egress_ip == policy.egress_ip()
             && self.unavailable == policy.unavailable()
-            && match (policy.destinations(), &self.destinations) {
-                (Destinations::External, None) => true,
-                (Destinations::Nets(nets), Some(kept)) => {
-                    nets == kept
-                        || !nets.is_empty() && canonical(nets).is_ok_and(|nets| nets == *kept)
-                }
-                _ => false,
-            }
             && self.sources.are(policy.sources())
+            && (selects || {
+                let new = Self::new(policy, &world.nodes);
+                (&self.destinations, &self.errors) == (&new.destinations, &new.errors)
+            })
     }
 
     /// Returns whether the policy selects every external destination of a family.
@@ -244,17 +318,6 @@ impl NormalizedPolicy {
     }
 }
 
-/// Returns the index of a gateway in the cluster's list of nodes.
-pub(super) fn place(
-    gateway: Option<&NodeName>,
-    world: &ValidatedCluster,
-) -> Result<Option<usize>, PolicyError> {
-    let known = |name: &NodeName| {
-        world.place(name).ok_or_else(|| PolicyError::UnknownGateway { gateway: name.clone() })
-    };
-    gateway.map(known).transpose()
-}
-
 /// The store of all wanted policies.
 #[derive(Debug, Default)]
 pub(super) struct Policies {
@@ -266,19 +329,17 @@ pub(super) struct Policies {
 
 impl Policies {
     /// Validates and stores policies.
-    pub(super) fn new<P: Policy>(
-        policies: impl IntoIterator<Item = P>,
-        world: &ValidatedCluster,
-    ) -> Result<Self, PlanError> {
+    pub(super) fn new<P: Policy>(policies: impl IntoIterator<Item = P>, nodes: &Nodes) -> Self {
         let mut all = Self::default();
         for policy in policies {
-            if all.by_id.contains_key(policy.id()) {
-                return Err(PlanError::DuplicatePolicy { policy: policy.id().clone() });
+            let new = NormalizedPolicy::new(&policy, nodes);
+            match all.find(policy.id()).and_then(|handle| all.get_mut(handle)) {
+                Some(kept) => kept.merge(&new),
+                None => drop(all.insert(new)),
             }
-            all.insert(NormalizedPolicy::new(&policy, world)?);
         }
         all.number();
-        Ok(all)
+        all
     }
 
     /// Assigns a tag to every policy; the tags depend on the ids alone.

@@ -163,7 +163,7 @@ fn inside(
     state: &mut State,
 ) {
     let metric = RouteKey::default_metric(family);
-    let inside = world.inside.iter().copied().chain(outer.map(IpNet::from));
+    let inside = world.nodes.inside.iter().copied().chain(outer.map(IpNet::from));
     for dst in inside.filter(|net| Family::of_net(net) == family) {
         state.routes.insert(RouteKey { table, dst, metric }, Route::Throw);
     }

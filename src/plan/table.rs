@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use super::policies::NormalizedPolicy;
 use super::skeleton::{Skeleton, Used};
 use super::validate::ValidatedCluster;
-use super::{Gateways, Role, roles};
+use super::{Gateways, Role, gateway_of, roles};
 use crate::cluster::Steering;
 use crate::policy::Unavailable;
 use crate::range::IpRange;
@@ -65,7 +65,7 @@ fn fixed(world: &ValidatedCluster, gateways: &Gateways) -> BTreeMap<Key, Value> 
     for address in &world.here.underlay {
         elements.insert(Key::Underlay(*address), Value::plain(Data::None));
     }
-    for net in &world.excluded {
+    for net in &world.nodes.excluded {
         elements.insert(Key::Excluded(IpRange::from(*net)), Value::plain(Data::None));
     }
     let mut policy_action = |tag, verdict, comment| {
@@ -97,15 +97,11 @@ pub(super) fn ways_out(
     gateways: &Gateways,
 ) -> impl Iterator<Item = (Key, Value)> {
     roles(policy, world).flat_map(|(family, role)| {
-        let policy_action = match role {
-            Role::Gateway => Tag::LOCAL,
-            Role::Client(place) => {
-                let name = world.node(place).map(|node| &node.name);
-                let gateway = name.and_then(|name| gateways.get(name));
-                gateway.map_or(Tag::DENY, |gateway| Tag::gateway(gateway.value))
-            }
-            Role::Denied(_) if policy.unavailable == Unavailable::Bypass => Tag::BYPASS,
-            Role::Denied(_) => Tag::DENY,
+        let policy_action = match (role, gateway_of(role, world, gateways)) {
+            (Role::Gateway, _) => Tag::LOCAL,
+            (_, Some(gateway)) => Tag::gateway(gateway.value),
+            _ if policy.unavailable == Unavailable::Bypass => Tag::BYPASS,
+            _ => Tag::DENY,
         };
         let value = |data| Value { data, comment: Some(policy.comment.clone()) };
         let steer = (Key::Steer(family, policy.tag), value(Data::Tag(policy_action)));

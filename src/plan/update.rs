@@ -7,7 +7,7 @@ use ipnet::IpNet;
 
 use super::index::{Index, NOTHING};
 use super::pending::Delta;
-use super::policies::{Handle, NormalizedPolicy, place};
+use super::policies::{Handle, NormalizedPolicy, Sources};
 use super::table::{spoken, ways_out};
 use super::validate::check_net;
 use super::{Finding, PlanError, PolicyError, Role, closing_table, numbered, roles};
@@ -29,10 +29,10 @@ pub enum Update<P = EgressPolicy> {
     AddSources {
         /// The policy, which must exist.
         policy: PolicyId,
-        /// Prefixes of the pods, without host bits.
+        /// Prefixes of the pods, without host bits: an invalid one closes the policy.
         sources: Vec<IpNet>,
     },
-    /// Removes pods from a policy, but not the last one; it is no error if they are no sources.
+    /// Removes pods from a policy; it is no error if they are no sources.
     RemoveSources {
         /// The policy, which must exist.
         policy: PolicyId,
@@ -40,12 +40,32 @@ pub enum Update<P = EgressPolicy> {
         sources: Vec<IpNet>,
     },
     /// Moves a policy to another gateway node; with `None` its traffic is dropped.
+    ///
+    /// If several policies of a snapshot had the id, they stay closed until one is upserted.
     Move {
         /// The policy, which must exist.
         policy: PolicyId,
         /// The gateway node.
         gateway: Option<NodeName>,
     },
+}
+
+/// A change of the wanted policies, as a snapshot can make one.
+#[derive(Debug)]
+pub(crate) enum Change<P> {
+    One(Update<P>),
+    /// Replaces the policies of an id by several, which contradict each other.
+    Several(Vec<P>),
+}
+
+impl<P: Policy> Change<P> {
+    /// Returns the id of the one policy that the change adds or replaces.
+    pub(super) fn upserts(&self) -> Option<&PolicyId> {
+        match self {
+            Self::One(Update::Upsert(policy)) => Some(policy.id()),
+            _ => None,
+        }
+    }
 }
 
 /// The effect of updates on the planned state.
@@ -62,6 +82,8 @@ pub(crate) enum Planned {
 pub(crate) struct Part {
     /// Elements after the updates; `None` for deleted ones.
     pub(crate) elements: BTreeMap<Key, Option<Value>>,
+    /// True if any policy was changed, which may change nothing but the findings.
+    pub(crate) edited: bool,
     /// Everything except elements, if any of it changes.
     pub(crate) rest: Option<Box<State>>,
     /// Single-address sources whose packets may take another path; `None` if any source's may.
@@ -76,7 +98,7 @@ enum Edit {
     Remove(Handle),
     Add(Handle, Vec<IpNet>),
     Drop(Handle, Vec<IpNet>),
-    Move(Handle, Option<usize>),
+    Move(Handle, Option<Result<usize, PolicyError>>),
 }
 
 /// Bookkeeping of one `update` call.
@@ -90,21 +112,26 @@ struct Course {
 }
 
 impl Index {
-    /// Plans updates, one after another, and returns their effect and new warnings.
+    /// Plans changes, one after another, and returns their effect and new findings.
     ///
     /// # Errors
     ///
-    /// The errors of a plan; the index is then unchanged.
+    /// An update of an unknown policy, and the failure of an allocator; the index is then
+    /// unchanged.
     pub(crate) fn update<P: Policy>(
         &mut self,
-        updates: impl IntoIterator<Item = Update<P>>,
+        changes: impl IntoIterator<Item = Change<P>>,
         marks: &mut dyn MarkAllocator,
         tables: &mut dyn TableAllocator,
     ) -> Result<(Planned, Vec<Finding>), PlanError> {
         let (mut course, mut undo) = (Course::default(), Vec::new());
         let translated = self.translates();
-        let made = updates.into_iter().try_for_each(|update| {
-            if let Some(edit) = self.resolve(update)? {
+        let made = changes.into_iter().try_for_each(|change| {
+            let edit = match change {
+                Change::One(update) => self.resolve(update)?,
+                Change::Several(policies) => self.resolve_several(&policies),
+            };
+            if let Some(edit) = edit {
                 undo.extend(self.edit(edit, &mut course));
             }
             Ok(())
@@ -133,10 +160,6 @@ impl Index {
             let unknown = || PlanError::UnknownPolicy { policy: id.clone() };
             self.policies.find(id).ok_or_else(unknown)
         };
-        let of = |policy: &PolicyId| {
-            let policy = policy.clone();
-            move |source: PolicyError| PlanError::Policy { policy, source }
-        };
         Ok(match update {
             Update::Upsert(policy) => {
                 let found = self.policies.find(policy.id());
@@ -144,32 +167,57 @@ impl Index {
                 if same.is_some_and(|kept| kept.is(&policy, &self.world)) {
                     return Ok(None);
                 }
-                let kept = Box::new(NormalizedPolicy::new(&policy, &self.world)?);
-                Some(match found {
-                    Some(handle) => Edit::Replace(handle, kept),
-                    None => Edit::Insert(kept),
-                })
+                Some(set(found, NormalizedPolicy::new(&policy, &self.world.nodes)))
             }
             Update::Remove(id) => self.policies.find(&id).map(Edit::Remove),
             Update::AddSources { policy, sources } => {
                 let handle = known(&policy)?;
-                sources.iter().try_for_each(check_net).map_err(of(&policy))?;
-                Some(Edit::Add(handle, sources))
+                let sound = sources.iter().all(|net| check_net(net).is_ok());
+                self.with_other_sources(handle, !sound, |given| given.extend(&sources))
+                    .or(Some(Edit::Add(handle, sources)))
             }
             Update::RemoveSources { policy, sources } => {
                 let handle = known(&policy)?;
-                let kept = self.policies.get(handle);
-                if kept.is_some_and(|kept| kept.sources.are_all_among(&sources)) {
-                    return Err(of(&policy)(PolicyError::NoSources));
-                }
-                Some(Edit::Drop(handle, sources))
+                let rest = |given: &mut Vec<IpNet>| given.retain(|net| !sources.contains(net));
+                self.with_other_sources(handle, false, rest).or(Some(Edit::Drop(handle, sources)))
             }
             Update::Move { policy, gateway } => {
                 let handle = known(&policy)?;
-                let place = place(gateway.as_ref(), &self.world).map_err(of(&policy))?;
-                Some(Edit::Move(handle, place))
+                let kept = self.policies.get(handle);
+                let gateway = gateway.map(|gateway| self.world.nodes.gateway(&gateway));
+                kept.is_some_and(|kept| !kept.is_duplicate()).then_some(Edit::Move(handle, gateway))
             }
         })
+    }
+
+    /// Returns the edit that closes several policies of one id; `None` if they are closed already.
+    fn resolve_several<P: Policy>(&self, policies: &[P]) -> Option<Edit> {
+        let new = NormalizedPolicy::of_all(policies, &self.world.nodes)?;
+        let found = self.policies.find(&new.id);
+        let kept = found.and_then(|handle| self.policies.get(handle));
+        let same =
+            kept.is_some_and(|kept| *kept == NormalizedPolicy { tag: kept.tag, ..new.clone() });
+        (!same).then(|| set(found, new))
+    }
+
+    /// Returns the edit that changes the sources of a policy of which some are invalid.
+    ///
+    /// What an invalid source names may be a source of its own as well, so that sources are not
+    /// added to or removed from these. `None` if all sources are valid.
+    fn with_other_sources(
+        &self,
+        handle: Handle,
+        invalid: bool,
+        change: impl FnOnce(&mut Vec<IpNet>),
+    ) -> Option<Edit> {
+        let kept = self.policies.get(handle)?;
+        if kept.sources.are_sound() && !invalid {
+            return None;
+        }
+        let mut given = kept.sources.given();
+        change(&mut given);
+        let kept = NormalizedPolicy { sources: Sources::of(&given), ..kept.clone() };
+        Some(Edit::Replace(handle, Box::new(kept)))
     }
 
     /// Applies an edit, and returns the edit that undoes it.
@@ -210,7 +258,7 @@ impl Index {
             match role {
                 Role::Client(place) => drop(less(&mut self.used, &place)),
                 Role::Gateway => self.own = self.own.saturating_sub(1),
-                Role::Denied(_) => {}
+                Role::Denied(_) | Role::Invalid => {}
             }
         }
         for address in spoken(kept, &self.world) {
@@ -227,7 +275,7 @@ impl Index {
                 match role {
                     Role::Client(place) => *self.used.entry(place).or_default() += 1,
                     Role::Gateway => self.own += 1,
-                    Role::Denied(_) => {}
+                    Role::Denied(_) | Role::Invalid => {}
                 }
             }
             for address in spoken(kept, &self.world) {
@@ -268,7 +316,8 @@ impl Index {
         let shape = old.priority != new.priority || old.destinations != new.destinations;
         course.everybody |= old.gateway != new.gateway
             || old.egress_ip != new.egress_ip
-            || old.unavailable != new.unavailable;
+            || old.unavailable != new.unavailable
+            || old.is_sound() != new.is_sound();
         let ranges = old.sources.cover != new.sources.cover;
         course.delta.disputed |= ranges || shape && !old.sources.cover.is_empty();
         if shape {
@@ -345,23 +394,32 @@ impl Index {
         if places.collect::<BTreeSet<_>>().iter().eq(self.used.keys()) {
             return Ok(());
         }
+        // Gateways that found no mark or table before are among those used: they may find one now.
         let gateways = numbered(self.used.keys().copied(), &self.world, marks, tables)?;
         let (closing, no_table) = closing_table(&self.world.cluster, &gateways, tables)?;
+        if (&gateways, closing, no_table) == (&self.gateways, self.closing, self.no_table) {
+            return Ok(());
+        }
         let renumbered = gateways
             .iter()
             .any(|(name, new)| self.gateways.get(name).is_some_and(|old| old != new));
-        delta.disputed |= renumbered;
+        // Policies that no change names may use a gateway that found no mark or table before.
+        let short = gateways.len() < self.used.len();
+        delta.disputed |= renumbered || short || self.short;
         delta.skeleton = true;
         let (_, gone) = self.parts();
         delta.elements.extend(gone.into_keys().map(|key| (key, None)));
+        self.short = short;
         (self.gateways, self.closing, self.no_table) = (gateways, closing, no_table);
         Ok(())
     }
 
     fn planned(&mut self, course: Course) -> (Planned, Vec<Finding>) {
         let Course { mut delta, touched, everybody } = course;
-        let touched: Vec<_> =
+        let edited = !touched.is_empty();
+        let mut touched: Vec<_> =
             touched.iter().filter_map(|handle| self.policies.get(*handle)).collect();
+        touched.sort_unstable_by_key(|kept| (kept.priority, &kept.id));
         let mut findings: Vec<_> = touched.iter().flat_map(|kept| self.findings_of(kept)).collect();
         let pairs = delta.overlapping.iter().copied();
         findings.extend(pairs.filter_map(|(family, pair)| self.overlap(family, pair)));
@@ -377,7 +435,7 @@ impl Index {
                 delta.put(Key::Eip(address), Some(NOTHING));
             }
         }
-        let mut part = Part::default();
+        let mut part = Part { edited, ..Part::default() };
         if delta.skeleton {
             let (state, fixed) = self.parts();
             delta.elements.extend(fixed.into_iter().map(|(key, value)| (key, Some(value))));
@@ -387,6 +445,14 @@ impl Index {
         part.sources = Some(delta.sources).filter(|_| !everybody && part.rest.is_none());
         part.elements = delta.elements;
         (Planned::Part(part), findings)
+    }
+}
+
+/// Returns the edit that sets a policy, instead of the one with this handle.
+fn set(found: Option<Handle>, new: NormalizedPolicy) -> Edit {
+    match found {
+        Some(handle) => Edit::Replace(handle, Box::new(new)),
+        None => Edit::Insert(Box::new(new)),
     }
 }
 

@@ -1,13 +1,14 @@
 //! Validation of all input; no other module checks a caller's values again.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Display;
 use std::net::{IpAddr, Ipv6Addr};
 
 use ipnet::IpNet;
 
-use super::{PlanError, PolicyError};
+use super::{NodeError, PlanError, PolicyError};
 use crate::cluster::{Backend, Cluster, Node, RulePriorities};
-use crate::types::{Family, MacAddr, Mark, NodeName};
+use crate::types::{Family, Mark, NodeName};
 
 /// Destinations that are never steered: link-local (cloud metadata, node-local DNS) and multicast.
 pub(super) fn never_steered() -> [IpNet; 4] {
@@ -20,59 +21,107 @@ pub(super) fn never_steered() -> [IpNet; 4] {
     ]
 }
 
-/// A validated cluster.
+/// The nodes of a cluster as they concern policies, and the excluded destinations.
+///
+/// A node with an error is left out: it is no gateway and no peer, but its addresses are excluded
+/// like those of others.
 #[derive(Debug)]
-pub(super) struct ValidatedCluster {
-    pub(super) cluster: Cluster,
-    /// This node.
-    pub(super) here: Node,
-    /// Family of the outer packets.
-    pub(super) underlay: Family,
+pub(super) struct Nodes {
     /// Destinations that are never steered, disjoint and sorted.
     pub(super) excluded: Vec<IpNet>,
     /// The excluded destinations without the nodes' own addresses.
     pub(super) inside: Vec<IpNet>,
-    /// Indices in the cluster's list, by node name.
-    nodes: BTreeMap<NodeName, usize>,
-    /// Indices in the cluster's list, by node address.
-    addresses: BTreeMap<IpAddr, usize>,
+    /// Indices of the nodes without errors in the cluster's list, by name.
+    sound: BTreeMap<NodeName, usize>,
+    /// Errors of the nodes that are left out.
+    pub(super) left_out: BTreeMap<NodeName, Vec<NodeError>>,
+    /// The node of each address, of several the one with the smallest name.
+    addresses: BTreeMap<IpAddr, NodeName>,
+}
+
+impl Nodes {
+    /// Judges each node; `here` has the index of this node and the family of its outer packets.
+    pub(super) fn new(cluster: &Cluster, here: Option<(usize, Family)>) -> Self {
+        let nodes = &cluster.nodes;
+        let mut errors: Vec<_> = nodes.iter().map(|node| check_node(node, cluster)).collect();
+        check_distinct(nodes, &mut errors);
+        if let Some((here, family)) = here {
+            for (place, (node, errors)) in nodes.iter().zip(&mut errors).enumerate() {
+                let lacks = place != here && !node.underlay.is_empty();
+                if lacks && underlay_of(node, family).is_none() {
+                    errors.push(NodeError::UnderlayFamily { family });
+                }
+            }
+        }
+        let mut all: Vec<_> = nodes.iter().zip(errors).enumerate().collect();
+        all.sort_unstable_by_key(|(_, (node, _))| order(node));
+        let (mut sound, mut left_out) = (BTreeMap::new(), BTreeMap::<_, Vec<_>>::new());
+        let (mut addresses, mut own) = (BTreeMap::new(), Vec::new());
+        for (place, (node, errors)) in all {
+            for address in own_addresses(node) {
+                // What an address that no host can have would exclude is no packet's destination.
+                let address = address.to_canonical();
+                own.extend(Some(address).filter(|own| is_host(*own)).map(IpNet::from));
+                addresses.entry(address).or_insert_with(|| node.name.clone());
+            }
+            if errors.is_empty() {
+                sound.insert(node.name.clone(), place);
+                continue;
+            }
+            let told = left_out.entry(node.name.clone()).or_default();
+            for error in errors {
+                if !told.contains(&error) {
+                    told.push(error);
+                }
+            }
+        }
+        let given = cluster.excluded.iter().copied().filter(|net| check_net(net).is_ok());
+        let inside = disjoint(given.chain(never_steered()).collect());
+        let excluded = disjoint(inside.iter().copied().chain(own).collect());
+        Self { excluded, inside, sound, left_out, addresses }
+    }
+
+    /// Returns the index of a gateway in the cluster's list.
+    pub(super) fn gateway(&self, name: &NodeName) -> Result<usize, PolicyError> {
+        self.sound.get(name).copied().ok_or_else(|| {
+            let gateway = name.clone();
+            match self.left_out.contains_key(name) {
+                true => PolicyError::GatewayLeftOut { gateway },
+                false => PolicyError::UnknownGateway { gateway },
+            }
+        })
+    }
+
+    pub(super) fn check_egress_ip(&self, address: IpAddr) -> Result<(), PolicyError> {
+        if is_mapped(address) || !is_host(address) {
+            return Err(PolicyError::EgressIpNotUnicast { address });
+        }
+        if let Some(node) = self.addresses.get(&address) {
+            return Err(PolicyError::EgressIpOfNode { address, node: node.clone() });
+        }
+        match around(&self.excluded, address) {
+            Some(net) => Err(PolicyError::EgressIpExcluded { address, net: *net }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A validated cluster.
+#[derive(Debug)]
+pub(super) struct ValidatedCluster {
+    pub(super) cluster: Cluster,
+    /// This node, with its usable addresses only.
+    pub(super) here: Node,
+    /// Family of the outer packets.
+    pub(super) underlay: Family,
+    pub(super) nodes: Nodes,
 }
 
 impl ValidatedCluster {
     pub(super) fn new(cluster: &Cluster) -> Result<Self, PlanError> {
         check_settings(cluster)?;
-        let mut nodes = BTreeMap::new();
-        for (place, node) in cluster.nodes.iter().enumerate() {
-            check_node(node, cluster)?;
-            if nodes.insert(node.name.clone(), place).is_some() {
-                return Err(PlanError::DuplicateNode { node: node.name.clone() });
-            }
-        }
-        let addresses = check_distinct(&cluster.nodes)?;
-        let here = nodes
-            .get(&cluster.node)
-            .and_then(|place| cluster.nodes.get(*place))
-            .cloned()
-            .ok_or_else(|| PlanError::UnknownNode { node: cluster.node.clone() })?;
-        let underlay = here
-            .underlay
-            .iter()
-            .map(|address| Family::of(*address))
-            .min()
-            .ok_or_else(|| PlanError::NoUnderlay { node: here.name.clone() })?;
-        for node in &cluster.nodes {
-            if underlay_of(node, underlay).is_none() {
-                return Err(PlanError::UnderlayFamily {
-                    node: node.name.clone(),
-                    family: underlay,
-                });
-            }
-        }
-        let overhead = match underlay {
-            // Outer Ethernet, IP, UDP and VXLAN headers (RFC 7348, section 5).
-            Family::V4 => 50,
-            Family::V6 => 70,
-        };
+        let (place, here, underlay) = this_node(cluster)?;
+        let overhead = overhead(underlay);
         if cluster.tunnel.underlay_mtu < 1280 + overhead {
             return Err(PlanError::Mtu {
                 mtu: cluster.tunnel.underlay_mtu,
@@ -82,15 +131,8 @@ impl ValidatedCluster {
         for net in &cluster.excluded {
             check_net(net).map_err(|source| PlanError::Excluded { source })?;
         }
-        let inside = disjoint(cluster.excluded.iter().copied().chain(never_steered()).collect());
-        let own = cluster.nodes.iter().flat_map(own_addresses).map(IpNet::from);
-        let excluded = disjoint(inside.iter().copied().chain(own).collect());
-        Ok(Self { cluster: cluster.clone(), here, underlay, excluded, inside, nodes, addresses })
-    }
-
-    /// Returns the index of a node in the cluster's list.
-    pub(super) fn place(&self, name: &NodeName) -> Option<usize> {
-        self.nodes.get(name).copied()
+        let nodes = Nodes::new(cluster, Some((place, underlay)));
+        Ok(Self { cluster: cluster.clone(), here, underlay, nodes })
     }
 
     /// Returns the node at an index of the cluster's list.
@@ -98,10 +140,24 @@ impl ValidatedCluster {
         self.cluster.nodes.get(place)
     }
 
-    /// Returns all nodes except this one, by name.
+    /// Returns all nodes that are not left out, by name.
+    fn sound(&self) -> impl Iterator<Item = &Node> {
+        self.nodes.sound.values().filter_map(|place| self.node(*place))
+    }
+
+    /// Returns all peers, by name.
     pub(super) fn peers(&self) -> impl Iterator<Item = &Node> {
-        let nodes = self.nodes.values().filter_map(|place| self.node(*place));
-        nodes.filter(|node| node.name != self.here.name)
+        self.sound().filter(|node| node.name != self.here.name)
+    }
+
+    /// Returns the marks that the caller gives to nodes.
+    pub(super) fn given_marks(&self) -> impl Iterator<Item = (&NodeName, Mark)> {
+        self.sound().filter_map(|node| Some((&node.name, node.mark?)))
+    }
+
+    /// Returns the mark that the caller gives to a node.
+    pub(super) fn given_mark(&self, name: &NodeName) -> Option<Mark> {
+        self.nodes.sound.get(name).and_then(|place| self.node(*place)?.mark)
     }
 
     /// Returns the underlay address of a node, to which outer packets are sent.
@@ -110,16 +166,64 @@ impl ValidatedCluster {
     }
 
     pub(super) fn mtu(&self) -> u32 {
-        self.cluster.tunnel.underlay_mtu
-            - match self.underlay {
-                Family::V4 => 50,
-                Family::V6 => 70,
-            }
+        self.cluster.tunnel.underlay_mtu - overhead(self.underlay)
     }
+}
+
+/// Returns the bytes of the outer Ethernet, IP, UDP and VXLAN headers (RFC 7348, section 5).
+const fn overhead(underlay: Family) -> u32 {
+    match underlay {
+        Family::V4 => 50,
+        Family::V6 => 70,
+    }
+}
+
+/// Returns the index of this node, its entry without unusable addresses, and its outer family.
+fn this_node(cluster: &Cluster) -> Result<(usize, Node, Family), PlanError> {
+    let name = &cluster.node;
+    let mut entries: Vec<_> =
+        cluster.nodes.iter().enumerate().filter(|(_, node)| node.name == *name).collect();
+    // Of several entries the same one, whatever the order of the list.
+    entries.sort_unstable_by_key(|(_, node)| order(node));
+    let usable = entries.iter().find_map(|(place, node)| {
+        let node = usable(node)?;
+        let underlay = node.underlay.iter().map(|address| Family::of(*address)).min()?;
+        Some((*place, node, underlay))
+    });
+    usable.ok_or_else(|| match entries.first() {
+        Some((_, node)) => {
+            PlanError::ThisNode { node: name.clone(), errors: check_node(node, cluster) }
+        }
+        None => PlanError::UnknownNode { node: name.clone() },
+    })
+}
+
+/// Returns this node without the addresses that it cannot use; `None` if too few are left.
+fn usable(node: &Node) -> Option<Node> {
+    let sound = |address: IpAddr| is_host(address) && !is_mapped(address);
+    let alone = |address: IpAddr, all: &mut dyn Iterator<Item = IpAddr>| {
+        all.filter(|other| Family::of(*other) == Family::of(address)).count() == 1
+    };
+    let mut usable = node.clone();
+    usable
+        .underlay
+        .retain(|address| sound(*address) && alone(*address, &mut node.underlay.iter().copied()));
+    usable.tunnel.retain(|net| {
+        sound(net.addr())
+            && alone(net.addr(), &mut node.tunnel.iter().map(IpNet::addr))
+            && !node.underlay.contains(&net.addr())
+    });
+    let whole = !usable.underlay.is_empty() && !usable.tunnel.is_empty();
+    (whole && usable.mac().is_unicast()).then_some(usable)
 }
 
 fn underlay_of(node: &Node, family: Family) -> Option<IpAddr> {
     node.underlay.iter().copied().find(|address| Family::of(*address) == family)
+}
+
+/// An order of nodes that distinguishes all that differ.
+fn order(node: &Node) -> impl Ord + '_ {
+    (&node.name, &node.underlay, &node.tunnel, node.mac, node.mark)
 }
 
 /// Returns the tunnel address of a node, without its prefix length.
@@ -151,75 +255,90 @@ fn check_settings(cluster: &Cluster) -> Result<(), PlanError> {
     Ok(())
 }
 
-fn check_node(node: &Node, cluster: &Cluster) -> Result<(), PlanError> {
-    let name = || node.name.clone();
+/// Returns the errors of a node that concern no other node.
+fn check_node(node: &Node, cluster: &Cluster) -> Vec<NodeError> {
+    let mut errors = Vec::new();
     for address in own_addresses(node) {
         if is_mapped(address) {
-            return Err(PlanError::NodeMapped { node: name(), address });
-        }
-        if !is_host(address) {
-            return Err(PlanError::NodeAddress { node: name(), address });
+            errors.push(NodeError::Mapped { address });
+        } else if !is_host(address) {
+            errors.push(NodeError::Address { address });
         }
     }
     for family in Family::BOTH {
         let underlay = node.underlay.iter().filter(|address| Family::of(**address) == family);
         let tunnel = node.tunnel.iter().filter(|net| Family::of_net(net) == family);
         if underlay.count() > 1 || tunnel.count() > 1 {
-            return Err(PlanError::NodeFamily { node: name(), family });
+            errors.push(NodeError::Family { family });
         }
+    }
+    let inside = node.tunnel.iter().map(IpNet::addr);
+    let twofold = inside.filter(|address| node.underlay.contains(address));
+    errors.extend(twofold.map(|address| NodeError::Twofold { address }));
+    if node.underlay.is_empty() {
+        errors.push(NodeError::NoUnderlay);
     }
     if node.tunnel.is_empty() {
-        return Err(PlanError::NoTunnel { node: name() });
+        errors.push(NodeError::NoTunnel);
     }
     if !node.mac().is_unicast() {
-        return Err(PlanError::Mac { node: name(), mac: node.mac() });
+        errors.push(NodeError::Mac { mac: node.mac() });
     }
-    match node.mark {
-        Some(mark) if cluster.marks.value(mark).is_none() => {
-            Err(PlanError::ForeignMark { node: name(), mark })
-        }
-        _ => Ok(()),
-    }
+    let foreign = node.mark.filter(|mark| cluster.marks.value(*mark).is_none());
+    errors.extend(foreign.map(|mark| NodeError::ForeignMark { mark }));
+    errors
 }
 
-/// Checks that no two nodes share an address, a MAC address or a mark.
-///
-/// Returns the index of the owner of each address.
-fn check_distinct(nodes: &[Node]) -> Result<BTreeMap<IpAddr, usize>, PlanError> {
-    let mut addresses: BTreeMap<IpAddr, usize> = BTreeMap::new();
-    let mut macs: BTreeMap<MacAddr, &NodeName> = BTreeMap::new();
-    let mut marks: BTreeMap<Mark, &NodeName> = BTreeMap::new();
-    for (place, node) in nodes.iter().enumerate() {
-        for address in own_addresses(node) {
-            let other = addresses.insert(address, place).and_then(|other| nodes.get(other));
-            if let Some(other) = other {
-                return Err(shared(&address, &other.name, &node.name));
-            }
+/// Adds the errors of nodes that share a name, an address, a MAC address or a mark.
+fn check_distinct(nodes: &[Node], errors: &mut [Vec<NodeError>]) {
+    let mut twice: BTreeMap<&NodeName, usize> = BTreeMap::new();
+    for node in nodes {
+        *twice.entry(&node.name).or_default() += 1;
+    }
+    for (node, errors) in nodes.iter().zip(errors.iter_mut()) {
+        if twice.get(&node.name).is_some_and(|count| *count > 1) {
+            errors.push(NodeError::Duplicate);
         }
-        if let Some(other) = macs.insert(node.mac(), &node.name) {
-            return Err(shared(&node.mac(), other, &node.name));
-        }
-        if let Some(mark) = node.mark {
-            if let Some(other) = marks.insert(mark, &node.name) {
-                return Err(shared(&mark, other, &node.name));
+    }
+    check_shared(nodes, errors, own_addresses);
+    check_shared(nodes, errors, |node| [node.mac()]);
+    check_shared(nodes, errors, |node| node.mark);
+}
+
+/// Adds the errors of nodes of different names that share a value of a kind.
+fn check_shared<'a, K: Ord + Copy + Display, I: IntoIterator<Item = K>>(
+    nodes: &'a [Node],
+    errors: &mut [Vec<NodeError>],
+    values: impl Fn(&'a Node) -> I,
+) {
+    // The first two names in order, so that each holder can be told another one.
+    let mut holders: BTreeMap<K, BTreeSet<&NodeName>> = BTreeMap::new();
+    for node in nodes {
+        for value in values(node) {
+            let names = holders.entry(value).or_default();
+            names.insert(&node.name);
+            if names.len() > 2 {
+                names.pop_last();
             }
         }
     }
-    Ok(addresses)
-}
-
-fn shared(what: &dyn std::fmt::Display, one: &NodeName, other: &NodeName) -> PlanError {
-    PlanError::Shared { what: what.to_string(), one: one.clone(), other: other.clone() }
+    for (node, errors) in nodes.iter().zip(errors) {
+        for value in values(node) {
+            let others = holders.get(&value).into_iter().flatten();
+            let other = others.copied().find(|other| **other != node.name);
+            errors.extend(
+                other.map(|other| NodeError::Shared {
+                    what: value.to_string(),
+                    other: other.clone(),
+                }),
+            );
+        }
+    }
 }
 
 /// Returns the underlay and tunnel addresses of a node.
 fn own_addresses(node: &Node) -> impl Iterator<Item = IpAddr> + '_ {
     node.underlay.iter().copied().chain(node.tunnel.iter().map(IpNet::addr))
-}
-
-pub(super) fn canonical(nets: &[IpNet]) -> Result<Vec<IpNet>, PolicyError> {
-    nets.iter().try_for_each(check_net)?;
-    Ok(disjoint(nets.to_vec()))
 }
 
 /// Sorts prefixes, and removes duplicates and prefixes inside others.
@@ -251,21 +370,10 @@ pub(super) fn check_net(net: &IpNet) -> Result<(), PolicyError> {
     Ok(())
 }
 
-pub(super) fn check_egress_ip(
-    address: IpAddr,
-    world: &ValidatedCluster,
-) -> Result<(), PolicyError> {
-    if is_mapped(address) || !is_host(address) {
-        return Err(PolicyError::EgressIpNotUnicast { address });
-    }
-    let owner = world.addresses.get(&address).and_then(|place| world.node(*place));
-    if let Some(node) = owner {
-        return Err(PolicyError::EgressIpOfNode { address, node: node.name.clone() });
-    }
-    match around(&world.excluded, address) {
-        Some(net) => Err(PolicyError::EgressIpExcluded { address, net: *net }),
-        None => Ok(()),
-    }
+/// Returns the single address that a prefix with host bits names, which is its smallest reading.
+pub(super) fn smallest_reading(net: &IpNet) -> Option<IpAddr> {
+    let named = matches!(check_net(net), Err(PolicyError::HostBits { .. }));
+    Some(net.addr()).filter(|address| named && !is_mapped(*address))
 }
 
 fn is_mapped(address: IpAddr) -> bool {

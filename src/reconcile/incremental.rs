@@ -14,7 +14,7 @@ use crate::connection::Connection;
 use crate::datapath::Datapath;
 use crate::diff::changes::Changes;
 use crate::diff::op::Op;
-use crate::plan::{Finding, Part, Planned, Update};
+use crate::plan::{Change, Finding, Part, Planned, Update};
 use crate::policy::Policy;
 use crate::state::{Elements, Firewall, Key, State, Value};
 
@@ -39,6 +39,9 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     /// such replies for no longer than
     /// [`Connection::REPLY_BLOCK_TIME`](crate::Connection::REPLY_BLOCK_TIME). The cluster stays that of the
     /// last [`reconcile`](Self::reconcile).
+    ///
+    /// An update may leave a policy with an [error](crate::PolicyError), or without: then the policy
+    /// is closed, or in force again.
     ///
     /// Sources that are prefixes depend on one another: where one is added or removed, everything
     /// is planned again, though from memory.
@@ -80,7 +83,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         updates: impl IntoIterator<Item = Update<P>>,
     ) -> Result<Report, Error> {
         span!("update");
-        let (changes, findings) = self.follow(updates)?;
+        let (changes, findings) = self.follow(updates.into_iter().map(Change::One))?;
         report_findings(&findings);
         let settled = self.settled && self.pending.is_none();
         Ok(Report { changes, findings, settled })
@@ -112,24 +115,24 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         let Some(index) = self.index.as_ref().filter(|index| index.is_of(cluster)) else {
             return Ok(None);
         };
-        let Some(updates) = index.differences(policies)? else { return Ok(None) };
-        let (mut changes, _) = self.follow(updates)?;
+        let Some(differences) = index.differences(policies) else { return Ok(None) };
+        let (mut changes, _) = self.follow(differences)?;
         changes.extend(self.end_unsettled()?);
         Ok(Some(changes))
     }
 
-    /// Plans updates and applies them.
+    /// Plans changes of the wanted policies and applies them.
     ///
-    /// The updates are wanted even if the state cannot be read.
+    /// The changes are wanted even if the state cannot be read.
     fn follow<P: Policy>(
         &mut self,
-        updates: impl IntoIterator<Item = Update<P>>,
+        differences: impl IntoIterator<Item = Change<P>>,
     ) -> Result<(Changes, Vec<Finding>), Error> {
         let (Some(mut wanted), Some(mut index)) = (self.wanted.take(), self.index.take()) else {
             return Err(Error::NothingWanted);
         };
         let found = self.find(&wanted);
-        let planned = index.update(updates, &mut self.marks, &mut self.tables);
+        let planned = index.update(differences, &mut self.marks, &mut self.tables);
         self.index = Some(index);
         let made = planned.map_err(Error::from).and_then(|(planned, findings)| {
             Ok((self.make_planned(planned, &mut wanted, found)?, findings))
@@ -144,11 +147,11 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         wanted: &mut State,
         found: Result<Found, Error>,
     ) -> Result<Changes, Error> {
-        let (moved, any) = match &planned {
-            Planned::Part(part) => (part.rest.is_some(), !part.elements.is_empty()),
+        let (moved, edited) = match &planned {
+            Planned::Part(part) => (part.rest.is_some(), part.edited),
             Planned::Whole(_) => (true, true),
         };
-        if moved || any {
+        if moved || edited {
             self.findings = None;
         }
         let changes = match planned {

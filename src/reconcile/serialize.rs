@@ -6,7 +6,7 @@ use serde::ser::{SerializeStruct, Serializer};
 use super::{Error, Report};
 use crate::diff::changes::Changes;
 use crate::error::KernelError;
-use crate::plan::Finding;
+use crate::plan::{Finding, NodeError, PolicyError};
 
 impl Serialize for Changes {
     /// The commands of the operations, in order.
@@ -17,9 +17,34 @@ impl Serialize for Changes {
 
 impl Serialize for Finding {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut fields = serializer.serialize_struct("Finding", 2)?;
+        /// An error of a policy or node.
+        #[derive(Serialize)]
+        struct Told {
+            code: &'static str,
+            message: String,
+        }
+
+        let (subject, errors): (_, Vec<_>) = match self {
+            Self::InvalidPolicy { policy, errors, .. } => {
+                let told =
+                    |error: &PolicyError| Told { code: error.code(), message: error.to_string() };
+                (Some(("policy", policy.as_str())), errors.iter().map(told).collect())
+            }
+            Self::InvalidNode { node, errors } => {
+                let told =
+                    |error: &NodeError| Told { code: error.code(), message: error.to_string() };
+                (Some(("node", node.as_str())), errors.iter().map(told).collect())
+            }
+            _ => (None, Vec::new()),
+        };
+        let count = if subject.is_some() { 4 } else { 2 };
+        let mut fields = serializer.serialize_struct("Finding", count)?;
         fields.serialize_field("code", self.code())?;
         fields.serialize_field("message", &self.to_string())?;
+        if let Some((kind, name)) = subject {
+            fields.serialize_field(kind, name)?;
+            fields.serialize_field("errors", &errors)?;
+        }
         fields.end()
     }
 }
@@ -108,6 +133,37 @@ mod tests {
     }
 
     #[test]
+    fn finding_about_errors_has_its_subject_and_each_error() {
+        let (mut egress, mut cluster, mut policy) = reconciler();
+        let gateway = NodeName::new("b").unwrap();
+        cluster.nodes.push(Node::new(gateway.clone(), vec![[192, 0, 2, 2].into()], Vec::new()));
+        policy.gateway = Some(gateway);
+        policy.sources.clear();
+        let report = to_value(egress.reconcile(&cluster, [policy]).unwrap()).unwrap();
+        let none = "it has no tunnel address";
+        let empty = "sources are empty: the policy selects nothing";
+        let left_out = "gateway b is left out of the cluster's nodes";
+        assert_eq!(
+            report["findings"],
+            json!([
+                {
+                    "code": "no_tunnel", "message": format!("node b is left out: {none}"),
+                    "node": "b", "errors": [{"code": "no_tunnel", "message": none}],
+                },
+                {
+                    "code": "no_sources",
+                    "message": format!("policy p drops its traffic: {empty}; {left_out}"),
+                    "policy": "p",
+                    "errors": [
+                        {"code": "no_sources", "message": empty},
+                        {"code": "gateway_left_out", "message": left_out},
+                    ],
+                },
+            ])
+        );
+    }
+
+    #[test]
     fn error_has_code_and_refused_operations() {
         let (mut egress, cluster, policy) = reconciler();
         egress.datapath().refuse(0, 12);
@@ -117,8 +173,9 @@ mod tests {
         assert_eq!(json["refused"][0]["error"]["errno"], 12, "{json}");
         assert!(json["refused"][0]["operation"].is_string(), "{json}");
 
-        let twice = egress.reconcile(&cluster, [&policy, &policy]).unwrap_err();
-        assert_eq!(to_value(&twice).unwrap()["code"], "duplicate_policy");
+        let other = Cluster { node: NodeName::new("z").unwrap(), ..cluster };
+        let unknown = egress.reconcile(&other, [&policy]).unwrap_err();
+        assert_eq!(to_value(&unknown).unwrap()["code"], "unknown_node");
 
         let error = Error::Observe(KernelError::refused("ip link show", 1));
         let json = to_value(&error).unwrap();

@@ -1,11 +1,15 @@
-//! Bad input: which error it gives, and the sentence.
+//! Bad input: which error or finding it gives, and the sentence.
 
-use egress_datapath::state::Variant;
+use std::net::IpAddr;
+
+use egress_datapath::state::{Data, Key, Tag, Variant};
 use egress_datapath::{
-    Backend, Cluster, Destinations, DeviceName, EgressIp, EgressPolicy, Iptables, LayoutError,
-    MacAddr, Mark, MarkLayout, MarkPool, NameError, Node, NodeName, PlanError, PolicyError,
-    PolicyId, TablePool, TableRange, plan,
+    Backend, Cluster, Destinations, DeviceName, EgressIp, EgressPolicy, Fate, Finding, Iptables,
+    LayoutError, MacAddr, Mark, MarkAllocator, MarkLayout, MarkPool, NameError, Node, NodeName,
+    Packet, Plan, PlanError, PolicyError, PolicyId, TableAllocator, TablePool, TableRange,
+    Unavailable, check_policy, explain, plan,
 };
+use ipnet::IpNet;
 
 use crate::{cluster, dual, name, net, nets, planned, policy, v4};
 
@@ -23,23 +27,38 @@ fn of_cluster(change: impl FnOnce(&mut Cluster)) -> Result<(), PlanError> {
     planned(&cluster, [good()]).map(drop)
 }
 
-fn of_node(change: impl FnOnce(&mut Node)) -> Result<(), PlanError> {
-    of_cluster(|cluster| change(&mut cluster.nodes[1]))
+/// Every finding about the good policy in a changed cluster.
+fn told(change: impl FnOnce(&mut Cluster)) -> Vec<String> {
+    let mut cluster = cluster("a");
+    change(&mut cluster);
+    sentences(&planned(&cluster, [good()]).unwrap())
 }
 
-fn of_policy(change: impl FnOnce(&mut EgressPolicy)) -> Result<(), PolicyError> {
+fn sentences(plan: &Plan) -> Vec<String> {
+    plan.findings.iter().map(ToString::to_string).collect()
+}
+
+/// The errors of the good policy, changed: it is closed, and nothing else is different.
+fn of_policy(change: impl FnOnce(&mut EgressPolicy)) -> Vec<PolicyError> {
+    let cluster = cluster("a");
     let mut policy = good();
     change(&mut policy);
-    planned(&cluster("a"), [policy]).map(drop).map_err(|error| {
-        let sentence = error.to_string();
-        match error {
-            PlanError::Policy { policy, source } => {
-                assert_eq!(sentence, format!("policy {policy}: {source}"));
-                source
-            }
-            other => panic!("{other}"),
+    let plan = planned(&cluster, [&policy]).unwrap();
+    let errors = check_policy(&cluster, &policy).err().unwrap_or_default();
+    let told = match plan.findings.as_slice() {
+        [] => Vec::new(),
+        [finding @ Finding::InvalidPolicy { policy, unavailable: Unavailable::Drop, errors }] => {
+            let all: Vec<_> = errors.iter().map(ToString::to_string).collect();
+            let sentence = format!("policy {policy} drops its traffic: {}", all.join("; "));
+            assert_eq!(finding.to_string(), sentence);
+            assert_eq!(finding.code(), errors[0].code());
+            errors.clone()
         }
-    })
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(told, errors);
+    assert_eq!(plan.gateways.is_empty(), !errors.is_empty());
+    errors
 }
 
 fn good() -> EgressPolicy {
@@ -79,7 +98,9 @@ fn egress_hook_one_table_for_all_gateways() {
         plan(cluster, policies(), &mut MarkPool::new(cluster.marks), &mut tables)
     };
     let mut cluster = cluster("a");
-    assert!(matches!(plan(&cluster), Err(PlanError::Table(_))));
+    let few = plan(&cluster).unwrap();
+    assert_eq!(few.gateways.keys().collect::<Vec<_>>(), [&name("b")]);
+    assert_eq!(few.findings.len(), 2, "{:?}", few.findings);
     cluster.steering = egress_datapath::Steering::EgressHook;
     let planned = plan(&cluster).unwrap();
     let tables: Vec<_> = planned.gateways.values().map(|(_, table)| table.get()).collect();
@@ -87,86 +108,195 @@ fn egress_hook_one_table_for_all_gateways() {
     assert!(planned.findings.is_empty());
 }
 
+const CLOSED: &str =
+    "policy shop/checkout drops its traffic: gateway b is left out of the cluster's nodes";
+
+/// Checks that the node with this index is left out for this reason, and what that means.
+#[track_caller]
+fn left_out(at: usize, change: impl FnOnce(&mut Node), reason: &str) {
+    let mut cluster = cluster("a");
+    change(&mut cluster.nodes[at]);
+    let node = cluster.nodes[at].clone();
+    let plan = planned(&cluster, [good()]).unwrap();
+    assert_eq!(sentences(&plan), [&format!("node {} is left out: {reason}", node.name), CLOSED],);
+    let Finding::InvalidNode { errors, .. } = &plan.findings[0] else { panic!() };
+    assert_eq!(plan.findings[0].code(), errors[0].code());
+    let peers = plan.state.fdb.values().chain(plan.state.neighbours.keys());
+    assert!(peers.clone().any(|peer| *peer == IpAddr::from([10, 10, 0, 13])));
+    let own = |address: &IpAddr| {
+        node.underlay.contains(address) || node.tunnel.iter().any(|net| net.addr() == *address)
+    };
+    assert!(!peers.chain(plan.state.fdb.values()).any(own), "{:?}", plan.state);
+    let elements = &plan.state.firewall.as_ref().unwrap().elements;
+    for address in node.underlay.iter().filter(|address| address.to_string().starts_with("10.")) {
+        assert!(elements.get(&Key::Peer(*address)).is_none());
+        assert!(elements.get(&Key::Excluded(IpNet::from(*address).into())).is_some());
+    }
+}
+
 #[test]
-fn invalid_nodes_refused() {
+fn invalid_nodes_left_out() {
     use PlanError as E;
-    of_cluster(|_| {}).unwrap();
+    assert!(told(|_| {}).is_empty());
     refused!(
         of_cluster(|cluster| cluster.node = name("z")),
         E::UnknownNode { .. },
         "node z is not in the cluster's list of nodes"
     );
-    refused!(
-        of_node(|node| node.name = name("c")),
-        E::DuplicateNode { .. },
-        "node c is listed twice"
-    );
     for address in ["224.0.0.1", "0.0.0.0", "127.0.0.1", "169.254.1.1", "255.255.255.255"] {
-        refused!(
-            of_node(|node| node.underlay[0] = address.parse().unwrap()),
-            E::NodeAddress { .. },
-            format!("node b cannot have address {address}: it is not a unicast address").as_str()
-        );
+        let reason = format!("{address} is not a unicast address");
+        left_out(1, |node| node.underlay[0] = address.parse().unwrap(), &reason);
     }
     for address in ["ff02::1", "::", "::1", "fe80::1"] {
-        refused!(
-            of_node(|node| node.tunnel[1] = net(&format!("{address}/64"))),
-            E::NodeAddress { .. },
-            format!("node b cannot have address {address}: it is not a unicast address").as_str()
-        );
+        let reason = format!("{address} is not a unicast address");
+        left_out(1, |node| node.tunnel[1] = net(&format!("{address}/64")), &reason);
     }
-    refused!(
-        of_node(|node| node.underlay[1] = "::ffff:10.10.0.12".parse().unwrap()),
-        E::NodeMapped { .. },
-        "node b has address ::ffff:10.10.0.12: write IPv4 addresses as IPv4"
+    left_out(
+        1,
+        |node| node.underlay[1] = "::ffff:10.10.0.12".parse().unwrap(),
+        "::ffff:10.10.0.12 is an IPv4-mapped IPv6 address; write IPv4 addresses as IPv4",
     );
-    refused!(
-        of_node(|node| node.underlay.push("10.10.0.99".parse().unwrap())),
-        E::NodeFamily { .. },
-        "node b has more than one IPv4 underlay or tunnel address"
+    left_out(
+        1,
+        |node| node.underlay.push("10.10.0.99".parse().unwrap()),
+        "it has more than one IPv4 underlay or tunnel address",
     );
-    refused!(
-        of_cluster(|cluster| cluster.nodes[0].underlay.clear()),
-        E::NoUnderlay { .. },
-        "node a has no underlay address"
+    left_out(
+        1,
+        |node| node.tunnel[0] = net("10.10.0.12/16"),
+        "10.10.0.12 is both its underlay and its tunnel address",
     );
-    refused!(
-        of_node(|node| node.underlay.truncate(0)),
-        E::UnderlayFamily { .. },
-        "node b has no IPv4 underlay address, which the tunnel of this node uses"
+    left_out(1, |node| node.underlay.clear(), "it has no underlay address");
+    left_out(
+        1,
+        |node| node.underlay.retain(IpAddr::is_ipv6),
+        "it has no IPv4 underlay address, which the tunnel of this node uses",
     );
-    refused!(
-        of_node(|node| node.tunnel.clear()),
-        E::NoTunnel { .. },
-        "node b has no tunnel address"
+    left_out(1, |node| node.tunnel.clear(), "it has no tunnel address");
+    left_out(
+        1,
+        |node| node.mac = Some(MacAddr::new([1, 0, 0x5e, 0, 0, 1])),
+        "Ethernet address 01:00:5e:00:00:01 is zero or a group address",
     );
-    refused!(
-        of_node(|node| node.mac = Some(MacAddr::new([1, 0, 0x5e, 0, 0, 1]))),
-        E::Mac { .. },
-        "node b cannot have Ethernet address 01:00:5e:00:00:01: it is zero or a group address"
+    left_out(
+        1,
+        |node| node.mark = Some(Mark::new(0x2700_0000)),
+        "mark 0x27000000 is no gateway mark of the layout",
     );
-    refused!(
-        of_node(|node| node.mark = Some(Mark::new(0x2700_0000))),
-        E::ForeignMark { .. },
-        "node b cannot have mark 0x27000000: the layout has no such gateway mark"
+    left_out(
+        1,
+        |node| {
+            node.underlay[0] = "0.0.0.0".parse().unwrap();
+            node.tunnel.clear();
+        },
+        "0.0.0.0 is not a unicast address; it has no tunnel address",
     );
-    refused!(
-        of_node(|node| node.underlay[0] = "10.10.0.13".parse().unwrap()),
-        E::Shared { .. },
-        "nodes b and c both have 10.10.0.13"
-    );
+}
+
+#[test]
+fn nodes_that_contradict_each_other_left_out() {
+    let both = |what: &str| {
+        [
+            format!("node b is left out: node c has {what} too"),
+            format!("node c is left out: node b has {what} too"),
+            CLOSED.to_owned(),
+        ]
+    };
+    let address = |at: &'static str| {
+        move |cluster: &mut Cluster| cluster.nodes[1].underlay[0] = at.parse().unwrap()
+    };
+    assert_eq!(told(address("10.10.0.13")), both("10.10.0.13"));
+    assert_eq!(told(address("172.31.0.13")), both("172.31.0.13"));
     let mac = MacAddr::new([2, 0, 0, 0, 0, 1]);
-    refused!(
-        of_cluster(|cluster| cluster.nodes[..2].iter_mut().for_each(|n| n.mac = Some(mac))),
-        E::Shared { .. },
-        "nodes a and b both have 02:00:00:00:00:01"
-    );
+    let macs =
+        |cluster: &mut Cluster| cluster.nodes[1..].iter_mut().for_each(|n| n.mac = Some(mac));
+    assert_eq!(told(macs), both("02:00:00:00:00:01"));
     let mark = MarkLayout::SEED.mark(1);
+    let marks = |cluster: &mut Cluster| cluster.nodes[1..].iter_mut().for_each(|n| n.mark = mark);
+    assert_eq!(told(marks), both("0x26000100"));
+    let twice = |cluster: &mut Cluster| cluster.nodes[2].name = name("b");
+    assert_eq!(told(twice), ["node b is left out: it is listed twice", CLOSED]);
+    let mut again = cluster("a");
+    again.nodes.push(again.nodes[1].clone());
+    let plan = planned(&again, [good()]).unwrap();
+    assert_eq!(sentences(&plan), ["node b is left out: it is listed twice", CLOSED]);
+    // c is a peer as before.
+    assert_eq!(plan.state.fdb.values().collect::<Vec<_>>(), [&IpAddr::from([10, 10, 0, 13])]);
+}
+
+#[test]
+fn this_node_steers_on_beside_a_node_that_contradicts_it() {
+    let here = policy("own", &["10.244.1.11/32"], Some("a"), v4("198.51.100.201"));
+    let with = |change: &dyn Fn(&mut Cluster)| {
+        let mut cluster = cluster("a");
+        change(&mut cluster);
+        planned(&cluster, [good(), here.clone()]).unwrap()
+    };
+    let sound = with(&|_| {});
+    assert!(sound.findings.is_empty());
+    let own = "policy own drops its traffic: gateway a is left out of the cluster's nodes";
+    for (change, reasons) in [
+        (
+            &(|cluster: &mut Cluster| cluster.nodes[2].underlay[0] = [10, 10, 0, 11].into())
+                as &dyn Fn(&mut Cluster),
+            &[
+                "node a is left out: node c has 10.10.0.11 too",
+                "node c is left out: node a has 10.10.0.11 too",
+            ][..],
+        ),
+        (&|cluster| cluster.nodes[2].name = name("a"), &["node a is left out: it is listed twice"]),
+        (
+            &|cluster| cluster.nodes[0].mark = Some(Mark::new(1)),
+            &["node a is left out: mark 0x00000001 is no gateway mark of the layout"],
+        ),
+        (
+            &|cluster| cluster.nodes[0].underlay[1] = "fe80::1".parse().unwrap(),
+            &["node a is left out: fe80::1 is not a unicast address"],
+        ),
+        (
+            &|cluster| cluster.nodes[0].tunnel.push(net("fd11::99/112")),
+            &["node a is left out: it has more than one IPv6 underlay or tunnel address"],
+        ),
+    ] {
+        let plan = with(change);
+        assert_eq!(sentences(&plan), [reasons, &[own]].concat());
+        assert_eq!(plan.gateways, sound.gateways);
+        assert_eq!(plan.state.link, sound.state.link);
+        let addresses = &plan.state.addresses;
+        assert!(addresses.is_subset(&sound.state.addresses) && !addresses.is_empty());
+        let b = IpAddr::from([10, 10, 0, 12]);
+        assert!(plan.state.fdb.values().any(|peer| *peer == b));
+    }
+    let mut reversed = cluster("a");
+    reversed.nodes[2].name = name("a");
+    let one = planned(&reversed, [good()]).unwrap();
+    reversed.nodes.reverse();
+    assert_eq!(planned(&reversed, [good()]).unwrap(), one);
+    use PlanError as E;
+    let of_here = |change: fn(&mut Node)| of_cluster(|cluster| change(&mut cluster.nodes[0]));
+    let this = "node a, this one, has no usable addresses:";
     refused!(
-        of_cluster(|cluster| cluster.nodes[1..].iter_mut().for_each(|n| n.mark = mark)),
-        E::Shared { .. },
-        "nodes b and c both have 0x26000100"
+        of_here(|node| node.underlay.clear()),
+        E::ThisNode { .. },
+        format!("{this} it has no underlay address").as_str()
     );
+    refused!(
+        of_here(|node| node.tunnel.clear()),
+        E::ThisNode { .. },
+        format!("{this} it has no tunnel address").as_str()
+    );
+    refused!(
+        of_here(|node| node.underlay = vec!["127.0.0.1".parse().unwrap()]),
+        E::ThisNode { .. },
+        format!("{this} 127.0.0.1 is not a unicast address").as_str()
+    );
+    refused!(
+        of_here(|node| node.mac = Some(MacAddr::new([0; 6]))),
+        E::ThisNode { .. },
+        format!("{this} Ethernet address 00:00:00:00:00:00 is zero or a group address").as_str()
+    );
+    let error = of_here(|node| node.tunnel.clear()).unwrap_err();
+    assert_eq!(error.code(), "no_tunnel");
 }
 
 #[test]
@@ -223,96 +353,227 @@ fn invalid_settings_refused() {
         E::Excluded { .. },
         "excluded prefixes: 10.244.1.0/16 has host bits set; 10.244.0.0/16 may be meant"
     );
-    refused!(
-        planned(&cluster("a"), [good(), good()]),
-        E::DuplicatePolicy { .. },
-        "policy shop/checkout is given twice"
-    );
+}
+
+#[track_caller]
+fn closed(change: impl FnOnce(&mut EgressPolicy), sentences: &[&str]) {
+    let errors = of_policy(change);
+    assert_eq!(errors.iter().map(ToString::to_string).collect::<Vec<_>>(), sentences);
 }
 
 #[test]
-fn invalid_policies_refused() {
-    use PolicyError as E;
-    of_policy(|_| {}).unwrap();
-    refused!(
-        of_policy(|policy| policy.sources = nets(&["10.244.1.10/24"])),
-        E::HostBits { .. },
-        "10.244.1.10/24 has host bits set; 10.244.1.0/24 may be meant"
+fn invalid_policies_closed() {
+    closed(|_| {}, &[]);
+    let bits = "10.244.1.10/24 has host bits set; 10.244.1.0/24 may be meant";
+    closed(|policy| policy.sources = nets(&["10.244.1.10/24"]), &[bits]);
+    closed(
+        |policy| policy.destinations = Destinations::Nets(nets(&["2001:db8::1/64"])),
+        &["2001:db8::1/64 has host bits set; 2001:db8::/64 may be meant"],
     );
-    refused!(
-        of_policy(|policy| {
-            policy.destinations = Destinations::Nets(nets(&["2001:db8::1/64"]));
-        }),
-        E::HostBits { .. },
-        "2001:db8::1/64 has host bits set; 2001:db8::/64 may be meant"
-    );
-    refused!(
-        of_policy(|policy| policy.sources = nets(&["::ffff:10.244.1.10/128"])),
-        E::Mapped { .. },
-        "::ffff:10.244.1.10/128 is an IPv4-mapped IPv6 prefix; write IPv4 prefixes as IPv4"
-    );
-    refused!(
-        of_policy(|policy| policy.sources.clear()),
-        E::NoSources,
-        "sources are empty; a policy needs at least one"
-    );
-    refused!(
-        of_policy(|policy| policy.destinations = Destinations::Nets(Vec::new())),
-        E::NoDestinations,
-        "destinations are an empty list; say external, or name a prefix"
-    );
-    refused!(
-        of_policy(|policy| policy.gateway = Some(name("z"))),
-        E::UnknownGateway { .. },
-        "gateway z is not a node of the cluster"
-    );
+    let mapped =
+        "::ffff:10.244.1.10/128 is an IPv4-mapped IPv6 prefix; write IPv4 prefixes as IPv4";
+    closed(|policy| policy.sources = nets(&["::ffff:10.244.1.10/128"]), &[mapped]);
+    let none = "destinations are an empty list; say external, or name a prefix";
+    closed(|policy| policy.destinations = Destinations::Nets(Vec::new()), &[none]);
+    let unknown = "gateway z is not a node of the cluster";
+    closed(|policy| policy.gateway = Some(name("z")), &[unknown]);
     for address in ["0.0.0.0", "127.0.0.1", "224.0.0.1", "240.0.0.1", "169.254.0.1"] {
-        refused!(
-            of_policy(|policy| policy.egress_ip = v4(address)),
-            E::EgressIpNotUnicast { .. },
-            format!("egress IP {address} is not a unicast address that can leave the link")
-                .as_str()
-        );
+        let why = format!("egress IP {address} is not a unicast address that can leave the link");
+        closed(|policy| policy.egress_ip = v4(address), &[&why]);
     }
     for address in ["::", "::1", "ff02::1", "fe80::1", "::ffff:1.2.3.4"] {
-        refused!(
-            of_policy(|policy| policy.egress_ip = EgressIp::V6(address.parse().unwrap())),
-            E::EgressIpNotUnicast { .. },
-            format!("egress IP {address} is not a unicast address that can leave the link")
-                .as_str()
-        );
+        let why = format!("egress IP {address} is not a unicast address that can leave the link");
+        closed(|policy| policy.egress_ip = EgressIp::V6(address.parse().unwrap()), &[&why]);
     }
-    refused!(
-        of_policy(|policy| policy.egress_ip = dual("198.51.100.200", "fd44::7")),
-        E::EgressIpExcluded { .. },
-        "egress IP fd44::7 lies in the excluded prefix fd44::/16"
+    let excluded = "egress IP fd44::7 lies in the excluded prefix fd44::/16";
+    closed(|policy| policy.egress_ip = dual("198.51.100.200", "fd44::7"), &[excluded]);
+    let own = "egress IP 10.10.0.12 is an address of node b; ask for the node's own instead";
+    closed(|policy| policy.egress_ip = v4("10.10.0.12"), &[own]);
+    closed(
+        |policy| {
+            policy.sources = nets(&["10.244.1.10/24", "::ffff:10.244.1.10/128", "10.244.1.9/32"]);
+            policy.destinations = Destinations::Nets(Vec::new());
+            policy.gateway = Some(name("z"));
+            policy.egress_ip = dual("10.10.0.12", "fd44::7");
+        },
+        &[bits, mapped, none, own, excluded, unknown],
     );
-    refused!(
-        of_policy(|policy| policy.egress_ip = v4("10.10.0.12")),
-        E::EgressIpOfNode { .. },
-        "egress IP 10.10.0.12 is an address of node b; ask for the node's own instead"
+}
+
+/// The elements of a policy alone: which sources it selects, and which destinations.
+fn selected(policy: &EgressPolicy) -> Vec<String> {
+    let plan = planned(&cluster("a"), [policy]).unwrap();
+    let elements = plan.state.firewall.unwrap().elements;
+    let told = elements.iter().filter_map(|(key, value)| match (key, &value.data) {
+        (Key::Source(address), _) => Some(format!("from {address}")),
+        (Key::SourceNet(range), _) => Some(format!("from {}", range.first())),
+        (Key::Destination(net, _), _) => Some(format!("to {net}")),
+        (Key::Any(family, _), _) => Some(format!("to any {family}")),
+        (Key::Steer(..), Data::Tag(tag)) if *tag == Tag::DENY => Some("drop".to_owned()),
+        (Key::Steer(..), Data::Tag(tag)) if *tag == Tag::BYPASS => Some("bypass".to_owned()),
+        (Key::Steer(..), _) => Some("steer".to_owned()),
+        _ => None,
+    });
+    let mut told: Vec<_> = told.collect();
+    told.sort();
+    told
+}
+
+#[test]
+fn closed_policy_selects_what_is_valid_of_it() {
+    let with = |change: &dyn Fn(&mut EgressPolicy)| {
+        let mut policy = good();
+        change(&mut policy);
+        selected(&policy)
+    };
+    let sources = |texts: &[&str]| with(&|policy| policy.sources = nets(texts));
+    assert_eq!(with(&|_| {}), ["from 10.244.1.10", "steer", "to any IPv4"]);
+    let both = ["drop", "from 10.244.1.10", "from 10.244.1.9", "to any IPv4"];
+    assert_eq!(sources(&["10.244.1.10/24", "10.244.1.9/32"]), both);
+    assert_eq!(sources(&["::ffff:10.244.1.9/128", "10.244.1.9/32"])[1..2], ["from 10.244.1.9"]);
+    assert!(sources(&["::ffff:10.244.1.9/128"]).is_empty());
+    assert!(sources(&["::ffff:10.244.1.9/97"]).is_empty(), "names no IPv6 host");
+    assert!(sources(&[]).is_empty());
+    let destinations =
+        |texts: &[&str]| with(&|policy| policy.destinations = Destinations::Nets(nets(texts)));
+    assert_eq!(destinations(&[]), ["drop", "from 10.244.1.10", "to any IPv4"]);
+    assert_eq!(destinations(&["192.0.2.9/24"]), ["drop", "from 10.244.1.10", "to any IPv4"]);
+    assert_eq!(
+        destinations(&["192.0.2.9/24", "::ffff:1.2.3.4/128", "203.0.113.0/24"]),
+        ["drop", "from 10.244.1.10", "to 192.0.2.9/32", "to 203.0.113.0/24"]
+    );
+    assert_eq!(
+        with(&|policy| {
+            policy.gateway = Some(name("z"));
+            policy.unavailable = Unavailable::Bypass;
+        }),
+        ["bypass", "from 10.244.1.10", "to any IPv4"]
     );
 }
 
 #[test]
-fn exhausted_allocator_refused() {
+fn policies_of_one_id_closed_together() {
+    let mut other = EgressPolicy {
+        priority: 7,
+        unavailable: Unavailable::Bypass,
+        sources: nets(&["10.244.1.11/32"]),
+        destinations: Destinations::Nets(nets(&["192.0.2.0/24"])),
+        ..good()
+    };
+    let lower = policy("lower", &["10.244.1.11/32"], Some("c"), v4("198.51.100.201"));
+    let lower = EgressPolicy { priority: 3, ..lower };
+    let all = [good(), lower.clone(), other.clone()];
+    let plan = planned(&cluster("a"), &all).unwrap();
+    assert_eq!(
+        sentences(&plan),
+        [
+            "policy shop/checkout drops its traffic: the id is given to more than one policy",
+            "policies shop/checkout and lower overlap in IPv4: shop/checkout comes first and wins",
+        ]
+    );
+    assert_eq!(plan.findings[0].code(), "duplicate_policy");
+    let packet =
+        |from: &str, to: &str| Packet::tcp(from.parse().unwrap(), 40_000, to.parse().unwrap(), 443);
+    for source in ["10.244.1.10", "10.244.1.11"] {
+        let trace = explain(&plan.state, &packet(source, "203.0.113.9"));
+        assert!(matches!(trace.fate, Fate::Dropped), "{trace}");
+    }
+    let mut reversed = all;
+    reversed.reverse();
+    assert_eq!(planned(&cluster("a"), &reversed).unwrap(), plan);
+    // Both bypass: so do they together.
+    let bypass = EgressPolicy { unavailable: Unavailable::Bypass, ..good() };
+    let plan = planned(&cluster("a"), [&bypass, &other]).unwrap();
+    assert_eq!(
+        sentences(&plan),
+        ["policy shop/checkout leaves its traffic unchanged: \
+          the id is given to more than one policy"]
+    );
+    // Two lists: what either of them selects.
+    other.unavailable = Unavailable::Drop;
+    let one =
+        EgressPolicy { destinations: Destinations::Nets(nets(&["203.0.113.0/24"])), ..good() };
+    let plan = planned(&cluster("a"), [&one, &other]).unwrap();
+    for to in ["192.0.2.1", "203.0.113.9"] {
+        let trace = explain(&plan.state, &packet("10.244.1.10", to));
+        assert!(matches!(trace.fate, Fate::Dropped), "{trace}");
+    }
+}
+
+#[test]
+fn policy_checked_in_a_cluster_with_errors() {
+    let mut bad = cluster("a");
+    bad.node = name("z");
+    bad.tunnel.vni = 0;
+    bad.excluded.push(net("10.1.2.3/8"));
+    bad.nodes[2].tunnel.clear();
+    assert_eq!(check_policy(&bad, &good()), Ok(()));
+    let by_c = EgressPolicy { gateway: Some(name("c")), ..good() };
+    let errors = check_policy(&bad, &by_c).unwrap_err();
+    assert_eq!(errors, [PolicyError::GatewayLeftOut { gateway: name("c") }]);
+    let empty = EgressPolicy { sources: Vec::new(), ..good() };
+    assert_eq!(check_policy(&bad, &empty).unwrap_err(), [PolicyError::NoSources]);
+}
+
+#[test]
+fn gateways_beyond_the_marks_or_tables_closed() {
     let cluster = cluster("a");
-    let policies = [good(), policy("shop/other", &["10.244.1.11/32"], Some("c"), EgressIp::Node)];
-    let mut tables = TablePool::new(TableRange::new(3000, 0).unwrap());
-    let mut marks = MarkPool::new(cluster.marks);
-    refused!(
-        plan(&cluster, &policies, &mut marks, &mut tables),
-        PlanError::Table(_),
-        "routing tables: none of 1 ids is free for node c"
-    );
-    let mut few = cluster.clone();
-    few.marks = MarkLayout::new(0, 0, 16, 2).unwrap();
-    let (mut marks, mut tables) = (MarkPool::new(few.marks), TablePool::default());
-    refused!(
-        plan(&few, &policies, &mut marks, &mut tables),
-        PlanError::Mark(_),
-        "marks: none of 1 ids is free for node c"
-    );
+    let by = |id: &str, source: &str, gateway| policy(id, &[source], Some(gateway), EgressIp::Node);
+    let to_b = by("shop/b", "10.244.1.10/32", "b");
+    let to_c = by("shop/c", "10.244.1.11/32", "c");
+    let few =
+        |world: &Cluster, marks: &mut MarkPool, tables: &mut TablePool, all: &[&EgressPolicy]| {
+            let plan = plan(world, all, marks, tables).unwrap();
+            let gateways: Vec<_> = plan.gateways.keys().map(ToString::to_string).collect();
+            let findings = plan.findings.iter();
+            let denied = findings.filter(|finding| finding.code() == "policy_denied");
+            (gateways.concat(), denied.map(ToString::to_string).collect::<Vec<_>>())
+        };
+    let denied = |id: &str| {
+        let why = "no mark or no routing table is left for its gateway";
+        vec![format!("policy shop/{id} drops its IPv4 traffic: {why}")]
+    };
+    let mut small = cluster.clone();
+    small.marks = MarkLayout::new(0, 0, 16, 2).unwrap();
+    let one = || TablePool::new(TableRange::new(3000, 0).unwrap());
+    let pools = || (MarkPool::new(cluster.marks), one());
+    let marks = || (MarkPool::new(small.marks), TablePool::default());
+    let mut small = small.clone();
+    for (world, (mut marks, mut tables)) in [(&cluster, pools()), (&small, marks())] {
+        // By name, and who has an id keeps it.
+        let names = few(world, &mut marks, &mut tables, &[&to_c, &to_b]);
+        assert_eq!(names, ("b".to_owned(), denied("c")));
+        assert_eq!((marks.get(&name("c")), tables.get(&name("c"))), (None, None));
+        // An idle gateway gives its id away.
+        assert_eq!(few(world, &mut marks, &mut tables, &[&to_c]), ("c".to_owned(), vec![]));
+        let names = few(world, &mut marks, &mut tables, &[&to_b, &to_c]);
+        assert_eq!(names, ("c".to_owned(), denied("b")));
+        assert_eq!((marks.get(&name("b")), tables.get(&name("b"))), (None, None));
+    }
+    // A mark that the caller gives is no other gateway's.
+    small.nodes[1].mark = (0..4).find_map(|value| small.marks.mark(value));
+    assert!(small.nodes[1].mark.is_some());
+    let (mut marks, mut tables) = (MarkPool::new(small.marks), TablePool::default());
+    let names = few(&small, &mut marks, &mut tables, &[&to_c]);
+    assert_eq!(names, (String::new(), denied("c")));
+    // With the egress hook one table is enough, and without one no gateway can be used.
+    let mut hook = cluster.clone();
+    hook.steering = egress_datapath::Steering::EgressHook;
+    let in_use = std::collections::BTreeSet::from([3000]);
+    let mut none = TablePool::with_probe(TableRange::new(3000, 0).unwrap(), in_use);
+    let (gateways, findings) =
+        few(&hook, &mut MarkPool::new(hook.marks), &mut none, &[&to_b, &to_c]);
+    assert_eq!((gateways.as_str(), findings), ("", [denied("b"), denied("c")].concat()));
+    // Where it bypasses, it says so.
+    let (mut marks, mut tables) = (MarkPool::new(cluster.marks), one());
+    let bypass = EgressPolicy { unavailable: Unavailable::Bypass, ..to_c.clone() };
+    let planned = plan(&cluster, [&to_b, &bypass], &mut marks, &mut tables).unwrap();
+    assert!(planned.findings.iter().any(|finding| finding.code() == "policy_bypassed"));
+    let elements = planned.state.firewall.unwrap().elements;
+    let bypasses = elements
+        .iter()
+        .any(|(key, value)| matches!(key, Key::Steer(..)) && value.data == Data::Tag(Tag::BYPASS));
+    assert!(bypasses);
 }
 
 #[test]

@@ -175,7 +175,7 @@ impl Sets<'_> {
             let inside = nets.filter(|net| of(net)).map(|net| (net, Member::In));
             members.entry(set).or_default().extend(inside);
         };
-        put(Ipset::Ignored(family), &mut self.world.excluded.iter().copied());
+        put(Ipset::Ignored(family), &mut self.world.nodes.excluded.iter().copied());
         let peers = self.world.peers().flat_map(|peer| &peer.underlay);
         put(Ipset::Peers(family), &mut peers.map(|address| IpNet::from(*address)));
         let here = self.world.here.underlay.iter();

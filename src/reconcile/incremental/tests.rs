@@ -9,12 +9,12 @@ use crate::count::Counts;
 use crate::datapath::{Drift, Known, Observed, OnConnection};
 use crate::diff::changes::ApplyError;
 use crate::error::KernelError;
-use crate::plan::{PlanError, PolicyError, plan, with_few_tags};
+use crate::plan::{PlanError, plan, with_few_tags};
 use crate::state::Set;
 use crate::types::Family;
 use crate::{
-    Destinations, EgressIp, EgressPolicy, MarkPool, Node, NodeName, PolicyId, Sim, TablePool,
-    TableRange,
+    Destinations, EgressIp, EgressPolicy, MarkLayout, MarkPool, Node, NodeName, PolicyId, Sim,
+    TablePool, TableRange, Unavailable,
 };
 
 fn name(text: &str) -> NodeName {
@@ -37,8 +37,20 @@ fn cluster() -> Cluster {
     };
     let mut nodes = vec![node("a", 11), node("b", 12), node("c", 13), node("d", 14)];
     nodes[3].tunnel.pop();
+    // Left out: two that share an address, and one without tunnel address.
+    nodes.extend([node("e", 15), node("f", 16), node("g", 17)]);
+    nodes[5].underlay = nodes[4].underlay.clone();
+    nodes[6].tunnel.clear();
     let cluster = Cluster::new(name("a"), nodes, vec![net("10.244.0.0/16")]);
     Cluster { policy_counters: true, ..cluster }
+}
+
+/// The same, with a node that has this node's tunnel address.
+fn contradicted() -> Cluster {
+    let mut cluster = cluster();
+    let tunnel = cluster.nodes[0].tunnel.clone();
+    cluster.nodes.push(Node::new(name("z"), vec![[10, 10, 0, 99].into()], tunnel));
+    cluster
 }
 
 /// A simulated kernel with planned drift, which records the reads.
@@ -104,19 +116,25 @@ type Egress = Reconciler<Recorder>;
 /// Plans the policies with allocators equal to those of the reconciler.
 fn planned(
     egress: &Egress,
-    policies: &BTreeMap<PolicyId, EgressPolicy>,
+    cluster: &Cluster,
+    policies: &Policies,
 ) -> Result<crate::Plan, PlanError> {
     let mut tables = TablePool::new(egress.tables.range()).with_start(0);
     for (node, table) in egress.tables.iter() {
         tables.reserve(node, table).unwrap();
     }
-    plan(&cluster(), policies.values(), &mut egress.marks.clone(), &mut tables)
+    plan(cluster, policies.values().flatten(), &mut egress.marks.clone(), &mut tables)
 }
+
+/// The wanted policies; several of one id contradict each other.
+type Policies = BTreeMap<PolicyId, Vec<EgressPolicy>>;
 
 #[derive(Clone, Debug)]
 enum Act {
     Update(Vec<Update>),
     Snapshot(Vec<Update>),
+    /// Snapshot with one more policy, whatever its id.
+    Twice(EgressPolicy),
     RuleLost,
     ElementLost,
     Refused(usize),
@@ -126,16 +144,24 @@ fn sources() -> impl Strategy<Value = IpNet> {
     let hosts =
         ["10.0.0.1/32", "10.0.0.2/32", "10.0.0.3/32", "10.0.1.1/32", "fd00::1/128", "fd00::2/128"];
     let nets = ["10.0.0.0/24", "10.0.0.0/30", "10.0.0.2/31", "fd00::/64"];
+    let invalid =
+        ["10.0.0.1/24", "10.0.0.2/31", "10.0.0.3/24", "fd00::1/64", "::ffff:10.0.0.1/128"];
     prop_oneof![
         12 => select(hosts.to_vec()).prop_map(net),
         1 => select(nets.to_vec()).prop_map(net),
+        1 => select(invalid.to_vec()).prop_map(net),
     ]
 }
 
 fn policies() -> impl Strategy<Value = EgressPolicy> {
     let listed =
         ["0.0.0.0/0", "192.0.2.0/24", "192.0.2.0/25", "198.51.100.7/32", "2001:db8::/32", "::/0"];
-    let listed = prop::collection::vec(select(listed.to_vec()).prop_map(net), 1..3);
+    let invalid = ["192.0.2.7/24", "2001:db8::7/32", "::ffff:192.0.2.1/128"];
+    let listed = prop_oneof![
+        12 => select(listed.to_vec()).prop_map(net),
+        1 => select(invalid.to_vec()).prop_map(net),
+    ];
+    let listed = prop::collection::vec(listed, 0..4);
     let destinations =
         prop_oneof![Just(Destinations::External), listed.prop_map(Destinations::Nets)];
     let eips = select(vec![
@@ -143,14 +169,20 @@ fn policies() -> impl Strategy<Value = EgressPolicy> {
         EgressIp::V4([203, 0, 113, 2].into()),
         EgressIp::Dual([203, 0, 113, 1].into(), "2001:db8:1::1".parse().unwrap()),
         EgressIp::Node,
+        EgressIp::Node,
+        EgressIp::V4([10, 10, 0, 12].into()),
     ]);
-    let parts =
-        (0..6_u8, 0..3_u32, prop::collection::vec(sources(), 1..4), destinations, gateways(), eips);
-    parts.prop_map(|(number, priority, sources, destinations, gateway, eip)| EgressPolicy {
-        priority,
-        destinations,
-        gateway,
-        ..EgressPolicy::new(id(&format!("p{number}")), sources, eip)
+    let sources = prop::collection::vec(sources(), 0..4);
+    let treatment = select(vec![Unavailable::Drop, Unavailable::Bypass]);
+    let parts = (0..6_u8, 0..3_u32, sources, destinations, gateways(), eips, treatment);
+    parts.prop_map(|(number, priority, sources, destinations, gateway, eip, unavailable)| {
+        EgressPolicy {
+            priority,
+            destinations,
+            gateway,
+            unavailable,
+            ..EgressPolicy::new(id(&format!("p{number}")), sources, eip)
+        }
     })
 }
 
@@ -163,6 +195,7 @@ fn gateways() -> impl Strategy<Value = Option<NodeName>> {
         Some("b"),
         Some("c"),
         Some("d"),
+        Some("e"),
         Some("nobody"),
     ])
     .prop_map(|gateway| gateway.map(name))
@@ -185,69 +218,68 @@ fn acts() -> impl Strategy<Value = Act> {
     prop_oneof![
         10 => list().prop_map(Act::Update),
         3 => list().prop_map(Act::Snapshot),
+        1 => policies().prop_map(Act::Twice),
         1 => Just(Act::RuleLost),
         1 => Just(Act::ElementLost),
         1 => (0..6_usize).prop_map(Act::Refused),
     ]
 }
 
-/// Applies an update to a list of policies.
-fn apply(policies: &mut BTreeMap<PolicyId, EgressPolicy>, update: &Update) -> Option<()> {
+/// Applies an update to the policies; `None` if it names an unknown one.
+fn apply(policies: &mut Policies, update: &Update) -> Option<()> {
     match update {
         Update::Upsert(policy) => {
-            policies.insert(policy.id.clone(), policy.clone());
+            policies.insert(policy.id.clone(), vec![policy.clone()]);
         }
         Update::Remove(id) => {
             policies.remove(id);
         }
         Update::AddSources { policy, sources } => {
-            policies.get_mut(policy)?.sources.extend(sources);
+            policies.get_mut(policy)?.iter_mut().for_each(|one| one.sources.extend(sources));
         }
         Update::RemoveSources { policy, sources } => {
-            policies.get_mut(policy)?.sources.retain(|net| !sources.contains(net));
+            let all = policies.get_mut(policy)?.iter_mut();
+            all.for_each(|one| one.sources.retain(|net| !sources.contains(net)));
         }
-        Update::Move { policy, gateway } => policies.get_mut(policy)?.gateway.clone_from(gateway),
+        Update::Move { policy, gateway } => {
+            policies.get_mut(policy)?.iter_mut().for_each(|one| one.gateway.clone_from(gateway));
+        }
     }
     Some(())
 }
 
 /// Returns the policies after all updates; `None` if one contradicts those before it.
-fn after(
-    egress: &Egress,
-    policies: &BTreeMap<PolicyId, EgressPolicy>,
-    updates: &[Update],
-) -> Option<BTreeMap<PolicyId, EgressPolicy>> {
+fn after(policies: &Policies, updates: &[Update]) -> Option<Policies> {
     let mut after = policies.clone();
-    for update in updates {
-        apply(&mut after, update)?;
-        // An error of the marks or tables depends on all policies together, and is checked last.
-        if let Err(PlanError::Policy { .. }) = planned(egress, &after) {
-            return None;
-        }
-    }
-    planned(egress, &after).is_ok().then_some(after)
+    updates.iter().try_for_each(|update| apply(&mut after, update))?;
+    Some(after)
 }
 
-fn check(egress: &mut Egress, policies: &BTreeMap<PolicyId, EgressPolicy>) {
-    let plan = planned(egress, policies).unwrap();
+fn check(egress: &mut Egress, cluster: &Cluster, policies: &Policies) {
+    let plan = planned(egress, cluster, policies).unwrap();
     let wanted = egress.wanted.as_ref().unwrap();
     assert_eq!(wanted, &plan.state);
     assert_eq!(egress.datapath.sim.state(), &plan.state);
     let index = egress.index.as_ref().unwrap();
     assert_eq!(index.findings(), plan.findings);
     assert_eq!(index.gateways(), plan.gateways);
+    for node in &cluster.nodes {
+        let holds = egress.marks.get(&node.name).is_some();
+        assert_eq!(holds, plan.gateways.contains_key(&node.name), "{}", node.name);
+    }
 }
 
-fn run(acts: Vec<Act>, tables: u32) {
+fn run(cluster: &Cluster, acts: Vec<Act>, tables: u32) {
     let range = TableRange::new(3000, tables).unwrap();
     let tables = TablePool::new(range).with_start(0);
-    let mut egress = Reconciler::with_allocators(Recorder::default(), MarkPool::default(), tables);
-    let mut policies = BTreeMap::new();
-    egress.reconcile(&cluster(), policies.values()).unwrap();
+    let mut egress =
+        Reconciler::with_allocators(Recorder::default(), MarkPool::new(cluster.marks), tables);
+    let mut policies = Policies::new();
+    egress.reconcile(cluster, policies.values().flatten()).unwrap();
     for act in acts {
         match act {
             Act::Update(updates) => {
-                let after = after(&egress, &policies, &updates);
+                let after = after(&policies, &updates);
                 let before = egress.datapath.sim.state().clone();
                 let made = egress.update(updates.clone());
                 assert_eq!(made.is_ok(), after.is_some(), "{made:?} of {updates:?}");
@@ -259,11 +291,13 @@ fn run(acts: Vec<Act>, tables: u32) {
                 policies = after.unwrap_or(policies);
             }
             Act::Snapshot(updates) => {
-                let Some(after) = after(&egress, &policies, &updates) else { continue };
-                let report = egress.reconcile(&cluster(), after.values()).unwrap();
-                assert_eq!(report.findings, planned(&egress, &after).unwrap().findings);
-                assert!(report.settled);
+                let Some(after) = after(&policies, &updates) else { continue };
+                snapshot(&mut egress, cluster, &after);
                 policies = after;
+            }
+            Act::Twice(policy) => {
+                policies.entry(policy.id.clone()).or_default().push(policy);
+                snapshot(&mut egress, cluster, &policies);
             }
             Act::RuleLost => {
                 egress.datapath.sim.state_mut().rules.pop_first();
@@ -292,18 +326,20 @@ fn run(acts: Vec<Act>, tables: u32) {
                     ..EgressPolicy::new(id("p9"), vec![net("10.9.9.9/32")], EgressIp::Node)
                 };
                 let update = Update::Upsert(policy.clone());
-                let Some(after) = after(&egress, &policies, std::slice::from_ref(&update)) else {
-                    egress.datapath.sim.refuse(usize::MAX, 12);
-                    continue;
-                };
-                policies = after;
+                apply(&mut policies, &update).unwrap();
                 let _refused_or_nothing_to_do = egress.update([update]);
                 egress.datapath.sim.refuse(usize::MAX, 12);
                 egress.repair().unwrap();
             }
         }
-        check(&mut egress, &policies);
+        check(&mut egress, cluster, &policies);
     }
+}
+
+fn snapshot(egress: &mut Egress, cluster: &Cluster, policies: &Policies) {
+    let report = egress.reconcile(cluster, policies.values().flatten()).unwrap();
+    assert_eq!(report.findings, planned(egress, cluster, policies).unwrap().findings);
+    assert!(report.settled);
 }
 
 proptest! {
@@ -311,17 +347,28 @@ proptest! {
 
     #[test]
     fn updates_come_to_what_a_plan_of_everything_does(acts in prop::collection::vec(acts(), 1..12)) {
-        run(acts, 100);
+        run(&cluster(), acts, 100);
     }
 
     #[test]
     fn also_where_tags_are_disputed(acts in prop::collection::vec(acts(), 1..12)) {
-        with_few_tags(|| run(acts, 100));
+        with_few_tags(|| run(&cluster(), acts, 100));
     }
 
     #[test]
     fn also_where_gateways_find_no_table(acts in prop::collection::vec(acts(), 1..12)) {
-        run(acts, 2);
+        run(&cluster(), acts, 1);
+    }
+
+    #[test]
+    fn also_where_gateways_find_no_mark(acts in prop::collection::vec(acts(), 1..12)) {
+        let marks = MarkLayout::new(0x2600_0000, 0xff00_0000, 8, 1).unwrap();
+        run(&Cluster { marks, ..cluster() }, acts, 100);
+    }
+
+    #[test]
+    fn also_where_a_node_contradicts_this_one(acts in prop::collection::vec(acts(), 1..12)) {
+        run(&contradicted(), acts, 100);
     }
 }
 
@@ -464,21 +511,63 @@ fn a_contradiction_changes_nothing() {
     let mut egress = Reconciler::new(Recorder::default());
     egress.reconcile(&cluster(), [one_policy()]).unwrap();
     let before = egress.datapath.sim.state().clone();
-    let last: Update = Update::RemoveSources { policy: id("p"), sources: vec![net("10.0.0.1/32")] };
     let move_ = Update::Move { policy: id("p"), gateway: Some(name("c")) };
-    let error = egress.update([move_, last]).unwrap_err();
-    let PlanError::Policy { source: PolicyError::NoSources, .. } = (match error {
-        Error::Plan(error) => error,
-        other => panic!("{other}"),
-    }) else {
-        panic!("another error")
-    };
+    let unknown: Update = Update::Move { policy: id("q"), gateway: None };
+    let error = egress.update([move_, unknown]).unwrap_err();
+    assert!(matches!(error, Error::Plan(PlanError::UnknownPolicy { .. })), "{error}");
+    assert_eq!(error.to_string(), "policy q is not one of those that are wanted");
     assert!(egress.repair().unwrap().changes.is_empty());
     assert_eq!(egress.datapath.sim.state(), &before);
-    let unknown: Update = Update::Move { policy: id("q"), gateway: None };
-    let error = egress.update([unknown]).unwrap_err();
-    assert_eq!(error.to_string(), "policy q is not one of those that are wanted");
-    check(&mut egress, &[(id("p"), one_policy())].into());
+    check(&mut egress, &cluster(), &[(id("p"), vec![one_policy()])].into());
+}
+
+#[test]
+fn a_policy_becomes_invalid_and_valid_again() {
+    let mut egress = Reconciler::new(Recorder::default());
+    egress.reconcile(&cluster(), [one_policy()]).unwrap();
+    let sound = egress.datapath.sim.state().clone();
+    let bits = || vec![net("10.0.0.1/24")];
+    for (there, back, code) in [
+        (
+            Update::AddSources { policy: id("p"), sources: bits() },
+            Update::RemoveSources { policy: id("p"), sources: bits() },
+            "host_bits",
+        ),
+        (
+            Update::RemoveSources { policy: id("p"), sources: vec![net("10.0.0.1/32")] },
+            Update::AddSources { policy: id("p"), sources: vec![net("10.0.0.1/32")] },
+            "no_sources",
+        ),
+        (
+            Update::Move { policy: id("p"), gateway: Some(name("e")) },
+            Update::Move { policy: id("p"), gateway: Some(name("b")) },
+            "gateway_left_out",
+        ),
+        (
+            Update::Upsert(EgressPolicy {
+                destinations: Destinations::Nets(bits()),
+                ..one_policy()
+            }),
+            Update::Upsert(one_policy()),
+            "host_bits",
+        ),
+    ] {
+        let report = egress.update([there]).unwrap();
+        assert_eq!(report.findings.iter().map(Finding::code).collect::<Vec<_>>(), [code]);
+        assert!(!report.changes.is_empty());
+        let report = egress.update([back]).unwrap();
+        assert!(report.findings.is_empty());
+        assert_eq!(egress.datapath.sim.state(), &sound);
+    }
+    // An unchanged snapshot with contradicting policies is not read and not written again.
+    let both = [one_policy(), one_policy()];
+    let report = egress.reconcile(&cluster(), &both).unwrap();
+    assert!(report.findings.iter().any(|finding| finding.code() == "duplicate_policy"));
+    let reads = egress.datapath.reads;
+    assert!(egress.reconcile(&cluster(), &both).unwrap().changes.is_empty());
+    assert_eq!(egress.datapath.reads, reads);
+    egress.reconcile(&cluster(), [one_policy()]).unwrap();
+    assert_eq!(egress.datapath.sim.state(), &sound);
 }
 
 #[test]
