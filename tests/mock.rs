@@ -74,18 +74,16 @@ fn marks_and_tables_come_from_the_allocators() {
 }
 
 #[test]
-fn an_allocator_that_has_nothing_left_stops_before_the_kernel_is_changed() {
+fn an_allocator_that_fails_stops_before_the_kernel_is_changed() {
     let mut marks = MockMarkAllocator::new();
     marks.expect_get().return_const(None);
-    marks
-        .expect_allocate()
-        .returning(|node| Err(AllocError::Exhausted { node: node.clone(), capacity: 0 }));
+    marks.expect_allocate().returning(|_| Err(AllocError::Foreign { id: Mark::new(7) }));
     let mut kernel = MockDatapath::new();
     kernel.expect_observe().times(1).returning(|_| Ok(State::default().into()));
     kernel.expect_apply().never();
     let mut egress = Reconciler::with_allocators(kernel, marks, TablePool::default());
     let error = egress.reconcile(&cluster(), [policy()]).unwrap_err();
-    assert!(matches!(error, Error::Plan(PlanError::Mark(AllocError::Exhausted { .. }))));
+    assert!(matches!(error, Error::Plan(PlanError::Mark(AllocError::Foreign { .. }))));
 }
 
 #[test]

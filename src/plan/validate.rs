@@ -140,24 +140,24 @@ impl ValidatedCluster {
         self.cluster.nodes.get(place)
     }
 
-    /// Returns all nodes that are not left out, by name.
-    fn sound(&self) -> impl Iterator<Item = &Node> {
-        self.nodes.sound.values().filter_map(|place| self.node(*place))
-    }
-
-    /// Returns all peers, by name.
+    /// Returns all nodes that are not left out, except this one, by name.
     pub(super) fn peers(&self) -> impl Iterator<Item = &Node> {
-        self.sound().filter(|node| node.name != self.here.name)
+        let nodes = self.nodes.sound.values().filter_map(|place| self.node(*place));
+        nodes.filter(|node| node.name != self.here.name)
     }
 
-    /// Returns the marks that the caller gives to nodes.
+    /// Returns the marks that the caller gives to nodes that are not left out, and to this node.
     pub(super) fn given_marks(&self) -> impl Iterator<Item = (&NodeName, Mark)> {
-        self.sound().filter_map(|node| Some((&node.name, node.mark?)))
+        let nodes = self.peers().chain([&self.here]);
+        nodes.filter_map(|node| Some((&node.name, self.given_mark(&node.name)?)))
     }
 
     /// Returns the mark that the caller gives to a node.
     pub(super) fn given_mark(&self, name: &NodeName) -> Option<Mark> {
-        self.nodes.sound.get(name).and_then(|place| self.node(*place)?.mark)
+        let sound = self.nodes.sound.get(name).and_then(|place| self.node(*place));
+        let node = if *name == self.here.name { Some(&self.here) } else { sound };
+        // A mark of this node that is not of the layout leaves it out as a gateway only.
+        node?.mark.filter(|mark| self.cluster.marks.value(*mark).is_some())
     }
 
     /// Returns the underlay address of a node, to which outer packets are sent.

@@ -15,6 +15,7 @@ mod counts;
 mod faults;
 mod golden;
 mod hostile;
+mod invalid;
 mod layout;
 mod preview;
 mod random;

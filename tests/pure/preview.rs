@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex};
 
 use egress_datapath::state::RuleAction;
 use egress_datapath::{
-    AllocError, Cluster, EgressPolicy, Error, KernelError, Mark, MarkAllocator, MarkPool, NodeName,
-    Reconciler, Report, SharedSim, SimDatapath, State, TableAllocator, TableId, TablePool,
-    TableRange, TablesInUse,
+    AllocError, Cluster, EgressPolicy, Error, KernelError, Mark, MarkAllocator, MarkLayout,
+    MarkPool, NodeName, Reconciler, Report, SharedSim, SimDatapath, State, TableAllocator, TableId,
+    TablePool, TableRange, TablesInUse,
 };
 use proptest::prelude::*;
 use proptest::sample::Index;
@@ -231,8 +231,16 @@ fn a_preview_that_fails_allocates_nothing() {
         policy(gateway, &[source], Some(gateway), v4("198.51.100.200"))
     };
     let both = [to("b", "10.244.1.1/32"), to("c", "10.244.1.2/32")];
-    let error = host.egress.preview(&cluster_v4("a"), &both).unwrap_err();
-    assert_eq!(error.to_string(), "routing tables: none of 1 ids is free for node c");
+    let mut cluster = cluster_v4("a");
+    let findings = host.egress.preview(&cluster, &both).unwrap().findings;
+    assert!(findings.iter().any(|finding| finding.code() == "policy_denied"), "{findings:?}");
+    assert_eq!(host.all(), (State::default(), vec![], vec![]));
+    cluster.marks = MarkLayout::COMPACT;
+    let error = host.egress.preview(&cluster, &both).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the allocator gave node c mark 0x26001000: the layout has no such gateway mark"
+    );
     assert_eq!(host.all(), (State::default(), vec![], vec![]));
 }
 

@@ -15,7 +15,7 @@ use crate::{net, planned};
 
 /// What should become of the first packet of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Wanted {
+pub(crate) enum Wanted {
     /// Left alone.
     Alone,
     Dropped,
@@ -26,7 +26,7 @@ enum Wanted {
 }
 
 /// The policies' side: the first in order that takes the packet.
-fn winner<'a>(
+pub(crate) fn winner<'a>(
     cluster: &Cluster,
     policies: &'a [EgressPolicy],
     packet: Packet,
@@ -53,7 +53,12 @@ fn winner<'a>(
 }
 
 /// What the policy wants on the pod's node.
-fn steered(cluster: &Cluster, plan: &Plan, policy: &EgressPolicy, family: Family) -> Wanted {
+pub(crate) fn steered(
+    cluster: &Cluster,
+    plan: &Plan,
+    policy: &EgressPolicy,
+    family: Family,
+) -> Wanted {
     let Some(gateway) = &policy.gateway else { return Wanted::Dropped };
     if !policy.egress_ip.serves(family) {
         return Wanted::Dropped;
@@ -73,7 +78,7 @@ fn steered(cluster: &Cluster, plan: &Plan, policy: &EgressPolicy, family: Family
 }
 
 /// What the policy wants where the packet came out of the tunnel.
-fn translated(cluster: &Cluster, policy: &EgressPolicy, family: Family) -> Wanted {
+pub(crate) fn translated(cluster: &Cluster, policy: &EgressPolicy, family: Family) -> Wanted {
     if policy.gateway.as_ref() != Some(&cluster.node) || !policy.egress_ip.serves(family) {
         return Wanted::Dropped;
     }
@@ -81,7 +86,7 @@ fn translated(cluster: &Cluster, policy: &EgressPolicy, family: Family) -> Wante
 }
 
 /// Inside and right outside of the prefixes that the random policies are made of.
-fn packets() -> impl Strategy<Value = Packet> {
+pub(crate) fn packets() -> impl Strategy<Value = Packet> {
     let low = |most: u8| 0..=most;
     let v4 = |text: &str| text.parse::<Ipv4Addr>().unwrap();
     let v6 = |text: &str| text.parse::<Ipv6Addr>().unwrap();
@@ -114,7 +119,7 @@ fn packets() -> impl Strategy<Value = Packet> {
 }
 
 /// What became of it, by the rules.
-fn became(packet: Packet, trace: &Trace) -> Wanted {
+pub(crate) fn became(packet: Packet, trace: &Trace) -> Wanted {
     let translates = |reason: &Reason| matches!(reason.decision, Decision::Snat(_));
     let left_alone = !trace.reasons.iter().any(translates);
     match (trace.fate, trace.mark()) {
@@ -128,7 +133,7 @@ fn became(packet: Packet, trace: &Trace) -> Wanted {
 }
 
 /// The packet in a frame of another node.
-fn frame(cluster: &Cluster, plan: &Plan, packet: Packet) -> Frame {
+pub(crate) fn frame(cluster: &Cluster, plan: &Plan, packet: Packet) -> Frame {
     let link = plan.state.link.as_ref().unwrap();
     let peer = cluster.nodes.iter().find(|node| node.name != cluster.node).unwrap();
     let (from, to) = (peer.underlay[0], link.local);
@@ -136,7 +141,7 @@ fn frame(cluster: &Cluster, plan: &Plan, packet: Packet) -> Frame {
 }
 
 /// The same cluster with the iptables backend, which has fewer features.
-fn with_iptables(cluster: Cluster, variant: Variant, accept: bool) -> Cluster {
+pub(crate) fn with_iptables(cluster: Cluster, variant: Variant, accept: bool) -> Cluster {
     Cluster {
         backend: Backend::Iptables(Iptables { accept, ..Iptables::new(variant) }),
         steering: Steering::Tables,

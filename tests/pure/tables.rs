@@ -3,7 +3,10 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use egress_datapath::{Finding, MarkPool, Node, Reconciler, Sim, TablePool, TableRange};
+use egress_datapath::{
+    DenyReason, EgressPolicy, Family, Finding, MarkPool, Node, Reconciler, Sim, TablePool,
+    TableRange, Update,
+};
 
 use crate::{cluster_v4, name, policy, v4};
 
@@ -33,8 +36,25 @@ fn every_table_of_range_usable() {
     assert_eq!(tables, [3000, 3001].into());
     assert_eq!(egress.datapath().state().rules.len(), 2);
     assert!(egress.reconcile(&cluster, &all[..2]).unwrap().changes.is_empty());
-    let third = egress.reconcile(&cluster, &all).unwrap_err();
-    assert_eq!(third.to_string(), "routing tables: none of 2 ids is free for node d");
+    let third = egress.reconcile(&cluster, &all).unwrap();
+    let reason = DenyReason::TooManyGateways;
+    let denied = |policy: &EgressPolicy| Finding::Denied {
+        policy: policy.id.clone(),
+        family: Family::V4,
+        reason,
+    };
+    let none = Finding::NoClosingTable { capacity: 2 };
+    assert_eq!(third.findings, [denied(&all[2]), none.clone()]);
+    assert!(egress.reconcile(&cluster, &all).unwrap().changes.is_empty());
+    // A gateway that has a table keeps it, whatever the name of one that comes.
+    egress.reconcile(&cluster, &all[1..]).unwrap();
+    let back = egress.reconcile(&cluster, &all).unwrap();
+    assert_eq!(back.findings, [denied(&all[0]), none]);
+    // The table of a gateway that goes is found by the one that has waited.
+    let gone = [Update::Remove::<EgressPolicy>(all[2].id.clone())];
+    assert_eq!(egress.update(gone).unwrap().findings, [Finding::NoClosingTable { capacity: 2 }]);
+    let report = egress.reconcile(&cluster, &all[..2]).unwrap();
+    assert_eq!(report.findings, [Finding::NoClosingTable { capacity: 2 }]);
     // One leaves and another comes, then one only: nothing is short of tables for a while.
     let moved = egress.reconcile(&cluster, [&all[0], &all[2]]).unwrap();
     assert_eq!(moved.findings, [Finding::NoClosingTable { capacity: 2 }]);

@@ -128,11 +128,10 @@ fn marks_and_tables_are_those_of_the_plugins_own_allocators() {
 }
 
 #[test]
-fn without_marks_nothing_is_changed() {
+fn with_marks_that_fail_nothing_is_changed() {
     let mut marks = MockMarkAllocator::new();
     marks.expect_get().return_const(None);
-    let none = |node: &NodeName| Err(AllocError::Exhausted { node: node.clone(), capacity: 0 });
-    marks.expect_allocate().returning(none);
+    marks.expect_allocate().returning(|_| Err(AllocError::Foreign { id: Mark::new(7) }));
     let mut kernel = MockDatapath::new();
     kernel.expect_observe().times(1).returning(|_| Ok(State::default().into()));
     kernel.expect_apply().never();
