@@ -17,7 +17,8 @@ pub(crate) struct Cli {
 
 const AFTER: &str = "\
 Exit status: 0 if all is done; 1 if the kernel refused a request; 2 if the command line or the file
-is invalid, and nothing was changed; 3 from plan --exit-code if there are changes.
+is invalid, and nothing was changed; 3 from apply and takeover if the file was applied, but an error
+in it closes a policy or leaves a node out; 3 from plan --exit-code if there are changes.
 
 The file has the cluster (nodes, excluded prefixes, tunnel, marks, tables) and the policies, the same
 on every node; the documentation of `Cluster` and `EgressPolicy` describes the fields.

@@ -1,31 +1,56 @@
 //! The configuration file, and its conversion to a cluster and policies.
 
-use std::fmt::Display;
+use std::fmt::{self, Display};
 use std::net::IpAddr;
 use std::str::FromStr;
 
 use egress_datapath::{
     Backend, Cluster, Destinations, DeviceName, EgressIp, EgressPolicy, MacAddr, Mark, MarkLayout,
-    Node, NodeName, PlanError, PolicyError, PolicyId, Steering, TableRange, Tunnel, Unavailable,
+    Node, NodeName, PlanError, PolicyId, Steering, TableRange, Tunnel, Unavailable,
 };
 use ipnet::IpNet;
 use serde::Deserialize;
-use serde::de::{Deserializer, Error};
+use serde::de::{DeserializeOwned, Deserializer, Error, MapAccess, Visitor};
+use serde_json::Value;
+use serde_json::value::RawValue;
 
 /// Configuration of this node.
 pub(crate) struct Config {
     pub(crate) cluster: Cluster,
+    /// The policies, with a closed one for each that cannot be read.
     pub(crate) policies: Vec<EgressPolicy>,
+    pub(crate) unreadable: Vec<Unreadable>,
     pub(crate) tables: TableRange,
+}
+
+/// The error of a policy that cannot be read.
+#[derive(Debug)]
+pub(crate) struct Unreadable {
+    /// The id, or one made from the place in the list if the id cannot be read.
+    pub(crate) policy: PolicyId,
+    unavailable: Unavailable,
+    /// File, line, column, field and reason.
+    sentence: String,
+}
+
+impl Display for Unreadable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let treated = match self.unavailable {
+            Unavailable::Drop => "drops its traffic",
+            Unavailable::Bypass => "leaves its traffic unchanged",
+        };
+        write!(f, "policy {} {treated}: {}", self.policy, self.sentence)
+    }
 }
 
 impl Config {
     /// Parses the text of the file with this name.
     ///
-    /// An error is one sentence that names the field and its value.
+    /// An error is one sentence that names the field and its value. A policy that cannot be read is
+    /// no error of the file.
     pub(crate) fn parse(node: NodeName, file: &str, text: &str) -> Result<Self, String> {
         let mut json = serde_json::Deserializer::from_str(text);
-        let form: File = serde_path_to_error::deserialize(&mut json).map_err(|error| {
+        let form: File<'_> = serde_path_to_error::deserialize(&mut json).map_err(|error| {
             let path = match error.path().to_string() {
                 // A syntax error belongs to no field.
                 _ if error.inner().is_syntax() || error.inner().is_eof() => String::new(),
@@ -35,12 +60,12 @@ impl Config {
             place(file, &path, error.inner())
         })?;
         json.end().map_err(|error| place(file, "", &error))?;
-        Ok(form.into_config(node))
+        Ok(form.into_config(node, file, text))
     }
 
     /// Returns the field that caused a planning error.
-    pub(crate) fn field_of(&self, error: &PlanError) -> String {
-        let field = match error {
+    pub(crate) const fn field_of(error: &PlanError) -> &'static str {
+        match error {
             PlanError::UnknownNode { .. } => "--node",
             PlanError::Vni { .. } => "tunnel.vni",
             PlanError::Port => "tunnel.port",
@@ -51,29 +76,8 @@ impl Config {
             PlanError::EgressHookPrefix | PlanError::EgressHookBackend => "steering",
             PlanError::Mark(_) => "marks",
             PlanError::Table(_) => "tables",
-            PlanError::DuplicatePolicy { .. } => "policies",
-            PlanError::Policy { policy, source } => {
-                let at = self.policies.iter().position(|other| other.id == *policy);
-                let at = at.unwrap_or_default();
-                let sources = self.policies.get(at).map(|policy| policy.sources.as_slice());
-                let field = match source {
-                    PolicyError::HostBits { net, .. } | PolicyError::Mapped { net } => {
-                        let is_source = sources.is_some_and(|sources| sources.contains(net));
-                        if is_source { ".sources" } else { ".destinations" }
-                    }
-                    PolicyError::NoSources => ".sources",
-                    PolicyError::NoDestinations => ".destinations",
-                    PolicyError::UnknownGateway { .. } => ".gateway",
-                    PolicyError::EgressIpNotUnicast { .. }
-                    | PolicyError::EgressIpExcluded { .. }
-                    | PolicyError::EgressIpOfNode { .. } => ".egress_ip",
-                    _ => "",
-                };
-                return format!("policies[{at}]{field}");
-            }
             _ => "nodes",
-        };
-        field.into()
+        }
     }
 
     /// Returns the underlay address of this node that the tunnel uses, and its field.
@@ -88,9 +92,17 @@ impl Config {
 
 /// Returns an error message with file, line, column and field in front.
 fn place(file: &str, path: &str, error: &serde_json::Error) -> String {
-    let (line, column) = (error.line(), error.column());
+    place_at(file, path, error, (error.line(), error.column()))
+}
+
+fn place_at(
+    file: &str,
+    path: &str,
+    error: &serde_json::Error,
+    (line, column): (usize, usize),
+) -> String {
     let text = error.to_string();
-    let suffix = format!(" at line {line} column {column}");
+    let suffix = format!(" at line {} column {}", error.line(), error.column());
     let sentence = text.strip_suffix(&suffix).unwrap_or(&text);
     printable(&format!("{file}:{line}:{column}: {path}{sentence}"))
 }
@@ -110,7 +122,7 @@ fn printable(text: &str) -> String {
 
 #[derive(Deserialize)]
 #[serde(rename = "the file", deny_unknown_fields)]
-struct File {
+struct File<'a> {
     excluded: Vec<Text<Prefix>>,
     #[serde(default)]
     tunnel: TunnelForm,
@@ -126,7 +138,8 @@ struct File {
     #[serde(default)]
     steering: Steering,
     nodes: Vec<NodeForm>,
-    policies: Vec<PolicyForm>,
+    #[serde(borrow)]
+    policies: Vec<&'a RawValue>,
 }
 
 #[derive(Default, Deserialize)]
@@ -163,8 +176,8 @@ struct PolicyForm {
     unavailable: Unavailable,
 }
 
-impl File {
-    fn into_config(self, node: NodeName) -> Config {
+impl File<'_> {
+    fn into_config(self, node: NodeName, file: &str, text: &str) -> Config {
         let fallback = Tunnel::default();
         let cluster = Cluster {
             node,
@@ -184,10 +197,127 @@ impl File {
             backend: Backend::default(),
             steering: self.steering,
         };
-        Config {
-            cluster,
-            policies: self.policies.into_iter().map(PolicyForm::into_policy).collect(),
-            tables: self.tables,
+        let mut config =
+            Config { cluster, policies: Vec::new(), unreadable: Vec::new(), tables: self.tables };
+        let mut nameless = Vec::new();
+        for (at, raw) in self.policies.iter().enumerate() {
+            let sentence = match readable(raw) {
+                Ok(form) => {
+                    config.policies.push(form.into_policy());
+                    continue;
+                }
+                Err(error) => {
+                    let path = match error.path().to_string() {
+                        path if path == "." => format!("policies[{at}]: "),
+                        path => format!("policies[{at}].{path}: "),
+                    };
+                    let place = place_of(raw.get(), text, error.inner());
+                    place_at(file, &path, error.inner(), place)
+                }
+            };
+            let rough = Rough::of(raw);
+            match rough.one("id") {
+                Some(Text(id)) => config.close(rough.closed(id), sentence),
+                None => nameless.push((at, rough, sentence)),
+            }
+        }
+        for (at, rough, sentence) in nameless {
+            let mut name = format!("policies/{at}");
+            while config.policies.iter().any(|policy| policy.id.as_str() == name) {
+                name.push('#');
+            }
+            // The characters are allowed, and too many of them are in no file.
+            if let Ok(id) = PolicyId::new(name) {
+                config.close(rough.closed(id), sentence);
+            }
+        }
+        config
+    }
+}
+
+/// Reads an entry of the list of policies.
+fn readable(raw: &RawValue) -> Result<PolicyForm, serde_path_to_error::Error<serde_json::Error>> {
+    serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_str(raw.get()))
+}
+
+/// Returns the line and column in the file of an error in a part of its text.
+fn place_of(part: &str, text: &str, error: &serde_json::Error) -> (usize, usize) {
+    let start = part.as_ptr().addr().saturating_sub(text.as_ptr().addr());
+    let before = text.get(..start).unwrap_or_default();
+    let line = before.matches('\n').count() + error.line();
+    let indent = before.rsplit('\n').next().map_or(0, str::len);
+    (line, if error.line() == 1 { indent + error.column() } else { error.column() })
+}
+
+impl Config {
+    /// Adds a closed policy in place of one that cannot be read.
+    fn close(&mut self, closed: EgressPolicy, sentence: String) {
+        let (policy, unavailable) = (closed.id.clone(), closed.unavailable);
+        self.unreadable.push(Unreadable { policy, unavailable, sentence });
+        self.policies.push(closed);
+    }
+}
+
+/// The fields of a policy that cannot be read as a whole; a field may occur more than once.
+struct Rough(Vec<(String, Value)>);
+
+impl<'de> Deserialize<'de> for Rough {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Form;
+
+        impl<'de> Visitor<'de> for Form {
+            type Value = Rough;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Rough, A::Error> {
+                let mut fields = Vec::new();
+                while let Some(field) = map.next_entry()? {
+                    fields.push(field);
+                }
+                Ok(Rough(fields))
+            }
+        }
+
+        deserializer.deserialize_map(Form)
+    }
+}
+
+impl Rough {
+    fn of(raw: &RawValue) -> Self {
+        serde_json::from_str(raw.get()).unwrap_or(Self(Vec::new()))
+    }
+
+    fn all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a Value> {
+        self.0.iter().filter(move |(field, _)| field == name).map(|(_, value)| value)
+    }
+
+    /// Returns the only value of a field, if it can be read.
+    fn one<T: DeserializeOwned>(&self, name: &str) -> Option<T> {
+        let mut all = self.all(name);
+        let value = all.next().filter(|_| all.next().is_none())?;
+        T::deserialize(value).ok()
+    }
+
+    /// Returns a closed policy of all sources that can be read.
+    fn closed(&self, id: PolicyId) -> EgressPolicy {
+        let sources = self.all("sources").flat_map(|value| match value {
+            Value::Array(list) => list.as_slice(),
+            other => std::slice::from_ref(other),
+        });
+        let sources = sources.filter_map(|source| source.as_str()?.parse().ok());
+        let nets = |nets: Vec<Text<Hosts>>| nets.into_iter().map(|net| net.0.0).collect();
+        let destinations: Option<Vec<_>> = self.one("destinations").flatten();
+        let destinations = destinations.filter(|listed: &Vec<_>| !listed.is_empty());
+        EgressPolicy {
+            // The first in order: what cannot be read must not let another policy take its packets.
+            priority: self.one("priority").unwrap_or_default(),
+            destinations: destinations
+                .map_or(Destinations::External, |listed| Destinations::Nets(nets(listed))),
+            unavailable: self.one("unavailable").unwrap_or_default(),
+            ..EgressPolicy::new(id, sources.map(|Hosts(net)| net).collect(), EgressIp::Node)
         }
     }
 }

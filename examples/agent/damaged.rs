@@ -15,11 +15,13 @@ extern crate harness;
 mod config;
 
 use egress_datapath::{
-    Changes, Datapath, MarkLayout, MarkPool, NodeName, Sim, State, TablePool, plan,
+    Changes, Datapath, Destinations, EgressIp, MarkLayout, MarkPool, NodeName, Sim, State,
+    TablePool, plan,
 };
 use harness::mutate::{self, Random};
 
 use config::Config;
+use serde_json::{Value, json};
 
 const GOOD: &str = r#"{
   "excluded": ["10.244.0.0/16", "fd44::/16"],
@@ -126,6 +128,10 @@ fn mutated_files_of_the_agent() {
                 return None;
             }
         };
+        for one in &config.unreadable {
+            assert!(config.policies.iter().any(|policy| policy.id == one.policy), "{one}");
+            assert!(!one.to_string().chars().any(char::is_control), "{one}");
+        }
         assert!(config.underlay().is_none_or(|(_, field)| field.starts_with("nodes[")));
         let mut tables = TablePool::new(config.tables).with_start(u32::MAX);
         match plan(&config.cluster, &config.policies, &mut marks.clone(), &mut tables) {
@@ -135,12 +141,152 @@ fn mutated_files_of_the_agent() {
                 assert_eq!(kernel.state(), &planned.state);
             }
             Err(error) => {
-                assert!(!config.field_of(&error).is_empty());
+                assert!(!Config::field_of(&error).is_empty());
                 assert!(!error.to_string().is_empty());
             }
         }
         Some(held(&config))
     });
+}
+
+fn parse(file: &Value) -> Config {
+    Config::parse(NodeName::new("a").unwrap(), "file", &file.to_string()).unwrap()
+}
+
+/// The good file with one value changed, added, or removed if null.
+fn changed(pointer: &str, value: Value) -> Value {
+    let mut file: Value = serde_json::from_str(GOOD).unwrap();
+    let (parent, key) = pointer.rsplit_once('/').unwrap();
+    match file.pointer_mut(parent).unwrap() {
+        Value::Object(fields) if value.is_null() => drop(fields.remove(key)),
+        Value::Object(fields) => drop(fields.insert(key.into(), value)),
+        Value::Array(list) => list[key.parse::<usize>().unwrap()] = value,
+        other => panic!("{other}"),
+    }
+    file
+}
+
+/// Checks the sentence about the first policy, changed; the second one is as it was.
+#[track_caller]
+fn unreadable(pointer: &str, value: Value, sentence: &str) {
+    let config = parse(&changed(pointer, value));
+    let [one] = config.unreadable.as_slice() else { panic!("{:?}", config.unreadable) };
+    let (policy, told) = (one.policy.as_str(), one.to_string());
+    let named = if pointer.ends_with("/id") { "policies/0" } else { "default/p1" };
+    assert_eq!(policy, named);
+    let told = told.strip_prefix(&format!("policy {policy} leaves its traffic unchanged: file:1:"));
+    let told = told.unwrap().trim_start_matches(|c: char| c.is_ascii_digit());
+    assert!(told.starts_with(&format!(": policies[0]{sentence}")), "{told}");
+    let mut ids: Vec<_> = config.policies.iter().map(|policy| policy.id.as_str()).collect();
+    ids.sort_unstable();
+    assert_eq!(ids, if named == "default/p1" { [named, "p2"] } else { ["p2", named] });
+}
+
+#[test]
+fn policies_that_cannot_be_read() {
+    let address = "not an IP address, which has no leading zeros";
+    let length = |text: &str| format!("{text:?} is not a prefix length of 0 to 32");
+    for (source, why) in [
+        ("010.0.0.0/8", address.to_owned()),
+        ("10.0.0.0.0", address.to_owned()),
+        ("", address.to_owned()),
+        ("10.0.0.0/08", length("08")),
+        ("10.0.0.0/+8", length("+8")),
+        ("10.0.0.0/", length("")),
+        ("10.0.0.0/33", length("33")),
+    ] {
+        let sentence = format!(".sources[0]: {source:?}: {why}");
+        unreadable("/policies/0/sources/0", json!(source), &sentence);
+    }
+    let no_string = ".sources[1]: invalid type: integer `5`, expected a string";
+    unreadable("/policies/0/sources/1", json!(5), no_string);
+    unreadable(
+        "/policies/0/destinations/0",
+        json!("::/129"),
+        ".destinations[0]: \"::/129\": \"129\" is not a prefix length of 0 to 128",
+    );
+    unreadable(
+        "/policies/0/gateway",
+        json!("b c"),
+        ".gateway: \"b c\": a node name cannot contain ' ' (at byte 1)",
+    );
+    let id = ".id: \"p;q\": a policy id cannot contain ';' (at byte 1)";
+    unreadable("/policies/0/id", json!("p;q"), id);
+    unreadable("/policies/0/id", Value::Null, ": missing field `id`");
+    unreadable("/policies/0/x", json!(1), ".x: unknown field `x`, expected");
+    let eip = "/policies/0/egress_ip";
+    unreadable(eip, Value::Null, ": missing field `egress_ip`");
+    unreadable(&format!("{eip}/x"), json!(1), ".egress_ip.x: unknown field `x`, expected");
+    let none = ".egress_ip: an egress IP needs v4, v6 or both; none is given";
+    unreadable(eip, json!({}), none);
+    unreadable(
+        eip,
+        json!("nodes"),
+        ".egress_ip: invalid value: string \"nodes\", \
+         expected \"node\" or an object with v4, v6 or both",
+    );
+    for (form, why) in [
+        (json!({"v6": "203.0.113.200"}), "v6: \"203.0.113.200\" is not an IPv6 address"),
+        (json!({"v4": "2001:db8::1"}), "v4: \"2001:db8::1\" is not an IPv4 address"),
+        (
+            json!({"v6": "::ffff:203.0.113.200"}),
+            "v6: \"::ffff:203.0.113.200\" is an IPv4-mapped IPv6 address; \
+             write IPv4 addresses as v4",
+        ),
+    ] {
+        unreadable(eip, form, &format!(".egress_ip.{why}"));
+    }
+}
+
+#[test]
+fn of_an_unreadable_policy_what_can_be_read_is_closed() {
+    let closed = |text: &str| {
+        let list =
+            format!("[{{\"id\": \"p2\", \"sources\": [], \"egress_ip\": \"node\"}},\n  {text}]");
+        let mut file: Value = serde_json::from_str(GOOD).unwrap();
+        file["policies"] = Value::Null;
+        let text = file.to_string().replace("\"policies\":null", &format!("\"policies\":{list}"));
+        let config = Config::parse(NodeName::new("a").unwrap(), "file", &text).unwrap();
+        assert_eq!(config.unreadable.len(), 1);
+        assert!(config.unreadable[0].to_string().contains(": file:2:"), "{:?}", config.unreadable);
+        let policy = config.policies.last().unwrap().clone();
+        assert_eq!((policy.gateway, policy.egress_ip), (None, EgressIp::Node));
+        let sources: Vec<_> = policy.sources.iter().map(ToString::to_string).collect();
+        (policy.id.to_string(), policy.priority, sources.join(" "), policy.destinations)
+    };
+    let list = Destinations::Nets(vec!["192.0.2.0/24".parse().unwrap()]);
+    let all = Destinations::External;
+    for (text, id, priority, sources, destinations) in [
+        (
+            r#"{"id":"q","priority":7,"sources":["10.0.0.1",5,"x","10.0.0.0/24"],"destinations":["192.0.2.0/24"]}"#,
+            "q",
+            7,
+            "10.0.0.1/32 10.0.0.0/24",
+            &list,
+        ),
+        // What occurs twice may be either of the two.
+        (
+            r#"{"id":"q","sources":["10.0.0.1"],"priority":7,"priority":8,"sources":"10.0.0.2"}"#,
+            "q",
+            0,
+            "10.0.0.1/32 10.0.0.2/32",
+            &all,
+        ),
+        (r#"{"id":"q","id":"r","sources":["10.0.0.1"]}"#, "policies/1", 0, "10.0.0.1/32", &all),
+        (r#"{"destinations":["192.0.2.0/24","y"]}"#, "policies/1", 0, "", &all),
+        (r#"{"id":"q","sources":["10.0.0.1"],"destinations":[]}"#, "q", 0, "10.0.0.1/32", &all),
+        ("5", "policies/1", 0, "", &all),
+        ("null", "policies/1", 0, "", &all),
+    ] {
+        let (id, sources) = (id.to_owned(), sources.to_owned());
+        assert_eq!(closed(text), (id, priority, sources, destinations.clone()), "{text}");
+    }
+    // A name made from the place is no other policy's.
+    let mut file: Value = serde_json::from_str(GOOD).unwrap();
+    file["policies"][0]["id"] = json!("policies/1");
+    file["policies"][1]["id"] = json!(5);
+    let ids: Vec<_> = parse(&file).policies.iter().map(|policy| policy.id.to_string()).collect();
+    assert_eq!(ids, ["policies/1", "policies/1#"]);
 }
 
 /// Returns the bytes of memory that the lists of a file take.

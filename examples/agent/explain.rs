@@ -94,9 +94,9 @@ fn gateway(
 }
 
 fn planned(file: &str, config: &Config) -> Result<Plan, Failure> {
-    let Config { cluster, policies, tables } = config;
+    let Config { cluster, policies, tables, .. } = config;
     plan(cluster, policies, &mut MarkPool::new(cluster.marks), &mut TablePool::new(*tables))
-        .map_err(|error| failure(file, config, error.into()))
+        .map_err(|error| failure(file, error.into()))
 }
 
 /// Returns the findings of the plan about policies that overlap this one.

@@ -4,6 +4,7 @@ mod backend;
 mod command;
 mod config;
 mod explain;
+mod findings;
 mod show;
 
 use std::fmt::Display;
@@ -20,8 +21,9 @@ use config::Config;
 use egress_datapath::preflight::{Preflight, Severity};
 use egress_datapath::{
     AllocError, Backend, Changes, Connection, Counts, Error, IptablesDatapath, KernelDatapath,
-    MarkLayout, MarkPool, Op, PlanError, Report, State, TablePool, TableRange, plan,
+    MarkLayout, MarkPool, Op, PlanError, State, TablePool, TableRange, plan,
 };
+use findings::Told;
 use serde::Serialize;
 
 /// Error that ends the agent.
@@ -59,9 +61,12 @@ fn main() -> ExitCode {
 /// Exit status of `plan --exit-code` if there are changes.
 const CHANGES: u8 = 3;
 
+/// Exit status of `apply` and `takeover` if the file has errors that close a policy or node.
+const CLOSED: u8 = 3;
+
 fn run(command: Command) -> Result<ExitCode, Failure> {
     match command {
-        Command::Apply(Apply { of, json }) => apply(&of, json)?,
+        Command::Apply(Apply { of, json }) => return apply(&of, json),
         Command::Plan(options) => {
             let changes = plan_only(&options)?;
             if options.exit_code && changes > 0 {
@@ -72,7 +77,7 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
         Command::Show(Show { json: false }) => show(show::people)?,
         Command::Show(Show { json: true }) => show(show::json)?,
         Command::Explain(options) => explain::run(&options)?,
-        Command::Takeover(of) => take_over(&of)?,
+        Command::Takeover(of) => return take_over(&of),
         Command::Remove(Remove { now: false }) => remove(Connection::REPLY_BLOCK_TIME)?,
         Command::Remove(Remove { now: true }) => remove(Duration::ZERO)?,
     }
@@ -87,9 +92,9 @@ fn read(of: &Of) -> Result<(String, Config), Failure> {
         .map_err(|error| Failure::Input(format!("--cluster {file}: {error}")))?;
     let mut config = Config::parse(of.node.clone(), &file, &text).map_err(Failure::Input)?;
     config.cluster.backend = of.backend.resolve().map_err(Failure::kernel)?;
-    let Config { cluster, policies, tables } = &config;
+    let Config { cluster, policies, tables, .. } = &config;
     plan(cluster, policies, &mut MarkPool::new(cluster.marks), &mut TablePool::new(*tables))
-        .map_err(|error| failure(&file, &config, error.into()))?;
+        .map_err(|error| failure(&file, error.into()))?;
     Ok((file, config))
 }
 
@@ -122,32 +127,46 @@ fn open(of: &Of) -> Result<(String, Config, Egress), Failure> {
     Ok((file, config, opened.map_err(Failure::kernel)?))
 }
 
-fn apply(of: &Of, as_json: bool) -> Result<(), Failure> {
+fn apply(of: &Of, as_json: bool) -> Result<ExitCode, Failure> {
     let (file, config, mut egress) = open(of)?;
     let report = egress.reconcile(&config.cluster, &config.policies);
-    let report = report.map_err(|error| failure(&file, &config, error))?;
-    if as_json { json(&report) } else { summary(&report, "changes") }
+    let report = report.map_err(|error| failure(&file, error))?;
+    let told = Told::of(&report, Some(&config));
+    if as_json {
+        json(&told)?
+    } else {
+        summary(&told, "changes")?
+    }
+    Ok(status(&told))
+}
+
+fn status(told: &Told<'_>) -> ExitCode {
+    if told.closes() { ExitCode::from(CLOSED) } else { ExitCode::SUCCESS }
 }
 
 /// Prints the changes that apply would make, and returns their number.
 fn plan_only(options: &Plan) -> Result<usize, Failure> {
     let (file, config, mut egress) = open(&options.of)?;
     let report = egress.preview(&config.cluster, &config.policies);
-    let report = report.map_err(|error| failure(&file, &config, error))?;
+    let report = report.map_err(|error| failure(&file, error))?;
+    let told = Told::of(&report, Some(&config));
     match options {
         Plan { as_shell: true, .. } => script(&report.changes)?,
-        Plan { json: true, .. } => json(&report)?,
-        _ => summary(&report, "changes planned")?,
+        Plan { json: true, .. } => json(&told)?,
+        _ => summary(&told, "changes planned")?,
     }
     Ok(report.changes.len())
 }
 
-fn take_over(of: &Of) -> Result<(), Failure> {
+fn take_over(of: &Of) -> Result<ExitCode, Failure> {
     let (file, config, mut egress) = open(of)?;
     let mut predecessors = open_beside_theirs(&file, &config, &mut egress)?;
     let report = egress.reconcile(&config.cluster, &config.policies);
-    summary(&report.map_err(|error| failure(&file, &config, error))?, "changes")?;
-    clear(&mut predecessors)
+    let report = report.map_err(|error| failure(&file, error))?;
+    let told = Told::of(&report, Some(&config));
+    summary(&told, "changes")?;
+    clear(&mut predecessors)?;
+    Ok(status(&told))
 }
 
 /// Writes a value as JSON.
@@ -171,7 +190,7 @@ fn open_beside_theirs(
         )));
     }
     let planned = egress.preview(&config.cluster, &config.policies);
-    let planned = planned.map_err(|error| failure(file, config, error))?;
+    let planned = planned.map_err(|error| failure(file, error))?;
     let mut added = planned.changes.ops().filter_map(|op| match op {
         // The fallback rule, for the prefix alone, steers no packet.
         Op::AddRule(rule) if rule.mask != config.cluster.marks.prefix_mask() => Some(rule),
@@ -230,14 +249,14 @@ fn find_underlay(
     Ok(())
 }
 
-fn failure(file: &str, config: &Config, error: Error) -> Failure {
+fn failure(file: &str, error: Error) -> Failure {
     match error {
         Error::Plan(
             error @ (PlanError::Table(AllocError::Kernel(_))
             | PlanError::Mark(AllocError::Kernel(_))),
         ) => Failure::kernel(error),
         Error::Plan(error) => {
-            Failure::Input(format!("{file}: {}: {error}", config.field_of(&error)))
+            Failure::Input(format!("{file}: {}: {error}", Config::field_of(&error)))
         }
         error => Failure::kernel(error),
     }
@@ -265,7 +284,7 @@ fn remove(patience: Duration) -> Result<(), Failure> {
         thread::sleep(patience);
     }
     all.changes.extend(egress.remove().map_err(Failure::kernel)?.changes);
-    summary(&all, "changes")
+    summary(&Told::of(&all, None), "changes")
 }
 
 /// Prints the changes as a shell script that stops at the first command that fails.
@@ -279,11 +298,7 @@ fn script(changes: &Changes) -> Result<(), Failure> {
     Ok(())
 }
 
-fn summary(Report { changes, findings, .. }: &Report, what: &str) -> Result<(), Failure> {
+fn summary(told: &Told<'_>, what: &str) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
-    write!(out, "{changes}")?;
-    for finding in findings {
-        writeln!(out, "note: {finding}")?;
-    }
-    Ok(writeln!(out, "{} {what}", changes.len())?)
+    Ok(writeln!(out, "{told}{} {what}", told.changes.len())?)
 }

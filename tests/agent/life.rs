@@ -95,6 +95,8 @@ fn a_whole_life() {
         let policy = &shown["policies"][0]["ipv4"];
         assert_eq!((&policy["packets"], &policy["bytes"]), (&json!(0), &json!(0)), "{shown}");
 
+        errors_of_one_policy(&options);
+
         // Bad input leaves everything where it is.
         let before = done(&["show", "--json"]);
         refusal("a", &changed("/tunnel/vni", json!(0)));
@@ -104,6 +106,63 @@ fn a_whole_life() {
         assert_eq!(done(&["remove"]), "0 changes\n");
         assert!(done(&["show"]).starts_with("link: none\n"));
     });
+}
+
+/// Applies files with errors in one policy or node: the others are in force, and the status says so.
+fn errors_of_one_policy(options: &[&str; 4]) {
+    let applied = |file: &Value, more: &[&str]| {
+        let file = File::new(&file.to_string());
+        let (code, out, message) = run(&[&["apply"], &options[..3], &[file.path()], more].concat());
+        assert_eq!(message, "", "{out}");
+        (code, out)
+    };
+    let mut file = good();
+    let bad =
+        json!({"id": "bad", "sources": ["10.244.1.20/24"], "gateway": "b", "egress_ip": "node"});
+    file["policies"].as_array_mut().unwrap().push(bad);
+    let (code, out) = applied(&file, &[]);
+    assert_eq!(code, Some(3), "{out}");
+    let note = "note: policy bad drops its traffic: 10.244.1.20/24 has host bits set; \
+                10.244.1.0/24 may be meant\n";
+    assert!(out.contains(note), "{out}");
+    let people = done(&["show"]);
+    assert!(people.contains("\npolicy: default/p1 IPv4 gateway b\n"), "{people}");
+    assert!(people.contains("\npolicy: bad IPv4 deny\n"), "{people}");
+    assert_eq!(applied(&file, &[]).0, Some(3), "as long as the file has the error");
+
+    // plan says the same, and its status is about changes alone.
+    let path = File::new(&file.to_string());
+    let plan = [&["plan", "--exit-code"], &options[..3], &[path.path()]].concat();
+    let (code, out, _) = run(&plan);
+    assert_eq!(code, Some(0), "{out}");
+    assert!(out.contains(note), "{out}");
+
+    file["policies"][1] = json!({"id": "bad", "sources": ["10.244.1.20", "x"], "gateway": "b"});
+    let (code, out) = applied(&file, &["--json"]);
+    assert_eq!(code, Some(3), "{out}");
+    let report: Value = serde_json::from_str(&out).unwrap();
+    let findings = report["findings"].as_array().unwrap();
+    let about: Vec<_> = findings.iter().filter(|one| one.to_string().contains("bad")).collect();
+    assert_eq!(about.len(), 1, "{report}");
+    assert_eq!(
+        (&about[0]["code"], &about[0]["policy"]),
+        (&json!("unreadable_policy"), &json!("bad"))
+    );
+    assert!(about[0]["message"].as_str().unwrap().contains(": policies[1].sources[1]: \"x\":"));
+
+    // A policy of nobody closes nothing.
+    file["policies"][1] = json!({"id": "bad", "sources": [], "gateway": "b", "egress_ip": "node"});
+    let (code, out) = applied(&file, &[]);
+    assert_eq!(code, Some(0), "{out}");
+    assert!(out.contains("note: policy bad drops its traffic: sources are empty"), "{out}");
+
+    // A node that is left out, with the policies of its own.
+    let mut file = good();
+    file["nodes"][1]["tunnel"] = json!([]);
+    let (code, out) = applied(&file, &[]);
+    assert_eq!(code, Some(3), "{out}");
+    assert!(out.contains("note: node b is left out: it has no tunnel address\n"), "{out}");
+    assert_eq!(applied(&good(), &[]).0, Some(0));
 }
 
 /// Says of one pod's packets where they go, while the kernel holds what the file asks for.

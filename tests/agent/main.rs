@@ -128,11 +128,6 @@ fn refused(pointer: &str, value: Value, sentence: &str) {
 fn values_of_the_wrong_type_name_their_field() {
     refused("/excluded", json!("x"), "excluded: invalid type: string \"x\", expected a sequence");
     refused(
-        "/policies/0/sources/1",
-        json!(5),
-        "policies[0].sources[1]: invalid type: integer `5`, expected a string",
-    );
-    refused(
         "/tunnel/port",
         json!(70_000),
         "tunnel.port: invalid value: integer `70000`, expected u16",
@@ -142,12 +137,6 @@ fn values_of_the_wrong_type_name_their_field() {
         "/nodes/0/mark",
         json!(7),
         "nodes[0].mark: invalid type: integer `7`, expected a string",
-    );
-    refused(
-        "/policies/0/egress_ip",
-        json!("nodes"),
-        "policies[0].egress_ip: invalid value: string \"nodes\", \
-         expected \"node\" or an object with v4, v6 or both",
     );
 }
 
@@ -160,8 +149,6 @@ fn fields_that_are_missing_unknown_or_twice() {
         ("/marks", "marks.x"),
         ("/tables", "tables.x"),
         ("/nodes/1", "nodes[1].x"),
-        ("/policies/0", "policies[0].x"),
-        ("/policies/0/egress_ip", "policies[0].egress_ip.x"),
     ] {
         let sentence = refusal("a", &changed(&format!("{place}/x"), json!(1)));
         assert!(sentence.starts_with(&format!("{path}: {unknown}")), "{sentence}");
@@ -173,8 +160,6 @@ fn fields_that_are_missing_unknown_or_twice() {
         ("/nodes/1/name", "nodes[1]: missing field `name`"),
         ("/nodes/1/tunnel", "nodes[1]: missing field `tunnel`"),
         ("/marks/bits", "marks: missing field `bits`"),
-        ("/policies/0/id", "policies[0]: missing field `id`"),
-        ("/policies/0/egress_ip", "policies[0]: missing field `egress_ip`"),
     ] {
         refused(pointer, Value::Null, sentence);
     }
@@ -186,20 +171,12 @@ fn fields_that_are_missing_unknown_or_twice() {
 fn texts_that_are_not_what_they_should_be() {
     let address = "not an IP address, which has no leading zeros";
     for (pointer, text, why) in [
-        ("/policies/0/sources/0", "010.0.0.0/8", address),
-        ("/policies/0/sources/0", "10.0.0.0.0", address),
-        ("/policies/0/sources/0", "", address),
-        ("/policies/0/sources/0", "10.0.0.0/08", "\"08\" is not a prefix length of 0 to 32"),
-        ("/policies/0/sources/0", "10.0.0.0/+8", "\"+8\" is not a prefix length of 0 to 32"),
-        ("/policies/0/sources/0", "10.0.0.0/", "\"\" is not a prefix length of 0 to 32"),
-        ("/policies/0/sources/0", "10.0.0.0/33", "\"33\" is not a prefix length of 0 to 32"),
-        ("/policies/0/destinations/0", "::/129", "\"129\" is not a prefix length of 0 to 128"),
+        ("/excluded/0", "010.0.0.0/8", address),
+        ("/excluded/0", "10.0.0.0/08", "\"08\" is not a prefix length of 0 to 32"),
         ("/excluded/0", "10.244.0.0", "a prefix needs a length, such as 10.244.0.0/16"),
         ("/nodes/0/tunnel/0", "172.31.0.11", "a prefix needs a length, such as 10.244.0.0/16"),
         ("/nodes/0/underlay/0", "eth0", "invalid IP address syntax"),
         ("/nodes/0/name", "", "a node name cannot be empty"),
-        ("/policies/0/gateway", "b c", "a node name cannot contain ' ' (at byte 1)"),
-        ("/policies/0/id", "p;q", "a policy id cannot contain ';' (at byte 1)"),
         (
             "/tunnel/device",
             "egress.vxlan.100",
@@ -225,31 +202,7 @@ fn texts_that_are_not_what_they_should_be() {
 }
 
 #[test]
-fn egress_ips_of_the_wrong_kind() {
-    let field = "/policies/0/egress_ip";
-    let none = "policies[0].egress_ip: an egress IP needs v4, v6 or both; none is given";
-    refused(field, json!({}), none);
-    refused(
-        field,
-        json!({"v6": "203.0.113.200"}),
-        "policies[0].egress_ip.v6: \"203.0.113.200\" is not an IPv6 address",
-    );
-    refused(
-        field,
-        json!({"v4": "2001:db8::1"}),
-        "policies[0].egress_ip.v4: \"2001:db8::1\" is not an IPv4 address",
-    );
-    refused(
-        field,
-        json!({"v6": "::ffff:203.0.113.200"}),
-        "policies[0].egress_ip.v6: \"::ffff:203.0.113.200\" is an IPv4-mapped IPv6 address; \
-         write IPv4 addresses as v4",
-    );
-}
-
-#[test]
 fn values_that_contradict_each_other_or_the_kernel() {
-    let policy = "policy default/p1:";
     for (pointer, value, sentence) in [
         (
             "/marks/bits",
@@ -283,46 +236,14 @@ fn values_that_contradict_each_other_or_the_kernel() {
             json!([]),
             "excluded: no excluded prefix is given: name at least the prefix of the pods".into(),
         ),
-        ("/nodes/1/name", json!("a"), "nodes: node a is listed twice".into()),
         (
-            "/nodes/1/underlay/0",
-            json!("10.10.0.11"),
-            "nodes: nodes a and b both have 10.10.0.11".into(),
-        ),
-        (
-            "/policies/0/sources",
+            "/nodes/0/tunnel",
             json!([]),
-            format!("policies[0].sources: {policy} sources are empty; a policy needs at least one"),
-        ),
-        (
-            "/policies/0/sources/0",
-            json!("10.244.1.10/24"),
-            format!(
-                "policies[0].sources: {policy} 10.244.1.10/24 has host bits set; \
-                 10.244.1.0/24 may be meant"
-            ),
-        ),
-        (
-            "/policies/0/gateway",
-            json!("z"),
-            format!("policies[0].gateway: {policy} gateway z is not a node of the cluster"),
-        ),
-        (
-            "/policies/0/egress_ip/v4",
-            json!("10.244.0.7"),
-            format!(
-                "policies[0].egress_ip: {policy} egress IP 10.244.0.7 lies in the excluded \
-                 prefix 10.244.0.0/16"
-            ),
+            "nodes: node a, this one, has no usable addresses: it has no tunnel address".into(),
         ),
     ] {
         refused(pointer, value, &sentence);
     }
-    let mut file = good();
-    let policies = file["policies"].as_array_mut().unwrap();
-    policies.push(policies[0].clone());
-    let sentence = "policies: policy default/p1 is given twice";
-    assert_eq!(refusal("a", &file.to_string()), sentence);
     assert_eq!(
         refusal("z", &good().to_string()),
         "--node: node z is not in the cluster's list of nodes"

@@ -3,10 +3,15 @@
 use std::thread;
 
 use common::backend::steering;
-use common::fleet::{Fleet, Result, check, dual, expect, lab, policy, tool, unless_beyond};
+use common::fleet::{
+    Fleet, Result, check, dual, expect, expect_nothing, lab, policy, sources, tool, unless_beyond,
+};
 use egress_datapath::state::RuleAction;
-use egress_datapath::testing::lab::{EIP_B, POD_A, POD_B, Proto, SERVER, probe};
-use egress_datapath::{KernelDatapath, MarkLayout, Steering, observe};
+use egress_datapath::testing::lab::{EIP_B, POD_A, POD_B, POD_C, Proto, SERVER, STRANGER, probe};
+use egress_datapath::{
+    Cluster, Finding, KernelDatapath, MarkLayout, Node, NodeName, Steering, observe,
+};
+use ipnet::IpNet;
 
 const B: Option<&str> = Some("node-b");
 
@@ -16,6 +21,60 @@ fn policy_without_gateway_reported_by_every_node() -> Result {
     let policies = [policy("p", &[POD_A, POD_B], None, dual(EIP_B))?];
     let reports = Fleet::open(&lab)?.apply(&policies)?;
     assert_eq!(reports.iter().map(|report| report.findings.len()).collect::<Vec<_>>(), [2; 3]);
+    Ok(())
+}
+
+#[test]
+fn invalid_policies_and_nodes_silent_beside_a_valid_policy() -> Result {
+    let lab = lab();
+    let stale = |name: &str, tunnel: &[&str]| -> Result<Node> {
+        let tunnel = tunnel.iter().map(|net| net.parse()).collect::<std::result::Result<_, _>>()?;
+        Ok(Node::new(NodeName::new(name)?, vec!["10.10.0.99".parse()?], tunnel))
+    };
+    let stale = [
+        stale("no-tunnel", &[])?,
+        stale("old", &["172.31.0.98/16"])?,
+        stale("new", &["172.31.0.99/16"])?,
+    ];
+    let beside = |cluster: &mut Cluster| cluster.nodes.extend(stale.clone());
+    let mut by_host_bits = policy("host-bits", &[POD_C], B, dual(EIP_B))?;
+    for net in &mut by_host_bits.sources {
+        *net = IpNet::new(net.addr(), net.max_prefix_len() - 8)?;
+    }
+    let policies = [
+        policy("good", &[POD_A], B, dual(EIP_B))?,
+        policy("unknown", &[STRANGER], Some("gone"), dual(EIP_B))?,
+        policy("left-out", &[POD_B], Some("old"), dual(EIP_B))?,
+        by_host_bits,
+        policy("nobody", &[], B, dual(EIP_B))?,
+    ];
+    // The second time all nodes begin anew, with what the first have left in the kernel.
+    for first in [true, false] {
+        let mut fleet = Fleet::with(&lab, beside)?;
+        for report in fleet.apply(&policies)? {
+            let codes: Vec<_> = report.findings.iter().map(Finding::code).collect();
+            assert_eq!(
+                codes,
+                [
+                    "shared_by_nodes",
+                    "no_tunnel",
+                    "shared_by_nodes",
+                    "host_bits",
+                    "gateway_left_out",
+                    "no_sources",
+                    "unknown_gateway",
+                ]
+            );
+            assert!(first || report.changes.is_empty(), "{}", report.changes);
+        }
+        check(&[
+            expect(&lab.pod_a, SERVER, EIP_B),
+            expect_nothing(&lab.stranger, SERVER),
+            expect_nothing(&lab.pod_b, SERVER),
+            expect_nothing(&lab.pod_c, SERVER),
+        ]);
+        assert_eq!(sources(&lab), EIP_B.into_iter().collect());
+    }
     Ok(())
 }
 
