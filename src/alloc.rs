@@ -100,7 +100,8 @@ pub trait MarkAllocator: Send {
     ///
     /// # Errors
     ///
-    /// [`AllocError::Exhausted`] if every mark is allocated.
+    /// [`AllocError::Exhausted`] if every mark is allocated: the policies of the gateway are closed.
+    /// Any other error is one of the whole call.
     fn allocate(&mut self, node: &NodeName) -> Result<Mark, AllocError<Mark>>;
 
     /// Reserves a mark that the node already has, found in the kernel or given by the caller.
@@ -135,8 +136,9 @@ pub trait TableAllocator: Send {
     ///
     /// # Errors
     ///
-    /// [`AllocError::Exhausted`] if every table is in use, [`AllocError::Kernel`] if the tables in
-    /// use could not be read from the kernel.
+    /// [`AllocError::Exhausted`] if every table is in use: the policies of the gateway are closed.
+    /// Any other error is one of the whole call, such as [`AllocError::Kernel`] if the tables in use
+    /// could not be read from the kernel.
     fn allocate(&mut self, node: &NodeName) -> Result<TableId, AllocError<TableId>>;
 
     /// Reserves a table that the node already has, found in the kernel.
@@ -612,6 +614,8 @@ impl TableAllocator for TablePool {
             return Ok(table);
         }
         let in_use = match &mut self.probe {
+            // Nothing is free, whatever other programs use: many gateways may ask in vain.
+            _ if self.given.ids.len() >= self.range.len() as usize => BTreeSet::new(),
             Some(probe) => probe.tables_in_use().map_err(AllocError::Kernel)?,
             None => BTreeSet::new(),
         };

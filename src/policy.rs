@@ -12,8 +12,8 @@ use crate::types::{Family, NodeName, PolicyId};
 /// Implement the trait for a type of your own to plan from it without copying; [`EgressPolicy`] is
 /// the plain data type that implements it. The guide has [an
 /// example](crate::guide::embedding#own-implementations-of-the-traits). [`plan`](crate::plan())
-/// validates the values that an implementation returns, and an invalid value refuses the
-/// [whole input](crate::guide::errors#one-invalid-policy).
+/// validates the values that an implementation returns, and an invalid value
+/// [closes](crate::guide::errors#one-invalid-policy) that policy alone.
 #[cfg_attr(feature = "mock", mockall::automock)]
 pub trait Policy: Send + Sync {
     /// Returns the stable identity, which is also the comment on the policy's kernel objects.
@@ -26,7 +26,7 @@ pub trait Policy: Send + Sync {
 
     /// Returns the pod prefixes whose traffic the policy selects.
     ///
-    /// There is at least one, of either family, and host bits are zero. The order has no effect.
+    /// They are of either family, and host bits are zero. The order has no effect.
     fn sources(&self) -> &[IpNet];
 
     /// Returns the destinations whose traffic the policy selects.
@@ -47,9 +47,10 @@ pub trait Policy: Send + Sync {
 
 /// Treatment of a policy's traffic of one family if the policy cannot be carried out.
 ///
-/// This applies where the policy has no gateway, no egress IP of the family, or no tunnel address
-/// of the family on one of the two nodes. It depends on the policy and the cluster only: traffic
-/// that is steered while its gateway, tunnel or route is missing is dropped in any case.
+/// This applies where the policy has an error, no gateway, no egress IP of the family, or no tunnel
+/// address of the family on one of the two nodes, and where no mark or routing table is left for
+/// its gateway. It depends on the input only: traffic that is steered while its gateway, tunnel or
+/// route is missing is dropped in any case.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "lowercase"))]

@@ -108,7 +108,7 @@ impl Error {
     /// Short code of the error, which never changes: for alerts and for programs.
     ///
     /// An error of the input has the code of its [`PlanError`].
-    pub const fn code(&self) -> &'static str {
+    pub fn code(&self) -> &'static str {
         match self {
             Self::Plan(error) => error.code(),
             Self::Observe(_) => "observe_failed",

@@ -133,9 +133,9 @@ fn apply(of: &Of, as_json: bool) -> Result<ExitCode, Failure> {
     let report = report.map_err(|error| failure(&file, error))?;
     let told = Told::of(&report, Some(&config));
     if as_json {
-        json(&told)?
+        json(&told)?;
     } else {
-        summary(&told, "changes")?
+        summary(&told, "changes")?;
     }
     Ok(status(&told))
 }

@@ -242,13 +242,12 @@ pub enum PolicyError {
 
 impl PlanError {
     /// Short code of the error, which never changes: for alerts and for programs.
-    pub const fn code(&self) -> &'static str {
+    ///
+    /// An error of this node has the code of its first [`NodeError`].
+    pub fn code(&self) -> &'static str {
         match self {
             Self::UnknownNode { .. } => "unknown_node",
-            Self::ThisNode { errors, .. } => match errors.as_slice() {
-                [first, ..] => first.code(),
-                [] => "this_node",
-            },
+            Self::ThisNode { errors, .. } => errors.first().map_or("this_node", NodeError::code),
             Self::IptablesDevice { .. } => "iptables_device",
             Self::EgressHookPrefix { .. } => "egress_hook_prefix",
             Self::EgressHookBackend { .. } => "egress_hook_backend",

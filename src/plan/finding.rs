@@ -79,16 +79,14 @@ impl Finding {
     /// Short code of the finding, which never changes: for alerts and for programs.
     ///
     /// A policy or node with errors has the code of its first error.
-    pub const fn code(&self) -> &'static str {
+    pub fn code(&self) -> &'static str {
         match self {
-            Self::InvalidNode { errors, .. } => match errors.as_slice() {
-                [first, ..] => first.code(),
-                [] => "invalid_node",
-            },
-            Self::InvalidPolicy { errors, .. } => match errors.as_slice() {
-                [first, ..] => first.code(),
-                [] => "invalid_policy",
-            },
+            Self::InvalidNode { errors, .. } => {
+                errors.first().map_or("invalid_node", NodeError::code)
+            }
+            Self::InvalidPolicy { errors, .. } => {
+                errors.first().map_or("invalid_policy", PolicyError::code)
+            }
             Self::Overlap { .. } => "policies_overlap",
             Self::NoClosingTable { .. } => "no_closing_table",
             Self::Bypassed { .. } => "policy_bypassed",

@@ -89,7 +89,7 @@ impl Sources {
     }
 
     /// Returns whether no source is invalid.
-    pub(super) const fn are_sound(&self) -> bool {
+    pub(super) fn are_sound(&self) -> bool {
         self.invalid.is_empty()
     }
 

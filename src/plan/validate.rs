@@ -85,9 +85,10 @@ impl Nodes {
     pub(super) fn gateway(&self, name: &NodeName) -> Result<usize, PolicyError> {
         self.sound.get(name).copied().ok_or_else(|| {
             let gateway = name.clone();
-            match self.left_out.contains_key(name) {
-                true => PolicyError::GatewayLeftOut { gateway },
-                false => PolicyError::UnknownGateway { gateway },
+            if self.left_out.contains_key(name) {
+                PolicyError::GatewayLeftOut { gateway }
+            } else {
+                PolicyError::UnknownGateway { gateway }
             }
         })
     }

@@ -94,7 +94,7 @@ fn bad_nodes() -> impl Strategy<Value = Vec<Node>> {
                 2 => node.mac = Some(MacAddr::new([0; 6])),
                 3 => node.mark = Some(Mark::new(1)),
                 4 => node.underlay.clear(),
-                5 => other.underlay = node.underlay.clone(),
+                5 => other.underlay.clone_from(&node.underlay),
                 6 => other.name = node.name.clone(),
                 7 => other.mac = Some(node.mac()),
                 // The tunnel address of this node.

@@ -226,6 +226,7 @@ fn nodes_that_contradict_each_other_left_out() {
 
 #[test]
 fn this_node_steers_on_beside_a_node_that_contradicts_it() {
+    use PlanError as E;
     let here = policy("own", &["10.244.1.11/32"], Some("a"), v4("198.51.100.201"));
     let with = |change: &dyn Fn(&mut Cluster)| {
         let mut cluster = cluster("a");
@@ -276,7 +277,6 @@ fn this_node_steers_on_beside_a_node_that_contradicts_it() {
     let one = planned(&reversed, [good()]).unwrap();
     reversed.nodes.reverse();
     assert_eq!(planned(&reversed, [good()]).unwrap(), one);
-    use PlanError as E;
     let of_here = |change: fn(&mut Node)| of_cluster(|cluster| change(&mut cluster.nodes[0]));
     let this = "node a, this one, has no usable addresses:";
     refused!(

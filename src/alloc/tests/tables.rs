@@ -114,6 +114,8 @@ fn the_kernel_is_asked_once_for_a_new_node_and_not_for_a_known_one() {
     assert_eq!(pool.allocate(&node("b")), Ok(table(3000)), "the answer is fresh");
     assert_eq!(asked.load(Ordering::Relaxed), 2);
     pool.reserve(&node("c"), table(3002)).unwrap();
+    let full = AllocError::Exhausted { node: node("d"), capacity: 3 };
+    assert_eq!(pool.allocate(&node("d")), Err(full), "without asking: all are given out");
     pool.release(&node("c")).unwrap();
     assert_eq!(asked.load(Ordering::Relaxed), 2);
 }
