@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use egress_datapath::{
-    DenyReason, EgressPolicy, Family, Finding, MarkPool, Node, Reconciler, Sim, TablePool,
-    TableRange, Update,
+    DenyReason, EgressPolicy, Family, Fate, Finding, MarkPool, Node, Packet, Reconciler, Sim,
+    TablePool, TableRange, Update, explain,
 };
 
 use crate::{cluster_v4, name, policy, v4};
@@ -53,6 +53,9 @@ fn every_table_of_range_usable() {
     // The table of a gateway that goes is found by the one that has waited.
     let gone = [Update::Remove::<EgressPolicy>(all[2].id.clone())];
     assert_eq!(egress.update(gone).unwrap().findings, [Finding::NoClosingTable { capacity: 2 }]);
+    let packet = Packet::udp(address("10.244.1.1"), 40_000, address("192.0.2.9"), 53);
+    let fate = explain(egress.datapath().state(), &packet).fate;
+    assert!(matches!(fate, Fate::Tunnelled(_)), "{fate:?}");
     let report = egress.reconcile(&cluster, &all[..2]).unwrap();
     assert_eq!(report.findings, [Finding::NoClosingTable { capacity: 2 }]);
     // One leaves and another comes, then one only: nothing is short of tables for a while.
