@@ -392,11 +392,14 @@ impl Index {
     ) -> Result<(), PlanError> {
         let places = self.gateways.values().map(|gateway| gateway.place);
         if places.collect::<BTreeSet<_>>().iter().eq(self.used.keys()) {
+            self.short = false;
             return Ok(());
         }
         // Gateways that found no mark or table before are among those used: they may find one now.
         let gateways = numbered(self.used.keys().copied(), &self.world, marks, tables)?;
         let (closing, no_table) = closing_table(&self.world.cluster, &gateways, tables)?;
+        let short = gateways.len() < self.used.len();
+        let was_short = std::mem::replace(&mut self.short, short);
         if (&gateways, closing, no_table) == (&self.gateways, self.closing, self.no_table) {
             return Ok(());
         }
@@ -404,12 +407,10 @@ impl Index {
             .iter()
             .any(|(name, new)| self.gateways.get(name).is_some_and(|old| old != new));
         // Policies that no change names may use a gateway that found no mark or table before.
-        let short = gateways.len() < self.used.len();
-        delta.disputed |= renumbered || short || self.short;
+        delta.disputed |= renumbered || short || was_short;
         delta.skeleton = true;
         let (_, gone) = self.parts();
         delta.elements.extend(gone.into_keys().map(|key| (key, None)));
-        self.short = short;
         (self.gateways, self.closing, self.no_table) = (gateways, closing, no_table);
         Ok(())
     }
@@ -423,6 +424,8 @@ impl Index {
         let mut findings: Vec<_> = touched.iter().flat_map(|kept| self.findings_of(kept)).collect();
         let pairs = delta.overlapping.iter().copied();
         findings.extend(pairs.filter_map(|(family, pair)| self.overlap(family, pair)));
+        let no_table = self.no_table.filter(|_| delta.skeleton);
+        findings.extend(no_table.map(|capacity| Finding::NoClosingTable { capacity }));
         // With iptables the effect of an update is only known from a plan of everything.
         if delta.disputed || self.world.cluster.backend != Backend::Nftables {
             return (Planned::Whole(Box::new(self.renew())), findings);
@@ -440,7 +443,6 @@ impl Index {
             let (state, fixed) = self.parts();
             delta.elements.extend(fixed.into_iter().map(|(key, value)| (key, Some(value))));
             part.rest = Some(Box::new(state));
-            findings.extend(self.no_table.map(|capacity| Finding::NoClosingTable { capacity }));
         }
         part.sources = Some(delta.sources).filter(|_| !everybody && part.rest.is_none());
         part.elements = delta.elements;
