@@ -12,9 +12,9 @@ use std::cell::RefCell;
 
 use common::world::{cluster, name, policies};
 use divan::Bencher;
+use egress_datapath::alloc::{MarkPool, TablePool, TableRange};
 use egress_datapath::{
-    Changes, Cluster, EgressPolicy, MarkAllocator, MarkLayout, MarkPool, Plan, TableAllocator,
-    TablePool, TableRange, plan,
+    Changes, Cluster, EgressPolicy, MarkAllocator, MarkLayout, Plan, TableAllocator, plan,
 };
 
 fn main() {

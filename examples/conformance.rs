@@ -13,9 +13,10 @@ use std::env;
 use std::process::ExitCode;
 use std::time::Instant;
 
+use egress_datapath::alloc::TableRange;
 use egress_datapath::testing::conformance::{BoxError, CASES, Case, Integration, Report, Verdict};
 use egress_datapath::testing::lab::{self, Host};
-use egress_datapath::{Cluster, EgressPolicy, KernelDatapath, MarkLayout, Reconciler, TableRange};
+use egress_datapath::{Cluster, EgressPolicy, KernelDatapath, MarkLayout, Reconciler};
 
 /// The program under test on a node.
 struct Agent(Reconciler<KernelDatapath>);

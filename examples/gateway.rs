@@ -16,13 +16,13 @@ use std::net::IpAddr;
 use std::process::ExitCode;
 use std::time::Instant;
 
+use egress_datapath::alloc::TableRange;
 use egress_datapath::testing::lab::{
     self, EIP_B, EIP_C, Lab, NODE_B_OUTSIDE, Netns, OTHER_SERVER, POD_A, POD_B, Pair, Proto,
     SERVER, STRANGER, hosts, probe_patiently,
 };
 use egress_datapath::{
     Cluster, Destinations, EgressIp, EgressPolicy, KernelDatapath, NodeName, PolicyId, Reconciler,
-    TableRange,
 };
 
 fn main() -> ExitCode {
@@ -57,10 +57,8 @@ fn run() -> Result<usize, Box<dyn Error>> {
     table.expect("pod-b", &lab.pod_b, SERVER, POD_B);
     lab.outside.take_seen();
 
-    let mut policy = EgressPolicy {
-        gateway: Some(NodeName::new("node-b")?),
-        ..EgressPolicy::new(PolicyId::new("shop")?, hosts(&[POD_A, POD_B]), dual(EIP_B))
-    };
+    let mut policy = EgressPolicy::new(PolicyId::new("shop")?, hosts(&[POD_A, POD_B]), dual(EIP_B))
+        .with_gateway(NodeName::new("node-b")?);
     nodes.reconcile(&[policy.clone()])?;
     table.step("gateway node-b");
     table.expect("pod-a", &lab.pod_a, SERVER, EIP_B);

@@ -6,10 +6,12 @@
 use std::error::Error;
 use std::io::{self, Write};
 
-use egress_datapath::libipset::{self, Libipset};
+use egress_datapath::datapath::observe;
+use egress_datapath::iptables::IptablesDatapath;
+use egress_datapath::iptables::libipset::{self, Libipset};
 use egress_datapath::state::{Ipset, IpsetContents};
 use egress_datapath::testing::lab;
-use egress_datapath::{Changes, Datapath, Family, IptablesDatapath, State, observe};
+use egress_datapath::{Changes, Datapath, Family, State};
 
 /// Argument that starts this program as the helper process of libipset.
 const SERVE: &str = "serve";

@@ -1,9 +1,9 @@
 //! Unit tests of a program that embeds the crate: mocks of the traits, and a simulated kernel.
 
+use egress_datapath::mock::{MockDatapath, MockMarkAllocator, MockPolicy, MockTableAllocator};
 use egress_datapath::{
-    Cluster, Destinations, EgressIp, Error, KernelError, Mark, MockDatapath, MockMarkAllocator,
-    MockPolicy, MockTableAllocator, Node, NodeName, PolicyId, Reconciler, Sim, TableId,
-    Unavailable,
+    Cluster, Destinations, EgressIp, Error, KernelError, Mark, Node, NodeName, PolicyId,
+    Reconciler, Sim, TableId, Unavailable,
 };
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;

@@ -2,9 +2,9 @@
 //!
 //! Node `a` is a client of the gateways of both policies, node `b` is the gateway of the first.
 
+use egress_datapath::alloc::{MarkPool, TablePool};
 use egress_datapath::{
-    Changes, Cluster, Destinations, EgressIp, EgressPolicy, MarkPool, Node, NodeName, PolicyId,
-    State, TablePool, plan,
+    Changes, Cluster, Destinations, EgressIp, EgressPolicy, Node, NodeName, PolicyId, State, plan,
 };
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -62,26 +62,22 @@ fn cluster(here: &str) -> Result<Cluster> {
 
 /// Two policies of a shop: its checkout has its own egress IP for one partner network.
 fn policies() -> Result<[EgressPolicy; 2]> {
-    let checkout = EgressPolicy {
-        destinations: Destinations::Nets(vec![
-            "203.0.113.0/24".parse()?,
-            "2001:db8:9::/48".parse()?,
-        ]),
-        gateway: Some(NodeName::new("b")?),
-        ..EgressPolicy::new(
-            PolicyId::new("shop/checkout")?,
-            vec!["10.244.1.10/32".parse()?, "fd44:1::10/128".parse()?],
-            EgressIp::Dual("198.51.100.200".parse()?, "2001:db8:51::200".parse()?),
-        )
-    };
-    let everything = EgressPolicy {
-        priority: 10,
-        gateway: Some(NodeName::new("c")?),
-        ..EgressPolicy::new(
-            PolicyId::new("shop/everything")?,
-            vec!["10.244.1.0/24".parse()?, "fd44:1::/64".parse()?],
-            EgressIp::Node,
-        )
-    };
+    let checkout = EgressPolicy::new(
+        PolicyId::new("shop/checkout")?,
+        vec!["10.244.1.10/32".parse()?, "fd44:1::10/128".parse()?],
+        EgressIp::Dual("198.51.100.200".parse()?, "2001:db8:51::200".parse()?),
+    )
+    .with_destinations(Destinations::Nets(vec![
+        "203.0.113.0/24".parse()?,
+        "2001:db8:9::/48".parse()?,
+    ]))
+    .with_gateway(NodeName::new("b")?);
+    let everything = EgressPolicy::new(
+        PolicyId::new("shop/everything")?,
+        vec!["10.244.1.0/24".parse()?, "fd44:1::/64".parse()?],
+        EgressIp::Node,
+    )
+    .with_priority(10)
+    .with_gateway(NodeName::new("c")?);
     Ok([checkout, everything])
 }

@@ -24,7 +24,8 @@ use crate::types::{Mark, NodeName, TableId};
 ///
 /// ```
 /// use std::collections::{BTreeMap, BTreeSet};
-/// use egress_datapath::{AllocError, Mark, MarkAllocator, MarkLayout, NodeName};
+/// use egress_datapath::{Mark, MarkAllocator, MarkLayout, NodeName};
+/// use egress_datapath::alloc::AllocError;
 ///
 /// struct Assigned {
 ///     layout: MarkLayout,
@@ -67,7 +68,8 @@ use crate::types::{Mark, NodeName, TableId};
 /// }
 ///
 /// # use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, PolicyId};
-/// # use egress_datapath::{Reconciler, Sim, TablePool};
+/// # use egress_datapath::{Reconciler, Sim};
+/// # use egress_datapath::alloc::TablePool;
 /// # let node = |name, underlay: &str, tunnel: &str| -> Result<Node, Box<dyn std::error::Error>> {
 /// #     Ok(Node::new(NodeName::new(name)?, vec![underlay.parse()?], vec![tunnel.parse()?]))
 /// # };
@@ -76,14 +78,12 @@ use crate::types::{Mark, NodeName, TableId};
 /// #     node("node-b", "10.10.0.12", "172.31.0.12/16")?,
 /// # ];
 /// # let cluster = Cluster::new(NodeName::new("node-a")?, nodes, vec!["10.244.0.0/16".parse()?]);
-/// # let policy = EgressPolicy {
-/// #     gateway: Some(NodeName::new("node-b")?),
-/// #     ..EgressPolicy::new(
-/// #         PolicyId::new("shop/checkout")?,
-/// #         vec!["10.244.1.10/32".parse()?],
-/// #         EgressIp::V4("198.51.100.200".parse()?),
-/// #     )
-/// # };
+/// # let policy = EgressPolicy::new(
+/// #     PolicyId::new("shop/checkout")?,
+/// #     vec!["10.244.1.10/32".parse()?],
+/// #     EgressIp::V4("198.51.100.200".parse()?),
+/// # )
+/// # .with_gateway(NodeName::new("node-b")?);
 /// let marks = Assigned {
 ///     layout: cluster.marks,
 ///     numbers: [(NodeName::new("node-b")?, 7)].into(),
@@ -213,7 +213,7 @@ pub enum AllocError<Id: fmt::Display> {
 /// The default is 3000 to 3100, 101 tables. The kernel's own tables are never part of a range.
 ///
 /// ```
-/// use egress_datapath::{TableRange, TableRangeError};
+/// use egress_datapath::alloc::{TableRange, TableRangeError};
 /// let range = TableRange::default();
 /// assert_eq!((range.start(), range.end(), range.len()), (3000, 3100, 101));
 /// assert_eq!(TableRange::new(3000, 0)?.len(), 1);
@@ -378,7 +378,8 @@ impl<Id: Copy + Ord + fmt::Display> Given<Id> {
 /// must be [reserved](MarkAllocator::reserve) before the first new mark is allocated.
 ///
 /// ```
-/// use egress_datapath::{AllocError, Mark, MarkAllocator, MarkPool, NodeName};
+/// use egress_datapath::{Mark, MarkAllocator, NodeName};
+/// use egress_datapath::alloc::{AllocError, MarkPool};
 ///
 /// let (a, b) = (NodeName::new("node-a")?, NodeName::new("node-b")?);
 /// let mut pool = MarkPool::default();
@@ -527,7 +528,8 @@ impl TablesInUse for BTreeSet<u32> {
 ///
 /// ```
 /// use std::collections::BTreeSet;
-/// use egress_datapath::{NodeName, TableAllocator, TableId, TablePool, TableRange};
+/// use egress_datapath::{NodeName, TableAllocator, TableId};
+/// use egress_datapath::alloc::{TablePool, TableRange};
 ///
 /// let in_use = BTreeSet::from([3099, 3100]);
 /// let mut pool = TablePool::with_probe(TableRange::default(), in_use).with_start(98);

@@ -14,6 +14,7 @@ use crate::types::{DeviceName, MacAddr, Mark, NodeName};
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
+#[non_exhaustive]
 pub struct Cluster {
     /// The node that the plan is for; one of `nodes`.
     pub node: NodeName,
@@ -154,6 +155,7 @@ pub enum Backend {
 /// - There are no notifications of changes by other programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
 pub struct Iptables {
     /// The iptables implementation: nft or legacy.
     pub variant: Variant,
@@ -176,6 +178,20 @@ impl Iptables {
     /// Creates the options for a variant, with all of them off.
     pub const fn new(variant: Variant) -> Self {
         Self { variant, accept: false, weave: false }
+    }
+
+    /// Accepts packets of the tunnel where the host's firewall drops by default.
+    #[must_use]
+    pub const fn with_accept(mut self, accept: bool) -> Self {
+        self.accept = accept;
+        self
+    }
+
+    /// Keeps Weave Net from translating the packets of policies on the pod's own node.
+    #[must_use]
+    pub const fn with_weave(mut self, weave: bool) -> Self {
+        self.weave = weave;
+        self
     }
 }
 
@@ -202,6 +218,55 @@ impl Cluster {
             backend: Backend::default(),
             steering: Steering::default(),
         }
+    }
+
+    /// Sets the VXLAN tunnel between the nodes.
+    #[must_use]
+    pub fn with_tunnel(mut self, tunnel: Tunnel) -> Self {
+        self.tunnel = tunnel;
+        self
+    }
+
+    /// Sets the bits of a packet's firewall mark that this crate uses.
+    #[must_use]
+    pub const fn with_marks(mut self, marks: MarkLayout) -> Self {
+        self.marks = marks;
+        self
+    }
+
+    /// Sets the first of the four priorities of routing rules, 1 to 32762.
+    #[must_use]
+    pub const fn with_rule_priority(mut self, rule_priority: u32) -> Self {
+        self.rule_priority = rule_priority;
+        self
+    }
+
+    /// Enables connection caching.
+    #[must_use]
+    pub const fn with_connection_caching(mut self, connection_caching: bool) -> Self {
+        self.connection_caching = connection_caching;
+        self
+    }
+
+    /// Enables packet and byte counters for each policy.
+    #[must_use]
+    pub const fn with_policy_counters(mut self, policy_counters: bool) -> Self {
+        self.policy_counters = policy_counters;
+        self
+    }
+
+    /// Sets the firewall in which packets are marked and translated.
+    #[must_use]
+    pub const fn with_backend(mut self, backend: Backend) -> Self {
+        self.backend = backend;
+        self
+    }
+
+    /// Sets the steering of marked packets to their gateway.
+    #[must_use]
+    pub const fn with_steering(mut self, steering: Steering) -> Self {
+        self.steering = steering;
+        self
     }
 }
 
@@ -246,6 +311,7 @@ impl RulePriorities {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
+#[non_exhaustive]
 pub struct Node {
     /// Name of the node.
     pub name: NodeName,
@@ -268,6 +334,20 @@ impl Node {
         Self { name, underlay, tunnel, mac: None, mark: None }
     }
 
+    /// Sets the MAC address of the node's tunnel interface; derived from the name if `None`.
+    #[must_use]
+    pub fn with_mac(mut self, mac: impl Into<Option<MacAddr>>) -> Self {
+        self.mac = mac.into();
+        self
+    }
+
+    /// Sets the firewall mark of traffic to this node as a gateway; allocated if `None`.
+    #[must_use]
+    pub fn with_mark(mut self, mark: impl Into<Option<Mark>>) -> Self {
+        self.mark = mark.into();
+        self
+    }
+
     /// Returns the MAC address of the node's tunnel interface.
     pub fn mac(&self) -> MacAddr {
         self.mac.unwrap_or_else(|| MacAddr::of_node(&self.name))
@@ -278,6 +358,7 @@ impl Node {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
+#[non_exhaustive]
 pub struct Tunnel {
     /// Name of the VXLAN device; default `egress.vxlan`.
     pub device: DeviceName,
@@ -300,5 +381,42 @@ impl Default for Tunnel {
             underlay_device: None,
             underlay_mtu: 1500,
         }
+    }
+}
+
+impl Tunnel {
+    /// Sets the name of the VXLAN device.
+    #[must_use]
+    pub fn with_device(mut self, device: DeviceName) -> Self {
+        self.device = device;
+        self
+    }
+
+    /// Sets the VXLAN network identifier, 1 to 2²⁴ − 1.
+    #[must_use]
+    pub const fn with_vni(mut self, vni: u32) -> Self {
+        self.vni = vni;
+        self
+    }
+
+    /// Sets the UDP destination port.
+    #[must_use]
+    pub const fn with_port(mut self, port: u16) -> Self {
+        self.port = port;
+        self
+    }
+
+    /// Sets the interface that carries the outer packets on this node.
+    #[must_use]
+    pub fn with_underlay_device(mut self, underlay_device: impl Into<Option<DeviceName>>) -> Self {
+        self.underlay_device = underlay_device.into();
+        self
+    }
+
+    /// Sets the MTU of the underlay interface in bytes.
+    #[must_use]
+    pub const fn with_underlay_mtu(mut self, underlay_mtu: u32) -> Self {
+        self.underlay_mtu = underlay_mtu;
+        self
     }
 }

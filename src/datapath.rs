@@ -3,11 +3,14 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use crate::connection::Connection;
-use crate::count::Counts;
 use crate::diff::changes::{ApplyError, Changes};
 use crate::error::KernelError;
 use crate::state::{Elements, State};
+
+pub use crate::connection::Connection;
+pub use crate::count::Counts;
+pub use crate::diff::changes::{Phase, Step};
+pub use crate::diff::op::Op;
 
 /// The state that the caller of [`Datapath::observe`] knows or expects.
 #[derive(Clone, Copy, Debug)]
@@ -69,7 +72,8 @@ impl Observed {
 /// Reads everything that this crate installed, and nothing else.
 ///
 /// ```
-/// use egress_datapath::{Sim, observe};
+/// use egress_datapath::Sim;
+/// use egress_datapath::datapath::observe;
 ///
 /// assert!(observe(&mut Sim::new())?.is_empty());
 /// # Ok::<(), egress_datapath::KernelError>(())
@@ -95,10 +99,8 @@ pub type OnConnection<'a> = dyn FnMut(Connection) + 'a;
 /// use std::collections::BTreeSet;
 /// use std::net::IpAddr;
 ///
-/// use egress_datapath::{
-///     ApplyError, Changes, Connection, Counts, Datapath, KernelError, Known, Observed,
-///     OnConnection,
-/// };
+/// use egress_datapath::{ApplyError, Changes, Datapath, KernelError};
+/// use egress_datapath::datapath::{Connection, Counts, Known, Observed, OnConnection};
 ///
 /// /// Counts the operations that are applied.
 /// struct Metered<D> {
@@ -159,7 +161,7 @@ pub trait Datapath: Send {
     ///
     /// `sources` limits the call to connections from these original sources; more connections do
     /// no harm, and `each` may be called twice for the same one. The caller decides which
-    /// connections are stale, and ends them with [`Op::EndConnection`](crate::Op::EndConnection). A
+    /// connections are stale, and ends them with [`Op::EndConnection`]. A
     /// datapath that tracks no connections returns at once.
     ///
     /// # Errors

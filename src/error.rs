@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+pub use crate::types::{NameError, ParseMacError};
+
 /// An error of a kernel request: the kernel refused it, or its reply could not be understood.
 ///
 /// `Display` writes one sentence: the request as an operator would type it, the kernel's error, and

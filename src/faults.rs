@@ -2,7 +2,7 @@
 //!
 //! It works for a simulated datapath, and with the feature `testing` for the kernel's. A call is
 //! one unit of communication with the kernel: a read queries something, a write changes something.
-//! For a [`SimDatapath`](crate::SimDatapath) that is each kind of object that is listed, each
+//! For a [`SimDatapath`](crate::sim::SimDatapath) that is each kind of object that is listed, each
 //! nf_tables transaction, and each other operation. For a kernel it is one rtnetlink request,
 //! though many go in one datagram, one other datagram that a socket of the datapath sends, or one
 //! run of an iptables tool. If the kernel does not get a datagram ([`Fault::Errno`]), it gets no
@@ -11,17 +11,16 @@
 //! ```
 //! use egress_datapath::faults::{Fault, Faults};
 //! # use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, NodeName, PolicyId};
-//! use egress_datapath::{Error, Reconciler, SharedSim};
+//! use egress_datapath::{Error, Reconciler};
+//! use egress_datapath::sim::SharedSim;
 //! # let node = Node::new(NodeName::new("a")?, vec!["10.10.0.11".parse()?], vec!["172.31.0.11/16".parse()?]);
 //! # let cluster = Cluster::new(NodeName::new("a")?, vec![node], vec!["10.244.0.0/16".parse()?]);
-//! # let policy = EgressPolicy {
-//! #     gateway: Some(NodeName::new("a")?),
-//! #     ..EgressPolicy::new(
-//! #         PolicyId::new("p")?,
-//! #         vec!["10.244.1.10/32".parse()?],
-//! #         EgressIp::V4("198.51.100.200".parse()?),
-//! #     )
-//! # };
+//! # let policy = EgressPolicy::new(
+//! #     PolicyId::new("p")?,
+//! #     vec!["10.244.1.10/32".parse()?],
+//! #     EgressIp::V4("198.51.100.200".parse()?),
+//! # )
+//! # .with_gateway(NodeName::new("a")?);
 //!
 //! let kernel = SharedSim::default();
 //! let faults = Faults::new().at_write(3, Fault::KillAfter);
@@ -64,7 +63,7 @@ pub enum Fault {
     /// The process is killed right before the call.
     ///
     /// After that a simulated datapath does nothing and returns an error: drop it, and
-    /// [open](crate::SharedSim::open) another one.
+    /// [open](crate::sim::SharedSim::open) another one.
     KillBefore,
     /// The process is killed right after the call.
     KillAfter,

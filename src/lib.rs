@@ -4,9 +4,9 @@
 //! choose, with a source IP address you choose. The crate is a library for the node agent of a CNI
 //! plugin or of an operator: one process on each node. It plans the kernel state of the node, reads
 //! the present state, and applies the difference over netlink, without any external binary. Nodes
-//! that must stay with iptables use the backend [`IptablesDatapath`], which runs the iptables
-//! tools. The crate does not watch an API server, choose gateways, announce addresses or run
-//! threads.
+//! that must stay with iptables use the backend [`IptablesDatapath`](iptables::IptablesDatapath),
+//! which runs the iptables tools. The crate does not watch an API server, choose gateways, announce
+//! addresses or run threads.
 //!
 //! The [guide](mod@guide) has the architecture, the path of a packet, and these chapters:
 //!
@@ -37,16 +37,17 @@
 //! - [`Policy`]: the trait of an egress policy, which selects traffic and names its gateway and its
 //!   egress IP. [`EgressPolicy`] is the plain value.
 //! - [`MarkAllocator`] and [`TableAllocator`]: firewall marks and routing tables of the gateways.
-//!   [`MarkPool`] and [`TablePool`] are the implementations.
+//!   [`MarkPool`](alloc::MarkPool) and [`TablePool`](alloc::TablePool) are the implementations.
 //! - [`plan`]: computes the wanted [`State`] of a node; pure and deterministic.
 //! - [`Changes`]: the difference of two states, as operations in an order that is safe at every
 //!   point. `Display` prints the commands that an operator would type.
 //! - [`Datapath`]: the trait that reads and applies a state, of a kernel ([`KernelDatapath`],
-//!   [`IptablesDatapath`]) or of a simulator ([`Sim`]).
+//!   [`IptablesDatapath`](iptables::IptablesDatapath)) or of a simulator ([`Sim`]).
 //! - [`Reconciler`]: plans, observes, compares and applies in one call.
 //! - [`explain()`]: traces a packet through a state, with the objects that decided its fate.
-//!   [`SimCluster`] forwards packets between simulated nodes.
-//! - [`SharedSim`]: a simulated kernel for several writers, with fault injection ([`faults`]).
+//!   [`SimCluster`](sim::SimCluster) forwards packets between simulated nodes.
+//! - [`SharedSim`](sim::SharedSim): a simulated kernel for several writers, with fault injection
+//!   ([`faults`]).
 //! - [`Reconciler::counters`]: packet and byte counters of each policy, enabled by
 //!   [`Cluster::policy_counters`].
 //! - [`preflight`]: checks the host for settings and software that conflict with the datapath.
@@ -78,14 +79,12 @@
 //!     ],
 //!     vec!["10.244.0.0/16".parse()?],
 //! );
-//! let policy = EgressPolicy {
-//!     gateway: Some(NodeName::new("node-b")?),
-//!     ..EgressPolicy::new(
-//!         PolicyId::new("shop/checkout")?,
-//!         vec!["10.244.1.10/32".parse()?],
-//!         EgressIp::V4("198.51.100.200".parse()?),
-//!     )
-//! };
+//! let policy = EgressPolicy::new(
+//!     PolicyId::new("shop/checkout")?,
+//!     vec!["10.244.1.10/32".parse()?],
+//!     EgressIp::V4("198.51.100.200".parse()?),
+//! )
+//! .with_gateway(NodeName::new("node-b")?);
 //!
 //! let mut egress = Reconciler::new(Sim::new());
 //! let report = egress.reconcile(&cluster, [&policy])?;
@@ -108,6 +107,8 @@
 //! - `mock`: mocks of the four traits; exempt from semantic versioning.
 //! - `testing`: fault injection between the datapath and the kernel, a lab of network namespaces,
 //!   and the conformance cases of an integration; exempt from semantic versioning.
+//! - `unstable-state`: the contents of [`State`] and of the operations, for a datapath that carries
+//!   out operations itself; exempt from semantic versioning.
 //!
 //! # Requirements
 //!
@@ -128,6 +129,7 @@
 //! | state of a node | `state` |
 //! | planned state of a node | `plan` |
 //! | difference of two states, as ordered operations | `diff` |
+//! | summary of a state | `summary` |
 //! | trait that applies operations, and its errors | `datapath`, `error` |
 //! | plan, observe, compare and apply in one call | `reconcile` |
 //! | simulated kernel, and `explain` | `sim` |
@@ -142,26 +144,34 @@
 //! | guided tour, documentation only | `guide` |
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
+#![cfg_attr(
+    not(feature = "unstable-state"),
+    allow(
+        dead_code,
+        unreachable_pub,
+        unused_imports,
+        reason = "the module `state` is public with that feature alone"
+    )
+)]
 
 #[cfg(test)]
 #[macro_use]
 extern crate harness;
 
-mod alloc;
+pub mod alloc;
 mod cluster;
 mod connection;
 mod count;
-mod datapath;
+pub mod datapath;
 mod diff;
-mod error;
-mod event;
+pub mod error;
+pub mod event;
 pub mod faults;
 pub mod guide;
-#[cfg(all(feature = "kernel", target_os = "linux"))]
-mod iptables;
+pub mod iptables;
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 mod kernel;
-mod mark;
+pub mod mark;
 mod plan;
 mod policy;
 #[cfg(all(feature = "kernel", target_os = "linux"))]
@@ -171,52 +181,55 @@ mod reconcile;
 mod rules;
 #[cfg(feature = "serde")]
 mod serde_forms;
-mod sim;
+pub mod sim;
+#[cfg(feature = "unstable-state")]
 pub mod state;
+#[cfg(not(feature = "unstable-state"))]
+mod state;
+pub mod summary;
 #[cfg(all(feature = "testing", target_os = "linux"))]
 pub mod testing;
 mod types;
 
-pub use alloc::{
-    AllocError, MarkAllocator, MarkPool, TableAllocator, TablePool, TableRange, TableRangeError,
-    TablesInUse,
-};
+/// Trace of a packet through the state of a node: the objects that decided its fate.
+pub mod explain {
+    pub use crate::rules::element::{Comment, Tag};
+    pub use crate::sim::explain::{explain, explain_received};
+    pub use crate::sim::packet::{Frame, Packet};
+    pub use crate::sim::path::HostContext;
+    pub use crate::sim::trace::{Decision, Fate, Reason, Trace};
+}
+
+/// Mocks of the four traits, by mockall; exempt from semantic versioning.
 #[cfg(feature = "mock")]
-pub use alloc::{MockMarkAllocator, MockTableAllocator};
-pub use cluster::{Backend, Cluster, Iptables, Node, Steering, Tunnel};
-pub use connection::Connection;
-pub use count::{Count, Counts, PolicyCount};
-#[cfg(feature = "mock")]
-pub use datapath::MockDatapath;
-pub use datapath::{Datapath, Known, Observed, OnConnection, observe};
-pub use diff::changes::{ApplyError, Changes, Phase, Step};
-pub use diff::op::Op;
+pub mod mock {
+    pub use crate::alloc::{MockMarkAllocator, MockTableAllocator};
+    pub use crate::datapath::MockDatapath;
+    pub use crate::policy::MockPolicy;
+}
+
+pub use ipnet;
+
+pub use alloc::{MarkAllocator, TableAllocator};
+pub use cluster::{Backend, Cluster, Node, Steering, Tunnel};
+pub use count::{Count, PolicyCount};
+pub use datapath::Datapath;
+pub use diff::changes::{ApplyError, Changes};
 pub use error::KernelError;
-pub use event::{ChangeEvents, Component, Process};
-#[cfg(all(feature = "ipset-sys", target_os = "linux"))]
-pub use iptables::libipset;
-#[cfg(all(feature = "kernel", target_os = "linux"))]
-pub use iptables::{IptablesDatapath, Predecessor};
+pub use event::ChangeEvents;
+pub use explain::explain;
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 pub use kernel::{KernelDatapath, KernelTables, Ownership, Protection, Watch};
-pub use mark::{LayoutError, MarkLayout};
+pub use mark::MarkLayout;
 pub use plan::{
     DenyReason, Finding, NodeError, Plan, PlanError, PolicyError, Update, check_policy, plan,
 };
-#[cfg(feature = "mock")]
-pub use policy::MockPolicy;
 pub use policy::{Destinations, EgressIp, EgressPolicy, Policy, Unavailable};
-pub use range::IpRange;
 pub use reconcile::{Error, Reconciler, Report};
-pub use sim::explain::{explain, explain_received};
-pub use sim::packet::{Frame, Packet};
-pub use sim::path::HostContext;
-pub use sim::trace::{Decision, Fate, Reason, Trace};
-pub use sim::{ClusterTrace, Outcome, SharedSim, Sim, SimCluster, SimDatapath, SimNode, SimWatch};
+pub use rules::stmt::MarkBits;
+pub use sim::Sim;
 pub use state::State;
-pub use types::{
-    DeviceName, Family, MacAddr, Mark, NameError, NodeName, ParseMacError, PolicyId, TableId,
-};
+pub use types::{DeviceName, Family, MacAddr, Mark, NodeName, PolicyId, TableId};
 
 /// The README's examples, compiled as doctests.
 #[cfg(all(doctest, feature = "kernel", target_os = "linux"))]

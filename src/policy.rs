@@ -54,6 +54,7 @@ pub trait Policy: Send + Sync {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "lowercase"))]
+#[non_exhaustive]
 pub enum Unavailable {
     /// The traffic is dropped.
     #[default]
@@ -113,6 +114,7 @@ pub enum Destinations {
 /// For a family without an address the policy fails closed: its traffic of that family is dropped,
 /// not leaked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum EgressIp {
     /// An IPv4 address.
     V4(Ipv4Addr),
@@ -150,20 +152,19 @@ impl EgressIp {
 /// ```
 /// use egress_datapath::{Destinations, EgressIp, EgressPolicy, NodeName, PolicyId};
 ///
-/// let policy = EgressPolicy {
-///     gateway: Some(NodeName::new("node-b")?),
-///     destinations: Destinations::Nets(vec!["198.51.100.0/24".parse()?]),
-///     ..EgressPolicy::new(
-///         PolicyId::new("shop/checkout")?,
-///         vec!["10.244.1.10/32".parse()?],
-///         EgressIp::V4("203.0.113.7".parse()?),
-///     )
-/// };
+/// let policy = EgressPolicy::new(
+///     PolicyId::new("shop/checkout")?,
+///     vec!["10.244.1.10/32".parse()?],
+///     EgressIp::V4("203.0.113.7".parse()?),
+/// )
+/// .with_gateway(NodeName::new("node-b")?)
+/// .with_destinations(Destinations::Nets(vec!["198.51.100.0/24".parse()?]));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
+#[non_exhaustive]
 pub struct EgressPolicy {
     /// Stable identity.
     pub id: PolicyId,
@@ -200,6 +201,48 @@ impl EgressPolicy {
             egress_ip,
             unavailable: Unavailable::Drop,
         }
+    }
+
+    /// Sets the rank among policies that select the same packet.
+    #[must_use]
+    pub const fn with_priority(mut self, priority: u32) -> Self {
+        self.priority = priority;
+        self
+    }
+
+    /// Sets the pod prefixes whose traffic the policy selects.
+    #[must_use]
+    pub fn with_sources(mut self, sources: Vec<IpNet>) -> Self {
+        self.sources = sources;
+        self
+    }
+
+    /// Sets the destinations whose traffic the policy selects.
+    #[must_use]
+    pub fn with_destinations(mut self, destinations: Destinations) -> Self {
+        self.destinations = destinations;
+        self
+    }
+
+    /// Sets the gateway node; with `None` the traffic is dropped.
+    #[must_use]
+    pub fn with_gateway(mut self, gateway: impl Into<Option<NodeName>>) -> Self {
+        self.gateway = gateway.into();
+        self
+    }
+
+    /// Sets the source address of the traffic outside the cluster.
+    #[must_use]
+    pub const fn with_egress_ip(mut self, egress_ip: EgressIp) -> Self {
+        self.egress_ip = egress_ip;
+        self
+    }
+
+    /// Sets the treatment of traffic for which the policy cannot be carried out.
+    #[must_use]
+    pub const fn with_unavailable(mut self, unavailable: Unavailable) -> Self {
+        self.unavailable = unavailable;
+        self
     }
 }
 

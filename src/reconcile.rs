@@ -70,6 +70,7 @@ pub(crate) enum Found {
 /// With the feature `serde` it serializes as a JSON object: `settled`, `findings`, each with `code`
 /// and `message`, and `changes`, the commands of the operations.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Report {
     /// The changes that were made.
     pub changes: Changes,
@@ -243,8 +244,8 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     /// Connections that were steered or translated are ended, and the rules drop late replies to
     /// them. Such a reply would make the pod's next packet a reply to it, which leaves with the
     /// pod's own address. If the report has an [`Op::BlockReplies`], wait for
-    /// [`Connection::REPLY_BLOCK_TIME`](crate::Connection::REPLY_BLOCK_TIME), then [`remove`](Self::remove)
-    /// the rest.
+    /// [`Connection::REPLY_BLOCK_TIME`](crate::datapath::Connection::REPLY_BLOCK_TIME), then
+    /// [`remove`](Self::remove) the rest.
     ///
     /// # Errors
     ///
@@ -427,7 +428,8 @@ mod tests {
 
     use super::*;
     use crate::cluster::Node;
-    use crate::{EgressIp, EgressPolicy, NodeName, PolicyId, Sim, observe};
+    use crate::datapath::observe;
+    use crate::{EgressIp, EgressPolicy, NodeName, PolicyId, Sim};
 
     #[test]
     fn a_repair_restores_what_was_wanted_last_with_the_smallest_write() {

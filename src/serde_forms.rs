@@ -42,9 +42,10 @@ mod tests {
     use serde::de::DeserializeOwned;
     use serde_json::{Value, from_value, json, to_value};
 
+    use crate::alloc::TableRange;
     use crate::{
         Cluster, Destinations, EgressIp, EgressPolicy, Mark, MarkLayout, Node, NodeName, PolicyId,
-        TableRange, Tunnel,
+        Tunnel,
     };
 
     #[track_caller]

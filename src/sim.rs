@@ -15,7 +15,7 @@ mod tests;
 pub(crate) mod trace;
 mod watch;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -26,7 +26,7 @@ use crate::diff::changes::{ApplyError, Changes, Made, Step};
 use crate::diff::op::Op;
 use crate::error::KernelError;
 use crate::event::Component;
-use crate::state::{Elements, Key, Set, State};
+use crate::state::{Elements, Key, Set, State, Stmt};
 use packet::{Frame, Packet};
 use path::conntrack::Conntrack;
 use path::{HostContext, Walk};
@@ -72,14 +72,12 @@ pub use watch::SimWatch;
 ///     vec![node("a", "10.10.0.11", "172.31.0.11/16")?, node("b", "10.10.0.12", "172.31.0.12/16")?],
 ///     vec!["10.244.0.0/16".parse()?],
 /// );
-/// let policy = EgressPolicy {
-///     gateway: Some(NodeName::new("b")?),
-///     ..EgressPolicy::new(
-///         PolicyId::new("default/p1")?,
-///         vec!["10.244.1.10/32".parse()?],
-///         EgressIp::V4("198.51.100.200".parse()?),
-///     )
-/// };
+/// let policy = EgressPolicy::new(
+///     PolicyId::new("default/p1")?,
+///     vec!["10.244.1.10/32".parse()?],
+///     EgressIp::V4("198.51.100.200".parse()?),
+/// )
+/// .with_gateway(NodeName::new("b")?);
 /// let mut egress = Reconciler::new(Sim::new());
 /// assert!(egress.reconcile(&cluster, [&policy])?.changes.len() > 0);
 /// assert!(egress.reconcile(&cluster, [&policy])?.changes.is_empty());
@@ -138,15 +136,24 @@ impl Sim {
         self.walk(frame.packet, |walk| walk.receive(frame)).0
     }
 
-    /// The values of the counters that the table has.
+    /// The values of the counters that the tables have.
     fn counted(&self) -> Counts {
         let elements = self.state.elements().into_iter().flat_map(Elements::rest);
         let counted = elements.filter_map(|(key, _)| match *key {
             Key::Count(family, policy) => Some((family, policy)),
             _ => None,
         });
-        let stands = |one| self.counts.get(&one).copied().unwrap_or_default();
-        counted.map(|one| (one, stands(one))).collect()
+        let stands = |one| self.counts.policies.get(&one).copied().unwrap_or_default();
+        let policies = counted.map(|one| (one, stands(one))).collect();
+        let mut drops = BTreeMap::new();
+        for (chain, (_, rules)) in self.state.tables().flat_map(|table| &table.chains) {
+            if rules.iter().any(|rule| rule.0.contains(&Stmt::Counter)) {
+                let name = chain.to_string();
+                let count = self.counts.drops.get(&name).copied().unwrap_or_default();
+                drops.insert(name, count);
+            }
+        }
+        Counts { policies, drops }
     }
 
     /// The connections that this node forwards, of some original sources or of all for `None`.
@@ -208,7 +215,8 @@ impl Sim {
     /// An interface that goes down loses its routes, for example.
     ///
     /// ```
-    /// use egress_datapath::{Datapath, Known, Observed, Sim, observe};
+    /// use egress_datapath::{Datapath, Sim};
+    /// use egress_datapath::datapath::{Known, Observed, observe};
     /// # use egress_datapath::state::Vxlan;
     /// # let link = Vxlan {
     /// #     name: "egress.vxlan".parse()?, vni: 100, port: 7789, local: "10.10.0.11".parse()?,
@@ -273,7 +281,8 @@ impl Sim {
         !self.state.ipsets.is_empty() || !self.state.xtables.is_empty()
     }
 
-    /// Possible drift for a listener with this freshness; changes of iptables produce no notification.
+    /// Possible drift for a listener with this freshness; changes of iptables produce no
+    /// notification.
     fn drift_by(&self, freshness: Freshness) -> Drift {
         if self.has_iptables() { Drift::Unknown } else { freshness.drift() }
     }
@@ -351,7 +360,10 @@ impl Sim {
                 }
                 if let (Op::AddElement(Key::Count(family, policy), _), Ok(())) = (op, made) {
                     // The element is new, and starts at zero whatever the counter was before.
-                    self.counts.remove(&(*family, *policy));
+                    self.counts.policies.remove(&(*family, *policy));
+                }
+                if let (Op::SetRules(chain, _), Ok(())) = (op, made) {
+                    self.counts.drops.remove(&chain.to_string());
                 }
                 made
             }

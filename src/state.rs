@@ -29,6 +29,7 @@ use ipnet::IpNet;
 
 use crate::types::{DeviceName, Family, MacAddr, Mark, TableId};
 
+pub use crate::range::IpRange;
 pub use crate::rules::chain::{Base, ChainId, ChainType, Hook, TableFamily};
 pub use crate::rules::element::{Comment, Data, Key, Tag, Value, Verdict};
 pub use crate::rules::elements::{Elements, Iter as ElementsIter};
@@ -73,31 +74,52 @@ pub const NFT_TABLE: &str = "egress_datapath";
 /// to every other default route.
 pub const BACKSTOP_METRIC: u32 = 4_278_198_272;
 
-/// All objects of this crate in one network namespace, wanted or found.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct State {
-    /// The VXLAN device of the tunnel.
-    pub link: Option<Vxlan>,
-    /// Addresses of the VXLAN device, with their prefix length.
-    pub addresses: BTreeSet<IpNet>,
-    /// FDB entries of the VXLAN device: destination MAC address to underlay address of the node.
-    pub fdb: BTreeMap<MacAddr, IpAddr>,
-    /// Neighbours: the MAC address of each tunnel address of the other nodes.
-    pub neighbours: BTreeMap<IpAddr, MacAddr>,
-    /// Routes in the routing tables of this crate.
-    pub routes: BTreeMap<RouteKey, Route>,
-    /// Routing rules that send marked packets to these tables, and rules that skip those tables.
-    pub rules: BTreeSet<Rule>,
-    /// Routes and rules with this crate's protocol number that this crate never makes.
-    pub strays: BTreeSet<StrayRouting>,
-    /// The nf_tables table of family `inet`.
-    pub firewall: Option<Firewall>,
-    /// The nf_tables table of family `netdev`, at the egress hook of the VXLAN device.
-    pub hook: Option<Firewall>,
-    /// Sets that the iptables rules match.
-    pub ipsets: BTreeMap<Ipset, IpsetContents>,
-    /// Chains in iptables, by variant.
-    pub xtables: BTreeMap<Variant, Xtables>,
+/// Defines `State`, whose fields are public with the feature `unstable-state` alone.
+macro_rules! state {
+    ($(#[$meta:meta])* struct State { $($(#[$doc:meta])* $field:ident: $type:ty,)* }) => {
+        $(#[$meta])*
+        #[cfg(feature = "unstable-state")]
+        pub struct State { $($(#[$doc])* pub $field: $type,)* }
+
+        $(#[$meta])*
+        #[cfg(not(feature = "unstable-state"))]
+        pub struct State { $($(#[$doc])* pub(crate) $field: $type,)* }
+    };
+}
+
+state! {
+    /// All objects of this crate in one network namespace, wanted or found.
+    ///
+    /// [`summary`](Self::summary) says what is in force; `Display` prints the summary. The objects
+    /// themselves depend on the version of the crate: they are public, in the module `state`, with
+    /// the feature `unstable-state`, which is exempt from semantic versioning.
+    #[derive(Clone, Debug, Default, PartialEq, Eq)]
+    struct State {
+        /// The VXLAN device of the tunnel.
+        link: Option<Vxlan>,
+        /// Addresses of the VXLAN device, with their prefix length.
+        addresses: BTreeSet<IpNet>,
+        /// FDB entries of the VXLAN device: destination MAC address to underlay address of the
+        /// node.
+        fdb: BTreeMap<MacAddr, IpAddr>,
+        /// Neighbours: the MAC address of each tunnel address of the other nodes.
+        neighbours: BTreeMap<IpAddr, MacAddr>,
+        /// Routes in the routing tables of this crate.
+        routes: BTreeMap<RouteKey, Route>,
+        /// Routing rules that send marked packets to these tables, and rules that skip those
+        /// tables.
+        rules: BTreeSet<Rule>,
+        /// Routes and rules with this crate's protocol number that this crate never makes.
+        strays: BTreeSet<StrayRouting>,
+        /// The nf_tables table of family `inet`.
+        firewall: Option<Firewall>,
+        /// The nf_tables table of family `netdev`, at the egress hook of the VXLAN device.
+        hook: Option<Firewall>,
+        /// Sets that the iptables rules match.
+        ipsets: BTreeMap<Ipset, IpsetContents>,
+        /// Chains in iptables, by variant.
+        xtables: BTreeMap<Variant, Xtables>,
+    }
 }
 
 impl State {
@@ -122,6 +144,11 @@ impl State {
             TableFamily::Inet => self.firewall.as_ref(),
             TableFamily::Netdev => self.hook.as_ref(),
         }
+    }
+
+    /// The nf_tables tables that there are.
+    pub(crate) fn tables(&self) -> impl Iterator<Item = &Firewall> {
+        self.firewall.iter().chain(&self.hook)
     }
 
     /// A mutable reference to one of the two nf_tables tables.

@@ -4,10 +4,11 @@
 #[macro_use]
 extern crate harness;
 
+use egress_datapath::alloc::{AllocError, MarkPool, TablePool};
+use egress_datapath::mock::{MockDatapath, MockMarkAllocator, MockPolicy, MockTableAllocator};
 use egress_datapath::{
-    AllocError, Cluster, Destinations, EgressIp, Error, KernelError, Mark, MarkPool, MockDatapath,
-    MockMarkAllocator, MockPolicy, MockTableAllocator, Node, NodeName, PlanError, Policy, PolicyId,
-    Reconciler, Sim, State, TableId, TablePool, Unavailable,
+    Cluster, Destinations, EgressIp, Error, KernelError, Mark, Node, NodeName, PlanError, Policy,
+    PolicyId, Reconciler, Sim, State, TableId, Unavailable,
 };
 
 fn name(text: &str) -> NodeName {

@@ -6,10 +6,12 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 use common::world::name;
+use egress_datapath::KernelTables;
+use egress_datapath::alloc::{MarkPool, TablePool, TableRange};
 use egress_datapath::testing::{Faults, Subsystem};
 use egress_datapath::{
-    Cluster, EgressIp, EgressPolicy, KernelDatapath, KernelTables, MarkPool, Node, PolicyId,
-    Reconciler, Steering, TableAllocator, TablePool, TableRange, Update,
+    Cluster, EgressIp, EgressPolicy, KernelDatapath, Node, PolicyId, Reconciler, Steering,
+    TableAllocator, Update,
 };
 use ipnet::IpNet;
 
@@ -41,9 +43,8 @@ fn cluster() -> Cluster {
 
 /// A policy of one pod for each of the gateways.
 fn policies() -> Vec<EgressPolicy> {
-    let policy = |index: u32| EgressPolicy {
-        gateway: Some(name(index + 1)),
-        ..EgressPolicy::new(
+    let policy = |index: u32| {
+        EgressPolicy::new(
             PolicyId::new(format!("bench/gateway-{index}")).unwrap(),
             vec![v4(0x0af4_0001, index).into(), v6(0xfd44, index + 1).into()],
             EgressIp::Dual(
@@ -51,6 +52,7 @@ fn policies() -> Vec<EgressPolicy> {
                 Ipv6Addr::from_bits(0xfdc6 << 112 | u128::from(index)),
             ),
         )
+        .with_gateway(name(index + 1))
     };
     (0..GATEWAYS).map(policy).collect()
 }
@@ -84,14 +86,12 @@ const OF_THAT: &str = "  of that, rules, routes, neighbours, fdb";
 /// What the gateways cost a node that is set up already, with one policy and no way to any of them;
 /// and how much of that the kernel takes for what is not nf_tables.
 fn more(cluster: &Cluster, [all, of_that]: [&str; 2]) {
-    let here = EgressPolicy {
-        gateway: Some(name(0)),
-        ..EgressPolicy::new(
-            PolicyId::new("bench/here").unwrap(),
-            vec![v4(0x0af4_ff01, 0).into(), v6(0xfd44, u32::MAX).into()],
-            EgressIp::Dual(Ipv4Addr::from_bits(0xc633_65ff), Ipv6Addr::from_bits(0xfdc7 << 112)),
-        )
-    };
+    let here = EgressPolicy::new(
+        PolicyId::new("bench/here").unwrap(),
+        vec![v4(0x0af4_ff01, 0).into(), v6(0xfd44, u32::MAX).into()],
+        EgressIp::Dual(Ipv4Addr::from_bits(0xc633_65ff), Ipv6Addr::from_bits(0xfdc7 << 112)),
+    )
+    .with_gateway(name(0));
     let before = vec![here];
     let after: Vec<_> = before.iter().cloned().chain(policies()).collect();
     let (mut reconciled, mut routing) = (Vec::new(), Vec::new());
@@ -149,10 +149,7 @@ pub(crate) fn moving() {
     let id = PolicyId::new("bench/moves").unwrap();
     let sources = (0..SOURCES).map(|index| v4(0x0b00_0000, index).into()).collect();
     let egress_ip = EgressIp::V4(Ipv4Addr::from_bits(0xc633_6501));
-    policies.push(EgressPolicy {
-        gateway: Some(name(1)),
-        ..EgressPolicy::new(id.clone(), sources, egress_ip)
-    });
+    policies.push(EgressPolicy::new(id.clone(), sources, egress_ip).with_gateway(name(1)));
     let faults = Faults::new();
     let mut egress = open(&faults);
     egress.reconcile(&cluster, &policies).unwrap();

@@ -3,8 +3,9 @@
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr};
 
+use egress_datapath::iptables::IptablesDatapath;
 use egress_datapath::state::{Ipset, IpsetContents};
-use egress_datapath::{Changes, Datapath, Family, IptablesDatapath, State};
+use egress_datapath::{Changes, Datapath, Family, State};
 use ipnet::IpNet;
 
 use super::tools::feed;

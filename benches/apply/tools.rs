@@ -7,7 +7,8 @@ use std::net::Ipv4Addr;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use egress_datapath::{Changes, Op};
+use egress_datapath::Changes;
+use egress_datapath::datapath::Op;
 
 use super::timed;
 

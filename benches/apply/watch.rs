@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use common::world::{cluster, policies};
+use egress_datapath::datapath::observe;
 use egress_datapath::testing::{Faults, Subsystem};
-use egress_datapath::{Cluster, EgressPolicy, KernelDatapath, Reconciler, observe};
+use egress_datapath::{Cluster, EgressPolicy, KernelDatapath, Reconciler};
 
 use crate::{line, median};
 

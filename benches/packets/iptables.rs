@@ -1,10 +1,9 @@
 //! What this crate programs with iptables: policies that take every destination.
 
+use egress_datapath::alloc::{MarkPool, TablePool};
+use egress_datapath::iptables::{Iptables, IptablesDatapath};
 use egress_datapath::state::Variant;
-use egress_datapath::{
-    Backend, EgressIp, EgressPolicy, Iptables, IptablesDatapath, MarkLayout, MarkPool, PolicyId,
-    Reconciler, TablePool,
-};
+use egress_datapath::{Backend, EgressIp, EgressPolicy, MarkLayout, PolicyId, Reconciler};
 use ipnet::{IpNet, Ipv4Net};
 
 use crate::Result;

@@ -2,9 +2,9 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 
+use egress_datapath::alloc::TableRange;
 use egress_datapath::{
-    Cluster, Destinations, EgressIp, EgressPolicy, MarkLayout, Node, NodeName, PolicyId,
-    Reconciler, TableRange,
+    Cluster, Destinations, EgressIp, EgressPolicy, MarkLayout, Node, NodeName, PolicyId, Reconciler,
 };
 use ipnet::{IpNet, Ipv4Net};
 

@@ -1,10 +1,11 @@
 //! Backend of a command, and its datapath.
 
+use egress_datapath::KernelTables;
+use egress_datapath::alloc::{MarkPool, TablePool, TableRange};
+use egress_datapath::datapath::observe;
+use egress_datapath::iptables::{Iptables, IptablesDatapath};
 use egress_datapath::state::Variant;
-use egress_datapath::{
-    Backend, Datapath, Iptables, IptablesDatapath, KernelDatapath, KernelError, KernelTables,
-    MarkLayout, MarkPool, Reconciler, TablePool, TableRange, observe,
-};
+use egress_datapath::{Backend, Datapath, KernelDatapath, KernelError, MarkLayout, Reconciler};
 
 /// Reconciler of any datapath.
 pub(crate) type Egress = Reconciler<Box<dyn Datapath>>;

@@ -58,7 +58,7 @@ pub(crate) struct Of {
     pub(crate) backend: Choice,
 }
 
-fn node(text: &str) -> Result<NodeName, egress_datapath::NameError> {
+fn node(text: &str) -> Result<NodeName, egress_datapath::error::NameError> {
     NodeName::new(text)
 }
 

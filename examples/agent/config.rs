@@ -4,9 +4,10 @@ use std::fmt::{self, Display};
 use std::net::IpAddr;
 use std::str::FromStr;
 
+use egress_datapath::alloc::TableRange;
 use egress_datapath::{
-    Backend, Cluster, Destinations, DeviceName, EgressIp, EgressPolicy, MacAddr, Mark, MarkLayout,
-    Node, NodeName, PlanError, PolicyId, Steering, TableRange, Tunnel, Unavailable,
+    Cluster, Destinations, DeviceName, EgressIp, EgressPolicy, MacAddr, Mark, MarkLayout, Node,
+    NodeName, PlanError, PolicyId, Steering, Tunnel, Unavailable,
 };
 use ipnet::IpNet;
 use serde::Deserialize;
@@ -36,8 +37,8 @@ pub(crate) struct Unreadable {
 impl Display for Unreadable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let treated = match self.unavailable {
-            Unavailable::Drop => "drops its traffic",
             Unavailable::Bypass => "leaves its traffic unchanged",
+            _ => "drops its traffic",
         };
         write!(f, "policy {} {treated}: {}", self.policy, self.sentence)
     }
@@ -178,25 +179,21 @@ struct PolicyForm {
 
 impl File<'_> {
     fn into_config(self, node: NodeName, file: &str, text: &str) -> Config {
-        let fallback = Tunnel::default();
-        let cluster = Cluster {
-            node,
-            nodes: self.nodes.into_iter().map(NodeForm::into_node).collect(),
-            excluded: self.excluded.into_iter().map(|net| net.0.0).collect(),
-            tunnel: Tunnel {
-                device: self.tunnel.device.map_or(fallback.device, |device| device.0),
-                vni: self.tunnel.vni.unwrap_or(fallback.vni),
-                port: self.tunnel.port.unwrap_or(fallback.port),
-                underlay_device: self.tunnel.underlay_device.map(|device| device.0),
-                underlay_mtu: fallback.underlay_mtu,
-            },
-            marks: self.marks,
-            rule_priority: self.rule_priority.unwrap_or(Cluster::RULE_PRIORITY),
-            connection_caching: self.connection_caching,
-            policy_counters: self.policy_counters,
-            backend: Backend::default(),
-            steering: self.steering,
-        };
+        let nodes = self.nodes.into_iter().map(NodeForm::into_node).collect();
+        let excluded = self.excluded.into_iter().map(|net| net.0.0).collect();
+        let tunnel = Tunnel::default();
+        let tunnel = Tunnel::default()
+            .with_device(self.tunnel.device.map_or(tunnel.device, |device| device.0))
+            .with_vni(self.tunnel.vni.unwrap_or(tunnel.vni))
+            .with_port(self.tunnel.port.unwrap_or(tunnel.port))
+            .with_underlay_device(self.tunnel.underlay_device.map(|device| device.0));
+        let cluster = Cluster::new(node, nodes, excluded)
+            .with_tunnel(tunnel)
+            .with_marks(self.marks)
+            .with_rule_priority(self.rule_priority.unwrap_or(Cluster::RULE_PRIORITY))
+            .with_connection_caching(self.connection_caching)
+            .with_policy_counters(self.policy_counters)
+            .with_steering(self.steering);
         let mut config =
             Config { cluster, policies: Vec::new(), unreadable: Vec::new(), tables: self.tables };
         let mut nameless = Vec::new();
@@ -311,26 +308,21 @@ impl Rough {
         let nets = |nets: Vec<Text<Hosts>>| nets.into_iter().map(|net| net.0.0).collect();
         let destinations: Option<Vec<_>> = self.one("destinations").flatten();
         let destinations = destinations.filter(|listed: &Vec<_>| !listed.is_empty());
-        EgressPolicy {
+        let destinations =
+            destinations.map_or(Destinations::External, |listed| Destinations::Nets(nets(listed)));
+        EgressPolicy::new(id, sources.map(|Hosts(net)| net).collect(), EgressIp::Node)
             // The first in order: what cannot be read must not let another policy take its packets.
-            priority: self.one("priority").unwrap_or_default(),
-            destinations: destinations
-                .map_or(Destinations::External, |listed| Destinations::Nets(nets(listed))),
-            unavailable: self.one("unavailable").unwrap_or_default(),
-            ..EgressPolicy::new(id, sources.map(|Hosts(net)| net).collect(), EgressIp::Node)
-        }
+            .with_priority(self.one("priority").unwrap_or_default())
+            .with_destinations(destinations)
+            .with_unavailable(self.one("unavailable").unwrap_or_default())
     }
 }
 
 impl NodeForm {
     fn into_node(self) -> Node {
-        Node {
-            name: self.name.0,
-            underlay: self.underlay.into_iter().map(|address| address.0).collect(),
-            tunnel: self.tunnel.into_iter().map(|net| net.0.0).collect(),
-            mac: self.mac,
-            mark: self.mark,
-        }
+        let underlay = self.underlay.into_iter().map(|address| address.0).collect();
+        let tunnel = self.tunnel.into_iter().map(|net| net.0.0).collect();
+        Node::new(self.name.0, underlay, tunnel).with_mac(self.mac).with_mark(self.mark)
     }
 }
 
@@ -338,16 +330,13 @@ impl PolicyForm {
     fn into_policy(self) -> EgressPolicy {
         let nets = |nets: Vec<Text<Hosts>>| nets.into_iter().map(|net| net.0.0).collect();
         let destinations = self.destinations.filter(|listed| !listed.is_empty());
-        EgressPolicy {
-            id: self.id.0,
-            priority: self.priority,
-            sources: nets(self.sources),
-            destinations: destinations
-                .map_or(Destinations::External, |listed| Destinations::Nets(nets(listed))),
-            gateway: self.gateway.map(|gateway| gateway.0),
-            egress_ip: self.egress_ip,
-            unavailable: self.unavailable,
-        }
+        let destinations =
+            destinations.map_or(Destinations::External, |listed| Destinations::Nets(nets(listed)));
+        EgressPolicy::new(self.id.0, nets(self.sources), self.egress_ip)
+            .with_priority(self.priority)
+            .with_destinations(destinations)
+            .with_gateway(self.gateway.map(|gateway| gateway.0))
+            .with_unavailable(self.unavailable)
     }
 }
 

@@ -14,9 +14,9 @@ extern crate harness;
 
 mod config;
 
+use egress_datapath::alloc::{MarkPool, TablePool};
 use egress_datapath::{
-    Changes, Datapath, Destinations, EgressIp, MarkLayout, MarkPool, NodeName, Sim, State,
-    TablePool, plan,
+    Changes, Datapath, Destinations, EgressIp, MarkLayout, NodeName, Sim, State, plan,
 };
 use harness::mutate::{self, Random};
 

@@ -5,10 +5,9 @@
 use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr};
 
-use egress_datapath::{
-    Fate, Finding, Frame, MarkPool, Node, NodeName, Packet, Plan, TablePool, Trace, explain,
-    explain_received, plan,
-};
+use egress_datapath::alloc::{MarkPool, TablePool};
+use egress_datapath::explain::{Fate, Frame, Packet, Trace, explain_received};
+use egress_datapath::{Finding, Node, NodeName, Plan, explain, plan};
 use serde::Serialize;
 
 use super::command::Explain;

@@ -5,7 +5,6 @@ mod command;
 mod config;
 mod explain;
 mod findings;
-mod show;
 
 use std::fmt::Display;
 use std::fs;
@@ -18,10 +17,12 @@ use backend::{Egress, datapath, reconciler};
 use clap::Parser;
 use command::{Apply, Cli, Command, Doctor, Of, Plan, Remove, Show};
 use config::Config;
+use egress_datapath::alloc::{AllocError, MarkPool, TablePool, TableRange};
+use egress_datapath::datapath::{Connection, Op};
+use egress_datapath::iptables::IptablesDatapath;
 use egress_datapath::preflight::{Preflight, Severity};
 use egress_datapath::{
-    AllocError, Backend, Changes, Connection, Counts, Error, IptablesDatapath, KernelDatapath,
-    MarkLayout, MarkPool, Op, PlanError, State, TablePool, TableRange, plan,
+    Backend, Changes, Error, KernelDatapath, MarkLayout, PlanError, State, plan,
 };
 use findings::Told;
 use serde::Serialize;
@@ -74,8 +75,7 @@ fn run(command: Command) -> Result<ExitCode, Failure> {
             }
         }
         Command::Doctor(Doctor { of, json }) => doctor(&of, json)?,
-        Command::Show(Show { json: false }) => show(show::people)?,
-        Command::Show(Show { json: true }) => show(show::json)?,
+        Command::Show(Show { json }) => show(json)?,
         Command::Explain(options) => explain::run(&options)?,
         Command::Takeover(of) => return take_over(&of),
         Command::Remove(Remove { now: false }) => remove(Connection::REPLY_BLOCK_TIME)?,
@@ -264,14 +264,19 @@ fn failure(file: &str, error: Error) -> Failure {
 
 fn observe() -> Result<State, Failure> {
     let mut kernel = datapath(Backend::Nftables).map_err(Failure::kernel)?;
-    egress_datapath::observe(&mut kernel).map_err(Failure::kernel)
+    egress_datapath::datapath::observe(&mut kernel).map_err(Failure::kernel)
 }
 
-fn show(write: impl Fn(&State, &Counts) -> io::Result<()>) -> Result<(), Failure> {
+fn show(json: bool) -> Result<(), Failure> {
     let mut kernel = datapath(Backend::Nftables).map_err(Failure::kernel)?;
-    let state = egress_datapath::observe(&mut kernel).map_err(Failure::kernel)?;
-    let counts = kernel.counters().map_err(Failure::kernel)?;
-    Ok(write(&state, &counts)?)
+    let state = egress_datapath::datapath::observe(&mut kernel).map_err(Failure::kernel)?;
+    let summary = state.summary(&kernel.counters().map_err(Failure::kernel)?);
+    let mut out = io::stdout().lock();
+    if json {
+        serde_json::to_writer_pretty(&mut out, &summary).map_err(io::Error::from)?;
+        return Ok(writeln!(out)?);
+    }
+    Ok(write!(out, "{summary}")?)
 }
 
 fn remove(patience: Duration) -> Result<(), Failure> {

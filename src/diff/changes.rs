@@ -21,6 +21,7 @@ use crate::state::{Firewall, MarkBits};
 ///   the first before the commit and the second after it.
 /// - Within a step the order is that of the operations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
 pub enum Phase {
     /// Clears the dormant flag of a table, in a transaction of its own.
     ///
@@ -214,6 +215,7 @@ impl fmt::Display for Changes {
 
 /// An error of [`Datapath::apply`](crate::Datapath::apply): not all changes were made.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ApplyError {
     /// Number of operations done.
     pub applied: usize,
@@ -224,6 +226,13 @@ pub struct ApplyError {
     pub refused: Vec<(Op, KernelError)>,
     /// Number of operations not done: of the same transaction or of later steps.
     pub skipped: usize,
+}
+
+impl ApplyError {
+    /// Creates an error of these operations.
+    pub const fn new(applied: usize, refused: Vec<(Op, KernelError)>, skipped: usize) -> Self {
+        Self { applied, refused, skipped }
+    }
 }
 
 impl fmt::Display for ApplyError {

@@ -1,8 +1,8 @@
 //! ipset sets through libipset, in a separate process.
 //!
-//! [`IptablesDatapath`](crate::IptablesDatapath) writes its sets over netlink. A host that wants
-//! them written by libipset, as the `ipset` program does it, enables the feature `ipset-sys` and
-//! opens the datapath with a [`Libipset`].
+//! [`IptablesDatapath`](crate::iptables::IptablesDatapath) writes its sets over netlink. A host
+//! that wants them written by libipset, as the `ipset` program does it, enables the feature
+//! `ipset-sys` and opens the datapath with a [`Libipset`].
 //!
 //! libipset ends its process when a command is refused, prints listings to that process's standard
 //! output, and applies an option given once (`-exist`) to all later commands. So it never runs in
@@ -11,8 +11,8 @@
 //! with libipset's message.
 //!
 //! ```no_run
-//! use egress_datapath::IptablesDatapath;
-//! use egress_datapath::libipset::{self, Libipset};
+//! use egress_datapath::iptables::IptablesDatapath;
+//! use egress_datapath::iptables::libipset::{self, Libipset};
 //!
 //! fn main() -> Result<(), Box<dyn std::error::Error>> {
 //!     if std::env::args().nth(1).as_deref() == Some("libipset") {

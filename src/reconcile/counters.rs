@@ -1,8 +1,10 @@
-//! Reads the policy counters.
+//! Reads the counters of policies and of dropped packets.
+
+use std::collections::BTreeMap;
 
 use super::{Error, Reconciler};
 use crate::alloc::{MarkAllocator, TableAllocator};
-use crate::count::PolicyCount;
+use crate::count::{Count, PolicyCount};
 use crate::datapath::Datapath;
 
 impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
@@ -16,7 +18,8 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     /// no counter is reset to zero.
     ///
     /// ```
-    /// # use egress_datapath::{Cluster, Count, EgressIp, EgressPolicy, Node, NodeName, Packet};
+    /// # use egress_datapath::{Cluster, Count, EgressIp, EgressPolicy, Node, NodeName};
+    /// # use egress_datapath::explain::Packet;
     /// # use egress_datapath::{PolicyId, Reconciler, Sim};
     /// # let node = |name, underlay: &str, tunnel: &str| -> Result<Node, Box<dyn std::error::Error>> {
     /// #     Ok(Node::new(NodeName::new(name)?, vec![underlay.parse()?], vec![tunnel.parse()?]))
@@ -52,9 +55,23 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         };
         let counts = self.datapath.counters().map_err(Error::Observe)?;
         let found = index.counted().into_iter().filter_map(|(policy, family, tag)| {
-            let count = *counts.get(&(family, tag))?;
+            let count = *counts.policies.get(&(family, tag))?;
             Some(PolicyCount { policy: policy.clone(), family, count })
         });
         Ok(found.collect())
+    }
+
+    /// Returns the packets that rules of this crate dropped on this node, by the name of the chain.
+    ///
+    /// `nft list chain inet egress_datapath NAME` prints the rules with a counter each. A counter
+    /// starts at zero when the rules of its chain are replaced. Packets of denied policies are not
+    /// among them, because an element of a map drops these: [`counters`](Self::counters) has them.
+    /// The result is empty with iptables as backend.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Observe`].
+    pub fn drops(&mut self) -> Result<BTreeMap<String, Count>, Error> {
+        Ok(self.datapath.counters().map_err(Error::Observe)?.drops)
     }
 }

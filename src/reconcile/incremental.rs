@@ -37,8 +37,8 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     /// guard rules of this node drop their packets. But call `settle` soon, above all on a gateway:
     /// packets that the far end still sends to these connections reach the pod's node, which blocks
     /// such replies for no longer than
-    /// [`Connection::REPLY_BLOCK_TIME`](crate::Connection::REPLY_BLOCK_TIME). The cluster stays that of the
-    /// last [`reconcile`](Self::reconcile).
+    /// [`Connection::REPLY_BLOCK_TIME`](crate::datapath::Connection::REPLY_BLOCK_TIME). The cluster
+    /// stays that of the last [`reconcile`](Self::reconcile).
     ///
     /// An update may leave a policy with an [error](crate::PolicyError), or without: then the policy
     /// is closed, or in force again.

@@ -66,8 +66,8 @@ pub enum Set {
     Eip(Family),
     /// Replies to terminated connections: source, destination, protocol and ports.
     ///
-    /// [`Op::BlockReplies`](crate::Op::BlockReplies) adds the elements. They expire after a timeout
-    /// and are not part of a state.
+    /// [`Op::BlockReplies`](crate::datapath::Op::BlockReplies) adds the elements. They expire after
+    /// a timeout and are not part of a state.
     BlockedReply(Family),
     /// Replies to terminated connections of protocols without ports.
     PortlessBlockedReply(Family),

@@ -15,28 +15,26 @@ use crate::types::NodeName;
 /// its destination address, and an address of no node is outside the cluster.
 ///
 /// ```
-/// use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, NodeName, Packet, PolicyId};
-/// use egress_datapath::{Outcome, Reconciler, Sim, SimCluster, SimNode, HostContext};
+/// use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, NodeName, PolicyId};
+/// use egress_datapath::explain::Packet;
+/// use egress_datapath::{Reconciler, Sim};
+/// use egress_datapath::explain::HostContext;
+/// use egress_datapath::sim::{Outcome, SimCluster, SimNode};
 ///
 /// let (a, b) = (NodeName::new("a")?, NodeName::new("b")?);
 /// let nodes = vec![
 ///     Node::new(a.clone(), vec!["10.10.0.11".parse()?], vec!["172.31.0.11/16".parse()?]),
 ///     Node::new(b.clone(), vec!["10.10.0.12".parse()?], vec!["172.31.0.12/16".parse()?]),
 /// ];
-/// let policy = EgressPolicy {
-///     gateway: Some(b.clone()),
-///     ..EgressPolicy::new(
-///         PolicyId::new("shop/checkout")?,
-///         vec!["10.244.1.10/32".parse()?],
-///         EgressIp::V4("198.51.100.200".parse()?),
-///     )
-/// };
+/// let policy = EgressPolicy::new(
+///     PolicyId::new("shop/checkout")?,
+///     vec!["10.244.1.10/32".parse()?],
+///     EgressIp::V4("198.51.100.200".parse()?),
+/// )
+/// .with_gateway(b.clone());
 /// let mut sims = SimCluster::new(nodes.iter().map(|node| SimNode {
 ///     name: node.name.clone(),
-///     sim: Sim::new().with_host(HostContext {
-///         local: node.underlay.clone(),
-///         ..HostContext::default()
-///     }),
+///     sim: Sim::new().with_host(HostContext::new(node.underlay.clone())),
 ///     pods: Vec::new(),
 /// }));
 /// sims.node_mut(&a).unwrap().pods.push("10.244.1.0/24".parse()?);
@@ -72,6 +70,7 @@ pub struct SimNode {
 
 /// The path of a packet through a cluster.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ClusterTrace {
     /// The decisions of each node; the fate is that on the last node.
     pub trace: Trace,

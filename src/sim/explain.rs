@@ -18,8 +18,11 @@ use crate::state::State;
 /// only rules of policies with destinations have the policy's id as comment.
 ///
 /// ```
-/// use egress_datapath::{Cluster, EgressIp, EgressPolicy, Fate, Node, NodeName, Packet, PolicyId};
-/// use egress_datapath::{MarkPool, TablePool, explain, explain_received, plan};
+/// use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, NodeName, PolicyId};
+/// use egress_datapath::explain::{Fate, Packet};
+/// use egress_datapath::{explain, plan};
+/// use egress_datapath::alloc::{MarkPool, TablePool};
+/// use egress_datapath::explain::explain_received;
 ///
 /// let node = |name: &str, underlay: &str, tunnel: &str| -> Result<_, Box<dyn std::error::Error>> {
 ///     Ok(Node::new(NodeName::new(name)?, vec![underlay.parse()?], vec![tunnel.parse()?]))
@@ -29,14 +32,12 @@ use crate::state::State;
 ///     vec![node("a", "10.10.0.11", "172.31.0.11/16")?, node("b", "10.10.0.12", "172.31.0.12/16")?],
 ///     vec!["10.244.0.0/16".parse()?],
 /// );
-/// let policy = EgressPolicy {
-///     gateway: Some(NodeName::new("b")?),
-///     ..EgressPolicy::new(
-///         PolicyId::new("shop/checkout")?,
-///         vec!["10.244.1.10/32".parse()?],
-///         EgressIp::V4("198.51.100.200".parse()?),
-///     )
-/// };
+/// let policy = EgressPolicy::new(
+///     PolicyId::new("shop/checkout")?,
+///     vec!["10.244.1.10/32".parse()?],
+///     EgressIp::V4("198.51.100.200".parse()?),
+/// )
+/// .with_gateway(NodeName::new("b")?);
 /// let state = |cluster: &Cluster| {
 ///     let (mut marks, mut tables) = (MarkPool::default(), TablePool::default());
 ///     plan(cluster, [&policy], &mut marks, &mut tables).map(|plan| plan.state)

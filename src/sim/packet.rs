@@ -9,7 +9,7 @@ use crate::types::MacAddr;
 /// A packet: protocol, addresses and ports.
 ///
 /// ```
-/// use egress_datapath::Packet;
+/// use egress_datapath::explain::Packet;
 ///
 /// let asked = Packet::udp("10.244.1.10".parse()?, 40_000, "198.51.100.10".parse()?, 53);
 /// assert_eq!(asked.to_string(), "UDP 10.244.1.10 port 40000 to 198.51.100.10 port 53");

@@ -31,6 +31,7 @@ use skb::{Skb, Tracking};
 
 /// Addresses of a simulated host, beside the objects of this crate.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct HostContext {
     /// Addresses of the node: packets to them are delivered, not forwarded.
     pub local: Vec<IpAddr>,
@@ -39,6 +40,18 @@ pub struct HostContext {
 }
 
 impl HostContext {
+    /// Creates a host with these addresses, whose own packets have none of them as default source.
+    pub const fn new(local: Vec<IpAddr>) -> Self {
+        Self { local, own: Vec::new() }
+    }
+
+    /// Sets the source addresses of the node's own packets by destination.
+    #[must_use]
+    pub fn with_own(mut self, own: Vec<(IpNet, IpAddr)>) -> Self {
+        self.own = own;
+        self
+    }
+
     fn own(&self, destination: IpAddr) -> Option<IpAddr> {
         let nets = self.own.iter().filter(|(net, _)| net.contains(&destination));
         nets.max_by_key(|(net, _)| net.prefix_len()).map(|(_, address)| *address)

@@ -13,7 +13,9 @@ use crate::state::State;
 ///
 /// ```
 /// # use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, NodeName, PolicyId};
-/// use egress_datapath::{Component, Reconciler, SharedSim};
+/// use egress_datapath::Reconciler;
+/// use egress_datapath::event::Component;
+/// use egress_datapath::sim::SharedSim;
 /// # let node = Node::new(NodeName::new("a")?, vec!["10.10.0.11".parse()?], vec!["172.31.0.11/16".parse()?]);
 /// # let cluster = Cluster::new(NodeName::new("a")?, vec![node], vec!["10.244.0.0/16".parse()?]);
 /// # let policy = EgressPolicy::new(

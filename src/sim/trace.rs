@@ -80,12 +80,13 @@ pub enum Decision {
 
 /// Fate of a packet on a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Fate {
     /// The packet is dropped.
     Dropped,
     /// The packet is sent to another node.
     ///
-    /// [`explain_received`](crate::explain_received) continues the trace there.
+    /// [`explain_received`](crate::explain::explain_received) continues the trace there.
     Tunnelled(Frame),
     /// The packet is routed by the host's own routes, with this source address.
     ///

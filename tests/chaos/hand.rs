@@ -4,8 +4,9 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use common::fleet::Result;
+use egress_datapath::datapath::observe;
 use egress_datapath::testing::lab::Host;
-use egress_datapath::{Changes, KernelDatapath, State, observe};
+use egress_datapath::{Changes, KernelDatapath, State};
 
 use crate::edits::{self, Edit};
 

@@ -4,10 +4,12 @@ use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use common::fleet::Result;
+use egress_datapath::alloc::TableRange;
+use egress_datapath::datapath::observe;
 use egress_datapath::testing::lab::Host;
 use egress_datapath::{
     Cluster, EgressPolicy, KernelDatapath, MarkLayout, Ownership, Protection, Reconciler, State,
-    TableRange, Watch, observe,
+    Watch,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 

@@ -25,13 +25,16 @@ use std::time::Instant;
 
 use common::fleet::{Result, dual, lab, policy};
 use common::numbered;
+use egress_datapath::KernelTables;
+use egress_datapath::alloc::{MarkPool, TablePool, TableRange};
+use egress_datapath::datapath::observe;
 use egress_datapath::testing::lab::{
     self, EIP_B, EIP_C, Host, Lab, Netns, OTHER_SERVER, POD_A, POD_B, SERVER, STRANGER, hosts,
 };
 use egress_datapath::testing::{Call, Fault, Faults, Subsystem};
 use egress_datapath::{
-    Changes, Cluster, Datapath, Destinations, EgressPolicy, Error, KernelDatapath, KernelTables,
-    Mark, MarkPool, Reconciler, Report, State, TablePool, TableRange, observe,
+    Changes, Cluster, Datapath, Destinations, EgressPolicy, Error, KernelDatapath, Mark,
+    Reconciler, Report, State,
 };
 
 use foreign::Foreign;
@@ -85,7 +88,7 @@ fn scenarios() -> Result<Vec<Scenario>> {
     let old = p(&both, B, EIP_B)?;
     let listed = |name, servers: &[_]| -> Result<_> {
         let destinations = Destinations::Nets(hosts(servers));
-        Ok(EgressPolicy { destinations, ..policy(name, &both, B, dual(EIP_B))? })
+        Ok(policy(name, &both, B, dual(EIP_B))?.with_destinations(destinations))
     };
     let other = policy("other", &[STRANGER], C, dual(EIP_C))?;
     let with = |p: EgressPolicy| Wanted::Policies(vec![p, other.clone()]);

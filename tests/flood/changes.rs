@@ -5,13 +5,14 @@ use std::time::Duration;
 
 use common::backend::steering;
 use common::fleet::{Result, dual, policy};
+use egress_datapath::iptables::Iptables;
 use egress_datapath::state::Variant;
 use egress_datapath::testing::lab::{
     EIP_B, EIP_C, Lab, NODE_A, NODE_B_OUTSIDE, OTHER_SERVER, POD_A, POD_B, Pair, SERVER, hosts, net,
 };
 use egress_datapath::{
-    Backend, Destinations, EgressIp, EgressPolicy, Iptables, Mark, MarkLayout, Node, NodeName,
-    PolicyId, Report, Steering,
+    Backend, Destinations, EgressIp, EgressPolicy, Mark, MarkLayout, Node, NodeName, PolicyId,
+    Report, Steering,
 };
 use ipnet::IpNet;
 
@@ -284,13 +285,13 @@ fn members(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
 }
 
 fn destinations(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
-    let p = EgressPolicy { destinations: lists(round), ..p()? };
+    let p = p()?.with_destinations(lists(round));
     make(nodes, round, GATEWAY_FIRST, &[p])
 }
 
 fn destinations_of_another(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
     let other = policy("other", &pods(0, 3), Some("node-c"), dual(EIP_C))?;
-    let other = EgressPolicy { destinations: lists(round), ..other };
+    let other = other.with_destinations(lists(round));
     make(nodes, round, GATEWAY_FIRST, &[p()?, other])
 }
 
@@ -317,12 +318,12 @@ fn policies(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
 
 /// Policies that take the flood over and give it back, with the same egress IP.
 fn before(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
-    let mut all = vec![EgressPolicy { priority: 9, ..p()? }];
+    let mut all = vec![p()?.with_priority(9)];
     for number in 0..round % 3 {
         let sources = [POD_A, POD_B];
         let other = policy(&format!("first-{number}"), &sources, Some("node-b"), dual(EIP_B))?;
         let destinations = lists(round + number);
-        all.push(EgressPolicy { priority: u32::try_from(number)?, destinations, ..other });
+        all.push(other.with_priority(u32::try_from(number)?).with_destinations(destinations));
     }
     make(nodes, round, GATEWAY_FIRST, &all)
 }
@@ -371,7 +372,7 @@ fn know(nodes: &mut Nodes, count: u64, mark: impl Fn(u64) -> Option<Mark>) -> Re
         let (cluster, _) = nodes.node(name)?;
         cluster.nodes.truncate(EVERYBODY.len());
         for number in 0..count {
-            cluster.nodes.push(Node { mark: mark(number), ..node(number)? });
+            cluster.nodes.push(node(number)?.with_mark(mark(number)));
         }
     }
     Ok(())
@@ -382,14 +383,10 @@ fn by_nodes(count: u64) -> Result<Vec<EgressPolicy>> {
     let mut all = vec![p()?];
     for number in 0..count {
         let pods = pods(number, 1);
-        all.push(EgressPolicy {
-            gateway: Some(node(number)?.name),
-            ..EgressPolicy::new(
-                PolicyId::new(format!("by-{number}"))?,
-                hosts(&pods),
-                EgressIp::Node,
-            )
-        });
+        all.push(
+            EgressPolicy::new(PolicyId::new(format!("by-{number}"))?, hosts(&pods), EgressIp::Node)
+                .with_gateway(node(number)?.name),
+        );
     }
     Ok(all)
 }

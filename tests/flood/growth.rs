@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 
 use common::fleet::{Result, dual, policy};
 use egress_datapath::testing::lab::{EIP_C, Lab, net};
-use egress_datapath::{Destinations, EgressPolicy, Report};
+use egress_datapath::{Destinations, Report};
 use ipnet::IpNet;
 
 use crate::changes::{GATEWAY_FIRST, make, p};
@@ -27,7 +27,7 @@ pub(crate) fn outgrown(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Rep
         let other = policy("other", &[], Some("node-c"), dual(EIP_C))?;
         let sources = many(0x0b00_0000, (round * 100).min(5_000), 32);
         let destinations = Destinations::Nets(many(0x1400_0000, count, 30));
-        policies.push(EgressPolicy { sources, destinations, ..other });
+        policies.push(other.with_sources(sources).with_destinations(destinations));
     }
     make(nodes, round.into(), GATEWAY_FIRST, &policies)
 }

@@ -26,8 +26,9 @@ use std::time::{Duration, Instant};
 use common::backend::backend;
 use common::fleet::{self, Result, nft, tool};
 use common::stream::{self, Pod, Progress, Tally};
+use egress_datapath::datapath::Phase;
 use egress_datapath::testing::lab::{self, Lab, POD_A, POD_B, POD_C, SERVER};
-use egress_datapath::{Backend, Phase, Report};
+use egress_datapath::{Backend, Report};
 
 use change::{Change, Loss, Size, To};
 use nodes::Nodes;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use common::fleet::{Result, dual};
 use egress_datapath::testing::lab::{EIP_B, EIP_C, Lab, net};
-use egress_datapath::{EgressPolicy, NodeName, Report, Update};
+use egress_datapath::{NodeName, Report, Update};
 
 use crate::changes::{GATEWAY_FIRST, beside, make, p};
 use crate::nodes::Nodes;
@@ -22,7 +22,7 @@ const fn order(round: u64) -> (&'static str, &'static [&'static str]) {
 
 pub(crate) fn moved(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
     let (gateway, order) = order(round);
-    let p = EgressPolicy { gateway: Some(NodeName::new(gateway)?), ..p()? };
+    let p = p()?.with_gateway(NodeName::new(gateway)?);
     make(nodes, round, order, &[p])
 }
 
@@ -39,7 +39,8 @@ pub(crate) fn moved_with_many(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<
         let count = if crate::is_full() { 100_000 } else { 2_000 };
         let many =
             (0..count).map(|number| net(Ipv4Addr::from_bits(0x0b00_0000 + number).into(), 32));
-        let p = EgressPolicy { sources: p.sources.into_iter().chain(many).collect(), ..p };
+        let mut p = p;
+        p.sources.extend(many);
         let [b, c] = beside()?;
         return make(nodes, round, order, &[p, b, c]);
     }
@@ -57,11 +58,11 @@ pub(crate) fn moved_with_many(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<
 pub(crate) fn moved_otherwise(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
     let (gateway, order) = order(round);
     let egress_ip = dual(if round % 2 == 0 { EIP_B } else { EIP_C });
-    let p = EgressPolicy { gateway: Some(NodeName::new(gateway)?), egress_ip, ..p()? };
+    let p = p()?.with_gateway(NodeName::new(gateway)?).with_egress_ip(egress_ip);
     make(nodes, round, order, &[p])
 }
 
 pub(crate) fn egress_ip(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
     let egress_ip = dual(if round % 2 == 0 { EIP_B } else { EIP_C });
-    make(nodes, round, GATEWAY_FIRST, &[EgressPolicy { egress_ip, ..p()? }])
+    make(nodes, round, GATEWAY_FIRST, &[p()?.with_egress_ip(egress_ip)])
 }

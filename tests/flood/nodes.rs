@@ -5,12 +5,15 @@ use std::net::IpAddr;
 
 use common::backend::{backend, datapath, steering};
 use common::fleet::Result;
+use egress_datapath::KernelTables;
+use egress_datapath::alloc::{MarkPool, TablePool, TableRange};
+use egress_datapath::datapath::{Counts, Known, Observed, OnConnection};
+use egress_datapath::iptables::Iptables;
 use egress_datapath::state::Variant;
 use egress_datapath::testing::lab::{Host, Lab};
 use egress_datapath::{
-    ApplyError, Backend, Changes, Cluster, Counts, Datapath, EgressPolicy, Iptables, KernelError,
-    KernelTables, Known, MarkPool, Observed, OnConnection, Reconciler, Report, TablePool,
-    TableRange, Update,
+    ApplyError, Backend, Changes, Cluster, Datapath, EgressPolicy, KernelError, Reconciler, Report,
+    Update,
 };
 
 use crate::change::{Change, Reads};
@@ -70,13 +73,12 @@ impl Nodes {
     pub(crate) fn open(lab: &Lab, change: &Change) -> Result<Self> {
         let Change { marks, backends, caching, reads, .. } = *change;
         let open = |host: &&Host| {
-            let cluster = Cluster {
-                marks,
-                backend: backend(),
-                steering: steering(&marks),
-                connection_caching: caching,
-                ..lab.cluster(host)?
-            };
+            let cluster = lab
+                .cluster(host)?
+                .with_marks(marks)
+                .with_backend(backend())
+                .with_steering(steering(&marks))
+                .with_connection_caching(caching);
             let both = Backend::Iptables(Iptables::new(Variant::Nft));
             let backend = if backends { both } else { backend() };
             let hasty = hasty(host, &cluster, backend, reads)?;

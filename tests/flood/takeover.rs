@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 
 use common::fleet::{Fleet, Result, assert_same, dual, lab, policy, tool};
 use common::stream::{self, MANY, Pod};
+use egress_datapath::iptables::{IptablesDatapath, Predecessor};
 use egress_datapath::state::Variant;
 use egress_datapath::testing::lab::{EIP_B, Host, Lab, Netns, POD_A, POD_B, SERVER};
-use egress_datapath::{DeviceName, Family, IptablesDatapath, Predecessor};
+use egress_datapath::{DeviceName, Family};
 
 /// Marks that its controller has given to the nodes.
 const MARKS: [u32; 3] = [0x26d9_b723, 0x2601_0001, 0x26ff_ff01];

@@ -6,11 +6,14 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use egress_datapath::KernelTables;
+use egress_datapath::alloc::{MarkPool, TablePool, TableRange};
+use egress_datapath::iptables::IptablesDatapath;
 use egress_datapath::testing::lab::{Host, cluster};
 use egress_datapath::testing::{Fault, Faults, Subsystem};
 use egress_datapath::{
-    Backend, Cluster, Datapath, Error, IptablesDatapath, KernelDatapath, KernelError, KernelTables,
-    MarkPool, Ownership, Reconciler, Report, Steering, TablePool, TableRange,
+    Backend, Cluster, Datapath, Error, KernelDatapath, KernelError, Ownership, Reconciler, Report,
+    Steering,
 };
 
 use crate::scenarios::{Wanted, scenarios};
@@ -80,7 +83,7 @@ pub(crate) fn make(
                 (Backend::Nftables, Steering::Tables) => Steering::EgressHook,
                 _ => Steering::Tables,
             };
-            node.reconcile(&Cluster { steering, ..cluster.clone() }, policies)
+            node.reconcile(&cluster.clone().with_steering(steering), policies)
         }
         Wanted::Nothing => node.remove(),
     }

@@ -5,9 +5,10 @@ use std::fmt;
 use common::backend::{backend, datapath};
 use common::fleet::feed;
 use common::numbered;
+use egress_datapath::datapath::observe;
 use egress_datapath::testing::Faults;
 use egress_datapath::testing::lab::{Host, Lab, Netns};
-use egress_datapath::{Backend, Changes, Datapath, Family, Ownership, State, observe};
+use egress_datapath::{Backend, Changes, Datapath, Family, Ownership, State};
 
 use crate::Result;
 use crate::allowed::{At, Cni, Progress, allowed};

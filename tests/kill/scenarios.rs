@@ -88,7 +88,11 @@ impl Marks {
     pub(crate) fn of(self, cluster: Cluster) -> Cluster {
         let Self { layout: marks, caching: connection_caching } = self;
         let (backend, steering) = (backend(), steering(&marks));
-        Cluster { marks, connection_caching, backend, steering, ..cluster }
+        cluster
+            .with_marks(marks)
+            .with_connection_caching(connection_caching)
+            .with_backend(backend)
+            .with_steering(steering)
     }
 }
 
@@ -151,8 +155,7 @@ pub(crate) fn scenarios() -> Result<Vec<Scenario>> {
     let (eip_b, eip_c) = (Eip(EIP_B), Eip(EIP_C));
     let p = policy("p", &both, B, EIP_B)?;
     let other = policy("other", &[STRANGER], C, EIP_C)?;
-    let listed =
-        EgressPolicy { destinations: Destinations::Nets(hosts(&[OTHER_SERVER])), ..p.clone() };
+    let listed = p.clone().with_destinations(Destinations::Nets(hosts(&[OTHER_SERVER])));
     let alone = everywhere(from_ref(&other));
     let with = |p: &EgressPolicy| everywhere(&[p.clone(), other.clone()]);
     let scenario = |name, before, after, order: &[usize], talks: &[Talk]| Scenario {

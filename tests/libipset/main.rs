@@ -19,10 +19,12 @@ use std::io::{self, Write};
 use std::net::Ipv4Addr;
 use std::process::ExitCode;
 
-use egress_datapath::libipset::{self, Libipset};
+use egress_datapath::datapath::observe;
+use egress_datapath::iptables::IptablesDatapath;
+use egress_datapath::iptables::libipset::{self, Libipset};
 use egress_datapath::state::{Ipset, IpsetContents, MarkBits, Member};
 use egress_datapath::testing::lab;
-use egress_datapath::{Changes, Datapath, Family, IptablesDatapath, State, observe};
+use egress_datapath::{Changes, Datapath, Family, State};
 use ipnet::IpNet;
 
 type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;

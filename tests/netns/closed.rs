@@ -6,11 +6,10 @@ use common::backend::steering;
 use common::fleet::{
     Fleet, Result, check, dual, expect, expect_nothing, lab, policy, sources, tool, unless_beyond,
 };
+use egress_datapath::datapath::observe;
 use egress_datapath::state::RuleAction;
 use egress_datapath::testing::lab::{EIP_B, POD_A, POD_B, POD_C, Proto, SERVER, STRANGER, probe};
-use egress_datapath::{
-    Cluster, Finding, KernelDatapath, MarkLayout, Node, NodeName, Steering, observe,
-};
+use egress_datapath::{Cluster, Finding, KernelDatapath, MarkLayout, Node, NodeName, Steering};
 use ipnet::IpNet;
 
 const B: Option<&str> = Some("node-b");

@@ -2,12 +2,11 @@
 
 use common::backend::{backend, datapath, steering};
 use common::fleet::{Result, is_beyond, needs_backend};
+use egress_datapath::KernelTables;
+use egress_datapath::alloc::{MarkPool, TablePool, TableRange};
 use egress_datapath::testing::conformance::{BoxError, CASES, Integration, Outcome};
 use egress_datapath::testing::lab::Host;
-use egress_datapath::{
-    Cluster, Datapath, EgressPolicy, KernelTables, MarkLayout, MarkPool, Reconciler, TablePool,
-    TableRange,
-};
+use egress_datapath::{Cluster, Datapath, EgressPolicy, MarkLayout, Reconciler};
 
 /// A reconciler of the backend that this run is about.
 struct Ours(Reconciler<Box<dyn Datapath>>);
@@ -28,7 +27,7 @@ impl Integration for Ours {
         policies: &[EgressPolicy],
     ) -> std::result::Result<(), BoxError> {
         let steering = steering(&cluster.marks);
-        let cluster = Cluster { backend: backend(), steering, ..cluster.clone() };
+        let cluster = cluster.clone().with_backend(backend()).with_steering(steering);
         self.0.apply(&cluster, policies)
     }
 

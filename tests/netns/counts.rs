@@ -5,13 +5,17 @@ use std::io;
 use std::net::UdpSocket;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
+use std::time::Duration;
 
-use common::fleet::{Fleet, Result, check, dual, expect, lab, nft, policy, sources, unless_beyond};
+use common::fleet::{
+    Fleet, Result, check, dual, expect, lab, nft, policy, sources, tool, unless_beyond,
+};
+use egress_datapath::datapath::observe;
 use egress_datapath::state::Set;
 use egress_datapath::testing::lab::{
     EIP_B, EIP_C, Lab, Netns, POD_A, POD_B, POD_C, Pair, SERVER, STRANGER,
 };
-use egress_datapath::{Count, EgressPolicy, Family, KernelDatapath, NodeName, observe};
+use egress_datapath::{Count, EgressPolicy, Family, KernelDatapath, NodeName};
 
 use crate::flows::masquerade;
 
@@ -136,10 +140,8 @@ fn counters_mark_overwritten_packet_counted_once() -> Result {
     unless_beyond("policies are not counted");
     let lab = lab();
     let mut fleet = counting(&lab)?;
-    let bypassed = EgressPolicy {
-        unavailable: egress_datapath::Unavailable::Bypass,
-        ..policy("bypassed", &[STRANGER], None, dual(EIP_C))?
-    };
+    let bypassed = policy("bypassed", &[STRANGER], None, dual(EIP_C))?
+        .with_unavailable(egress_datapath::Unavailable::Bypass);
     fleet.apply(&[policy("one", &[POD_A], Some("node-b"), dual(EIP_B))?, bypassed])?;
     // Others overwrite the mark, so that the policy is asked again ahead of source NAT.
     let overwriting = "table inet overwriting {
@@ -152,6 +154,39 @@ fn counters_mark_overwritten_packet_counted_once() -> Result {
         send(&lab.stranger, STRANGER, SERVER, [1, 1])?;
     }
     assert_eq!(fleet.counts("node-a")?, of(&[("one", [6, 6]), ("bypassed", [6, 6])]));
+    Ok(())
+}
+
+#[test]
+fn drops_of_a_chain_counted() -> Result {
+    unless_beyond("drops are not counted");
+    harness::needs(&["nft"]);
+    let lab = lab();
+    let mut fleet = Fleet::open(&lab)?;
+    fleet.apply(&[policy("one", &[POD_A], Some("node-b"), dual(EIP_B))?])?;
+    assert!(fleet.drops("node-b")?.values().all(|count| count.packets == 0));
+    // A connection from outside to the egress IP is not one of a pod.
+    for (any, to) in [("0.0.0.0", EIP_B[0]), ("::", EIP_B[1])] {
+        let socket = lab.server.run(|| UdpSocket::bind((any, 0)))??;
+        for _ in 0..3 {
+            socket.send_to(b"?", (to, 9))?;
+        }
+    }
+    let six = Count { packets: 6, bytes: 3 * (29 + 49) };
+    // Softirqs may run later than the call that sent the packets.
+    let mut found = fleet.drops("node-b")?;
+    for _ in 0..3000 {
+        if found["input"] == six {
+            break;
+        }
+        thread::sleep(Duration::from_millis(10));
+        found = fleet.drops("node-b")?;
+    }
+    assert_eq!(found["input"], six, "{found:?}");
+    let listed = tool(&lab.node_b.netns, "nft list chain inet egress_datapath input")?;
+    // The rule of each family.
+    assert!(listed.contains("counter packets 3 bytes 87 drop"), "{listed}");
+    assert!(listed.contains("counter packets 3 bytes 147 drop"), "{listed}");
     Ok(())
 }
 

@@ -11,15 +11,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::fleet::{Fleet, Result, lab, nft, tool, unless_beyond};
+use egress_datapath::datapath::observe;
+use egress_datapath::explain::{Fate, HostContext, Packet, Trace, explain_received};
 use egress_datapath::state::State;
 use egress_datapath::testing::lab::{
     Host, Lab, NODE_A, NODE_B_OUTSIDE, NODE_C_OUTSIDE, Netns, POD_A, POD_B, POD_C, PORT, Pair,
     Proto, STRANGER, probe,
 };
-use egress_datapath::{
-    EgressPolicy, Fate, HostContext, KernelDatapath, Packet, Sim, Trace, explain, explain_received,
-    observe,
-};
+use egress_datapath::{EgressPolicy, KernelDatapath, Sim, explain};
 
 mod scenarios;
 mod special;
@@ -171,7 +170,7 @@ impl<'a> World<'a> {
     /// A node as its kernel holds it, in memory.
     fn simulated(&mut self, at: usize) -> Result<Sim> {
         let local = [NODE_A, NODE_B_OUTSIDE, NODE_C_OUTSIDE][at].to_vec();
-        let around = HostContext { local, ..HostContext::default() };
+        let around = HostContext::new(local);
         Ok(Sim::with_state(observe(&mut self.kernels[at])?).with_host(around))
     }
 }

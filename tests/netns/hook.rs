@@ -6,10 +6,11 @@ use common::fleet::{
     Fleet, Result, assert_same, check, dual, expect, lab, needs_owners, open, policy, settled,
     sources, tool,
 };
+use egress_datapath::alloc::TableRange;
+use egress_datapath::datapath::observe;
 use egress_datapath::testing::lab::{EIP_B, EIP_C, Host, POD_A, Proto, SERVER, STRANGER, probe};
 use egress_datapath::{
     Backend, Cluster, Family, KernelDatapath, MarkLayout, Ownership, Reconciler, Steering,
-    TableRange, observe,
 };
 
 const B: Option<&str> = Some("node-b");
@@ -118,7 +119,7 @@ fn steering_change_restart_is_noop() -> Result {
     for steering in [Steering::Tables, Steering::EgressHook, Steering::Tables, Steering::EgressHook]
     {
         for host in lab.nodes().into_iter().rev() {
-            let cluster = Cluster { steering, ..lab.cluster(host)? };
+            let cluster = lab.cluster(host)?.with_steering(steering);
             open(host, MarkLayout::SEED)?.reconcile(&cluster, &policies)?;
             let again = open(host, MarkLayout::SEED)?.reconcile(&cluster, &policies)?.changes;
             assert!(again.is_empty(), "{steering:?}: {again}");

@@ -4,7 +4,6 @@ use std::net::{TcpListener, TcpStream};
 use std::slice;
 
 use common::fleet::{Fleet, Result, dual, lab, nft, policy};
-use egress_datapath::EgressPolicy;
 use egress_datapath::testing::lab::{EIP_B, EIP_C, NODE_A, SERVER, STRANGER};
 
 use crate::flows::{ask_twice, datagrams, masquerade, speak};
@@ -20,10 +19,8 @@ fn node_connections_survive_policy_for_all_sources() -> Result {
         let client = netns.run(|| TcpStream::connect((SERVER[0], PORT)))??;
         pairs.push((client, listener.accept()?.0));
     }
-    let all = EgressPolicy {
-        sources: vec!["0.0.0.0/0".parse()?, "::/0".parse()?],
-        ..policy("p", &[], Some("node-b"), dual(EIP_B))?
-    };
+    let all = policy("p", &[], Some("node-b"), dual(EIP_B))?
+        .with_sources(vec!["0.0.0.0/0".parse()?, "::/0".parse()?]);
     let mut fleet = Fleet::open(&lab)?;
     for round in 0..2 {
         let reports = fleet.apply(slice::from_ref(&all))?;

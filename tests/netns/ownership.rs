@@ -5,10 +5,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::fleet::{Result, check, dual, expect, lab, needs_owners, policy, sources, tool};
+use egress_datapath::KernelTables;
+use egress_datapath::alloc::{MarkPool, TablePool, TableRange};
 use egress_datapath::testing::lab::{EIP_B, Host, Lab, POD_A, Proto, SERVER, probe};
 use egress_datapath::{
-    EgressPolicy, Error, KernelDatapath, KernelError, KernelTables, MarkLayout, MarkPool,
-    Ownership, Reconciler, TablePool, TableRange,
+    EgressPolicy, Error, KernelDatapath, KernelError, MarkLayout, Ownership, Reconciler,
 };
 
 use crate::process::{Process, part, say, wait};

@@ -4,14 +4,16 @@ use std::io::{self, Write};
 
 use common::backend::datapath;
 use common::fleet::{Result, dual, lab, policy};
+use egress_datapath::alloc::{MarkPool, TablePool};
+use egress_datapath::datapath::observe;
+use egress_datapath::iptables::Iptables;
 use egress_datapath::state::{
     Ipset, IpsetContents, Is, Member, Side, Variant, XtChain, XtMatch, XtName, XtRule, XtTable,
     XtTarget, Xtables,
 };
 use egress_datapath::testing::lab::{EIP_B, EIP_C, OTHER_SERVER, POD_A, POD_C, hosts};
 use egress_datapath::{
-    Backend, Changes, Datapath, Destinations, Family, Iptables, KernelError, Mark, MarkPool, Sim,
-    State, TablePool, observe, plan,
+    Backend, Changes, Datapath, Destinations, Family, KernelError, Mark, Sim, State, plan,
 };
 
 const EIO: i32 = 5;

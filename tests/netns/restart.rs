@@ -3,11 +3,12 @@
 use std::time::{Duration, Instant};
 
 use common::fleet::{Result, check, dual, expect, lab, open, policy};
+use egress_datapath::alloc::TableRange;
+use egress_datapath::datapath::observe;
 use egress_datapath::state::{Data, Key, State};
 use egress_datapath::testing::lab::{EIP_B, EIP_C, Host, POD_A, POD_B, POD_C, SERVER, STRANGER};
 use egress_datapath::{
-    Cluster, EgressPolicy, Error, KernelDatapath, MarkLayout, PlanError, Reconciler, TableRange,
-    observe,
+    Cluster, EgressPolicy, Error, KernelDatapath, MarkLayout, PlanError, Reconciler,
 };
 
 use crate::process::{Process, part, say};

@@ -3,13 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use common::fleet::{Result, assert_same, dual, lab, nft, open, policy, settled, snapshot, tool};
+use egress_datapath::datapath::observe;
 use egress_datapath::state::{PROTOCOL, Route, RuleAction, State};
 use egress_datapath::testing::lab::{
     EIP_B, EIP_C, Lab, Netns, OTHER_SERVER, POD_A, POD_B, POD_C, STRANGER, hosts,
 };
 use egress_datapath::{
     Destinations, DeviceName, EgressIp, EgressPolicy, Family, MarkLayout, PolicyId, Reconciler,
-    observe,
 };
 use ipnet::IpNet;
 use serde_json::Value;
@@ -252,21 +252,19 @@ fn tunnel_matches_ip_and_bridge_listing() -> Result {
 
 /// One of everything: lists of destinations, prefixes of sources, closed ones, odd names.
 fn policies() -> Result<Vec<EgressPolicy>> {
-    let list = EgressPolicy {
-        priority: 3,
-        destinations: Destinations::Nets(
+    let list = policy("list", &[POD_A, POD_B, POD_C], Some("node-c"), dual(EIP_C))?
+        .with_priority(3)
+        .with_destinations(Destinations::Nets(
             [hosts(&[OTHER_SERVER]), vec!["203.0.113.0/24".parse()?, "2001:db8:99::/48".parse()?]]
                 .concat(),
-        ),
-        ..policy("list", &[POD_A, POD_B, POD_C], Some("node-c"), dual(EIP_C))?
-    };
-    let whole_nodes = EgressPolicy {
-        priority: 9,
-        sources: vec!["10.244.1.0/24".parse()?, "fd44:1::/64".parse()?, "10.244.3.0/25".parse()?],
-        ..policy("whole-nodes", &[], Some("node-b"), EgressIp::Node)?
-    };
+        ));
+    let whole_nodes =
+        policy("whole-nodes", &[], Some("node-b"), EgressIp::Node)?.with_priority(9).with_sources(
+            vec!["10.244.1.0/24".parse()?, "fd44:1::/64".parse()?, "10.244.3.0/25".parse()?],
+        );
     let odd = PolicyId::new("odd/-_.:@+=,~#%")?;
-    let closed = EgressPolicy { id: odd, ..policy("x", &[STRANGER], None, dual(EIP_B))? };
+    let mut closed = policy("x", &[STRANGER], None, dual(EIP_B))?;
+    closed.id = odd;
     Ok(vec![
         policy("plain", &[POD_A, POD_B], Some("node-b"), dual(EIP_B))?,
         list,

@@ -5,10 +5,11 @@ use std::io;
 
 use common::backend::steering;
 use common::fleet::{Fleet, Result, check, dual, expect, lab, nft, policy, tool};
+use egress_datapath::datapath::observe;
 use egress_datapath::testing::lab::{
     EIP_B, EIP_C, Netns, POD_A, POD_C, Proto, SERVER, STRANGER, probe,
 };
-use egress_datapath::{Family, KernelDatapath, MarkLayout, Steering, observe};
+use egress_datapath::{Family, KernelDatapath, MarkLayout, Steering};
 
 const B: Option<&str> = Some("node-b");
 const C: Option<&str> = Some("node-c");

@@ -11,14 +11,17 @@ use common::fleet::{
     Expect, Fleet, Result, assert_same, check, dual, expect, expect_nothing, lab, lost, policy,
     sources, tool,
 };
+use egress_datapath::alloc::{MarkPool, TablePool};
+use egress_datapath::datapath::observe;
+use egress_datapath::iptables::Iptables;
 use egress_datapath::state::Variant;
 use egress_datapath::testing::lab::{
     EIP_B, EIP_C, Lab, NODE_A, NODE_B_OUTSIDE, Netns, OTHER_SERVER, POD_A, POD_B, POD_C, Proto,
     SERVER, STRANGER, hosts, net, probe,
 };
 use egress_datapath::{
-    ApplyError, Backend, Changes, Destinations, EgressIp, EgressPolicy, Family, Iptables,
-    MarkLayout, MarkPool, State, TablePool, Unavailable, observe, plan,
+    ApplyError, Backend, Changes, Destinations, EgressIp, EgressPolicy, Family, MarkLayout, State,
+    Unavailable, plan,
 };
 use rustix::fs::{FlockOperation, flock};
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
@@ -113,10 +116,7 @@ fn source_prefix_with_exceptions(variant: Variant) -> Result {
         (policy("own", &[STRANGER], B, EgressIp::Node)?, Some(NODE_B_OUTSIDE)),
         (policy("own", &[STRANGER], None, dual(EIP_C))?, None),
         (
-            EgressPolicy {
-                unavailable: Unavailable::Bypass,
-                ..policy("own", &[STRANGER], None, dual(EIP_C))?
-            },
+            policy("own", &[STRANGER], None, dual(EIP_C))?.with_unavailable(Unavailable::Bypass),
             Some(STRANGER),
         ),
     ] {
@@ -272,7 +272,7 @@ fn printed_commands_give_same_state(variant: Variant) -> Result {
     for host in lab.nodes() {
         let mut cluster = lab.cluster(host)?;
         cluster.backend =
-            Backend::Iptables(Iptables { accept: true, weave: true, ..Iptables::new(variant) });
+            Backend::Iptables(Iptables::new(variant).with_accept(true).with_weave(true));
         let (mut marks, mut tables) = (MarkPool::new(cluster.marks), TablePool::default());
         let plan = plan(&cluster, &policies()?, &mut marks, &mut tables)?;
         let text = Changes::between(&State::default(), &plan.state).to_string();

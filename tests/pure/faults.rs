@@ -14,7 +14,8 @@ use std::{env, io, thread};
 
 use common::numbered;
 use egress_datapath::faults::{Call, Fault, Faults, Subsystem};
-use egress_datapath::{Changes, Error, Reconciler, Report, SharedSim, SimDatapath, State};
+use egress_datapath::sim::{SharedSim, SimDatapath};
+use egress_datapath::{Changes, Error, Reconciler, Report, State};
 
 use nodes::{Nodes, Progress, send_all};
 use scenarios::{Scenario, Wanted, scenarios};

@@ -5,9 +5,10 @@
 use std::fmt::Write;
 use std::path::Path;
 
+use egress_datapath::datapath::Op;
 use egress_datapath::state::{ChainId, Key};
 use egress_datapath::{
-    Changes, Cluster, Destinations, EgressIp, EgressPolicy, MarkLayout, Op, Plan, State, Steering,
+    Changes, Cluster, Destinations, EgressIp, EgressPolicy, MarkLayout, Plan, State, Steering,
 };
 
 use crate::{cluster, cluster_v4, dual, nets, planned, policy, v4};
@@ -37,10 +38,8 @@ pub(crate) fn check(file: &str, plan: &Plan, from: &State) {
 }
 
 fn checkout() -> EgressPolicy {
-    EgressPolicy {
-        destinations: Destinations::Nets(nets(&["203.0.113.0/24"])),
-        ..policy("shop/checkout", &["10.244.1.10/32"], Some("b"), v4("198.51.100.200"))
-    }
+    policy("shop/checkout", &["10.244.1.10/32"], Some("b"), v4("198.51.100.200"))
+        .with_destinations(Destinations::Nets(nets(&["203.0.113.0/24"])))
 }
 
 fn both() -> Vec<EgressPolicy> {
@@ -50,11 +49,10 @@ fn both() -> Vec<EgressPolicy> {
         Some("b"),
         dual("198.51.100.201", "2001:db8:51::201"),
     );
-    let partners = EgressPolicy {
-        priority: 1,
-        destinations: Destinations::Nets(nets(&["203.0.113.0/24", "2001:db8:9::/48"])),
-        ..policy("shop/partners", &["10.244.2.7/32", "fd44:1::7/128"], Some("c"), EgressIp::Node)
-    };
+    let partners =
+        policy("shop/partners", &["10.244.2.7/32", "fd44:1::7/128"], Some("c"), EgressIp::Node)
+            .with_priority(1)
+            .with_destinations(Destinations::Nets(nets(&["203.0.113.0/24", "2001:db8:9::/48"])));
     vec![everything, partners]
 }
 
@@ -116,13 +114,14 @@ fn gateway_move_is_small() {
 #[test]
 fn removal_deletes_guards_last() {
     let before = planned(&cluster("a"), both()).unwrap();
-    let nothing =
-        Plan { state: State::default(), gateways: before.gateways.clone(), findings: Vec::new() };
+    let mut nothing = before.clone();
+    nothing.state = State::default();
+    nothing.findings.clear();
     check("removal.txt", &nothing, &before.state);
 }
 
 fn by_hook(here: &str) -> Cluster {
-    Cluster { steering: Steering::EgressHook, ..cluster(here) }
+    cluster(here).with_steering(Steering::EgressHook)
 }
 
 #[test]

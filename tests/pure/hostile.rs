@@ -4,10 +4,10 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
+use egress_datapath::alloc::{MarkPool, TablePool, TableRange};
 use egress_datapath::{
     Changes, Cluster, Datapath, Destinations, DeviceName, EgressIp, EgressPolicy, MacAddr, Mark,
-    MarkLayout, MarkPool, Node, NodeName, Plan, PlanError, PolicyId, Sim, State, TablePool,
-    TableRange, Unavailable, plan,
+    MarkLayout, Node, NodeName, Plan, PlanError, PolicyId, Sim, State, Unavailable, plan,
 };
 use harness::mutate::{Random, anything};
 use ipnet::IpNet;
@@ -99,16 +99,14 @@ fn any_policy(random: &mut Random, number: usize) -> EgressPolicy {
     let gateway = if random.one_in(6) { None } else { Some(name(random)) };
     let mut sources = nets(random);
     sources.push(net(random));
-    EgressPolicy {
-        priority: random.edge(),
-        destinations: match nets(random) {
+    EgressPolicy::new(PolicyId::new(id).unwrap(), sources, egress_ip(random))
+        .with_priority(random.edge())
+        .with_destinations(match nets(random) {
             nets if random.one_in(2) => Destinations::Nets(nets),
             _ => Destinations::External,
-        },
-        gateway: gateway.filter(|name| random.one_in(8) || "abc".contains(name.as_str())),
-        unavailable: if random.one_in(2) { Unavailable::Drop } else { Unavailable::Bypass },
-        ..EgressPolicy::new(PolicyId::new(id).unwrap(), sources, egress_ip(random))
-    }
+        })
+        .with_gateway(gateway.filter(|name| random.one_in(8) || "abc".contains(name.as_str())))
+        .with_unavailable(if random.one_in(2) { Unavailable::Drop } else { Unavailable::Bypass })
 }
 
 fn device(random: &mut Random) -> DeviceName {
@@ -240,15 +238,15 @@ fn row(count: u32, first: u32, length: u8) -> Vec<IpNet> {
 }
 
 fn shared(count: u32, sources: &[IpNet], destinations: &Destinations) -> Vec<EgressPolicy> {
-    let one = |number: u32| EgressPolicy {
-        priority: number,
-        gateway: Some(crate::name("b")),
-        destinations: destinations.clone(),
-        ..EgressPolicy::new(
+    let one = |number: u32| {
+        EgressPolicy::new(
             PolicyId::new(format!("p{number}")).unwrap(),
             sources.to_vec(),
             v4("192.0.2.1"),
         )
+        .with_priority(number)
+        .with_gateway(crate::name("b"))
+        .with_destinations(destinations.clone())
     };
     (0..count).map(one).collect()
 }

@@ -3,11 +3,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use egress_datapath::explain::{Fate, Packet, explain_received};
 use egress_datapath::state::{Key, Variant};
 use egress_datapath::{
-    Cluster, Destinations, EgressIp, EgressPolicy, Family, Fate, Finding, MacAddr, Mark, Node,
-    Packet, Plan, PolicyError, PolicyId, State, Unavailable, check_policy, explain,
-    explain_received,
+    Cluster, Destinations, EgressIp, EgressPolicy, Family, Finding, MacAddr, Mark, Node, Plan,
+    PolicyError, PolicyId, State, Unavailable, check_policy, explain,
 };
 use ipnet::IpNet;
 use proptest::prelude::*;
@@ -130,15 +130,13 @@ fn closed(all: &[&EgressPolicy]) -> EgressPolicy {
         })
         .collect();
     let bypass = all.iter().all(|policy| policy.unavailable == Unavailable::Bypass);
-    EgressPolicy {
-        priority: all.iter().map(|policy| policy.priority).min().unwrap(),
-        sources: all.iter().flat_map(|policy| kept(&policy.sources)).collect(),
-        destinations: lists.map_or(Destinations::External, |l| Destinations::Nets(l.concat())),
-        gateway: None,
-        egress_ip: EgressIp::Node,
-        unavailable: if bypass { Unavailable::Bypass } else { Unavailable::Drop },
-        id: all[0].id.clone(),
-    }
+    let sources = all.iter().flat_map(|policy| kept(&policy.sources)).collect();
+    EgressPolicy::new(all[0].id.clone(), sources, EgressIp::Node)
+        .with_priority(all.iter().map(|policy| policy.priority).min().unwrap())
+        .with_destinations(
+            lists.map_or(Destinations::External, |lists| Destinations::Nets(lists.concat())),
+        )
+        .with_unavailable(if bypass { Unavailable::Bypass } else { Unavailable::Drop })
 }
 
 fn invalid_ids(plan: &Plan) -> BTreeSet<PolicyId> {

@@ -15,6 +15,7 @@ const ORDER: &[&str] = &[
     "rules",
     "state",
     "count",
+    "summary",
     "mark",
     "policy",
     "alloc",

@@ -27,9 +27,9 @@ mod xtables;
 
 use std::process::ExitCode;
 
+use egress_datapath::alloc::{MarkPool, TablePool, TableRange};
 use egress_datapath::{
-    Cluster, EgressIp, EgressPolicy, MarkPool, Node, NodeName, Plan, PlanError, Policy, PolicyId,
-    TablePool, TableRange, plan,
+    Cluster, EgressIp, EgressPolicy, Node, NodeName, Plan, PlanError, Policy, PolicyId, plan,
 };
 use ipnet::IpNet;
 
@@ -76,10 +76,8 @@ fn cluster_v4(here: &str) -> Cluster {
 }
 
 fn policy(id: &str, sources: &[&str], gateway: Option<&str>, egress_ip: EgressIp) -> EgressPolicy {
-    EgressPolicy {
-        gateway: gateway.map(name),
-        ..EgressPolicy::new(PolicyId::new(id).unwrap(), nets(sources), egress_ip)
-    }
+    EgressPolicy::new(PolicyId::new(id).unwrap(), nets(sources), egress_ip)
+        .with_gateway(gateway.map(name))
 }
 
 fn v4(text: &str) -> EgressIp {

@@ -3,11 +3,12 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 
+use egress_datapath::alloc::{AllocError, MarkPool, TablePool, TableRange, TablesInUse};
+use egress_datapath::sim::{SharedSim, SimDatapath};
 use egress_datapath::state::RuleAction;
 use egress_datapath::{
-    AllocError, Cluster, EgressPolicy, Error, KernelError, Mark, MarkAllocator, MarkLayout,
-    MarkPool, NodeName, Reconciler, Report, SharedSim, SimDatapath, State, TableAllocator, TableId,
-    TablePool, TableRange, TablesInUse,
+    Cluster, EgressPolicy, Error, KernelError, Mark, MarkAllocator, MarkLayout, NodeName,
+    Reconciler, Report, State, TableAllocator, TableId,
 };
 use proptest::prelude::*;
 use proptest::sample::Index;

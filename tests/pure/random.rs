@@ -63,11 +63,11 @@ pub(crate) fn policies() -> impl Strategy<Value = Vec<EgressPolicy>> {
         EgressIp::Node,
     ]);
     let one = (0..3_u32, sources, destinations, gateway, egress_ip).prop_map(
-        |(priority, sources, destinations, gateway, egress_ip)| EgressPolicy {
-            priority,
-            destinations,
-            gateway: gateway.map(name),
-            ..EgressPolicy::new(PolicyId::new("p").unwrap(), sources, egress_ip)
+        |(priority, sources, destinations, gateway, egress_ip)| {
+            EgressPolicy::new(PolicyId::new("p").unwrap(), sources, egress_ip)
+                .with_priority(priority)
+                .with_destinations(destinations)
+                .with_gateway(gateway.map(name))
         },
     );
     prop::collection::vec(one, 0..7).prop_map(|mut policies| {

@@ -1,9 +1,8 @@
 //! Rules are there only for what policies ask for, and in time.
 
+use egress_datapath::datapath::{Op, Phase};
 use egress_datapath::state::{ChainId, Field, Mask, Set, Stmt, Target};
-use egress_datapath::{
-    Changes, Cluster, EgressPolicy, Family, Mark, Op, Phase, Reconciler, Sim, Steering,
-};
+use egress_datapath::{Changes, EgressPolicy, Family, Mark, Reconciler, Sim, Steering};
 
 use crate::{cluster, cluster_v4, dual, policy, v4};
 
@@ -123,7 +122,7 @@ fn guard_present_while_anything_is_translated() {
 
 #[test]
 fn next_hop_found_by_old_mark_during_change() {
-    let mut cluster = Cluster { steering: Steering::EgressHook, ..cluster("a") };
+    let mut cluster = cluster("a").with_steering(Steering::EgressHook);
     for (node, mark) in cluster.nodes.iter_mut().skip(1).zip([0x2600_0100, 0x2600_4100]) {
         node.mark = Some(Mark::new(mark));
     }

@@ -2,10 +2,11 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use egress_datapath::explain::{Decision, Fate, Frame, Packet, Reason, Trace, explain_received};
+use egress_datapath::iptables::Iptables;
 use egress_datapath::state::{ChainId, Variant};
 use egress_datapath::{
-    Backend, Cluster, Decision, Destinations, EgressPolicy, Family, Fate, Frame, Iptables, Mark,
-    NodeName, Packet, Plan, Reason, Steering, Trace, explain, explain_received,
+    Backend, Cluster, Destinations, EgressPolicy, Family, Mark, NodeName, Plan, Steering, explain,
 };
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -142,13 +143,11 @@ pub(crate) fn frame(cluster: &Cluster, plan: &Plan, packet: Packet) -> Frame {
 
 /// The same cluster with the iptables backend, which has fewer features.
 pub(crate) fn with_iptables(cluster: Cluster, variant: Variant, accept: bool) -> Cluster {
-    Cluster {
-        backend: Backend::Iptables(Iptables { accept, ..Iptables::new(variant) }),
-        steering: Steering::Tables,
-        policy_counters: false,
-        connection_caching: false,
-        ..cluster
-    }
+    cluster
+        .with_backend(Backend::Iptables(Iptables::new(variant).with_accept(accept)))
+        .with_steering(Steering::Tables)
+        .with_policy_counters(false)
+        .with_connection_caching(false)
 }
 
 proptest! {

@@ -3,9 +3,10 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
+use egress_datapath::alloc::{MarkPool, TablePool, TableRange};
+use egress_datapath::explain::{Fate, Packet};
 use egress_datapath::{
-    DenyReason, EgressPolicy, Family, Fate, Finding, MarkPool, Node, Packet, Reconciler, Sim,
-    TablePool, TableRange, Update, explain,
+    DenyReason, EgressPolicy, Family, Finding, Node, Reconciler, Sim, Update, explain,
 };
 
 use crate::{cluster_v4, name, policy, v4};

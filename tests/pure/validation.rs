@@ -2,12 +2,16 @@
 
 use std::net::IpAddr;
 
+use egress_datapath::alloc::{MarkPool, TablePool, TableRange};
+use egress_datapath::error::NameError;
+use egress_datapath::explain::{Fate, Packet};
+use egress_datapath::iptables::Iptables;
+use egress_datapath::mark::LayoutError;
 use egress_datapath::state::{Data, Key, Tag, Variant};
 use egress_datapath::{
-    Backend, Cluster, Destinations, DeviceName, EgressIp, EgressPolicy, Fate, Finding, Iptables,
-    LayoutError, MacAddr, Mark, MarkAllocator, MarkLayout, MarkPool, NameError, Node, NodeName,
-    Packet, Plan, PlanError, PolicyError, PolicyId, TableAllocator, TablePool, TableRange,
-    Unavailable, check_policy, explain, plan,
+    Backend, Cluster, Destinations, DeviceName, EgressIp, EgressPolicy, Finding, MacAddr, Mark,
+    MarkAllocator, MarkLayout, Node, NodeName, Plan, PlanError, PolicyError, PolicyId,
+    TableAllocator, Unavailable, check_policy, explain, plan,
 };
 use ipnet::IpNet;
 
@@ -457,15 +461,13 @@ fn closed_policy_selects_what_is_valid_of_it() {
 
 #[test]
 fn policies_of_one_id_closed_together() {
-    let mut other = EgressPolicy {
-        priority: 7,
-        unavailable: Unavailable::Bypass,
-        sources: nets(&["10.244.1.11/32"]),
-        destinations: Destinations::Nets(nets(&["192.0.2.0/24"])),
-        ..good()
-    };
+    let mut other = good()
+        .with_priority(7)
+        .with_unavailable(Unavailable::Bypass)
+        .with_sources(nets(&["10.244.1.11/32"]))
+        .with_destinations(Destinations::Nets(nets(&["192.0.2.0/24"])));
     let lower = policy("lower", &["10.244.1.11/32"], Some("c"), v4("198.51.100.201"));
-    let lower = EgressPolicy { priority: 3, ..lower };
+    let lower = lower.with_priority(3);
     let all = [good(), lower.clone(), other.clone()];
     let plan = planned(&cluster("a"), &all).unwrap();
     assert_eq!(
@@ -486,7 +488,7 @@ fn policies_of_one_id_closed_together() {
     reversed.reverse();
     assert_eq!(planned(&cluster("a"), &reversed).unwrap(), plan);
     // Both bypass: so do they together.
-    let bypass = EgressPolicy { unavailable: Unavailable::Bypass, ..good() };
+    let bypass = good().with_unavailable(Unavailable::Bypass);
     let plan = planned(&cluster("a"), [&bypass, &other]).unwrap();
     assert_eq!(
         sentences(&plan),
@@ -495,8 +497,7 @@ fn policies_of_one_id_closed_together() {
     );
     // Two lists: what either of them selects.
     other.unavailable = Unavailable::Drop;
-    let one =
-        EgressPolicy { destinations: Destinations::Nets(nets(&["203.0.113.0/24"])), ..good() };
+    let one = good().with_destinations(Destinations::Nets(nets(&["203.0.113.0/24"])));
     let plan = planned(&cluster("a"), [&one, &other]).unwrap();
     for to in ["192.0.2.1", "203.0.113.9"] {
         let trace = explain(&plan.state, &packet("10.244.1.10", to));
@@ -512,10 +513,10 @@ fn policy_checked_in_a_cluster_with_errors() {
     bad.excluded.push(net("10.1.2.3/8"));
     bad.nodes[2].tunnel.clear();
     assert_eq!(check_policy(&bad, &good()), Ok(()));
-    let by_c = EgressPolicy { gateway: Some(name("c")), ..good() };
+    let by_c = good().with_gateway(name("c"));
     let errors = check_policy(&bad, &by_c).unwrap_err();
     assert_eq!(errors, [PolicyError::GatewayLeftOut { gateway: name("c") }]);
-    let empty = EgressPolicy { sources: Vec::new(), ..good() };
+    let empty = good().with_sources(Vec::new());
     assert_eq!(check_policy(&bad, &empty).unwrap_err(), [PolicyError::NoSources]);
 }
 
@@ -570,7 +571,7 @@ fn gateways_beyond_the_marks_or_tables_closed() {
     assert_eq!((gateways.as_str(), findings), ("", [denied("b"), denied("c")].concat()));
     // Where it bypasses, it says so.
     let (mut marks, mut tables) = (MarkPool::new(cluster.marks), one());
-    let bypass = EgressPolicy { unavailable: Unavailable::Bypass, ..to_c.clone() };
+    let bypass = to_c.clone().with_unavailable(Unavailable::Bypass);
     let planned = plan(&cluster, [&to_b, &bypass], &mut marks, &mut tables).unwrap();
     assert!(planned.findings.iter().any(|finding| finding.code() == "policy_bypassed"));
     let elements = planned.state.firewall.unwrap().elements;

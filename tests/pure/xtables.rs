@@ -1,9 +1,11 @@
 //! The iptables backend: its text, and that differences of it make what is wanted.
 
+use egress_datapath::explain::{Fate, Packet};
+use egress_datapath::iptables::Iptables;
 use egress_datapath::state::{Ipset, IpsetContents, Variant, XtRule, XtTarget};
 use egress_datapath::{
-    Backend, Changes, Cluster, Datapath, Destinations, EgressPolicy, Fate, Iptables, Packet, Plan,
-    Sim, State, Steering, explain,
+    Backend, Changes, Cluster, Datapath, Destinations, EgressPolicy, Plan, Sim, State, Steering,
+    explain,
 };
 use proptest::prelude::*;
 use proptest::sample::Index;
@@ -19,15 +21,13 @@ fn with(mut cluster: Cluster, iptables: Iptables) -> Cluster {
 }
 
 fn one() -> EgressPolicy {
-    EgressPolicy {
-        destinations: Destinations::Nets(nets(&["10.6.105.150/32"])),
-        ..policy("uuid", &["172.29.234.173/32"], Some("b"), v4("198.51.100.200"))
-    }
+    policy("uuid", &["172.29.234.173/32"], Some("b"), v4("198.51.100.200"))
+        .with_destinations(Destinations::Nets(nets(&["10.6.105.150/32"])))
 }
 
 /// The example of the datapath's ancestors: one policy, one gateway.
 fn planned_by(variant: Variant, node: &str) -> Plan {
-    let iptables = Iptables { accept: true, weave: true, ..Iptables::new(variant) };
+    let iptables = Iptables::new(variant).with_accept(true).with_weave(true);
     planned(&with(cluster_v4(node), iptables), [&one()]).unwrap()
 }
 
@@ -60,7 +60,7 @@ fn explain_reads_iptables_rules() {
 fn backends() -> impl Strategy<Value = Backend> {
     let iptables = |variant| {
         (any::<bool>(), any::<bool>()).prop_map(move |(accept, weave)| {
-            Backend::Iptables(Iptables { accept, weave, ..Iptables::new(variant) })
+            Backend::Iptables(Iptables::new(variant).with_accept(accept).with_weave(weave))
         })
     };
     prop_oneof![

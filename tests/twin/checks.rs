@@ -3,13 +3,14 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
+use egress_datapath::explain::{Decision, Fate, Frame, Packet};
+use egress_datapath::sim::{ClusterTrace, Outcome, SimCluster};
 use egress_datapath::state::{ChainId, Interface, Key, Route, Rule, RuleAction, State, Stmt};
 use egress_datapath::testing::lab::{
     self, EIP_B, EIP_C, NODE_B, OTHER_SERVER, POD_A, POD_B, POD_C, Pair, SERVER, STRANGER, hosts,
 };
 use egress_datapath::{
-    Changes, ClusterTrace, Datapath, Decision, Destinations, EgressPolicy, Fate, Frame, NodeName,
-    Outcome, Packet, PolicyId, Sim, SimCluster, TableId,
+    Changes, Datapath, Destinations, EgressPolicy, NodeName, PolicyId, Sim, TableId,
 };
 
 use crate::nodes::node;
@@ -32,14 +33,12 @@ fn name(of: &str) -> NodeName {
 fn policy(id: &str, pod: Pair, gateway: Option<(&str, Pair)>) -> EgressPolicy {
     let eip = gateway.map_or(EIP_B, |(_, eip)| eip);
     let [IpAddr::V4(v4), IpAddr::V6(v6)] = eip else { unreachable!() };
-    EgressPolicy {
-        gateway: gateway.map(|(gateway, _)| name(gateway)),
-        ..EgressPolicy::new(
-            PolicyId::new(id).unwrap(),
-            hosts(&[pod]),
-            egress_datapath::EgressIp::Dual(v4, v6),
-        )
-    }
+    EgressPolicy::new(
+        PolicyId::new(id).unwrap(),
+        hosts(&[pod]),
+        egress_datapath::EgressIp::Dual(v4, v6),
+    )
+    .with_gateway(gateway.map(|(gateway, _)| name(gateway)))
 }
 
 /// Pod a goes by node b, but for one destination by node c; pod b leaves from its own node; pod c

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use egress_datapath::{Connection, Datapath};
+use egress_datapath::Datapath;
+use egress_datapath::datapath::Connection;
 
 use crate::Result;
 

@@ -3,10 +3,11 @@
 
 use std::net::IpAddr;
 
+use egress_datapath::state::IpRange;
 use egress_datapath::state::{
     ChainId, Data, Field, Key, NftRule, Route, RouteKey, Set, State, Stmt, Tag, Value, Verdict,
 };
-use egress_datapath::{Changes, Family, IpRange, MacAddr, Mark, NodeName, TableId};
+use egress_datapath::{Changes, Family, MacAddr, Mark, NodeName, TableId};
 
 use crate::checks::policies;
 use crate::{Result, Twins, lab, say, world};

@@ -7,13 +7,15 @@ use std::time::{Duration, Instant};
 use std::{io, mem, thread};
 
 use common::backend::{backend, steering};
+use egress_datapath::datapath::observe;
+use egress_datapath::explain::{Fate, Packet, explain_received};
+use egress_datapath::sim::{ClusterTrace, Outcome, SimCluster};
 use egress_datapath::state::State;
 use egress_datapath::testing::lab::{
     Lab, NODE_B_OUTSIDE, NODE_C_OUTSIDE, POD_A, POD_B, POD_C, PORT, STRANGER,
 };
 use egress_datapath::{
-    Backend, Changes, Cluster, ClusterTrace, Datapath, EgressPolicy, Fate, MarkLayout, Node,
-    Outcome, Packet, Reconciler, Sim, SimCluster, explain, explain_received, observe,
+    Backend, Changes, Cluster, Datapath, EgressPolicy, MarkLayout, Node, Reconciler, Sim, explain,
 };
 
 use crate::nodes::{self, datapath, kernel, node, simulated};
@@ -284,7 +286,7 @@ impl Fleet {
                     trace = explain(&states[at], &packet);
                 }
                 Fate::Routed(None) => return Explained::AsNode,
-                Fate::Dropped | Fate::Delivered => return Explained::Dropped,
+                _ => return Explained::Dropped,
             }
         }
         Explained::Dropped
@@ -332,12 +334,12 @@ impl Fleet {
         let mut wrong = Vec::new();
         for (other, cluster) in self.others.iter_mut().zip(&self.clusters) {
             let node = self.sims.node_mut(&cluster.node).ok_or("no such node")?;
-            let mut sim = node.sim.counters()?;
+            let mut sim = node.sim.counters()?.policies;
             for count in sim.values_mut() {
                 // What the kernel's packets have behind their headers.
                 count.bytes += count.packets * PAYLOAD;
             }
-            let kernel = other.counters()?;
+            let kernel = other.counters()?.policies;
             if kernel != sim {
                 wrong.push(format!("{} counted {kernel:?} instead of {sim:?}", cluster.node));
             }

@@ -3,12 +3,12 @@
 use std::collections::BTreeSet;
 use std::io;
 
+use egress_datapath::datapath::{Known, Observed, observe};
+use egress_datapath::event::Component;
+use egress_datapath::sim::{SharedSim, SimDatapath, SimWatch};
 use egress_datapath::state::{Key, NftRule, Rule, State, Stmt};
 use egress_datapath::testing::lab::Netns;
-use egress_datapath::{
-    Changes, Component, Datapath, KernelDatapath, Known, Observed, SharedSim, SimDatapath,
-    SimWatch, Watch, observe,
-};
+use egress_datapath::{Changes, Datapath, KernelDatapath, Watch};
 
 use crate::checks::policies;
 use crate::{Result, Twins, difference, lab, say, world};

@@ -35,8 +35,9 @@ use std::error::Error;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
+use egress_datapath::datapath::observe;
 use egress_datapath::testing::lab::{self, Device, Netns};
-use egress_datapath::{ApplyError, Datapath, KernelDatapath, Sim, State, observe};
+use egress_datapath::{ApplyError, Datapath, KernelDatapath, Sim, State};
 
 /// In a network namespace of its own where there can be one.
 fn main() -> ExitCode {
@@ -134,7 +135,7 @@ fn difference(sim: &State, kernel: &State) -> Result {
 }
 
 fn outcome(result: std::result::Result<(), ApplyError>) -> Option<Outcome> {
-    let ApplyError { applied, refused, skipped } = result.err()?;
+    let ApplyError { applied, refused, skipped, .. } = result.err()?;
     let refused = refused.into_iter().map(|(op, error)| (op.to_string(), error.errno())).collect();
     Some(Outcome { applied, refused, skipped })
 }

@@ -4,12 +4,13 @@ use std::io;
 use std::net::IpAddr;
 
 use common::backend;
+use egress_datapath::alloc::{MarkPool, TablePool, TableRange};
+use egress_datapath::explain::HostContext;
+use egress_datapath::sim::SimNode;
 use egress_datapath::testing::lab::{
     EIP_B, EIP_C, Host, Lab, NODE_B_OUTSIDE, NODE_C_OUTSIDE, POD_A, Pair, Preference, SERVER, net,
 };
-use egress_datapath::{
-    Cluster, Datapath, HostContext, MarkPool, Reconciler, Sim, SimNode, TablePool, TableRange,
-};
+use egress_datapath::{Cluster, Datapath, Reconciler, Sim};
 
 /// Addresses outside.
 pub(crate) const OUTSIDE: [&str; 12] = [
@@ -90,7 +91,7 @@ pub(crate) fn simulated(cluster: &Cluster) -> Reconciler<Sim> {
 /// The twin of the lab's node of this number.
 pub(crate) fn node(number: u8, cluster: &Cluster) -> SimNode {
     let here = cluster.nodes.iter().find(|node| node.name == cluster.node).unwrap();
-    let mut around = HostContext { local: here.underlay.clone(), own: Vec::new() };
+    let mut around = HostContext::new(here.underlay.clone());
     let everything = ["0.0.0.0/0", "::/0"].map(|net| net.parse().unwrap());
     around.own.extend(everything.into_iter().zip(here.underlay.iter().copied()));
     let (outside, eip): (Pair, Pair) = match number {

@@ -3,8 +3,9 @@
 use std::io;
 use std::time::{Duration, Instant};
 
+use egress_datapath::explain::Packet;
 use egress_datapath::state::State;
-use egress_datapath::{EgressPolicy, MarkLayout, Packet, PolicyId};
+use egress_datapath::{EgressPolicy, MarkLayout, PolicyId};
 
 use crate::drift::drifted;
 use crate::fleet::{Fleet, Sent};

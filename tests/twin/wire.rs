@@ -5,7 +5,7 @@ use std::io;
 use std::net::{IpAddr, UdpSocket};
 use std::os::fd::OwnedFd;
 
-use egress_datapath::Packet;
+use egress_datapath::explain::Packet;
 use egress_datapath::testing::lab::Netns;
 use rustix::net::{AddressFamily, Protocol, RecvFlags, SocketFlags, SocketType, eth, recv};
 

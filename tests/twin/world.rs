@@ -2,10 +2,11 @@
 
 use std::net::IpAddr;
 
+use egress_datapath::alloc::{MarkPool, TablePool, TableRange};
 use egress_datapath::testing::lab::{self, Pair};
 use egress_datapath::{
-    Cluster, Destinations, EgressIp, EgressPolicy, MacAddr, MarkLayout, MarkPool, NodeName,
-    PolicyId, State, TablePool, TableRange, Unavailable, plan,
+    Cluster, Destinations, EgressIp, EgressPolicy, MacAddr, MarkLayout, NodeName, PolicyId, State,
+    Unavailable, plan,
 };
 use ipnet::IpNet;
 
@@ -70,21 +71,19 @@ pub(crate) fn policy(random: &mut Random, number: usize) -> EgressPolicy {
         _ => EgressIp::Dual(v4, v6),
     };
     let name = |name: &&str| NodeName::new(name).unwrap();
-    EgressPolicy {
-        priority: u32::try_from(random.below(3)).unwrap(),
-        destinations: if random.once_in(3) {
-            Destinations::External
-        } else {
-            Destinations::Nets(some(random, &DESTINATIONS, 3))
-        },
-        gateway: (gateway < 6).then(|| name(&["node-a", "node-b", "node-c"][gateway % 3])),
-        unavailable: random.of(&[Unavailable::Drop, Unavailable::Drop, Unavailable::Bypass]),
-        ..EgressPolicy::new(
-            PolicyId::new(format!("p{number}")).unwrap(),
-            some(random, &SOURCES, 4),
-            egress_ip,
-        )
-    }
+    EgressPolicy::new(
+        PolicyId::new(format!("p{number}")).unwrap(),
+        some(random, &SOURCES, 4),
+        egress_ip,
+    )
+    .with_priority(u32::try_from(random.below(3)).unwrap())
+    .with_destinations(if random.once_in(3) {
+        Destinations::External
+    } else {
+        Destinations::Nets(some(random, &DESTINATIONS, 3))
+    })
+    .with_gateway((gateway < 6).then(|| name(&["node-a", "node-b", "node-c"][gateway % 3])))
+    .with_unavailable(random.of(&[Unavailable::Drop, Unavailable::Drop, Unavailable::Bypass]))
 }
 
 /// A cluster as one of its nodes sees it, no two alike.

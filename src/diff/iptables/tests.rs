@@ -6,11 +6,12 @@ use ipnet::IpNet;
 use proptest::prelude::*;
 
 use super::*;
+use crate::alloc::{MarkPool, TablePool, TableRange};
+use crate::iptables::Iptables;
 use crate::state::lookup::Action;
 use crate::state::{MarkBits, XtTarget};
 use crate::{
-    Backend, Changes, Cluster, Destinations, EgressIp, EgressPolicy, Iptables, MarkPool, Node,
-    NodeName, PolicyId, TablePool, TableRange, plan,
+    Backend, Changes, Cluster, Destinations, EgressIp, EgressPolicy, Node, NodeName, PolicyId, plan,
 };
 
 fn rule(number: u8) -> XtRule {

@@ -1,11 +1,12 @@
 //! Compares this crate's conntrack dumps with those of `conntrack`.
 
 use super::*;
+use crate::Update;
 use crate::datapath::Datapath;
+use crate::datapath::Op;
 use crate::kernel::monitor::tests::Host;
 use crate::kernel::nft;
 use crate::kernel::rtnetlink::kernel_tests::{in_namespace, sh};
-use crate::{Op, Update};
 
 /// Commands that create connections of three pods, some of them IPv6.
 const OPEN: &str = "

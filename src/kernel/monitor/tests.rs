@@ -12,11 +12,12 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::*;
+use crate::alloc::TableRange;
+use crate::event::Component;
 use crate::kernel::KernelDatapath;
 use crate::kernel::rtnetlink::kernel_tests::{in_namespace, sh};
 use crate::{
-    Cluster, Component, EgressIp, EgressPolicy, MarkLayout, Node, NodeName, PolicyId, Reconciler,
-    Report, TableRange,
+    Cluster, EgressIp, EgressPolicy, MarkLayout, Node, NodeName, PolicyId, Reconciler, Report,
 };
 
 /// Maximum number of reports of the datapath's own changes of the device and the objects on it.

@@ -2,13 +2,12 @@
 
 use std::net::UdpSocket;
 
+use crate::alloc::TableRange;
 use crate::kernel::netlink::message::{NLMSG_ERROR, Writer, flag};
 use crate::kernel::netlink::socket::Socket;
 use crate::kernel::nft::tests::sample_datagram;
 use crate::testing::lab::Netns;
-use crate::{
-    Cluster, EgressIp, EgressPolicy, MarkLayout, Node, NodeName, PolicyId, Reconciler, TableRange,
-};
+use crate::{Cluster, EgressIp, EgressPolicy, MarkLayout, Node, NodeName, PolicyId, Reconciler};
 
 /// What a kernel with our objects in it answers to requests of this protocol, message by message.
 ///

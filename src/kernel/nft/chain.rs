@@ -1,7 +1,8 @@
 //! Encoding and decoding of chains and rules.
 
-use super::expr::Expr;
+use super::expr::{self, Expr};
 use super::stmt;
+use crate::count::Count;
 use crate::kernel::netlink::message::{Attributes, Malformed, Writer};
 use crate::state::{Base, ChainId, ChainType, Hook, NFT_TABLE, NftRule, TableFamily};
 use crate::types::DeviceName;
@@ -177,12 +178,14 @@ pub(super) struct FoundRule {
     pub(super) chain: String,
     pub(super) handle: u64,
     pub(super) rule: NftRule,
+    /// Value of the counter in the rule.
+    pub(super) count: Option<Count>,
 }
 
 /// Reads a listed rule; `None` if it is in another table.
 pub(super) fn read_rule(attributes: Attributes<'_>) -> Result<Option<FoundRule>, Malformed> {
     let (mut ours, mut chain, mut handle) = (false, None, 0);
-    let mut exprs = Vec::new();
+    let (mut exprs, mut count) = (Vec::new(), None);
     for attribute in attributes {
         let attribute = attribute?;
         match attribute.kind {
@@ -191,7 +194,9 @@ pub(super) fn read_rule(attributes: Attributes<'_>) -> Result<Option<FoundRule>,
             3 => handle = attribute.be64()?,
             4 => {
                 for element in attribute.nested() {
-                    exprs.push(Expr::read(&element?));
+                    let element = element?;
+                    exprs.push(Expr::read(&element));
+                    count = expr::count(&element)?.or(count);
                 }
             }
             _ => {}
@@ -201,5 +206,5 @@ pub(super) fn read_rule(attributes: Attributes<'_>) -> Result<Option<FoundRule>,
         return Ok(None);
     }
     let chain = chain.ok_or(Malformed("a rule has no chain"))?.text()?.to_owned();
-    Ok(Some(FoundRule { chain, handle, rule: stmt::recognise(&exprs) }))
+    Ok(Some(FoundRule { chain, handle, rule: stmt::recognise(&exprs), count }))
 }

@@ -191,6 +191,18 @@ impl<'a> Reader<'a> {
     }
 
     fn rules(&mut self, firewall: &mut Firewall) -> Result<(), KernelError> {
+        self.each_rule(|chain, found| {
+            if let Some((_, rules)) = firewall.chains.get_mut(&chain) {
+                rules.push(found.rule);
+            }
+        })
+    }
+
+    /// Reads the rules of the chains that this crate makes.
+    fn each_rule(
+        &mut self,
+        mut each: impl FnMut(ChainId, chain::FoundRule),
+    ) -> Result<(), KernelError> {
         let request = Request {
             text: &format!("nft list table {} {NFT_TABLE}", self.family),
             kind: kind::GETRULE,
@@ -198,7 +210,12 @@ impl<'a> Reader<'a> {
             answer: kind::NEWRULE,
         };
         let mut seen = BTreeSet::new();
-        let take = |attributes: Attributes<'_>| add_rule(attributes, &mut seen, firewall);
+        let take = |attributes: Attributes<'_>| {
+            if let Some((chain, found)) = new_rule(attributes, &mut seen)? {
+                each(chain, found);
+            }
+            Ok(())
+        };
         self.ask(&request, |writer| writer.string(1, NFT_TABLE), take)
     }
 
@@ -321,22 +338,16 @@ fn add_chain(
     Ok(())
 }
 
-/// Adds a dumped rule to its chain, unless a rule with the same handle was seen.
-fn add_rule(
+/// Reads a dumped rule of a chain that this crate makes; `None` if its handle was seen.
+fn new_rule(
     attributes: Attributes<'_>,
     seen: &mut BTreeSet<u64>,
-    firewall: &mut Firewall,
-) -> Result<(), Malformed> {
-    let Some(found) = chain::read_rule(attributes)? else {
-        return Ok(());
-    };
-    let chain = ChainId::from_name(&found.chain);
-    if let Some((_, rules)) = chain.and_then(|chain| firewall.chains.get_mut(&chain)) {
-        if seen.insert(found.handle) {
-            rules.push(found.rule);
-        }
-    }
-    Ok(())
+) -> Result<Option<(ChainId, chain::FoundRule)>, Malformed> {
+    let found = chain::read_rule(attributes)?;
+    Ok(found.and_then(|found| {
+        let chain = ChainId::from_name(&found.chain)?;
+        seen.insert(found.handle).then_some((chain, found))
+    }))
 }
 
 /// Adds a dumped set, and its number of elements.

@@ -71,7 +71,8 @@ fn a_fresh_host_has_no_problem_and_keeps_no_trace() {
 fn our_own_objects_are_no_problem() {
     in_namespace(|| {
         let (cluster, policy) = (cluster(), policy("node-b", EIP));
-        let mut egress = Reconciler::open(cluster.marks, crate::TableRange::default()).unwrap();
+        let mut egress =
+            Reconciler::open(cluster.marks, crate::alloc::TableRange::default()).unwrap();
         egress.reconcile(&cluster, [&policy]).unwrap();
         assert_eq!(problems("echo 1 >/proc/sys/net/ipv4/conf/u0/rp_filter"), []);
         let strict = problems("echo 1 >/proc/sys/net/ipv4/conf/egress.vxlan/rp_filter");
@@ -85,7 +86,8 @@ fn our_own_objects_are_no_problem() {
 fn what_others_have_put_into_our_tables() {
     in_namespace(|| {
         let (cluster, policy) = (cluster(), policy("node-b", EIP));
-        let mut egress = Reconciler::open(cluster.marks, crate::TableRange::default()).unwrap();
+        let mut egress =
+            Reconciler::open(cluster.marks, crate::alloc::TableRange::default()).unwrap();
         egress.reconcile(&cluster, [&policy]).unwrap();
         let state = egress.datapath().read(None).unwrap();
         let table = state.routes.keys().next().unwrap().table;

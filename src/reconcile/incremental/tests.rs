@@ -5,6 +5,7 @@ use proptest::prelude::*;
 use proptest::sample::select;
 
 use super::*;
+use crate::alloc::{MarkPool, TablePool, TableRange};
 use crate::count::Counts;
 use crate::datapath::{Drift, Known, Observed, OnConnection};
 use crate::diff::changes::ApplyError;
@@ -13,8 +14,7 @@ use crate::plan::{PlanError, plan, with_few_tags};
 use crate::state::Set;
 use crate::types::Family;
 use crate::{
-    Destinations, EgressIp, EgressPolicy, MarkLayout, MarkPool, Node, NodeName, PolicyId, Sim,
-    TablePool, TableRange, Unavailable,
+    Destinations, EgressIp, EgressPolicy, MarkLayout, Node, NodeName, PolicyId, Sim, Unavailable,
 };
 
 fn name(text: &str) -> NodeName {

@@ -6,6 +6,7 @@ use super::Walk;
 use super::elements::{by_destination, element, found, holds, id, shown};
 use super::ruleset::{End, Nat, Next, Ruleset};
 use super::skb::{Loaded, Skb, Tracking, load, values};
+use crate::count::Count;
 use crate::sim::trace::Decision;
 use crate::state::{
     ChainId, Data, Firewall, Interface, Key, MarkOf, NftRule, Set, Stmt, Tag, Target, Value,
@@ -78,7 +79,13 @@ impl Walk<'_> {
                 skb.tracking = Tracking::Untracked;
                 true
             }
-            Stmt::Counter => true,
+            // Only rules that drop have counters.
+            Stmt::Counter => {
+                let bytes = skb.packet.headers();
+                *self.counts.drops.entry(chain.to_string()).or_default() +=
+                    Count { packets: 1, bytes };
+                true
+            }
             Stmt::Drop => {
                 self.say(here(), Decision::Dropped);
                 return Some(Next::End(End::Dropped));
@@ -103,9 +110,9 @@ impl Walk<'_> {
     fn is_in(&mut self, firewall: &Firewall, set: Set, values: &[Loaded], skb: &Skb) -> bool {
         let key = element(firewall, set, values).filter(|key| holds(firewall, key));
         if let Some(Key::Count(family, policy)) = key {
-            let count = self.counts.entry((family, policy)).or_default();
-            count.packets += 1;
-            count.bytes += skb.packet.headers();
+            let bytes = skb.packet.headers();
+            *self.counts.policies.entry((family, policy)).or_default() +=
+                Count { packets: 1, bytes };
         }
         key.is_some()
     }

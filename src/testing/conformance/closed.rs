@@ -3,9 +3,8 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::thread;
 
-use crate::{
-    Changes, Cluster, Datapath, EgressIp, KernelDatapath, KernelError, MacAddr, State, observe,
-};
+use crate::datapath::observe;
+use crate::{Changes, Cluster, Datapath, EgressIp, KernelDatapath, KernelError, MacAddr, State};
 
 use super::super::lab::{
     EIP_B, EIP_C, Echo, Host, NODE_A, NODE_B, NODE_B_OUTSIDE, OTHER_SERVER, POD_A, POD_B, Proto,

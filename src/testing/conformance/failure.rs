@@ -5,7 +5,8 @@ use std::fmt;
 use std::io;
 use std::net::IpAddr;
 
-use crate::{KernelError, NameError, NodeName, State};
+use crate::error::NameError;
+use crate::{KernelError, NodeName, State};
 
 use super::super::lab::Proto;
 use super::BoxError;

@@ -9,7 +9,8 @@
 //! ```no_run
 //! use egress_datapath::testing::conformance::{CASES, run};
 //! use egress_datapath::testing::lab;
-//! use egress_datapath::{MarkLayout, Reconciler, TableRange};
+//! use egress_datapath::{MarkLayout, Reconciler};
+//! use egress_datapath::alloc::TableRange;
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! lab::isolate()?; // without root, and while there is one thread

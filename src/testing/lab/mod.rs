@@ -38,7 +38,8 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsFd;
 
-use crate::{Cluster, DeviceName, EgressIp, EgressPolicy, NameError, Node, NodeName, PolicyId};
+use crate::error::NameError;
+use crate::{Cluster, DeviceName, EgressIp, EgressPolicy, Node, NodeName, PolicyId};
 use ipnet::IpNet;
 
 pub use echo::{Echo, PORT, Proto, probe, probe_patiently};

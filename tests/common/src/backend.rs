@@ -5,11 +5,12 @@ use std::env;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 
+use egress_datapath::datapath::{Counts, Known, Observed, OnConnection};
+use egress_datapath::iptables::{Iptables, IptablesDatapath};
 use egress_datapath::state::Variant;
 use egress_datapath::testing::lab::{Netns, inside};
 use egress_datapath::{
-    ApplyError, Backend, Changes, Counts, Datapath, Iptables, IptablesDatapath, KernelDatapath,
-    KernelError, Known, MarkLayout, Observed, OnConnection, Steering,
+    ApplyError, Backend, Changes, Datapath, KernelDatapath, KernelError, MarkLayout, Steering,
 };
 
 /// The backend that `EGRESS_BACKEND` names as the agent does; without it nf_tables.
@@ -76,7 +77,7 @@ impl<D: Datapath> Datapath for Inside<D> {
         let Self { namespace, inner } = self;
         inside(namespace.as_fd(), || inner.apply(changes)).unwrap_or_else(|_| {
             let refused = changes.ops().take(1).map(|op| (op.clone(), lost("apply"))).collect();
-            Err(ApplyError { applied: 0, refused, skipped: changes.len().saturating_sub(1) })
+            Err(ApplyError::new(0, refused, changes.len().saturating_sub(1)))
         })
     }
 }

@@ -9,14 +9,15 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
+use egress_datapath::KernelTables;
+use egress_datapath::alloc::{MarkPool, TablePool, TableRange};
 use egress_datapath::testing::lab::{
     EIP_B, Host, Lab, Netns, Pair, Proto, SERVER, probe, probe_patiently,
 };
 pub use egress_datapath::testing::lab::{dual, policy};
 use egress_datapath::{
-    Backend, Cluster, Count, Datapath, EgressPolicy, Family, KernelDatapath, KernelTables,
-    MarkLayout, MarkPool, Ownership, Protection, Reconciler, Report, Steering, TablePool,
-    TableRange,
+    Backend, Cluster, Count, Datapath, EgressPolicy, Family, KernelDatapath, MarkLayout, Ownership,
+    Protection, Reconciler, Report, Steering,
 };
 
 use crate::backend::{backend, datapath, steering};
@@ -189,6 +190,13 @@ impl Fleet {
         let (_, reconciler) = node.ok_or("no such node")?;
         let counts = reconciler.counters()?.into_iter();
         Ok(counts.map(|one| ((one.policy.to_string(), one.family), one.count)).collect())
+    }
+
+    /// What the rules of a node have dropped, by chain.
+    pub fn drops(&mut self, name: &str) -> Result<BTreeMap<String, Count>> {
+        let node = self.nodes.iter_mut().find(|(cluster, _)| cluster.node.as_str() == name);
+        let (_, reconciler) = node.ok_or("no such node")?;
+        Ok(reconciler.drops()?)
     }
 
     /// Configures every node otherwise, from its next reconciliation on.

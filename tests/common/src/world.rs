@@ -22,13 +22,13 @@ pub fn cluster() -> Cluster {
 /// Policies for everything external, each with as many single addresses as its sources.
 pub fn policies(count: u32, sources: u32) -> Vec<EgressPolicy> {
     let source = |index: u32| IpNet::from(IpAddr::V4(Ipv4Addr::from_bits(0x0b00_0000 + index)));
-    let policy = |index: u32| EgressPolicy {
-        gateway: Some(name(index % 100 + 1)),
-        ..EgressPolicy::new(
+    let policy = |index: u32| {
+        EgressPolicy::new(
             PolicyId::new(format!("bench/policy-{index}")).unwrap(),
             (0..sources).map(|n| source(index * sources + n)).collect(),
             EgressIp::V4(Ipv4Addr::from_bits(0xc633_6400 + index % 200)),
         )
+        .with_gateway(name(index % 100 + 1))
     };
     (0..count).map(policy).collect()
 }

@@ -4,10 +4,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use egress_datapath::alloc::{MarkPool, TablePool, TableRange};
 use egress_datapath::{
     Cluster, Datapath, Destinations, EgressIp, Error, KernelDatapath, MarkAllocator, MarkLayout,
-    MarkPool, NodeName, Policy, PolicyId, Reconciler, Report, TableAllocator, TablePool,
-    TableRange,
+    NodeName, Policy, PolicyId, Reconciler, Report, TableAllocator,
 };
 use ipnet::IpNet;
 

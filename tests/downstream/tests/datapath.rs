@@ -3,10 +3,10 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
+use egress_datapath::datapath::{Connection, Counts, Known, Observed, OnConnection, Op};
 use egress_datapath::{
-    ApplyError, Changes, Cluster, Connection, Counts, Datapath, EgressIp, EgressPolicy, Error,
-    KernelError, Known, Node, NodeName, Observed, OnConnection, Op, PolicyId, Reconciler, Sim,
-    State, Update,
+    ApplyError, Changes, Cluster, Datapath, EgressIp, EgressPolicy, Error, KernelError, Node,
+    NodeName, PolicyId, Reconciler, Sim, State, Update,
 };
 
 const POD: &str = "10.244.1.10";
@@ -70,7 +70,7 @@ fn policy(source: &str) -> EgressPolicy {
     let eip = EgressIp::V4("198.51.100.200".parse().unwrap());
     let id = PolicyId::new("shop/checkout").unwrap();
     let policy = EgressPolicy::new(id, vec![ip(source).into()], eip);
-    EgressPolicy { gateway: Some(name("b")), ..policy }
+    policy.with_gateway(name("b"))
 }
 
 /// A connection of a pod that the CNI plugin masquerades as the node's own address.
@@ -143,6 +143,6 @@ impl Datapath for Wrong {
 fn unchanged_without_known_state_refused() {
     let error = Reconciler::new(Wrong).reconcile(&cluster(), [policy(POD)]).unwrap_err();
     assert!(matches!(error, Error::Observe(_)), "{error}");
-    let state: Option<State> = egress_datapath::observe(&mut Wrong).ok();
+    let state: Option<State> = egress_datapath::datapath::observe(&mut Wrong).ok();
     assert_eq!(state, None);
 }

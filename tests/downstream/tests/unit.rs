@@ -4,11 +4,13 @@
 use std::net::IpAddr;
 
 use downstream::{Agent, Rule};
+use egress_datapath::alloc::{AllocError, MarkPool, TablePool};
+use egress_datapath::explain::{HostContext, Packet};
+use egress_datapath::mock::{MockDatapath, MockMarkAllocator, MockPolicy, MockTableAllocator};
+use egress_datapath::sim::{Outcome, SimCluster, SimNode};
 use egress_datapath::{
-    AllocError, Cluster, Datapath, EgressIp, Error, HostContext, KernelError, Mark, MarkPool,
-    MockDatapath, MockMarkAllocator, MockPolicy, MockTableAllocator, Node, NodeName, Outcome,
-    Packet, PlanError, PolicyId, Reconciler, Sim, SimCluster, SimNode, State, TableId, TablePool,
-    Unavailable, explain,
+    Cluster, Datapath, EgressIp, Error, KernelError, Mark, Node, NodeName, PlanError, PolicyId,
+    Reconciler, Sim, State, TableId, Unavailable, explain,
 };
 
 const POD: &str = "10.244.1.10";
@@ -51,19 +53,11 @@ fn agent<D: Datapath>(datapath: D) -> Agent<D> {
 
 #[test]
 fn a_label_sends_a_pods_packets_by_the_gateway_as_the_egress_ip() {
-    let mut sims =
-        SimCluster::new(
-            nodes().into_iter().map(|node| SimNode {
-                sim: Sim::new()
-                    .with_host(HostContext { local: node.underlay, ..HostContext::default() }),
-                pods: if node.name == name("a") {
-                    vec!["10.244.1.0/24".parse().unwrap()]
-                } else {
-                    vec![]
-                },
-                name: node.name,
-            }),
-        );
+    let mut sims = SimCluster::new(nodes().into_iter().map(|node| SimNode {
+        sim: Sim::new().with_host(HostContext::new(node.underlay)),
+        pods: if node.name == name("a") { vec!["10.244.1.0/24".parse().unwrap()] } else { vec![] },
+        name: node.name,
+    }));
     for of in ["b", "a"] {
         let sim = &mut sims.node_mut(&name(of)).unwrap().sim;
         agent(sim).sync(&cluster(of), &[rule(Some("b"))]).unwrap();

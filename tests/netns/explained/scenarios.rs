@@ -107,7 +107,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         run: |world| {
             let mut specific = policy("specific", &[POD_A, POD_B], C, dual(EIP_C))?;
             specific.destinations = Destinations::Nets(hosts(&[OTHER_SERVER]));
-            let rest = EgressPolicy { priority: 1, ..by_b()? };
+            let rest = by_b()?.with_priority(1);
             world.apply(&[rest, specific])?;
             for pod in [POD_A, POD_B] {
                 world.send(pod, OTHER_SERVER)?;
@@ -121,7 +121,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         what: "destinations of length zero",
         run: |world| {
             let nets = SERVER.map(|ip| net(ip, 0).trunc()).to_vec();
-            world.apply(&[EgressPolicy { destinations: Destinations::Nets(nets), ..by_b()? }])?;
+            world.apply(&[by_b()?.with_destinations(Destinations::Nets(nets))])?;
             world.send(POD_A, SERVER)?;
             world.send(POD_A, POD_C)
         },

@@ -3,11 +3,11 @@
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::OwnedFd;
 
+use egress_datapath::explain;
+use egress_datapath::explain::{Fate, Frame, HostContext, Packet, explain_received};
+use egress_datapath::sim::{Outcome, SimCluster, SimNode};
 use egress_datapath::testing::lab::{
     EIP_B, Echo, NODE_B, NODE_B_OUTSIDE, OTHER_SERVER, POD_A, PORT, Proto, SERVER, STRANGER, probe,
-};
-use egress_datapath::{
-    Fate, Frame, HostContext, Outcome, Packet, SimCluster, SimNode, explain, explain_received,
 };
 use rustix::net::{self, AddressFamily, SendFlags, SocketType, ipproto};
 
@@ -111,8 +111,7 @@ pub(super) fn scanned(world: &mut World<'_>) -> Result {
     let _service = Echo::start(&world.lab.node_b.netns, &[EIP_B, NODE_B_OUTSIDE].concat())?;
     world.apply(&[by_b()?])?;
     let mut sim = world.simulated(1)?;
-    sim = sim
-        .with_host(HostContext { local: [NODE_B_OUTSIDE, EIP_B].concat(), ..Default::default() });
+    sim = sim.with_host(HostContext::new([NODE_B_OUTSIDE, EIP_B].concat()));
     let name = world.lab.cluster(&world.lab.node_b)?.node;
     let mut sims = SimCluster::new([SimNode { name, sim, pods: Vec::new() }]);
     for to in [EIP_B, NODE_B_OUTSIDE] {

@@ -2,10 +2,11 @@
 
 use std::net::IpAddr;
 
-use egress_datapath::{
-    Cluster, Connection, Datapath, HostContext, Mark, MarkLayout, MarkPool, Outcome, Packet,
-    Reconciler, SharedSim, Sim, SimCluster, SimNode, TablePool, TableRange,
-};
+use egress_datapath::alloc::{MarkPool, TablePool, TableRange};
+use egress_datapath::datapath::Connection;
+use egress_datapath::explain::{HostContext, Packet};
+use egress_datapath::sim::{Outcome, SharedSim, SimCluster, SimNode};
+use egress_datapath::{Cluster, Datapath, Mark, MarkLayout, Reconciler, Sim};
 
 use super::scenarios::{Scenario, Source, Talk};
 use crate::{cluster, name, net};
@@ -58,7 +59,7 @@ impl Nodes {
         let sims = clusters.iter().map(|cluster| {
             let underlay = cluster.nodes.iter().find(|node| node.name == cluster.node).unwrap();
             let local = underlay.underlay.clone();
-            Sim::new().with_host(HostContext { local, own: Vec::new() })
+            Sim::new().with_host(HostContext::new(local))
         });
         let marks = MarkPool::new(MarkLayout::SEED);
         let mut nodes = Self { sims: sims.collect(), clusters: clusters.to_vec(), marks };

@@ -120,7 +120,7 @@ pub(super) fn scenarios() -> Vec<Scenario> {
     };
     let elsewhere = of("p", &both, "c", EIP_B);
     let members = of("p", &[POD_A, OTHER_A], "b", EIP_B);
-    let closed = EgressPolicy { gateway: None, ..p.clone() };
+    let closed = p.clone().with_gateway(None);
     vec![
         scenario(
             "install on a client",

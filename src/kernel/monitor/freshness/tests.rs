@@ -4,16 +4,16 @@ use std::time::Duration;
 use ipnet::IpNet;
 
 use super::*;
+use crate::alloc::{MarkPool, TablePool};
 use crate::datapath::Datapath;
+use crate::event::Component;
 use crate::kernel::KernelDatapath;
 use crate::kernel::monitor::tests::Host;
 use crate::kernel::monitor::tests::edits::EDITS;
 use crate::kernel::monitor::tests::noise::NOISE;
 use crate::kernel::nft;
 use crate::kernel::rtnetlink::kernel_tests::{in_namespace, sh};
-use crate::{
-    ChangeEvents, Changes, Cluster, Component, MarkPool, Reconciler, State, TablePool, Update, plan,
-};
+use crate::{ChangeEvents, Changes, Cluster, Reconciler, State, Update, plan};
 
 /// Reads until no more notifications arrive: new devices keep sending them for a while.
 fn known(kernel: &mut KernelDatapath) -> State {

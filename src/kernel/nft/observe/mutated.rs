@@ -78,7 +78,13 @@ fn mutated_rules() {
         let mut found = Firewall::default();
         found.chains.extend(all.iter().map(|id| (*id, (None, Vec::new()))));
         let mut seen = BTreeSet::new();
-        each(input, kind::NEWRULE, |body| add_rule(body, &mut seen, &mut found).is_ok())?;
+        each(input, kind::NEWRULE, |body| match new_rule(body, &mut seen) {
+            Ok(Some((chain, rule))) => {
+                found.chains.entry(chain).or_default().1.push(rule.rule);
+                true
+            }
+            other => other.is_ok(),
+        })?;
         let rules = found.chains.values().flat_map(|(_, rules)| rules);
         Some(rules.map(|rule| size_of_val(rule) + rule.0.len() * size_of::<Stmt>()).sum())
     });

@@ -3,18 +3,19 @@
 use std::collections::BTreeSet;
 
 use super::*;
+use crate::alloc::{MarkPool, TablePool, TableRange};
 use crate::cluster::{Cluster, Node, Steering};
 use crate::count::Counts;
 use crate::datapath::Datapath;
 use crate::diff::changes::{Changes, Step};
 use crate::mark::MarkLayout;
+use crate::plan;
 use crate::policy::{EgressIp, EgressPolicy};
 use crate::sim::Sim;
 use crate::sim::path::HostContext;
 use crate::sim::path::conntrack::Conntrack;
 use crate::state::{Rule, State};
 use crate::types::{NodeName, PolicyId};
-use crate::{MarkPool, TablePool, TableRange, plan};
 
 /// A destination outside the cluster and one inside, of each family.
 const TO: [[&str; 2]; 2] = [["192.0.2.1", "10.244.1.10"], ["2001:db8::1", "fd44::10"]];
