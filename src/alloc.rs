@@ -67,9 +67,8 @@ use crate::types::{Mark, NodeName, TableId};
 ///     }
 /// }
 ///
-/// # use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, PolicyId};
-/// # use egress_datapath::{Reconciler, Sim};
 /// # use egress_datapath::alloc::TablePool;
+/// # use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, PolicyId, Reconciler, Sim};
 /// # let node = |name, underlay: &str, tunnel: &str| -> Result<Node, Box<dyn std::error::Error>> {
 /// #     Ok(Node::new(NodeName::new(name)?, vec![underlay.parse()?], vec![tunnel.parse()?]))
 /// # };

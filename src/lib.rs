@@ -60,8 +60,8 @@
 //! `Reconciler::open` the same calls program the kernel.
 //!
 //! ```
-//! use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, NodeName, PolicyId};
-//! use egress_datapath::{Reconciler, Sim};
+//! use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, NodeName, PolicyId, Reconciler};
+//! use egress_datapath::Sim;
 //!
 //! let cluster = Cluster::new(
 //!     NodeName::new("node-a")?,

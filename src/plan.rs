@@ -83,15 +83,15 @@ pub fn plan<P: Policy>(
 /// errors besides, and which node it is seen from, does not matter.
 ///
 /// ```
-/// use egress_datapath::{
-///     Cluster, EgressIp, EgressPolicy, Node, NodeName, PolicyId, check_policy,
-/// };
+/// use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, NodeName, PolicyId, check_policy};
 ///
 /// let name = NodeName::new("node-a")?;
 /// let node =
 ///     Node::new(name.clone(), vec!["10.10.0.11".parse()?], vec!["172.31.0.11/16".parse()?]);
 /// let cluster = Cluster::new(name, vec![node], vec!["10.244.0.0/16".parse()?]);
-/// let policy = EgressPolicy::new(PolicyId::new("p")?, vec!["10.244.1.10/24".parse()?], EgressIp::Node).with_gateway(NodeName::new("node-z")?);
+/// let sources = vec!["10.244.1.10/24".parse()?];
+/// let policy = EgressPolicy::new(PolicyId::new("p")?, sources, EgressIp::Node)
+///     .with_gateway(NodeName::new("node-z")?);
 /// let errors = check_policy(&cluster, &policy).unwrap_err();
 /// assert_eq!(errors[0].code(), "host_bits");
 /// assert_eq!(errors[1].to_string(), "gateway node-z is not a node of the cluster");

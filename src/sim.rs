@@ -61,8 +61,8 @@ pub use watch::SimWatch;
 /// sysctls but `rp_filter`, no underlay. No connection expires, and no packet is lost or delayed.
 ///
 /// ```
-/// use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, NodeName, PolicyId};
-/// use egress_datapath::{Reconciler, Sim};
+/// use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, NodeName, PolicyId, Reconciler};
+/// use egress_datapath::Sim;
 ///
 /// let node = |name, underlay: &str, tunnel: &str| -> Result<Node, Box<dyn std::error::Error>> {
 ///     Ok(Node::new(NodeName::new(name)?, vec![underlay.parse()?], vec![tunnel.parse()?]))

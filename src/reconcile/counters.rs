@@ -18,9 +18,9 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     /// no counter is reset to zero.
     ///
     /// ```
-    /// # use egress_datapath::{Cluster, Count, EgressIp, EgressPolicy, Node, NodeName};
     /// # use egress_datapath::explain::Packet;
-    /// # use egress_datapath::{PolicyId, Reconciler, Sim};
+    /// # use egress_datapath::{Cluster, Count, EgressIp, EgressPolicy, Node, NodeName, PolicyId};
+    /// # use egress_datapath::{Reconciler, Sim};
     /// # let node = |name, underlay: &str, tunnel: &str| -> Result<Node, Box<dyn std::error::Error>> {
     /// #     Ok(Node::new(NodeName::new(name)?, vec![underlay.parse()?], vec![tunnel.parse()?]))
     /// # };

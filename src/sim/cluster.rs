@@ -15,11 +15,11 @@ use crate::types::NodeName;
 /// its destination address, and an address of no node is outside the cluster.
 ///
 /// ```
-/// use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, NodeName, PolicyId};
-/// use egress_datapath::explain::Packet;
-/// use egress_datapath::{Reconciler, Sim};
 /// use egress_datapath::explain::HostContext;
+/// use egress_datapath::explain::Packet;
 /// use egress_datapath::sim::{Outcome, SimCluster, SimNode};
+/// use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, NodeName, PolicyId, Reconciler};
+/// use egress_datapath::Sim;
 ///
 /// let (a, b) = (NodeName::new("a")?, NodeName::new("b")?);
 /// let nodes = vec![

@@ -18,11 +18,10 @@ use crate::state::State;
 /// only rules of policies with destinations have the policy's id as comment.
 ///
 /// ```
-/// use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, NodeName, PolicyId};
-/// use egress_datapath::explain::{Fate, Packet};
-/// use egress_datapath::{explain, plan};
 /// use egress_datapath::alloc::{MarkPool, TablePool};
 /// use egress_datapath::explain::explain_received;
+/// use egress_datapath::explain::{Fate, Packet};
+/// use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, NodeName, PolicyId, explain, plan};
 ///
 /// let node = |name: &str, underlay: &str, tunnel: &str| -> Result<_, Box<dyn std::error::Error>> {
 ///     Ok(Node::new(NodeName::new(name)?, vec![underlay.parse()?], vec![tunnel.parse()?]))
