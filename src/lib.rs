@@ -225,7 +225,7 @@ pub use plan::{
     DenyReason, Finding, NodeError, Plan, PlanError, PolicyError, Update, check_policy, plan,
 };
 pub use policy::{Destinations, EgressIp, EgressPolicy, Policy, Unavailable};
-pub use reconcile::{Error, Reconciler, Report};
+pub use reconcile::{Durations, Error, Reconciler, Report};
 pub use rules::stmt::MarkBits;
 pub use sim::Sim;
 pub use state::State;

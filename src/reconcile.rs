@@ -2,6 +2,7 @@
 
 mod adopt;
 mod counters;
+mod durations;
 mod incremental;
 mod lent;
 mod preview;
@@ -24,6 +25,8 @@ use crate::policy::Policy;
 use crate::state::{Elements, Firewall, State};
 
 use adopt::adopt;
+use durations::Clock;
+pub use durations::Durations;
 use incremental::{PendingConnections, current, without_elements};
 use lent::{Lent, give_back};
 use traced::{report_findings, report_repair, span};
@@ -51,6 +54,8 @@ pub struct Reconciler<D, M = MarkPool, T = TablePool> {
     settled: bool,
     /// Changes whose stale connections were left for later.
     pending: Option<PendingConnections>,
+    /// Times of the call in progress.
+    clock: Clock,
 }
 
 /// The observed state, beside the wanted one that the datapath was left in.
@@ -68,8 +73,8 @@ pub(crate) enum Found {
 /// The result of a call of the [`Reconciler`]: its changes, and warnings about the plan.
 ///
 /// With the feature `serde` it serializes as a JSON object: `settled`, `findings`, each with `code`
-/// and `message`, and `changes`, the commands of the operations.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// and `message`, `changes`, the commands of the operations, and `durations`, in seconds.
+#[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Report {
     /// The changes that were made.
@@ -78,6 +83,8 @@ pub struct Report {
     pub findings: Vec<Finding>,
     /// True if no stale connection is left for [`settle`](Reconciler::settle) to end.
     pub settled: bool,
+    /// Time that the call took.
+    pub durations: Durations,
 }
 
 /// The reason why a call of the [`Reconciler`] was not completed.
@@ -143,14 +150,16 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
             in_sync: false,
             settled: false,
             pending: None,
+            clock: Clock::new(),
         }
     }
 
     /// Installs the state that the policies require in the kernel.
     ///
     /// Other objects of this crate are removed. A policy or another node with an error takes no
-    /// other policy along: it is a [`Finding`] of the report. Policies that have not changed since the last call
-    /// cost a comparison, and the kernel is read only if other programs may have changed it.
+    /// other policy along: it is a [`Finding`] of the report. Policies that have not changed since
+    /// the last call cost a comparison, and the kernel is read only if other programs may have
+    /// changed it.
     ///
     /// # Errors
     ///
@@ -162,6 +171,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         policies: impl IntoIterator<Item = P>,
     ) -> Result<Report, Error> {
         span!("reconcile");
+        self.clock.start();
         let policies: Vec<P> = policies.into_iter().collect();
         if let Some(changes) = self.follow_snapshot(cluster, &policies)? {
             return Ok(self.report(changes));
@@ -202,6 +212,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     /// [`Error::Observe`] and [`Error::Apply`], as for [`reconcile`](Self::reconcile).
     pub fn repair(&mut self) -> Result<Report, Error> {
         span!("repair");
+        self.clock.start();
         let changes = match self.wanted.take() {
             Some(wanted) => {
                 let found = self.find(&wanted);
@@ -214,7 +225,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
             None => Changes::default(),
         };
         report_repair(&changes);
-        Ok(Report { changes, findings: Vec::new(), settled: true })
+        Ok(self.finished(changes, Vec::new(), true))
     }
 
     /// Does the same as [`repair`](Self::repair), but always reads everything from the kernel.
@@ -260,6 +271,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     /// Removes everything except the part of the nf_tables table that `keep` returns.
     fn empty(&mut self, keep: impl Fn(&Firewall) -> Option<Firewall>) -> Result<Report, Error> {
         span!("remove");
+        self.clock.start();
         let wanted = self.wanted.take();
         (self.index, self.findings, self.pending) = (None, None, None);
         let observed = match wanted {
@@ -273,7 +285,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         let nothing = State { firewall, ..State::default() };
         let changes = Changes::between(&observed, &nothing);
         let changes = self.make(changes, &observed, &nothing)?;
-        Ok(Report { changes, findings: Vec::new(), settled: true })
+        Ok(self.finished(changes, Vec::new(), true))
     }
 
     /// Returns the datapath.
@@ -379,7 +391,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
                 stale.insert(connection);
             }
         };
-        self.datapath.connections(sources, &mut each).map_err(Error::Observe)?;
+        self.list_connections(sources, &mut each)?;
         Ok(stale)
     }
 
@@ -401,8 +413,13 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
             report_findings(&findings);
             findings
         });
-        let settled = self.settled && self.pending.is_none();
-        Report { changes, findings: findings.clone(), settled }
+        let findings = findings.clone();
+        self.finished(changes, findings, self.settled && self.pending.is_none())
+    }
+
+    /// Returns the report of the call that ends.
+    fn finished(&self, changes: Changes, findings: Vec<Finding>, settled: bool) -> Report {
+        Report { changes, findings, settled, durations: self.clock.stop() }
     }
 
     /// Releases unused marks and tables of nodes, once the kernel does not use them either.

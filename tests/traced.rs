@@ -85,11 +85,12 @@ fn tracing_reports_calls_refusals_repairs_and_findings() {
         egress.reconcile(&cluster(), [&policy]).unwrap_err();
         assert_eq!(log.take(), ["reconcile", "observe", "apply", "operation refused"]);
         let _report = egress.reconcile(&cluster(), [&policy]).unwrap();
-        assert_eq!(log.take(), ["reconcile", "observe", "apply", "finding"]);
+        let made = ["reconcile", "observe", "apply", "connections", "apply", "finding"];
+        assert_eq!(log.take(), made);
         egress.datapath().edit(|state| state.firewall = None);
         let _report = egress.repair().unwrap();
         let message = "changes of other programs undone";
-        assert_eq!(log.take(), ["repair", "observe", "apply", message]);
+        assert_eq!(log.take(), ["repair", "observe", "apply", "connections", "apply", message]);
         let _report = egress.repair().unwrap();
         assert_eq!(log.take(), ["repair", "observe"]);
     });

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use egress_datapath::{Changes, DenyReason, Finding, PolicyError, PolicyId, Report};
+use egress_datapath::{Changes, DenyReason, Durations, Finding, PolicyError, PolicyId, Report};
 use serde::Serialize;
 
 use super::config::{Config, Unreadable};
@@ -13,6 +13,7 @@ pub(crate) struct Told<'a> {
     settled: bool,
     findings: Vec<About<'a>>,
     pub(crate) changes: &'a Changes,
+    durations: &'a Durations,
 }
 
 #[derive(Serialize)]
@@ -42,6 +43,7 @@ impl<'a> Told<'a> {
             settled: report.settled,
             findings: own.chain(findings.map(About::Finding)).collect(),
             changes: &report.changes,
+            durations: &report.durations,
         }
     }
 

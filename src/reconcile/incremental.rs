@@ -83,10 +83,11 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         updates: impl IntoIterator<Item = Update<P>>,
     ) -> Result<Report, Error> {
         span!("update");
+        self.clock.start();
         let (changes, findings) = self.follow(updates.into_iter().map(Change::One))?;
         report_findings(&findings);
         let settled = self.settled && self.pending.is_none();
-        Ok(Report { changes, findings, settled })
+        Ok(self.finished(changes, findings, settled))
     }
 
     /// Ends the stale connections that [updates](Self::update) have left.
@@ -102,8 +103,9 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         if !self.settled {
             return self.repair();
         }
+        self.clock.start();
         let changes = self.end_unsettled()?;
-        Ok(Report { changes, findings: Vec::new(), settled: true })
+        Ok(self.finished(changes, Vec::new(), true))
     }
 
     /// Applies a snapshot as its difference to the last one; `None` if that is not possible.

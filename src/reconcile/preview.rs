@@ -26,6 +26,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         policies: impl IntoIterator<Item = P>,
     ) -> Result<Report, Error> {
         span!("preview");
+        self.clock.start();
         let draft = Draft::new(cluster, policies)?;
         let in_sync = self.in_sync;
         let observed = self.observe_before(&draft)?;
@@ -40,6 +41,6 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         back?;
         let changes = Changes::between(&observed, &state);
         let settled = self.settled && self.pending.is_none();
-        Ok(Report { changes, findings: index.findings(), settled })
+        Ok(self.finished(changes, index.findings(), settled))
     }
 }

@@ -3,7 +3,7 @@
 use serde::Serialize;
 use serde::ser::{SerializeStruct, Serializer};
 
-use super::{Error, Report};
+use super::{Durations, Error, Report};
 use crate::diff::changes::Changes;
 use crate::error::KernelError;
 use crate::plan::{Finding, NodeError, PolicyError};
@@ -51,10 +51,22 @@ impl Serialize for Finding {
 
 impl Serialize for Report {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut fields = serializer.serialize_struct("Report", 3)?;
+        let mut fields = serializer.serialize_struct("Report", 4)?;
         fields.serialize_field("settled", &self.settled)?;
         fields.serialize_field("findings", &self.findings)?;
         fields.serialize_field("changes", &self.changes)?;
+        fields.serialize_field("durations", &self.durations)?;
+        fields.end()
+    }
+}
+
+impl Serialize for Durations {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut fields = serializer.serialize_struct("Durations", 4)?;
+        fields.serialize_field("total", &self.total.as_secs_f64())?;
+        fields.serialize_field("observe", &self.observe.as_secs_f64())?;
+        fields.serialize_field("apply", &self.apply.as_secs_f64())?;
+        fields.serialize_field("connections", &self.connections.as_secs_f64())?;
         fields.end()
     }
 }

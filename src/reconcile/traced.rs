@@ -1,7 +1,11 @@
-//! Calls of the datapath, with spans and events of the feature `tracing`.
+//! Calls of the datapath, timed, with spans and events of the feature `tracing`.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::time::Instant;
 
 use super::{Error, Reconciler};
-use crate::datapath::{Datapath, Known, Observed};
+use crate::datapath::{Datapath, Known, Observed, OnConnection};
 use crate::diff::changes::Changes;
 use crate::plan::Finding;
 
@@ -17,13 +21,31 @@ pub(super) use span;
 impl<D: Datapath, M, T> Reconciler<D, M, T> {
     pub(super) fn observe_datapath(&mut self, known: Known<'_>) -> Result<Observed, Error> {
         span!("observe");
-        self.datapath.observe(known).map_err(Error::Observe)
+        let start = Instant::now();
+        let observed = self.datapath.observe(known);
+        self.clock.spent.observe += start.elapsed();
+        observed.map_err(Error::Observe)
+    }
+
+    /// Lists the connections of these original sources, or all for `None`.
+    pub(super) fn list_connections(
+        &mut self,
+        sources: Option<&BTreeSet<IpAddr>>,
+        each: &mut OnConnection<'_>,
+    ) -> Result<(), Error> {
+        span!("connections");
+        let start = Instant::now();
+        let listed = self.datapath.connections(sources, each);
+        self.clock.spent.connections += start.elapsed();
+        listed.map_err(Error::Observe)
     }
 
     /// Applies changes, with one event for each refused operation.
     pub(super) fn apply_changes(&mut self, changes: &Changes) -> Result<(), Error> {
         span!("apply", operations = changes.len());
+        let start = Instant::now();
         let made = self.datapath.apply(changes);
+        self.clock.spent.apply += start.elapsed();
         #[cfg(feature = "tracing")]
         if let Err(error) = &made {
             for (operation, error) in &error.refused {

@@ -416,14 +416,15 @@ enum Explained {
 
 impl Explained {
     /// Whether it is what was seen, if anything was.
-    fn fits(self, source: Option<IpAddr>, nodes: &[Node]) -> bool {
+    fn fits(self, source: Option<IpAddr>, all: &[Node]) -> bool {
         match self {
             Self::Dropped => source.is_none(),
             Self::As(told) => source == Some(told),
             Self::AsNode => source.is_some_and(|source| {
                 let outside = [NODE_B_OUTSIDE, NODE_C_OUTSIDE].concat();
                 outside.contains(&source)
-                    || nodes.iter().any(|node| node.underlay.contains(&source))
+                    || (1..=3).any(|number| nodes::beside_pods(number).contains(&source))
+                    || all.iter().any(|node| node.underlay.contains(&source))
             }),
         }
     }

@@ -11,6 +11,7 @@ use egress_datapath::testing::lab::{
     EIP_B, EIP_C, Host, Lab, NODE_B_OUTSIDE, NODE_C_OUTSIDE, POD_A, Pair, Preference, SERVER, net,
 };
 use egress_datapath::{Cluster, Datapath, Reconciler, Sim};
+use ipnet::IpNet;
 
 /// Addresses outside.
 pub(crate) const OUTSIDE: [&str; 12] = [
@@ -105,9 +106,13 @@ pub(crate) fn node(number: u8, cluster: &Cluster) -> SimNode {
         around.own.extend(segment.into_iter().zip(outside));
     }
     let pods = [format!("10.244.{number}.0/24"), format!("fd44:{number}::/64")];
-    SimNode {
-        name: cluster.node.clone(),
-        sim: Sim::new().with_host(around),
-        pods: pods.iter().map(|net| net.parse().unwrap()).collect(),
-    }
+    let pods: Vec<IpNet> = pods.iter().map(|net| net.parse().unwrap()).collect();
+    around.own.extend(pods.iter().copied().zip(beside_pods(number)));
+    SimNode { name: cluster.node.clone(), sim: Sim::new().with_host(around), pods }
+}
+
+/// Addresses of a node on the interfaces of its pods.
+pub(crate) fn beside_pods(number: u8) -> Pair {
+    let pods = u16::from(number);
+    [[10, 244, number, 1].into(), [0xfd44, pods, 0, 0, 0, 0, 0, 1].into()]
 }

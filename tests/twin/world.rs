@@ -71,19 +71,19 @@ pub(crate) fn policy(random: &mut Random, number: usize) -> EgressPolicy {
         _ => EgressIp::Dual(v4, v6),
     };
     let name = |name: &&str| NodeName::new(name).unwrap();
-    EgressPolicy::new(
-        PolicyId::new(format!("p{number}")).unwrap(),
-        some(random, &SOURCES, 4),
-        egress_ip,
-    )
-    .with_priority(u32::try_from(random.below(3)).unwrap())
-    .with_destinations(if random.once_in(3) {
+    let priority = u32::try_from(random.below(3)).unwrap();
+    let destinations = if random.once_in(3) {
         Destinations::External
     } else {
         Destinations::Nets(some(random, &DESTINATIONS, 3))
-    })
-    .with_gateway((gateway < 6).then(|| name(&["node-a", "node-b", "node-c"][gateway % 3])))
-    .with_unavailable(random.of(&[Unavailable::Drop, Unavailable::Drop, Unavailable::Bypass]))
+    };
+    let unavailable = random.of(&[Unavailable::Drop, Unavailable::Drop, Unavailable::Bypass]);
+    let id = PolicyId::new(format!("p{number}")).unwrap();
+    EgressPolicy::new(id, some(random, &SOURCES, 4), egress_ip)
+        .with_priority(priority)
+        .with_destinations(destinations)
+        .with_gateway((gateway < 6).then(|| name(&["node-a", "node-b", "node-c"][gateway % 3])))
+        .with_unavailable(unavailable)
 }
 
 /// A cluster as one of its nodes sees it, no two alike.
