@@ -1,4 +1,4 @@
-//! What a datapath and its watch cost the transactions of other programs.
+//! Cost of a datapath and of its watch for the transactions of other programs.
 
 use std::time::Duration;
 

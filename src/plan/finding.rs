@@ -24,12 +24,12 @@ pub enum Finding {
     },
     /// A policy has an error, and cannot be carried out.
     ///
-    /// What is valid of its sources and destinations is dropped, or bypasses the policy.
+    /// Traffic of its valid sources and destinations is dropped, or bypasses the policy.
     #[error("policy {policy} {}: {}", treated(*unavailable), listed(errors))]
     InvalidPolicy {
         /// The policy.
         policy: PolicyId,
-        /// What becomes of the traffic.
+        /// Treatment of the traffic.
         unavailable: Unavailable,
         /// The errors; at least one.
         errors: Vec<PolicyError>,

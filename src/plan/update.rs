@@ -202,8 +202,8 @@ impl Index {
 
     /// Returns the edit that changes the sources of a policy of which some are invalid.
     ///
-    /// What an invalid source names may be a source of its own as well, so that sources are not
-    /// added to or removed from these. `None` if all sources are valid.
+    /// An address that an invalid source names may be a source of its own as well, so that sources
+    /// are not added to or removed from these. `None` if all sources are valid.
     fn with_other_sources(
         &self,
         handle: Handle,

@@ -41,11 +41,11 @@ pub(crate) struct Listener {
     rules: Socket,
     /// Last known index of the VXLAN device; 0 for none.
     device: Arc<AtomicU32>,
-    /// Whether the routing socket is in its multicast groups.
+    /// True if the routing socket is in its multicast groups.
     pub(super) routing_joined: bool,
-    /// Whether the nf_tables socket is in its multicast group.
+    /// True if the nf_tables socket is in its multicast group.
     pub(super) rules_joined: bool,
-    /// Whether a transaction by another program that changed our table was read without its end.
+    /// True if a transaction by another program that changed our table was read without its end.
     pub(super) unsigned: bool,
     /// Ruleset generation after the last transaction by another program that was read.
     pub(super) last_end: Option<u32>,
@@ -59,7 +59,7 @@ pub(crate) struct Listener {
     pending: Option<Pending>,
 }
 
-/// What is known about a part of the state.
+/// Knowledge about a part of the state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Part<T> {
     /// It has to be read.
