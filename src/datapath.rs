@@ -149,12 +149,14 @@ pub trait Datapath: Send {
 
     /// Applies the changes, step by step.
     ///
-    /// A step in which an operation is refused is finished, and is the last one: the order of the
-    /// steps makes every prefix of them safe, but not every subset.
+    /// A step in which an operation is refused is finished. The order of the steps makes every
+    /// prefix of them safe, so that a datapath may stop there. The datapaths of this crate go on
+    /// with the steps that do not depend on the refused operation: without a part of the tunnel, a
+    /// route or a rule, all policies are still in force, and the packets that need it are dropped.
     ///
     /// # Errors
     ///
-    /// The refused operations, and how many were applied before and skipped after.
+    /// The refused operations, and how many were applied and how many skipped.
     fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError>;
 
     /// Calls `each` with every tracked connection that this node forwards.

@@ -104,7 +104,8 @@ pub enum Error {
     Observe(KernelError),
     /// The kernel refused a change.
     ///
-    /// The changes before it were made, in an order in which that is safe.
+    /// The changes that do not depend on it were made: without a part of the tunnel, a route or a
+    /// rule, the policies that need it are closed, and all others in force.
     #[error(transparent)]
     Apply(#[from] ApplyError),
     /// An update was requested before the first reconciliation; the kernel state was not changed.
@@ -180,7 +181,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         let observed = self.observe_before(&draft)?;
         let (mut marks, mut tables) = (Lent::new(&mut self.marks), Lent::new(&mut self.tables));
         adopt(cluster, &observed, &mut marks, &mut tables);
-        let (index, state) = match draft.number(&mut marks, &mut tables) {
+        let (index, mut state) = match draft.number(&mut marks, &mut tables) {
             Ok(numbered) => numbered,
             Err(error) => {
                 // The allocators stay those of the index, which later updates are planned from.
@@ -188,6 +189,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
                 return Err(error.into());
             }
         };
+        state.leave_out(&observed.missing_families);
         let changes = Changes::between(&observed, &state);
         (self.index, self.findings) = (Some(index), None);
         let made = self.make(changes, &observed, &state);
@@ -214,9 +216,12 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         span!("repair");
         self.clock.start();
         let changes = match self.wanted.take() {
-            Some(wanted) => {
+            Some(mut wanted) => {
                 let found = self.find(&wanted);
-                let made = found.and_then(|found| self.restore(&wanted, found));
+                let made = found.and_then(|found| {
+                    self.follow_families(&mut wanted, &found);
+                    self.restore(&wanted, found)
+                });
                 self.wanted = Some(wanted);
                 let mut changes = made?;
                 changes.extend(self.end_unsettled()?);
@@ -335,6 +340,21 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         }
     }
 
+    /// Leaves out the families that the network stack has lost, and takes in those that it has got.
+    fn follow_families(&mut self, wanted: &mut State, found: &Found) {
+        let (Found::Rest(found) | Found::Whole(found)) = found else { return };
+        let missing = &found.missing_families;
+        if wanted.missing_families == *missing {
+            return;
+        }
+        if let Some(index) = &self.index {
+            let firewall = wanted.firewall.take();
+            *wanted = State { firewall, ..index.rest() };
+        }
+        wanted.leave_out(missing);
+        self.findings = None;
+    }
+
     fn restore(&mut self, wanted: &State, found: Found) -> Result<Changes, Error> {
         match found {
             Found::Unchanged => Ok(Changes::default()),
@@ -360,16 +380,30 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         }
         (self.settled, self.in_sync) = (false, false);
         let (mut made, last) = changes.before_guards_go();
-        self.apply_changes(&made)?;
+        // Connections of the policies in force must not wait until the refused parts are made.
+        let refused = match self.apply_changes(&made) {
+            Err(Error::Apply(mut error)) if error.is_about_routing_alone() => {
+                error.skipped = last.len();
+                Some(error)
+            }
+            applied => applied.map(|()| None)?,
+        };
         let stale = self.stale_connections(None, wanted, before)?;
         // If everything is removed, the old table exists until its guard rules are no longer
         // needed.
         let table = wanted.firewall.as_ref().or(before.firewall.as_ref());
         let mut rest = Changes::end(&stale, table, |one| one.due_mark(wanted, before));
-        rest.extend(last);
+        if refused.is_none() {
+            rest.extend(last);
+        }
         self.apply_changes(&rest)?;
+        self.settled = true;
+        if let Some(mut error) = refused {
+            error.applied += rest.len();
+            return Err(error.into());
+        }
         made.extend(rest);
-        (self.settled, self.in_sync) = (true, true);
+        self.in_sync = true;
         Ok(made)
     }
 
@@ -407,9 +441,11 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
 
     /// Returns the report of a call that planned everything.
     fn report(&mut self, changes: Changes) -> Report {
-        let index = self.index.as_ref();
+        let (index, wanted) = (self.index.as_ref(), self.wanted.as_ref());
         let findings = self.findings.get_or_insert_with(|| {
-            let findings = index.map(Index::findings).unwrap_or_default();
+            let both = index.zip(wanted);
+            let findings = both.map(|(index, wanted)| index.findings_at(&wanted.missing_families));
+            let findings = findings.unwrap_or_default();
             report_findings(&findings);
             findings
         });

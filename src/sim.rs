@@ -27,6 +27,7 @@ use crate::diff::op::Op;
 use crate::error::KernelError;
 use crate::event::Component;
 use crate::state::{Elements, Key, Set, State, Stmt};
+use crate::types::Family;
 use packet::{Frame, Packet};
 use path::conntrack::Conntrack;
 use path::{HostContext, Walk};
@@ -114,6 +115,11 @@ impl Sim {
     #[must_use]
     pub fn with_host(self, around: HostContext) -> Self {
         Self { around, ..self }
+    }
+
+    /// Sets the families that the simulated network stack lacks, and removes their objects.
+    pub fn set_missing_families(&mut self, missing: &BTreeSet<Family>) {
+        self.edit(|state| state.leave_out(missing));
     }
 
     /// Sends a packet that comes from a pod of this node, or from the network.

@@ -119,6 +119,10 @@ state! {
         ipsets: BTreeMap<Ipset, IpsetContents>,
         /// Chains in iptables, by variant.
         xtables: BTreeMap<Variant, Xtables>,
+        /// Families that the network stack of the node lacks, or that are disabled for good.
+        ///
+        /// No address, neighbour, route, rule or iptables chain of such a family can exist.
+        missing_families: BTreeSet<Family>,
     }
 }
 
@@ -134,7 +138,25 @@ impl State {
             rules: self.rules.clone(),
             strays: self.strays.clone(),
             hook: self.hook.clone(),
+            missing_families: self.missing_families.clone(),
             ..Self::default()
+        }
+    }
+
+    /// Leaves out the objects of families that the network stack lacks.
+    ///
+    /// The nf_tables tables do not depend on the stack and stay as they are: packets that need an
+    /// object that was left out are dropped.
+    pub(crate) fn leave_out(&mut self, missing: &BTreeSet<Family>) {
+        self.missing_families.clone_from(missing);
+        let stays = |family| !missing.contains(&family);
+        self.addresses.retain(|net| stays(Family::of_net(net)));
+        self.neighbours.retain(|address, _| stays(Family::of(*address)));
+        self.routes.retain(|key, _| stays(Family::of_net(&key.dst)));
+        self.rules.retain(|rule| stays(rule.family));
+        for tables in self.xtables.values_mut() {
+            tables.chains.retain(|chain, _| stays(chain.family));
+            tables.jumps.retain(|chain, _| stays(chain.family));
         }
     }
 
@@ -166,7 +188,8 @@ impl State {
 
     /// Whether the state has no objects.
     pub fn is_empty(&self) -> bool {
-        *self == Self::default()
+        let missing_families = self.missing_families.clone();
+        *self == Self { missing_families, ..Self::default() }
     }
 }
 

@@ -7,6 +7,7 @@ use super::op::Op;
 use crate::connection::Connection;
 use crate::error::KernelError;
 use crate::state::{Firewall, MarkBits};
+use crate::types::Family;
 
 /// A phase of a change; the order of the variants is the order of the steps.
 ///
@@ -110,6 +111,44 @@ pub struct Step {
 /// The result of a step: the number of operations made, and the refused ones.
 pub(crate) type Made = (usize, Vec<(Op, KernelError)>);
 
+/// Operations that must not be made, because others were refused.
+#[derive(Debug, Default)]
+struct Blocked {
+    /// True if any operation was refused.
+    any: bool,
+    /// True if an operation was refused that all later ones depend on.
+    all: bool,
+    /// Families of refused iptables and ipset operations.
+    families: BTreeSet<Family>,
+}
+
+impl Blocked {
+    /// Adds a refused operation.
+    ///
+    /// The tunnel, the egress hook, routes and rules block nothing but the end of the guard rules: a
+    /// packet that is steered without them is dropped by the guard rules, where a packet that is
+    /// not classified would leave with another source.
+    fn add(&mut self, phase: Phase, op: &Op) {
+        self.any = true;
+        let hook = matches!(phase, Phase::Hook | Phase::DeleteHook);
+        match op.xtables_family() {
+            Some(family) => drop(self.families.insert(family)),
+            None => self.all |= op.is_conntrack() || op.is_nft() && !hook,
+        }
+    }
+
+    fn holds_back(&self, phase: Phase, op: &Op) -> bool {
+        if self.all || self.any && phase >= Phase::RetireGuards {
+            return true;
+        }
+        match op.xtables_family() {
+            Some(family) => self.families.contains(&family),
+            // The nf_tables tables are of both families, and what is deleted may be in use.
+            None => !self.families.is_empty() && (op.is_nft() || phase >= Phase::EmptySources),
+        }
+    }
+}
+
 /// Operations that turn one state into another, in an order that is safe at every point.
 ///
 /// `Display` prints one command per line, quoted for a shell. The output is meant for reading, not
@@ -160,18 +199,29 @@ impl Changes {
         Self { steps: steps.map(|(phase, ops)| Step { phase, ops }).collect() }
     }
 
-    /// Runs the steps in order, until an operation is refused.
+    /// Runs the steps in order; after a refusal, those that do not depend on what was refused.
     pub(crate) fn make(&self, mut step: impl FnMut(&Step) -> Made) -> Result<(), ApplyError> {
-        let mut applied = 0;
+        let (mut applied, mut all, mut blocked) = (0, Vec::new(), Blocked::default());
         for part in &self.steps {
-            let (made, refused) = step(part);
+            let phase = part.phase;
+            let goes = |op: &&Op| !blocked.holds_back(phase, op);
+            let (made, refused) = match part.ops.iter().filter(goes).count() {
+                0 => continue,
+                all if all == part.ops.len() => step(part),
+                _ => {
+                    let ops = part.ops.iter().filter(goes).cloned().collect();
+                    step(&Step { phase, ops })
+                }
+            };
             applied += made;
-            if !refused.is_empty() {
-                let skipped = self.len() - applied - refused.len();
-                return Err(ApplyError { applied, refused, skipped });
-            }
+            refused.iter().for_each(|(op, _)| blocked.add(phase, op));
+            all.extend(refused);
         }
-        Ok(())
+        if all.is_empty() {
+            return Ok(());
+        }
+        let skipped = self.len() - applied - all.len();
+        Err(ApplyError { applied, refused: all, skipped })
     }
 
     /// Splits off the last steps, which delete guard rules that may still be needed.
@@ -219,7 +269,7 @@ impl fmt::Display for Changes {
 pub struct ApplyError {
     /// Number of operations done.
     pub applied: usize,
-    /// Refused operations, all of one step, each with the kernel's error.
+    /// Refused operations, each with the kernel's error.
     ///
     /// An nf_tables transaction that is refused changes nothing. Its other operations are not done
     /// either, and count as skipped.
@@ -229,6 +279,14 @@ pub struct ApplyError {
 }
 
 impl ApplyError {
+    /// Returns whether everything was made except parts of the tunnel, routes and rules.
+    ///
+    /// Packets of the policies concerned are dropped; all others are treated as wanted.
+    pub(crate) fn is_about_routing_alone(&self) -> bool {
+        let routing = |op: &Op| !op.is_nft() && !op.is_xtables() && !op.is_conntrack();
+        self.skipped == 0 && self.refused.iter().all(|(op, _)| routing(op))
+    }
+
     /// Creates an error of these operations.
     pub const fn new(applied: usize, refused: Vec<(Op, KernelError)>, skipped: usize) -> Self {
         Self { applied, refused, skipped }

@@ -127,7 +127,6 @@ impl Op {
     }
 
     /// Returns whether the operation changes or ends a connection.
-    #[cfg(all(feature = "kernel", target_os = "linux"))]
     pub(crate) const fn is_conntrack(&self) -> bool {
         matches!(self, Self::MarkConnection(..) | Self::EndConnection(_))
     }

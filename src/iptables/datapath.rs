@@ -195,7 +195,8 @@ impl IptablesDatapath {
                 return (made, refused);
             }
         }
-        let mut rest = xtables.as_slice();
+        // The two families do not depend on each other.
+        let (mut rest, mut all) = (xtables.as_slice(), Vec::<(Op, KernelError)>::new());
         while let Some((first, _)) = rest.split_first() {
             let table = |op: &Op| {
                 op.xt_chain().map(|(variant, chain)| (variant, chain.family, chain.table))
@@ -203,31 +204,39 @@ impl IptablesDatapath {
             let here = table(first);
             let end = rest.iter().position(|op| table(op) != here).unwrap_or(rest.len());
             let (group, next) = rest.split_at(end);
+            rest = next;
+            let group: Vec<&Op> = group
+                .iter()
+                .filter(|op| {
+                    let family = op.xtables_family();
+                    all.iter().all(|(refused, _)| refused.xtables_family() != family)
+                })
+                .copied()
+                .collect();
+            if group.is_empty() {
+                continue;
+            }
             let refused = match here {
                 Some((variant, family, table)) => {
                     let restored = self.check_namespace().and_then(|()| {
-                        self.tools.restore(variant, family, &super::script::of(table, group))
+                        self.tools.restore(variant, family, &super::script::of(table, &group))
                     });
                     // `iptables-restore` makes all changes to a table or none.
                     match restored {
                         Ok(()) => Vec::new(),
-                        Err(error) => return (made, vec![((*first).clone(), error)]),
+                        Err(error) => {
+                            all.push(((*first).clone(), error));
+                            continue;
+                        }
                     }
                 }
-                None => self.make_sets(group),
+                None => self.make_sets(&group),
             };
             made += group.len() - refused.len();
-            if !refused.is_empty() {
-                let op = |index: usize| group.get(index).map(|op| (*op).clone());
-                let refused = refused.into_iter();
-                return (
-                    made,
-                    refused.filter_map(|(index, error)| Some((op(index)?, error))).collect(),
-                );
-            }
-            rest = next;
+            let op = |index: usize| group.get(index).map(|op| (*op).clone());
+            all.extend(refused.into_iter().filter_map(|(index, error)| Some((op(index)?, error))));
         }
-        (made, Vec::new())
+        (made, all)
     }
 }
 
@@ -249,7 +258,9 @@ impl Datapath for IptablesDatapath {
         let mut found: BTreeMap<Variant, Xtables> = BTreeMap::new();
         for variant in self.variants().collect::<Vec<_>>() {
             let mut tables = Xtables::default();
-            for family in Family::BOTH {
+            // `ip6tables-save` fails where the kernel has no IPv6.
+            let present = |family: &Family| !state.missing_families.contains(family);
+            for family in Family::BOTH.into_iter().filter(present) {
                 super::saved::read(&self.tools.save(variant, family)?, family, &mut tables);
             }
             if tables != Xtables::default() {

@@ -2,6 +2,7 @@
 
 pub(crate) mod address;
 pub(crate) mod fdb;
+pub(crate) mod ipv6;
 #[cfg(test)]
 pub(crate) mod kernel_tests;
 pub(crate) mod leftovers;

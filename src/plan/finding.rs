@@ -44,6 +44,19 @@ pub enum Finding {
         /// The family.
         family: Family,
     },
+    /// The network stack of this node lacks the family, which is left out; the other is in force.
+    ///
+    /// The kernel was started without IPv6 or has no module for it, or IPv6 is disabled on the
+    /// tunnel interface and this process may not enable it. When the family comes back, the next
+    /// call that reads the interfaces, such as an audit, installs its part.
+    #[error(
+        "this node has no {family}: packets of policies are dropped in {family}, and the rest is in \
+         force"
+    )]
+    FamilyUnavailable {
+        /// The family.
+        family: Family,
+    },
     /// Every table of the range is used by a gateway, so that none is left for the fallback rule.
     #[error(
         "all {capacity} routing tables are gateways': a marked packet that has lost its rule is \
@@ -88,6 +101,7 @@ impl Finding {
                 errors.first().map_or("invalid_policy", PolicyError::code)
             }
             Self::Overlap { .. } => "policies_overlap",
+            Self::FamilyUnavailable { .. } => "family_unavailable",
             Self::NoClosingTable { .. } => "no_closing_table",
             Self::Bypassed { .. } => "policy_bypassed",
             Self::Denied { .. } => "policy_denied",

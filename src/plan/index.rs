@@ -9,7 +9,7 @@ use super::egress_hook::hook;
 use super::policies::{Handle, NormalizedPolicy, Policies};
 use super::skeleton::Used;
 use super::table::{skeleton, spoken, ways_out};
-use super::validate::ValidatedCluster;
+use super::validate::{ValidatedCluster, tunnel_of};
 use super::{
     Change, DenyReason, Finding, Gateways, PlanError, Role, Update, closing_table, gateway_of,
     iptables as xtables, numbered, reserve_given, roles, routing,
@@ -156,6 +156,14 @@ impl Index {
         state
     }
 
+    /// Returns the state without elements of nf_tables sets.
+    pub(crate) fn rest(&self) -> State {
+        match self.world.cluster.backend {
+            Backend::Iptables(_) => self.state(Elements::default()),
+            Backend::Nftables => self.parts().0,
+        }
+    }
+
     /// Returns the state without elements, and the elements that belong to no single policy.
     pub(super) fn parts(&self) -> (State, BTreeMap<Key, Value>) {
         let mut state = State::default();
@@ -288,6 +296,14 @@ impl Index {
             });
             findings.extend(pairs.into_iter().filter_map(|pair| self.overlap(family, pair)));
         }
+        findings
+    }
+
+    /// Returns the findings on a node whose network stack lacks families.
+    pub(crate) fn findings_at(&self, missing: &BTreeSet<Family>) -> Vec<Finding> {
+        let mut findings = self.findings();
+        let used = missing.iter().filter(|family| tunnel_of(&self.world.here, **family).is_some());
+        findings.extend(used.map(|family| Finding::FamilyUnavailable { family: *family }));
         findings
     }
 

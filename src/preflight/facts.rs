@@ -29,6 +29,8 @@ pub(crate) struct Facts {
     /// Routes of other programs in tables that hold a route of the datapath.
     pub(crate) intruders: Vec<Intruder>,
     pub(crate) firewall: Firewall,
+    /// Set if the tunnel device has no IPv6, and this process cannot enable it.
+    pub(crate) lacks_ipv6: bool,
     /// Tables of legacy iptables.
     pub(crate) legacy: Vec<String>,
 }
@@ -58,6 +60,8 @@ pub(crate) struct Device {
     pub(crate) decapsulates: bool,
     pub(crate) mtu: u32,
     pub(crate) rp_filter: u32,
+    /// Set if IPv4 packets that arrive on the interface are not forwarded.
+    pub(crate) not_forwarding: bool,
     pub(crate) vxlan: Option<Vxlan>,
 }
 

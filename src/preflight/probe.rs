@@ -26,6 +26,8 @@ pub(crate) fn facts(devices: &[&str]) -> Result<Facts, KernelError> {
     let indexed = socket.all_devices()?;
     facts.addresses = socket.all_addresses(&indexed)?;
     facts.devices = indexed.into_iter().map(|(_, device)| device).collect();
+    let ours = socket.link()?.map(|(device, _)| device);
+    facts.lacks_ipv6 = socket.lacks_ipv6(ours.as_ref())?;
     match socket.foreign_rules() {
         Ok(rules) => facts.rules = rules,
         Err(error) if error.errno() == Some(errno::EOPNOTSUPP) => {

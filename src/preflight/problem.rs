@@ -43,6 +43,15 @@ pub enum Problem {
         /// Address family.
         family: Family,
     },
+    /// Interfaces by which replies arrive do not forward IPv4 packets, although the host does.
+    ///
+    /// They have an underlay address of this node or an egress IP. The tunnel device is not among
+    /// them: its setting is the datapath's.
+    #[error("{} does not forward IPv4 packets that arrive there, although the host does", devices.join(", "))]
+    DeviceNotForwarding {
+        /// Interfaces.
+        devices: Vec<String>,
+    },
     /// Strict reverse path filtering on the tunnel device drops every steered packet.
     ///
     /// Strict filtering drops packets that the host would not send back over the same interface;
@@ -148,7 +157,10 @@ pub enum Problem {
         route: String,
     },
     /// IPv6 is disabled on the tunnel device, or will be on a new device.
-    #[error("IPv6 is switched off for {device}: the tunnel can carry none of it")]
+    ///
+    /// The datapath enables IPv6 on its device where it can: here `/proc/sys` is read-only, or not
+    /// that of this network namespace.
+    #[error("IPv6 is disabled on {device} and cannot be enabled: the tunnel can carry none of it")]
     TunnelWithoutIpv6 {
         /// Tunnel device, or `default` while it does not exist.
         device: String,
@@ -369,6 +381,7 @@ impl Problem {
             Self::Missing { .. } => "kernel_feature_missing",
             Self::RangesMissed { .. } => "ranges_missed",
             Self::NotForwarding { .. } => "not_forwarding",
+            Self::DeviceNotForwarding { .. } => "device_not_forwarding",
             Self::StrictTunnel { .. } => "strict_tunnel",
             Self::StrictOverlay { .. } => "strict_overlay",
             Self::StrictByDefault { .. } => "strict_by_default",
@@ -411,6 +424,7 @@ impl Problem {
             Self::Denied
             | Self::Missing { .. }
             | Self::NotForwarding { .. }
+            | Self::DeviceNotForwarding { .. }
             | Self::StrictTunnel { .. }
             | Self::RuleTakesFirst { .. }
             | Self::RouteInOurTable { .. }

@@ -20,6 +20,10 @@ impl Problem {
                  does"
             ),
             Self::RouteInOurTable { command, route } => format!("{command} del {route}"),
+            Self::DeviceNotForwarding { devices } => {
+                let one = |device| format!("sysctl -w net/ipv4/conf/{device}/forwarding=1");
+                devices.iter().map(one).collect::<Vec<_>>().join("; ")
+            }
             Self::TunnelWithoutIpv6 { device } => {
                 format!("sysctl -w net/ipv6/conf/{device}/disable_ipv6=0")
             }

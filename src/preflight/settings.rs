@@ -1,5 +1,7 @@
 //! Checks of privilege, kernel parts and sysctl settings.
 
+use std::collections::BTreeSet;
+
 use ipnet::IpNet;
 
 use super::facts::Facts;
@@ -30,6 +32,7 @@ impl Preflight<'_> {
             }
         }
         self.judge_forwarding(facts, problems);
+        self.judge_forwarding_of_devices(facts, problems);
         self.judge_tunnel_ipv6(facts, problems);
         self.judge_reverse_path(facts, problems);
         for (family, name) in [(Family::V4, "ipv4"), (Family::V6, "ipv6")] {
@@ -56,11 +59,32 @@ impl Preflight<'_> {
         }
     }
 
+    /// Judges the interfaces by which replies arrive: those with a node's address or an egress IP.
+    fn judge_forwarding_of_devices(&self, facts: &Facts, problems: &mut Vec<Problem>) {
+        if !self.families.contains(&Family::V4) || facts.settings.get("ipv4/ip_forward") == Some(0)
+        {
+            return;
+        }
+        let own = self.cluster.nodes.iter().filter(|node| node.name == self.cluster.node);
+        let mut used = own.flat_map(|node| node.underlay.iter().copied()).collect::<Vec<_>>();
+        used.extend(self.egress_ips.iter().map(|(address, _)| *address));
+        let found = facts.addresses.iter().filter(|found| used.contains(&found.ip));
+        let names: BTreeSet<&str> = found.map(|found| found.device.as_str()).collect();
+        let off = facts.devices.iter().filter(|device| {
+            device.not_forwarding && device.name != "lo" && names.contains(device.name.as_str())
+        });
+        let devices: Vec<_> = off.map(|device| device.name.clone()).collect();
+        if !devices.is_empty() {
+            problems.push(Problem::DeviceNotForwarding { devices });
+        }
+    }
+
     fn judge_tunnel_ipv6(&self, facts: &Facts, problems: &mut Vec<Problem>) {
         let off = |device: &str| facts.settings.get(&format!("ipv6/conf/{device}/disable_ipv6"));
         let tunnel = self.cluster.tunnel.device.as_str();
         let device = if off(tunnel).is_some() { tunnel } else { "default" };
-        if self.families.contains(&Family::V6) && off(device) == Some(1) {
+        // Without IPv6 in the kernel, which is another problem, there is no such setting.
+        if self.families.contains(&Family::V6) && facts.lacks_ipv6 && off(device).is_some() {
             problems.push(Problem::TunnelWithoutIpv6 { device: device.to_owned() });
         }
     }

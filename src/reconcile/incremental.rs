@@ -130,10 +130,14 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         &mut self,
         differences: impl IntoIterator<Item = Change<P>>,
     ) -> Result<(Changes, Vec<Finding>), Error> {
-        let (Some(mut wanted), Some(mut index)) = (self.wanted.take(), self.index.take()) else {
+        let Some(mut wanted) = self.wanted.take().filter(|_| self.index.is_some()) else {
             return Err(Error::NothingWanted);
         };
         let found = self.find(&wanted);
+        if let Ok(found) = &found {
+            self.follow_families(&mut wanted, found);
+        }
+        let Some(mut index) = self.index.take() else { return Err(Error::NothingWanted) };
         let planned = index.update(differences, &mut self.marks, &mut self.tables);
         self.index = Some(index);
         let made = planned.map_err(Error::from).and_then(|(planned, findings)| {
@@ -157,8 +161,14 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
             self.findings = None;
         }
         let changes = match planned {
-            Planned::Part(part) => self.make_part(part, wanted, found)?,
-            Planned::Whole(state) => {
+            Planned::Part(mut part) => {
+                if let Some(rest) = &mut part.rest {
+                    rest.leave_out(&wanted.missing_families);
+                }
+                self.make_part(part, wanted, found)?
+            }
+            Planned::Whole(mut state) => {
+                state.leave_out(&wanted.missing_families);
                 let observed = current(std::mem::replace(wanted, *state), found?);
                 let changes = Changes::between(&observed, wanted);
                 self.make(changes, &observed, wanted)?

@@ -37,10 +37,12 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         adopt(cluster, &observed, &mut marks, &mut tables);
         let numbered = draft.number(&mut marks, &mut tables);
         let back = give_back(marks, tables);
-        let (index, state) = numbered?;
+        let (index, mut state) = numbered?;
         back?;
+        state.leave_out(&observed.missing_families);
         let changes = Changes::between(&observed, &state);
         let settled = self.settled && self.pending.is_none();
-        Ok(self.finished(changes, index.findings(), settled))
+        let findings = index.findings_at(&observed.missing_families);
+        Ok(self.finished(changes, findings, settled))
     }
 }

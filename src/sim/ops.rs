@@ -8,7 +8,7 @@ use crate::error::errno;
 use crate::state::{
     ChainId, Data, Firewall, NftRule, Route, RuleAction, Set, State, Stmt, Verdict, Vxlan,
 };
-use crate::types::DeviceName;
+use crate::types::{DeviceName, Family};
 
 /// An error number, positive.
 pub(super) type Errno = i32;
@@ -35,6 +35,16 @@ pub(super) fn make(state: &mut State, op: &Op) -> Result<(), Errno> {
 }
 
 fn rtnetlink(state: &mut State, op: &Op) -> Result<(), Errno> {
+    let family = match op {
+        Op::AddAddress(_, net) => Some(Family::of_net(net)),
+        Op::PutNeighbour(_, address, _) => Some(Family::of(*address)),
+        Op::PutRoute(_, key, _) => Some(Family::of_net(&key.dst)),
+        Op::AddRule(rule) => Some(rule.family),
+        _ => None,
+    };
+    if family.is_some_and(|family| state.missing_families.contains(&family)) {
+        return Err(errno::EAFNOSUPPORT);
+    }
     let was = LinkSnapshot::of(state);
     request(state, op)?;
     follow(&was, state);

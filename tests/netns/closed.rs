@@ -2,14 +2,17 @@
 
 use std::thread;
 
-use common::backend::steering;
+use common::backend::{backend, steering};
 use common::fleet::{
-    Fleet, Result, check, dual, expect, expect_nothing, lab, policy, sources, tool, unless_beyond,
+    Expect, Fleet, Result, check, dual, expect, expect_nothing, lab, policy, sources, tool,
+    unless_beyond,
 };
 use egress_datapath::datapath::observe;
 use egress_datapath::state::RuleAction;
 use egress_datapath::testing::lab::{EIP_B, POD_A, POD_B, POD_C, Proto, SERVER, STRANGER, probe};
-use egress_datapath::{Cluster, Finding, KernelDatapath, MarkLayout, Node, NodeName, Steering};
+use egress_datapath::{
+    Backend, Cluster, Finding, KernelDatapath, MarkLayout, Node, NodeName, Steering,
+};
 use ipnet::IpNet;
 
 const B: Option<&str> = Some("node-b");
@@ -74,6 +77,44 @@ fn invalid_policies_and_nodes_silent_beside_a_valid_policy() -> Result {
         ]);
         assert_eq!(sources(&lab), EIP_B.into_iter().collect());
     }
+    Ok(())
+}
+
+#[test]
+fn missing_ipv6_leaves_ipv4_in_force() -> Result {
+    let lab = lab();
+    for host in lab.nodes() {
+        let off = [("ipv6/conf/default/disable_ipv6", "1"), ("ipv4/conf/default/forwarding", "0")];
+        host.netns.sysctl(&off)?;
+    }
+    let policies = [policy("p", &[POD_A], B, dual(EIP_B))?];
+    let mut fleet = Fleet::open(&lab)?;
+    // A datapath that is called from another namespace cannot enable IPv6 in its own.
+    let enables = backend() != Backend::Nftables;
+    for again in [false, true] {
+        for report in fleet.apply(&policies)? {
+            let codes: Vec<_> = report.findings.iter().map(Finding::code).collect();
+            assert_eq!(codes, if enables { vec![] } else { vec!["family_unavailable"] });
+            assert!(!again || report.changes.is_empty(), "{}", report.changes);
+        }
+    }
+    let v6 = if enables { Some(EIP_B[1]) } else { None };
+    check(&[Expect { from: &lab.pod_a, to: SERVER, source: [Some(EIP_B[0]), v6] }]);
+    assert!(sources(&lab).is_subset(&EIP_B.into_iter().collect()));
+    for host in lab.nodes() {
+        host.netns.sysctl(&[("ipv6/conf/egress.vxlan/disable_ipv6", "0")])?;
+    }
+    fleet.audit()?;
+    for report in fleet.apply(&policies)? {
+        assert!(report.findings.is_empty() && report.changes.is_empty(), "{report:?}");
+    }
+    check(&[expect(&lab.pod_a, SERVER, EIP_B)]);
+    sources(&lab);
+    // The interface loses its IPv6 objects, and all of IPv6 is left out again.
+    lab.node_a.netns.sysctl(&[("ipv6/conf/egress.vxlan/disable_ipv6", "1")])?;
+    fleet.mend(&policies, &"IPv6 disabled on the tunnel interface")?;
+    check(&[Expect { from: &lab.pod_a, to: SERVER, source: [Some(EIP_B[0]), v6] }]);
+    assert_eq!(sources(&lab).len(), if enables { 2 } else { 1 });
     Ok(())
 }
 

@@ -1,5 +1,6 @@
 //! From any state to any other, in one go, and in two if something is refused on the way.
 
+use egress_datapath::datapath::{Op, Phase};
 use egress_datapath::state::{
     Base, ChainId, ChainType, Firewall, Hook, Key, NftRule, Set, Stmt, Stray, StrayKind,
     StrayRouting,
@@ -232,6 +233,20 @@ fn drifted() -> impl Strategy<Value = State> {
     })
 }
 
+fn phase_of(changes: &Changes, place: usize) -> Phase {
+    let phases = changes.steps().iter().flat_map(|step| step.ops.iter().map(|_| step.phase));
+    phases.collect::<Vec<_>>()[place]
+}
+
+/// The family of an iptables or ipset operation.
+fn family_of(changes: &Changes, place: usize) -> Option<Family> {
+    match changes.ops().nth(place)? {
+        Op::AddXtChain(_, chain) | Op::EditXtChain(_, chain, _) => Some(chain.family),
+        Op::AddIpset(set, _) | Op::PutIpset(set, _) | Op::PutMember(set, ..) => Some(set.family()),
+        _ => None,
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..<_>::default() })]
 
@@ -262,6 +277,20 @@ proptest! {
             prop_assert!(error.refused.iter().any(|(_, why)| why.errno() == Some(ENOMEM)));
             let total = error.applied + error.refused.len() + error.skipped;
             prop_assert_eq!(total, changes.len());
+            let path = [Phase::Tunnel, Phase::Routes, Phase::Rules];
+            if from.is_empty() && path.contains(&phase_of(&changes, refused)) {
+                // No policy is open for want of a part of its way.
+                prop_assert_eq!(&kernel.state().firewall, &to.firewall);
+                prop_assert_eq!(&kernel.state().xtables, &to.xtables);
+                prop_assert_eq!(&kernel.state().ipsets, &to.ipsets);
+            }
+            if let (true, Some(family)) = (from.is_empty(), family_of(&changes, refused)) {
+                let of_others = |state: &State| -> Vec<_> {
+                    let chains = state.xtables.values().flat_map(|tables| tables.chains.clone());
+                    chains.filter(|(chain, _)| chain.family != family).collect()
+                };
+                prop_assert_eq!(of_others(kernel.state()), of_others(&to));
+            }
             let rest = Changes::between(kernel.state(), &to);
             if let Err(error) = kernel.apply(&rest) {
                 let op = changes.ops().nth(refused).unwrap();

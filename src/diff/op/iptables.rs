@@ -25,6 +25,21 @@ impl Op {
         )
     }
 
+    /// Returns the family of an iptables or ipset operation.
+    pub(crate) const fn xtables_family(&self) -> Option<Family> {
+        match self {
+            Self::AddIpset(set, _)
+            | Self::PutIpset(set, _)
+            | Self::DeleteIpset(set)
+            | Self::PutMember(set, ..)
+            | Self::DeleteMember(set, _) => Some(set.family()),
+            Self::AddXtChain(_, chain)
+            | Self::DeleteXtChain(_, chain)
+            | Self::EditXtChain(_, chain, _) => Some(chain.family),
+            _ => None,
+        }
+    }
+
     /// Returns the variant and chain of an iptables operation, which determine its transaction.
     #[cfg(all(feature = "kernel", target_os = "linux"))]
     pub(crate) const fn xt_chain(&self) -> Option<(Variant, XtChain)> {

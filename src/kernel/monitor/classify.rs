@@ -31,6 +31,7 @@ const NETCONF: usize = 4;
 const IFLA_IFALIAS: u16 = 20;
 const FRA_PROTOCOL: u16 = 21;
 const NETCONFA_IFINDEX: u16 = 1;
+const NETCONFA_FORWARDING: u16 = 2;
 const NETCONFA_RP_FILTER: u16 = 3;
 
 /// Netfilter subsystem 10 (nf_tables), and the message that ends each of its transactions.
@@ -102,7 +103,7 @@ fn part(message: &Message<'_>, device: u32) -> Option<Component> {
         }
         NEWNETCONF => {
             let index = setting(body, NETCONFA_IFINDEX).unwrap_or_default();
-            (is_ours(index) && is_rp_filter_alone(body)).then_some(Component::Link)
+            (is_ours(index) && is_one_setting(body)).then_some(Component::Link)
         }
         _ => None,
     }
@@ -160,12 +161,13 @@ fn is_route_of_ours(message: &Message<'_>) -> bool {
     *protocol == PROTOCOL || replaces && *table < OWN_TABLES
 }
 
-/// Whether `rp_filter` is the only setting in the message, as when `sysctl` changes it.
+/// Whether a setting of ours is the only one in the message, as when `sysctl` changes it.
 ///
 /// The notification of a new device has more settings.
-fn is_rp_filter_alone(body: &[u8]) -> bool {
+fn is_one_setting(body: &[u8]) -> bool {
     let count = Attributes::new(body.get(NETCONF..).unwrap_or_default()).count();
-    count == 2 && setting(body, NETCONFA_RP_FILTER).is_some()
+    let ours = [NETCONFA_FORWARDING, NETCONFA_RP_FILTER];
+    count == 2 && ours.into_iter().any(|kind| setting(body, kind).is_some())
 }
 
 fn setting(body: &[u8], kind: u16) -> Option<u32> {

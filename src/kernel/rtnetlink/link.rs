@@ -10,13 +10,15 @@ use netlink_packet_route::link::{
     LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage,
 };
 
+use super::ipv6;
 use super::socket::RouteSocket;
 use crate::error::{KernelError, errno};
-use crate::state::{LINK_ALIAS, LINK_GROUP, Vxlan};
+use crate::state::{LINK_ALIAS, LINK_GROUP, Rule, Vxlan};
 use crate::types::{DeviceName, MacAddr};
 
 // From `linux/if_link.h` and `linux/ip.h`.
 const IFLA_INET_CONF: u16 = 1;
+const IPV4_DEVCONF_FORWARDING: u16 = 1;
 const IPV4_DEVCONF_RP_FILTER: u16 = 8;
 const IPV4_DEVCONF_PROMOTE_SECONDARIES: u16 = 20;
 
@@ -41,6 +43,10 @@ pub(crate) struct Device {
     pub(crate) mac: Option<MacAddr>,
     pub(crate) mtu: u32,
     pub(crate) rp_filter: u32,
+    /// Whether packets that arrive on the device are forwarded, by IPv4.
+    pub(crate) forwarding: bool,
+    /// Whether IPv6 is enabled on the device; `None` if the network stack has no IPv6.
+    pub(crate) ipv6: Option<bool>,
     pub(crate) up: bool,
     /// VXLAN attributes; `None` if the interface is no VXLAN device.
     pub(crate) tunnel: Option<Tunnel>,
@@ -76,11 +82,31 @@ impl Device {
                 LinkAttribute::Address(bytes) => device.mac = mac(&bytes),
                 LinkAttribute::Mtu(mtu) => device.mtu = mtu,
                 LinkAttribute::LinkInfo(infos) => device.tunnel = tunnel(&infos),
-                LinkAttribute::AfSpecUnspec(families) => device.rp_filter = rp_filter(&families),
+                LinkAttribute::AfSpecUnspec(families) => device.read_families(&families),
                 _ => {}
             }
         }
         device
+    }
+
+    fn read_families(&mut self, families: &[AfSpecUnspec]) {
+        for family in families {
+            match family {
+                AfSpecUnspec::Inet(attributes) => {
+                    for attribute in attributes {
+                        if let AfSpecInet::DevConf(conf) = attribute {
+                            self.rp_filter = u32::try_from(conf.rp_filter).unwrap_or_default();
+                            self.forwarding = conf.forwarding != 0;
+                        }
+                    }
+                }
+                AfSpecUnspec::Inet6(attributes) => {
+                    let disabled = |attribute: &_| matches!(attribute, AfSpecInet6::DevConf(conf) if conf.disable_ipv6 != 0);
+                    self.ipv6 = Some(!attributes.iter().any(disabled));
+                }
+                _ => {}
+            }
+        }
     }
 
     pub(crate) fn is_ours(&self) -> bool {
@@ -92,7 +118,7 @@ impl Device {
     pub(crate) fn is_intact(&self) -> bool {
         let plain = self.tunnel.is_some_and(|tunnel| !tunnel.learning && tunnel.ttl == 0);
         let named = self.alias.as_deref() == Some(LINK_ALIAS) && self.group == LINK_GROUP;
-        plain && named && self.master == 0
+        plain && named && self.master == 0 && self.forwarding
     }
 }
 
@@ -124,21 +150,6 @@ fn tunnel(infos: &[LinkInfo]) -> Option<Tunnel> {
         }
     }
     Some(tunnel)
-}
-
-fn rp_filter(families: &[AfSpecUnspec]) -> u32 {
-    families
-        .iter()
-        .find_map(|family| match family {
-            AfSpecUnspec::Inet(attributes) => {
-                attributes.iter().find_map(|attribute| match attribute {
-                    AfSpecInet::DevConf(conf) => u32::try_from(conf.rp_filter).ok(),
-                    _ => None,
-                })
-            }
-            _ => None,
-        })
-        .unwrap_or_default()
 }
 
 pub(crate) fn without_statistics() -> LinkAttribute {
@@ -179,11 +190,16 @@ fn info(data: Vec<InfoVxlan>) -> LinkAttribute {
 
 /// IPv4 settings of the device.
 ///
-/// Without `promote_secondaries` the kernel deletes all other addresses of a subnet together with
+/// A new device takes its `forwarding` from the host's default, which may be off while the host
+/// forwards: the kernel asks the device by which a packet arrives. Without `promote_secondaries` the kernel deletes all other addresses of a subnet together with
 /// the oldest one, also the one that was to replace it.
 fn ipv4(rp_filter: u32) -> LinkAttribute {
-    let settings = [(IPV4_DEVCONF_RP_FILTER, rp_filter), (IPV4_DEVCONF_PROMOTE_SECONDARIES, 1)]
-        .map(|(kind, value)| DefaultNla::new(kind, value.to_ne_bytes().to_vec()));
+    let settings = [
+        (IPV4_DEVCONF_FORWARDING, 1),
+        (IPV4_DEVCONF_RP_FILTER, rp_filter),
+        (IPV4_DEVCONF_PROMOTE_SECONDARIES, 1),
+    ]
+    .map(|(kind, value)| DefaultNla::new(kind, value.to_ne_bytes().to_vec()));
     let settings = settings.as_slice();
     let mut bytes = vec![0; settings.buffer_len()];
     settings.emit(&mut bytes);
@@ -220,7 +236,7 @@ fn raise(index: u32, up: bool) -> LinkMessage {
 
 impl RouteSocket {
     /// VXLAN device of this crate, whatever its name; the oldest if there are several.
-    pub(crate) fn link(&mut self) -> Result<Option<(u32, Vxlan)>, KernelError> {
+    pub(crate) fn link(&mut self) -> Result<Option<(Device, Vxlan)>, KernelError> {
         let what = "ip -d link show type vxlan";
         let mut message = LinkMessage::default();
         message.attributes = vec![
@@ -239,21 +255,37 @@ impl RouteSocket {
         let (tunnel, intact) = (device.tunnel.unwrap_or_default(), device.is_intact());
         let name = DeviceName::new(&device.name)
             .map_err(|_| KernelError::answer(what, "our device has an impossible name"))?;
-        Ok(Some((
-            device.index,
-            Vxlan {
-                name,
-                vni: tunnel.vni,
-                port: tunnel.port,
-                local: tunnel.local.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)),
-                underlay: self.name_of(tunnel.underlay)?,
-                mac: device.mac.unwrap_or(MacAddr::new([0; 6])),
-                mtu: device.mtu,
-                rp_filter: device.rp_filter,
-                up: device.up,
-                intact,
-            },
-        )))
+        let link = Vxlan {
+            name,
+            vni: tunnel.vni,
+            port: tunnel.port,
+            local: tunnel.local.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)),
+            underlay: self.name_of(tunnel.underlay)?,
+            mac: device.mac.unwrap_or(MacAddr::new([0; 6])),
+            mtu: device.mtu,
+            rp_filter: device.rp_filter,
+            up: device.up,
+            intact,
+        };
+        Ok(Some((device, link)))
+    }
+
+    /// Whether our device cannot have IPv6 addresses, now or when it is created.
+    pub(crate) fn lacks_ipv6(&mut self, device: Option<&Device>) -> Result<bool, KernelError> {
+        let (name, enabled) = match device.and_then(|device| device.ipv6.zip(Some(device))) {
+            Some((enabled, device)) => (device.name.as_str(), enabled),
+            // A network stack without IPv6 has none on the loopback interface, either; a device may
+            // have none because of its MTU.
+            None => {
+                let loopback = DeviceName::known(Rule::LOOPBACK);
+                let found = self.device_named(&"ip link show lo", &loopback)?;
+                if found.is_some_and(|found| found.ipv6.is_none()) {
+                    return Ok(true);
+                }
+                (ipv6::DEFAULT, self.settings().is_default())
+            }
+        };
+        Ok(!enabled && !self.settings().can_enable(name))
     }
 
     /// Interface with this name, of any owner.
@@ -312,6 +344,18 @@ impl RouteSocket {
         }
         let device = self.device_at(index)?;
         Ok(device.and_then(|device| DeviceName::new(device.name).ok()))
+    }
+
+    /// Enables IPv6 on our device if it is disabled there.
+    pub(super) fn enable_ipv6(
+        &mut self,
+        what: &dyn Display,
+        name: &DeviceName,
+    ) -> Result<(), KernelError> {
+        match self.our_device(what, name)?.ipv6 {
+            Some(false) => self.settings().enable(what, name.as_str()),
+            _ => Ok(()),
+        }
     }
 
     /// Creates and configures the device; deletes it again if it cannot be configured.
@@ -407,7 +451,7 @@ impl RouteSocket {
         if unnamed {
             attributes.extend(named_ours());
         }
-        if device.rp_filter != link.rp_filter || unnamed {
+        if device.rp_filter != link.rp_filter || !device.forwarding || unnamed {
             attributes.push(ipv4(link.rp_filter));
         }
         if !attributes.is_empty() {

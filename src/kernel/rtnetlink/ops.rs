@@ -8,7 +8,7 @@ use super::{address, fdb, leftovers, neighbour, route, rule};
 use crate::diff::op::Op;
 use crate::error::KernelError;
 use crate::state::{Route, State};
-use crate::types::DeviceName;
+use crate::types::{DeviceName, Family};
 
 /// Adds a remedy to the error of an operation; `None` if the error is as good as success.
 fn explained(op: &Op, error: KernelError) -> Option<KernelError> {
@@ -91,7 +91,13 @@ impl RouteSocket {
         Ok(match op {
             Op::PutRoute(device, key, route) => route::put(key, *route, oif(device, route)?),
             Op::DeleteRoute(device, key, route) => route::delete(key, *route, oif(device, route)?),
-            Op::AddAddress(device, net) => address::add(index(device)?, *net),
+            Op::AddAddress(device, net) => {
+                let index = index(device)?;
+                if net.addr().is_ipv6() {
+                    self.enable_ipv6(op, device)?;
+                }
+                address::add(index, *net)
+            }
             Op::DeleteAddress(device, net) => address::delete(index(device)?, *net),
             Op::PutFdb(device, mac, node) => fdb::put(index(device)?, *mac, *node),
             Op::DeleteFdb(device, mac, node) => fdb::delete(index(device)?, *mac, *node),
@@ -141,7 +147,10 @@ impl RouteSocket {
     /// Reads the VXLAN device and the objects on it, the routes and the rules.
     pub(crate) fn observe(&mut self, state: &mut State) -> Result<(), KernelError> {
         let link = self.link()?;
-        let index = link.as_ref().map(|(index, _)| *index);
+        let index = link.as_ref().map(|(device, _)| device.index);
+        if self.lacks_ipv6(link.as_ref().map(|(device, _)| device))? {
+            state.missing_families.insert(Family::V6);
+        }
         state.link = link.map(|(_, link)| link);
         if let Some(index) = index {
             state.addresses = self.addresses(index)?;

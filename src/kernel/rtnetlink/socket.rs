@@ -9,6 +9,7 @@ use netlink_packet_core::{
 };
 use netlink_packet_route::RouteNetlinkMessage;
 
+use super::ipv6::Settings;
 use crate::diff::op::Op;
 use crate::error::{KernelError, errno};
 use crate::kernel::netlink::exchange::{self, AT_ONCE, Answered};
@@ -49,6 +50,7 @@ impl<'a> Run<'a> {
 #[derive(Debug)]
 pub(crate) struct RouteSocket {
     socket: Socket,
+    settings: Settings,
     device: Arc<AtomicU32>,
 }
 
@@ -59,7 +61,12 @@ impl RouteSocket {
         let socket = Socket::open(NETLINK_ROUTE).map_err(|error| KernelError::io(what, &error))?;
         // Without strict checking the kernel ignores the filters of a dump and sends everything.
         socket.set_strict().map_err(|error| KernelError::io(what, &error))?;
-        Ok(Self { socket, device: Arc::default() })
+        Ok(Self { socket, settings: Settings::of_thread(), device: Arc::default() })
+    }
+
+    /// IPv6 settings of the socket's network namespace.
+    pub(super) const fn settings(&self) -> Settings {
+        self.settings
     }
 
     /// Last known index of our device; 0 for none.

@@ -110,6 +110,7 @@ pub(crate) fn device(message: LinkMessage) -> Indexed {
         decapsulates,
         mtu: found.mtu,
         rp_filter: found.rp_filter,
+        not_forwarding: !found.forwarding,
         vxlan,
     };
     (found.index, device)

@@ -43,6 +43,21 @@ fn forwarding_of_each_family_in_use() {
 }
 
 #[test]
+fn a_device_with_the_underlay_address_that_does_not_forward() {
+    let mut facts = facts();
+    let beside = Device { name: "mgmt0".to_owned(), not_forwarding: true, ..Device::default() };
+    facts.devices.push(beside);
+    facts.addresses.push(address("203.0.113.1", "mgmt0"));
+    assert_eq!(judge(&facts), [], "no reply arrives there");
+    facts.devices[0].not_forwarding = true;
+    let problem = Problem::DeviceNotForwarding { devices: vec!["eth0".to_owned()] };
+    assert_eq!(judge(&facts), std::slice::from_ref(&problem));
+    assert_eq!(problem.remedy(), "sysctl -w net/ipv4/conf/eth0/forwarding=1");
+    set(&mut facts, "ipv4/ip_forward", 0);
+    assert_eq!(judge(&facts), [Problem::NotForwarding { family: Family::V4 }]);
+}
+
+#[test]
 fn the_larger_of_two_filters_is_what_counts() {
     let device = |rp_filter, ours, decapsulates| Device {
         name: if ours { "egress.vxlan" } else { "cni0" }.to_owned(),
@@ -104,11 +119,11 @@ fn a_tunnel_without_ipv6() {
     let mut facts = facts();
     set(&mut facts, "ipv6/conf/all/forwarding", 1);
     set(&mut facts, "ipv6/conf/default/disable_ipv6", 1);
+    assert_eq!(judge_for(&cluster(), &dual, &facts), [], "the datapath enables it on its device");
+    facts.lacks_ipv6 = true;
     let problem = |device: &str| Problem::TunnelWithoutIpv6 { device: device.to_owned() };
     assert_eq!(judge_for(&cluster(), &dual, &facts), [problem("default")]);
     assert_eq!(judge(&facts), [], "nobody asks for IPv6");
-    set(&mut facts, "ipv6/conf/egress.vxlan/disable_ipv6", 0);
-    assert_eq!(judge_for(&cluster(), &dual, &facts), []);
     set(&mut facts, "ipv6/conf/egress.vxlan/disable_ipv6", 1);
     let problems = judge_for(&cluster(), &dual, &facts);
     assert_eq!(problems, [problem("egress.vxlan")]);

@@ -142,6 +142,14 @@ impl Fleet {
         Ok(reports)
     }
 
+    /// Has every node read everything and put right what differs.
+    pub fn audit(&mut self) -> Result {
+        for (cluster, reconciler) in &mut self.nodes {
+            reconciler.audit().map_err(|error| format!("{}: {error}", cluster.node))?;
+        }
+        Ok(())
+    }
+
     /// Makes one node right.
     pub fn apply_to(&mut self, name: &str, policies: &[EgressPolicy]) -> Result {
         for (cluster, reconciler) in &mut self.nodes {

@@ -9,7 +9,7 @@ use crate::types::{Family, Mark};
 use Component::{Address, Fdb, Firewall, Link, Neighbour, Route, Rule};
 
 /// Commands of another program, and the parts that must be reported at least.
-pub(crate) const EDITS: [(&str, &[Component]); 47] = [
+pub(crate) const EDITS: [(&str, &[Component]); 49] = [
     ("nft delete element inet egress_datapath source4 '{ 10.244.1.2 }'", &[Firewall]),
     ("nft add element inet egress_datapath peer4 '{ 192.0.2.77 }'", &[Firewall]),
     ("nft flush table inet egress_datapath", &[Firewall]),
@@ -53,6 +53,8 @@ pub(crate) const EDITS: [(&str, &[Component]); 47] = [
     ("ip link set egress.vxlan mtu 1200", &[Link, Address]),
     ("ip link set egress.vxlan address 66:00:00:00:00:99", &[Link, Neighbour]),
     ("sysctl -qw net/ipv4/conf/egress.vxlan/rp_filter=1", &[Link]),
+    ("sysctl -qw net/ipv4/conf/egress.vxlan/forwarding=0", &[Link]),
+    ("sysctl -qw net/ipv6/conf/egress.vxlan/disable_ipv6=1", &[Address]),
     ("ip link set egress.vxlan alias ''", &[Link]),
     ("ip link set egress.vxlan alias 'uplink of rack 7'", &[Link]),
     ("ip link set egress.vxlan group 7", &[Link]),

@@ -213,14 +213,50 @@ fn without_ipv6_on_the_device_the_rest_works() {
 }
 
 #[test]
-fn an_ipv6_address_where_ipv6_is_off_is_refused_with_the_way_out() {
+fn ipv6_enabled_with_first_ipv6_address() {
     in_namespace(|| {
         let mut socket = RouteSocket::open().unwrap();
+        fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1").unwrap();
         make(&mut socket, &Op::AddLink(vxlan()));
-        fs::write("/proc/sys/net/ipv6/conf/e0/disable_ipv6", "1").unwrap();
         let op = Op::AddAddress(name("e0"), "fd09::1/64".parse().unwrap());
-        let error = socket.make_one(&op).unwrap_err();
-        assert!(error.remedy().unwrap().contains("disable_ipv6"), "{error}");
+        for _ in 0..2 {
+            assert!(observe(&mut socket).missing_families.is_empty());
+            make(&mut socket, &op);
+            assert_eq!(observe(&mut socket).addresses.len(), 1);
+            fs::write("/proc/sys/net/ipv6/conf/e0/disable_ipv6", "1").unwrap();
+            assert!(observe(&mut socket).addresses.is_empty());
+        }
+        // A thread in another namespace may not enable it, whatever has that name there.
+        std::thread::scope(|scope| {
+            let elsewhere = scope.spawn(|| {
+                in_namespace(|| {
+                    make(&mut RouteSocket::open().unwrap(), &Op::AddLink(vxlan()));
+                    let setting = "/proc/sys/net/ipv6/conf/e0/disable_ipv6";
+                    fs::write(setting, "1").unwrap();
+                    let error = socket.make_one(&op).unwrap_err().to_string();
+                    assert!(error.contains("another network namespace"), "{error}");
+                    assert_eq!(observe(&mut socket).missing_families, [Family::V6].into());
+                    assert_eq!(fs::read_to_string(setting).unwrap().trim(), "1");
+                });
+            });
+            elsewhere.join().unwrap();
+        });
+    });
+}
+
+#[test]
+fn ipv4_forwarding_of_the_device_is_not_the_default_of_the_host() {
+    in_namespace(|| {
+        let mut socket = RouteSocket::open().unwrap();
+        fs::write("/proc/sys/net/ipv4/conf/default/forwarding", "0").unwrap();
+        make(&mut socket, &Op::AddLink(vxlan()));
+        let setting = "/proc/sys/net/ipv4/conf/e0/forwarding";
+        assert_eq!(fs::read_to_string(setting).unwrap().trim(), "1");
+        assert_eq!(observe(&mut socket).link, Some(vxlan()));
+        fs::write(setting, "0").unwrap();
+        assert!(!observe(&mut socket).link.unwrap().intact);
+        make(&mut socket, &Op::SetLink(vxlan()));
+        assert_eq!(fs::read_to_string(setting).unwrap().trim(), "1");
     });
 }
 
