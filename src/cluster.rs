@@ -23,9 +23,17 @@ pub struct Cluster {
     /// Destination prefixes that are never steered; at least one.
     ///
     /// These are the prefixes of pods, services and other internal destinations. The nodes' own
-    /// addresses, link-local and multicast destinations are always added.
+    /// addresses, link-local and multicast destinations are always added. An egress IP may lie in
+    /// such a prefix, for example in the nodes' own subnet.
     #[cfg_attr(feature = "serde", serde(deserialize_with = "crate::serde_forms::nets"))]
     pub excluded: Vec<IpNet>,
+    /// Prefixes of pod addresses, which are excluded destinations as well; default none.
+    ///
+    /// A policy whose egress IP lies in one of them is closed, and a node whose tunnel address does
+    /// is left out: the address of a pod cannot be used for either. The option only finds such
+    /// mistakes: without it, list these prefixes in [`excluded`](Self::excluded).
+    #[cfg_attr(feature = "serde", serde(default, deserialize_with = "crate::serde_forms::nets"))]
+    pub pods: Vec<IpNet>,
     /// The VXLAN tunnel between the nodes.
     #[cfg_attr(feature = "serde", serde(default))]
     pub tunnel: Tunnel,
@@ -210,6 +218,7 @@ impl Cluster {
             node,
             nodes,
             excluded,
+            pods: Vec::new(),
             tunnel: Tunnel::default(),
             marks: MarkLayout::SEED,
             rule_priority: Self::RULE_PRIORITY,
@@ -218,6 +227,13 @@ impl Cluster {
             backend: Backend::default(),
             steering: Steering::default(),
         }
+    }
+
+    /// Sets the prefixes of pod addresses.
+    #[must_use]
+    pub fn with_pods(mut self, pods: Vec<IpNet>) -> Self {
+        self.pods = pods;
+        self
     }
 
     /// Sets the VXLAN tunnel between the nodes.

@@ -126,6 +126,8 @@ fn printable(text: &str) -> String {
 struct File<'a> {
     excluded: Vec<Text<Prefix>>,
     #[serde(default)]
+    pods: Vec<Text<Prefix>>,
+    #[serde(default)]
     tunnel: TunnelForm,
     #[serde(default)]
     marks: MarkLayout,
@@ -187,7 +189,9 @@ impl File<'_> {
             .with_vni(self.tunnel.vni.unwrap_or(tunnel.vni))
             .with_port(self.tunnel.port.unwrap_or(tunnel.port))
             .with_underlay_device(self.tunnel.underlay_device.map(|device| device.0));
+        let pods = self.pods.into_iter().map(|net| net.0.0).collect();
         let cluster = Cluster::new(node, nodes, excluded)
+            .with_pods(pods)
             .with_tunnel(tunnel)
             .with_marks(self.marks)
             .with_rule_priority(self.rule_priority.unwrap_or(Cluster::RULE_PRIORITY))

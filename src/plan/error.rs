@@ -140,6 +140,16 @@ pub enum NodeError {
         /// The address.
         address: IpAddr,
     },
+    /// A tunnel address lies in a prefix of pods.
+    ///
+    /// The tunnel interface would get a route to pods.
+    #[error("its tunnel address {address} lies in {net}, a prefix of pods")]
+    TunnelOfPods {
+        /// The address.
+        address: IpAddr,
+        /// The prefix.
+        net: IpNet,
+    },
     /// There is no underlay address.
     #[error("it has no underlay address")]
     NoUnderlay,
@@ -222,9 +232,9 @@ pub enum PolicyError {
         /// The address.
         address: IpAddr,
     },
-    /// The egress IP lies in an excluded prefix.
-    #[error("egress IP {address} lies in the excluded prefix {net}")]
-    EgressIpExcluded {
+    /// The egress IP lies in a prefix of pods.
+    #[error("egress IP {address} lies in {net}, a prefix of pods; choose an address of no pod")]
+    EgressIpOfPods {
         /// The address.
         address: IpAddr,
         /// The prefix.
@@ -278,6 +288,7 @@ impl NodeError {
             Self::NoUnderlay => "no_underlay",
             Self::UnderlayFamily { .. } => "underlay_family",
             Self::NoTunnel => "no_tunnel",
+            Self::TunnelOfPods { .. } => "tunnel_of_pods",
             Self::Mac { .. } => "node_mac",
             Self::ForeignMark { .. } => "node_mark",
             Self::Duplicate => "duplicate_node",
@@ -298,7 +309,7 @@ impl PolicyError {
             Self::UnknownGateway { .. } => "unknown_gateway",
             Self::GatewayLeftOut { .. } => "gateway_left_out",
             Self::EgressIpNotUnicast { .. } => "egress_ip_not_unicast",
-            Self::EgressIpExcluded { .. } => "egress_ip_excluded",
+            Self::EgressIpOfPods { .. } => "egress_ip_of_pods",
             Self::EgressIpOfNode { .. } => "egress_ip_of_node",
         }
     }

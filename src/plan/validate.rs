@@ -35,6 +35,8 @@ pub(super) struct Nodes {
     sound: BTreeMap<NodeName, usize>,
     /// Errors of the nodes that are left out.
     pub(super) left_out: BTreeMap<NodeName, Vec<NodeError>>,
+    /// Prefixes of pods, disjoint and sorted.
+    pods: Vec<IpNet>,
     /// The node of each address, of several the one with the smallest name.
     addresses: BTreeMap<IpAddr, NodeName>,
 }
@@ -75,10 +77,12 @@ impl Nodes {
                 }
             }
         }
-        let given = cluster.excluded.iter().copied().filter(|net| check_net(net).is_ok());
+        let given = cluster.excluded.iter().chain(&cluster.pods).copied();
+        let given = given.filter(|net| check_net(net).is_ok());
         let inside = disjoint(given.chain(never_steered()).collect());
         let excluded = disjoint(inside.iter().copied().chain(own).collect());
-        Self { excluded, inside, sound, left_out, addresses }
+        let pods = disjoint(cluster.pods.clone());
+        Self { excluded, inside, sound, left_out, pods, addresses }
     }
 
     /// Returns the index of a gateway in the cluster's list.
@@ -100,8 +104,8 @@ impl Nodes {
         if let Some(node) = self.addresses.get(&address) {
             return Err(PolicyError::EgressIpOfNode { address, node: node.clone() });
         }
-        match around(&self.excluded, address) {
-            Some(net) => Err(PolicyError::EgressIpExcluded { address, net: *net }),
+        match around(&self.pods, address) {
+            Some(net) => Err(PolicyError::EgressIpOfPods { address, net: *net }),
             None => Ok(()),
         }
     }
@@ -129,7 +133,7 @@ impl ValidatedCluster {
                 needed: 1280 + overhead,
             });
         }
-        for net in &cluster.excluded {
+        for net in cluster.excluded.iter().chain(&cluster.pods) {
             check_net(net).map_err(|source| PlanError::Excluded { source })?;
         }
         let nodes = Nodes::new(cluster, Some((place, underlay)));
@@ -187,7 +191,7 @@ fn this_node(cluster: &Cluster) -> Result<(usize, Node, Family), PlanError> {
     // Of several entries the same one, whatever the order of the list.
     entries.sort_unstable_by_key(|(_, node)| order(node));
     let usable = entries.iter().find_map(|(place, node)| {
-        let node = usable(node)?;
+        let node = usable(node, &cluster.pods)?;
         let underlay = node.underlay.iter().map(|address| Family::of(*address)).min()?;
         Some((*place, node, underlay))
     });
@@ -200,7 +204,7 @@ fn this_node(cluster: &Cluster) -> Result<(usize, Node, Family), PlanError> {
 }
 
 /// Returns this node without the addresses that it cannot use; `None` if too few are left.
-fn usable(node: &Node) -> Option<Node> {
+fn usable(node: &Node, pods: &[IpNet]) -> Option<Node> {
     let sound = |address: IpAddr| is_host(address) && !is_mapped(address);
     let alone = |address: IpAddr, all: &mut dyn Iterator<Item = IpAddr>| {
         all.filter(|other| Family::of(*other) == Family::of(address)).count() == 1
@@ -213,6 +217,7 @@ fn usable(node: &Node) -> Option<Node> {
         sound(net.addr())
             && alone(net.addr(), &mut node.tunnel.iter().map(IpNet::addr))
             && !node.underlay.contains(&net.addr())
+            && !pods.iter().any(|pods| pods.contains(&net.addr()))
     });
     let whole = !usable.underlay.is_empty() && !usable.tunnel.is_empty();
     (whole && usable.mac().is_unicast()).then_some(usable)
@@ -250,7 +255,7 @@ fn check_settings(cluster: &Cluster) -> Result<(), PlanError> {
     if cluster.rule_priority == 0 || cluster.rule_priority > RulePriorities::LAST {
         return Err(PlanError::RulePriority { priority: cluster.rule_priority });
     }
-    if cluster.excluded.is_empty() {
+    if cluster.excluded.is_empty() && cluster.pods.is_empty() {
         return Err(PlanError::NothingExcluded);
     }
     Ok(())
@@ -276,6 +281,10 @@ fn check_node(node: &Node, cluster: &Cluster) -> Vec<NodeError> {
     let inside = node.tunnel.iter().map(IpNet::addr);
     let twofold = inside.filter(|address| node.underlay.contains(address));
     errors.extend(twofold.map(|address| NodeError::Twofold { address }));
+    for address in node.tunnel.iter().map(IpNet::addr) {
+        let pods = cluster.pods.iter().find(|pods| pods.contains(&address));
+        errors.extend(pods.map(|net| NodeError::TunnelOfPods { address, net: *net }));
+    }
     if node.underlay.is_empty() {
         errors.push(NodeError::NoUnderlay);
     }

@@ -438,8 +438,9 @@ fn tunnel_refused_while_unprivileged_process_has_the_port() -> Result {
     let mut fleet = Fleet::open(&lab)?;
     let error = fleet.apply(&policies).err().ok_or("it was applied")?.to_string();
     assert!(error.contains("Address already in use"), "{error}");
-    // Nothing selects the pod yet.
-    check(&[expect(&lab.pod_a, SERVER, POD_A)]);
+    // The pod is selected, and has no way without the tunnel.
+    check(&[expect_nothing(&lab.pod_a, SERVER)]);
+    assert!(sources(&lab).is_empty());
     drop(socket);
     fleet.apply(&policies)?;
     check(&[expect(&lab.pod_a, SERVER, EIP_B)]);

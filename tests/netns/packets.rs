@@ -1,8 +1,21 @@
 //! What packets do with other marks, and with other software's.
 
-use common::fleet::{Fleet, Result, check, dual, expect, is_beyond, lab, nft, policy, tool};
-use egress_datapath::testing::lab::{EIP_B, EIP_C, POD_A, POD_B, SERVER, STRANGER};
+use std::io::{Read, Write};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::thread;
+use std::time::Duration;
+
+use common::fleet::{
+    Fleet, Result, check, dual, expect, is_beyond, lab, nft, policy, sources, tool,
+};
+use egress_datapath::testing::lab::{EIP_B, EIP_C, Netns, POD_A, POD_B, POD_C, SERVER, STRANGER};
 use egress_datapath::{EgressPolicy, Mark, MarkLayout};
+use ipnet::IpNet;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, ipproto, recv, sendto,
+    socket_with,
+};
 
 const B: Option<&str> = Some("node-b");
 const C: Option<&str> = Some("node-c");
@@ -100,4 +113,87 @@ fn foreign_mark_bits_preserved() -> Result {
 
 fn two_gateways() -> Result<[EgressPolicy; 2]> {
     Ok([policy("one", &[POD_A], B, dual(EIP_B))?, policy("two", &[STRANGER], C, dual(EIP_C))?])
+}
+
+/// Sends an ICMP echo request and waits for the reply.
+fn ping(from: &Netns, to: IpAddr) -> Result {
+    let reply = from.run(|| -> std::io::Result<bool> {
+        let (family, protocol, request, reply) = match to {
+            IpAddr::V4(_) => (AddressFamily::INET, ipproto::ICMP, 8, 0),
+            IpAddr::V6(_) => (AddressFamily::INET6, ipproto::ICMPV6, 128, 129),
+        };
+        let socket = socket_with(family, SocketType::RAW, SocketFlags::CLOEXEC, Some(protocol))?;
+        set_socket_timeout(&socket, Timeout::Recv, Some(Duration::from_secs(5)))?;
+        // Identifier 7, number 1; the kernel fills in the checksum of ICMPv6 alone.
+        let mut packet = [request, 0, 0, 0, 0, 7, 0, 1];
+        if to.is_ipv4() {
+            packet[2..4].copy_from_slice(&(!0x0808_u16).to_be_bytes());
+        }
+        sendto(&socket, &packet, SendFlags::empty(), &SocketAddr::new(to, 0))?;
+        let mut bytes = [0; 256];
+        for _ in 0..100 {
+            let (length, _) = recv(&socket, &mut bytes, RecvFlags::empty())?;
+            // A raw socket of IPv4 receives the header, too.
+            let begin = if to.is_ipv4() { 20 } else { 0 };
+            if bytes.get(begin..length).is_some_and(|icmp| icmp.first() == Some(&reply)) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    })??;
+    if reply { Ok(()) } else { Err(format!("no echo reply from {to}").into()) }
+}
+
+/// Sends so much that packets of full size are needed; returns the number of bytes that arrive.
+fn bulk(server: &Netns, from: &Netns, to: IpAddr) -> Result<usize> {
+    const PORT: u16 = 7011;
+    const SIZE: usize = 200_000;
+    let patience = Some(Duration::from_secs(20));
+    let listener = server.run(|| TcpListener::bind((to, PORT)))??;
+    thread::scope(|scope| {
+        let sender = scope.spawn(|| {
+            from.run(|| -> std::io::Result<()> {
+                let mut stream = TcpStream::connect((to, PORT))?;
+                stream.set_write_timeout(patience)?;
+                stream.set_read_timeout(patience)?;
+                stream.write_all(&vec![7; SIZE])?;
+                stream.shutdown(Shutdown::Write)?;
+                stream.read_exact(&mut [0]).or(Ok(()))
+            })
+        });
+        let (mut stream, _) = listener.accept()?;
+        stream.set_read_timeout(patience)?;
+        let mut bytes = Vec::new();
+        stream.read_to_end(&mut bytes)?;
+        drop(stream);
+        sender.join().map_err(|_| "the sender panicked")???;
+        Ok(bytes.len())
+    })
+}
+
+#[test]
+fn egress_ip_in_subnet_of_nodes_on_the_only_interface() -> Result {
+    let lab = lab();
+    let eip: [IpAddr; 2] = ["10.10.0.200".parse()?, "fd10::200".parse()?];
+    tool(&lab.node_a.netns, "ip addr add 10.10.0.200/32 dev eth0")?;
+    tool(&lab.node_a.netns, "ip addr add fd10::200/128 dev eth0 nodad preferred_lft 0")?;
+    let subnet: [IpNet; 2] = ["10.10.0.0/24".parse()?, "fd10::/64".parse()?];
+    let mut fleet = Fleet::with(&lab, |cluster| cluster.excluded.extend(subnet))?;
+    let policy = policy("p", &[POD_A, POD_B, POD_C], Some("node-a"), dual(eip))?;
+    for report in fleet.apply(std::slice::from_ref(&policy))? {
+        assert!(report.findings.is_empty(), "{:?}", report.findings);
+    }
+    let pods = [&lab.pod_a, &lab.pod_b, &lab.pod_c];
+    check(&pods.map(|pod| expect(pod, SERVER, eip)));
+    for (pod, to) in pods.into_iter().flat_map(|pod| SERVER.map(|to| (pod, to))) {
+        ping(pod, to)?;
+        assert_eq!(bulk(&lab.server, pod, to)?, 200_000, "to {to}");
+    }
+    // The path beyond the gateway has a smaller MTU than the tunnel.
+    tool(&lab.router, "ip link set outside mtu 1290")?;
+    for (pod, to) in pods.into_iter().flat_map(|pod| SERVER.map(|to| (pod, to))) {
+        assert_eq!(bulk(&lab.server, pod, to)?, 200_000, "to {to}, over a path of 1290");
+    }
+    assert_eq!(sources(&lab), eip.into());
+    Ok(())
 }

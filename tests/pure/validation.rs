@@ -44,7 +44,8 @@ fn sentences(plan: &Plan) -> Vec<String> {
 
 /// The errors of the good policy, changed: it is closed, and nothing else is different.
 fn of_policy(change: impl FnOnce(&mut EgressPolicy)) -> Vec<PolicyError> {
-    let cluster = cluster("a");
+    let mut cluster = cluster("a");
+    cluster.pods = std::mem::take(&mut cluster.excluded);
     let mut policy = good();
     change(&mut policy);
     let plan = planned(&cluster, [&policy]).unwrap();
@@ -305,6 +306,11 @@ fn this_node_steers_on_beside_a_node_that_contradicts_it() {
     );
     let error = of_here(|node| node.tunnel.clear()).unwrap_err();
     assert_eq!(error.code(), "no_tunnel");
+    let pods = nets(&["172.31.0.0/16", "fd11::/64"]);
+    let error = of_cluster(|cluster| cluster.pods = pods).unwrap_err();
+    assert_eq!(error.code(), "tunnel_of_pods");
+    let sentence = "its tunnel address 172.31.0.11 lies in 172.31.0.0/16, a prefix of pods";
+    assert!(error.to_string().contains(sentence), "{error}");
 }
 
 #[test]
@@ -357,6 +363,11 @@ fn invalid_settings_refused() {
         "no excluded prefix is given: name at least the prefix of the pods"
     );
     refused!(
+        of_cluster(|cluster| cluster.pods = nets(&["10.245.1.0/16"])),
+        E::Excluded { .. },
+        "excluded prefixes: 10.245.1.0/16 has host bits set; 10.245.0.0/16 may be meant"
+    );
+    refused!(
         of_cluster(|cluster| cluster.excluded[0] = net("10.244.1.0/16")),
         E::Excluded { .. },
         "excluded prefixes: 10.244.1.0/16 has host bits set; 10.244.0.0/16 may be meant"
@@ -393,7 +404,8 @@ fn invalid_policies_closed() {
         let why = format!("egress IP {address} is not a unicast address that can leave the link");
         closed(|policy| policy.egress_ip = EgressIp::V6(address.parse().unwrap()), &[&why]);
     }
-    let excluded = "egress IP fd44::7 lies in the excluded prefix fd44::/16";
+    let excluded =
+        "egress IP fd44::7 lies in fd44::/16, a prefix of pods; choose an address of no pod";
     closed(|policy| policy.egress_ip = dual("198.51.100.200", "fd44::7"), &[excluded]);
     let own = "egress IP 10.10.0.12 is an address of node b; ask for the node's own instead";
     closed(|policy| policy.egress_ip = v4("10.10.0.12"), &[own]);
