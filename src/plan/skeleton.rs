@@ -186,6 +186,15 @@ impl Skeleton<'_> {
 
     fn prerouting(&self) -> Vec<Vec<Stmt>> {
         let mut rules = vec![vec![self.out_of_tunnel(), Stmt::Goto(ChainId::FromTunnel)]];
+        if let Some((value, mask)) = self.prefix {
+            // Another program has copied the connection mark to the packet, as `CONNMARK
+            // --restore-mark` does. A reply with a gateway's mark would be routed into the tunnel.
+            rules.push(vec![
+                Field::Mark.has(MarkBits { mask, value }),
+                Stmt::direction(Direction::Reply),
+                self.set_mark(0),
+            ]);
+        }
         if let (true, Some((value, mask))) = (self.caching, self.prefix) {
             // The first packet of the connection was classified, and its gateway is in the
             // connection mark.
@@ -359,8 +368,16 @@ impl Skeleton<'_> {
     }
 
     /// Drops marked packets that do not enter the tunnel: the link, a route or a rule is missing.
+    ///
+    /// No rule marks a reply, unless it comes from the tunnel: another program has copied the mark of
+    /// the connection to it.
     fn marked(&self) -> Vec<Vec<Stmt>> {
-        vec![self.enter(), vec![Stmt::Counter, Stmt::Drop]]
+        vec![
+            self.enter(),
+            vec![self.out_of_tunnel(), Stmt::Counter, Stmt::Drop],
+            vec![Stmt::direction(Direction::Reply), Stmt::Return],
+            vec![Stmt::Counter, Stmt::Drop],
+        ]
     }
 
     /// Drops packets of our connections that are not marked any more: their policy was removed.

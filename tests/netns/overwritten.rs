@@ -4,7 +4,9 @@ use common::backend::steering;
 use common::fleet::{
     Fleet, Result, check, dual, expect, expect_nothing, is_beyond, lab, nft, policy, sources, tool,
 };
-use egress_datapath::testing::lab::{EIP_B, NODE_A, POD_A, POD_B, Proto, SERVER, STRANGER, probe};
+use egress_datapath::testing::lab::{
+    EIP_B, NODE_A, POD_A, POD_B, POD_C, Proto, SERVER, STRANGER, probe,
+};
 use egress_datapath::{MarkLayout, Steering};
 
 use crate::flows::masquerade;
@@ -75,6 +77,68 @@ fn mark_overwritten_no_pod_or_node_address_leak() -> Result {
         assert!(seen.iter().all(|source| EIP_B.contains(source)), "{seen:?}");
         check(&[expect(&lab.stranger, SERVER, NODE_A), expect(&lab.stranger, POD_B, STRANGER)]);
         tool(client, "nft delete table inet overwriting")?;
+    }
+    Ok(())
+}
+
+#[test]
+fn connection_mark_copied_to_packets_steered_and_answered() -> Result {
+    let lab = lab();
+    masquerade(&lab)?;
+    for (layout, caching) in
+        [(MarkLayout::SEED, false), (MarkLayout::SEED, true), (MarkLayout::COMPACT, false)]
+    {
+        let mut fleet = Fleet::with(&lab, |cluster| {
+            cluster.marks = layout;
+            cluster.connection_caching = caching;
+        })?;
+        let policies = [
+            policy("p", &[POD_A, POD_B], Some("node-b"), dual(EIP_B))?,
+            policy("q", &[POD_C], Some("node-b"), dual(EIP_B))?,
+        ];
+        fleet.apply(&policies)?;
+        for (hook, statement) in [
+            // `iptables -t mangle -A PREROUTING -j CONNMARK --restore-mark`
+            ("prerouting priority mangle", "meta mark set ct mark"),
+            ("forward priority -200", "meta mark set ct mark"),
+            ("postrouting priority mangle", "meta mark set ct mark"),
+            ("postrouting priority mangle", "meta mark != 0 ct mark set meta mark"),
+        ] {
+            // The egress hook looks up the mark behind the forward chains, and the mark of a gateway,
+            // copied behind them, would be the outer packet's.
+            let hooked = steering(&layout) == Steering::EgressHook;
+            if hooked && hook.starts_with("forward")
+                || caching
+                    && hook.starts_with("postrouting")
+                    && !statement.starts_with("meta mark !=")
+            {
+                continue;
+            }
+            println!("{hook}: {statement}, {layout:?}, caching {caching}");
+            let copying = format!(
+                "table inet copying {{
+                    chain copy {{ type filter hook {hook}; {statement}; }}
+                    chain again {{ type filter hook prerouting priority mangle; meta mark set ct mark; }}
+                }}"
+            );
+            for host in lab.nodes() {
+                nft(&host.netns, &[], &copying)?;
+            }
+            sources(&lab);
+            check(&[
+                expect(&lab.pod_a, SERVER, EIP_B),
+                expect(&lab.pod_b, SERVER, EIP_B),
+                expect(&lab.pod_c, SERVER, EIP_B),
+                expect(&lab.stranger, SERVER, NODE_A),
+                expect(&lab.pod_a, POD_B, POD_A),
+            ]);
+            let wanted = EIP_B.into_iter().chain(NODE_A).collect();
+            assert_eq!(sources(&lab), wanted, "{hook}: {statement}");
+            for host in lab.nodes() {
+                tool(&host.netns, "nft delete table inet copying")?;
+            }
+        }
+        fleet.remove()?;
     }
     Ok(())
 }
