@@ -35,6 +35,8 @@ pub enum Finding {
         errors: Vec<PolicyError>,
     },
     /// Two policies select the same packets of a common source.
+    ///
+    /// Of the policies that precede a policy for a source only the first is named.
     #[error("policies {winner} and {loser} overlap in {family}: {winner} comes first and wins")]
     Overlap {
         /// The policy that takes the packets: the lower priority number, or the smaller id.
@@ -43,6 +45,12 @@ pub enum Finding {
         loser: PolicyId,
         /// The family.
         family: Family,
+    },
+    /// More policies overlap than are listed.
+    #[error("{count} more overlaps of policies are not listed")]
+    MoreOverlaps {
+        /// Number of overlaps that are not listed.
+        count: usize,
     },
     /// Every table of the range is used by a gateway, so that none is left for the fallback rule.
     #[error(
@@ -88,6 +96,7 @@ impl Finding {
                 errors.first().map_or("invalid_policy", PolicyError::code)
             }
             Self::Overlap { .. } => "policies_overlap",
+            Self::MoreOverlaps { .. } => "more_overlaps",
             Self::NoClosingTable { .. } => "no_closing_table",
             Self::Bypassed { .. } => "policy_bypassed",
             Self::Denied { .. } => "policy_denied",
