@@ -11,7 +11,9 @@ use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
-use super::intervals::{adjoins, destinations, overlap, segments};
+use ipnet::IpNet;
+
+use super::intervals::{Segments, adjoins, destinations, overlaps, segments};
 use super::pending::Delta;
 use super::policies::{Handle, Policies, Sources};
 use super::tags::Numbers;
@@ -62,9 +64,15 @@ type Members = Arc<[Handle]>;
 /// A combination of policies that have the same sources in common.
 #[derive(Debug)]
 struct Combination {
+    /// For a range, those up to the first policy that selects every destination; for a single
+    /// address, all that name it alone.
     members: Members,
-    /// Its class: the members up to the first one that selects every destination.
+    /// Combination of the range around a single address, whose members it has as well.
+    around: Option<Place>,
+    /// Its class: all of them up to the first one that selects every destination.
     class: Members,
+    /// Those that come after it.
+    behind: Box<[Handle]>,
     tag: Tag,
     /// Number of sources with this combination.
     users: usize,
@@ -75,6 +83,8 @@ struct Class {
     tag: Tag,
     /// Number of combinations with this class.
     users: usize,
+    /// Members that do not take all the packets they select, each after the first that takes some.
+    overlaps: Vec<(Handle, Handle)>,
 }
 
 /// The sources of one family, each with its class.
@@ -86,13 +96,12 @@ pub(super) struct Classes<A> {
     ranges: Vec<(IpRange, Place)>,
     combinations: Vec<Option<Combination>>,
     free: Vec<Place>,
-    places: HashMap<Members, Place>,
+    /// By the combination around and the members.
+    places: HashMap<Option<Place>, HashMap<Members, Place>>,
     numbered: HashMap<Members, Class>,
     numbers: Numbers,
-    /// Pairs of policies that select the same packets of some source, the winner first.
-    ///
-    /// The value is the number of combinations that have the pair.
-    overlaps: HashMap<(Handle, Handle), usize>,
+    /// Policies that follow one for every destination in a range, each after such a one.
+    behind: Vec<(Handle, Handle)>,
     /// Lengths of destination prefixes, with the number of elements of each.
     lengths: BTreeMap<u8, usize>,
 }
@@ -107,7 +116,7 @@ impl<A: Address> Classes<A> {
             places: HashMap::new(),
             numbered: HashMap::new(),
             numbers: Numbers::default(),
-            overlaps: HashMap::new(),
+            behind: Vec::new(),
             lengths: BTreeMap::new(),
         }
     }
@@ -127,11 +136,7 @@ impl<A: Address> Classes<A> {
                 single.filter(|address| !covered(address)).map(|address| (address, handle)),
             );
         }
-        for (range, mut members) in segments(&nets, A::FAMILY) {
-            members.sort_unstable_by(|one, other| policies.order(*one, *other));
-            let place = new.combine(members, policies);
-            new.ranges.push((range, place));
-        }
+        new.add_ranges(&nets, policies);
         hosts.sort_unstable();
         let mut alone = vec![None; policies.end()];
         let mut grouped = Vec::with_capacity(hosts.len());
@@ -140,14 +145,13 @@ impl<A: Address> Classes<A> {
             let around = new.around(*address);
             let known = usize::try_from(*first).ok().and_then(|first| alone.get_mut(first));
             let place = if let (1, None, Some(known)) = (group.len(), around, known) {
-                let place = *known.get_or_insert_with(|| new.combine(vec![*first], policies));
+                let place = *known.get_or_insert_with(|| new.combine(vec![*first], None, policies));
                 new.used(place);
                 place
             } else {
                 let mut members: Vec<_> = group.iter().map(|(_, handle)| *handle).collect();
-                members.extend(around.iter().flat_map(|place| new.members(*place).iter()));
                 members.sort_unstable_by(|one, other| policies.order(*one, *other));
-                new.combine(members, policies)
+                new.combine(members, around, policies)
             };
             grouped.push((*address, place));
         }
@@ -163,6 +167,33 @@ impl<A: Address> Classes<A> {
         new.number(policies);
         new.describe(policies, elements);
         new
+    }
+
+    /// Adds ranges from prefixes of policies, before all single addresses.
+    fn add_ranges(&mut self, nets: &[(IpNet, Handle)], policies: &Policies) {
+        if nets.is_empty() {
+            return;
+        }
+        let ordered = policies.ordered();
+        let mut ranks = vec![0; policies.end()];
+        for (rank, (handle, _)) in (0..).zip(&ordered) {
+            if let Some(place) = at(*handle).and_then(|at| ranks.get_mut(at)) {
+                *place = rank;
+            }
+        }
+        let policy = |rank: u32| at(rank).and_then(|at| ordered.get(at)).copied();
+        let rank = |handle: Handle| at(handle).and_then(|at| ranks.get(at)).copied();
+        let nets = nets.iter().filter_map(|(net, handle)| Some((*net, rank(*handle)?)));
+        let takes_all = |rank| policy(rank).is_some_and(|(_, kept)| kept.takes_all(A::FAMILY));
+        let Segments { ranges, behind } = segments(&nets.collect::<Vec<_>>(), A::FAMILY, takes_all);
+        let handle = |rank| policy(rank).map(|(handle, _)| handle);
+        for (range, members) in ranges {
+            let members = members.into_iter().filter_map(handle).collect();
+            let place = self.combine(members, None, policies);
+            self.ranges.push((range, place));
+        }
+        let behind = behind.into_iter();
+        self.behind = behind.filter_map(|(one, other)| handle(one).zip(handle(other))).collect();
     }
 
     /// Assigns tags to all classes, which depend on nothing but the ids of their policies.
@@ -225,8 +256,13 @@ impl<A: Address> Classes<A> {
     }
 
     /// Returns pairs of policies that select the same packets, the winner first.
+    ///
+    /// A policy is in at most one pair for each class and in one for each combination: all pairs
+    /// would be as many as the square of the policies.
     pub(super) fn overlaps(&self) -> impl Iterator<Item = (Handle, Handle)> + '_ {
-        self.overlaps.keys().copied()
+        let classes = self.numbered.values().flat_map(|class| class.overlaps.iter().copied());
+        let behind = self.combinations.iter().flatten().flat_map(Combination::pairs_behind);
+        classes.chain(behind).chain(self.behind.iter().copied())
     }
 
     fn combination(&self, place: Place) -> Option<&Combination> {
@@ -241,6 +277,10 @@ impl<A: Address> Classes<A> {
 
     fn members(&self, place: Place) -> &[Handle] {
         self.combination(place).map_or(&[], |found| &found.members)
+    }
+
+    fn place(&self, members: &[Handle], around: Option<Place>) -> Option<Place> {
+        self.places.get(&around)?.get(members).copied()
     }
 
     fn tag(&self, place: Place) -> Option<Tag> {
@@ -261,21 +301,27 @@ impl<A: Address> Classes<A> {
     /// Returns the combination of these sorted members, counting one more source.
     ///
     /// A new combination has no tag yet.
-    fn combine(&mut self, members: Vec<Handle>, policies: &Policies) -> Place {
-        if let Some(place) = self.places.get(members.as_slice()).copied() {
+    fn combine(
+        &mut self,
+        members: Vec<Handle>,
+        around: Option<Place>,
+        policies: &Policies,
+    ) -> Place {
+        if let Some(place) = self.place(&members, around) {
             self.used(place);
             return place;
         }
         let members: Members = members.into();
-        for pair in pairs(&members, policies, A::FAMILY) {
-            *self.overlaps.entry(pair).or_default() += 1;
-        }
-        let class = cut(&members, policies, A::FAMILY);
-        let new = Class { tag: Tag::DENY, users: 0 };
-        let found = self.numbered.entry(Arc::clone(&class)).or_insert(new);
+        let range = around.map_or(&[][..], |place| self.members(place));
+        let (class, behind) = cut(&members, range, policies, A::FAMILY);
+        let found = self.numbered.entry(Arc::clone(&class)).or_insert_with_key(|class| {
+            let overlaps = overlaps(class, policies, A::FAMILY);
+            Class { tag: Tag::DENY, users: 0, overlaps }
+        });
         found.users += 1;
-        let combination =
-            Combination { members: Arc::clone(&members), class, tag: found.tag, users: 1 };
+        let tag = found.tag;
+        let named = Arc::clone(&members);
+        let combination = Combination { members, around, class, behind, tag, users: 1 };
         let place = if let Some(place) = self.free.pop() {
             if let Some(free) = at(place).and_then(|at| self.combinations.get_mut(at)) {
                 *free = Some(combination);
@@ -285,7 +331,7 @@ impl<A: Address> Classes<A> {
             self.combinations.push(Some(combination));
             Place::try_from(self.combinations.len() - 1).unwrap_or(Place::MAX)
         };
-        self.places.insert(members, place);
+        self.places.entry(around).or_default().insert(named, place);
         place
     }
 
@@ -302,9 +348,7 @@ impl<A: Address> Classes<A> {
             return;
         }
         let old = self.hosts.get(&address).copied();
-        let mut members = old
-            .or(self.around(address))
-            .map_or_else(Vec::new, |place| self.members(place).to_vec());
+        let mut members = old.map_or_else(Vec::new, |place| self.members(place).to_vec());
         let Err(place) = members.binary_search_by(|other| policies.order(*other, handle)) else {
             return;
         };
@@ -321,15 +365,14 @@ impl<A: Address> Classes<A> {
         delta: &mut Delta,
     ) {
         let Some(old) = self.hosts.get(&address).copied() else { return };
-        let around = self.around(address);
-        // A policy that names the address by a range, too, does not count as naming it alone.
-        let by_range = around.map_or(&[][..], |place| self.members(place));
-        if by_range.contains(&handle) {
+        // A policy that names the address by a range, too, does not name it alone.
+        let Ok(place) = self.members(old).binary_search_by(|other| policies.order(*other, handle))
+        else {
             return;
-        }
+        };
         let mut members = self.members(old).to_vec();
-        members.retain(|other| *other != handle);
-        let named = members.len() > by_range.len();
+        members.remove(place);
+        let named = !members.is_empty();
         self.settle(address, named.then_some(members), policies, delta);
     }
 
@@ -341,14 +384,15 @@ impl<A: Address> Classes<A> {
         policies: &Policies,
         delta: &mut Delta,
     ) {
-        let new = members.map(|members| self.combine_numbered(members, policies, delta));
+        let around = self.around(address);
+        let new = members.map(|members| self.combine_numbered(members, around, policies, delta));
         let had = self.has_singles();
         let old = match new {
             Some(new) => self.hosts.insert(address, new),
             None => self.hosts.remove(&address),
         };
         delta.skeleton |= had != self.has_singles();
-        let around = self.around(address).and_then(|place| self.tag(place));
+        let around = around.and_then(|place| self.tag(place));
         let tag = new.and_then(|new| self.tag(new)).filter(|tag| around != Some(*tag));
         delta.source(address.ip(), tag.map(plain));
         if let Some(old) = old {
@@ -360,21 +404,21 @@ impl<A: Address> Classes<A> {
     fn combine_numbered(
         &mut self,
         members: Vec<Handle>,
+        around: Option<Place>,
         policies: &Policies,
         delta: &mut Delta,
     ) -> Place {
-        let known = self.places.contains_key(members.as_slice());
-        let place = self.combine(members, policies);
+        let known = self.place(&members, around).is_some();
+        let place = self.combine(members, around, policies);
         if known {
             return place;
         }
         let Some(found) = self.combination(place) else { return place };
-        let (members, class) = (Arc::clone(&found.members), Arc::clone(&found.class));
-        delta
-            .overlapping
-            .extend(pairs(&members, policies, A::FAMILY).map(|pair| (A::FAMILY, pair)));
+        let class = Arc::clone(&found.class);
+        delta.overlapping.extend(found.pairs_behind().map(|pair| (A::FAMILY, pair)));
         let Some(entry) = self.numbered.get_mut(&class) else { return place };
         if entry.users == 1 {
+            delta.overlapping.extend(entry.overlaps.iter().map(|pair| (A::FAMILY, *pair)));
             match self.numbers.take_alone(ids(&class, policies)) {
                 Some(tag) => entry.tag = tag,
                 None => delta.disputed = true,
@@ -403,16 +447,10 @@ impl<A: Address> Classes<A> {
         if found.users > 0 {
             return;
         }
-        let Some(Combination { members, class, .. }) = slot.take() else { return };
+        let Some(Combination { members, around, class, .. }) = slot.take() else { return };
         self.free.push(place);
-        self.places.remove(&members);
-        for pair in pairs(&members, policies, A::FAMILY) {
-            if let Some(count) = self.overlaps.get_mut(&pair) {
-                *count -= 1;
-                if *count == 0 {
-                    self.overlaps.remove(&pair);
-                }
-            }
+        if let Some(places) = self.places.get_mut(&around) {
+            places.remove(&members);
         }
         let Some(entry) = self.numbered.get_mut(&class) else { return };
         entry.users -= 1;
@@ -452,25 +490,31 @@ fn ids<'a>(
     members.iter().filter_map(|handle| policies.get(*handle)).map(|kept| &kept.id)
 }
 
-/// Removes members after the first policy that selects every destination.
-fn cut(members: &Members, policies: &Policies, family: Family) -> Members {
-    let takes_all = |handle: &Handle| policies.get(*handle).is_some_and(|k| k.takes_all(family));
-    match members.iter().position(takes_all) {
-        Some(end) if end + 1 < members.len() => members.iter().take(end + 1).copied().collect(),
-        _ => Arc::clone(members),
+impl Combination {
+    /// Returns the policies that take no packet, each after one that takes all it selects.
+    fn pairs_behind(&self) -> impl Iterator<Item = (Handle, Handle)> + '_ {
+        self.behind.iter().filter_map(|loser| Some((*self.class.last()?, *loser)))
     }
 }
 
-/// Returns the pairs of members that select the same packets.
-fn pairs<'a>(
-    members: &'a [Handle],
-    policies: &'a Policies,
+/// Returns the members up to the first one that selects every destination, and the others.
+///
+/// The members are those of a source itself and those of the range around it.
+fn cut(
+    members: &Members,
+    around: &[Handle],
+    policies: &Policies,
     family: Family,
-) -> impl Iterator<Item = (Handle, Handle)> + 'a {
-    members.iter().enumerate().flat_map(move |(place, first)| {
-        let pair = members.iter().skip(place + 1).map(|second| (*first, *second));
-        pair.filter(move |pair| overlap(policies, *pair, family))
-    })
+) -> (Members, Box<[Handle]>) {
+    let takes_all = |handle: &Handle| policies.get(*handle).is_some_and(|k| k.takes_all(family));
+    let end_of = |all: &[Handle]| all.iter().position(takes_all).map_or(all.len(), |end| end + 1);
+    if around.is_empty() && end_of(members) == members.len() {
+        return (Arc::clone(members), Box::default());
+    }
+    let mut all = [members, around].concat();
+    all.sort_by(|one, other| policies.order(*one, *other));
+    let behind = all.split_off(end_of(&all));
+    (all.into(), behind.into())
 }
 
 /// Returns the elements of a class.

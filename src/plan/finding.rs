@@ -35,6 +35,8 @@ pub enum Finding {
         errors: Vec<PolicyError>,
     },
     /// Two policies select the same packets of a common source.
+    ///
+    /// Of the policies that precede a policy for a source only the first is named.
     #[error("policies {winner} and {loser} overlap in {family}: {winner} comes first and wins")]
     Overlap {
         /// The policy that takes the packets: the lower priority number, or the smaller id.
@@ -56,6 +58,12 @@ pub enum Finding {
     FamilyUnavailable {
         /// The family.
         family: Family,
+    },
+    /// More policies overlap than are listed.
+    #[error("{count} more overlaps of policies are not listed")]
+    MoreOverlaps {
+        /// Number of overlaps that are not listed.
+        count: usize,
     },
     /// Every table of the range is used by a gateway, so that none is left for the fallback rule.
     #[error(
@@ -102,6 +110,7 @@ impl Finding {
             }
             Self::Overlap { .. } => "policies_overlap",
             Self::FamilyUnavailable { .. } => "family_unavailable",
+            Self::MoreOverlaps { .. } => "more_overlaps",
             Self::NoClosingTable { .. } => "no_closing_table",
             Self::Bypassed { .. } => "policy_bypassed",
             Self::Denied { .. } => "policy_denied",

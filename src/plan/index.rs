@@ -1,6 +1,6 @@
 //! The index of a plan, by which the cost of planning a change depends on that change alone.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::IpAddr;
 
 use super::classes::Classes;
@@ -287,15 +287,9 @@ impl Index {
         findings
             .extend(self.policies.ordered().iter().flat_map(|(_, kept)| self.findings_of(kept)));
         findings.extend(self.no_table.map(|capacity| Finding::NoClosingTable { capacity }));
-        for (family, mut pairs) in [
-            (Family::V4, self.v4.overlaps().collect::<Vec<_>>()),
-            (Family::V6, self.v6.overlaps().collect()),
-        ] {
-            pairs.sort_unstable_by(|(a, b), (c, d)| {
-                self.policies.order(*a, *c).then_with(|| self.policies.order(*b, *d))
-            });
-            findings.extend(pairs.into_iter().filter_map(|pair| self.overlap(family, pair)));
-        }
+        let v4 = self.v4.overlaps().map(|pair| (Family::V4, pair));
+        let v6 = self.v6.overlaps().map(|pair| (Family::V6, pair));
+        findings.extend(self.overlaps(&v4.chain(v6).collect()));
         findings
     }
 
@@ -305,6 +299,35 @@ impl Index {
         let used = missing.iter().filter(|family| tunnel_of(&self.world.here, **family).is_some());
         findings.extend(used.map(|family| Finding::FamilyUnavailable { family: *family }));
         findings
+    }
+
+    /// Returns the findings about pairs of policies: the first ones, and the number of the others.
+    pub(super) fn overlaps(
+        &self,
+        pairs: &HashSet<(Family, (Handle, Handle))>,
+    ) -> impl Iterator<Item = Finding> {
+        // A policy may list destinations of the other family alone.
+        let selects = |(family, (_, loser)): &(Family, (Handle, Handle))| {
+            self.policies.get(*loser).is_some_and(|kept| kept.selects_any(*family))
+        };
+        let mut first: Vec<_> = pairs.iter().copied().filter(selects).collect();
+        let more = first.len().saturating_sub(OVERLAPS);
+        let order = |one: &(Family, (Handle, Handle)), other: &(Family, (Handle, Handle))| {
+            let ((one, (a, b)), (other, (c, d))) = (*one, *other);
+            let policies = self.policies.order(a, c).then_with(|| self.policies.order(b, d));
+            one.cmp(&other).then(policies)
+        };
+        if more > 0 {
+            first.select_nth_unstable_by(OVERLAPS, order);
+            first.truncate(OVERLAPS);
+        }
+        first.sort_unstable_by(order);
+        let id = |handle| self.policies.get(handle).map(|kept| kept.id.clone());
+        let overlap = move |(family, (winner, loser))| {
+            Some(Finding::Overlap { winner: id(winner)?, loser: id(loser)?, family })
+        };
+        let more = (more > 0).then_some(Finding::MoreOverlaps { count: more });
+        first.into_iter().filter_map(overlap).chain(more)
     }
 
     /// Returns the errors of a policy, or the reasons why it cannot be carried out.
@@ -331,16 +354,10 @@ impl Index {
         });
         invalid.into_iter().chain(denied)
     }
-
-    pub(super) fn overlap(
-        &self,
-        family: Family,
-        (winner, loser): (Handle, Handle),
-    ) -> Option<Finding> {
-        let id = |handle| self.policies.get(handle).map(|kept| kept.id.clone());
-        Some(Finding::Overlap { winner: id(winner)?, loser: id(loser)?, family })
-    }
 }
+
+/// Number of overlaps that are listed: whoever creates policies decides how many there are.
+const OVERLAPS: usize = 1_000;
 
 /// Number of changed sources up to which updates are always cheaper than a new plan.
 const MANY: usize = 1_000;

@@ -1,6 +1,6 @@
 //! Splits overlapping prefixes into disjoint ranges.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
 
@@ -8,30 +8,52 @@ use super::policies::{Handle, Policies};
 use crate::range::{IpRange, address, number};
 use crate::types::Family;
 
-/// Splits overlapping prefixes into disjoint ranges, each with the handles that cover it.
-pub(super) fn segments(nets: &[(IpNet, Handle)], family: Family) -> Vec<(IpRange, Vec<Handle>)> {
+/// Rank of a policy in the total order (priority, id).
+pub(super) type Rank = u32;
+
+/// Disjoint ranges of sources.
+#[derive(Debug, Default)]
+pub(super) struct Segments {
+    /// Sorted ranges, each with its policies up to the first one that selects every destination.
+    pub(super) ranges: Vec<(IpRange, Vec<Rank>)>,
+    /// Policies that follow such a one in some range, each with one that it follows.
+    pub(super) behind: Vec<(Rank, Rank)>,
+}
+
+/// Splits overlapping prefixes into disjoint ranges.
+///
+/// The members of a range end with the first one that selects every destination, so that policies
+/// which take no packet cost nothing in each range that they share.
+pub(super) fn segments(
+    nets: &[(IpNet, Rank)],
+    family: Family,
+    takes_all: impl Fn(Rank) -> bool,
+) -> Segments {
     // A prefix joins at its first address and leaves one past its last; past the last address of
     // the family there is no such point, and nothing more to split.
-    let mut edges: BTreeMap<u128, (Vec<Handle>, Vec<Handle>)> = BTreeMap::new();
-    for (net, handle) in nets {
-        edges.entry(number(net.network())).or_default().0.push(*handle);
+    let mut edges: BTreeMap<u128, (Vec<Rank>, Vec<Rank>)> = BTreeMap::new();
+    for (net, rank) in nets {
+        edges.entry(number(net.network())).or_default().0.push(*rank);
         if let Some(after) = number(net.broadcast()).checked_add(1) {
-            edges.entry(after).or_default().1.push(*handle);
+            edges.entry(after).or_default().1.push(*rank);
         }
     }
     let last_address = u128::MAX >> (128 - u32::from(family.bits()));
-    let mut covering: BTreeMap<Handle, usize> = BTreeMap::new();
-    let mut segments = Vec::new();
+    let mut covering: BTreeMap<Rank, usize> = BTreeMap::new();
+    let mut ahead = BTreeSet::new();
+    let mut segments = Segments::default();
     let mut places = edges.into_iter().peekable();
     while let Some((start, (joining, leaving))) = places.next() {
-        for handle in joining {
-            *covering.entry(handle).or_default() += 1;
+        for rank in joining {
+            *covering.entry(rank).or_default() += 1;
+            ahead.insert(rank);
         }
-        for handle in leaving {
-            if let Some(count) = covering.get_mut(&handle) {
+        for rank in leaving {
+            if let Some(count) = covering.get_mut(&rank) {
                 *count -= 1;
                 if *count == 0 {
-                    covering.remove(&handle);
+                    covering.remove(&rank);
+                    ahead.remove(&rank);
                 }
             }
         }
@@ -39,9 +61,19 @@ pub(super) fn segments(nets: &[(IpNet, Handle)], family: Family) -> Vec<(IpRange
         if covering.is_empty() || start > last_address {
             continue;
         }
+        let mut members = Vec::new();
+        for rank in covering.keys() {
+            members.push(*rank);
+            if takes_all(*rank) {
+                // Each is listed once for a prefix, not once for a range.
+                let behind = ahead.split_off(&(rank + 1));
+                segments.behind.extend(behind.into_iter().map(|other| (*rank, other)));
+                break;
+            }
+        }
         let ends = address(family, start).zip(address(family, end));
         if let Some(range) = ends.and_then(|(first, last)| IpRange::new(first, last)) {
-            segments.push((range, covering.keys().copied().collect()));
+            segments.ranges.push((range, members));
         }
     }
     segments
@@ -51,32 +83,69 @@ pub(super) fn adjoins(lower: &IpRange, upper: &IpRange) -> bool {
     number(lower.last()).checked_add(1) == Some(number(upper.first()))
 }
 
-/// Returns whether two policies with a common source select a common destination.
-pub(super) fn overlap(
+/// A prefix that contains the one in turn.
+struct Open<'a> {
+    net: IpNet,
+    /// The members that list the prefix, by their places.
+    listing: &'a [(IpNet, usize)],
+    /// The first member that lists a larger prefix around it.
+    around: usize,
+    /// The first member that lists the prefix, or a smaller one inside it.
+    inside: usize,
+}
+
+/// Returns the members of a class that do not take all the packets they select.
+///
+/// Each comes after the first member that takes some of them. Only the last member may select
+/// every destination.
+pub(super) fn overlaps(
+    members: &[Handle],
     policies: &Policies,
-    (first, second): (Handle, Handle),
     family: Family,
-) -> bool {
-    let (Some(first), Some(second)) = (policies.get(first), policies.get(second)) else {
-        return false;
+) -> Vec<(Handle, Handle)> {
+    let [_, .., last] = members else { return Vec::new() };
+    let listed = members.iter().enumerate().flat_map(|(place, handle)| {
+        let policy = policies.get(*handle).into_iter();
+        policy.flat_map(move |policy| policy.listed(family).map(move |net| (net, place)))
+    });
+    let mut listed: Vec<_> = listed.collect();
+    listed.sort_unstable_by_key(|(net, place)| (net.network(), net.prefix_len(), *place));
+    let mut firsts = vec![usize::MAX; members.len()];
+    let mut close = |open: Open<'_>, outer: Option<&mut Open<'_>>| {
+        let first = open.around.min(open.inside);
+        for (_, place) in open.listing.iter().filter(|(_, place)| first < *place) {
+            if let Some(known) = firsts.get_mut(*place) {
+                *known = first.min(*known);
+            }
+        }
+        if let Some(outer) = outer {
+            outer.inside = outer.inside.min(open.inside);
+        }
     };
-    if first.takes_all(family) || second.takes_all(family) {
-        return true;
-    }
-    // Both lists are sorted by address and disjoint within themselves: walk them together.
-    let (mut ours, mut theirs) =
-        (first.listed(family).peekable(), second.listed(family).peekable());
-    while let (Some(one), Some(other)) = (ours.peek(), theirs.peek()) {
-        if one.contains(other) || other.contains(one) {
-            return true;
+    let mut stack: Vec<Open<'_>> = Vec::new();
+    for listing in listed.chunk_by(|(one, _), (other, _)| one == other) {
+        let Some((net, inside)) = listing.first().copied() else { continue };
+        while stack.last().is_some_and(|open| !open.net.contains(&net)) {
+            let Some(open) = stack.pop() else { break };
+            close(open, stack.last_mut());
         }
-        if one.network() < other.network() {
-            ours.next();
-        } else {
-            theirs.next();
-        }
+        let around = stack.last().map_or(usize::MAX, |outer| {
+            let listed = outer.listing.first().map_or(usize::MAX, |(_, place)| *place);
+            outer.around.min(listed)
+        });
+        stack.push(Open { net, listing, around, inside });
     }
-    false
+    while let Some(open) = stack.pop() {
+        close(open, stack.last_mut());
+    }
+    let all = policies.get(*last).filter(|policy| policy.takes_all(family));
+    let first = all.and_then(|_| listed.iter().map(|(_, place)| *place).min());
+    let winner = first.and_then(|place| members.get(place));
+    let pairs = firsts
+        .iter()
+        .zip(members)
+        .filter_map(|(first, loser)| members.get(*first).map(|winner| (*winner, *loser)));
+    pairs.chain(winner.map(|winner| (*winner, *last))).collect()
 }
 
 /// Returns the destinations of a class: each prefix with the policy that its packets belong to.

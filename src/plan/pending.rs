@@ -1,6 +1,6 @@
 //! Pending edits of the planned state.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::IpAddr;
 
 use super::policies::Handle;
@@ -22,7 +22,7 @@ pub(super) struct Delta {
     /// or if ranges of sources change.
     pub(super) disputed: bool,
     /// Pairs of policies that now share a source and a destination.
-    pub(super) overlapping: BTreeSet<(Family, (Handle, Handle))>,
+    pub(super) overlapping: HashSet<(Family, (Handle, Handle))>,
 }
 
 impl Delta {

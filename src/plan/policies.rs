@@ -309,6 +309,11 @@ impl NormalizedPolicy {
         }
     }
 
+    /// Returns whether the policy selects any destination of a family.
+    pub(super) fn selects_any(&self, family: Family) -> bool {
+        self.takes_all(family) || self.listed(family).next().is_some()
+    }
+
     /// Returns the listed destinations of a family; none if the policy selects all.
     pub(super) fn listed(&self, family: Family) -> impl Iterator<Item = IpNet> + '_ {
         let nets = self.destinations.as_deref().unwrap_or_default();

@@ -422,8 +422,7 @@ impl Index {
             touched.iter().filter_map(|handle| self.policies.get(*handle)).collect();
         touched.sort_unstable_by_key(|kept| (kept.priority, &kept.id));
         let mut findings: Vec<_> = touched.iter().flat_map(|kept| self.findings_of(kept)).collect();
-        let pairs = delta.overlapping.iter().copied();
-        findings.extend(pairs.filter_map(|(family, pair)| self.overlap(family, pair)));
+        findings.extend(self.overlaps(&delta.overlapping));
         let no_table = self.no_table.filter(|_| delta.skeleton);
         findings.extend(no_table.map(|capacity| Finding::NoClosingTable { capacity }));
         // With iptables the effect of an update is only known from a plan of everything.

@@ -1,9 +1,10 @@
 //! Recovers the marks and routing tables of gateways that a previous run left in the kernel.
 
+use std::collections::HashMap;
 use std::net::IpAddr;
 
 use crate::alloc::{MarkAllocator, TableAllocator};
-use crate::cluster::{Cluster, Node, Steering};
+use crate::cluster::{Cluster, Steering};
 use crate::state::{ChainId, Comment, Data, Key, Route, Rule, RuleAction, State, Verdict};
 use crate::types::{Mark, NodeName, TableId};
 
@@ -29,14 +30,21 @@ pub(crate) fn adopt(
             let _refused = tables.reserve(&cluster.node, table);
         }
     }
+    // Gateways and nodes may be thousands each: everything is found by its key.
+    let (mut table_of, mut marks_to) = (HashMap::new(), HashMap::<_, Vec<_>>::new());
+    for rule in &observed.rules {
+        if let RuleAction::Lookup(table) = rule.action {
+            table_of.entry(rule.mark).or_insert(table);
+            marks_to.entry(table).or_default().push(rule.mark);
+        }
+    }
     let mut found: Vec<(&NodeName, Mark, Option<TableId>)> = Vec::new();
     found.extend(
-        marks_of(cluster, observed).map(|(node, mark)| (node, mark, table_of(observed, mark))),
+        marks_of(cluster, observed).map(|(node, mark)| (node, mark, table_of.get(&mark).copied())),
     );
     for (node, table) in tables_of(cluster, observed) {
-        let rules = observed.rules.iter();
-        let to = rules.filter(|rule| rule.action == RuleAction::Lookup(table));
-        found.extend(to.map(|rule| (node, rule.mark, Some(table))));
+        let marks = marks_to.get(&table).into_iter().flatten();
+        found.extend(marks.map(|mark| (node, *mark, Some(table))));
     }
     for (node, mark, table) in found {
         // A table shared by all gateways is this node's.
@@ -56,22 +64,17 @@ fn marks_of<'a>(
 ) -> impl Iterator<Item = (&'a NodeName, Mark)> {
     let tables = [&observed.firewall, &observed.hook].into_iter().flatten();
     let elements = tables.flat_map(|table| table.elements.rest());
-    elements.filter_map(|(key, value)| {
+    // Of two names with one comment the first node's is meant.
+    let nodes = cluster.nodes.iter().rev();
+    let named: HashMap<_, _> =
+        nodes.map(|node| (Comment::of_name(node.name.as_str()), &node.name)).collect();
+    elements.filter_map(move |(key, value)| {
         let mark = match (key, value.data) {
             (_, Data::Verdict(Verdict::Goto(ChainId::To(mark)))) => mark,
             (Key::NextHop(mark), _) => *mark,
             _ => return None,
         };
-        let comment = value.comment.as_ref()?;
-        let named = |node: &&Node| Comment::of_name(node.name.as_str()) == *comment;
-        cluster.nodes.iter().find(named).map(|node| (&node.name, mark))
-    })
-}
-
-fn table_of(observed: &State, mark: Mark) -> Option<TableId> {
-    observed.rules.iter().find_map(|rule| match rule.action {
-        RuleAction::Lookup(table) if rule.mark == mark => Some(table),
-        _ => None,
+        named.get(value.comment.as_ref()?).map(|node| (*node, mark))
     })
 }
 
@@ -79,12 +82,12 @@ fn tables_of<'a>(
     cluster: &'a Cluster,
     observed: &'a State,
 ) -> impl Iterator<Item = (&'a NodeName, TableId)> {
-    let owner = |gateway: IpAddr| {
-        cluster.nodes.iter().find(|node| node.tunnel.iter().any(|net| net.addr() == gateway))
-    };
+    let nodes = cluster.nodes.iter().rev();
+    let owners: HashMap<IpAddr, _> =
+        nodes.flat_map(|node| node.tunnel.iter().map(|net| (net.addr(), &node.name))).collect();
     observed.routes.iter().filter_map(move |(key, route)| match route {
         Route::Via(gateway) if key.dst.prefix_len() == 0 => {
-            owner(*gateway).map(|node| (&node.name, key.table))
+            owners.get(gateway).map(|node| (*node, key.table))
         }
         _ => None,
     })

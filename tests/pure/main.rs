@@ -21,6 +21,7 @@ mod preview;
 mod random;
 mod rules;
 mod semantics;
+mod shared;
 mod tables;
 mod validation;
 mod xtables;
@@ -32,6 +33,9 @@ use egress_datapath::{
     Cluster, EgressIp, EgressPolicy, Node, NodeName, Plan, PlanError, Policy, PolicyId, plan,
 };
 use ipnet::IpNet;
+
+#[global_allocator]
+static MEMORY: memory::Counting = memory::Counting;
 
 fn main() -> ExitCode {
     harness::main(|| ())

@@ -3,13 +3,10 @@
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 
-use crate::plan::intervals::segments;
+use crate::plan::intervals::{Rank, segments};
 use crate::plan::policies::NormalizedPolicy;
 use crate::range::IpRange;
 use crate::types::Family;
-
-/// Rank of a policy in the total order (priority, id).
-pub(crate) type Rank = u32;
 
 /// Index of a class.
 pub(crate) type Class = usize;
@@ -38,7 +35,8 @@ impl Classes {
         }
         let mut classes = Self::default();
         let mut known = HashMap::new();
-        let segments = segments(&nets, family);
+        let takes_all = |rank| policy(policies, rank).is_some_and(|one| one.takes_all(family));
+        let segments = segments(&nets, family, takes_all).ranges;
         for (range, ranks) in &segments {
             let class = classes.class(ranks.clone(), policies, family, &mut known);
             classes.ranges.push((*range, class));

@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::{IpNet, IpSubnets, Ipv4Subnets, Ipv6Subnets};
 
-use super::classes::{Class, Classes, Rank, policy};
+use super::classes::{Class, Classes, policy};
+use crate::plan::intervals::Rank;
 use crate::plan::policies::NormalizedPolicy;
 use crate::plan::validate::ValidatedCluster;
 use crate::plan::{Gateways, Role, role};
