@@ -4,7 +4,9 @@ use std::net::IpAddr;
 
 use crate::alloc::{MarkAllocator, TableAllocator};
 use crate::cluster::{Cluster, Node, Steering};
-use crate::state::{ChainId, Comment, Data, Key, Route, Rule, RuleAction, State, Verdict};
+use crate::state::{
+    ChainId, Comment, Data, KeyValue, Route, Rule, RuleAction, Set, State, Verdict,
+};
 use crate::types::{Mark, NodeName, TableId};
 
 /// Recovers the mark and table of each gateway that a previous run left in the kernel.
@@ -57,10 +59,10 @@ fn marks_of<'a>(
     let tables = [&observed.firewall, &observed.hook].into_iter().flatten();
     let elements = tables.flat_map(|table| table.elements.rest());
     elements.filter_map(|(key, value)| {
-        let mark = match (key, value.data) {
-            (_, Data::Verdict(Verdict::Goto(ChainId::To(mark)))) => mark,
-            (Key::NextHop(mark), _) => *mark,
-            _ => return None,
+        let ((.., Data::Verdict(Verdict::Goto(ChainId::To(mark))))
+        | (Set::NextHop, KeyValue::Mark(mark), _)) = (key.set(), key.value(), value.data)
+        else {
+            return None;
         };
         let comment = value.comment.as_ref()?;
         let named = |node: &&Node| Comment::of_name(node.name.as_str()) == *comment;
