@@ -12,8 +12,8 @@ use std::collections::BTreeMap;
 
 use crate::cluster::Tunnel;
 use crate::state::{
-    ChainId, Firewall, Key, Route, RuleAction, Set, State, Stray, StrayKind, TableFamily, Value,
-    Vxlan,
+    ChainId, Datum, Firewall, Key, Route, RuleAction, Set, Stage, State, Stray, StrayKind,
+    TableFamily, Value, Vxlan,
 };
 use changes::{Changes, Phase, Step};
 use op::Op;
@@ -75,9 +75,10 @@ struct Steps {
 
 impl Steps {
     fn add(&mut self, phase: Phase, op: Op) {
+        let single = |key: &Key| matches!(key.set(), Set::Source(_));
         let parts = match (phase, &op) {
-            (Phase::FillSources, Op::AddElement(Key::Source(_), _)) => &mut self.coming,
-            (Phase::EmptySources, Op::DeleteElement(Key::Source(_), _)) => &mut self.going,
+            (Phase::FillSources, Op::AddElement(key, _)) if single(key) => &mut self.coming,
+            (Phase::EmptySources, Op::DeleteElement(key, _)) if single(key) => &mut self.going,
             _ => return self.phases.entry(phase).or_default().push(op),
         };
         match parts.last_mut() {
@@ -174,9 +175,11 @@ fn element(
 ) {
     match change {
         Change::Same => {}
-        Change::Added(key, value) => steps.add(filled_in(&key), Op::AddElement(key, value)),
+        Change::Added(key, value) => {
+            steps.add(phases_of(key.set()).0, Op::AddElement(key, value));
+        }
         Change::Replaced(key, was, is) => {
-            let phase = filled_in(&key);
+            let (phase, _) = phases_of(key.set());
             let ops = steps.phases.entry(phase).or_default();
             ops.extend([Op::DeleteElement(key, was), Op::AddElement(key, is)]);
         }
@@ -185,7 +188,8 @@ fn element(
         Change::Removed(key, value) => {
             // The kernel refuses overlapping ranges: an old range cannot exist together with one
             // that stays or replaces it.
-            let phase = if overlapped(&key) { filled_in(&key) } else { emptied_in(&key) };
+            let (filled, emptied) = phases_of(key.set());
+            let phase = if overlapped(&key) { filled } else { emptied };
             steps.add(phase, Op::DeleteElement(key, value));
         }
     }
@@ -390,7 +394,7 @@ fn firewall(family: TableFamily, observed: &Firewall, desired: &Firewall, steps:
     }
     for set in observed.sets.difference(&desired.sets) {
         // Guard rules that are deleted later look up that set.
-        let guards = matches!(set, Set::Gateway);
+        let guards = set.stage() == Stage::Guard;
         let phase = if guards { Phase::RetireGuards } else { Phase::EmptyVerdicts };
         steps.add(phase, Op::DeleteSet(*set));
     }
@@ -410,7 +414,7 @@ fn rank(op: &Op) -> u8 {
         Op::DeleteElement(..) => 5,
         Op::AddElement(..) => 6,
         // Its elements refer to chains.
-        Op::DeleteSet(Set::Connection) => 7,
+        Op::DeleteSet(set) if set.data() == Some(Datum::Verdict) => 7,
         Op::DeleteChain(_) | Op::DeleteStray(_, Stray::Chain(_)) => 8,
         _ => 9,
     }
@@ -462,33 +466,15 @@ fn chains(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
     }
 }
 
-const fn filled_in(key: &Key) -> Phase {
-    match key {
-        Key::Peer(_)
-        | Key::Underlay(_)
-        | Key::Excluded(_)
-        | Key::Eip(_)
-        | Key::Gateway(_)
-        | Key::Connection(_)
-        | Key::PolicyAction(_) => Phase::FillVerdicts,
-        Key::Steer(..) | Key::Snat(..) | Key::Masquerade(..) | Key::Count(..) => {
-            Phase::FillPolicies
-        }
-        Key::Any(..) | Key::Destination(..) => Phase::FillClasses,
-        Key::Source(_) | Key::SourceNet(_) => Phase::FillSources,
-        Key::NextHop(_) => Phase::Hook,
-    }
-}
-
-const fn emptied_in(key: &Key) -> Phase {
-    // A packet that was marked before its rule was deleted must still match when it arrives.
-    if let Key::Gateway(_) | Key::NextHop(_) = key {
-        return Phase::EmptyGuards;
-    }
-    match filled_in(key) {
-        Phase::FillPolicies => Phase::EmptyPolicies,
-        Phase::FillClasses => Phase::EmptyClasses,
-        Phase::FillSources => Phase::EmptySources,
-        _ => Phase::EmptyVerdicts,
+/// Returns the phases in which elements of a set are added and deleted.
+const fn phases_of(set: Set) -> (Phase, Phase) {
+    match set.stage() {
+        // A packet that was marked before its rule was deleted must still match when it arrives.
+        Stage::Guard => (Phase::FillVerdicts, Phase::EmptyGuards),
+        Stage::Hook => (Phase::Hook, Phase::EmptyGuards),
+        Stage::Verdict => (Phase::FillVerdicts, Phase::EmptyVerdicts),
+        Stage::Policy => (Phase::FillPolicies, Phase::EmptyPolicies),
+        Stage::Class => (Phase::FillClasses, Phase::EmptyClasses),
+        Stage::Source => (Phase::FillSources, Phase::EmptySources),
     }
 }

@@ -25,7 +25,7 @@ use crate::diff::changes::{ApplyError, Changes, Made, Step};
 use crate::diff::op::Op;
 use crate::error::KernelError;
 use crate::event::Component;
-use crate::state::{Elements, Key, Set, State, Stmt};
+use crate::state::{Elements, Set, State, Stmt};
 use crate::types::Family;
 use packet::{Frame, Packet};
 use path::conntrack::Conntrack;
@@ -144,10 +144,7 @@ impl Sim {
     /// The values of the counters that the tables have.
     fn counted(&self) -> Counts {
         let elements = self.state.elements().into_iter().flat_map(Elements::rest);
-        let counted = elements.filter_map(|(key, _)| match *key {
-            Key::Count(family, policy) => Some((family, policy)),
-            _ => None,
-        });
+        let counted = elements.filter_map(|(key, _)| key.counted());
         let stands = |one| self.counts.policies.get(&one).copied().unwrap_or_default();
         let policies = counted.map(|one| (one, stands(one))).collect();
         let mut drops = BTreeMap::new();
@@ -361,9 +358,9 @@ impl Sim {
                 if let Op::DeleteTable(_) | Op::DeleteSet(_) = op {
                     self.keep_held();
                 }
-                if let (Op::AddElement(Key::Count(family, policy), _), Ok(())) = (op, made) {
+                if let (Op::AddElement(key, _), Ok(())) = (op, made) {
                     // The element is new, and starts at zero whatever the counter was before.
-                    self.counts.policies.remove(&(*family, *policy));
+                    key.counted().and_then(|one| self.counts.policies.remove(&one));
                 }
                 if let (Op::SetRules(chain, _), Ok(())) = (op, made) {
                     self.counts.drops.remove(&chain.to_string());

@@ -31,16 +31,15 @@ use crate::types::{DeviceName, Family, MacAddr, Mark, TableId};
 
 pub use crate::range::IpRange;
 pub use crate::rules::chain::{Base, ChainId, ChainType, Hook, TableFamily};
-pub use crate::rules::element::{Comment, Data, Key, Tag, Value, Verdict};
+pub use crate::rules::element::{Comment, Data, Tag, Value, Verdict};
 pub use crate::rules::elements::{Elements, Iter as ElementsIter};
 pub use crate::rules::ipset::{Ipset, IpsetContents, Member};
 pub use crate::rules::iptables::{
     CtState, Is, Side, Variant, XtChain, XtEdit, XtMatch, XtName, XtRule, XtTable, XtTarget,
     Xtables,
 };
-#[cfg(all(feature = "kernel", target_os = "linux"))]
-pub(crate) use crate::rules::set::Datum;
-pub use crate::rules::set::Set;
+pub(crate) use crate::rules::set::{Datum, Stage};
+pub use crate::rules::set::{Key, KeyValue, Set};
 pub use crate::rules::stmt::{
     Direction, Field, Interface, MarkBits, MarkOf, Mask, NftRule, Selector, Stmt, Target,
 };

@@ -5,7 +5,8 @@ use std::fmt;
 
 use crate::count::{Count, Counts};
 use crate::state::{
-    ChainId, Data, Firewall, Key, RuleAction, State, Tag, Value, Variant, Verdict, Xtables,
+    ChainId, Data, Firewall, Key, KeyValue, RuleAction, Set, State, Tag, Value, Variant, Verdict,
+    Xtables,
 };
 use crate::types::Family;
 
@@ -190,11 +191,9 @@ impl State {
         };
         if let Some(firewall) = &self.firewall {
             for key in firewall.elements.keys() {
-                match key {
-                    Key::Source(address) => {
-                        summary.sources.of(Family::of(address)).addresses += 1;
-                    }
-                    Key::SourceNet(range) => summary.sources.of(range.family()).ranges += 1,
+                match key.set() {
+                    Set::Source(family) => summary.sources.of(family).addresses += 1,
+                    Set::SourceNet(family) => summary.sources.of(family).ranges += 1,
                     _ => {}
                 }
             }
@@ -240,7 +239,8 @@ fn comment(value: &Value) -> String {
 fn policies(firewall: &Firewall, counts: &Counts) -> Vec<PolicySummary> {
     let mut policies: BTreeMap<String, PerFamily<Option<Treatment>>> = BTreeMap::new();
     for (key, value) in &firewall.elements {
-        if let (Key::Steer(family, policy), Data::Tag(action)) = (key, value.data) {
+        let parts = (key.set(), key.value(), value.data);
+        if let (Set::Steer(family), KeyValue::Tag(policy), Data::Tag(action)) = parts {
             let families = policies.entry(comment(&value)).or_default();
             let count = counts.policies.get(&(family, policy)).copied();
             *families.of(family) =
@@ -253,13 +253,13 @@ fn policies(firewall: &Firewall, counts: &Counts) -> Vec<PolicySummary> {
 fn treatment(firewall: &Firewall, family: Family, policy: Tag, action: Tag) -> Treatment {
     let mut treatment = Treatment { action: "deny", gateway: None, egress_ip: None, count: None };
     let elements = &firewall.elements;
-    match elements.get(&Key::PolicyAction(action)) {
+    match elements.get(&Key::policy_action(action)) {
         Some(Value { data: Data::Verdict(Verdict::Goto(ChainId::LocalGateway)), .. }) => {
             treatment.action = "local";
-            let snat = elements.get(&Key::Snat(family, policy)).map(|value| value.data);
+            let snat = elements.get(&Key::snat(family, policy)).map(|value| value.data);
             treatment.egress_ip = match snat {
                 Some(Data::Address(address)) => Some(address.to_string()),
-                _ if elements.contains_key(&Key::Masquerade(family, policy)) => Some("node".into()),
+                _ if elements.contains_key(&Key::masquerade(family, policy)) => Some("node".into()),
                 _ => None,
             };
         }

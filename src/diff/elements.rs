@@ -1,6 +1,6 @@
 //! Differences of the elements of sets.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use super::{Change, changes};
 use crate::state::{Data, Elements, Key, Tag, Value};
@@ -18,12 +18,11 @@ pub(super) fn elements(
         // The same source may be stored as a number on one side and with its comment on the other.
         return changes(observed, desired, each);
     }
-    let source = |address: IpAddr| Key::Source(address);
     changes(observed.v4_apart_from(desired), desired.v4_apart_from(observed), |change| {
-        each(change.map(|v4| source(Ipv4Addr::from_bits(*v4).into()), |tag| class(*tag)));
+        each(change.map(|v4| Key::source(Ipv4Addr::from_bits(*v4).into()), |tag| class(*tag)));
     });
     changes(observed.v6_apart_from(desired), desired.v6_apart_from(observed), |change| {
-        each(change.map(|v6| source(Ipv6Addr::from_bits(*v6).into()), |tag| class(*tag)));
+        each(change.map(|v6| Key::source(Ipv6Addr::from_bits(*v6).into()), |tag| class(*tag)));
     });
     changes(observed.rest(), desired.rest(), |change| each(change.map(|key| *key, Value::clone)));
 }

@@ -18,7 +18,7 @@ use super::pending::Delta;
 use super::policies::{Handle, Policies, Sources};
 use super::tags::Numbers;
 use crate::range::IpRange;
-use crate::state::{Data, Elements, Key, Tag, Value};
+use crate::state::{Data, Elements, Key, Set, Tag, Value};
 use crate::types::Family;
 
 /// An address of one family, as a number.
@@ -212,8 +212,8 @@ impl<A: Address> Classes<A> {
     fn describe(&mut self, policies: &Policies, elements: &mut Elements) {
         for (members, class) in &self.numbered {
             for (key, value) in class_elements::<A>(members, class.tag, policies) {
-                if let Key::Destination(net, _) = key {
-                    *self.lengths.entry(net.prefix_len()).or_default() += 1;
+                if let Set::Destination(_, length) = key.set() {
+                    *self.lengths.entry(length).or_default() += 1;
                 }
                 elements.insert(key, value);
             }
@@ -228,7 +228,8 @@ impl<A: Address> Classes<A> {
                 _ => joined.push((*range, tag)),
             }
         }
-        elements.extend(joined.into_iter().map(|(range, tag)| (Key::SourceNet(range), plain(tag))));
+        elements
+            .extend(joined.into_iter().map(|(range, tag)| (Key::source_net(range), plain(tag))));
     }
 
     /// Returns the single-address sources that need an element, with their classes.
@@ -424,8 +425,8 @@ impl<A: Address> Classes<A> {
                 None => delta.disputed = true,
             }
             for (key, value) in class_elements::<A>(&class, entry.tag, policies) {
-                if let Key::Destination(net, _) = key {
-                    let count = self.lengths.entry(net.prefix_len()).or_default();
+                if let Set::Destination(_, length) = key.set() {
+                    let count = self.lengths.entry(length).or_default();
                     delta.skeleton |= *count == 0;
                     *count += 1;
                 }
@@ -461,11 +462,11 @@ impl<A: Address> Classes<A> {
         self.numbered.remove(&class);
         delta.disputed |= !self.numbers.give_back(tag);
         for (key, _) in class_elements::<A>(&class, tag, policies) {
-            if let Key::Destination(net, _) = key {
-                if let Some(count) = self.lengths.get_mut(&net.prefix_len()) {
+            if let Set::Destination(_, length) = key.set() {
+                if let Some(count) = self.lengths.get_mut(&length) {
                     *count -= 1;
                     if *count == 0 {
-                        self.lengths.remove(&net.prefix_len());
+                        self.lengths.remove(&length);
                         delta.skeleton = true;
                     }
                 }
@@ -527,9 +528,9 @@ fn class_elements<A: Address>(
     let tag_of = |handle| policies.get(handle).map(|kept| kept.tag);
     let found = destinations(members, policies, family).into_iter();
     let listed = found.filter_map(move |(net, handle)| {
-        Some((Key::Destination(net, class), plain(tag_of(handle)?)))
+        Some((Key::destination(net, class), plain(tag_of(handle)?)))
     });
     let last = members.last().and_then(|handle| policies.get(*handle));
     let any = last.filter(|kept| kept.takes_all(family));
-    listed.chain(any.map(|kept| (Key::Any(family, class), plain(kept.tag))))
+    listed.chain(any.map(|kept| (Key::any(family, class), plain(kept.tag))))
 }

@@ -70,7 +70,7 @@ pub(super) fn hook(world: &ValidatedCluster, gateways: &Gateways) -> Option<Fire
     let elements = gateways.iter().filter_map(|(name, gateway)| {
         let data = Data::Ethernet(world.node(gateway.place)?.mac());
         let comment = Some(Comment::of_name(name.as_str()));
-        Some((Key::NextHop(gateway.mark), Value { data, comment }))
+        Some((Key::next_hop(gateway.mark), Value { data, comment }))
     });
     Some(Firewall {
         chains: BTreeMap::from([(ChainId::Egress, chain)]),

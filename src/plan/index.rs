@@ -149,7 +149,7 @@ impl Index {
         for (_, kept) in self.policies.iter() {
             elements.extend(ways_out(&self.world, kept, &self.gateways));
         }
-        elements.extend(self.spoken.keys().map(|address| (Key::Eip(*address), NOTHING)));
+        elements.extend(self.spoken.keys().map(|address| (Key::eip(*address), NOTHING)));
         if let Some(firewall) = &mut state.firewall {
             firewall.elements = elements;
         }

@@ -32,6 +32,6 @@ impl Delta {
 
     pub(super) fn source(&mut self, address: IpAddr, value: Option<Value>) {
         self.sources.insert(address);
-        self.put(Key::Source(address), value);
+        self.put(Key::source(address), value);
     }
 }

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::state::{
     Base, ChainId, ChainType, Direction, Field, Hook, Interface, MarkBits, MarkOf, NftRule, Set,
-    Stmt, Target,
+    Stmt, TableFamily, Target,
 };
 use crate::types::{DeviceName, Family, Mark};
 
@@ -89,21 +89,14 @@ const fn base(kind: ChainType, hook: Hook, priority: i32) -> Base {
 impl Skeleton<'_> {
     /// Returns all sets and maps that the rules refer to.
     pub(super) fn sets(&self) -> BTreeSet<Set> {
-        let mut sets = BTreeSet::from([Set::PolicyAction]);
-        if self.prefix.is_none() {
-            sets.insert(Set::Gateway);
-        }
-        if self.caching {
-            sets.insert(Set::Connection);
-        }
-        if self.counting {
-            sets.extend(Family::BOTH.map(Set::Count));
-        }
-        sets.extend(Family::BOTH.into_iter().flat_map(Set::of));
-        sets.extend(
-            self.used.lengths.iter().map(|(family, length)| Set::Destination(*family, *length)),
-        );
-        sets
+        let all = Family::BOTH.into_iter().flat_map(Set::all).filter(|set| match set {
+            Set::Gateway => self.prefix.is_none(),
+            Set::Connection => self.caching,
+            Set::Count(_) => self.counting,
+            set => set.table() == TableFamily::Inet,
+        });
+        let lengths = self.used.lengths.iter();
+        all.chain(lengths.map(|(family, length)| Set::Destination(*family, *length))).collect()
     }
 
     /// Returns all chains and their rules.

@@ -23,14 +23,14 @@ pub(super) fn skeleton(
     let prefix = layout.tells_by_prefix();
     let mut elements = fixed(world, gateways);
     if !prefix {
-        elements.extend(marks.iter().map(|mark| (Key::Gateway(*mark), Value::plain(Data::None))));
+        elements.extend(marks.iter().map(|mark| (Key::gateway(*mark), Value::plain(Data::None))));
     }
     let caching = world.cluster.connection_caching && prefix;
     if caching {
         elements.extend(gateways.iter().map(|(name, gateway)| {
             let data = Data::Verdict(Verdict::Goto(ChainId::Via(gateway.mark)));
             let comment = Some(Comment::of_name(name.as_str()));
-            (Key::Connection(gateway.mark), Value { data, comment })
+            (Key::connection(gateway.mark), Value { data, comment })
         }));
     }
     let skeleton = Skeleton {
@@ -54,23 +54,24 @@ pub(super) fn skeleton(
 
 /// Returns the elements that do not depend on single policies.
 fn fixed(world: &ValidatedCluster, gateways: &Gateways) -> BTreeMap<Key, Value> {
-    let mut elements = BTreeMap::new();
+    // Collected at once, which compares far fewer keys than inserting one by one.
+    let mut elements = Vec::new();
     for peer in world.peers() {
         let comment = Some(Comment::of_name(peer.name.as_str()));
         for address in &peer.underlay {
             let value = Value { data: Data::None, comment: comment.clone() };
-            elements.insert(Key::Peer(*address), value);
+            elements.push((Key::peer(*address), value));
         }
     }
     for address in &world.here.underlay {
-        elements.insert(Key::Underlay(*address), Value::plain(Data::None));
+        elements.push((Key::underlay(*address), Value::plain(Data::None)));
     }
     for net in &world.nodes.excluded {
-        elements.insert(Key::Excluded(IpRange::from(*net)), Value::plain(Data::None));
+        elements.push((Key::excluded(IpRange::from(*net)), Value::plain(Data::None)));
     }
     let mut policy_action = |tag, verdict, comment| {
         let data = Data::Verdict(verdict);
-        elements.insert(Key::PolicyAction(tag), Value { data, comment });
+        elements.push((Key::policy_action(tag), Value { data, comment }));
     };
     policy_action(Tag::DENY, Verdict::Drop, Some(Comment::of_name("deny")));
     policy_action(Tag::BYPASS, Verdict::Goto(ChainId::Bypass), Some(Comment::of_name("bypass")));
@@ -87,7 +88,7 @@ fn fixed(world: &ValidatedCluster, gateways: &Gateways) -> BTreeMap<Key, Value> 
             comment,
         );
     }
-    elements
+    elements.into_iter().collect()
 }
 
 /// Returns the elements of a policy: its action, its SNAT address on this node, and its counter.
@@ -104,16 +105,16 @@ pub(super) fn ways_out(
             _ => Tag::DENY,
         };
         let value = |data| Value { data, comment: Some(policy.comment.clone()) };
-        let steer = (Key::Steer(family, policy.tag), value(Data::Tag(policy_action)));
+        let steer = (Key::steer(family, policy.tag), value(Data::Tag(policy_action)));
         let translation =
             (policy_action == Tag::LOCAL).then(|| match policy.egress_ip.address(family) {
-                Some(address) => (Key::Snat(family, policy.tag), value(Data::Address(address))),
-                None => (Key::Masquerade(family, policy.tag), value(Data::None)),
+                Some(address) => (Key::snat(family, policy.tag), value(Data::Address(address))),
+                None => (Key::masquerade(family, policy.tag), value(Data::None)),
             });
         // Depends on the policy's tag alone, so that the counter outlives every change of the
         // policy.
         let counted = world.cluster.policy_counters;
-        let count = counted.then(|| (Key::Count(family, policy.tag), value(Data::None)));
+        let count = counted.then(|| (Key::count(family, policy.tag), value(Data::None)));
         [Some(steer), translation, count].into_iter().flatten()
     })
 }

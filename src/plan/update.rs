@@ -263,7 +263,7 @@ impl Index {
         }
         for address in spoken(kept, &self.world) {
             if less(&mut self.spoken, &address) {
-                course.delta.put(Key::Eip(address), None);
+                course.delta.put(Key::eip(address), None);
             }
         }
     }
@@ -434,7 +434,7 @@ impl Index {
                 delta.put(key, Some(value));
             }
             for address in spoken(kept, &self.world) {
-                delta.put(Key::Eip(address), Some(NOTHING));
+                delta.put(Key::eip(address), Some(NOTHING));
             }
         }
         let mut part = Part { edited, ..Part::default() };

@@ -5,7 +5,9 @@ use std::net::IpAddr;
 
 use crate::alloc::{MarkAllocator, TableAllocator};
 use crate::cluster::{Cluster, Steering};
-use crate::state::{ChainId, Comment, Data, Key, Route, Rule, RuleAction, State, Verdict};
+use crate::state::{
+    ChainId, Comment, Data, KeyValue, Route, Rule, RuleAction, Set, State, Verdict,
+};
 use crate::types::{Mark, NodeName, TableId};
 
 /// Recovers the mark and table of each gateway that a previous run left in the kernel.
@@ -69,10 +71,10 @@ fn marks_of<'a>(
     let named: HashMap<_, _> =
         nodes.map(|node| (Comment::of_name(node.name.as_str()), &node.name)).collect();
     elements.filter_map(move |(key, value)| {
-        let mark = match (key, value.data) {
-            (_, Data::Verdict(Verdict::Goto(ChainId::To(mark)))) => mark,
-            (Key::NextHop(mark), _) => *mark,
-            _ => return None,
+        let ((.., Data::Verdict(Verdict::Goto(ChainId::To(mark))))
+        | (Set::NextHop, KeyValue::Mark(mark), _)) = (key.set(), key.value(), value.data)
+        else {
+            return None;
         };
         named.get(value.comment.as_ref()?).map(|node| (*node, mark))
     })

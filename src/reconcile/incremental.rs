@@ -16,7 +16,7 @@ use crate::diff::changes::Changes;
 use crate::diff::op::Op;
 use crate::plan::{Change, Finding, Part, Planned, Update};
 use crate::policy::Policy;
-use crate::state::{Elements, Firewall, Key, State, Value};
+use crate::state::{Elements, Firewall, Key, Set, State, Value};
 
 /// Changes since connections were last checked for stale ones.
 #[derive(Debug, Default)]
@@ -241,7 +241,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
 impl PendingConnections {
     /// Returns a state with the previous local egress IPs and nothing else.
     fn egress_ips(&self) -> State {
-        let eips = self.before.iter().filter(|(key, _)| matches!(key, Key::Eip(_)));
+        let eips = self.before.iter().filter(|(key, _)| matches!(key.set(), Set::Eip(_)));
         let eips = eips.filter_map(|(key, value)| Some((*key, value.clone()?)));
         let firewall = Firewall { elements: eips.collect(), ..Firewall::default() };
         State { firewall: Some(firewall), ..State::default() }
@@ -274,7 +274,7 @@ fn merged(
         // The first value is the one by which connections were translated; an egress IP may have
         // been added and deleted since.
         let first = pending.before.entry(key).or_insert_with(|| value.clone());
-        if matches!(key, Key::Eip(_)) && first.is_none() {
+        if matches!(key.set(), Set::Eip(_)) && first.is_none() {
             *first = value;
         }
     }
@@ -283,7 +283,7 @@ fn merged(
 
 /// Returns whether the operation deletes an egress IP.
 const fn takes_egress_ip(op: &Op) -> bool {
-    matches!(op, Op::DeleteElement(Key::Eip(_), _))
+    matches!(op, Op::DeleteElement(key, _) if matches!(key.set(), Set::Eip(_)))
 }
 
 /// Changes a state, and returns the changed elements with their values before and after.

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use crate::state::{Key, MarkBits, State};
+use crate::state::{KeyValue, MarkBits, Set, State};
 
 /// Number of sources up to which it is worth listing their connections alone.
 const FEW: usize = 16;
@@ -28,11 +28,11 @@ impl Suspects {
         match &wanted.firewall {
             Some(firewall) if firewall.elements.len() <= SMALL => {
                 for (key, _) in firewall.elements.iter() {
-                    match key {
-                        Key::Source(source) => {
+                    match (key.set(), key.value()) {
+                        (Set::Source(_), KeyValue::Address(source)) => {
                             sources.insert(source);
                         }
-                        Key::SourceNet(_) => return None,
+                        (Set::SourceNet(_), _) => return None,
                         _ => {}
                     }
                     if sources.len() > FEW {
@@ -61,6 +61,7 @@ mod tests {
     use crate::mark::MarkLayout;
     use crate::plan::plan;
     use crate::policy::{EgressIp, EgressPolicy};
+    use crate::state::Key;
     use crate::types::{NodeName, PolicyId};
 
     const POD: [u8; 4] = [10, 244, 1, 10];
@@ -148,8 +149,8 @@ mod tests {
         let nothing = State::default();
         assert_eq!(Suspects::new(&state, &nothing).unwrap().sources, [POD.into()].into());
         let elements = &mut state.firewall.as_mut().unwrap().elements;
-        let source = |number| Key::Source([10, 244, 2, number].into());
-        let value = elements.get(&Key::Source(POD.into())).unwrap();
+        let source = |number| Key::source([10, 244, 2, number].into());
+        let value = elements.get(&Key::source(POD.into())).unwrap();
         for number in 2..=16 {
             elements.insert(source(number), value.clone());
         }
@@ -160,7 +161,7 @@ mod tests {
         assert!(Suspects::new(&more, &nothing).is_none());
         let elements = &mut state.firewall.as_mut().unwrap().elements;
         let net: ipnet::IpNet = "10.0.0.0/8".parse().unwrap();
-        elements.insert(Key::SourceNet(net.into()), value);
+        elements.insert(Key::source_net(net.into()), value);
         assert!(Suspects::new(&state, &nothing).is_none());
     }
 }

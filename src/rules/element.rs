@@ -1,15 +1,11 @@
-//! An element of a set or a map: its key and its value.
+//! The value of an element of a set or a map, and the tags that link one map to the next.
 
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use ipnet::IpNet;
-
 use super::chain::ChainId;
-use super::set::Set;
-use crate::range::IpRange;
-use crate::types::{Family, MacAddr, Mark, PolicyId, fnv1a};
+use crate::types::{MacAddr, PolicyId, fnv1a};
 
 /// A value that a packet carries from one map to the next in `meta priority`.
 ///
@@ -48,87 +44,6 @@ impl Tag {
 impl fmt::Display for Tag {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:x}:{:x}", self.0 >> 16, self.0 & 0xffff)
-    }
-}
-
-/// An element key: the set and the key in it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Key {
-    /// In [`Set::Peer`].
-    Peer(IpAddr),
-    /// In [`Set::Underlay`].
-    Underlay(IpAddr),
-    /// In [`Set::Excluded`].
-    Excluded(IpRange),
-    /// In [`Set::Eip`].
-    Eip(IpAddr),
-    /// In [`Set::Gateway`].
-    Gateway(Mark),
-    /// In [`Set::Connection`].
-    Connection(Mark),
-    /// In [`Set::PolicyAction`].
-    PolicyAction(Tag),
-    /// In [`Set::Steer`].
-    Steer(Family, Tag),
-    /// In [`Set::Snat`].
-    Snat(Family, Tag),
-    /// In [`Set::Masquerade`].
-    Masquerade(Family, Tag),
-    /// In [`Set::Count`].
-    Count(Family, Tag),
-    /// In [`Set::Any`].
-    Any(Family, Tag),
-    /// In [`Set::Destination`]: the destination prefix and the class.
-    Destination(IpNet, Tag),
-    /// In [`Set::Source`].
-    Source(IpAddr),
-    /// In [`Set::SourceNet`].
-    SourceNet(IpRange),
-    /// In [`Set::NextHop`].
-    NextHop(Mark),
-}
-
-impl Key {
-    /// The set that the element is in.
-    pub fn set(&self) -> Set {
-        match *self {
-            Self::Peer(address) => Set::Peer(Family::of(address)),
-            Self::Underlay(address) => Set::Underlay(Family::of(address)),
-            Self::Excluded(range) => Set::Excluded(range.family()),
-            Self::Eip(address) => Set::Eip(Family::of(address)),
-            Self::Gateway(_) => Set::Gateway,
-            Self::Connection(_) => Set::Connection,
-            Self::PolicyAction(_) => Set::PolicyAction,
-            Self::Steer(family, _) => Set::Steer(family),
-            Self::Snat(family, _) => Set::Snat(family),
-            Self::Masquerade(family, _) => Set::Masquerade(family),
-            Self::Count(family, _) => Set::Count(family),
-            Self::Any(family, _) => Set::Any(family),
-            Self::Destination(net, _) => Set::Destination(Family::of_net(&net), net.prefix_len()),
-            Self::Source(address) => Set::Source(Family::of(address)),
-            Self::SourceNet(range) => Set::SourceNet(range.family()),
-            Self::NextHop(_) => Set::NextHop,
-        }
-    }
-}
-
-impl fmt::Display for Key {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Peer(address)
-            | Self::Underlay(address)
-            | Self::Eip(address)
-            | Self::Source(address) => address.fmt(f),
-            Self::Excluded(range) | Self::SourceNet(range) => range.fmt(f),
-            Self::Gateway(mark) | Self::Connection(mark) | Self::NextHop(mark) => mark.fmt(f),
-            Self::PolicyAction(tag)
-            | Self::Steer(_, tag)
-            | Self::Snat(_, tag)
-            | Self::Masquerade(_, tag)
-            | Self::Count(_, tag)
-            | Self::Any(_, tag) => tag.fmt(f),
-            Self::Destination(net, class) => write!(f, "{} . {class}", net.addr()),
-        }
     }
 }
 

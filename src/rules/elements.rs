@@ -7,10 +7,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::Bound;
 use std::sync::Arc;
 
-use super::element::{Data, Key, Tag, Value};
-#[cfg(any(test, all(feature = "kernel", target_os = "linux")))]
-use super::set::Set;
-#[cfg(any(test, all(feature = "kernel", target_os = "linux")))]
+use super::element::{Data, Tag, Value};
+use super::set::{Key, KeyValue, Set};
 use crate::types::Family;
 
 /// An ordered map from element key to value.
@@ -34,9 +32,9 @@ enum Place {
 }
 
 fn place(key: &Key) -> Place {
-    match key {
-        Key::Source(IpAddr::V4(v4)) => Place::V4(v4.to_bits()),
-        Key::Source(IpAddr::V6(v6)) => Place::V6(v6.to_bits()),
+    match (key.set(), key.value()) {
+        (Set::Source(_), KeyValue::Address(IpAddr::V4(v4))) => Place::V4(v4.to_bits()),
+        (Set::Source(_), KeyValue::Address(IpAddr::V6(v6))) => Place::V6(v6.to_bits()),
         _ => Place::Rest,
     }
 }
@@ -132,9 +130,7 @@ impl Elements {
 
     /// Whether another program commented a source; all other sources are stored as numbers.
     pub(crate) fn has_noted_sources(&self) -> bool {
-        let lowest = Key::Source(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
-        let next = self.rest.range(lowest..).next();
-        next.is_some_and(|(key, _)| matches!(key, Key::Source(_)))
+        Family::BOTH.into_iter().any(|family| self.rest_of(Set::Source(family)).next().is_some())
     }
 
     /// Returns true if one is an unchanged clone of the other.
@@ -162,8 +158,7 @@ impl Elements {
         let small4 = (set == Set::Source(Family::V4)).then(|| self.v4.iter().map(v4));
         let small6 = (set == Set::Source(Family::V6)).then(|| self.v6.iter().map(v6));
         let small = small4.into_iter().flatten().chain(small6.into_iter().flatten());
-        let rest = self.rest.iter().filter(move |(key, _)| key.set() == set);
-        small.chain(rest.map(|(key, value)| (*key, value.clone())))
+        small.chain(self.rest_of(set).map(|(key, value)| (*key, value.clone())))
     }
 
     /// Copies the elements of a set from `other`; `self` must have none of that set.
@@ -174,8 +169,8 @@ impl Elements {
             Set::Source(Family::V6) if self.v6.is_empty() => self.v6 = Arc::clone(&other.v6),
             _ => return self.extend(other.of(set)),
         }
-        let rest = other.rest.iter().filter(|(key, _)| key.set() == set);
-        Arc::make_mut(&mut self.rest).extend(rest.map(|(key, value)| (*key, value.clone())));
+        let rest = other.rest_of(set).map(|(key, value)| (*key, value.clone()));
+        Arc::make_mut(&mut self.rest).extend(rest);
     }
 
     /// The keys in order.
@@ -191,6 +186,11 @@ impl Elements {
     /// The elements other than single sources, in key order and without copying.
     pub(crate) fn rest(&self) -> impl Iterator<Item = (&Key, &Value)> {
         self.rest.iter()
+    }
+
+    /// The elements of one set other than single sources.
+    fn rest_of(&self, set: Set) -> impl Iterator<Item = (&Key, &Value)> {
+        self.rest.range(Key::least(set)..).take_while(move |(key, _)| key.set() == set)
     }
 
     /// The last element up to a key, among the elements other than single sources.
@@ -215,11 +215,11 @@ impl Elements {
 type Small<'a, A> = Map<btree_map::Iter<'a, A, Tag>, fn((&'a A, &'a Tag)) -> (Key, Value)>;
 
 fn v4((address, tag): (&u32, &Tag)) -> (Key, Value) {
-    (Key::Source(IpAddr::V4(Ipv4Addr::from_bits(*address))), large(*tag))
+    (Key::source(Ipv4Addr::from_bits(*address).into()), large(*tag))
 }
 
 fn v6((address, tag): (&u128, &Tag)) -> (Key, Value) {
-    (Key::Source(IpAddr::V6(Ipv6Addr::from_bits(*address))), large(*tag))
+    (Key::source(Ipv6Addr::from_bits(*address).into()), large(*tag))
 }
 
 /// Iterator over elements in key order; made by [`Elements::iter`].
@@ -300,15 +300,15 @@ mod tests {
     use crate::types::Family;
 
     fn keys() -> impl Strategy<Value = Key> {
-        let v4 = (0..4_u32).prop_map(|n| Key::Source(Ipv4Addr::from_bits(n).into()));
-        let v6 = (0..4_u128).prop_map(|n| Key::Source(Ipv6Addr::from_bits(n).into()));
+        let v4 = (0..4_u32).prop_map(|n| Key::source(Ipv4Addr::from_bits(n).into()));
+        let v6 = (0..4_u128).prop_map(|n| Key::source(Ipv6Addr::from_bits(n).into()));
         let net = |n: u32| IpRange::from(ipnet::IpNet::from(IpAddr::from(Ipv4Addr::from_bits(n))));
         let tag = |n: u32| Tag::new(0x0010_0001 + n).unwrap();
         prop_oneof![
             3 => v4,
             3 => v6,
-            1 => (0..2_u32).prop_map(move |n| Key::SourceNet(net(n))),
-            1 => (0..2_u32).prop_map(move |n| Key::Any(Family::V4, tag(n))),
+            1 => (0..2_u32).prop_map(move |n| Key::source_net(net(n))),
+            1 => (0..2_u32).prop_map(move |n| Key::any(Family::V4, tag(n))),
         ]
     }
 
@@ -354,10 +354,10 @@ mod tests {
             let (v4s, v6s) = (ours.v4_apart_from(&nothing), ours.v6_apart_from(&nothing));
             let all = v4s.map(v4).chain(v6s.map(v6)).chain(ours.rest().map(|(k, v)| (*k, v.clone())));
             prop_assert!(all.collect::<BTreeMap<_, _>>().into_iter().eq(ours.iter()));
-            let noted = ours.rest().any(|(key, _)| matches!(key, Key::Source(_)));
+            let noted = ours.rest().any(|(key, _)| matches!(key.set(), Set::Source(_)));
             prop_assert_eq!(ours.has_noted_sources(), noted);
             let copy = ours.clone();
-            parted.insert(Key::Source(Ipv4Addr::new(1, 2, 3, 4).into()), large(Tag::LOCAL));
+            parted.insert(Key::source(Ipv4Addr::new(1, 2, 3, 4).into()), large(Tag::LOCAL));
             prop_assert_eq!(&copy, &ours);
             let noted = |value: &Value| value.comment.is_some();
             ours.retain(|_, value| noted(value));

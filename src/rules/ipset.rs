@@ -7,6 +7,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use super::stmt::MarkBits;
+use crate::range::number;
 use crate::types::Family;
 
 /// An ipset of our own, of type `hash:net`; its name follows from the variant.
@@ -134,10 +135,19 @@ impl IpsetContents {
 
     /// The member with the longest prefix that contains an address.
     pub(crate) fn longest(&self, address: IpAddr) -> Option<(IpNet, Member)> {
-        (1..=Family::of(address).bits()).rev().find_map(|length| {
-            let net = IpNet::new(address, length).ok()?.trunc();
-            Some((net, *self.members.get(&net)?))
-        })
+        let family = Family::of(address);
+        let mut end = IpNet::from(address);
+        loop {
+            let below = self.members.range(..=end).next_back();
+            let (net, member) = below.filter(|(net, _)| Family::of_net(net) == family)?;
+            if net.contains(&address) {
+                return Some((*net, *member));
+            }
+            // A lesser prefix that contains the address contains this one, too.
+            let apart = number(net.addr()) ^ number(address);
+            let common = apart.leading_zeros().checked_sub(128 - u32::from(family.bits()))?;
+            end = IpNet::new(address, u8::try_from(common).ok()?).ok()?.trunc();
+        }
     }
 
     /// Whether the set matches an address.
@@ -182,6 +192,8 @@ impl fmt::Display for Member {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -231,6 +243,30 @@ mod tests {
         let contents = IpsetContents::of(["0.0.0.0/0".parse().unwrap(), "::/0".parse().unwrap()]);
         let nets: Vec<_> = contents.members.keys().map(ToString::to_string).collect();
         assert_eq!(nets, ["0.0.0.0/1", "128.0.0.0/1", "::/1", "8000::/1"]);
+    }
+
+    proptest! {
+        #[test]
+        fn the_longest_prefix_that_contains_an_address_decides(
+            nets in prop::collection::vec((0..=8_u32, 24..=32_u8, any::<bool>()), 0..12),
+            address in 0..8_u32,
+        ) {
+            let ip = |n: u32, wide: bool| match wide {
+                false => IpAddr::from(n.to_be_bytes()),
+                true => IpAddr::from(u128::from(n).to_be_bytes()),
+            };
+            let net = |(n, length, wide): (u32, u8, bool)| {
+                let length = if wide { length + 96 } else { length };
+                IpNet::new(ip(n << 3 | 0x0a00_0000, wide), length).unwrap().trunc()
+            };
+            let nets: Vec<_> = nets.into_iter().map(net).collect();
+            let set = IpsetContents::of(nets.iter().copied());
+            for address in [false, true].map(|wide| ip(address << 3 | 0x0a00_0001, wide)) {
+                let around = nets.iter().filter(|net| net.contains(&address));
+                let longest = around.max_by_key(|net| net.prefix_len());
+                prop_assert_eq!(set.longest(address).map(|(net, _)| net), longest.copied());
+            }
+        }
     }
 
     #[test]

@@ -3,9 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::chain::{Base, ChainId};
-use super::element::Key;
 use super::elements::Elements;
-use super::set::Set;
+use super::set::{Key, KeyValue, Set};
 use super::stmt::NftRule;
 use crate::range::IpRange;
 
@@ -34,16 +33,12 @@ impl Firewall {
     ///
     /// `None` for keys that are not ranges.
     pub fn overlapping(&self, key: &Key) -> Option<&Key> {
-        let (range, make): (_, fn(IpRange) -> Key) = match key {
-            Key::Excluded(range) => (range, Key::Excluded),
-            Key::SourceNet(range) => (range, Key::SourceNet),
-            _ => return None,
-        };
+        let KeyValue::Range(range) = key.value() else { return None };
         // Ranges of one set are disjoint, so only the last one that begins early enough can
         // overlap.
-        let end = make(IpRange::from_to_end(range.last()));
-        let other = self.elements.last_range_up_to(&end)?;
-        let (Key::Excluded(found) | Key::SourceNet(found)) = other else { return None };
+        let end = KeyValue::Range(IpRange::from_to_end(range.last()));
+        let other = self.elements.last_range_up_to(&Key::new(key.set(), end)?)?;
+        let KeyValue::Range(found) = other.value() else { return None };
         (other.set() == key.set() && found.last() >= range.first()).then_some(other)
     }
 }

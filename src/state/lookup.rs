@@ -72,7 +72,7 @@ impl State {
 
     /// Whether an address is an egress IP that connections use as source on this node.
     pub(crate) fn is_local_egress_ip(&self, address: IpAddr) -> bool {
-        let spoken = |table: &Firewall| table.elements.contains_key(&Key::Eip(address));
+        let spoken = |table: &Firewall| table.elements.contains_key(&Key::eip(address));
         self.firewall.as_ref().is_some_and(spoken)
     }
 
@@ -88,14 +88,14 @@ impl Firewall {
         let family = Family::of(source);
         let Some(policy) = self.class_of(source).and_then(|class| {
             let excluded =
-                self.overlapping(&Key::Excluded(IpRange::from(IpNet::from(destination))));
+                self.overlapping(&Key::excluded(IpRange::from(IpNet::from(destination))));
             if excluded.is_some() { None } else { self.policy_of(class, destination) }
         }) else {
             return Action::None;
         };
-        let action = self.tag(&Key::Steer(family, policy));
+        let action = self.tag(&Key::steer(family, policy));
         match action
-            .and_then(|tag| self.elements.get(&Key::PolicyAction(tag)))
+            .and_then(|tag| self.elements.get(&Key::policy_action(tag)))
             .map(|value| value.data)
         {
             Some(Data::Verdict(Verdict::Goto(ChainId::To(mark)))) => Action::Gateway(mark),
@@ -108,8 +108,8 @@ impl Firewall {
     }
 
     fn class_of(&self, source: IpAddr) -> Option<Tag> {
-        self.tag(&Key::Source(source)).or_else(|| {
-            let here = Key::SourceNet(IpRange::from(IpNet::from(source)));
+        self.tag(&Key::source(source)).or_else(|| {
+            let here = Key::source_net(IpRange::from(IpNet::from(source)));
             self.tag(self.overlapping(&here)?)
         })
     }
@@ -122,15 +122,15 @@ impl Firewall {
             .find_map(|set| {
                 let Set::Destination(_, length) = set else { return None };
                 let net = IpNet::new(destination, *length).ok()?.trunc();
-                self.tag(&Key::Destination(net, class))
+                self.tag(&Key::destination(net, class))
             })
-            .or_else(|| self.tag(&Key::Any(family, class)))
+            .or_else(|| self.tag(&Key::any(family, class)))
     }
 
     fn translation(&self, family: Family, policy: Tag) -> Action {
-        match self.elements.get(&Key::Snat(family, policy)).map(|value| value.data) {
+        match self.elements.get(&Key::snat(family, policy)).map(|value| value.data) {
             Some(Data::Address(address)) => Action::Local(Some(address)),
-            _ if self.elements.contains_key(&Key::Masquerade(family, policy)) => {
+            _ if self.elements.contains_key(&Key::masquerade(family, policy)) => {
                 Action::Local(None)
             }
             _ => Action::Deny,

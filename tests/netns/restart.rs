@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use common::fleet::{Result, check, dual, expect, lab, open, policy};
 use egress_datapath::alloc::TableRange;
 use egress_datapath::datapath::observe;
-use egress_datapath::state::{Data, Key, State};
+use egress_datapath::state::{Data, Set, State};
 use egress_datapath::testing::lab::{EIP_B, EIP_C, Host, POD_A, POD_B, POD_C, SERVER, STRANGER};
 use egress_datapath::{
     Cluster, EgressPolicy, Error, KernelDatapath, MarkLayout, PlanError, Reconciler,
@@ -137,8 +137,8 @@ fn numbers(state: &State) -> String {
     let rules =
         state.rules.iter().map(|rule| format!("{}/{:#x} {:?}", rule.mark, rule.mask, rule.action));
     let elements = state.firewall.iter().flat_map(|firewall| &firewall.elements);
-    let ways = elements.filter_map(|(key, value)| match (key, value.data) {
-        (Key::PolicyAction(_), Data::Verdict(_)) => Some(format!("{key}{value}")),
+    let ways = elements.filter_map(|(key, value)| match (key.set(), value.data) {
+        (Set::PolicyAction, Data::Verdict(_)) => Some(format!("{key}{value}")),
         _ => None,
     });
     rules.chain(ways).collect::<Vec<_>>().join(", ")

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use egress_datapath::explain::{Fate, Packet, explain_received};
-use egress_datapath::state::{Key, Variant};
+use egress_datapath::state::{Key, Set, Variant};
 use egress_datapath::{
     Cluster, Destinations, EgressIp, EgressPolicy, Family, Finding, MacAddr, Mark, Node, Plan,
     PolicyError, PolicyId, State, Unavailable, check_policy, explain,
@@ -167,7 +167,7 @@ fn foreign_elements(
         return Vec::new();
     };
     let of_class = |key: &Key| {
-        matches!(key, Key::Source(_) | Key::SourceNet(_) | Key::Destination(..) | Key::Any(..))
+        matches!(key.set(), Set::Source(_) | Set::SourceNet(_) | Set::Destination(..) | Set::Any(_))
     };
     let lost = base.elements.iter().filter(|(key, value)| {
         (apart || !of_class(key)) && all.elements.get(key).as_ref() != Some(value)
@@ -176,7 +176,7 @@ fn foreign_elements(
     let more = all.elements.iter().filter(|(key, value)| {
         let known = base.elements.get(key).as_ref() == Some(value);
         let closed = value.comment.as_ref().is_some_and(|comment| named(comment.as_str()));
-        !(known || of_class(key) || closed || matches!(key, Key::Excluded(_)))
+        !(known || of_class(key) || closed || matches!(key.set(), Set::Excluded(_)))
     });
     lost.chain(more).map(|(key, _)| key).collect()
 }

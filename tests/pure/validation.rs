@@ -7,7 +7,7 @@ use egress_datapath::error::NameError;
 use egress_datapath::explain::{Fate, Packet};
 use egress_datapath::iptables::Iptables;
 use egress_datapath::mark::LayoutError;
-use egress_datapath::state::{Data, Key, Tag, Variant};
+use egress_datapath::state::{Data, Key, KeyValue, Set, Tag, Variant};
 use egress_datapath::{
     Backend, Cluster, Destinations, DeviceName, EgressIp, EgressPolicy, Finding, MacAddr, Mark,
     MarkAllocator, MarkLayout, Node, NodeName, Plan, PlanError, PolicyError, PolicyId,
@@ -134,8 +134,8 @@ fn left_out(at: usize, change: impl FnOnce(&mut Node), reason: &str) {
     assert!(!peers.chain(plan.state.fdb.values()).any(own), "{:?}", plan.state);
     let elements = &plan.state.firewall.as_ref().unwrap().elements;
     for address in node.underlay.iter().filter(|address| address.to_string().starts_with("10.")) {
-        assert!(elements.get(&Key::Peer(*address)).is_none());
-        assert!(elements.get(&Key::Excluded(IpNet::from(*address).into())).is_some());
+        assert!(elements.get(&Key::peer(*address)).is_none());
+        assert!(elements.get(&Key::excluded(IpNet::from(*address).into())).is_some());
     }
 }
 
@@ -424,16 +424,21 @@ fn invalid_policies_closed() {
 fn selected(policy: &EgressPolicy) -> Vec<String> {
     let plan = planned(&cluster("a"), [policy]).unwrap();
     let elements = plan.state.firewall.unwrap().elements;
-    let told = elements.iter().filter_map(|(key, value)| match (key, &value.data) {
-        (Key::Source(address), _) => Some(format!("from {address}")),
-        (Key::SourceNet(range), _) => Some(format!("from {}", range.first())),
-        (Key::Destination(net, _), _) => Some(format!("to {net}")),
-        (Key::Any(family, _), _) => Some(format!("to any {family}")),
-        (Key::Steer(..), Data::Tag(tag)) if *tag == Tag::DENY => Some("drop".to_owned()),
-        (Key::Steer(..), Data::Tag(tag)) if *tag == Tag::BYPASS => Some("bypass".to_owned()),
-        (Key::Steer(..), _) => Some("steer".to_owned()),
-        _ => None,
-    });
+    let told =
+        elements.iter().filter_map(|(key, value)| match (key.set(), key.value(), &value.data) {
+            (Set::Source(_), KeyValue::Address(address), _) => Some(format!("from {address}")),
+            (Set::SourceNet(_), KeyValue::Range(range), _) => {
+                Some(format!("from {}", range.first()))
+            }
+            (Set::Destination(_, length), KeyValue::AddressAndTag(address, _), _) => {
+                Some(format!("to {address}/{length}"))
+            }
+            (Set::Any(family), ..) => Some(format!("to any {family}")),
+            (Set::Steer(_), _, Data::Tag(tag)) if *tag == Tag::DENY => Some("drop".to_owned()),
+            (Set::Steer(_), _, Data::Tag(tag)) if *tag == Tag::BYPASS => Some("bypass".to_owned()),
+            (Set::Steer(_), ..) => Some("steer".to_owned()),
+            _ => None,
+        });
     let mut told: Vec<_> = told.collect();
     told.sort();
     told
@@ -587,9 +592,9 @@ fn gateways_beyond_the_marks_or_tables_closed() {
     let planned = plan(&cluster, [&to_b, &bypass], &mut marks, &mut tables).unwrap();
     assert!(planned.findings.iter().any(|finding| finding.code() == "policy_bypassed"));
     let elements = planned.state.firewall.unwrap().elements;
-    let bypasses = elements
-        .iter()
-        .any(|(key, value)| matches!(key, Key::Steer(..)) && value.data == Data::Tag(Tag::BYPASS));
+    let bypasses = elements.iter().any(|(key, value)| {
+        matches!(key.set(), Set::Steer(_)) && value.data == Data::Tag(Tag::BYPASS)
+    });
     assert!(bypasses);
 }
 

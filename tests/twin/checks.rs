@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use egress_datapath::explain::{Decision, Fate, Frame, Packet};
 use egress_datapath::sim::{ClusterTrace, Outcome, SimCluster};
-use egress_datapath::state::{ChainId, Interface, Key, Route, Rule, RuleAction, State, Stmt};
+use egress_datapath::state::{ChainId, Interface, Key, Route, Rule, RuleAction, Set, State, Stmt};
 use egress_datapath::testing::lab::{
     self, EIP_B, EIP_C, NODE_B, OTHER_SERVER, POD_A, POD_B, POD_C, Pair, SERVER, STRANGER, hosts,
 };
@@ -200,7 +200,7 @@ pub(crate) const CHECKS: [(&str, Check); 15] = [
             let _left = sims.send(packet);
         }
         let firewall = sim(&mut sims, "node-a").state_mut().firewall.as_mut().unwrap();
-        firewall.elements.retain(|key: &Key, _| !matches!(key, Key::Source(_)));
+        firewall.elements.retain(|key: &Key, _| !matches!(key.set(), Set::Source(_)));
         leaves(&mut sims, POD_A, SERVER, None)
     }),
     ("a gateway that does not know the policy stops it", |world| {

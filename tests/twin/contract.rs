@@ -141,7 +141,7 @@ fn other_base(state: &mut State) {
 }
 
 fn source() -> Key {
-    Key::Source(lab::POD_A[0])
+    Key::source(lab::POD_A[0])
 }
 
 fn no_source(state: &mut State) {
@@ -157,16 +157,16 @@ fn other_value(state: &mut State) {
 }
 
 fn element_of_none(state: &mut State) {
-    let key = Key::Destination("192.0.0.0/7".parse().unwrap(), Tag::LOCAL);
+    let key = Key::destination("192.0.0.0/7".parse().unwrap(), Tag::LOCAL);
     put(state, key, Data::Tag(Tag::LOCAL));
 }
 
 fn element_to_none(state: &mut State) {
-    put(state, Key::PolicyAction(Tag::gateway(999)), Data::Verdict(Verdict::Goto(NOWHERE)));
+    put(state, Key::policy_action(Tag::gateway(999)), Data::Verdict(Verdict::Goto(NOWHERE)));
 }
 
 fn range(text: &str) -> Key {
-    Key::Excluded(IpRange::from(text.parse::<ipnet::IpNet>().unwrap()))
+    Key::excluded(IpRange::from(text.parse::<ipnet::IpNet>().unwrap()))
 }
 
 fn overlap(state: &mut State) {
@@ -180,7 +180,7 @@ fn wider(state: &mut State) {
 
 fn other_excluded(state: &mut State) {
     for last in 0..4 {
-        put(state, Key::Source([10, 244, 9, last].into()), Data::Tag(Tag::LOCAL));
+        put(state, Key::source([10, 244, 9, last].into()), Data::Tag(Tag::LOCAL));
     }
 }
 

@@ -60,7 +60,7 @@ const EDITS: [Edit; 25] = [
         table(state).dormant = true;
     }),
     ("nft delete element inet egress_datapath source4 '{ 10.244.1.10 }'", |state| {
-        table(state).elements.remove(&Key::Source(lab::POD_A[0]));
+        table(state).elements.remove(&Key::source(lab::POD_A[0]));
     }),
     ("nft flush table inet egress_datapath", |state| {
         table(state).chains.values_mut().for_each(|(_, rules)| rules.clear());

@@ -171,9 +171,9 @@ const MUTANTS: [(&str, Mutate); 25] = [
     }),
     ("open where it should be closed", |state| {
         let firewall = state.firewall.as_mut().unwrap();
-        let bypass = firewall.elements.get(&Key::PolicyAction(Tag::BYPASS));
+        let bypass = firewall.elements.get(&Key::policy_action(Tag::BYPASS));
         let bypass = bypass.unwrap();
-        firewall.elements.insert(Key::PolicyAction(Tag::DENY), bypass);
+        firewall.elements.insert(Key::policy_action(Tag::DENY), bypass);
     }),
     ("strict filtering of the tunnel's sources", |state| {
         state.link.as_mut().unwrap().rp_filter = 1;

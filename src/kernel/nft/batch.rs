@@ -327,7 +327,7 @@ mod tests {
     fn peer(number: u32) -> Op {
         let comment = Comment::of_name(&"n".repeat(200));
         let value = Value { data: Data::None, comment: Some(comment) };
-        Op::AddElement(Key::Peer(number.to_be_bytes().into()), value)
+        Op::AddElement(Key::peer(number.to_be_bytes().into()), value)
     }
 
     #[test]

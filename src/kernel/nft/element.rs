@@ -2,15 +2,13 @@
 
 use std::net::IpAddr;
 
-use ipnet::IpNet;
-
 use super::expr;
 use super::expr::{Expr, Verdict, verdict};
 use crate::connection::Connection;
 use crate::count::Count;
 use crate::kernel::netlink::message::{Attribute, Malformed, Writer};
 use crate::range::{address, number};
-use crate::state::{ChainId, Comment, Data, Datum, Key, Set, Tag, Value};
+use crate::state::{ChainId, Comment, Data, Datum, Key, KeyValue, Set, Tag, Value};
 use crate::types::{Family, MacAddr, Mark};
 
 /// `NFT_SET_ELEM_INTERVAL_END`: flag of the first key after a range.
@@ -22,7 +20,7 @@ const EXPR: u16 = 7;
 /// Writes an element: one attribute, or two for a range.
 pub(super) fn write(writer: &mut Writer, key: &Key, value: Option<&Value>) {
     writer.nest(expr::ELEMENT, |writer| {
-        if let Key::Excluded(_) | Key::SourceNet(_) = key {
+        if key.set().is_interval() {
             writer.be32(3, 0);
         }
         writer.nest(1, |writer| write_key(writer, key));
@@ -103,22 +101,13 @@ fn write_value(writer: &mut Writer, value: &Value) {
 
 /// Writes the key; for a range, its first address.
 fn write_key(writer: &mut Writer, key: &Key) {
-    match key {
-        Key::Peer(address) | Key::Underlay(address) | Key::Eip(address) | Key::Source(address) => {
-            write_address(writer, *address);
-        }
-        Key::Excluded(range) | Key::SourceNet(range) => write_address(writer, range.first()),
-        Key::Gateway(mark) | Key::Connection(mark) | Key::NextHop(mark) => {
-            writer.attribute(1, &mark.get().to_ne_bytes());
-        }
-        Key::PolicyAction(tag)
-        | Key::Steer(_, tag)
-        | Key::Snat(_, tag)
-        | Key::Masquerade(_, tag)
-        | Key::Count(_, tag)
-        | Key::Any(_, tag) => writer.attribute(1, &tag.get().to_ne_bytes()),
-        Key::Destination(net, tag) => {
-            let mut bytes = octets(net.addr());
+    match key.value() {
+        KeyValue::Address(address) => write_address(writer, address),
+        KeyValue::Range(range) => write_address(writer, range.first()),
+        KeyValue::Mark(mark) => writer.attribute(1, &mark.get().to_ne_bytes()),
+        KeyValue::Tag(tag) => writer.attribute(1, &tag.get().to_ne_bytes()),
+        KeyValue::AddressAndTag(address, tag) => {
+            let mut bytes = octets(address);
             bytes.extend(tag.get().to_ne_bytes());
             writer.attribute(1, &bytes);
         }
@@ -127,7 +116,7 @@ fn write_key(writer: &mut Writer, key: &Key) {
 
 /// First address after a range; `None` after the highest address of the family.
 fn behind(key: &Key) -> Option<IpAddr> {
-    let (Key::Excluded(range) | Key::SourceNet(range)) = key else { return None };
+    let KeyValue::Range(range) = key.value() else { return None };
     address(range.family(), number(range.last()).checked_add(1)?)
 }
 
@@ -240,32 +229,17 @@ fn note(mut bytes: &[u8]) -> Option<Comment> {
 
 /// Decodes the key of a set without ranges; `None` if the datapath never writes such a key.
 pub(super) fn key(set: Set, bytes: &[u8]) -> Option<Key> {
-    Some(match set {
-        Set::Peer(family) => Key::Peer(ip(family, bytes)?),
-        Set::Underlay(family) => Key::Underlay(ip(family, bytes)?),
-        Set::Eip(family) => Key::Eip(ip(family, bytes)?),
-        Set::Source(family) => Key::Source(ip(family, bytes)?),
-        Set::Gateway => Key::Gateway(mark(bytes)?),
-        Set::Connection => Key::Connection(mark(bytes)?),
-        Set::NextHop => Key::NextHop(mark(bytes)?),
-        Set::PolicyAction => Key::PolicyAction(tag(bytes)?),
-        Set::Steer(family) => Key::Steer(family, tag(bytes)?),
-        Set::Snat(family) => Key::Snat(family, tag(bytes)?),
-        Set::Masquerade(family) => Key::Masquerade(family, tag(bytes)?),
-        Set::Count(family) => Key::Count(family, tag(bytes)?),
-        Set::Any(family) => Key::Any(family, tag(bytes)?),
-        Set::Destination(family, length) => {
+    let value = match *set.key() {
+        [Datum::Mark] => KeyValue::Mark(mark(bytes)?),
+        [Datum::ClassId] => KeyValue::Tag(tag(bytes)?),
+        [_] => KeyValue::Address(ip(set.family()?, bytes)?),
+        [_, Datum::ClassId] => {
             let (head, class) = bytes.split_at_checked(bytes.len().checked_sub(4)?)?;
-            let net = IpNet::new(ip(family, head)?, length).ok()?;
-            Key::Destination(net, tag(class)?)
+            KeyValue::AddressAndTag(ip(set.family()?, head)?, tag(class)?)
         }
-        Set::Excluded(_)
-        | Set::SourceNet(_)
-        | Set::BlockedReply(_)
-        | Set::PortlessBlockedReply(_) => {
-            return None;
-        }
-    })
+        _ => return None,
+    };
+    Key::new(set, value)
 }
 
 /// Decodes an address of the family.
@@ -308,7 +282,7 @@ mod tests {
         let value =
             Value { data: Data::Tag(tag(0x000a_000b)), comment: Some(Comment::of_name("hi")) };
         assert_eq!(
-            bytes(&Key::Destination(net, tag(0x3f2a_91c4)), &value),
+            bytes(&Key::destination(net, tag(0x3f2a_91c4)), &value),
             b"\x2c\0\x01\x80\
               \x10\0\x01\x80\x0c\0\x01\0\xc6\x33\x64\0\xc4\x91\x2a\x3f\
               \x0c\0\x02\x80\x08\0\x01\0\x0b\0\x0a\0\
@@ -318,7 +292,7 @@ mod tests {
         // nft add element inet t a '{ 1:1 : drop }'
         let drop = Value::plain(Data::Verdict(crate::state::Verdict::Drop));
         assert_eq!(
-            bytes(&Key::PolicyAction(tag(0x0001_0001)), &drop),
+            bytes(&Key::policy_action(tag(0x0001_0001)), &drop),
             b"\x20\0\x01\x80\x0c\0\x01\x80\x08\0\x01\0\x01\0\x01\0\
               \x10\0\x02\x80\x0c\0\x02\x80\x08\0\x01\0\0\0\0\0"
         );
@@ -326,7 +300,7 @@ mod tests {
         // nft add element inet t a '{ 1:3 : goto local_gateway }'
         let goto = Value::plain(Data::Verdict(crate::state::Verdict::Goto(ChainId::LocalGateway)));
         assert_eq!(
-            bytes(&Key::PolicyAction(tag(0x0001_0003)), &goto),
+            bytes(&Key::policy_action(tag(0x0001_0003)), &goto),
             b"\x34\0\x01\x80\x0c\0\x01\x80\x08\0\x01\0\x03\0\x01\0\
               \x24\0\x02\x80\x20\0\x02\x80\x08\0\x01\0\xff\xff\xff\xfc\
               \x12\0\x02\0local_gateway\0\0\0"
@@ -337,7 +311,7 @@ mod tests {
     fn a_counter_has_the_bytes_that_nft_sends_and_is_read_from_those_that_it_gets() {
         // nft add element inet t c '{ 1:2 counter comment "x" }'
         let value = Value { data: Data::None, comment: Some(Comment::of_name("x")) };
-        let key = Key::Count(Family::V4, tag(0x0001_0002));
+        let key = Key::count(Family::V4, tag(0x0001_0002));
         assert_eq!(
             bytes(&key, &value),
             b"\x2c\0\x01\x80\x0c\0\x01\x80\x08\0\x01\0\x02\0\x01\0\x08\0\x06\0\0\x02x\0\
@@ -391,7 +365,7 @@ mod tests {
     fn a_range_ends_behind_its_last_address_unless_there_is_none() {
         let count = |first: &str, last: &str| {
             let range = IpRange::new(first.parse().unwrap(), last.parse().unwrap()).unwrap();
-            let bytes = bytes(&Key::Excluded(range), &Value::plain(Data::None));
+            let bytes = bytes(&Key::excluded(range), &Value::plain(Data::None));
             let set = Set::Excluded(range.family());
             Attributes::new(&bytes)
                 .map(|found| read(&found.unwrap(), set).unwrap().unwrap())

@@ -2,16 +2,13 @@
 
 use super::element::{Found, ip};
 use crate::range::{IpRange, address, number};
-use crate::state::{Key, Set, Value};
+use crate::state::{Key, KeyValue, Set, Value};
 use crate::types::Family;
 
 /// Returns the ranges of an interval set; `None` if the datapath never writes such elements.
 pub(super) fn ranges(set: Set, found: Vec<Found>) -> Option<Vec<(Key, Value)>> {
-    let (family, key): (_, fn(IpRange) -> Key) = match set {
-        Set::Excluded(family) => (family, Key::Excluded),
-        Set::SourceNet(family) => (family, Key::SourceNet),
-        _ => return None,
-    };
+    let family = set.family()?;
+    let key = |range| Key::new(set, KeyValue::Range(range));
     let mut ends = Vec::with_capacity(found.len());
     for end in found {
         let at = number(ip(family, &end.key)?);
@@ -29,7 +26,7 @@ pub(super) fn ranges(set: Set, found: Vec<Found>) -> Option<Vec<(Key, Value)>> {
             (false, Some((first, value))) => {
                 let range =
                     IpRange::new(address(family, first)?, address(family, at.checked_sub(1)?)?)?;
-                ranges.push((key(range), value));
+                ranges.push((key(range)?, value));
             }
             // `nft` starts a set without the lowest address with an end element at that address.
             (false, None) if at == 0 => {}
@@ -42,7 +39,7 @@ pub(super) fn ranges(set: Set, found: Vec<Found>) -> Option<Vec<(Key, Value)>> {
             Family::V6 => u128::MAX,
         };
         let range = IpRange::new(address(family, first)?, address(family, last)?)?;
-        ranges.push((key(range), value));
+        ranges.push((key(range)?, value));
     }
     Some(ranges)
 }

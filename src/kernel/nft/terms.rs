@@ -119,11 +119,11 @@ mod tests {
     fn what_comes_is_counted_for_every_set() {
         let value = Value::plain(Data::Tag(Tag::LOCAL));
         let source =
-            |number: u8| Op::AddElement(Key::Source([10, 0, 0, number].into()), value.clone());
+            |number: u8| Op::AddElement(Key::source([10, 0, 0, number].into()), value.clone());
         let other = Value::plain(Data::None);
         let mut ops = vec![Op::AddSet(SOURCES), Op::AddSet(OTHERS)];
         ops.extend((0..3).map(source));
-        ops.push(Op::AddElement(Key::Peer([192, 0, 2, 1].into()), other));
+        ops.push(Op::AddElement(Key::peer([192, 0, 2, 1].into()), other));
         ops.extend((3..5).map(source));
         let sizes = Sizes::of(&ops);
         assert_eq!(sizes.coming, [(SOURCES, 5), (OTHERS, 1)].into());

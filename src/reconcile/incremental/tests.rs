@@ -313,7 +313,7 @@ fn run(cluster: &Cluster, acts: Vec<Act>, tables: u32) {
             }
             Act::ElementLost => {
                 let firewall = egress.datapath.sim.state_mut().firewall.as_mut().unwrap();
-                let key = firewall.elements.keys().find(|key| !matches!(key, Key::PolicyAction(_)));
+                let key = firewall.elements.keys().find(|key| key.set() != Set::PolicyAction);
                 firewall.elements.remove(&key.unwrap());
                 egress.datapath.drift = Some(Drift::Unknown);
                 if policies.len() % 2 == 0 {

@@ -1,16 +1,18 @@
 //! Interpreter of our nf_tables chains: executes each statement as the kernel does.
 
+use std::net::IpAddr;
+
 use ipnet::IpNet;
 
 use super::Walk;
-use super::elements::{by_destination, element, found, holds, id, shown};
+use super::elements::{element, found, holds, id, shown};
 use super::ruleset::{End, Nat, Next, Ruleset};
 use super::skb::{Loaded, Skb, Tracking, load, values};
 use crate::count::Count;
 use crate::sim::trace::Decision;
 use crate::state::{
-    ChainId, Data, Firewall, Interface, Key, MarkOf, NftRule, Set, Stmt, Tag, Target, Value,
-    Verdict,
+    ChainId, Data, Firewall, Interface, Key, KeyValue, MarkOf, NftRule, Set, Stmt, Tag, Target,
+    Value, Verdict,
 };
 use crate::types::{Family, Mark};
 
@@ -32,11 +34,9 @@ impl Walk<'_> {
             },
             Stmt::Interface(Interface::Input, name) => skb.input.as_ref() == Some(name),
             Stmt::Interface(Interface::Output, name) => skb.output.as_ref() == Some(name),
-            Stmt::Lookup {
-                set: set @ (Set::BlockedReply(_) | Set::PortlessBlockedReply(_)),
-                negated,
-                ..
-            } => self.conntrack.held.holds(*set, &skb.packet) != *negated,
+            Stmt::Lookup { set, negated, .. } if set.is_fleeting() => {
+                self.conntrack.held.holds(*set, &skb.packet) != *negated
+            }
             Stmt::Lookup { key, set, negated } => match values(key, skb) {
                 Some(values) => self.is_in(firewall, *set, &values, skb) != *negated,
                 None => false,
@@ -109,10 +109,9 @@ impl Walk<'_> {
     /// Whether a set has an element for these values; a counter of the element counts the packet.
     fn is_in(&mut self, firewall: &Firewall, set: Set, values: &[Loaded], skb: &Skb) -> bool {
         let key = element(firewall, set, values).filter(|key| holds(firewall, key));
-        if let Some(Key::Count(family, policy)) = key {
+        if let Some(counted) = key.and_then(|key| key.counted()) {
             let bytes = skb.packet.headers();
-            *self.counts.policies.entry((family, policy)).or_default() +=
-                Count { packets: 1, bytes };
+            *self.counts.policies.entry(counted).or_default() += Count { packets: 1, bytes };
         }
         key.is_some()
     }
@@ -136,15 +135,15 @@ impl Walk<'_> {
             (Target::Verdict, Data::Verdict(Verdict::Drop)) => {
                 // For a policy, the rule says more than the element that all dropping policies
                 // share.
-                let object = match key {
-                    Key::Connection(_) => shown(firewall, &key),
+                let object = match key.set() {
+                    Set::Connection => shown(firewall, &key),
                     _ => here(),
                 };
                 self.say(object, Decision::Dropped);
                 Some(Next::End(End::Dropped))
             }
             (Target::Verdict, Data::Verdict(Verdict::Goto(chain))) => {
-                if let Key::Connection(_) = key {
+                if key.set() == Set::Connection {
                     self.say(shown(firewall, &key), Decision::Gateway(comment));
                 }
                 Some(Next::Goto(chain))
@@ -165,29 +164,37 @@ impl Walk<'_> {
     /// Reports the meaning of a tag from an element; `class` is the packet's previous tag.
     fn say_tag(&mut self, firewall: &Firewall, key: &Key, tag: Tag, class: Option<Tag>) {
         let policy = |family| Decision::Policy(tag, id(firewall, family, tag));
-        let decision = match key {
-            Key::Source(_) | Key::SourceNet(_) => Some(Decision::Class(tag)),
-            Key::Destination(net, _) => Some(policy(Family::of(net.addr()))),
-            Key::Any(family, _) => Some(policy(*family)),
+        let decision = match key.set() {
+            Set::Source(_) | Set::SourceNet(_) => Some(Decision::Class(tag)),
+            Set::Destination(family, _) | Set::Any(family) => Some(policy(family)),
             _ => policy_action(firewall, tag),
         };
         if let Some(decision) = decision {
             self.say(shown(firewall, key), decision);
         }
-        if let (Key::Destination(net, _), Some(class)) = (key, class) {
-            self.overlapped(firewall, class, tag, *net);
+        let parts = (key.set(), key.value(), class);
+        if let (Set::Destination(_, length), KeyValue::AddressAndTag(address, _), Some(class)) =
+            parts
+        {
+            self.overlapped(firewall, class, tag, (address, length));
         }
     }
 
     /// Reports the policies of the class that take the destination by a shorter prefix.
-    fn overlapped(&mut self, firewall: &Firewall, class: Tag, policy: Tag, net: IpNet) {
-        let family = Family::of(net.addr());
-        let shorter = (1..net.prefix_len())
+    fn overlapped(
+        &mut self,
+        firewall: &Firewall,
+        class: Tag,
+        policy: Tag,
+        (address, length): (IpAddr, u8),
+    ) {
+        let family = Family::of(address);
+        let shorter = (1..length)
             .rev()
             .filter(|length| firewall.sets.contains(&Set::Destination(family, *length)));
-        let mut keys: Vec<_> =
-            shorter.filter_map(|length| by_destination(net.addr(), length, class)).collect();
-        keys.push(Key::Any(family, class));
+        let nets = shorter.filter_map(|length| IpNet::new(address, length).ok());
+        let mut keys: Vec<_> = nets.map(|net| Key::destination(net.trunc(), class)).collect();
+        keys.push(Key::any(family, class));
         let mut known = vec![policy];
         for key in keys {
             let Some(other) = tag(firewall, &key).filter(|other| !known.contains(other)) else {
@@ -224,7 +231,7 @@ impl Ruleset for Firewall {
 
 /// The decision for an action; a drop is reported by the rule that drops the packet.
 fn policy_action(firewall: &Firewall, policy_action: Tag) -> Option<Decision> {
-    let Value { data, comment } = found(firewall, &Key::PolicyAction(policy_action))?;
+    let Value { data, comment } = found(firewall, &Key::policy_action(policy_action))?;
     match data {
         Data::Verdict(Verdict::Goto(ChainId::LocalGateway)) => Some(Decision::Local),
         Data::Verdict(Verdict::Goto(ChainId::Bypass)) => Some(Decision::Bypass),

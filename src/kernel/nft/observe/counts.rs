@@ -77,9 +77,7 @@ fn add_counts(
 ) -> Result<(), Malformed> {
     each_element(attributes, |found| {
         let counter: Option<(Key, Count)> = element::read_count(found, set)?;
-        if let Some((Key::Count(family, policy), count)) = counter {
-            counts.insert((family, policy), count);
-        }
+        counts.extend(counter.and_then(|(key, count)| Some((key.counted()?, count))));
         Ok(())
     })
 }

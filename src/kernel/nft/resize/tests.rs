@@ -9,7 +9,7 @@ const OTHERS: Set = Set::Peer(Family::V4);
 
 fn sources(from: u32, to: u32) -> impl Iterator<Item = Op> {
     let value = Tag::new(0x0001_0001).map(|tag| Value::plain(Data::Tag(tag))).unwrap();
-    let key = |number: u32| Key::Source((0x0a00_0000 + number).to_be_bytes().into());
+    let key = |number: u32| Key::source((0x0a00_0000 + number).to_be_bytes().into());
     (from..to).map(move |number| Op::AddElement(key(number), value.clone()))
 }
 
@@ -32,7 +32,7 @@ fn table(count: u32) -> Vec<Op> {
     ops.push(Op::SetRules(ChainId::Classify, vec![looks]));
     ops.push(Op::SetRules(ChainId::Bypass, vec![NftRule(vec![Stmt::ClearPriority])]));
     let peer = std::net::Ipv4Addr::LOCALHOST.into();
-    ops.push(Op::AddElement(Key::Peer(peer), Value::plain(Data::None)));
+    ops.push(Op::AddElement(Key::peer(peer), Value::plain(Data::None)));
     ops.extend(sources(0, count));
     ops
 }

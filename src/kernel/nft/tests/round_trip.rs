@@ -282,7 +282,7 @@ fn a_hundred_thousand_elements_are_one_transaction() {
         let any = Set::Source(Family::V4);
         let mut ops = vec![Op::AddTable(TableFamily::Inet), Op::AddSet(any)];
         let value = Value::plain(Data::Tag(sample::tag(1)));
-        let keys = (0..100_000).map(|n: u32| Key::Source((0x0a00_0000 + n).to_be_bytes().into()));
+        let keys = (0..100_000).map(|n: u32| Key::source((0x0a00_0000 + n).to_be_bytes().into()));
         ops.extend(keys.map(|key| Op::AddElement(key, value.clone())));
         commit(socket, &ops).unwrap();
         let found = observe(socket).unwrap().unwrap();
@@ -298,7 +298,7 @@ fn elements_are_all_read_while_the_kernel_makes_their_table_larger() {
         let value = Value::plain(Data::Tag(sample::tag(1)));
         for count in [50, 700, 6_000, 17_000, 3_000, 24_000] {
             let mut ops = vec![Op::AddTable(TableFamily::Inet), Op::AddSet(source)];
-            let keys = (0..count).map(|n: u32| Key::Source((n * 7 + 1).to_be_bytes().into()));
+            let keys = (0..count).map(|n: u32| Key::source((n * 7 + 1).to_be_bytes().into()));
             ops.extend(keys.map(|key| Op::AddElement(key, value.clone())));
             commit(socket, &ops).unwrap();
             let found = observe(socket).unwrap().unwrap();

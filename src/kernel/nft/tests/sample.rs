@@ -244,12 +244,12 @@ pub(super) fn elements() -> Vec<(Key, Value)> {
     let note = |data, text: &str| Value { data, comment: Some(Comment::of_name(text)) };
     let plain = || Value::plain(Data::None);
     let class = |number| Value::plain(Data::Tag(tag(number)));
-    let way = |tag, verdict| (Key::PolicyAction(tag), Value::plain(Data::Verdict(verdict)));
-    let net = |text: &str, number| Key::Destination(text.parse().unwrap(), tag(number));
+    let way = |tag, verdict| (Key::policy_action(tag), Value::plain(Data::Verdict(verdict)));
+    let net = |text: &str, number| Key::destination(text.parse().unwrap(), tag(number));
     let mut list = vec![
-        (Key::Gateway(GATEWAY), note(Data::None, "node-1")),
+        (Key::gateway(GATEWAY), note(Data::None, "node-1")),
         (
-            Key::Connection(GATEWAY),
+            Key::connection(GATEWAY),
             note(Data::Verdict(Verdict::Goto(ChainId::To(GATEWAY))), "node-1"),
         ),
         way(Tag::DENY, Verdict::Drop),
@@ -262,27 +262,27 @@ pub(super) fn elements() -> Vec<(Key, Value)> {
         (net("2001:db8::7/128", 1), class(2)),
         (net("2001:db8::/64", 1), class(3)),
         (net("8000::/1", 2), class(4)),
-        (Key::Excluded(range("10.244.0.0", "10.244.255.255")), plain()),
-        (Key::Excluded(range("10.245.0.0", "10.245.0.6")), note(Data::None, "x")),
-        (Key::Excluded(range("240.0.0.0", "255.255.255.255")), plain()),
-        (Key::Excluded(range("::", "::ffff")), plain()),
-        (Key::Excluded(range("ff00::", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff")), plain()),
-        (Key::SourceNet(range("10.9.0.0", "10.9.0.77")), class(5)),
-        (Key::SourceNet(range("fd00::1", "fd00::1")), note(Data::Tag(tag(6)), &"n".repeat(200))),
+        (Key::excluded(range("10.244.0.0", "10.244.255.255")), plain()),
+        (Key::excluded(range("10.245.0.0", "10.245.0.6")), note(Data::None, "x")),
+        (Key::excluded(range("240.0.0.0", "255.255.255.255")), plain()),
+        (Key::excluded(range("::", "::ffff")), plain()),
+        (Key::excluded(range("ff00::", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff")), plain()),
+        (Key::source_net(range("10.9.0.0", "10.9.0.77")), class(5)),
+        (Key::source_net(range("fd00::1", "fd00::1")), note(Data::Tag(tag(6)), &"n".repeat(200))),
     ];
     for (family, one, eip) in
         [(V4, "192.0.2.1", "198.51.100.200"), (V6, "2001:db8::1", "2001:db8::200")]
     {
         list.extend([
-            (Key::Peer(address(one)), note(Data::None, "node-2")),
-            (Key::Underlay(address(one)), plain()),
-            (Key::Eip(address(eip)), plain()),
-            (Key::Source(address(one)), class(7)),
-            (Key::Any(family, tag(1)), class(8)),
-            (Key::Steer(family, tag(8)), note(Data::Tag(Tag::LOCAL), "default/p2")),
-            (Key::Snat(family, tag(8)), note(Data::Address(address(eip)), "default/p2")),
-            (Key::Masquerade(family, tag(9)), plain()),
-            (Key::Count(family, tag(8)), note(Data::None, "default/p2")),
+            (Key::peer(address(one)), note(Data::None, "node-2")),
+            (Key::underlay(address(one)), plain()),
+            (Key::eip(address(eip)), plain()),
+            (Key::source(address(one)), class(7)),
+            (Key::any(family, tag(1)), class(8)),
+            (Key::steer(family, tag(8)), note(Data::Tag(Tag::LOCAL), "default/p2")),
+            (Key::snat(family, tag(8)), note(Data::Address(address(eip)), "default/p2")),
+            (Key::masquerade(family, tag(9)), plain()),
+            (Key::count(family, tag(8)), note(Data::None, "default/p2")),
         ]);
     }
     list
@@ -313,7 +313,7 @@ pub(super) fn hook() -> Firewall {
     let base = base(ChainType::Filter, Hook::Egress(device()), 0);
     let elements = [1, 2].map(|n| {
         let mac = MacAddr::new([2, 0, 0, 0, 0, n]);
-        let key = Key::NextHop(Mark::new(0x2600_0000 | u32::from(n) << 8));
+        let key = Key::next_hop(Mark::new(0x2600_0000 | u32::from(n) << 8));
         let comment = Some(Comment::of_name(&format!("node-{n}")));
         (key, Value { data: Data::Ethernet(mac), comment })
     });

@@ -18,7 +18,7 @@ use crate::types::{DeviceName, Family};
 const V4: Family = Family::V4;
 
 fn any(number: u16, to: u16) -> (Key, Value) {
-    (Key::Any(V4, tag(number)), Value::plain(Data::Tag(tag(to))))
+    (Key::any(V4, tag(number)), Value::plain(Data::Tag(tag(to))))
 }
 
 fn add(number: u16) -> Op {
@@ -170,7 +170,7 @@ fn each_operation_of_a_large_transaction_can_be_the_one_that_is_named() {
         for at in [0, 1, 5, 30, good] {
             ops.insert(
                 at,
-                Op::AddElement(Key::Peer([9, 9, 9, 9].into()), Value::plain(Data::None)),
+                Op::AddElement(Key::peer([9, 9, 9, 9].into()), Value::plain(Data::None)),
             );
             ops.insert(at, Op::DeleteSet(Set::Destination(V4, 7)));
             let refused = commit(socket, &ops).unwrap_err();

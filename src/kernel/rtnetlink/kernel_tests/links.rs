@@ -227,7 +227,7 @@ fn ipv6_enabled_with_first_ipv6_address() {
             assert!(observe(&mut socket).addresses.is_empty());
         }
         // A thread in another namespace may not enable it, whatever has that name there.
-        std::thread::scope(|scope| {
+        thread::scope(|scope| {
             let elsewhere = scope.spawn(|| {
                 in_namespace(|| {
                     make(&mut RouteSocket::open().unwrap(), &Op::AddLink(vxlan()));

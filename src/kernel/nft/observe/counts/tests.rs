@@ -17,7 +17,7 @@ fn tag(number: u32) -> Tag {
 
 fn element(number: u32) -> (Key, Value) {
     let comment = Some(Comment::of_name(&format!("policy-{number}")));
-    (Key::Count(Family::V4, tag(number)), Value { data: Data::None, comment })
+    (Key::count(Family::V4, tag(number)), Value { data: Data::None, comment })
 }
 
 #[test]

@@ -26,13 +26,13 @@ fn key(set: Set, number: u32) -> Key {
     let wide = |number: u32| (0x2001_0db8_u128 << 96 | u128::from(number) << 64).to_be_bytes();
     let net = |address, length| ipnet::IpNet::new(address, length).unwrap();
     match set {
-        Set::Source(Family::V4) => Key::Source(address(number).into()),
-        Set::Source(_) => Key::Source(wide(number).into()),
+        Set::Source(Family::V4) => Key::source(address(number).into()),
+        Set::Source(_) => Key::source(wide(number).into()),
         Set::Destination(Family::V4, length) => {
-            Key::Destination(net(address(number << 8).into(), length), tag(number % 3))
+            Key::destination(net(address(number << 8).into(), length), tag(number % 3))
         }
         Set::Destination(_, length) => {
-            Key::Destination(net(wide(number).into(), length), tag(number % 3))
+            Key::destination(net(wide(number).into(), length), tag(number % 3))
         }
         other => panic!("{other}"),
     }
