@@ -251,9 +251,9 @@ mod tests {
             nets in prop::collection::vec((0..=8_u32, 24..=32_u8, any::<bool>()), 0..12),
             address in 0..8_u32,
         ) {
-            let ip = |n: u32, wide: bool| match wide {
-                false => IpAddr::from(n.to_be_bytes()),
-                true => IpAddr::from(u128::from(n).to_be_bytes()),
+            let ip = |n: u32, wide: bool| {
+                let v6 = wide.then(|| IpAddr::from(u128::from(n).to_be_bytes()));
+                v6.unwrap_or_else(|| IpAddr::from(n.to_be_bytes()))
             };
             let net = |(n, length, wide): (u32, u8, bool)| {
                 let length = if wide { length + 96 } else { length };
