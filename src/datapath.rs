@@ -11,6 +11,7 @@ pub use crate::connection::Connection;
 pub use crate::count::Counts;
 pub use crate::diff::changes::{Phase, Step};
 pub use crate::diff::op::Op;
+pub use crate::state::MarkBits;
 
 /// The state that the caller of [`Datapath::observe`] knows or expects.
 #[derive(Clone, Copy, Debug)]
@@ -86,6 +87,34 @@ pub fn observe(datapath: &mut (impl Datapath + ?Sized)) -> Result<State, KernelE
     datapath.observe(Known::Nothing)?.into_state()
 }
 
+/// The connections that the caller of [`Datapath::connections`] needs.
+///
+/// More connections do no harm.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Among<'a> {
+    /// All connections.
+    All,
+    /// Connections from these original sources.
+    Sources(&'a BTreeSet<IpAddr>),
+    /// Connections from these original sources, and those with one of these connection marks.
+    SourcesOrMarks(&'a BTreeSet<IpAddr>, &'a BTreeSet<MarkBits>),
+}
+
+impl Among<'_> {
+    /// Returns whether the caller needs a connection.
+    pub fn has(self, connection: &Connection) -> bool {
+        match self {
+            Self::All => true,
+            Self::Sources(sources) => sources.contains(&connection.source),
+            Self::SourcesOrMarks(sources, marks) => {
+                sources.contains(&connection.source)
+                    || marks.iter().any(|bits| bits.are_in(connection.mark))
+            }
+        }
+    }
+}
+
 /// A callback for each connection that [`Datapath::connections`] finds.
 pub type OnConnection<'a> = dyn FnMut(Connection) + 'a;
 
@@ -96,11 +125,8 @@ pub type OnConnection<'a> = dyn FnMut(Connection) + 'a;
 /// metrics, for example:
 ///
 /// ```
-/// use std::collections::BTreeSet;
-/// use std::net::IpAddr;
-///
 /// use egress_datapath::{ApplyError, Changes, Datapath, KernelError};
-/// use egress_datapath::datapath::{Connection, Counts, Known, Observed, OnConnection};
+/// use egress_datapath::datapath::{Among, Counts, Known, Observed, OnConnection};
 ///
 /// /// Counts the operations that are applied.
 /// struct Metered<D> {
@@ -120,10 +146,10 @@ pub type OnConnection<'a> = dyn FnMut(Connection) + 'a;
 ///
 ///     fn connections(
 ///         &mut self,
-///         sources: Option<&BTreeSet<IpAddr>>,
+///         among: Among<'_>,
 ///         each: &mut OnConnection<'_>,
 ///     ) -> Result<(), KernelError> {
-///         self.inner.connections(sources, each)
+///         self.inner.connections(among, each)
 ///     }
 ///
 ///     fn counters(&mut self) -> Result<Counts, KernelError> {
@@ -159,17 +185,16 @@ pub trait Datapath: Send {
 
     /// Calls `each` with every tracked connection that this node forwards.
     ///
-    /// `sources` limits the call to connections from these original sources; more connections do
-    /// no harm, and `each` may be called twice for the same one. The caller decides which
-    /// connections are stale, and ends them with [`Op::EndConnection`]. A
-    /// datapath that tracks no connections returns at once.
+    /// `among` limits the call; more connections do no harm, and `each` may be called twice for the
+    /// same one. The caller decides which connections are stale, and ends them with
+    /// [`Op::EndConnection`]. A datapath that tracks no connections returns at once.
     ///
     /// # Errors
     ///
     /// As for [`observe`](Self::observe).
     fn connections<'a>(
         &mut self,
-        sources: Option<&'a BTreeSet<IpAddr>>,
+        among: Among<'a>,
         each: &'a mut OnConnection<'a>,
     ) -> Result<(), KernelError>;
 
@@ -198,10 +223,10 @@ macro_rules! delegate {
 
             fn connections(
                 &mut self,
-                sources: Option<&BTreeSet<IpAddr>>,
+                among: Among<'_>,
                 each: &mut OnConnection<'_>,
             ) -> Result<(), KernelError> {
-                (**self).connections(sources, each)
+                (**self).connections(among, each)
             }
 
             fn counters(&mut self) -> Result<Counts, KernelError> {

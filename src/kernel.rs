@@ -15,7 +15,7 @@ use std::net::IpAddr;
 use crate::alloc::{MarkPool, TablePool, TableRange};
 use crate::connection::Connection;
 use crate::count::Counts;
-use crate::datapath::{Datapath, Drift, Known, Observed, OnConnection};
+use crate::datapath::{Among, Datapath, Drift, Known, Observed, OnConnection};
 use crate::diff::changes::{ApplyError, Changes, Made, Step};
 use crate::diff::op::Op;
 use crate::error::KernelError;
@@ -282,11 +282,11 @@ impl Datapath for KernelDatapath {
 
     fn connections(
         &mut self,
-        sources: Option<&BTreeSet<IpAddr>>,
+        among: Among<'_>,
         each: &mut OnConnection<'_>,
     ) -> Result<(), KernelError> {
         let local = self.routing.local_addresses()?;
-        conntrack::connections(&mut self.netfilter, sources, &mut |connection| {
+        conntrack::connections(&mut self.netfilter, among, &mut |connection| {
             if is_forwarded(&connection, &local) {
                 each(connection);
             }

@@ -8,6 +8,7 @@ mod lent;
 mod preview;
 #[cfg(feature = "serde")]
 mod serialize;
+mod suspects;
 mod traced;
 
 use std::collections::BTreeSet;
@@ -16,7 +17,7 @@ use std::net::IpAddr;
 use crate::alloc::{MarkAllocator, MarkPool, TableAllocator, TablePool};
 use crate::cluster::{Cluster, Steering};
 use crate::connection::Connection;
-use crate::datapath::{Datapath, Known, Observed};
+use crate::datapath::{Among, Datapath, Known, Observed};
 use crate::diff::changes::{ApplyError, Changes};
 use crate::diff::op::Op;
 use crate::error::KernelError;
@@ -29,6 +30,7 @@ use durations::Clock;
 pub use durations::Durations;
 use incremental::{PendingConnections, current, without_elements};
 use lent::{Lent, give_back};
+use suspects::Suspects;
 use traced::{report_findings, report_repair, span};
 
 /// Reconciles the egress state of one network namespace with the wanted policies.
@@ -375,6 +377,8 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
 
     /// Lists the connections, of some sources or all, that are not translated as wanted.
     ///
+    /// Of connections of others there may be a hundred thousand, which the kernel can leave out.
+    ///
     /// `before` is the state that was installed when they were opened.
     fn stale_connections(
         &mut self,
@@ -391,7 +395,13 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
                 stale.insert(connection);
             }
         };
-        self.list_connections(sources, &mut each)?;
+        let suspects = if sources.is_none() { Suspects::new(wanted, before) } else { None };
+        let among = match (sources, &suspects) {
+            (Some(sources), _) => Among::Sources(sources),
+            (None, Some(Suspects { sources, marks })) => Among::SourcesOrMarks(sources, marks),
+            (None, None) => Among::All,
+        };
+        self.list_connections(among, &mut each)?;
         Ok(stale)
     }
 

@@ -15,13 +15,12 @@ mod tests;
 pub(crate) mod trace;
 mod watch;
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::connection::Connection;
 use crate::count::Counts;
-use crate::datapath::{Datapath, Drift, Known, Observed, OnConnection};
+use crate::datapath::{Among, Datapath, Drift, Known, Observed, OnConnection};
 use crate::diff::changes::{ApplyError, Changes, Made, Step};
 use crate::diff::op::Op;
 use crate::error::KernelError;
@@ -156,12 +155,10 @@ impl Sim {
         Counts { policies, drops }
     }
 
-    /// The connections that this node forwards, of some original sources or of all for `None`.
-    fn forwarded(&self, sources: Option<&BTreeSet<IpAddr>>) -> Vec<Connection> {
-        let wanted = |found: &Connection| {
-            !self.around.local.contains(&found.peer)
-                && sources.is_none_or(|sources| sources.contains(&found.source))
-        };
+    /// The connections among some that this node forwards.
+    fn forwarded(&self, among: Among<'_>) -> Vec<Connection> {
+        let wanted =
+            |found: &Connection| !self.around.local.contains(&found.peer) && among.has(found);
         self.conntrack.connections().filter(wanted).collect()
     }
 
@@ -463,10 +460,10 @@ impl Datapath for Sim {
 
     fn connections(
         &mut self,
-        sources: Option<&BTreeSet<IpAddr>>,
+        among: Among<'_>,
         each: &mut OnConnection<'_>,
     ) -> Result<(), KernelError> {
-        self.forwarded(sources).into_iter().for_each(each);
+        self.forwarded(among).into_iter().for_each(each);
         Ok(())
     }
 

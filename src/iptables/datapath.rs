@@ -4,16 +4,15 @@
 //! knows the binary form that the host's kernel and its other iptables users agree on, and it takes
 //! their lock.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
-use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt;
 
 use super::ipset::Ipsets;
 #[cfg(feature = "ipset-sys")]
 use super::libipset::Libipset;
 use crate::count::Counts;
-use crate::datapath::{Datapath, Known, Observed, OnConnection};
+use crate::datapath::{Among, Datapath, Known, Observed, OnConnection};
 use crate::diff::changes::{ApplyError, Changes, Made, Step};
 use crate::diff::op::Op;
 use crate::error::KernelError;
@@ -262,10 +261,10 @@ impl Datapath for IptablesDatapath {
 
     fn connections(
         &mut self,
-        sources: Option<&BTreeSet<IpAddr>>,
+        among: Among<'_>,
         each: &mut OnConnection<'_>,
     ) -> Result<(), KernelError> {
-        self.kernel.connections(sources, each)
+        self.kernel.connections(among, each)
     }
 
     fn counters(&mut self) -> Result<Counts, KernelError> {

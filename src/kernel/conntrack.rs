@@ -9,14 +9,14 @@ mod listing;
 mod mutated;
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use super::netlink::exchange::{AT_ONCE, in_one_piece, request_all};
 use super::netlink::message::{Attribute, Attributes, Malformed, Writer, flag};
 use super::netlink::nfnetlink::{Request, ask};
 use super::netlink::socket::Socket;
 use crate::connection::Connection;
-use crate::datapath::OnConnection;
+use crate::datapath::{Among, MarkBits, OnConnection};
 use crate::diff::op::Op;
 use crate::error::{KernelError, errno};
 use crate::types::Family;
@@ -46,40 +46,101 @@ const TUPLE_ZONE: u16 = 3;
 const TEXT: &str = "conntrack -L";
 const NO_CONNTRACK: &str = "load nf_conntrack_netlink or use a kernel with CONFIG_NF_CT_NETLINK";
 
-/// Number of sources up to which connections are listed by source, not all at once.
-const FEW: usize = 2;
+/// Number of connections whose dump takes as long as a filtered dump of none: the kernel walks all
+/// hash buckets of the whole machine for either.
+const WALK: u32 = 3_500;
 
-/// Calls `each` with the connections from some sources, or all that the kernel tracks here.
+/// Number of connections that a filtered dump leaves out in the time in which one is sent.
+const SKIPPED: u32 = 16;
+
+/// Calls `each` with the connections among some that the kernel tracks here.
 ///
 /// The dump is no snapshot: connections start and end during it, and a dump that is repeated lists
 /// some of them twice. The kernel walks through all hash buckets of the whole machine for it, so it
 /// is skipped if the kernel counts no connection.
 pub(super) fn connections(
     socket: &mut Socket,
-    sources: Option<&BTreeSet<IpAddr>>,
+    among: Among<'_>,
     each: &mut OnConnection<'_>,
 ) -> Result<(), KernelError> {
-    if count(socket) == Some(0) {
+    let tracked = count(socket);
+    if tracked == Some(0) {
         return Ok(());
     }
-    match sources {
-        Some(few) if few.len() <= FEW => few.iter().try_for_each(|source| {
-            let of_source = |found: &Connection| found.source == *source;
-            dump(socket, Some(*source), of_source, each)
-        }),
-        Some(many) => dump(socket, None, |found| many.contains(&found.source), each),
-        None => dump(socket, None, |_| true, each),
+    let tracked = tracked.unwrap_or(0);
+    let few = tracked.saturating_add(WALK) / (tracked / SKIPPED + WALK);
+    let mut picks = picks(among);
+    if picks.len() > usize::try_from(few).unwrap_or(usize::MAX) {
+        picks = [Pick::All].into();
+    }
+    picks.into_iter().try_for_each(|pick| dump(socket, pick, among, each))
+}
+
+/// The connections that the kernel sends in a dump.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Pick {
+    All,
+    V6,
+    /// Those from a source; kernels before 5.8 send all of the family.
+    Source(Ipv4Addr),
+    Mark(MarkBits),
+}
+
+impl Pick {
+    /// The connections of a source, and others.
+    const fn of(source: IpAddr) -> Self {
+        match source {
+            IpAddr::V4(source) => Self::Source(source),
+            // The kernel's filter by IPv6 source is inverted: it leaves out the requested address
+            // and sends all others (`ctnetlink_filter_match_tuple`, seen on 6.18).
+            IpAddr::V6(_) => Self::V6,
+        }
+    }
+
+    /// Writes the filter of a dump.
+    fn write(self, writer: &mut Writer) {
+        match self {
+            Self::All => writer.nfgen(0, 0),
+            Self::V6 => writer.nfgen(10, 0),
+            Self::Source(source) => {
+                writer.nfgen(2, 0);
+                writer.nest(TUPLE_ORIG, |writer| {
+                    writer.nest(1, |writer| writer.attribute(1, &source.octets()));
+                });
+                writer.nest(FILTER, |writer| {
+                    // Native byte order, as the kernel reads these flags.
+                    writer.attribute(1, &BY_SOURCE.to_ne_bytes());
+                    writer.attribute(2, &0_u32.to_ne_bytes());
+                });
+            }
+            Self::Mark(bits) => {
+                writer.nfgen(0, 0);
+                writer.be32(MARK, bits.value);
+                writer.be32(MARK_MASK, bits.mask);
+            }
+        }
     }
 }
 
-/// Dumps the connections from one source address, or all of them.
-///
-/// Kernels from 5.8 on filter by an IPv4 source; in all other cases the dump has more connections,
-/// and `wanted` leaves out those of other sources.
+/// Returns the dumps that together have all connections among some.
+fn picks(among: Among<'_>) -> BTreeSet<Pick> {
+    let of = |sources: &BTreeSet<IpAddr>| sources.iter().copied().map(Pick::of).collect();
+    match among {
+        Among::All => [Pick::All].into(),
+        Among::Sources(sources) => of(sources),
+        Among::SourcesOrMarks(sources, marks) => {
+            let mut picks: BTreeSet<_> = of(sources);
+            picks.extend(marks.iter().copied().map(Pick::Mark));
+            picks
+        }
+    }
+}
+
+/// Dumps connections, and leaves out those that are not needed.
 fn dump(
     socket: &mut Socket,
-    source: Option<IpAddr>,
-    wanted: impl Fn(&Connection) -> bool,
+    pick: Pick,
+    among: Among<'_>,
     each: &mut OnConnection<'_>,
 ) -> Result<(), KernelError> {
     let request = Request { text: TEXT, kind: GET, flags: flag::DUMP, answer: NEW };
@@ -87,10 +148,10 @@ fn dump(
         let take = |_, body: &[u8]| {
             // An entry that cannot be parsed must not prevent the others from being checked.
             let found = read(Attributes::new(body)).ok().flatten();
-            found.into_iter().filter(&wanted).for_each(&mut *each);
+            found.into_iter().filter(|found| among.has(found)).for_each(&mut *each);
             Ok(())
         };
-        let answered = ask(socket, &request, |writer| pick(writer, source), take);
+        let answered = ask(socket, &request, |writer| pick.write(writer), take);
         Ok(((), answered.map_err(explained)?))
     })?;
     found.ok_or_else(|| {
@@ -111,26 +172,6 @@ fn count(socket: &mut Socket) -> Option<u32> {
     };
     ask(socket, &request, |writer| writer.nfgen(0, 0), take).ok()?;
     count
-}
-
-/// Writes the filter of a dump.
-fn pick(writer: &mut Writer, source: Option<IpAddr>) {
-    let source = match source {
-        None => return writer.nfgen(0, 0),
-        // For IPv6 the kernel's filter is inverted: it leaves out the requested address and sends
-        // all others (`ctnetlink_filter_match_tuple`, seen on 6.18).
-        Some(IpAddr::V6(_)) => return writer.nfgen(10, 0),
-        Some(IpAddr::V4(v4)) => v4,
-    };
-    writer.nfgen(2, 0);
-    writer.nest(TUPLE_ORIG, |writer| {
-        writer.nest(1, |writer| writer.attribute(1, &source.octets()));
-    });
-    writer.nest(FILTER, |writer| {
-        // Native byte order, as the kernel reads these flags.
-        writer.attribute(1, &BY_SOURCE.to_ne_bytes());
-        writer.attribute(2, &0_u32.to_ne_bytes());
-    });
 }
 
 fn explained(error: KernelError) -> KernelError {

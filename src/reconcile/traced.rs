@@ -1,11 +1,9 @@
 //! Calls of the datapath, timed, with spans and events of the feature `tracing`.
 
-use std::collections::BTreeSet;
-use std::net::IpAddr;
 use std::time::Instant;
 
 use super::{Error, Reconciler};
-use crate::datapath::{Datapath, Known, Observed, OnConnection};
+use crate::datapath::{Among, Datapath, Known, Observed, OnConnection};
 use crate::diff::changes::Changes;
 use crate::plan::Finding;
 
@@ -27,15 +25,15 @@ impl<D: Datapath, M, T> Reconciler<D, M, T> {
         observed.map_err(Error::Observe)
     }
 
-    /// Lists the connections of these original sources, or all for `None`.
+    /// Lists connections.
     pub(super) fn list_connections(
         &mut self,
-        sources: Option<&BTreeSet<IpAddr>>,
+        among: Among<'_>,
         each: &mut OnConnection<'_>,
     ) -> Result<(), Error> {
         span!("connections");
         let start = Instant::now();
-        let listed = self.datapath.connections(sources, each);
+        let listed = self.datapath.connections(among, each);
         self.clock.spent.connections += start.elapsed();
         listed.map_err(Error::Observe)
     }

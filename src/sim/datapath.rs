@@ -2,13 +2,12 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Display;
-use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::notify::{Freshness, Listener, Writer};
 use super::{LOST, SharedSim, Sim, SimWatch};
 use crate::count::Counts;
-use crate::datapath::{Datapath, Drift, Known, Observed, OnConnection};
+use crate::datapath::{Among, Datapath, Drift, Known, Observed, OnConnection};
 use crate::diff::changes::{ApplyError, Changes, Made, Step};
 use crate::diff::op::Op;
 use crate::error::{KernelError, errno};
@@ -303,11 +302,11 @@ impl Datapath for SimDatapath {
 
     fn connections(
         &mut self,
-        sources: Option<&BTreeSet<IpAddr>>,
+        among: Among<'_>,
         each: &mut OnConnection<'_>,
     ) -> Result<(), KernelError> {
         let what = "conntrack -L";
-        let found = self.list(Subsystem::Connections, what, |sim| sim.forwarded(sources))?;
+        let found = self.list(Subsystem::Connections, what, |sim| sim.forwarded(among))?;
         found.into_iter().for_each(each);
         Ok(())
     }

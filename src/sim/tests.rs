@@ -178,7 +178,7 @@ fn what_was_open_before_ends_with_the_change() {
     apply(&mut sims, &[policy("b")]);
     assert_eq!(left(&sims.send(asked())), Some(("b", ip(EIP))));
     apply(&mut sims, &[policy("c")]);
-    assert_eq!(sim(&mut sims, "b").forwarded(None), [], "it ended with the old gateway");
+    assert_eq!(sim(&mut sims, "b").forwarded(Among::All), [], "it ended with the old gateway");
     assert_eq!(left(&sims.send(asked())), Some(("c", ip(EIP))));
     apply(&mut sims, &[]);
     assert_eq!(left(&sims.send(asked())), Some(("a", ip(POD))));

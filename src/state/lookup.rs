@@ -56,7 +56,13 @@ impl State {
     ///
     /// A connection with such a mark is ours, even if connections get other marks now.
     pub(crate) fn holds_back(&self, mark: u32) -> bool {
-        self.firewall.as_ref().is_some_and(|firewall| firewall.holds_back(mark))
+        self.held_back().any(|bits| bits.are_in(mark))
+    }
+
+    /// The bits of connection marks whose packets a guard drops if they are not steered or
+    /// translated.
+    pub(crate) fn held_back(&self) -> impl Iterator<Item = MarkBits> + '_ {
+        self.firewall.iter().flat_map(Firewall::held_back)
     }
 
     /// The connection mark bits that cache the gateway, where the first packet decides for all.
@@ -159,11 +165,10 @@ impl Firewall {
         })
     }
 
-    fn holds_back(&self, mark: u32) -> bool {
+    fn held_back(&self) -> impl Iterator<Item = MarkBits> + '_ {
         let rules = self.chains.get(&ChainId::Forward).map_or(&[][..], |(_, rules)| rules);
-        rules.iter().any(|rule| {
-            let ours = |one: &Stmt| one.tests(Field::CtMark).is_some_and(|bits| bits.are_in(mark));
-            rule.0.last() == Some(&Stmt::Goto(ChainId::Tracked)) && rule.0.iter().any(ours)
-        })
+        let guards =
+            rules.iter().filter(|rule| rule.0.last() == Some(&Stmt::Goto(ChainId::Tracked)));
+        guards.flat_map(|rule| rule.0.iter().filter_map(|one| one.tests(Field::CtMark)))
     }
 }

@@ -1,13 +1,10 @@
 //! A reconciler on each node, as fast as commits can be.
 
-use std::collections::BTreeSet;
-use std::net::IpAddr;
-
 use common::backend::{backend, datapath, steering};
 use common::fleet::Result;
 use egress_datapath::KernelTables;
 use egress_datapath::alloc::{MarkPool, TablePool, TableRange};
-use egress_datapath::datapath::{Counts, Known, Observed, OnConnection};
+use egress_datapath::datapath::{Among, Counts, Known, Observed, OnConnection};
 use egress_datapath::iptables::Iptables;
 use egress_datapath::state::Variant;
 use egress_datapath::testing::lab::{Host, Lab};
@@ -43,11 +40,11 @@ impl Datapath for Hasty {
 
     fn connections(
         &mut self,
-        sources: Option<&BTreeSet<IpAddr>>,
+        among: Among<'_>,
         each: &mut OnConnection<'_>,
     ) -> std::result::Result<(), KernelError> {
         self.asked += 1;
-        if self.asked % self.every == 0 { self.kernel.connections(sources, each) } else { Ok(()) }
+        if self.asked % self.every == 0 { self.kernel.connections(among, each) } else { Ok(()) }
     }
 
     fn counters(&mut self) -> std::result::Result<Counts, KernelError> {

@@ -3,15 +3,15 @@
 use std::collections::BTreeSet;
 
 use egress_datapath::Datapath;
-use egress_datapath::datapath::Connection;
+use egress_datapath::datapath::{Among, Connection};
 
 use crate::Result;
 
 /// What only one of the two tracks, marks and translations included.
 pub(crate) fn difference(sim: &mut impl Datapath, kernel: &mut impl Datapath) -> Result {
     let (mut in_sim, mut in_kernel) = (Vec::new(), Vec::new());
-    sim.connections(None, &mut |found| in_sim.push(found))?;
-    kernel.connections(None, &mut |found| in_kernel.push(found))?;
+    sim.connections(Among::All, &mut |found| in_sim.push(found))?;
+    kernel.connections(Among::All, &mut |found| in_kernel.push(found))?;
     between(in_sim, in_kernel)
 }
 

@@ -2,8 +2,7 @@
 
 use super::*;
 use crate::Update;
-use crate::datapath::Datapath;
-use crate::datapath::Op;
+use crate::datapath::{Datapath, Op};
 use crate::kernel::monitor::tests::Host;
 use crate::kernel::nft;
 use crate::kernel::rtnetlink::kernel_tests::{in_namespace, sh};
@@ -31,7 +30,8 @@ fn listed(source: &str) -> usize {
 
 fn all(socket: &mut Socket, sources: Option<&BTreeSet<IpAddr>>) -> Vec<Connection> {
     let mut all = Vec::new();
-    connections(socket, sources, &mut |found| all.push(found)).unwrap();
+    let among = sources.map_or(Among::All, Among::Sources);
+    connections(socket, among, &mut |found| all.push(found)).unwrap();
     all
 }
 
@@ -62,19 +62,19 @@ fn the_kernel_picks_out_a_source_as_conntrack_does() {
             // With the kernel's filter by source nothing else is sent; otherwise the whole family
             // is.
             let picked = if source.is_ipv4() { count } else { 3 };
-            assert_eq!(sent(&mut socket, source), picked);
+            assert_eq!(sent(&mut socket, Pick::of(source)), picked);
         }
     });
 }
 
-/// Number of connections that the kernel sends for one source.
-fn sent(socket: &mut Socket, source: IpAddr) -> usize {
+/// Number of connections that the kernel sends.
+fn sent(socket: &mut Socket, pick: Pick) -> usize {
     let request = Request { text: TEXT, kind: GET, flags: flag::DUMP, answer: NEW };
     let mut count = 0;
     ask(
         socket,
         &request,
-        |writer| pick(writer, Some(source)),
+        |writer| pick.write(writer),
         |_, _| {
             count += 1;
             Ok(())
@@ -82,6 +82,48 @@ fn sent(socket: &mut Socket, source: IpAddr) -> usize {
     )
     .unwrap();
     count
+}
+
+#[test]
+fn the_kernel_picks_out_marks_as_conntrack_does() {
+    harness::needs(&["conntrack"]);
+    in_namespace(|| {
+        sh(OPEN);
+        sh("conntrack -U -p udp -s 10.244.7.1 --dport 53 --mark 0x27000001
+            conntrack -U -p udp -s fd44::7:1 --sport 2 --mark 0x27000002
+            conntrack -U -p tcp -s 10.244.7.2 --sport 2 --mark 0x1");
+        let mut socket = nft::open().unwrap();
+        let ours = MarkBits { mask: 0xff00_0000, value: 0x2700_0000 };
+        assert_eq!(sent(&mut socket, Pick::Mark(ours)), 4);
+        let whole = all(&mut socket, None);
+        for (sources, count) in [
+            (&[][..], 4),
+            (&["10.244.7.1"], 4),
+            (&["10.244.7.2"], 7),
+            (&["10.244.7.2", "10.244.7.3", "fd44::7:1"], 9),
+            (&["fd44::7:1"], 6),
+        ] {
+            let sources = sources.iter().map(|source| source.parse().unwrap()).collect();
+            let marks = [ours].into();
+            let among = Among::SourcesOrMarks(&sources, &marks);
+            let needed: BTreeSet<_> = whole.iter().copied().filter(|one| among.has(one)).collect();
+            assert_eq!(needed.len(), count);
+            let mut found = BTreeSet::new();
+            for pick in picks(among) {
+                let mut each = |one| {
+                    found.insert(one);
+                };
+                dump(&mut socket, pick, among, &mut each).unwrap();
+            }
+            assert_eq!(found, needed);
+            let mut found = BTreeSet::new();
+            let mut each = |one| {
+                found.insert(one);
+            };
+            connections(&mut socket, among, &mut each).unwrap();
+            assert_eq!(found, needed);
+        }
+    });
 }
 
 #[test]
@@ -111,7 +153,7 @@ fn after_an_update_the_connections_of_its_sources_end_and_no_others() {
         assert_eq!(listed("fd44::7:1"), 0);
         assert_eq!(listed("198.51.100.9"), 1);
         let mut listed = 0;
-        host.egress.datapath().connections(None, &mut |_| listed += 1).unwrap();
+        host.egress.datapath().connections(Among::All, &mut |_| listed += 1).unwrap();
         assert_eq!(listed, 1);
     });
 }

@@ -7,7 +7,7 @@ use proptest::sample::select;
 use super::*;
 use crate::alloc::{MarkPool, TablePool, TableRange};
 use crate::count::Counts;
-use crate::datapath::{Drift, Known, Observed, OnConnection};
+use crate::datapath::{Among, Drift, Known, Observed, OnConnection};
 use crate::diff::changes::ApplyError;
 use crate::error::KernelError;
 use crate::plan::{PlanError, plan, with_few_tags};
@@ -84,11 +84,14 @@ impl Datapath for Recorder {
 
     fn connections(
         &mut self,
-        sources: Option<&BTreeSet<IpAddr>>,
+        among: Among<'_>,
         each: &mut OnConnection<'_>,
     ) -> Result<(), KernelError> {
-        self.listed.push(sources.cloned());
-        let of = |one: &&Connection| sources.is_none_or(|sources| sources.contains(&one.source));
+        self.listed.push(match among {
+            Among::Sources(sources) => Some(sources.clone()),
+            Among::All | Among::SourcesOrMarks(..) => None,
+        });
+        let of = |one: &&Connection| among.has(one);
         self.connections.iter().filter(of).copied().for_each(each);
         Ok(())
     }

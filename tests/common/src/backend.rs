@@ -1,11 +1,9 @@
 //! The backend and the steering that a run of the tests is about.
 
-use std::collections::BTreeSet;
 use std::env;
-use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 
-use egress_datapath::datapath::{Counts, Known, Observed, OnConnection};
+use egress_datapath::datapath::{Among, Counts, Known, Observed, OnConnection};
 use egress_datapath::iptables::{Iptables, IptablesDatapath};
 use egress_datapath::state::Variant;
 use egress_datapath::testing::lab::{Netns, inside};
@@ -63,10 +61,10 @@ impl<D: Datapath> Datapath for Inside<D> {
 
     fn connections(
         &mut self,
-        sources: Option<&BTreeSet<IpAddr>>,
+        among: Among<'_>,
         each: &mut OnConnection<'_>,
     ) -> Result<(), KernelError> {
-        self.inner.connections(sources, each)
+        self.inner.connections(among, each)
     }
 
     fn counters(&mut self) -> Result<Counts, KernelError> {

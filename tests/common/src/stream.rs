@@ -9,6 +9,7 @@ use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
 use std::{fs, io};
 
+use egress_datapath::datapath::Among;
 use egress_datapath::testing::lab::{Lab, Netns, Pair};
 use egress_datapath::{Datapath, KernelDatapath};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -63,7 +64,7 @@ pub fn forget_after(lab: &Lab, seconds: &str) -> Result {
     for host in lab.nodes() {
         // The setting comes with the tracking of connections, which is loaded when it is asked for.
         let mut datapath = host.netns.run(KernelDatapath::open)??;
-        datapath.connections(None, &mut |_| {})?;
+        datapath.connections(Among::All, &mut |_| {})?;
         host.netns.sysctl(&[("netfilter/nf_conntrack_udp_timeout", seconds)])?;
     }
     Ok(())

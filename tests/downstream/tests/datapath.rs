@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use egress_datapath::datapath::{Connection, Counts, Known, Observed, OnConnection, Op};
+use egress_datapath::datapath::{Among, Connection, Counts, Known, Observed, OnConnection, Op};
 use egress_datapath::{
     ApplyError, Changes, Cluster, Datapath, EgressIp, EgressPolicy, Error, KernelError, Node,
     NodeName, PolicyId, Reconciler, Sim, State, Update,
@@ -36,10 +36,10 @@ impl Datapath for Own {
 
     fn connections(
         &mut self,
-        sources: Option<&BTreeSet<IpAddr>>,
+        among: Among<'_>,
         each: &mut OnConnection<'_>,
     ) -> Result<(), KernelError> {
-        let wanted = |one: &&Connection| sources.is_none_or(|all| all.contains(&one.source));
+        let wanted = |one: &&Connection| among.has(one);
         self.connections.iter().filter(wanted).copied().for_each(each);
         Ok(())
     }
@@ -128,7 +128,7 @@ impl Datapath for Wrong {
 
     fn connections(
         &mut self,
-        _sources: Option<&BTreeSet<IpAddr>>,
+        _among: Among<'_>,
         _each: &mut OnConnection<'_>,
     ) -> Result<(), KernelError> {
         Ok(())

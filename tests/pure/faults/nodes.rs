@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use egress_datapath::alloc::{MarkPool, TablePool, TableRange};
-use egress_datapath::datapath::Connection;
+use egress_datapath::datapath::{Among, Connection};
 use egress_datapath::explain::{HostContext, Packet};
 use egress_datapath::sim::{Outcome, SharedSim, SimCluster, SimNode};
 use egress_datapath::{Cluster, Datapath, Mark, MarkLayout, Reconciler, Sim};
@@ -223,7 +223,7 @@ fn allowed(
         Progress::Under(kernel) if own_turn == Some(turn) => {
             let mut is_open = false;
             let mut each = |one: Connection| is_open |= one.source_port == packet.source_port;
-            kernel.lock().connections(Some(&[packet.source].into()), &mut each).unwrap();
+            kernel.lock().connections(Among::Sources(&[packet.source].into()), &mut each).unwrap();
             !is_open
         }
         _ => done,
