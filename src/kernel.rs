@@ -285,12 +285,15 @@ impl Datapath for KernelDatapath {
         among: Among<'_>,
         each: &mut OnConnection<'_>,
     ) -> Result<(), KernelError> {
-        let local = self.routing.local_addresses()?;
+        let (routing, mut local) = (&mut self.routing, None);
         conntrack::connections(&mut self.netfilter, among, &mut |connection| {
-            if is_forwarded(&connection, &local) {
+            // Where nothing is tracked, the addresses are not read.
+            let local = local.get_or_insert_with(|| routing.local_addresses());
+            if local.as_ref().is_ok_and(|local| is_forwarded(&connection, local)) {
                 each(connection);
             }
-        })
+        })?;
+        local.transpose().map(drop)
     }
 
     fn counters(&mut self) -> Result<Counts, KernelError> {

@@ -207,7 +207,7 @@ impl Changes {
             let goes = |op: &&Op| !blocked.holds_back(phase, op);
             let (made, refused) = match part.ops.iter().filter(goes).count() {
                 0 => continue,
-                all if all == part.ops.len() => step(part),
+                count if count == part.ops.len() => step(part),
                 _ => {
                     let ops = part.ops.iter().filter(goes).cloned().collect();
                     step(&Step { phase, ops })

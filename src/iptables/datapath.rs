@@ -181,14 +181,13 @@ impl IptablesDatapath {
     }
 
     /// Applies a step: nf_tables operations first, then sets and iptables tables in their order.
-    fn step(&mut self, step: &Step) -> Made {
+    fn step(&mut self, step: &Step, sizes: &Sizes) -> Made {
         let (xtables, others): (Vec<&Op>, Vec<&Op>) =
             step.ops.iter().partition(|op| op.is_xtables());
         let mut made = 0;
         if !others.is_empty() {
             let ops = others.into_iter().cloned().collect();
-            let (done, refused) =
-                self.kernel.step(&Step { phase: step.phase, ops }, &Sizes::default());
+            let (done, refused) = self.kernel.step(&Step { phase: step.phase, ops }, sizes);
             made += done;
             if !refused.is_empty() {
                 return (made, refused);
@@ -283,6 +282,50 @@ impl Datapath for IptablesDatapath {
     }
 
     fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {
-        changes.make(|step| self.step(step))
+        let sizes = Sizes::of(changes.ops());
+        changes.make(|step| self.step(step, &sizes))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::alloc::{MarkPool, TablePool};
+    use crate::cluster::{Cluster, Node};
+    use crate::datapath::observe;
+    use crate::kernel::rtnetlink::kernel_tests::in_namespace;
+    use crate::plan::plan;
+    use crate::policy::{EgressIp, EgressPolicy};
+    use crate::state::State;
+    use crate::types::{NodeName, PolicyId};
+
+    /// The nf_tables table of a node with a policy of so many sources.
+    fn table(sources: u32) -> State {
+        let name = NodeName::new("a").unwrap();
+        let tunnel = "172.31.0.1/16".parse().unwrap();
+        let node = Node::new(name.clone(), vec![[192, 0, 2, 1].into()], vec![tunnel]);
+        let cluster =
+            Cluster::new(name.clone(), vec![node], vec!["10.244.0.0/16".parse().unwrap()]);
+        let address = |number: u32| std::net::IpAddr::from((0x0af4_0000 + number).to_be_bytes());
+        let sources = (1..=sources).map(|number| address(number).into()).collect();
+        let eip = EgressIp::V4([198, 51, 100, 200].into());
+        let policy =
+            EgressPolicy::new(PolicyId::new("p").unwrap(), sources, eip).with_gateway(name);
+        let (mut marks, mut tables) = (MarkPool::default(), TablePool::default());
+        let plan = plan(&cluster, [policy], &mut marks, &mut tables).unwrap();
+        State { firewall: plan.state.firewall, ..State::default() }
+    }
+
+    #[test]
+    fn sets_of_the_nf_tables_backend_grow() {
+        harness::needs(&[Variant::Nft.command(Family::V4)]);
+        in_namespace(|| {
+            let (few, many) = (table(10), table(3_000));
+            let mut kernel = KernelDatapath::open().unwrap();
+            kernel.apply(&Changes::between(&State::default(), &few)).unwrap();
+            let mut iptables = IptablesDatapath::open().unwrap();
+            iptables.apply(&Changes::between(&few, &many)).unwrap();
+            assert_eq!(observe(&mut kernel).unwrap(), many);
+        });
     }
 }

@@ -27,7 +27,7 @@ impl Suspects {
         let mut sources = BTreeSet::new();
         match &wanted.firewall {
             Some(firewall) if firewall.elements.len() <= SMALL => {
-                for (key, _) in firewall.elements.iter() {
+                for (key, _) in &firewall.elements {
                     match (key.set(), key.value()) {
                         (Set::Source(_), KeyValue::Address(source)) => {
                             sources.insert(source);
@@ -62,7 +62,7 @@ mod tests {
     use crate::plan::plan;
     use crate::policy::{EgressIp, EgressPolicy};
     use crate::state::Key;
-    use crate::types::{NodeName, PolicyId};
+    use crate::types::{Mark, NodeName, PolicyId};
 
     const POD: [u8; 4] = [10, 244, 1, 10];
     const EIP: [u8; 4] = [198, 51, 100, 200];
@@ -107,7 +107,7 @@ mod tests {
         for layout in [MarkLayout::SEED, MarkLayout::COMPACT] {
             let MarkBits { mask, value } = layout.connection();
             marks.extend([value, value | 1, value | !mask, layout.tunnel().get()]);
-            marks.extend((0..4).filter_map(|number| layout.mark(number)).map(|mark| mark.get()));
+            marks.extend((0..4).filter_map(|number| layout.mark(number)).map(Mark::get));
         }
         let (mut stale, mut passed) = (0, 0);
         for (wanted, before) in

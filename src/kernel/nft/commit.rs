@@ -81,7 +81,8 @@ pub(crate) fn commit_as(
         if terms.only_at.is_some_and(|only| only != before) {
             break;
         }
-        let demanded = if number < ATTEMPTS { before } else { 0 };
+        // The last attempt is made on any generation, unless the caller names one.
+        let demanded = if number < ATTEMPTS || terms.only_at.is_some() { before } else { 0 };
         // The kernel increments the generation that was demanded, and skips 0.
         let between = Between { before, after: before.wrapping_add(1).max(1) };
         let exact = Some(between).filter(|_| demanded != 0 && changes);
