@@ -214,7 +214,9 @@ impl Changes {
                 }
             };
             applied += made;
-            refused.iter().for_each(|(op, _)| blocked.add(phase, op));
+            for (op, _) in &refused {
+                blocked.add(phase, op);
+            }
             all.extend(refused);
         }
         if all.is_empty() {

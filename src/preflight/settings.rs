@@ -67,7 +67,7 @@ impl Preflight<'_> {
         }
         let own = self.cluster.nodes.iter().filter(|node| node.name == self.cluster.node);
         let mut used = own.flat_map(|node| node.underlay.iter().copied()).collect::<Vec<_>>();
-        used.extend(self.egress_ips.iter().map(|(address, _)| *address));
+        used.extend(self.egress_ips.keys());
         let found = facts.addresses.iter().filter(|found| used.contains(&found.ip));
         let names: BTreeSet<&str> = found.map(|found| found.device.as_str()).collect();
         let off = facts.devices.iter().filter(|device| {

@@ -272,18 +272,18 @@ impl RouteSocket {
 
     /// Whether our device cannot have IPv6 addresses, now or when it is created.
     pub(crate) fn lacks_ipv6(&mut self, device: Option<&Device>) -> Result<bool, KernelError> {
-        let (name, enabled) = match device.and_then(|device| device.ipv6.zip(Some(device))) {
-            Some((enabled, device)) => (device.name.as_str(), enabled),
+        let known = device.and_then(|device| device.ipv6.zip(Some(device)));
+        let (name, enabled) = if let Some((enabled, device)) = known {
+            (device.name.as_str(), enabled)
+        } else {
             // A network stack without IPv6 has none on the loopback interface, either; a device may
             // have none because of its MTU.
-            None => {
-                let loopback = DeviceName::known(Rule::LOOPBACK);
-                let found = self.device_named(&"ip link show lo", &loopback)?;
-                if found.is_some_and(|found| found.ipv6.is_none()) {
-                    return Ok(true);
-                }
-                (ipv6::DEFAULT, self.settings().is_default())
+            let loopback = DeviceName::known(Rule::LOOPBACK);
+            let found = self.device_named(&"ip link show lo", &loopback)?;
+            if found.is_some_and(|found| found.ipv6.is_none()) {
+                return Ok(true);
             }
+            (ipv6::DEFAULT, self.settings().is_default())
         };
         Ok(!enabled && !self.settings().can_enable(name))
     }
