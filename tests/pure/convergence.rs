@@ -1,12 +1,14 @@
 //! From any state to any other, in one go, and in two if something is refused on the way.
 
+use std::collections::BTreeSet;
+
 use egress_datapath::datapath::{Op, Phase};
 use egress_datapath::state::{
     Base, ChainId, ChainType, Firewall, Hook, Key, NftRule, Set, Stmt, Stray, StrayKind,
     StrayRouting,
 };
 use egress_datapath::{
-    Changes, Datapath, Destinations, DeviceName, Family, MacAddr, Reconciler, Sim, State,
+    Changes, Datapath, Destinations, DeviceName, Family, Finding, MacAddr, Reconciler, Sim, State,
 };
 use proptest::prelude::*;
 use proptest::sample::Index;
@@ -233,6 +235,10 @@ fn drifted() -> impl Strategy<Value = State> {
     })
 }
 
+fn family() -> impl Strategy<Value = Family> {
+    prop_oneof![Just(Family::V4), Just(Family::V6)]
+}
+
 fn phase_of(changes: &Changes, place: usize) -> Phase {
     let phases = changes.steps().iter().flat_map(|step| step.ops.iter().map(|_| step.phase));
     phases.collect::<Vec<_>>()[place]
@@ -298,6 +304,44 @@ proptest! {
             }
             prop_assert_eq!(kernel.state(), &to);
         }
+    }
+
+    #[test]
+    fn missing_family_left_out_and_taken_in_again(
+        cluster in clusters(), before in policies(), after in policies(), family in family(),
+    ) {
+        let (marks, tables) = pools(&cluster);
+        let mut sim = Sim::new();
+        let missing = BTreeSet::from([family]);
+        sim.set_missing_families(&missing);
+        let mut egress = Reconciler::with_allocators(sim, marks, tables);
+        for policies in [&before, &after, &before] {
+            let report = egress.reconcile(&cluster, policies).unwrap();
+            let here = cluster.nodes.iter().find(|node| node.name == cluster.node).unwrap();
+            let has_tunnel = here.tunnel.iter().any(|net| Family::of(net.addr()) == family);
+            let told = report.findings.contains(&Finding::FamilyUnavailable { family });
+            prop_assert_eq!(told, has_tunnel);
+            let state = egress.datapath().state();
+            prop_assert!(state.rules.iter().all(|rule| rule.family != family));
+            prop_assert!(state.addresses.iter().all(|net| Family::of(net.addr()) != family));
+        }
+        egress.datapath().set_missing_families(&BTreeSet::new());
+        egress.audit().unwrap();
+        let whole = planned(&cluster, &before).unwrap().state;
+        // Marks and tables may be others than those of a plan without a past.
+        let state = egress.datapath().state().clone();
+        prop_assert_eq!(state.rules.len(), whole.rules.len());
+        prop_assert_eq!(state.routes.len(), whole.routes.len());
+        prop_assert_eq!(&state.addresses, &whole.addresses);
+        prop_assert_eq!(&state.neighbours, &whole.neighbours);
+        prop_assert!(egress.reconcile(&cluster, &before).unwrap().changes.is_empty());
+        // The family is lost again, between an update and the next.
+        egress.datapath().set_missing_families(&missing);
+        egress.reconcile(&cluster, &after).unwrap();
+        prop_assert!(egress.repair().unwrap().changes.is_empty());
+        prop_assert!(egress.datapath().state().rules.iter().all(|rule| rule.family != family));
+        egress.remove().unwrap();
+        prop_assert!(egress.datapath().state().is_empty());
     }
 
     #[test]
