@@ -1,5 +1,7 @@
 //! Warnings about a plan, and the errors of policies and nodes that it left out.
 
+use std::net::IpAddr;
+
 use super::error::{NodeError, PolicyError, listed};
 use crate::policy::Unavailable;
 use crate::types::{Family, NodeName, PolicyId};
@@ -59,6 +61,16 @@ pub enum Finding {
         /// The family.
         family: Family,
     },
+    /// Policies use an egress IP on several gateways.
+    ///
+    /// Replies reach one of them only, unless something else distributes them by connection.
+    #[error("egress IP {address} is used on several gateways: {}", names(gateways))]
+    EgressIpOnGateways {
+        /// The egress IP.
+        address: IpAddr,
+        /// The gateways, sorted; at least two.
+        gateways: Vec<NodeName>,
+    },
     /// More policies overlap than are listed.
     #[error("{count} more overlaps of policies are not listed")]
     MoreOverlaps {
@@ -111,11 +123,16 @@ impl Finding {
             Self::Overlap { .. } => "policies_overlap",
             Self::FamilyUnavailable { .. } => "family_unavailable",
             Self::MoreOverlaps { .. } => "more_overlaps",
+            Self::EgressIpOnGateways { .. } => "egress_ip_on_gateways",
             Self::NoClosingTable { .. } => "no_closing_table",
             Self::Bypassed { .. } => "policy_bypassed",
             Self::Denied { .. } => "policy_denied",
         }
     }
+}
+
+fn names(nodes: &[NodeName]) -> String {
+    nodes.iter().map(NodeName::as_str).collect::<Vec<_>>().join(", ")
 }
 
 const fn treated(unavailable: Unavailable) -> &'static str {

@@ -8,7 +8,7 @@ use super::egress_hook;
 use super::egress_hook::hook;
 use super::policies::{Handle, NormalizedPolicy, Policies};
 use super::skeleton::Used;
-use super::table::{skeleton, spoken, ways_out};
+use super::table::{egress_ips, skeleton, ways_out};
 use super::validate::{ValidatedCluster, tunnel_of};
 use super::{
     Change, DenyReason, Finding, Gateways, PlanError, Role, Update, closing_table, gateway_of,
@@ -31,8 +31,9 @@ pub(crate) struct Index {
     pub(super) used: BTreeMap<usize, usize>,
     /// Number of policies whose gateway is this node, counted once per family.
     pub(super) own: usize,
-    /// Number of policies for each egress IP that is local to this node.
-    pub(super) spoken: BTreeMap<IpAddr, usize>,
+    /// Number of policies for each egress IP and gateway node, by its index and counted once per
+    /// family.
+    pub(super) egress_ips: BTreeMap<(IpAddr, usize), usize>,
     pub(super) gateways: Gateways,
     /// True if no mark or table was left for some gateway.
     pub(super) short: bool,
@@ -51,7 +52,7 @@ pub(crate) struct Draft {
     v6: Classes<u128>,
     used: BTreeMap<usize, usize>,
     own: usize,
-    spoken: BTreeMap<IpAddr, usize>,
+    egress_ips: BTreeMap<(IpAddr, usize), usize>,
     elements: Elements,
 }
 
@@ -65,7 +66,7 @@ impl Draft {
         xtables::check(&world)?;
         egress_hook::check(&world)?;
         let policies = Policies::new(policies, &world.nodes);
-        let (mut used, mut own, mut speaks) = (BTreeMap::new(), 0, BTreeMap::new());
+        let (mut used, mut own, mut addresses) = (BTreeMap::new(), 0, BTreeMap::new());
         for (_, kept) in policies.iter() {
             for (_, role) in roles(kept, &world) {
                 match role {
@@ -74,12 +75,12 @@ impl Draft {
                     Role::Denied(_) | Role::Invalid => {}
                 }
             }
-            for address in spoken(kept, &world) {
-                *speaks.entry(address).or_default() += 1;
+            for address in egress_ips(kept, &world) {
+                *addresses.entry(address).or_default() += 1;
             }
         }
         let (v4, v6, elements) = classes(&policies);
-        Ok(Self { world, policies, v4, v6, used, own, spoken: speaks, elements })
+        Ok(Self { world, policies, v4, v6, used, own, egress_ips: addresses, elements })
     }
 
     /// Returns the elements of the sets of sources and classes, which depend on no mark.
@@ -93,7 +94,7 @@ impl Draft {
         marks: &mut dyn MarkAllocator,
         tables: &mut dyn TableAllocator,
     ) -> Result<(Index, State), PlanError> {
-        let Self { world, policies, v4, v6, used, own, spoken, elements } = self;
+        let Self { world, policies, v4, v6, used, own, egress_ips, elements } = self;
         reserve_given(&world, marks)?;
         let gateways = numbered(used.keys().copied(), &world, marks, tables)?;
         let (closing, no_table) = closing_table(&world.cluster, &gateways, tables)?;
@@ -105,7 +106,7 @@ impl Draft {
             v6,
             used,
             own,
-            spoken,
+            egress_ips,
             gateways,
             short,
             closing,
@@ -149,7 +150,8 @@ impl Index {
         for (_, kept) in self.policies.iter() {
             elements.extend(ways_out(&self.world, kept, &self.gateways));
         }
-        elements.extend(self.spoken.keys().map(|address| (Key::eip(*address), NOTHING)));
+        let local = self.egress_ips.keys().filter(|(_, gateway)| self.world.is_here(*gateway));
+        elements.extend(local.map(|(address, _)| (Key::eip(*address), NOTHING)));
         if let Some(firewall) = &mut state.firewall {
             firewall.elements = elements;
         }
@@ -291,6 +293,25 @@ impl Index {
         let v6 = self.v6.overlaps().map(|pair| (Family::V6, pair));
         findings.extend(self.overlaps(&v4.chain(v6).collect()));
         findings
+            .extend(self.shared_egress_ips(self.egress_ips.keys().map(|(address, _)| *address)));
+        findings
+    }
+
+    /// Returns the findings about those of sorted egress IPs that several gateways use.
+    pub(super) fn shared_egress_ips(
+        &self,
+        addresses: impl IntoIterator<Item = IpAddr>,
+    ) -> Vec<Finding> {
+        let mut last = None;
+        let each = addresses.into_iter().filter(|address| last.replace(*address) != Some(*address));
+        let found = each.filter_map(|address| {
+            let gateways = self.egress_ips.range((address, 0)..=(address, usize::MAX));
+            let gateways = gateways.filter_map(|((_, place), _)| self.world.node(*place));
+            let mut gateways: Vec<_> = gateways.map(|node| node.name.clone()).collect();
+            gateways.sort_unstable();
+            (gateways.len() > 1).then_some(Finding::EgressIpOnGateways { address, gateways })
+        });
+        found.collect()
     }
 
     /// Returns the findings on a node whose network stack lacks families.

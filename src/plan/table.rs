@@ -119,11 +119,14 @@ pub(super) fn ways_out(
     })
 }
 
-/// Returns the egress IPs of a policy that are local to this node, its gateway.
-pub(super) fn spoken(
+/// Returns the egress IPs of a policy in use, each with the index of its gateway node.
+pub(super) fn egress_ips(
     policy: &NormalizedPolicy,
     world: &ValidatedCluster,
-) -> impl Iterator<Item = IpAddr> {
-    let here = roles(policy, world).filter(|(_, role)| *role == Role::Gateway);
-    here.filter_map(|(family, _)| policy.egress_ip.address(family))
+) -> impl Iterator<Item = (IpAddr, usize)> {
+    let gateway = policy.gateway.as_ref().and_then(|gateway| gateway.as_ref().ok().copied());
+    let in_use = roles(policy, world)
+        .filter(|(_, role)| matches!(role, Role::Gateway | Role::Client(_)))
+        .filter_map(|(family, _)| policy.egress_ip.address(family));
+    in_use.filter_map(move |address| Some((address, gateway?)))
 }

@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use super::index::{Index, NOTHING};
 use super::pending::Delta;
 use super::policies::{Handle, NormalizedPolicy, Sources};
-use super::table::{spoken, ways_out};
+use super::table::{egress_ips, ways_out};
 use super::validate::check_net;
 use super::{Finding, PlanError, PolicyError, Role, closing_table, numbered, roles};
 use crate::alloc::{MarkAllocator, TableAllocator};
@@ -261,8 +261,8 @@ impl Index {
                 Role::Denied(_) | Role::Invalid => {}
             }
         }
-        for address in spoken(kept, &self.world) {
-            if less(&mut self.spoken, &address) {
+        for (address, gateway) in egress_ips(kept, &self.world) {
+            if less(&mut self.egress_ips, &(address, gateway)) && self.world.is_here(gateway) {
                 course.delta.put(Key::eip(address), None);
             }
         }
@@ -278,8 +278,8 @@ impl Index {
                     Role::Denied(_) | Role::Invalid => {}
                 }
             }
-            for address in spoken(kept, &self.world) {
-                *self.spoken.entry(address).or_default() += 1;
+            for address in egress_ips(kept, &self.world) {
+                *self.egress_ips.entry(address).or_default() += 1;
             }
         }
     }
@@ -423,6 +423,9 @@ impl Index {
         touched.sort_unstable_by_key(|kept| (kept.priority, &kept.id));
         let mut findings: Vec<_> = touched.iter().flat_map(|kept| self.findings_of(kept)).collect();
         findings.extend(self.overlaps(&delta.overlapping));
+        let addresses = touched.iter().flat_map(|kept| egress_ips(kept, &self.world));
+        let addresses: BTreeSet<_> = addresses.map(|(address, _)| address).collect();
+        findings.extend(self.shared_egress_ips(addresses));
         let no_table = self.no_table.filter(|_| delta.skeleton);
         findings.extend(no_table.map(|capacity| Finding::NoClosingTable { capacity }));
         // With iptables the effect of an update is only known from a plan of everything.
@@ -433,7 +436,8 @@ impl Index {
             for (key, value) in ways_out(&self.world, kept, &self.gateways) {
                 delta.put(key, Some(value));
             }
-            for address in spoken(kept, &self.world) {
+            let addresses = egress_ips(kept, &self.world);
+            for (address, _) in addresses.filter(|(_, gateway)| self.world.is_here(*gateway)) {
                 delta.put(Key::eip(address), Some(NOTHING));
             }
         }

@@ -145,6 +145,11 @@ impl ValidatedCluster {
         self.cluster.nodes.get(place)
     }
 
+    /// Returns whether the node at an index of the cluster's list is this one.
+    pub(super) fn is_here(&self, place: usize) -> bool {
+        self.node(place).is_some_and(|node| node.name == self.here.name)
+    }
+
     /// Returns all nodes that are not left out, except this one, by name.
     pub(super) fn peers(&self) -> impl Iterator<Item = &Node> {
         let nodes = self.nodes.sound.values().filter_map(|place| self.node(*place));

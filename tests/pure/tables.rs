@@ -18,10 +18,11 @@ fn every_table_of_range_usable() {
     let d =
         Node::new(name("d"), vec![address("10.10.0.14")], vec!["172.31.0.14/16".parse().unwrap()]);
     cluster.nodes.push(d);
-    let to = |gateway: &str, source: &str| {
-        policy(gateway, &[source], Some(gateway), v4("198.51.100.200"))
+    let to = |gateway: &str, last: u8| {
+        let eip = v4(&format!("198.51.100.{last}"));
+        policy(gateway, &[&format!("10.244.1.{last}/32")], Some(gateway), eip)
     };
-    let all = [to("b", "10.244.1.1/32"), to("c", "10.244.1.2/32"), to("d", "10.244.1.3/32")];
+    let all = [to("b", 1), to("c", 2), to("d", 3)];
     let range = TableRange::new(3000, 1).unwrap();
     let mut egress = Reconciler::with_allocators(
         Sim::new(),

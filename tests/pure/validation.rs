@@ -10,8 +10,8 @@ use egress_datapath::mark::LayoutError;
 use egress_datapath::state::{Data, Key, KeyValue, Set, Tag, Variant};
 use egress_datapath::{
     Backend, Cluster, Destinations, DeviceName, EgressIp, EgressPolicy, Finding, MacAddr, Mark,
-    MarkAllocator, MarkLayout, Node, NodeName, Plan, PlanError, PolicyError, PolicyId,
-    TableAllocator, Unavailable, check_policy, explain, plan,
+    MarkAllocator, MarkLayout, Node, NodeName, Plan, PlanError, PolicyError, PolicyId, Reconciler,
+    Sim, TableAllocator, Unavailable, Update, check_policy, explain, plan,
 };
 use ipnet::IpNet;
 
@@ -93,10 +93,11 @@ fn egress_hook_without_prefix_refused() {
 #[test]
 fn egress_hook_one_table_for_all_gateways() {
     let policies = || {
-        let to = |id: &str, source: &str, gateway| {
-            policy(id, &[source], Some(gateway), v4("198.51.100.200"))
-        };
-        [to("shop/b", "10.244.1.1/32", "b"), to("shop/c", "10.244.1.2/32", "c")]
+        let to = |id: &str, source: &str, gateway, eip| policy(id, &[source], Some(gateway), eip);
+        [
+            to("shop/b", "10.244.1.1/32", "b", v4("198.51.100.200")),
+            to("shop/c", "10.244.1.2/32", "c", v4("198.51.100.201")),
+        ]
     };
     let plan = |cluster: &Cluster| {
         let mut tables = TablePool::new(TableRange::new(3000, 0).unwrap());
@@ -659,4 +660,38 @@ fn invalid_names_refused() {
         mac.to_string(),
         "\"66:f7:06:23:81\" is not an Ethernet address such as 66:f7:06:23:81:6b"
     );
+}
+
+#[test]
+fn egress_ip_on_several_gateways_reported_once() {
+    let cluster = cluster("a");
+    let on = |id: &str, gateway: &str, source: &str, eip: EgressIp| {
+        let id = PolicyId::new(id).unwrap();
+        EgressPolicy::new(id, nets(&[source]), eip).with_gateway(name(gateway))
+    };
+    let shared = v4("198.51.100.7");
+    let mut policies = vec![
+        on("p", "a", "10.244.1.1/32", shared),
+        on("q", "b", "10.244.1.2/32", shared),
+        on("r", "b", "10.244.1.3/32", shared),
+        on("s", "b", "10.244.1.4/32", v4("198.51.100.8")),
+        on("t", "c", "10.244.1.5/32", EgressIp::Node),
+        on("u", "b", "10.244.1.6/32", EgressIp::Node),
+    ];
+    let finding = Finding::EgressIpOnGateways {
+        address: "198.51.100.7".parse().unwrap(),
+        gateways: vec![name("a"), name("b")],
+    };
+    let sentence = "egress IP 198.51.100.7 is used on several gateways: a, b";
+    assert_eq!(finding.to_string(), sentence);
+    assert_eq!(planned(&cluster, &policies).unwrap().findings, [finding.clone()]);
+    let mut egress = Reconciler::new(Sim::new());
+    let first = policies.remove(0);
+    assert!(egress.reconcile(&cluster, &policies).unwrap().findings.is_empty());
+    let report = egress.update([Update::Upsert(&first)]).unwrap();
+    assert_eq!(report.findings, [finding.clone()]);
+    policies.push(first);
+    assert_eq!(egress.reconcile(&cluster, &policies).unwrap().findings, [finding]);
+    let moved = policies.pop().unwrap().with_gateway(name("b"));
+    assert!(egress.update([Update::Upsert(&moved)]).unwrap().findings.is_empty());
 }
