@@ -163,6 +163,7 @@ pub enum Backend {
 /// - There are no notifications of changes by other programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 #[non_exhaustive]
 pub struct Iptables {
     /// The iptables implementation: nft or legacy.

@@ -9,6 +9,7 @@
 //! | [`upgrades`] | restart, upgrade, change of a setting, removal |
 //! | [`troubleshooting`] | symptom, cause, command |
 //! | [`monitoring`] | reports, events, counters, preflight problems |
+//! | [`json`] | JSON of input and output, with samples and the schema |
 //! | [`errors`] | errors, findings and preflight problems, each with the next step |
 //! | [`limits`] | sizes, cost of a packet, results of the tests, known limits |
 //!
@@ -37,6 +38,12 @@ pub mod errors {}
 
 #[doc = include_str!("guide/gateways.md")]
 pub mod gateways {}
+
+#[doc = include_str!("guide/json.md")]
+#[doc = "```json"]
+#[doc = include_str!("guide/schema.json")]
+#[doc = "```"]
+pub mod json {}
 
 #[doc = include_str!("guide/limits.md")]
 pub mod limits {}

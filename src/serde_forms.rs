@@ -44,8 +44,8 @@ mod tests {
 
     use crate::alloc::TableRange;
     use crate::{
-        Cluster, Destinations, EgressIp, EgressPolicy, Mark, MarkLayout, Node, NodeName, PolicyId,
-        Tunnel,
+        Backend, Cluster, Destinations, EgressIp, EgressPolicy, Mark, MarkLayout, Node, NodeName,
+        PolicyId, Tunnel,
     };
 
     #[track_caller]
@@ -183,6 +183,10 @@ mod tests {
             json!({"vnid": 7}),
             "unknown field `vnid`, expected one of `device`, `vni`, `port`, `underlay_device`, \
              `underlay_mtu`",
+        );
+        refused::<Backend>(
+            json!({"iptables": {"variant": "nft", "acept": true}}),
+            "unknown field `acept`, expected one of `variant`, `accept`, `weave`",
         );
         let short = json!({"node": "a", "nodes": [], "excluded": []});
         let read: Cluster = from_value(short).unwrap();

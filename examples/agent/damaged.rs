@@ -14,6 +14,8 @@ extern crate harness;
 
 mod config;
 
+use std::collections::BTreeSet;
+
 use egress_datapath::alloc::{MarkPool, TablePool};
 use egress_datapath::{
     Changes, Datapath, Destinations, EgressIp, MarkLayout, NodeName, Sim, State, plan,
@@ -287,6 +289,27 @@ fn of_an_unreadable_policy_what_can_be_read_is_closed() {
     file["policies"][1]["id"] = json!(5);
     let ids: Vec<_> = parse(&file).policies.iter().map(|policy| policy.id.to_string()).collect();
     assert_eq!(ids, ["policies/1", "policies/1#"]);
+}
+
+#[test]
+fn schema_has_the_fields_of_the_file() {
+    let schema: Value = serde_json::from_str(include_str!("../../src/guide/schema.json")).unwrap();
+    for (name, place) in [
+        ("AgentFile", ""),
+        ("AgentTunnel", "/tunnel"),
+        ("Node", "/nodes/0"),
+        ("AgentPolicy", "/policies/0"),
+    ] {
+        let file = changed(&format!("{place}/?"), json!(0)).to_string();
+        let error = match Config::parse(NodeName::new("a").unwrap(), "file", &file) {
+            Ok(config) => config.unreadable[0].to_string(),
+            Err(sentence) => sentence,
+        };
+        let (_, known) = error.split_once("unknown field `?`, expected one of ").unwrap();
+        let known: BTreeSet<_> = known.split('`').skip(1).step_by(2).collect();
+        let described = schema["$defs"][name]["properties"].as_object().unwrap();
+        assert_eq!(known, described.keys().map(String::as_str).collect(), "{name}");
+    }
 }
 
 /// Returns the bytes of memory that the lists of a file take.
