@@ -215,7 +215,8 @@ pub struct Vxlan {
     pub up: bool,
     /// Whether the other attributes are as this crate sets them.
     ///
-    /// They are alias and group, no bridge, no learning, and the host's TTL on frames.
+    /// They are alias and group, no bridge, no learning, the host's TTL on frames, and IPv4
+    /// forwarding.
     pub intact: bool,
 }
 

@@ -213,7 +213,7 @@ fn commands(f: &mut String, op: &Op) -> fmt::Result {
             write!(f, " dstport {} nolearning", link.port)?;
             // The kernel ignores an alias in the request that creates a device.
             write!(f, "\nip link set {} alias {LINK_ALIAS} addrgenmode none", link.name)?;
-            rp_filter(f, link)?;
+            ipv4_settings(f, link)?;
             // Without `promote_secondaries` the deletion of an address also deletes other addresses
             // of its network.
             write!(f, " net/ipv4/conf/{}/promote_secondaries=1", link.name)?;
@@ -225,7 +225,7 @@ fn commands(f: &mut String, op: &Op) -> fmt::Result {
             f.write_str(if link.up { "up type vxlan " } else { "down type vxlan " })?;
             link_attributes(f, link)?;
             f.write_str(" nolearning ttl auto")?;
-            rp_filter(f, link)
+            ipv4_settings(f, link)
         }
         Op::DeleteLink(name) => write!(f, "ip link del {name}"),
         Op::AddAddress(device, net) => {
@@ -278,9 +278,10 @@ fn link_attributes(f: &mut String, link: &Vxlan) -> fmt::Result {
     }
 }
 
-fn rp_filter(f: &mut String, link: &Vxlan) -> fmt::Result {
+fn ipv4_settings(f: &mut String, link: &Vxlan) -> fmt::Result {
     // Slashes as separators, because the interface name may have a dot.
-    write!(f, "\nsysctl -w net/ipv4/conf/{}/rp_filter={}", link.name, link.rp_filter)
+    let settings = format!("net/ipv4/conf/{}", link.name);
+    write!(f, "\nsysctl -w {settings}/forwarding=1 {settings}/rp_filter={}", link.rp_filter)
 }
 
 /// Writes the commands of an nf_tables operation, one per line, in the syntax of `nft -f`.
