@@ -684,12 +684,12 @@ fn egress_ip_on_several_gateways_reported_once() {
     };
     let sentence = "egress IP 198.51.100.7 is used on several gateways: a, b";
     assert_eq!(finding.to_string(), sentence);
-    assert_eq!(planned(&cluster, &policies).unwrap().findings, [finding.clone()]);
+    assert_eq!(planned(&cluster, &policies).unwrap().findings, std::slice::from_ref(&finding));
     let mut egress = Reconciler::new(Sim::new());
     let first = policies.remove(0);
     assert!(egress.reconcile(&cluster, &policies).unwrap().findings.is_empty());
     let report = egress.update([Update::Upsert(&first)]).unwrap();
-    assert_eq!(report.findings, [finding.clone()]);
+    assert_eq!(report.findings, std::slice::from_ref(&finding));
     policies.push(first);
     assert_eq!(egress.reconcile(&cluster, &policies).unwrap().findings, [finding]);
     let moved = policies.pop().unwrap().with_gateway(name("b"));
