@@ -137,8 +137,9 @@ impl Blocked {
         }
     }
 
+    /// Returns whether an operation must not be made after a refusal.
     fn holds_back(&self, phase: Phase, op: &Op) -> bool {
-        if self.all || self.any && phase >= Phase::RetireGuards {
+        if self.all || phase >= Phase::RetireGuards {
             return true;
         }
         match op.xtables_family() {
@@ -204,14 +205,15 @@ impl Changes {
         let (mut applied, mut all, mut blocked) = (0, Vec::new(), Blocked::default());
         for part in &self.steps {
             let phase = part.phase;
-            let goes = |op: &&Op| !blocked.holds_back(phase, op);
-            let (made, refused) = match part.ops.iter().filter(goes).count() {
-                0 => continue,
-                count if count == part.ops.len() => step(part),
-                _ => {
-                    let ops = part.ops.iter().filter(goes).cloned().collect();
-                    step(&Step { phase, ops })
+            let (made, refused) = if blocked.any {
+                let goes = part.ops.iter().filter(|op| !blocked.holds_back(phase, op));
+                let ops: Vec<_> = goes.cloned().collect();
+                if ops.is_empty() {
+                    continue;
                 }
+                step(&Step { phase, ops })
+            } else {
+                step(part)
             };
             applied += made;
             for (op, _) in &refused {

@@ -4,7 +4,7 @@
 //! knows the binary form that the host's kernel and its other iptables users agree on, and it takes
 //! their lock.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
@@ -195,6 +195,7 @@ impl IptablesDatapath {
         }
         // The two families do not depend on each other.
         let (mut rest, mut all) = (xtables.as_slice(), Vec::<(Op, KernelError)>::new());
+        let mut blocked = BTreeSet::new();
         while let Some((first, _)) = rest.split_first() {
             let table = |op: &Op| {
                 op.xt_chain().map(|(variant, chain)| (variant, chain.family, chain.table))
@@ -203,14 +204,8 @@ impl IptablesDatapath {
             let end = rest.iter().position(|op| table(op) != here).unwrap_or(rest.len());
             let (group, next) = rest.split_at(end);
             rest = next;
-            let group: Vec<&Op> = group
-                .iter()
-                .filter(|op| {
-                    let family = op.xtables_family();
-                    all.iter().all(|(refused, _)| refused.xtables_family() != family)
-                })
-                .copied()
-                .collect();
+            let goes = group.iter().filter(|op| !blocked.contains(&op.xtables_family()));
+            let group: Vec<&Op> = goes.copied().collect();
             if group.is_empty() {
                 continue;
             }
@@ -223,6 +218,7 @@ impl IptablesDatapath {
                     match restored {
                         Ok(()) => Vec::new(),
                         Err(error) => {
+                            blocked.insert(first.xtables_family());
                             all.push(((*first).clone(), error));
                             continue;
                         }
@@ -231,8 +227,11 @@ impl IptablesDatapath {
                 None => self.make_sets(&group),
             };
             made += group.len() - refused.len();
-            let op = |index: usize| group.get(index).map(|op| (*op).clone());
-            all.extend(refused.into_iter().filter_map(|(index, error)| Some((op(index)?, error))));
+            for (index, error) in refused {
+                let Some(op) = group.get(index) else { continue };
+                blocked.insert(op.xtables_family());
+                all.push(((*op).clone(), error));
+            }
         }
         (made, all)
     }

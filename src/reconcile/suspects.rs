@@ -21,8 +21,8 @@ pub(super) struct Suspects {
 impl Suspects {
     /// Returns the suspects after a change of states; `None` if the sources are many, or ranges.
     ///
-    /// A stale connection has a source that the wanted state selects, or a
-    /// mark of one of the states: the connections of other sources are stale only if they are ours.
+    /// A stale connection has a source that the wanted state selects, or a mark of one of the
+    /// states: the connections of other sources are stale only if they are ours.
     pub(super) fn new(wanted: &State, before: &State) -> Option<Self> {
         let mut sources = BTreeSet::new();
         match &wanted.firewall {

@@ -101,8 +101,11 @@ impl Device {
                     }
                 }
                 AfSpecUnspec::Inet6(attributes) => {
-                    let disabled = |attribute: &_| matches!(attribute, AfSpecInet6::DevConf(conf) if conf.disable_ipv6 != 0);
-                    self.ipv6 = Some(!attributes.iter().any(disabled));
+                    let disabled = attributes.iter().any(|attribute| match attribute {
+                        AfSpecInet6::DevConf(conf) => conf.disable_ipv6 != 0,
+                        _ => false,
+                    });
+                    self.ipv6 = Some(!disabled);
                 }
                 _ => {}
             }
@@ -191,8 +194,9 @@ fn info(data: Vec<InfoVxlan>) -> LinkAttribute {
 /// IPv4 settings of the device.
 ///
 /// A new device takes its `forwarding` from the host's default, which may be off while the host
-/// forwards: the kernel asks the device by which a packet arrives. Without `promote_secondaries` the kernel deletes all other addresses of a subnet together with
-/// the oldest one, also the one that was to replace it.
+/// forwards: the kernel asks the device by which a packet arrives. Without `promote_secondaries` the
+/// kernel deletes all other addresses of a subnet together with the oldest one, also the one that
+/// was to replace it.
 fn ipv4(rp_filter: u32) -> LinkAttribute {
     let settings = [
         (IPV4_DEVCONF_FORWARDING, 1),
