@@ -5,8 +5,6 @@
 //! their lock.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
-use std::os::unix::fs::MetadataExt;
 
 use super::ipset::Ipsets;
 #[cfg(feature = "ipset-sys")]
@@ -43,8 +41,6 @@ pub struct IptablesDatapath {
     kernel: KernelDatapath,
     sets: Sets,
     tools: Tools,
-    /// Network namespace, identified by the inode number of its file.
-    namespace: u64,
 }
 
 /// Access to ipset sets: netlink or libipset.
@@ -64,7 +60,7 @@ impl IptablesDatapath {
     pub fn open() -> Result<Self, KernelError> {
         let mut kernel = KernelDatapath::open()?;
         let sets = Sets::Netlink(Ipsets::probe(&mut kernel.netfilter)?);
-        Ok(Self { kernel, sets, tools: Tools::find()?, namespace: namespace()? })
+        Ok(Self { kernel, sets, tools: Tools::find()? })
     }
 
     /// Opens the datapath with sets read and written through libipset, in separate processes.
@@ -77,7 +73,7 @@ impl IptablesDatapath {
         let _sets = libipset.observe()?;
         let kernel = KernelDatapath::open()?;
         let sets = Sets::Libipset(libipset);
-        Ok(Self { kernel, sets, tools: Tools::find()?, namespace: namespace()? })
+        Ok(Self { kernel, sets, tools: Tools::find()? })
     }
 
     /// Returns true if this namespace has sets of the datapath.
@@ -161,10 +157,11 @@ impl IptablesDatapath {
     }
 
     fn check_namespace(&self) -> Result<(), KernelError> {
-        if namespace()? == self.namespace {
+        if self.kernel.routing.is_of_thread() {
             return Ok(());
         }
-        let what = "the calling thread is in another network namespace than when it was opened";
+        let what = "the calling thread is in another network namespace than when it was opened, or \
+                    /proc is not mounted";
         Err(KernelError::answer("run iptables", what))
     }
 
@@ -235,12 +232,6 @@ impl IptablesDatapath {
         }
         (made, all)
     }
-}
-
-fn namespace() -> Result<u64, KernelError> {
-    let file = fs::metadata("/proc/thread-self/ns/net");
-    file.map(|file| file.ino())
-        .map_err(|error| KernelError::io("look at /proc/thread-self/ns/net", &error))
 }
 
 impl Datapath for IptablesDatapath {

@@ -81,7 +81,7 @@ pub(super) fn connections(
 enum Pick {
     All,
     V6,
-    /// Those from a source; kernels before 5.8 send all of the family.
+    /// Connections from a source; kernels before 5.8 send all of the family.
     Source(Ipv4Addr),
     Mark(MarkBits),
 }

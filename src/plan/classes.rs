@@ -71,7 +71,7 @@ struct Combination {
     around: Option<Place>,
     /// Its class: all of them up to the first one that selects every destination.
     class: Members,
-    /// Those that come after it.
+    /// Members that come after it.
     behind: Box<[Handle]>,
     tag: Tag,
     /// Number of sources with this combination.

@@ -27,7 +27,7 @@ impl Settings {
         Self { namespace: namespace(), default: is_default() }
     }
 
-    fn are_of_thread(self) -> bool {
+    pub(super) fn are_of_thread(self) -> bool {
         self.namespace.is_some() && namespace() == self.namespace
     }
 

@@ -64,6 +64,11 @@ impl RouteSocket {
         Ok(Self { socket, settings: Settings::of_thread(), device: Arc::default() })
     }
 
+    /// Whether the calling thread is in the socket's network namespace.
+    pub(crate) fn is_of_thread(&self) -> bool {
+        self.settings.are_of_thread()
+    }
+
     /// IPv6 settings of the socket's network namespace.
     pub(super) const fn settings(&self) -> Settings {
         self.settings
