@@ -208,7 +208,9 @@ impl Fleet {
         let states: Vec<State> = states.collect::<std::result::Result<_, _>>()?;
         for &(from, packet) in packets {
             self.next += 1;
-            if from > 0 && self.opened.insert(connection(&packet)) {
+            // An answer to a packet from outside opens no connection.
+            let opens = self.opened.insert(connection(&packet));
+            if from > 0 && opens {
                 told.insert(self.next, self.explained(&states, packet));
             }
             batches[from].push((self.next, packet));
