@@ -106,14 +106,11 @@ fn connection_mark_copied_to_packets_steered_and_answered() -> Result {
             ("postrouting priority mangle", "meta mark set ct mark"),
             ("postrouting priority mangle", "meta mark != 0 ct mark set meta mark"),
         ] {
-            // The egress hook looks up the mark behind the forward chains, and the mark of a gateway,
-            // copied behind them, would be the outer packet's.
+            // The egress hook looks up the mark behind all these chains; and the mark of a gateway,
+            // copied behind the forward chain, would be the outer packet's.
             let hooked = steering(&layout) == Steering::EgressHook;
-            if hooked && hook.starts_with("forward")
-                || caching
-                    && hook.starts_with("postrouting")
-                    && !statement.starts_with("meta mark !=")
-            {
+            let late = statement == "meta mark set ct mark" && !hook.starts_with("prerouting");
+            if late && (hooked || caching && hook.starts_with("postrouting")) {
                 continue;
             }
             println!("{hook}: {statement}, {layout:?}, caching {caching}");
