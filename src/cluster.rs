@@ -20,7 +20,7 @@ pub struct Cluster {
     pub node: NodeName,
     /// All nodes, in any order.
     pub nodes: Vec<Node>,
-    /// Destination prefixes that are never steered; at least one.
+    /// Destination prefixes that are never steered; at least one, here or in `pods`.
     ///
     /// These are the prefixes of pods, services and other internal destinations. The nodes' own
     /// addresses, link-local and multicast destinations are always added. An egress IP may lie in

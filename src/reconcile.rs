@@ -107,7 +107,7 @@ pub enum Error {
     /// The kernel refused a change.
     ///
     /// The changes that do not depend on it were made: without a part of the tunnel, a route or a
-    /// rule, the policies that need it are closed, and all others in force.
+    /// rule, the packets that need it are dropped, and all others are treated as wanted.
     #[error(transparent)]
     Apply(#[from] ApplyError),
     /// An update was requested before the first reconciliation; the kernel state was not changed.

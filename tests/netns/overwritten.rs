@@ -85,6 +85,7 @@ fn mark_overwritten_no_pod_or_node_address_leak() -> Result {
 #[test]
 fn connection_mark_copied_to_packets_steered_and_answered() -> Result {
     let lab = lab();
+    harness::needs(&["nft"]);
     unless_beyond("whoever overwrites the whole mark takes ours away");
     masquerade(&lab)?;
     for (layout, caching) in
