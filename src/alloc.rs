@@ -19,80 +19,9 @@ use crate::types::{Mark, NodeName, TableId};
 /// it allocates one. A mark from the kernel that the allocator refuses is allocated again. The
 /// `Reconciler` releases the mark of a node that is no gateway any more once the kernel does not
 /// use the mark. After a refused plan and after a preview it releases new marks, and reserves
-/// released ones again. [`MarkPool`] is the implementation of this crate. An implementation for
-/// marks that a control plane assigns:
-///
-/// ```
-/// use std::collections::{BTreeMap, BTreeSet};
-/// use egress_datapath::{Mark, MarkAllocator, MarkLayout, NodeName};
-/// use egress_datapath::alloc::AllocError;
-///
-/// struct Assigned {
-///     layout: MarkLayout,
-///     numbers: BTreeMap<NodeName, u16>,
-///     in_use: BTreeSet<NodeName>,
-/// }
-///
-/// impl Assigned {
-///     fn mark(&self, node: &NodeName) -> Option<Mark> {
-///         self.numbers.get(node).and_then(|number| self.layout.mark(*number))
-///     }
-/// }
-///
-/// impl MarkAllocator for Assigned {
-///     fn allocate(&mut self, node: &NodeName) -> Result<Mark, AllocError<Mark>> {
-///         let capacity = self.numbers.len();
-///         let none = || AllocError::Exhausted { node: node.clone(), capacity };
-///         let mark = self.mark(node).ok_or_else(none)?;
-///         self.in_use.insert(node.clone());
-///         Ok(mark)
-///     }
-///
-///     fn reserve(&mut self, node: &NodeName, mark: Mark) -> Result<(), AllocError<Mark>> {
-///         if self.mark(node) != Some(mark) {
-///             return Err(AllocError::Foreign { id: mark });
-///         }
-///         self.in_use.insert(node.clone());
-///         Ok(())
-///     }
-///
-///     fn release(&mut self, node: &NodeName) -> Result<Mark, AllocError<Mark>> {
-///         let mark = self.get(node).ok_or_else(|| AllocError::Unknown { node: node.clone() })?;
-///         self.in_use.remove(node);
-///         Ok(mark)
-///     }
-///
-///     fn get(&self, node: &NodeName) -> Option<Mark> {
-///         self.mark(node).filter(|_| self.in_use.contains(node))
-///     }
-/// }
-///
-/// # use egress_datapath::alloc::TablePool;
-/// # use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, PolicyId, Reconciler, Sim};
-/// # let node = |name, underlay: &str, tunnel: &str| -> Result<Node, Box<dyn std::error::Error>> {
-/// #     Ok(Node::new(NodeName::new(name)?, vec![underlay.parse()?], vec![tunnel.parse()?]))
-/// # };
-/// # let nodes = vec![
-/// #     node("node-a", "10.10.0.11", "172.31.0.11/16")?,
-/// #     node("node-b", "10.10.0.12", "172.31.0.12/16")?,
-/// # ];
-/// # let cluster = Cluster::new(NodeName::new("node-a")?, nodes, vec!["10.244.0.0/16".parse()?]);
-/// # let policy = EgressPolicy::new(
-/// #     PolicyId::new("shop/checkout")?,
-/// #     vec!["10.244.1.10/32".parse()?],
-/// #     EgressIp::V4("198.51.100.200".parse()?),
-/// # )
-/// # .with_gateway(NodeName::new("node-b")?);
-/// let marks = Assigned {
-///     layout: cluster.marks,
-///     numbers: [(NodeName::new("node-b")?, 7)].into(),
-///     in_use: BTreeSet::new(),
-/// };
-/// let mut egress = Reconciler::with_allocators(Sim::new(), marks, TablePool::default());
-/// let report = egress.reconcile(&cluster, [&policy])?;
-/// assert!(report.changes.to_string().contains("fwmark 0x26000700"));
-/// # Ok::<(), Box<dyn std::error::Error>>(())
-/// ```
+/// released ones again. [`MarkPool`] is the implementation of this crate. Marks that a control plane
+/// assigns need no allocator of their own: give them as [`Node::mark`](crate::Node::mark). The guide
+/// has [an example](crate::guide::embedding#own-implementations-of-the-traits) of an implementation.
 #[cfg_attr(feature = "mock", mockall::automock)]
 pub trait MarkAllocator: Send {
     /// Returns the node's mark, chosen on the first call and the same on every later call.
@@ -128,7 +57,8 @@ pub trait MarkAllocator: Send {
 /// With a mark layout that has a prefix, the node itself gets a table as well, for the fallback
 /// rule. The [`Reconciler`](crate::Reconciler) calls the methods in the order that
 /// [`MarkAllocator`] documents. A table must have no route and no rule of another program:
-/// [`TablePool`] is the implementation of this crate, with a probe for tables in use.
+/// [`TablePool`] is the implementation of this crate, with a probe for tables in use. The guide has
+/// [an example](crate::guide::embedding#own-implementations-of-the-traits) of another one.
 #[cfg_attr(feature = "mock", mockall::automock)]
 pub trait TableAllocator: Send {
     /// Returns the node's table, chosen on the first call and the same on every later call.

@@ -69,7 +69,7 @@ pub struct Cluster {
     /// Counting costs every steered packet a lookup. A node counts the packets of its own pods:
     /// those of connections that the pods opened, in the original direction and with ICMP errors
     /// about replies, whatever becomes of the packets. Packets that are dropped because the policy
-    /// is denied are counted; packets that are dropped before a policy is looked up are not. A
+    /// is closed are counted; packets that are dropped before a policy is looked up are not. A
     /// packet is what the kernel handles as one, which may be several segments merged by GRO, and
     /// its bytes are those from the IP header on.
     ///

@@ -16,10 +16,14 @@
 //!   two instances, errors.
 //! - [`marks`](guide::marks): marks, tables and rule priorities beside Calico, Cilium and others.
 //! - [`gateways`](guide::gateways): a gateway dies, drains or moves.
-//! - [`upgrades`](guide::upgrades): restart, reboot, upgrade, change of a setting, removal.
+//! - [`upgrades`](guide::upgrades): restart, reboot, upgrade, change of a setting, nodes that come
+//!   and go, removal.
 //! - [`troubleshooting`](guide::troubleshooting): symptom, cause, command.
-//! - [`errors`](guide::errors): errors, findings and preflight problems, each with the next step.
-//! - [`monitoring`](guide::monitoring): reports, events, counters, preflight problems.
+//! - [`errors`](guide::errors): errors, findings and preflight problems: all codes, each with the
+//!   next step.
+//! - [`monitoring`](guide::monitoring): reports, events, counters, preflight problems, names of
+//!   spans.
+//! - [`json`](guide::json): JSON of input and output, with the schema.
 //! - [`limits`](guide::limits): sizes, cost of a packet, results of the tests, kernel versions,
 //!   known limits.
 //!

@@ -111,8 +111,7 @@ pub enum Destinations {
 
 /// The stable source address of a policy's traffic outside the cluster.
 ///
-/// For a family without an address the policy fails closed: its traffic of that family is dropped,
-/// not leaked.
+/// For a family without an address the policy is [closed](crate::guide#words).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum EgressIp {

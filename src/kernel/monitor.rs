@@ -29,10 +29,10 @@ const BUSY: &str = "drop the other watch of this datapath first";
 ///
 /// ```no_run
 /// use std::os::fd::AsFd;
-/// # use egress_datapath::{KernelDatapath, KernelError, Reconciler};
+/// # use egress_datapath::{KernelDatapath, Ownership, Reconciler};
 /// # fn wait_until_readable(_: std::os::fd::BorrowedFd<'_>) {}
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// let mut egress = Reconciler::new(KernelDatapath::open()?);
+/// let mut egress = Reconciler::new(KernelDatapath::open_as(Ownership::Exclusive)?);
 /// let mut watch = egress.datapath().watch()?;
 /// // … egress.reconcile(&cluster, &policies)?;
 /// loop {
@@ -131,8 +131,9 @@ impl Monitor {
 impl Watch {
     /// Reads all pending notifications; the descriptor is then not readable until more arrive.
     ///
-    /// Never blocks. An error is one of the socket, after which the watch cannot be used; lost
-    /// notifications are no error but set [`ChangeEvents::lost`].
+    /// Never blocks. An error is one of the socket, after which the watch [cannot be
+    /// used](crate::guide::operation#calls); lost notifications are no error but set
+    /// [`ChangeEvents::lost`].
     pub fn drain(&mut self) -> Result<ChangeEvents, KernelError> {
         let events = self.monitor.lock().drain();
         events.map_err(|error| KernelError::io("read the kernel's events", &error))

@@ -64,7 +64,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     /// Returns the packets that rules of this crate dropped on this node, by the name of the chain.
     ///
     /// `nft list chain inet egress_datapath NAME` prints the rules with a counter each. A counter
-    /// starts at zero when the rules of its chain are replaced. Packets of denied policies are not
+    /// starts at zero when the rules of its chain are replaced. Packets of closed policies are not
     /// among them, because an element of a map drops these: [`counters`](Self::counters) has them.
     /// The result is empty with iptables as backend.
     ///
