@@ -12,8 +12,8 @@ use std::collections::BTreeMap;
 
 use crate::cluster::Tunnel;
 use crate::state::{
-    ChainId, Datum, Firewall, Key, Route, RuleAction, Set, Stage, State, Stray, StrayKind,
-    TableFamily, Value, Vxlan,
+    ChainId, Datum, FLOWTABLE, Firewall, Key, Route, RuleAction, Set, Stage, State, Stray,
+    StrayKind, TableFamily, Value, Vxlan,
 };
 use changes::{Changes, Phase, Step};
 use op::Op;
@@ -371,6 +371,7 @@ fn firewall(family: TableFamily, observed: &Firewall, desired: &Firewall, steps:
     let misshapen = |stray: &Stray| match stray {
         Stray::Set(name) => Set::from_name(name).is_some_and(|set| set.table() == family),
         Stray::Chain(name) => ChainId::from_name(name).is_some_and(|chain| chain.table() == family),
+        Stray::Flowtable(name) => name == FLOWTABLE,
     };
     if observed.strays.iter().any(misshapen) {
         steps.add(Phase::Skeleton, Op::DeleteTable(family));
@@ -383,7 +384,14 @@ fn firewall(family: TableFamily, observed: &Firewall, desired: &Firewall, steps:
     for set in desired.sets.difference(&observed.sets) {
         steps.add(Phase::Skeleton, Op::AddSet(*set));
     }
+    if desired.flowtable && !observed.flowtable {
+        steps.add(Phase::Skeleton, Op::AddFlowtable);
+    }
     chains(observed, desired, steps);
+    if observed.flowtable && !desired.flowtable {
+        let flowtable = Stray::Flowtable(FLOWTABLE.to_owned());
+        steps.add(Phase::RetireGuards, Op::DeleteStray(family, flowtable));
+    }
     let stays = |key: &Key| desired.sets.contains(&key.set());
     let overlapped = |key: &Key| desired.overlapping(key).is_some();
     elements::elements(&observed.elements, &desired.elements, |change| {
@@ -407,7 +415,7 @@ fn rank(op: &Op) -> u8 {
     match op {
         Op::DeleteTable(_) => 0,
         Op::AddTable(_) => 1,
-        Op::AddSet(_) => 2,
+        Op::AddSet(_) | Op::AddFlowtable => 2,
         Op::AddChain(..) => 3,
         Op::SetRules(..) => 4,
         // A range that is split must be deleted before its parts are added.

@@ -56,6 +56,8 @@ pub struct KernelDatapath {
     pub(crate) netfilter: Socket,
     hold: Hold,
     monitor: Monitor,
+    /// Whether nf_tables has flowtables; `None` until that is known.
+    flowtables: Option<bool>,
 }
 
 impl KernelDatapath {
@@ -83,7 +85,7 @@ impl KernelDatapath {
         let ports = [routing.port(), netfilter.port()];
         let monitor = Monitor::open(routing.device_index(), nft::open()?, ports)
             .map_err(|error| KernelError::io("open the listening sockets", &error))?;
-        Ok(Self { routing, netfilter, hold, monitor })
+        Ok(Self { routing, netfilter, hold, monitor, flowtables: None })
     }
 
     /// Protection of the nf_tables table from changes by other programs.
@@ -133,6 +135,8 @@ impl KernelDatapath {
     /// Reads the whole state; `expected` are the set elements that the kernel probably holds.
     pub(crate) fn read(&mut self, expected: Option<&Elements>) -> Result<State, KernelError> {
         self.monitor.lock().begin();
+        // A module may have been installed since.
+        self.flowtables = self.flowtables.filter(|present| *present);
         let mut state = self.read_rest()?;
         let expected = expected.filter(|elements| elements.len() >= MANY);
         let (firewall, generation) = nft::observe_at(&mut self.netfilter, expected)?;
@@ -147,8 +151,18 @@ impl KernelDatapath {
         let mut state = State::default();
         self.routing.observe(&mut state)?;
         state.hook = nft::observe_hook(&mut self.netfilter)?;
+        state.missing.flowtables = !self.has_flowtables()?;
         self.monitor.lock().routing_known();
         Ok(state)
+    }
+
+    fn has_flowtables(&mut self) -> Result<bool, KernelError> {
+        if let Some(present) = self.flowtables {
+            return Ok(present);
+        }
+        let present = nft::has_flowtables(&mut self.netfilter)?;
+        self.flowtables = Some(present);
+        Ok(present)
     }
 
     /// Parts that may have changed since the last read, apart from changes by this datapath.

@@ -191,7 +191,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
                 return Err(error.into());
             }
         };
-        state.leave_out(&observed.missing_families);
+        state.leave_out(&observed.missing);
         let changes = Changes::between(&observed, &state);
         (self.index, self.findings) = (Some(index), None);
         let made = self.make(changes, &observed, &state);
@@ -221,7 +221,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
             Some(mut wanted) => {
                 let found = self.find(&wanted);
                 let made = found.and_then(|found| {
-                    self.follow_families(&mut wanted, &found);
+                    self.follow_missing(&mut wanted, &found);
                     self.restore(&wanted, found)
                 });
                 self.wanted = Some(wanted);
@@ -271,7 +271,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     pub fn drain(&mut self) -> Result<Report, Error> {
         self.empty(|found| {
             let (chains, sets) = (found.chains.clone(), found.sets.clone());
-            Some(Firewall { chains, sets, ..Firewall::default() })
+            Some(Firewall { chains, sets, flowtable: found.flowtable, ..Firewall::default() })
         })
     }
 
@@ -342,16 +342,19 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         }
     }
 
-    /// Leaves out the families that the network stack has lost, and takes in those that it has got.
-    fn follow_families(&mut self, wanted: &mut State, found: &Found) {
+    /// Leaves out what the node has lost the features for, and takes in what it has got them for.
+    fn follow_missing(&mut self, wanted: &mut State, found: &Found) {
         let (Found::Rest(found) | Found::Whole(found)) = found else { return };
-        let missing = &found.missing_families;
-        if wanted.missing_families == *missing {
+        let missing = &found.missing;
+        if wanted.missing == *missing {
             return;
         }
         if let Some(index) = &self.index {
-            let firewall = wanted.firewall.take();
-            *wanted = State { firewall, ..index.rest() };
+            let elements = wanted.firewall.take().map(|firewall| firewall.elements);
+            *wanted = index.rest();
+            if let (Some(firewall), Some(elements)) = (&mut wanted.firewall, elements) {
+                firewall.elements = elements;
+            }
         }
         wanted.leave_out(missing);
         self.findings = None;
@@ -454,7 +457,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         let (index, wanted) = (self.index.as_ref(), self.wanted.as_ref());
         let findings = self.findings.get_or_insert_with(|| {
             let both = index.zip(wanted);
-            let findings = both.map(|(index, wanted)| index.findings_at(&wanted.missing_families));
+            let findings = both.map(|(index, wanted)| index.findings_at(&wanted.missing.families));
             let findings = findings.unwrap_or_default();
             report_findings(&findings);
             findings

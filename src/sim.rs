@@ -25,7 +25,7 @@ use crate::diff::changes::{ApplyError, Changes, Made, Step};
 use crate::diff::op::Op;
 use crate::error::KernelError;
 use crate::event::Component;
-use crate::state::{Elements, Set, State, Stmt};
+use crate::state::{Elements, Missing, Set, State, Stmt};
 use crate::types::Family;
 use packet::{Frame, Packet};
 use path::conntrack::Conntrack;
@@ -117,8 +117,21 @@ impl Sim {
     }
 
     /// Sets the families that the simulated network stack lacks, and removes their objects.
-    pub fn set_missing_families(&mut self, missing: &BTreeSet<Family>) {
-        self.edit(|state| state.leave_out(missing));
+    pub fn set_missing_families(&mut self, families: &BTreeSet<Family>) {
+        self.edit(|state| {
+            let missing = Missing { families: families.clone(), ..state.missing };
+            state.leave_out(&missing);
+        });
+    }
+
+    /// Sets whether the simulated kernel has flowtables, and removes the flowtable if it has none.
+    ///
+    /// The simulated kernel offloads no connection.
+    pub fn set_flowtables(&mut self, present: bool) {
+        self.edit(|state| {
+            let missing = Missing { flowtables: !present, ..state.missing.clone() };
+            state.leave_out(&missing);
+        });
     }
 
     /// Sends a packet that comes from a pod of this node, or from the network.

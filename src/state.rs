@@ -41,7 +41,7 @@ pub use crate::rules::iptables::{
 pub(crate) use crate::rules::set::{Datum, Stage};
 pub use crate::rules::set::{Key, KeyValue, Set};
 pub use crate::rules::stmt::{
-    Direction, Field, Interface, MarkBits, MarkOf, Mask, NftRule, Selector, Stmt, Target,
+    Direction, FLOWTABLE, Field, Interface, MarkBits, MarkOf, Mask, NftRule, Selector, Stmt, Target,
 };
 pub use crate::rules::table::{Firewall, Stray};
 pub use leftovers::{StrayKind, StrayRouting};
@@ -118,11 +118,20 @@ state! {
         ipsets: BTreeMap<Ipset, IpsetContents>,
         /// Chains in iptables, by variant.
         xtables: BTreeMap<Variant, Xtables>,
-        /// Families that the network stack of the node lacks, or that are disabled for good.
-        ///
-        /// No address, neighbour, route, rule or iptables chain of such a family can exist.
-        missing_families: BTreeSet<Family>,
+        /// Features that the node lacks.
+        missing: Missing,
     }
+}
+
+/// Features that the kernel or the network stack of a node lacks.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Missing {
+    /// Families that the network stack lacks, or that are disabled for good.
+    ///
+    /// No address, neighbour, route, rule or iptables chain of such a family can exist.
+    pub families: BTreeSet<Family>,
+    /// Whether nf_tables has no flowtables: nobody can offload a connection.
+    pub flowtables: bool,
 }
 
 impl State {
@@ -137,18 +146,21 @@ impl State {
             rules: self.rules.clone(),
             strays: self.strays.clone(),
             hook: self.hook.clone(),
-            missing_families: self.missing_families.clone(),
+            missing: self.missing.clone(),
             ..Self::default()
         }
     }
 
-    /// Leaves out the objects of families that the network stack lacks.
+    /// Leaves out the objects that need a feature that the node lacks.
     ///
-    /// The nf_tables tables do not depend on the stack and stay as they are: packets that need an
+    /// The nf_tables tables do not depend on families and keep their elements: packets that need an
     /// object that was left out are dropped.
-    pub(crate) fn leave_out(&mut self, missing: &BTreeSet<Family>) {
-        self.missing_families.clone_from(missing);
-        let stays = |family| !missing.contains(&family);
+    pub(crate) fn leave_out(&mut self, missing: &Missing) {
+        self.missing.clone_from(missing);
+        if let Some(firewall) = self.firewall.as_mut().filter(|_| missing.flowtables) {
+            firewall.leave_out_flowtable();
+        }
+        let stays = |family| !missing.families.contains(&family);
         self.addresses.retain(|net| stays(Family::of_net(net)));
         self.neighbours.retain(|address, _| stays(Family::of(*address)));
         self.routes.retain(|key, _| stays(Family::of_net(&key.dst)));
@@ -187,8 +199,8 @@ impl State {
 
     /// Whether the state has no objects.
     pub fn is_empty(&self) -> bool {
-        let missing_families = self.missing_families.clone();
-        *self == Self { missing_families, ..Self::default() }
+        let missing = self.missing.clone();
+        *self == Self { missing, ..Self::default() }
     }
 }
 

@@ -10,9 +10,9 @@ use ipnet::IpNet;
 
 use crate::connection::Connection;
 use crate::state::{
-    Base, ChainId, Ipset, IpsetContents, Key, LINK_ALIAS, LINK_GROUP, MarkBits, Member, NFT_TABLE,
-    NftRule, PROTOCOL, Route, RouteKey, Rule, Set, Stray, StrayKind, StrayRouting, TableFamily,
-    Value, Variant, Vxlan, XtChain, XtEdit,
+    Base, ChainId, FLOWTABLE, Ipset, IpsetContents, Key, LINK_ALIAS, LINK_GROUP, MarkBits, Member,
+    NFT_TABLE, NftRule, PROTOCOL, Route, RouteKey, Rule, Set, Stray, StrayKind, StrayRouting,
+    TableFamily, Value, Variant, Vxlan, XtChain, XtEdit,
 };
 use crate::types::{DeviceName, Family, MacAddr};
 
@@ -66,6 +66,8 @@ pub enum Op {
     AddSet(Set),
     /// Deletes a set or map.
     DeleteSet(Set),
+    /// Creates the flowtable without devices.
+    AddFlowtable,
     /// Creates a chain without rules; `None` for a chain that is not a base chain.
     AddChain(ChainId, Option<Base>),
     /// Deletes a chain and its rules.
@@ -140,6 +142,7 @@ impl Op {
                 | Self::DeleteTable(_)
                 | Self::AddSet(_)
                 | Self::DeleteSet(_)
+                | Self::AddFlowtable
                 | Self::AddChain(..)
                 | Self::DeleteChain(_)
                 | Self::SetRules(..)
@@ -293,6 +296,9 @@ fn nft_commands(f: &mut String, op: &Op) -> fmt::Result {
         Op::DeleteTable(_) => write!(f, "delete table {table}"),
         Op::AddSet(set) => add_set(f, *set),
         Op::DeleteSet(set) => write!(f, "delete {} {table} {set}", noun(*set)),
+        Op::AddFlowtable => {
+            write!(f, "create flowtable {table} {FLOWTABLE} {{ hook ingress priority 0; }}")
+        }
         Op::AddChain(chain, None) => write!(f, "create chain {table} {chain}"),
         Op::AddChain(chain, Some(base)) => {
             write!(f, "create chain {table} {chain} {{ {base} }}")
@@ -315,6 +321,9 @@ fn nft_commands(f: &mut String, op: &Op) -> fmt::Result {
         }
         Op::DeleteStray(_, Stray::Set(name)) => {
             write!(f, "delete set {table} {}", name.escape_default())
+        }
+        Op::DeleteStray(_, Stray::Flowtable(name)) => {
+            write!(f, "delete flowtable {table} {}", name.escape_default())
         }
         Op::BlockReplies(connection) => {
             let Connection { peer, snat_address, protocol, reply_source_port, snat_port, .. } =

@@ -48,8 +48,15 @@ pub(super) fn phases(chain: ChainId, found: &[NftRule], wanted: &[NftRule]) -> (
 
 /// Returns whether a chain accepts packets that enter the tunnel without clearing their mark.
 fn keeps_mark(rules: &[NftRule]) -> bool {
-    let enters = rules.first().map(|NftRule(rule)| rule.as_slice());
-    matches!(enters, Some([Stmt::Interface(Interface::Output, _), Stmt::Return]))
+    let enters = entrance(rules).and_then(|at| rules.get(at)).map(|NftRule(rule)| rule.as_slice());
+    matches!(enters, Some([_, Stmt::Return]))
+}
+
+/// Returns the index of the rule that accepts packets that enter the tunnel.
+fn entrance(rules: &[NftRule]) -> Option<usize> {
+    rules
+        .iter()
+        .position(|rule| matches!(rule.0.first(), Some(Stmt::Interface(Interface::Output, _))))
 }
 
 /// Returns the rules of a chain during the transition: the wanted rules and some of the old ones.
@@ -72,7 +79,10 @@ pub(super) fn transitional(
     let mut rules = wanted.to_vec();
     let enters = matches!(chain, ChainId::Marked | ChainId::Tracked);
     if enters && keeps_mark(found) && !keeps_mark(wanted) {
-        rules.splice(..1, found.first().cloned());
+        let old = entrance(found).and_then(|at| found.get(..=at));
+        if let (Some(at), Some(old)) = (entrance(&rules), old) {
+            rules.splice(..=at, old.iter().cloned());
+        }
     }
     if chain == ChainId::Forward && retires {
         let holds = |rule: &&NftRule| rule.0.last() == Some(&Stmt::Goto(ChainId::Marked));

@@ -365,12 +365,21 @@ impl Skeleton<'_> {
     /// No rule marks a reply, unless it comes from the tunnel: another program has copied the mark of
     /// the connection to it.
     fn marked(&self) -> Vec<Vec<Stmt>> {
-        vec![
+        let mut rules = self.keep_from_offload();
+        rules.extend([
             self.enter(),
             vec![self.out_of_tunnel(), Stmt::Counter, Stmt::Drop],
             vec![Stmt::direction(Direction::Reply), Stmt::Return],
             vec![Stmt::Counter, Stmt::Drop],
-        ]
+        ]);
+        rules
+    }
+
+    /// Keeps all connections from being offloaded, if packets need their mark in the tunnel.
+    ///
+    /// An offloaded packet has no mark, and the egress hook would leave its frame as it is.
+    fn keep_from_offload(&self) -> Vec<Vec<Stmt>> {
+        if self.keeps_mark { vec![vec![Stmt::NoOffload]] } else { Vec::new() }
     }
 
     /// Drops packets of our connections that are not marked any more: their policy was removed.
@@ -378,9 +387,22 @@ impl Skeleton<'_> {
     /// The kernel would forward such a packet with the source that the connection got at first, the
     /// pod's own. A packet that enters the tunnel without our mark has had it overwritten by
     /// another program since, and may pass.
+    ///
+    /// No flowtable of another program may take the connection. For the other direction the kernel
+    /// takes the interface at which a packet arrives (`nft_flow_route`), but replies do not come by
+    /// the tunnel: offloaded for a reply, the pod's packets would leave with the pod's address, past
+    /// all hooks; offloaded by the gateway for a packet from the tunnel, the replies would be sent
+    /// into the tunnel, to nobody. A packet that enters the tunnel may have its connection
+    /// offloaded: both directions are right.
     fn bound(&self) -> Vec<Vec<Stmt>> {
         let original = Stmt::direction(Direction::Original);
-        vec![self.enter(), vec![original, self.is_not_tunnel(), Stmt::Counter, Stmt::Drop]]
+        let mut rules = self.keep_from_offload();
+        rules.push(self.enter());
+        rules.push(vec![original, self.is_not_tunnel(), Stmt::Counter, Stmt::Drop]);
+        if !self.keeps_mark {
+            rules.push(vec![Stmt::NoOffload]);
+        }
+        rules
     }
 
     /// Drops forwarded packets to a peer's tunnel port whose source is not a node.

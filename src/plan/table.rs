@@ -49,7 +49,7 @@ pub(super) fn skeleton(
         gateways: marks,
     };
     let (chains, sets) = (skeleton.chains(), skeleton.sets());
-    (Firewall { chains, sets, ..Firewall::default() }, elements)
+    (Firewall { chains, sets, flowtable: true, ..Firewall::default() }, elements)
 }
 
 /// Returns the elements that do not depend on single policies.

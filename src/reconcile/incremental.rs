@@ -135,7 +135,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         };
         let found = self.find(&wanted);
         if let Ok(found) = &found {
-            self.follow_families(&mut wanted, found);
+            self.follow_missing(&mut wanted, found);
         }
         let Some(mut index) = self.index.take() else { return Err(Error::NothingWanted) };
         let planned = index.update(differences, &mut self.marks, &mut self.tables);
@@ -163,12 +163,12 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         let changes = match planned {
             Planned::Part(mut part) => {
                 if let Some(rest) = &mut part.rest {
-                    rest.leave_out(&wanted.missing_families);
+                    rest.leave_out(&wanted.missing);
                 }
                 self.make_part(part, wanted, found)?
             }
             Planned::Whole(mut state) => {
-                state.leave_out(&wanted.missing_families);
+                state.leave_out(&wanted.missing);
                 let observed = current(std::mem::replace(wanted, *state), found?);
                 let changes = Changes::between(&observed, wanted);
                 self.make(changes, &observed, wanted)?
@@ -317,6 +317,7 @@ pub(super) fn without_elements(state: &State) -> State {
     let firewall = state.firewall.as_ref().map(|firewall| Firewall {
         chains: firewall.chains.clone(),
         sets: firewall.sets.clone(),
+        flowtable: firewall.flowtable,
         elements: Elements::default(),
         strays: firewall.strays.clone(),
         dormant: firewall.dormant,

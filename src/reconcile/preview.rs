@@ -39,10 +39,10 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         let back = give_back(marks, tables);
         let (index, mut state) = numbered?;
         back?;
-        state.leave_out(&observed.missing_families);
+        state.leave_out(&observed.missing);
         let changes = Changes::between(&observed, &state);
         let settled = self.settled && self.pending.is_none();
-        let findings = index.findings_at(&observed.missing_families);
+        let findings = index.findings_at(&observed.missing.families);
         Ok(self.finished(changes, findings, settled))
     }
 }

@@ -10,6 +10,12 @@ use super::chain::ChainId;
 use super::set::Set;
 use crate::types::{DeviceName, Family};
 
+/// Name of the flowtable of the `inet` table, which has no device.
+///
+/// The kernel puts a connection into one flowtable at a time, and looks for it there if a packet
+/// arrives at a device of that flowtable. A connection in this one stays on the path of the hooks.
+pub const FLOWTABLE: &str = "no_offload";
+
 /// Direction of a packet in its connection, as conntrack defines it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Direction {
@@ -177,6 +183,10 @@ pub enum Stmt {
     Masquerade,
     /// `notrack`
     NoTrack,
+    /// `flow add @no_offload`: no other flowtable takes the connection.
+    ///
+    /// The rule ends if the connection is in a flowtable already, or may be in none.
+    NoOffload,
     /// `counter`
     Counter,
     /// `drop`
@@ -486,6 +496,7 @@ impl fmt::Display for Stmt {
             }
             Self::Masquerade => f.write_str("masquerade"),
             Self::NoTrack => f.write_str("notrack"),
+            Self::NoOffload => write!(f, "flow add @{FLOWTABLE}"),
             Self::Counter => f.write_str("counter"),
             Self::Drop => f.write_str("drop"),
             Self::Return => f.write_str("return"),

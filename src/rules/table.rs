@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::chain::{Base, ChainId};
 use super::elements::Elements;
 use super::set::{Key, KeyValue, Set};
-use super::stmt::NftRule;
+use super::stmt::{NftRule, Stmt};
 use crate::range::IpRange;
 
 /// One of our nf_tables tables: its chains, and the elements of its sets and maps.
@@ -20,15 +20,25 @@ pub struct Firewall {
     pub chains: BTreeMap<ChainId, (Option<Base>, Vec<NftRule>)>,
     /// Sets and maps that the table has.
     pub sets: BTreeSet<Set>,
+    /// Whether the table has the flowtable [`FLOWTABLE`](super::stmt::FLOWTABLE).
+    pub flowtable: bool,
     /// Elements of all sets and maps.
     pub elements: Elements,
-    /// Sets and chains found in our table that this crate never makes, by name.
+    /// Objects found in our table that this crate never makes, by name.
     pub strays: BTreeSet<Stray>,
     /// Whether another program set the table's `dormant` flag: the kernel then skips its chains.
     pub dormant: bool,
 }
 
 impl Firewall {
+    /// Leaves out the flowtable, and the rules that put connections into it.
+    pub fn leave_out_flowtable(&mut self) {
+        self.flowtable = false;
+        for (_, rules) in self.chains.values_mut() {
+            rules.retain(|rule| !rule.0.contains(&Stmt::NoOffload));
+        }
+    }
+
     /// An element of the same set whose range overlaps the range of the key.
     ///
     /// `None` for keys that are not ranges.
@@ -43,11 +53,13 @@ impl Firewall {
     }
 }
 
-/// A set or chain found in our table that this crate never makes.
+/// An object found in our table that this crate never makes.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Stray {
     /// A chain with this name.
     Chain(String),
     /// A set or map with this name.
     Set(String),
+    /// A flowtable with this name.
+    Flowtable(String),
 }

@@ -156,10 +156,9 @@ impl SimDatapath {
     }
 
     fn read_rest(&mut self) -> Result<State, KernelError> {
-        let mut state = State {
-            link: self.routing("ip link show", |all| all.link.clone())?,
-            ..State::default()
-        };
+        let (link, missing) =
+            self.routing("ip link show", |all| (all.link.clone(), all.missing.clone()))?;
+        let mut state = State { link, missing, ..State::default() };
         if state.link.is_some() {
             state.addresses = self.routing("ip address show", |all| all.addresses.clone())?;
             state.fdb = self.routing("bridge fdb show", |all| all.fdb.clone())?;
@@ -194,6 +193,7 @@ impl SimDatapath {
             let chains = self.ask(Subsystem::Firewall, &what, |sim| {
                 sim.state.firewall.as_ref().map(|table| Firewall {
                     chains: table.chains.clone(),
+                    flowtable: table.flowtable,
                     strays: table.strays.clone(),
                     dormant: table.dormant,
                     ..Firewall::default()

@@ -6,7 +6,8 @@ use super::side_effects::{LinkSnapshot, follow, has_ipv6};
 use crate::diff::op::Op;
 use crate::error::errno;
 use crate::state::{
-    ChainId, Data, Firewall, NftRule, Route, RuleAction, Set, State, Stmt, Verdict, Vxlan,
+    ChainId, Data, FLOWTABLE, Firewall, NftRule, Route, RuleAction, Set, State, Stmt, Stray,
+    Verdict, Vxlan,
 };
 use crate::types::{DeviceName, Family};
 
@@ -29,6 +30,7 @@ pub(super) fn make(state: &mut State, op: &Op) -> Result<(), Errno> {
             state.table_mut(*family).as_mut().ok_or(errno::ENOENT)?.dormant = false;
             Ok(())
         }
+        Op::AddFlowtable if state.missing.flowtables => Err(errno::ENOENT),
         op if op.is_nft() => nft(state.table_mut(op.table()).as_mut().ok_or(errno::ENOENT)?, op),
         op => rtnetlink(state, op),
     }
@@ -42,7 +44,7 @@ fn rtnetlink(state: &mut State, op: &Op) -> Result<(), Errno> {
         Op::AddRule(rule) => Some(rule.family),
         _ => None,
     };
-    if family.is_some_and(|family| state.missing_families.contains(&family)) {
+    if family.is_some_and(|family| state.missing.families.contains(&family)) {
         return Err(errno::EAFNOSUPPORT);
     }
     let was = LinkSnapshot::of(state);
@@ -235,6 +237,16 @@ fn nft(firewall: &mut Firewall, op: &Op) -> Result<(), Errno> {
             Ok(())
         }
         Op::DeleteElement(key, _) => firewall.elements.remove(key).map(drop).ok_or(errno::ENOENT),
+        Op::AddFlowtable => {
+            let exists = std::mem::replace(&mut firewall.flowtable, true);
+            if exists { Err(errno::EEXIST) } else { Ok(()) }
+        }
+        Op::DeleteStray(_, Stray::Flowtable(name)) if name == FLOWTABLE => {
+            if firewall.chains.values().any(|(_, rules)| rules.iter().any(offloads)) {
+                return Err(errno::EBUSY);
+            }
+            std::mem::take(&mut firewall.flowtable).then_some(()).ok_or(errno::ENOENT)
+        }
         Op::DeleteStray(_, stray) => {
             firewall.strays.remove(stray).then_some(()).ok_or(errno::ENOENT)
         }
@@ -254,6 +266,10 @@ fn goes_to(firewall: &Firewall, chain: ChainId) -> bool {
     by_rule || firewall.elements.values().any(|value| value.data == goto)
 }
 
+fn offloads(rule: &NftRule) -> bool {
+    rule.0.contains(&Stmt::NoOffload)
+}
+
 fn names(rule: &NftRule, set: Set) -> bool {
     rule.0.iter().any(|statement| statement.set() == Some(set))
 }
@@ -261,6 +277,7 @@ fn names(rule: &NftRule, set: Set) -> bool {
 fn refers_well(firewall: &Firewall, rule: &NftRule) -> bool {
     rule.0.iter().all(|statement| match statement {
         Stmt::Goto(chain) | Stmt::Jump(chain) => firewall.chains.contains_key(chain),
+        Stmt::NoOffload => firewall.flowtable,
         other => other.set().is_none_or(|set| firewall.sets.contains(&set)),
     })
 }

@@ -84,3 +84,15 @@ pub(crate) struct Change {
     /// Makes the change for the so-manieth time; round 0 is what it starts from.
     pub(crate) round: fn(&Lab, &mut Nodes, u64) -> Result<Vec<Report>>,
 }
+
+impl Change {
+    /// Whether other software offloads connections.
+    pub(crate) fn offloads(&self) -> bool {
+        self.foreign.contains("flowtable")
+    }
+
+    /// Whether connections go on all the time: their first packet or a flowtable decides for all.
+    pub(crate) fn lasts(&self) -> bool {
+        self.caching || self.offloads()
+    }
+}

@@ -61,6 +61,30 @@ const LATE_BIT: &str = "table inet foreign { chain late {
     }
 }";
 
+/// Other software offloads connections of pods, whose nodes all have these devices.
+const OFFLOAD: &str = "table inet foreign {
+    flowtable f { hook ingress priority 0; devices = { eth0, pod10 }; }
+    chain forward { type filter hook forward priority 10; meta l4proto udp flow add @f; }
+}";
+const OFFLOAD_AND_MASQUERADE: &str = "table inet foreign {
+    flowtable f { hook ingress priority 0; devices = { eth0, pod10 }; }
+    chain forward { type filter hook forward priority 10; meta l4proto udp flow add @f; }
+    chain post {
+        type nat hook postrouting priority 100
+        ip saddr 10.244.0.0/16 ip daddr != 10.244.0.0/16 masquerade
+        ip6 saddr fd44::/16 ip6 daddr != fd44::/16 masquerade
+    }
+}";
+/// Other software copies the mark of the connection to its packets.
+const RESTORE_AND_MASQUERADE: &str = "table inet foreign {
+    chain restore { type filter hook prerouting priority -150; meta mark set ct mark; }
+    chain post {
+        type nat hook postrouting priority 100
+        ip saddr 10.244.0.0/16 ip daddr != 10.244.0.0/16 masquerade
+        ip6 saddr fd44::/16 ip6 daddr != fd44::/16 masquerade
+    }
+}";
+
 const MOVE_OF_MANY: &str = "move of 100 000 sources";
 pub(crate) const COUNTERS: &str = "counters";
 /// Of one backend only.
@@ -197,6 +221,46 @@ pub(crate) const ALL: &[Change] = &[
         name: "cached: everything",
         allowed: PLAIN,
         foreign: MASQUERADE,
+        loss: Loss::Any,
+        round: everything,
+        caching: true,
+        ..USUAL
+    },
+    Change {
+        name: "offloaded: move, same egress IP",
+        foreign: OFFLOAD,
+        loss: Loss::Any,
+        round: moved,
+        ..USUAL
+    },
+    Change {
+        name: "offloaded: egress IP",
+        foreign: OFFLOAD,
+        allowed: EITHER,
+        loss: Loss::Any,
+        round: egress_ip,
+        ..USUAL
+    },
+    Change {
+        name: "offloaded: everything",
+        allowed: PLAIN,
+        foreign: OFFLOAD_AND_MASQUERADE,
+        loss: Loss::Any,
+        round: everything,
+        ..USUAL
+    },
+    Change {
+        name: "restored marks: move",
+        allowed: EITHER,
+        foreign: RESTORE_AND_MASQUERADE,
+        loss: Loss::Any,
+        round: moved_otherwise,
+        ..USUAL
+    },
+    Change {
+        name: "restored marks: everything",
+        allowed: PLAIN,
+        foreign: RESTORE_AND_MASQUERADE,
         loss: Loss::Any,
         round: everything,
         caching: true,

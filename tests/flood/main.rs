@@ -59,8 +59,12 @@ fn one_kind(change: &Change) -> Result {
     if change.backends {
         harness::needs(&["iptables-legacy", "iptables-nft"]);
     }
+    let lab = fleet::lab();
+    if change.offloads() {
+        fleet::needs_flowtables(&lab);
+    }
     let size = if is_full() { &change.in_full } else { &SMALL };
-    let wrong = flood(&fleet::lab(), change, size)?;
+    let wrong = flood(&lab, change, size)?;
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     let is_found = !is_missed(change);
     harness::needs_kernel("lookup that finds a range while ranges change (Linux 6.18)", is_found);
@@ -83,7 +87,7 @@ fn flood(lab: &Lab, change: &Change, size: &Size) -> Result<Vec<String>> {
         }
     }
     // Every reconciliation lists all connections; where each has one packet, let them go.
-    stream::forget_after(lab, if change.caching { "30" } else { "0" })?;
+    stream::forget_after(lab, if change.lasts() { "30" } else { "0" })?;
     for host in lab.nodes() {
         host.netns.sysctl(&[
             // With its mark, a packet must at no moment seem to come from elsewhere.
@@ -120,7 +124,7 @@ fn flood(lab: &Lab, change: &Change, size: &Size) -> Result<Vec<String>> {
         }
         Ok((rounds, commits))
     };
-    let flows = if change.caching { FEW } else { stream::MANY };
+    let flows = if change.lasts() { FEW } else { stream::MANY };
     let (done, tally) = stream::during(to, &pods, flows, u64::from(size.per_second), rounds)?;
     let took = begin.elapsed();
     let (rounds, commits) = done?;

@@ -22,10 +22,10 @@ const MOVES: usize = 20;
 const SERVICE: [&str; 2] = ["10.96.0.10", "fd96::10"];
 
 /// Both ends of a connection.
-struct Pipe {
+pub(crate) struct Pipe {
     name: String,
-    client: TcpStream,
-    server: TcpStream,
+    pub(crate) client: TcpStream,
+    pub(crate) server: TcpStream,
 }
 
 impl Pipe {
@@ -45,7 +45,7 @@ impl Pipe {
     }
 
     /// A word from the client, and one back.
-    fn client_first(&self) -> io::Result<()> {
+    pub(crate) fn client_first(&self) -> io::Result<()> {
         say(&self.client, *b"ping")?;
         hear(&self.server, *b"ping")?;
         say(&self.server, *b"pong")?;
@@ -53,7 +53,7 @@ impl Pipe {
     }
 
     /// A word from the server while the client is silent, and one from the client a moment later.
-    fn server_first(&self) -> io::Result<()> {
+    pub(crate) fn server_first(&self) -> io::Result<()> {
         say(&self.server, *b"pong")?;
         thread::sleep(Duration::from_millis(20));
         say(&self.client, *b"ping")?;
@@ -71,7 +71,7 @@ impl Pipe {
     }
 }
 
-fn say(mut to: &TcpStream, word: [u8; 4]) -> io::Result<()> {
+pub(crate) fn say(mut to: &TcpStream, word: [u8; 4]) -> io::Result<()> {
     to.write_all(&word)
 }
 
@@ -81,18 +81,18 @@ fn hear(mut from: &TcpStream, word: [u8; 4]) -> io::Result<()> {
     if heard == word { Ok(()) } else { Err(io::Error::other(format!("heard {heard:?}"))) }
 }
 
-fn listen(netns: &Netns, on: Pair) -> Result<[TcpListener; 2]> {
+pub(crate) fn listen(netns: &Netns, on: Pair) -> Result<[TcpListener; 2]> {
     let [v4, v6] = netns.run(|| on.map(|address| TcpListener::bind((address, PORT))))?;
     Ok([v4?, v6?])
 }
 
 /// A connection of each family, from a pod to the server.
-fn outward(from: &Netns, listeners: &[TcpListener; 2]) -> Result<Vec<Pipe>> {
+pub(crate) fn outward(from: &Netns, listeners: &[TcpListener; 2]) -> Result<Vec<Pipe>> {
     let opened = SERVER.into_iter().zip(listeners);
     opened.map(|(to, listener)| Pipe::open(from, (to, PORT).into(), listener)).collect()
 }
 
-fn by(gateway: &str, egress_ip: Pair) -> Result<Vec<EgressPolicy>> {
+pub(crate) fn by(gateway: &str, egress_ip: Pair) -> Result<Vec<EgressPolicy>> {
     Ok(vec![policy("p", &[POD_A], Some(gateway), dual(egress_ip))?])
 }
 

@@ -19,6 +19,7 @@ mod counts;
 mod decoys;
 mod explained;
 mod flows;
+mod flowtables;
 mod hook;
 mod odd_flows;
 mod overwritten;

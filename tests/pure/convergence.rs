@@ -8,7 +8,8 @@ use egress_datapath::state::{
     StrayRouting,
 };
 use egress_datapath::{
-    Changes, Datapath, Destinations, DeviceName, Family, Finding, MacAddr, Reconciler, Sim, State,
+    Backend, Changes, Datapath, Destinations, DeviceName, Family, Finding, MacAddr, Reconciler,
+    Sim, State,
 };
 use proptest::prelude::*;
 use proptest::sample::Index;
@@ -340,6 +341,36 @@ proptest! {
         egress.reconcile(&cluster, &after).unwrap();
         prop_assert!(egress.repair().unwrap().changes.is_empty());
         prop_assert!(egress.datapath().state().rules.iter().all(|rule| rule.family != family));
+        egress.remove().unwrap();
+        prop_assert!(egress.datapath().state().is_empty());
+    }
+
+    #[test]
+    fn flowtable_left_out_and_taken_in_again(
+        cluster in clusters(), before in policies(), after in policies(),
+    ) {
+        let (marks, tables) = pools(&cluster);
+        let mut sim = Sim::new();
+        sim.set_flowtables(false);
+        let mut egress = Reconciler::with_allocators(sim, marks, tables);
+        let offloads = |state: &State| {
+            let mut chains = state.firewall.iter().flat_map(|table| table.chains.values());
+            chains.any(|(_, rules)| rules.iter().any(|rule| rule.0.contains(&Stmt::NoOffload)))
+        };
+        let has = |state: &State| state.firewall.as_ref().is_some_and(|table| table.flowtable);
+        for policies in [&before, &after, &before] {
+            egress.reconcile(&cluster, policies).unwrap();
+            let state = egress.datapath().state();
+            prop_assert!(!offloads(state) && !has(state));
+        }
+        egress.datapath().set_flowtables(true);
+        egress.audit().unwrap();
+        let is_nft = cluster.backend == Backend::Nftables;
+        let state = egress.datapath().state();
+        prop_assert_eq!((offloads(state), has(state)), (is_nft, is_nft));
+        prop_assert!(egress.reconcile(&cluster, &before).unwrap().changes.is_empty());
+        egress.reconcile(&cluster, &after).unwrap();
+        prop_assert_eq!(has(egress.datapath().state()), is_nft);
         egress.remove().unwrap();
         prop_assert!(egress.datapath().state().is_empty());
     }

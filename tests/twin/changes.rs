@@ -9,7 +9,7 @@ use egress_datapath::{Changes, Datapath, Sim};
 use crate::drift::drifted;
 use crate::random::Random;
 use crate::shrink::shrink;
-use crate::world::{cluster, planned, policies};
+use crate::world::{self, cluster, planned, policies};
 use crate::{Outcome, Result, Twins, say, seed, times};
 
 /// Operations that are made at least.
@@ -79,7 +79,7 @@ struct Steps {
 
 impl Steps {
     fn of(seed: u64) -> Self {
-        Self { random: Random::new(seed), sim: Sim::new() }
+        Self { random: Random::new(seed), sim: world::sim() }
     }
 }
 

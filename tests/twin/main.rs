@@ -98,7 +98,7 @@ impl Twins {
             other.link(|link| link.up(index))?;
         }
         let kernel = netns.run(KernelDatapath::open)?.map_err(io::Error::other)?;
-        Ok(Self { sim: Sim::new(), spoil: |_, _| {}, kernel, _netns: [netns, other] })
+        Ok(Self { sim: world::sim(), spoil: |_, _| {}, kernel, _netns: [netns, other] })
     }
 
     /// Makes the same changes on both; what became of them, if both say the same.

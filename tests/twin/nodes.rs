@@ -86,7 +86,7 @@ pub(crate) fn kernel(host: &Host, cluster: &Cluster) -> io::Result<Reconciler<Bo
 
 pub(crate) fn simulated(cluster: &Cluster) -> Reconciler<Sim> {
     let tables = TablePool::new(TableRange::default()).with_start(0);
-    Reconciler::with_allocators(Sim::new(), MarkPool::new(cluster.marks), tables)
+    Reconciler::with_allocators(crate::world::sim(), MarkPool::new(cluster.marks), tables)
 }
 
 /// The twin of the lab's node of this number.
@@ -108,7 +108,7 @@ pub(crate) fn node(number: u8, cluster: &Cluster) -> SimNode {
     let pods = [format!("10.244.{number}.0/24"), format!("fd44:{number}::/64")];
     let pods: Vec<IpNet> = pods.iter().map(|net| net.parse().unwrap()).collect();
     around.own.extend(pods.iter().copied().zip(beside_pods(number)));
-    SimNode { name: cluster.node.clone(), sim: Sim::new().with_host(around), pods }
+    SimNode { name: cluster.node.clone(), sim: crate::world::sim().with_host(around), pods }
 }
 
 /// Addresses of a node on the interfaces of its pods.

@@ -1,12 +1,15 @@
 //! Random policies and clusters, out of few addresses, so that they meet.
 
 use std::net::IpAddr;
+use std::sync::OnceLock;
 
 use egress_datapath::alloc::{MarkPool, TablePool, TableRange};
-use egress_datapath::testing::lab::{self, Pair};
+use egress_datapath::datapath::observe;
+use egress_datapath::state::Firewall;
+use egress_datapath::testing::lab::{self, Netns, Pair};
 use egress_datapath::{
-    Cluster, Destinations, EgressIp, EgressPolicy, MacAddr, MarkLayout, NodeName, PolicyId, State,
-    Unavailable, plan,
+    Cluster, Destinations, EgressIp, EgressPolicy, KernelDatapath, MacAddr, MarkLayout, NodeName,
+    PolicyId, Sim, State, Unavailable, plan,
 };
 use ipnet::IpNet;
 
@@ -114,5 +117,29 @@ pub(crate) fn cluster(random: &mut Random, of: &str) -> Cluster {
 /// What a node should hold for some policies.
 pub(crate) fn planned(cluster: &Cluster, policies: &[EgressPolicy]) -> State {
     let mut tables = TablePool::new(TableRange::default()).with_start(0);
-    plan(cluster, policies, &mut MarkPool::new(cluster.marks), &mut tables).unwrap().state
+    let plan = plan(cluster, policies, &mut MarkPool::new(cluster.marks), &mut tables).unwrap();
+    let mut state = plan.state;
+    if !has_flowtables() {
+        state.missing.flowtables = true;
+        state.firewall.iter_mut().for_each(Firewall::leave_out_flowtable);
+    }
+    state
+}
+
+/// A simulated kernel that has flowtables if the kernel has them.
+pub(crate) fn sim() -> Sim {
+    let mut sim = Sim::new();
+    sim.set_flowtables(has_flowtables());
+    sim
+}
+
+/// Whether the kernel has flowtables; true if it cannot be asked.
+fn has_flowtables() -> bool {
+    static HAS: OnceLock<bool> = OnceLock::new();
+    *HAS.get_or_init(|| {
+        let asked = Netns::new().and_then(|netns| netns.run(KernelDatapath::open));
+        let state =
+            asked.ok().and_then(Result::ok).and_then(|mut kernel| observe(&mut kernel).ok());
+        state.is_none_or(|state| !state.missing.flowtables)
+    })
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::kind;
 use super::terms::Terms;
-use super::{chain, element, set};
+use super::{chain, element, flowtable, set};
 use crate::diff::op::Op;
 use crate::kernel::netlink::message::{Open, Writer, flag};
 use crate::state::{Key, NFT_TABLE, Set, Stray, TableFamily, Value};
@@ -282,6 +282,9 @@ impl Builder<'_> {
                 });
             }
             Op::DeleteSet(set) => self.message(at, kind::DELSET, 0, named(set.name(), 2)),
+            Op::AddFlowtable => {
+                self.message(at, kind::NEWFLOWTABLE, NEW, flowtable::write);
+            }
             Op::AddChain(chain, base) => self.message(at, kind::NEWCHAIN, NEW, |writer| {
                 chain::write(writer, *chain, base.as_ref());
             }),
@@ -304,6 +307,9 @@ impl Builder<'_> {
             }
             Op::DeleteStray(_, Stray::Set(name)) => {
                 self.message(at, kind::DELSET, 0, named(name.clone(), 2));
+            }
+            Op::DeleteStray(_, Stray::Flowtable(name)) => {
+                self.message(at, kind::DELFLOWTABLE, 0, named(name.clone(), 2));
             }
             _ => {}
         }

@@ -83,6 +83,8 @@ pub(crate) enum Expr {
     CtSet { key: u32, sreg: u32 },
     /// Excludes the packet from connection tracking.
     NoTrack,
+    /// Puts the connection into a flowtable; ends the rule if it is in one, or may be in none.
+    FlowOffload { flowtable: String },
     /// Loads a constant into a register.
     Load { dreg: u32, data: Vec<u8> },
     /// Ends the rule with a verdict.
@@ -121,6 +123,7 @@ impl Expr {
             Self::Lookup { .. } => "lookup",
             Self::Ct { .. } | Self::CtSet { .. } => "ct",
             Self::NoTrack => "notrack",
+            Self::FlowOffload { .. } => "flow_offload",
             Self::Load { .. } | Self::Immediate(_) => "immediate",
             Self::Snat { .. } => "nat",
             Self::Masquerade => "masq",
@@ -188,6 +191,7 @@ impl Expr {
                     writer.be32(5, 1);
                 }
             }
+            Self::FlowOffload { flowtable } => writer.string(1, flowtable),
             Self::Load { dreg, data } => {
                 writer.be32(1, *dreg);
                 writer.nest(2, |writer| writer.attribute(1, data));

@@ -19,3 +19,6 @@ pub(super) const GETSETELEM: u16 = 0xa0d;
 pub(super) const DELSETELEM: u16 = 0xa0e;
 pub(super) const NEWGEN: u16 = 0xa0f;
 pub(super) const GETGEN: u16 = 0xa10;
+pub(super) const NEWFLOWTABLE: u16 = 0xa16;
+pub(super) const GETFLOWTABLE: u16 = 0xa17;
+pub(super) const DELFLOWTABLE: u16 = 0xa18;

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use super::generation::{ask, generation};
-use super::{chain, element, expr, kind, range, set, table};
+use super::{chain, element, expr, flowtable, kind, range, set, table};
 use crate::error::{KernelError, errno};
 use crate::kernel::netlink::exchange::{Answered, in_one_piece};
 use crate::kernel::netlink::message::{Attribute, Attributes, Malformed, Writer, flag};
@@ -170,6 +170,7 @@ impl<'a> Reader<'a> {
     ) -> Result<(), KernelError> {
         self.chains(firewall)?;
         self.rules(firewall)?;
+        self.flowtables(firewall)?;
         for (set, count) in self.sets(firewall)? {
             if is_wanted(set) {
                 self.elements(set, count, firewall)?;
@@ -216,6 +217,17 @@ impl<'a> Reader<'a> {
             }
             Ok(())
         };
+        self.ask(&request, |writer| writer.string(1, NFT_TABLE), take)
+    }
+
+    fn flowtables(&mut self, firewall: &mut Firewall) -> Result<(), KernelError> {
+        let request = Request {
+            text: &format!("nft list flowtables {}", self.family),
+            kind: kind::GETFLOWTABLE,
+            flags: flag::DUMP,
+            answer: kind::NEWFLOWTABLE,
+        };
+        let take = |attributes: Attributes<'_>| add_flowtable(attributes, firewall);
         self.ask(&request, |writer| writer.string(1, NFT_TABLE), take)
     }
 
@@ -334,6 +346,16 @@ fn add_chain(
         None => {
             firewall.strays.insert(Stray::Chain(found.name));
         }
+    }
+    Ok(())
+}
+
+/// Adds a dumped flowtable.
+fn add_flowtable(attributes: Attributes<'_>, firewall: &mut Firewall) -> Result<(), Malformed> {
+    match flowtable::read(attributes)? {
+        Some(found) if found.is_ours() => firewall.flowtable = true,
+        Some(found) => drop(firewall.strays.insert(Stray::Flowtable(found.name))),
+        None => {}
     }
     Ok(())
 }

@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use super::expr::{Expr, ct, reg};
 use super::generation::{generation, is_absent};
 use super::table::has_owners;
-use super::{batch, kind};
+use super::{batch, flowtable, kind};
 use crate::error::{KernelError, errno};
 use crate::kernel::netlink::exchange::acknowledgements;
 use crate::kernel::netlink::message::{Writer, flag};
@@ -96,6 +96,10 @@ pub(crate) fn missing(socket: &mut Socket) -> Result<Vec<KernelPart>, KernelErro
         Err(error) => Err(error),
         Ok(_) => {
             let mut missing = try_out(socket, &parts())?;
+            // Without the inet family nothing is known about the rest.
+            if missing.contains(&KernelPart::InetFamily) {
+                missing = vec![KernelPart::InetFamily];
+            }
             if !missing.contains(&KernelPart::InetFamily) && !has_owners(socket)? {
                 missing.push(KernelPart::TableOwner);
             }
@@ -104,9 +108,22 @@ pub(crate) fn missing(socket: &mut Socket) -> Result<Vec<KernelPart>, KernelErro
     }
 }
 
+/// Whether the kernel has flowtables of family `inet`; it loads the modules for them.
+///
+/// A kernel without nf_tables has none.
+pub(crate) fn has_flowtables(socket: &mut Socket) -> Result<bool, KernelError> {
+    let parts = [(TableFamily::Inet, Trial::Table), (TableFamily::Inet, Trial::Flowtable)];
+    match try_out(socket, &parts) {
+        Ok(missing) => Ok(missing.is_empty()),
+        Err(error) if is_absent(&error) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 /// Object in the probing transaction that needs a feature.
 enum Trial {
     Table,
+    Flowtable,
     NatChain,
     EgressChain,
     Rule(Expr),
@@ -125,10 +142,7 @@ fn parts() -> Vec<(KernelPart, Trial)> {
     ]
 }
 
-fn try_out(
-    socket: &mut Socket,
-    parts: &[(KernelPart, Trial)],
-) -> Result<Vec<KernelPart>, KernelError> {
+fn try_out<P: Copy>(socket: &mut Socket, parts: &[(P, Trial)]) -> Result<Vec<P>, KernelError> {
     let mut writer = Writer::default();
     let message = writer.message(kind::BEGIN, flag::REQUEST, socket.next_sequence());
     writer.nfgen(0, batch::NF_TABLES);
@@ -165,17 +179,13 @@ fn try_out(
         return Err(refused);
     }
     outcome.complete(TEXT)?;
-    // Without the inet family nothing is known about the rest.
-    if missing.contains(&KernelPart::InetFamily) {
-        missing = vec![KernelPart::InetFamily];
-    }
     Ok(missing)
 }
 
 fn write(writer: &mut Writer, sequence: u32, trial: &Trial, next: &mut dyn FnMut() -> u32) {
     let family = match trial {
         Trial::EgressChain => TableFamily::Netdev,
-        Trial::Table | Trial::NatChain | Trial::Rule(_) => TableFamily::Inet,
+        Trial::Table | Trial::Flowtable | Trial::NatChain | Trial::Rule(_) => TableFamily::Inet,
     };
     let begin = |writer: &mut Writer, kind, flags, sequence| {
         let message = writer.message(kind, flag::REQUEST | flags, sequence);
@@ -191,6 +201,12 @@ fn write(writer: &mut Writer, sequence: u32, trial: &Trial, next: &mut dyn FnMut
             // Chain for the rules: any expression may stand in a chain that is not reached.
             let message = begin(writer, kind::NEWCHAIN, new, next());
             writer.string(3, "rules");
+            writer.end(message);
+        }
+        Trial::Flowtable => {
+            let message = writer.message(kind::NEWFLOWTABLE, flag::REQUEST | new, sequence);
+            writer.nfgen(batch::number(family), 0);
+            flowtable::write_in(writer, SCRATCH);
             writer.end(message);
         }
         Trial::NatChain => {

@@ -10,7 +10,8 @@ mod tests;
 
 use super::expr::{Expr, Verdict, base, ct, meta, reg, verdict};
 use crate::state::{
-    ChainId, Field, Interface, MarkBits, MarkOf, Mask, NftRule, Selector, Set, Stmt, Target,
+    ChainId, FLOWTABLE, Field, Interface, MarkBits, MarkOf, Mask, NftRule, Selector, Set, Stmt,
+    Target,
 };
 use crate::types::{DeviceName, Family};
 
@@ -272,6 +273,7 @@ fn expressions(statement: &Stmt, known: &mut Option<Family>) -> Option<Vec<Expr>
         }
         Stmt::Masquerade => exprs.push(Expr::Masquerade),
         Stmt::NoTrack => exprs.push(Expr::NoTrack),
+        Stmt::NoOffload => exprs.push(Expr::FlowOffload { flowtable: FLOWTABLE.to_owned() }),
         Stmt::Counter => exprs.push(Expr::Counter),
         Stmt::Drop => exprs.push(Expr::Immediate(Verdict::plain(verdict::DROP))),
         Stmt::Return => exprs.push(Expr::Immediate(Verdict::plain(verdict::RETURN))),
@@ -364,6 +366,7 @@ fn selected(exprs: &mut &[Expr], register: u32, tested: Option<u8>) -> Option<Se
 fn guess(mut exprs: &[Expr]) -> Option<Stmt> {
     match exprs.first()? {
         Expr::NoTrack => return Some(Stmt::NoTrack),
+        Expr::FlowOffload { .. } => return Some(Stmt::NoOffload),
         Expr::Load { .. } => return Some(Stmt::ClearPriority),
         Expr::Masquerade => return Some(Stmt::Masquerade),
         Expr::Counter => return Some(Stmt::Counter),

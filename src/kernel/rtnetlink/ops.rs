@@ -114,6 +114,7 @@ impl RouteSocket {
             | Op::DeleteTable(_)
             | Op::AddSet(_)
             | Op::DeleteSet(_)
+            | Op::AddFlowtable
             | Op::AddChain(..)
             | Op::DeleteChain(_)
             | Op::SetRules(..)
@@ -149,7 +150,7 @@ impl RouteSocket {
         let link = self.link()?;
         let index = link.as_ref().map(|(device, _)| device.index);
         if self.lacks_ipv6(link.as_ref().map(|(device, _)| device))? {
-            state.missing_families.insert(Family::V6);
+            state.missing.families.insert(Family::V6);
         }
         state.link = link.map(|(_, link)| link);
         if let Some(index) = index {

@@ -79,6 +79,8 @@ impl Walk<'_> {
                 skb.tracking = Tracking::Untracked;
                 true
             }
+            // The simulated kernel offloads nothing.
+            Stmt::NoOffload => false,
             // Only rules that drop have counters.
             Stmt::Counter => {
                 let bytes = skb.packet.headers();

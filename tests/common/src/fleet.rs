@@ -64,6 +64,13 @@ pub fn needs_owners(lab: &Lab) -> Result {
     Ok(())
 }
 
+/// Ends a test about flowtables of another program where the kernel has none.
+pub fn needs_flowtables(lab: &Lab) {
+    unless_beyond("a flowtable of another program offloads the connections of pods");
+    let table = "table inet probe { flowtable probe { hook ingress priority 0; }; }";
+    harness::needs_other_kernel("flowtables", nft(&lab.node_a.netns, &["-c"], table).is_ok());
+}
+
 /// Runs a command line in a namespace and returns what it printed; words are split at blanks.
 ///
 /// A test that reads what a program prints needs the program: its stand-in only changes things.

@@ -70,9 +70,13 @@ struct Unmet(String);
 /// How many tests were ignored, by reason.
 static IGNORED: Mutex<BTreeMap<String, usize>> = Mutex::new(BTreeMap::new());
 
-/// Whether every test must run.
+/// Whether every test must run, except those that [`needs_other_kernel`] leaves to other kernels.
 pub fn is_strict() -> bool {
-    env::var_os("EGRESS_STRICT").is_some_and(|value| value == "1")
+    is_strict_as("1") || is_strict_as("all")
+}
+
+fn is_strict_as(wanted: &str) -> bool {
+    env::var_os("EGRESS_STRICT").is_some_and(|value| value == wanted)
 }
 
 /// Ends the test, which this machine cannot run: it is ignored, or it fails with `EGRESS_STRICT=1`.
@@ -135,6 +139,19 @@ pub fn stand_in(program: &str) -> io::Result<Command> {
 pub fn needs_kernel(what: &str, has: bool) {
     if !has {
         unmet(format!("the kernel has no {what}"));
+    }
+}
+
+/// Declares that the test is about something which kernels in use here lack, and which
+/// `tests/kernels/run` tests on kernels that have it.
+///
+/// # Panics
+///
+/// Where the kernel has it not: the test is ignored, or it fails with `EGRESS_STRICT=all`.
+pub fn needs_other_kernel(what: &str, has: bool) {
+    assert!(has || !is_strict_as("all"), "the kernel has no {what}");
+    if !has {
+        resume_unwind(Box::new(Unmet(format!("the kernel has no {what}"))));
     }
 }
 

@@ -138,6 +138,10 @@ pub(super) fn data(name: &str, list: Attributes<'_>) -> Result<Option<Expr>, Mal
             _ => None,
         },
         "notrack" => Some(Expr::NoTrack),
+        "flow_offload" => match fields.get(1)? {
+            Some(name) => Some(Expr::FlowOffload { flowtable: name.text()?.to_owned() }),
+            None => None,
+        },
         "immediate" => immediate(&fields)?,
         "nat" => nat(&fields)?,
         "masq" => fields.none(&[1, 2, 3])?.then_some(Expr::Masquerade),

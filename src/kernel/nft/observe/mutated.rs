@@ -66,7 +66,9 @@ fn mutated_chains() {
 
 fn names(found: &Firewall) -> usize {
     let names = found.strays.iter().map(|stray| match stray {
-        Stray::Chain(name) | Stray::Set(name) => size_of::<Stray>() + name.len(),
+        Stray::Chain(name) | Stray::Set(name) | Stray::Flowtable(name) => {
+            size_of::<Stray>() + name.len()
+        }
     });
     names.sum()
 }

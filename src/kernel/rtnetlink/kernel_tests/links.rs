@@ -220,7 +220,7 @@ fn ipv6_enabled_with_first_ipv6_address() {
         make(&mut socket, &Op::AddLink(vxlan()));
         let op = Op::AddAddress(name("e0"), "fd09::1/64".parse().unwrap());
         for _ in 0..2 {
-            assert!(observe(&mut socket).missing_families.is_empty());
+            assert!(observe(&mut socket).missing.families.is_empty());
             make(&mut socket, &op);
             assert_eq!(observe(&mut socket).addresses.len(), 1);
             fs::write("/proc/sys/net/ipv6/conf/e0/disable_ipv6", "1").unwrap();
@@ -235,7 +235,7 @@ fn ipv6_enabled_with_first_ipv6_address() {
                     fs::write(setting, "1").unwrap();
                     let error = socket.make_one(&op).unwrap_err().to_string();
                     assert!(error.contains("another network namespace"), "{error}");
-                    assert_eq!(observe(&mut socket).missing_families, [Family::V6].into());
+                    assert_eq!(observe(&mut socket).missing.families, [Family::V6].into());
                     assert_eq!(fs::read_to_string(setting).unwrap().trim(), "1");
                 });
             });
