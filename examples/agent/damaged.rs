@@ -27,7 +27,8 @@ use serde_json::{Value, json};
 
 const GOOD: &str = r#"{
   "excluded": ["10.244.0.0/16", "fd44::/16"],
-  "tunnel": {"device": "egress.vxlan", "vni": 100, "port": 7789, "underlay_device": "eth0"},
+  "tunnel": {"device": "egress.vxlan", "vni": 100, "port": 7789, "underlay_device": "eth0",
+    "underlay_mtu": 1500},
   "marks": {"prefix": "0x26000000", "prefix_mask": "0xff000000", "shift": 8, "bits": 16},
   "tables": {"start": 3000, "count": 100},
   "rule_priority": 101,

@@ -99,7 +99,14 @@ fn read(of: &Of) -> Result<(String, Config), Failure> {
 }
 
 fn doctor(of: &Of, as_json: bool) -> Result<(), Failure> {
-    let (_, config) = read(of)?;
+    let (file, mut config) = read(of)?;
+    if let Ok(mut kernel) = KernelDatapath::open() {
+        // A missing interface or privilege is one of the problems.
+        let _missing = find_underlay(&file, &mut config, &mut kernel);
+    }
+    if let Some(mtu) = config.underlay_mtu {
+        config.cluster.tunnel.underlay_mtu = mtu;
+    }
     let preflight = Preflight::new(&config.cluster, &config.policies).with_tables(config.tables);
     let problems = preflight.run().map_err(Failure::kernel)?;
     if as_json {
@@ -220,8 +227,8 @@ fn clear(datapath: &mut IptablesDatapath) -> Result<(), Failure> {
     Err(Failure::Kernel(format!("objects were restored; is spidernet's agent running?\n{left}")))
 }
 
-/// Sets the MTU of the underlay interface, and if no interface is configured, the interface that
-/// has this node's underlay address.
+/// Sets the underlay interface, if none is configured, to the one that has this node's underlay
+/// address, and lowers the MTU of the underlay to that of the interface.
 fn find_underlay(
     file: &str,
     config: &mut Config,
@@ -231,21 +238,21 @@ fn find_underlay(
         return Ok(());
     };
     let tunnel = &mut config.cluster.tunnel;
-    if let Some(device) = &tunnel.underlay_device {
-        let mtu = kernel.mtu_of(device).map_err(Failure::kernel)?;
-        tunnel.underlay_mtu = mtu.ok_or_else(|| {
+    let mtu = if let Some(device) = &tunnel.underlay_device {
+        kernel.mtu_of(device).map_err(Failure::kernel)?.ok_or_else(|| {
             Failure::Input(format!(
                 "{file}: tunnel.underlay_device: no interface is named \"{device}\""
             ))
+        })?
+    } else {
+        let found = kernel.device_of(address).map_err(Failure::kernel)?;
+        let (device, mtu) = found.ok_or_else(|| {
+            Failure::Input(format!("{file}: {field}: no interface has the address {address}"))
         })?;
-        return Ok(());
-    }
-    let found = kernel.device_of(address).map_err(Failure::kernel)?;
-    let (device, mtu) = found.ok_or_else(|| {
-        Failure::Input(format!("{file}: {field}: no interface has the address {address}"))
-    })?;
-    tunnel.underlay_device = Some(device);
-    tunnel.underlay_mtu = mtu;
+        tunnel.underlay_device = Some(device);
+        mtu
+    };
+    tunnel.underlay_mtu = tunnel.underlay_mtu.min(mtu);
     Ok(())
 }
 

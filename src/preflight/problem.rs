@@ -285,8 +285,11 @@ pub enum Problem {
         /// Underlay address.
         address: IpAddr,
     },
-    /// The MTU of the underlay interface differs from the one in the cluster configuration.
-    #[error("device {device} has MTU {found}, and the cluster is configured with {said}")]
+    /// The MTU of the underlay interface is smaller than the one in the cluster configuration.
+    #[error(
+        "device {device} has MTU {found}, and the cluster is configured with {said}: larger packets \
+         from other nodes are lost here"
+    )]
     UnderlayMtu {
         /// Underlay interface.
         device: String,
@@ -436,7 +439,6 @@ impl Problem {
             | Self::NoUnderlay { .. }
             | Self::TablesFew { .. }
             | Self::TablesTaken { free: 0, .. } => Severity::Broken,
-            Self::UnderlayMtu { found, said, .. } if found < said => Severity::Broken,
             Self::StrictOverlay { .. }
             | Self::RangesMissed { .. }
             | Self::MarkTestedByRule { .. }
@@ -449,14 +451,15 @@ impl Problem {
             | Self::EgressIpElsewhere { .. }
             | Self::EgressIpPreferred { .. }
             | Self::PortsFew { .. }
+            | Self::UnderlayMtu { .. }
             | Self::ConntrackFull { .. } => Severity::Risk,
+            Self::TunnelMtu { found, wanted, .. } if found > wanted => Severity::Risk,
             Self::StrictByDefault
             | Self::MarkInReversePath { .. }
             | Self::MarkReflected { .. }
             | Self::TablesTaken { .. }
             | Self::PortShared { .. }
             | Self::LegacyIptables { .. }
-            | Self::UnderlayMtu { .. }
             | Self::TunnelMtu { .. }
             | Self::EgressIpAbsent { .. }
             | Self::EgressIpSilent { .. }

@@ -40,6 +40,10 @@ impl Problem {
             Self::NoUnderlay { address } => {
                 format!("add {address} to a device, or correct the address of this node")
             }
+            Self::UnderlayMtu { device, found, said } => format!(
+                "set the cluster's underlay MTU to {found}, or to the smallest among the nodes, on \
+                 every node; or ip link set {device} mtu {said}, if the network carries that"
+            ),
             Self::EgressIpAbsent { address, .. } => format!(
                 "add {address} to the uplink, or see to it that the network routes it to this node"
             ),
@@ -108,10 +112,6 @@ impl Problem {
                  the other with iptables-legacy-save"
             }
             Self::LegacyIptables { .. } => "look at iptables-legacy-save for drops and marks",
-            Self::UnderlayMtu { .. } => {
-                "set the cluster's underlay MTU to the smallest among the nodes, or the device's \
-                 to what the cluster says"
-            }
             Self::TunnelMtu { .. } => "reconcile, which sets it",
             Self::ConntrackStrict => "sysctl -w net.netfilter.nf_conntrack_tcp_loose=1",
             _ => "",
