@@ -25,18 +25,20 @@
 //!
 //! # Limits
 //!
-//! The check does not see the rules of legacy iptables, eBPF programs attached to interfaces,
-//! packets that the network between the nodes drops, and sockets other than VXLAN devices on the
-//! tunnel's UDP port.
+//! The check does not see the rules of legacy iptables, eBPF programs attached by `bpf` links (TCX,
+//! netkit), packets that the network between the nodes drops, and sockets other than VXLAN devices
+//! on the tunnel's UDP port. Of a reverse path filter it does not evaluate lookups in sets.
 
 mod devices;
 mod egress_ips;
 pub(crate) mod facts;
+mod fast_paths;
 mod firewall;
 pub(crate) mod foreign;
 pub(crate) mod probe;
 mod problem;
 mod remedy;
+mod reverse_path;
 mod routing;
 #[cfg(feature = "serde")]
 mod serialize;
@@ -59,7 +61,7 @@ use crate::types::{Family, NodeName, PolicyId};
 pub use crate::kernel::nft::KernelPart;
 use facts::Facts;
 pub use problem::Problem;
-pub use terms::{DropHook, MarkKind, Severity};
+pub use terms::{DropHook, FastPath, MarkKind, Severity};
 
 /// Check of this host for problems with the datapath of one cluster.
 #[derive(Clone, Debug)]
@@ -73,6 +75,8 @@ pub struct Preflight<'a> {
     egress_ips: BTreeMap<IpAddr, Wearer>,
     /// Gateway nodes other than this node that the policies name.
     gateways: BTreeSet<NodeName>,
+    /// Set if a policy names this node as its gateway, or if there are no policies.
+    is_gateway: bool,
 }
 
 /// Use of an egress IP by the policies.
@@ -97,6 +101,7 @@ impl<'a> Preflight<'a> {
             sources: Vec::new(),
             egress_ips: BTreeMap::new(),
             gateways: BTreeSet::new(),
+            is_gateway: false,
         };
         for policy in policies {
             preflight.add(&policy);
@@ -104,6 +109,7 @@ impl<'a> Preflight<'a> {
         if preflight.sources.is_empty() {
             let nets = preflight.here().into_iter().flat_map(|node| &node.tunnel);
             preflight.families = nets.map(Family::of_net).collect();
+            preflight.is_gateway = true;
         }
         preflight
     }
@@ -135,6 +141,7 @@ impl<'a> Preflight<'a> {
         self.sources.extend(policy.sources());
         let Some(gateway) = policy.gateway() else { return };
         let here = *gateway == self.cluster.node;
+        self.is_gateway |= here;
         if !here {
             self.gateways.insert(gateway.clone());
         }
@@ -159,6 +166,8 @@ impl<'a> Preflight<'a> {
         self.judge_egress_ips(facts, &mut problems);
         self.judge_routing(facts, &mut problems);
         self.judge_firewall(facts, &mut problems);
+        self.judge_reverse_path_filters(facts, &mut problems);
+        self.judge_fast_paths(facts, &mut problems);
         // The sort is stable, so that related problems stay adjacent.
         problems.sort_by_key(|problem| std::cmp::Reverse(problem.severity()));
         problems

@@ -1,6 +1,7 @@
 //! Reads the facts about a host that the preflight check judges.
 
 mod devices;
+mod fast_paths;
 #[cfg(test)]
 mod mutated;
 mod routing;
@@ -8,7 +9,7 @@ mod settings;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::KernelPart;
 use super::facts::{Facts, Firewall};
@@ -25,6 +26,8 @@ pub(crate) fn facts(devices: &[&str]) -> Result<Facts, KernelError> {
     let mut facts = Facts::default();
     let indexed = socket.all_devices()?;
     facts.addresses = socket.all_addresses(&indexed)?;
+    facts.fast_paths = socket.fast_paths(&indexed)?;
+    let names = indexed.iter().map(|(index, device)| (*index, device.name.clone())).collect();
     facts.devices = indexed.into_iter().map(|(_, device)| device).collect();
     let ours = socket.link()?.map(|(device, _)| device);
     facts.lacks_ipv6 = socket.lacks_ipv6(ours.as_ref())?;
@@ -44,7 +47,7 @@ pub(crate) fn facts(devices: &[&str]) -> Result<Facts, KernelError> {
         Err(error) if error.is_denied() => facts.denied = true,
         Err(error) => return Err(error),
     }
-    facts.firewall = firewall(&mut facts.missing, &mut facts.denied)?;
+    facts.firewall = firewall(&names, &mut facts.missing, &mut facts.denied)?;
     let names = facts.addresses.iter().map(|address| address.device.as_str());
     let devices: BTreeSet<&str> = names.chain(devices.iter().copied()).collect();
     facts.settings = settings::settings(&devices);
@@ -54,7 +57,11 @@ pub(crate) fn facts(devices: &[&str]) -> Result<Facts, KernelError> {
 }
 
 /// Reads nf_tables objects of other programs, if nf_tables exists and may be read.
-fn firewall(missing: &mut Vec<KernelPart>, denied: &mut bool) -> Result<Firewall, KernelError> {
+fn firewall(
+    names: &BTreeMap<u32, String>,
+    missing: &mut Vec<KernelPart>,
+    denied: &mut bool,
+) -> Result<Firewall, KernelError> {
     let mut socket = match nft::open() {
         Err(error) if nft::is_absent(&error) => {
             missing.push(KernelPart::NfTables);
@@ -73,5 +80,5 @@ fn firewall(missing: &mut Vec<KernelPart>, denied: &mut bool) -> Result<Firewall
     if lacking.contains(&KernelPart::NfTables) {
         return Ok(Firewall::default());
     }
-    foreign(&mut socket)
+    foreign(&mut socket, names)
 }

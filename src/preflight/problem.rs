@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use super::terms::{DropHook, MarkKind, Severity};
+use super::terms::{DropHook, FastPath, MarkKind, Severity};
 use crate::kernel::nft::KernelPart;
 use crate::types::{Family, PolicyId};
 
@@ -252,6 +252,54 @@ pub enum Problem {
         /// UDP port of the tunnel.
         port: u16,
     },
+    /// An nf_tables rule drops packets from the tunnel device as a reverse path filter.
+    ///
+    /// The rule looks for a route to the source by the interface of the packet (`fib saddr . iif
+    /// oif missing`, `-m rpfilter --invert`). The pod of another node is behind another interface.
+    #[error(
+        "chain {chain} of nft table {table} drops {family} packets that come out of {device}, by {}: \
+         a reverse path filter", Self::rule_or_policy(*rule)
+    )]
+    ReversePathFilter {
+        /// Family and name of the table.
+        table: String,
+        /// Chain that drops the packets.
+        chain: String,
+        /// Handle of the rule; `None` if the chain's policy drops what its rules do not accept.
+        rule: Option<u64>,
+        /// Tunnel device.
+        device: String,
+        /// Address family of the packets.
+        family: Family,
+        /// Set if the rules drop every such packet; otherwise they depend on more than the check
+        /// evaluates.
+        certain: bool,
+    },
+    /// A flowtable of another program forwards packets of open connections ahead of all hooks.
+    #[error(
+        "flowtable {name} of nft table {table} forwards packets of open connections on {}{}, ahead \
+         of all hooks", devices.join(", "), if *hardware { " and in the hardware" } else { "" }
+    )]
+    Flowtable {
+        /// Family and name of the table.
+        table: String,
+        /// Flowtable.
+        name: String,
+        /// Interfaces of the flowtable.
+        devices: Vec<String>,
+        /// Set if connections are offloaded to the hardware.
+        hardware: bool,
+        /// Set if the datapath keeps connections of policies out of flowtables: with nf_tables.
+        kept_out: bool,
+    },
+    /// Packets may leave an interface ahead of all hooks of nf_tables.
+    #[error("{path} on {}, ahead of all hooks", devices.join(", "))]
+    FastPath {
+        /// What forwards the packets.
+        path: FastPath,
+        /// Interfaces.
+        devices: Vec<String>,
+    },
     /// Legacy iptables has rules, which this check cannot see.
     #[error(
         "legacy iptables has tables ({}), whose rules this check cannot see{}", tables.join(", "),
@@ -377,6 +425,10 @@ impl Problem {
     /// `net/netfilter/nf_nat_core.c`).
     pub const PORTS: usize = 64_512;
 
+    fn rule_or_policy(rule: Option<u64>) -> String {
+        rule.map_or("its policy".to_owned(), |handle| format!("the rule with handle {handle}"))
+    }
+
     /// Short code of the problem, which never changes: for alerts and for programs.
     pub const fn code(&self) -> &'static str {
         match self {
@@ -405,6 +457,9 @@ impl Problem {
             Self::Predecessor { .. } => "spidernet_present",
             Self::NameTaken { .. } => "name_taken",
             Self::DropPolicy { .. } => "drop_policy",
+            Self::ReversePathFilter { .. } => "reverse_path_filter",
+            Self::Flowtable { .. } => "flowtable",
+            Self::FastPath { .. } => "fast_path",
             Self::LegacyIptables { .. } => "legacy_iptables",
             Self::NatFirst { .. } => "nat_first",
             Self::NoUnderlay { .. } => "no_underlay",
@@ -437,6 +492,7 @@ impl Problem {
             | Self::PortTaken { .. }
             | Self::NameTaken { .. }
             | Self::NoUnderlay { .. }
+            | Self::ReversePathFilter { certain: true, .. }
             | Self::TablesFew { .. }
             | Self::TablesTaken { free: 0, .. } => Severity::Broken,
             Self::StrictOverlay { .. }
@@ -447,6 +503,9 @@ impl Problem {
             | Self::DropPolicy { .. }
             | Self::NatFirst { .. }
             | Self::Predecessor { .. }
+            | Self::ReversePathFilter { .. }
+            | Self::Flowtable { kept_out: false, .. }
+            | Self::FastPath { path: FastPath::Redirect | FastPath::Hardware, .. }
             | Self::LegacyIptables { both: true, .. }
             | Self::EgressIpElsewhere { .. }
             | Self::EgressIpPreferred { .. }
@@ -458,6 +517,8 @@ impl Problem {
             | Self::MarkInReversePath { .. }
             | Self::MarkReflected { .. }
             | Self::TablesTaken { .. }
+            | Self::Flowtable { .. }
+            | Self::FastPath { .. }
             | Self::PortShared { .. }
             | Self::LegacyIptables { .. }
             | Self::TunnelMtu { .. }

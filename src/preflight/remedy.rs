@@ -1,6 +1,6 @@
 //! Remedies for problems.
 
-use super::{DropHook, KernelPart, Problem};
+use super::{DropHook, FastPath, KernelPart, Problem};
 use crate::types::Family;
 
 impl Problem {
@@ -18,6 +18,11 @@ impl Problem {
             Self::DropPolicy { table, chain, port, .. } => format!(
                 "accept UDP port {port} between the nodes in chain {chain} of {table}, if no rule \
                  does"
+            ),
+            Self::ReversePathFilter { table, chain, device, .. } => format!(
+                "nft insert rule {table} {chain} iifname {device} accept; where the owner of the \
+                 table writes its rules again, exempt {device} or switch the filter off there \
+                 (firewalld: IPv6_rpfilter=no)"
             ),
             Self::RouteInOurTable { command, route } => format!("{command} del {route}"),
             Self::DeviceNotForwarding { devices } => {
@@ -107,6 +112,20 @@ impl Problem {
                  takeover"
             }
             Self::PortShared { .. } => "nothing: VXLAN devices share a port",
+            Self::Flowtable { kept_out: true, .. } => {
+                "nothing: the datapath keeps connections of policies out of flowtables"
+            }
+            Self::Flowtable { .. } => {
+                "switch the flowtable off in the program that makes it, or use the nf_tables backend, \
+                 which keeps connections of policies out of flowtables"
+            }
+            Self::FastPath { path: FastPath::Redirect | FastPath::Hardware, .. } => {
+                "exempt packets of the policies' pods from these filters: tc filter show dev … ingress"
+            }
+            Self::FastPath { .. } => {
+                "make sure that the programs leave packets of the policies' pods, and packets of the \
+                 tunnel, to the kernel's network stack (Cilium: bpf.hostLegacyRouting=true)"
+            }
             Self::LegacyIptables { both: true, .. } => {
                 "let one variant of iptables do everything on this host, and list the rules of \
                  the other with iptables-legacy-save"

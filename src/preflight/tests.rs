@@ -2,7 +2,9 @@
 
 mod devices;
 mod egress_ips;
+mod fast_paths;
 mod firewall;
+mod reverse_path;
 mod routing;
 mod settings;
 

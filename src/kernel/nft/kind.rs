@@ -17,5 +17,7 @@ pub(super) const DELSET: u16 = 0xa0b;
 pub(super) const NEWSETELEM: u16 = 0xa0c;
 pub(super) const GETSETELEM: u16 = 0xa0d;
 pub(super) const DELSETELEM: u16 = 0xa0e;
+pub(crate) const NEWFLOWTABLE: u16 = 0xa16;
+pub(crate) const GETFLOWTABLE: u16 = 0xa17;
 pub(super) const NEWGEN: u16 = 0xa0f;
 pub(super) const GETGEN: u16 = 0xa10;

@@ -4,7 +4,7 @@ use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 use netlink_packet_route::link::{
-    InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkInfo, LinkMessage,
+    InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkInfo, LinkMessage, LinkXdp, XdpAttached,
 };
 
 use crate::error::{KernelError, errno};
@@ -102,6 +102,14 @@ pub(crate) fn device(message: LinkMessage) -> Indexed {
         LinkInfo::Data(InfoData::Vxlan(data)) => data.contains(&InfoVxlan::CollectMetadata(true)),
         _ => false,
     });
+    let gives_back = infos.contains(&&LinkInfo::Kind(InfoKind::Ifb));
+    let xdp = message.attributes.iter().any(|attribute| match attribute {
+        LinkAttribute::Xdp(found) => found.iter().any(|xdp| match xdp {
+            LinkXdp::Attached(how) => *how != XdpAttached::None,
+            _ => false,
+        }),
+        _ => false,
+    });
     let found = link::Device::parse(message);
     let vxlan = found.tunnel.map(|t| Vxlan { vni: t.vni, port: t.port, external });
     let device = Device {
@@ -112,6 +120,8 @@ pub(crate) fn device(message: LinkMessage) -> Indexed {
         rp_filter: found.rp_filter,
         not_forwarding: !found.forwarding,
         vxlan,
+        xdp,
+        gives_back,
     };
     (found.index, device)
 }
