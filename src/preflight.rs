@@ -134,6 +134,33 @@ impl<'a> Preflight<'a> {
         Ok(self.judge(&probe::facts(&devices)?))
     }
 
+    /// Returns the address families in use that none of these problems breaks.
+    ///
+    /// A problem about one family alone leaves the policies of the other one in force.
+    pub fn ready(&self, problems: &[Problem]) -> BTreeSet<Family> {
+        let breaks = |problem: &&Problem| problem.severity() == Severity::Broken;
+        let broken = |family: &Family| {
+            let mut broken = problems.iter().filter(breaks);
+            broken.any(|problem| problem.family().is_none_or(|about| about == *family))
+        };
+        self.families.iter().copied().filter(|family| !broken(family)).collect()
+    }
+
+    /// Checks the routing rules and tables alone, which takes milliseconds: for every audit.
+    ///
+    /// A program that adds a rule without a priority, such as `wg-quick`, gets one ahead of the
+    /// datapath's rules at any time. [`Watch`](crate::Watch) reports such a rule.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the rules or routes could not be read.
+    pub fn run_routing(&self) -> Result<Vec<Problem>, KernelError> {
+        let mut problems = Vec::new();
+        self.judge_routing(&probe::routing()?, &mut problems);
+        problems.sort_by_key(|problem| std::cmp::Reverse(problem.severity()));
+        Ok(problems)
+    }
+
     fn add(&mut self, policy: &impl Policy) {
         let egress_ip = policy.egress_ip();
         let families = policy.sources().iter().map(Family::of_net);

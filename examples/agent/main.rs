@@ -98,6 +98,10 @@ fn read(of: &Of) -> Result<(String, Config), Failure> {
     Ok((file, config))
 }
 
+fn preflight(config: &Config) -> Preflight<'_> {
+    Preflight::new(&config.cluster, &config.policies).with_tables(config.tables)
+}
+
 fn doctor(of: &Of, as_json: bool) -> Result<(), Failure> {
     let (file, mut config) = read(of)?;
     if let Ok(mut kernel) = KernelDatapath::open() {
@@ -107,22 +111,25 @@ fn doctor(of: &Of, as_json: bool) -> Result<(), Failure> {
     if let Some(mtu) = config.underlay_mtu {
         config.cluster.tunnel.underlay_mtu = mtu;
     }
-    let preflight = Preflight::new(&config.cluster, &config.policies).with_tables(config.tables);
+    let preflight = preflight(&config);
     let problems = preflight.run().map_err(Failure::kernel)?;
     if as_json {
         json(&problems)?;
     } else {
         let mut out = io::stdout().lock();
         for problem in &problems {
-            writeln!(out, "{}: {problem}; {}", problem.severity(), problem.remedy())?;
+            writeln!(out, "{}", findings::line(problem))?;
         }
         writeln!(out, "{} problem(s)", problems.len())?;
     }
     let broken = problems.iter().filter(|problem| problem.severity() == Severity::Broken).count();
-    match broken {
-        0 => Ok(()),
-        _ => Err(Failure::Kernel(format!("{broken} problem(s) prevent the datapath from working"))),
+    if broken == 0 {
+        return Ok(());
     }
+    let ready = preflight.ready(&problems).into_iter();
+    let ready: Vec<_> = ready.map(|family| format!("; {family} is ready")).collect();
+    let ready = ready.concat();
+    Err(Failure::Kernel(format!("{broken} problem(s) prevent the datapath from working{ready}")))
 }
 
 /// Reads the file and opens a reconciler.
@@ -138,7 +145,9 @@ fn apply(of: &Of, as_json: bool) -> Result<ExitCode, Failure> {
     let (file, config, mut egress) = open(of)?;
     let report = egress.reconcile(&config.cluster, &config.policies);
     let report = report.map_err(|error| failure(&file, error))?;
-    let told = Told::of(&report, Some(&config));
+    let mut told = Told::of(&report, Some(&config));
+    told.problems = preflight(&config).run_routing().map_err(Failure::kernel)?;
+    told.problems.retain(|problem| problem.severity() == Severity::Broken);
     if as_json {
         json(&told)?;
     } else {

@@ -33,6 +33,8 @@ pub(crate) struct Facts {
     pub(crate) lacks_ipv6: bool,
     /// Tables of legacy iptables.
     pub(crate) legacy: Vec<String>,
+    /// Files with rules of the datapath that the host restores at boot.
+    pub(crate) saved: Vec<Saved>,
     /// Interfaces where packets may be forwarded ahead of all nf_tables hooks.
     pub(crate) fast_paths: BTreeMap<FastPath, BTreeSet<String>>,
 }
@@ -51,6 +53,14 @@ impl Settings {
         let of = |device| self.get(&format!("ipv4/conf/{device}/{name}")).unwrap_or(0);
         of("all").max(of(device))
     }
+}
+
+/// File from which the host restores rules of the datapath.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Saved {
+    pub(crate) file: String,
+    /// Set if the file is one of `iptables-restore`; otherwise one of `nft`.
+    pub(crate) for_iptables: bool,
 }
 
 /// Network interface.

@@ -5,11 +5,13 @@ mod fast_paths;
 #[cfg(test)]
 mod mutated;
 mod routing;
+pub(crate) mod saved;
 mod settings;
 #[cfg(test)]
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 
 use super::KernelPart;
 use super::facts::{Facts, Firewall};
@@ -31,16 +33,7 @@ pub(crate) fn facts(devices: &[&str]) -> Result<Facts, KernelError> {
     facts.devices = indexed.into_iter().map(|(_, device)| device).collect();
     let ours = socket.link()?.map(|(device, _)| device);
     facts.lacks_ipv6 = socket.lacks_ipv6(ours.as_ref())?;
-    match socket.foreign_rules() {
-        Ok(rules) => facts.rules = rules,
-        Err(error) if error.errno() == Some(errno::EOPNOTSUPP) => {
-            facts.missing.push(KernelPart::PolicyRouting);
-        }
-        Err(error) => return Err(error),
-    }
-    let tables = socket.foreign_tables(&facts.rules)?;
-    (facts.tables, facts.catch_all) = (tables.used, tables.catch_all);
-    facts.intruders = tables.intruders;
+    read_routing(&mut socket, &mut facts)?;
     match socket.has_vxlan() {
         Ok(true) => {}
         Ok(false) => facts.missing.push(KernelPart::Vxlan),
@@ -53,7 +46,29 @@ pub(crate) fn facts(devices: &[&str]) -> Result<Facts, KernelError> {
     facts.settings = settings::settings(&devices);
     facts.version = settings::version();
     facts.legacy = settings::legacy_tables();
+    facts.saved = saved::saved(Path::new("/"));
     Ok(facts)
+}
+
+/// Reads the facts about routing rules and tables alone.
+pub(crate) fn routing() -> Result<Facts, KernelError> {
+    let mut facts = Facts::default();
+    read_routing(&mut RouteSocket::open()?, &mut facts)?;
+    Ok(facts)
+}
+
+fn read_routing(socket: &mut RouteSocket, facts: &mut Facts) -> Result<(), KernelError> {
+    match socket.foreign_rules() {
+        Ok(rules) => facts.rules = rules,
+        Err(error) if error.errno() == Some(errno::EOPNOTSUPP) => {
+            facts.missing.push(KernelPart::PolicyRouting);
+        }
+        Err(error) => return Err(error),
+    }
+    let tables = socket.foreign_tables(&facts.rules)?;
+    (facts.tables, facts.catch_all) = (tables.used, tables.catch_all);
+    facts.intruders = tables.intruders;
+    Ok(())
 }
 
 /// Reads nf_tables objects of other programs, if nf_tables exists and may be read.

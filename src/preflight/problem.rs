@@ -125,6 +125,8 @@ pub enum Problem {
     RuleTakesFirst {
         /// Rule as `ip rule` shows it.
         rule: String,
+        /// Address family of the rule.
+        family: Family,
         /// Priority of the datapath's first rule.
         priority: u32,
     },
@@ -149,11 +151,14 @@ pub enum Problem {
         priority: u32,
     },
     /// A route of another program in a table of the datapath takes steered packets.
-    #[error("{command} {route} is of another program, and steered packets of this table match it")]
+    #[error(
+        "{} {route} is of another program, and steered packets of this table match it",
+        Self::ip_route(*family)
+    )]
     RouteInOurTable {
-        /// Command that lists the route: `ip route` or `ip -6 route`.
-        command: &'static str,
-        /// Route in the syntax of that command.
+        /// Address family of the route.
+        family: Family,
+        /// Route in the syntax of `ip route`.
         route: String,
     },
     /// IPv6 is disabled on the tunnel device, or will be on a new device.
@@ -300,6 +305,25 @@ pub enum Problem {
         /// Interfaces.
         devices: Vec<String>,
     },
+    /// A file from which the host restores its firewall has rules of this crate.
+    ///
+    /// `iptables-restore` refuses the whole file while a set is missing, as it is at boot: the
+    /// host's own rules are missing then as well. With a table of `nft` old policies come back, or
+    /// `nft -f` fails as a whole while the table has an owner.
+    #[error(
+        "{file} has rules of this crate: {}",
+        if *for_iptables {
+            "none of its rules can be restored at boot, when the sets of this crate are missing"
+        } else {
+            "at boot they are in force before the policies are read, and a reload may fail"
+        }
+    )]
+    SavedRules {
+        /// File.
+        file: String,
+        /// Set if the file is one of `iptables-restore`; otherwise one of `nft`.
+        for_iptables: bool,
+    },
     /// Legacy iptables has rules, which this check cannot see.
     #[error(
         "legacy iptables has tables ({}), whose rules this check cannot see{}", tables.join(", "),
@@ -425,6 +449,13 @@ impl Problem {
     /// `net/netfilter/nf_nat_core.c`).
     pub const PORTS: usize = 64_512;
 
+    pub(super) const fn ip_route(family: Family) -> &'static str {
+        match family {
+            Family::V4 => "ip route",
+            Family::V6 => "ip -6 route",
+        }
+    }
+
     fn rule_or_policy(rule: Option<u64>) -> String {
         rule.map_or("its policy".to_owned(), |handle| format!("the rule with handle {handle}"))
     }
@@ -460,6 +491,7 @@ impl Problem {
             Self::ReversePathFilter { .. } => "reverse_path_filter",
             Self::Flowtable { .. } => "flowtable",
             Self::FastPath { .. } => "fast_path",
+            Self::SavedRules { .. } => "saved_rules",
             Self::LegacyIptables { .. } => "legacy_iptables",
             Self::NatFirst { .. } => "nat_first",
             Self::NoUnderlay { .. } => "no_underlay",
@@ -472,6 +504,33 @@ impl Problem {
             Self::EgressIpPreferred { .. } => "egress_ip_preferred",
             Self::ConntrackFull { .. } => "conntrack_full",
             Self::ConntrackStrict { .. } => "conntrack_strict",
+        }
+    }
+
+    /// Address family that the problem is about; `None` if it may concern both.
+    pub const fn family(&self) -> Option<Family> {
+        match self {
+            Self::Missing { part: KernelPart::Ipv6 } | Self::TunnelWithoutIpv6 { .. } => {
+                Some(Family::V6)
+            }
+            // Settings of IPv4 alone.
+            Self::DeviceNotForwarding { .. }
+            | Self::StrictTunnel { .. }
+            | Self::StrictOverlay { .. }
+            | Self::StrictByDefault
+            | Self::MarkInReversePath { .. } => Some(Family::V4),
+            Self::NotForwarding { family }
+            | Self::MarkReflected { family }
+            | Self::RuleTakesFirst { family, .. }
+            | Self::LocalRuleLate { family, .. }
+            | Self::RouteInOurTable { family, .. }
+            | Self::ReversePathFilter { family, .. } => Some(*family),
+            Self::EgressIpAbsent { address, .. }
+            | Self::PortsFew { address, .. }
+            | Self::EgressIpSilent { address, .. }
+            | Self::EgressIpElsewhere { address, .. }
+            | Self::EgressIpPreferred { address, .. } => Some(Family::of(*address)),
+            _ => None,
         }
     }
 
@@ -503,6 +562,7 @@ impl Problem {
             | Self::DropPolicy { .. }
             | Self::NatFirst { .. }
             | Self::Predecessor { .. }
+            | Self::SavedRules { .. }
             | Self::ReversePathFilter { .. }
             | Self::Flowtable { kept_out: false, .. }
             | Self::FastPath { path: FastPath::Redirect | FastPath::Hardware, .. }

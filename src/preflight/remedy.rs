@@ -24,7 +24,23 @@ impl Problem {
                  table writes its rules again, exempt {device} or switch the filter off there \
                  (firewalld: IPv6_rpfilter=no)"
             ),
-            Self::RouteInOurTable { command, route } => format!("{command} del {route}"),
+            Self::SavedRules { file, for_iptables: true } => format!(
+                "sed -i /EGRESSGATEWAY-/d {file}; and save rules without those of this crate: \
+                 iptables-save | grep -v EGRESSGATEWAY-"
+            ),
+            Self::SavedRules { file, .. } => {
+                format!("delete the tables egress_datapath and chains EGRESSGATEWAY-… from {file}")
+            }
+            Self::RuleTakesFirst { priority, .. } => format!(
+                "move the other rule to {} or later, or give the cluster a lower rule priority, still \
+                 behind the rule for local addresses; a rule that is added without a priority, as by \
+                 wg-quick, lands ahead of any (wg-quick: Table = off, and rules of your own)",
+                // The four priorities of the datapath are free of rules of others.
+                priority.saturating_add(4)
+            ),
+            Self::RouteInOurTable { family, route } => {
+                format!("{} del {route}", Self::ip_route(*family))
+            }
             Self::DeviceNotForwarding { devices } => {
                 let one = |device| format!("sysctl -w net/ipv4/conf/{device}/forwarding=1");
                 devices.iter().map(one).collect::<Vec<_>>().join("; ")
@@ -92,10 +108,6 @@ impl Problem {
             }
             Self::MarkTestedByRule { .. } | Self::MarkUsedByFirewall { .. } => {
                 "choose a mark layout without these bits, or move the other program's bits"
-            }
-            Self::RuleTakesFirst { .. } => {
-                "give the cluster a lower rule priority, still behind the rule for local \
-                 addresses, or move the other rule"
             }
             Self::PriorityShared { .. } => {
                 "give the cluster another rule priority: it and the next three must be free"

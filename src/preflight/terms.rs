@@ -9,7 +9,7 @@ pub enum Severity {
     Note,
     /// Some traffic may be dropped or may leave with unexpected properties.
     Risk,
-    /// The datapath cannot be programmed, or cannot carry traffic.
+    /// The datapath cannot be programmed, or cannot carry traffic of the family or of any.
     Broken,
 }
 

@@ -109,6 +109,44 @@ fn a_whole_life() {
 }
 
 #[test]
+fn apply_says_that_a_rule_has_come_first() {
+    in_netns(|| {
+        ip(&["link", "add", "eth0", "type", "veth", "peer", "name", "eth1"]);
+        ip(&["addr", "add", "10.10.0.11/24", "dev", "eth0"]);
+        ip(&["link", "set", "eth0", "up"]);
+        ip(&["link", "set", "eth1", "up"]);
+        let file = File::new(&good().to_string());
+        let options = ["apply", "--node", "a", "--cluster", file.path()];
+        assert!(!done(&options).contains("broken"));
+        // As wg-quick does: no priority.
+        ip(&["route", "add", "default", "via", "10.10.0.9", "dev", "eth0", "table", "51820"]);
+        ip(&["rule", "add", "not", "fwmark", "51820", "lookup", "51820"]);
+        let out = done(&options);
+        let line = "broken (IPv4): ip rule 100: not fwmark 0xca6c/0xffffffff lookup 51820 precedes the \
+                    gateways' rules at 101 and matches steered packets; move the other rule to 105 \
+                    or later";
+        assert!(out.contains(line), "{out}");
+        assert!(out.ends_with("\n0 changes\n"), "{out}");
+        let report = done(&[&options[..], &["--json"]].concat());
+        let report: Value = serde_json::from_str(&report).unwrap();
+        assert_eq!(report["problems"][0]["code"], "rule_takes_first", "{report}");
+        std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
+        std::fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").unwrap();
+        let (code, out, message) = run(&[&["doctor"][..], &options[1..]].concat());
+        assert_eq!(code, Some(1), "{out}");
+        assert!(out.contains(line), "{out}");
+        assert_eq!(
+            message,
+            "agent: 1 problem(s) prevent the datapath from working; IPv6 is ready\n"
+        );
+        // The remedy.
+        ip(&["rule", "del", "pref", "100"]);
+        ip(&["rule", "add", "pref", "105", "not", "fwmark", "51820", "lookup", "51820"]);
+        assert!(!done(&options).contains("broken"));
+    });
+}
+
+#[test]
 fn doctor_and_apply_agree_about_the_mtu() {
     in_netns(|| {
         ip(&["link", "add", "eth0", "type", "veth", "peer", "name", "eth1"]);

@@ -9,6 +9,7 @@ use netlink_packet_core::{
 };
 use netlink_packet_route::RouteNetlinkMessage;
 
+use super::ahead::FirstRule;
 use super::ipv6::Settings;
 use crate::diff::op::Op;
 use crate::error::{KernelError, errno};
@@ -52,6 +53,7 @@ pub(crate) struct RouteSocket {
     socket: Socket,
     settings: Settings,
     device: Arc<AtomicU32>,
+    first_rule: FirstRule,
 }
 
 impl RouteSocket {
@@ -61,7 +63,8 @@ impl RouteSocket {
         let socket = Socket::open(NETLINK_ROUTE).map_err(|error| KernelError::io(what, &error))?;
         // Without strict checking the kernel ignores the filters of a dump and sends everything.
         socket.set_strict().map_err(|error| KernelError::io(what, &error))?;
-        Ok(Self { socket, settings: Settings::of_thread(), device: Arc::default() })
+        let (device, first_rule) = (Arc::default(), FirstRule::default());
+        Ok(Self { socket, settings: Settings::of_thread(), device, first_rule })
     }
 
     /// Whether the calling thread is in the socket's network namespace.
@@ -79,6 +82,11 @@ impl RouteSocket {
     /// The kernel never reuses an index.
     pub(crate) fn device_index(&self) -> Arc<AtomicU32> {
         Arc::clone(&self.device)
+    }
+
+    /// The first of our rules.
+    pub(crate) const fn first_rule(&self) -> &FirstRule {
+        &self.first_rule
     }
 
     /// Records the index of our device.

@@ -110,6 +110,42 @@ fn our_own_chains_in_iptables_are_no_problem() {
 }
 
 #[test]
+fn saved_chains_keep_the_host_from_its_own_rules_until_the_remedy() {
+    for variant in [Variant::Nft, Variant::Legacy] {
+        let tool = variant.command(Family::V4);
+        harness::needs(&[tool, "ipset", "sed"]);
+        in_namespace(move || {
+            sh(&format!("{tool} -A INPUT -p tcp --dport 7 -j ACCEPT"));
+            let backend = Backend::Iptables(crate::iptables::Iptables::new(variant));
+            let (cluster, policy) = (cluster().with_backend(backend), policy("node-a", EIP));
+            let datapath = crate::iptables::IptablesDatapath::open().unwrap();
+            let (marks, tables) = (MarkPool::default(), TablePool::default());
+            let mut egress = Reconciler::with_allocators(datapath, marks, tables);
+            egress.reconcile(&cluster, [&policy]).unwrap();
+            let root = std::env::temp_dir().join(format!("egress-{tool}-{}", std::process::id()));
+            std::fs::create_dir_all(root.join("etc/iptables")).unwrap();
+            let file = root.join("etc/iptables/rules.v4").display().to_string();
+            sh(&format!("{tool}-save >{file}"));
+            egress.remove().unwrap();
+            sh(&format!("{tool} -F"));
+            // As at boot: the sets are missing.
+            let restore = format!("{tool}-restore <{file}");
+            let restores = || Command::new("sh").args(["-c", &restore]).output().unwrap();
+            assert!(!restores().status.success());
+            assert!(!sh(&format!("{tool}-save")).contains("--dport 7"));
+            let saved = super::saved::saved(&root);
+            assert!(saved.len() == 1 && saved[0].for_iptables, "{saved:?}");
+            let problem = Problem::SavedRules { file: file.clone(), for_iptables: true };
+            sh(problem.remedy().split_once(';').unwrap().0);
+            assert!(restores().status.success(), "{}", sh(&format!("cat {file}")));
+            assert!(sh(&format!("{tool}-save")).contains("--dport 7"));
+            assert_eq!(super::saved::saved(&root), []);
+            std::fs::remove_dir_all(&root).unwrap();
+        });
+    }
+}
+
+#[test]
 fn what_others_have_put_into_our_tables() {
     in_namespace(|| {
         let (cluster, policy) = (cluster(), policy("node-b", EIP));
