@@ -293,6 +293,15 @@ fn of_an_unreadable_policy_what_can_be_read_is_closed() {
 }
 
 #[test]
+fn underlay_mtu_is_that_of_the_file_or_the_default() {
+    for (value, said, planned) in [(json!(9000), Some(9000), 9000), (json!(null), None, 1500)] {
+        let config = parse(&changed("/tunnel/underlay_mtu", value));
+        let planned_mtu = config.cluster.tunnel.underlay_mtu;
+        assert_eq!((config.underlay_mtu, planned_mtu), (said, planned));
+    }
+}
+
+#[test]
 fn schema_has_the_fields_of_the_file() {
     let schema: Value = serde_json::from_str(include_str!("../../src/guide/schema.json")).unwrap();
     for (name, place) in [

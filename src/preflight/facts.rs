@@ -68,8 +68,7 @@ pub(crate) struct Saved {
 pub(crate) struct Device {
     pub(crate) name: String,
     pub(crate) ours: bool,
-    /// Set if the interface decapsulates packets (a tunnel device).
-    pub(crate) decapsulates: bool,
+    pub(crate) kind: DeviceKind,
     pub(crate) mtu: u32,
     pub(crate) rp_filter: u32,
     /// Set if IPv4 packets that arrive on the interface are not forwarded.
@@ -77,8 +76,17 @@ pub(crate) struct Device {
     pub(crate) vxlan: Option<Vxlan>,
     /// Set if an XDP program is attached.
     pub(crate) xdp: bool,
-    /// Set if the interface gives packets back to the one that they were redirected from (`ifb`).
-    pub(crate) gives_back: bool,
+}
+
+/// Kind of an interface, as far as it decides about packets that arrive on it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum DeviceKind {
+    /// Decapsulates packets.
+    Tunnel,
+    /// Gives packets back to the interface that they were redirected from (`ifb`).
+    Ifb,
+    #[default]
+    Other,
 }
 
 /// Attributes of a VXLAN device.

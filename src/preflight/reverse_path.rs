@@ -97,7 +97,7 @@ enum Match {
     Yes,
 }
 
-impl<'a> Walk<'a> {
+impl Walk<'_> {
     fn through(&mut self, chain: &str, jumps: usize, certain: bool) -> End {
         let filters = self.filters;
         let Some((name, rules)) = filters.chains.get_key_value(chain) else { return End::Falls };

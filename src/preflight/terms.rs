@@ -46,6 +46,7 @@ impl fmt::Display for DropHook {
 
 /// Path by which packets may leave an interface ahead of all nf_tables hooks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
 pub enum FastPath {
     /// A tc filter redirects packets to another interface (`mirred`).
     Redirect,

@@ -57,7 +57,9 @@ fn filter_rule() -> Vec<u8> {
         writer.nest(ELEMENT, |writer| {
             writer.string(1, "fib");
             writer.nest(2, |writer| {
-                [(1, 1), (2, 1), (3, 41)].iter().for_each(|(kind, n)| writer.be32(*kind, *n));
+                for (kind, number) in [(1, 1), (2, 1), (3, 41)] {
+                    writer.be32(kind, number);
+                }
             });
         });
         Expr::Cmp { sreg: 1, equal: true, data: vec![0; 4] }.write(writer);

@@ -11,7 +11,7 @@ use crate::error::{KernelError, errno};
 use crate::kernel::rtnetlink::address::{kernel_family, parse};
 use crate::kernel::rtnetlink::link;
 use crate::kernel::rtnetlink::socket::{RouteSocket, unless_absent};
-use crate::preflight::facts::{Address, Device, Vxlan};
+use crate::preflight::facts::{Address, Device, DeviceKind, Vxlan};
 use crate::types::Family;
 
 /// VNI one above the highest (24 bits), invalid for every VXLAN device.
@@ -94,15 +94,15 @@ pub(crate) fn device(message: LinkMessage) -> Indexed {
         })
         .flatten()
         .collect();
-    let decapsulates = infos.iter().any(|info| match info {
-        LinkInfo::Kind(kind) => is_tunnel(kind),
-        _ => false,
+    let kind = infos.iter().find_map(|info| match info {
+        LinkInfo::Kind(InfoKind::Ifb) => Some(DeviceKind::Ifb),
+        LinkInfo::Kind(kind) => is_tunnel(kind).then_some(DeviceKind::Tunnel),
+        _ => None,
     });
     let external = infos.iter().any(|info| match info {
         LinkInfo::Data(InfoData::Vxlan(data)) => data.contains(&InfoVxlan::CollectMetadata(true)),
         _ => false,
     });
-    let gives_back = infos.contains(&&LinkInfo::Kind(InfoKind::Ifb));
     let xdp = message.attributes.iter().any(|attribute| match attribute {
         LinkAttribute::Xdp(found) => found.iter().any(|xdp| match xdp {
             LinkXdp::Attached(how) => *how != XdpAttached::None,
@@ -115,13 +115,12 @@ pub(crate) fn device(message: LinkMessage) -> Indexed {
     let device = Device {
         ours: found.is_ours(),
         name: found.name,
-        decapsulates,
+        kind: kind.unwrap_or_default(),
         mtu: found.mtu,
         rp_filter: found.rp_filter,
         not_forwarding: !found.forwarding,
         vxlan,
         xdp,
-        gives_back,
     };
     (found.index, device)
 }

@@ -9,6 +9,7 @@ use crate::error::KernelError;
 use crate::kernel::netlink::exchange::in_one_piece;
 use crate::kernel::netlink::message::{Attributes, Malformed, Message};
 use crate::kernel::rtnetlink::socket::RouteSocket;
+use crate::preflight::facts::DeviceKind;
 use crate::preflight::terms::FastPath;
 
 const NEWQDISC: u16 = 36;
@@ -50,7 +51,9 @@ impl RouteSocket {
         for (index, device) in devices.iter().filter(|(index, _)| with_qdisc.contains(index)) {
             let filters = self.filters(*index)?;
             filters.ways.iter().for_each(|way| add(*way, &device.name));
-            let stays = |to: &u32| devices.iter().any(|(index, d)| index == to && d.gives_back);
+            let stays = |to: &u32| {
+                devices.iter().any(|(index, d)| index == to && d.kind == DeviceKind::Ifb)
+            };
             if !filters.redirects.iter().all(stays) {
                 add(FastPath::Redirect, &device.name);
             }
@@ -90,10 +93,8 @@ impl RouteSocket {
     ) -> Result<(), KernelError> {
         let header = [0, index, 0, parent, 0].map(u32::to_ne_bytes).concat();
         let listed = in_one_piece(|| {
-            let mut each = |message: &Message<'_>| match message.kind == new {
-                true => take(message),
-                false => Ok(()),
-            };
+            let mut each =
+                |message: &Message<'_>| if message.kind == new { take(message) } else { Ok(()) };
             Ok(((), self.list(&what, get, &header, &mut each)?))
         });
         match listed {
