@@ -53,7 +53,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::alloc::TableRange;
-use crate::cluster::{Cluster, Node};
+use crate::cluster::{Backend, Cluster, Node};
 use crate::error::KernelError;
 use crate::policy::Policy;
 use crate::types::{Family, NodeName, PolicyId};
@@ -123,6 +123,9 @@ impl<'a> Preflight<'a> {
 
     /// Runs the check in the network namespace of the calling thread; the worst problems first.
     ///
+    /// For a cluster with an iptables backend the check runs `iptables-legacy-save`, where the kernel
+    /// has tables of legacy iptables.
+    ///
     /// The check needs `CAP_NET_ADMIN`. Its absence is reported as a problem ([`Problem::Denied`]),
     /// and facts that cannot be read are not judged.
     ///
@@ -131,7 +134,8 @@ impl<'a> Preflight<'a> {
     /// Fails if a part of the kernel could not be read; the error names it.
     pub fn run(&self) -> Result<Vec<Problem>, KernelError> {
         let devices = [self.cluster.tunnel.device.as_str(), "lo"];
-        Ok(self.judge(&probe::facts(&devices)?))
+        let runs_tools = matches!(self.cluster.backend, Backend::Iptables(_));
+        Ok(self.judge(&probe::facts(&devices, runs_tools)?))
     }
 
     /// Returns the address families in use that none of these problems breaks.

@@ -17,13 +17,17 @@ use super::KernelPart;
 use super::facts::{Facts, Firewall};
 use super::foreign::foreign;
 use crate::error::{KernelError, errno};
+use crate::iptables::{self, Variant, tool::Tools};
 use crate::kernel::nft;
 use crate::kernel::rtnetlink::socket::RouteSocket;
+use crate::types::Family;
 
 /// Reads the facts, including the settings of `devices` and of every interface with an address.
 ///
+/// With `runs_tools`, tables of legacy iptables are no fact if all their rules are the datapath's.
+///
 /// Netlink and `/proc/sys/net` both show the network namespace of the calling thread.
-pub(crate) fn facts(devices: &[&str]) -> Result<Facts, KernelError> {
+pub(crate) fn facts(devices: &[&str], runs_tools: bool) -> Result<Facts, KernelError> {
     let mut socket = RouteSocket::open()?;
     let mut facts = Facts::default();
     let indexed = socket.all_devices()?;
@@ -46,6 +50,9 @@ pub(crate) fn facts(devices: &[&str]) -> Result<Facts, KernelError> {
     facts.settings = settings::settings(&devices);
     facts.version = settings::version();
     facts.legacy = settings::legacy_tables();
+    if runs_tools && !facts.legacy.is_empty() && legacy_is_ours() {
+        facts.legacy.clear();
+    }
     facts.saved = saved::saved(Path::new("/"));
     Ok(facts)
 }
@@ -69,6 +76,18 @@ fn read_routing(socket: &mut RouteSocket, facts: &mut Facts) -> Result<(), Kerne
     (facts.tables, facts.catch_all) = (tables.used, tables.catch_all);
     facts.intruders = tables.intruders;
     Ok(())
+}
+
+/// Returns whether legacy iptables has no rules and no policies but the datapath's.
+fn legacy_is_ours() -> bool {
+    let Ok(tools) = Tools::find() else { return false };
+    Family::BOTH.into_iter().all(|family| {
+        let saved = tools.save(Variant::Legacy, family);
+        saved.is_ok_and(|text| {
+            let drops = |line: &str| line.starts_with(':') && line.contains(" DROP ");
+            iptables::saved::foreign_rules(&text) == 0 && !text.lines().any(drops)
+        })
+    })
 }
 
 /// Reads nf_tables objects of other programs, if nf_tables exists and may be read.

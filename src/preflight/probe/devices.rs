@@ -139,3 +139,26 @@ fn is_tunnel(kind: &InfoKind) -> bool {
             | InfoKind::Xfrm
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kinds_and_programs_of_interfaces() {
+        let kind = |kind| LinkAttribute::LinkInfo(vec![LinkInfo::Kind(kind)]);
+        let xdp = |how| LinkAttribute::Xdp(vec![LinkXdp::Attached(how)]);
+        for (attributes, kind, has_xdp) in [
+            (vec![], DeviceKind::Other, false),
+            (vec![kind(InfoKind::Ifb)], DeviceKind::Ifb, false),
+            (vec![kind(InfoKind::Geneve)], DeviceKind::Tunnel, false),
+            (vec![kind(InfoKind::Veth), xdp(XdpAttached::None)], DeviceKind::Other, false),
+            (vec![xdp(XdpAttached::SocketBuffer)], DeviceKind::Other, true),
+        ] {
+            let mut message = LinkMessage::default();
+            message.attributes = attributes;
+            let (_, found) = device(message);
+            assert_eq!((found.kind, found.xdp), (kind, has_xdp), "{found:?}");
+        }
+    }
+}

@@ -98,10 +98,23 @@ fn our_own_chains_in_iptables_are_no_problem() {
                 let (marks, tables) = (MarkPool::default(), TablePool::default());
                 let mut egress = Reconciler::with_allocators(datapath, marks, tables);
                 egress.reconcile(&cluster, [&policy]).unwrap();
-                for by in [cluster, self::cluster()] {
-                    let mut found = Preflight::new(&by, [&policy]).run().unwrap();
-                    found.retain(|problem| !matches!(problem, Problem::LegacyIptables { .. }));
-                    assert_eq!(found, before, "{variant:?}, gateway {gateway}");
+                let is_legacy =
+                    |problem: &Problem| matches!(problem, Problem::LegacyIptables { .. });
+                let of_others = |by: &Cluster, chains: &str| {
+                    let mut found = Preflight::new(by, [&policy]).run().unwrap();
+                    let legacy = found.iter().any(is_legacy);
+                    found.retain(|problem| !is_legacy(problem));
+                    assert_eq!(found, before, "{variant:?}, gateway {gateway}, {chains}");
+                    legacy
+                };
+                assert!(!of_others(&cluster, "ours alone"));
+                let _same = of_others(&self::cluster(), "seen by another backend");
+                if variant == Variant::Legacy {
+                    sh("iptables-legacy -A OUTPUT -j ACCEPT");
+                    assert!(of_others(&cluster, "with a rule of another program"));
+                    sh("iptables-legacy -F OUTPUT; iptables-legacy -P INPUT DROP");
+                    assert!(of_others(&cluster, "with a policy of another program"));
+                    sh("iptables-legacy -P INPUT ACCEPT");
                 }
                 egress.remove().unwrap();
             }
