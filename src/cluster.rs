@@ -385,7 +385,11 @@ pub struct Tunnel {
     pub port: u16,
     /// Interface that carries the outer packets on this node; if it is deleted, so is the tunnel.
     pub underlay_device: Option<DeviceName>,
-    /// MTU of the underlay interface in bytes; default 1500.
+    /// Smallest MTU of the underlay among all nodes, in bytes; default 1500.
+    ///
+    /// The MTU of the tunnel interface follows from it and should be the same on every node: an
+    /// outer packet that is larger than the MTU of a switch or of the receiving interface is lost
+    /// without an ICMP error.
     pub underlay_mtu: u32,
 }
 
@@ -430,7 +434,7 @@ impl Tunnel {
         self
     }
 
-    /// Sets the MTU of the underlay interface in bytes.
+    /// Sets the smallest MTU of the underlay among all nodes, in bytes.
     #[must_use]
     pub const fn with_underlay_mtu(mut self, underlay_mtu: u32) -> Self {
         self.underlay_mtu = underlay_mtu;

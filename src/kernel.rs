@@ -83,7 +83,7 @@ impl KernelDatapath {
         // Opened last: the port of a process's first netlink socket is its PID, which identifies
         // the owner of the table to other programs.
         let ports = [routing.port(), netfilter.port()];
-        let monitor = Monitor::open(routing.device_index(), nft::open()?, ports)
+        let monitor = Monitor::open(&routing, nft::open()?, ports)
             .map_err(|error| KernelError::io("open the listening sockets", &error))?;
         Ok(Self { routing, netfilter, hold, monitor, flowtables: None })
     }

@@ -25,18 +25,20 @@
 //!
 //! # Limits
 //!
-//! The check does not see the rules of legacy iptables, eBPF programs attached to interfaces,
-//! packets that the network between the nodes drops, and sockets other than VXLAN devices on the
-//! tunnel's UDP port.
+//! The check does not see the rules of legacy iptables, eBPF programs attached by `bpf` links (TCX,
+//! netkit), packets that the network between the nodes drops, and sockets other than VXLAN devices
+//! on the tunnel's UDP port. Of a reverse path filter it does not evaluate lookups in sets.
 
 mod devices;
 mod egress_ips;
 pub(crate) mod facts;
+mod fast_paths;
 mod firewall;
 pub(crate) mod foreign;
 pub(crate) mod probe;
 mod problem;
 mod remedy;
+mod reverse_path;
 mod routing;
 #[cfg(feature = "serde")]
 mod serialize;
@@ -51,7 +53,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::alloc::TableRange;
-use crate::cluster::{Cluster, Node};
+use crate::cluster::{Backend, Cluster, Node};
 use crate::error::KernelError;
 use crate::policy::Policy;
 use crate::types::{Family, NodeName, PolicyId};
@@ -59,7 +61,7 @@ use crate::types::{Family, NodeName, PolicyId};
 pub use crate::kernel::nft::KernelPart;
 use facts::Facts;
 pub use problem::Problem;
-pub use terms::{DropHook, MarkKind, Severity};
+pub use terms::{DropHook, FastPath, MarkKind, Severity};
 
 /// Check of this host for problems with the datapath of one cluster.
 #[derive(Clone, Debug)]
@@ -73,6 +75,8 @@ pub struct Preflight<'a> {
     egress_ips: BTreeMap<IpAddr, Wearer>,
     /// Gateway nodes other than this node that the policies name.
     gateways: BTreeSet<NodeName>,
+    /// Set if a policy names this node as its gateway, or if there are no policies.
+    is_gateway: bool,
 }
 
 /// Use of an egress IP by the policies.
@@ -97,6 +101,7 @@ impl<'a> Preflight<'a> {
             sources: Vec::new(),
             egress_ips: BTreeMap::new(),
             gateways: BTreeSet::new(),
+            is_gateway: false,
         };
         for policy in policies {
             preflight.add(&policy);
@@ -104,6 +109,7 @@ impl<'a> Preflight<'a> {
         if preflight.sources.is_empty() {
             let nets = preflight.here().into_iter().flat_map(|node| &node.tunnel);
             preflight.families = nets.map(Family::of_net).collect();
+            preflight.is_gateway = true;
         }
         preflight
     }
@@ -117,6 +123,9 @@ impl<'a> Preflight<'a> {
 
     /// Runs the check in the network namespace of the calling thread; the worst problems first.
     ///
+    /// For a cluster with an iptables backend the check runs `iptables-legacy-save`, where the kernel
+    /// has tables of legacy iptables.
+    ///
     /// The check needs `CAP_NET_ADMIN`. Its absence is reported as a problem ([`Problem::Denied`]),
     /// and facts that cannot be read are not judged.
     ///
@@ -125,7 +134,35 @@ impl<'a> Preflight<'a> {
     /// Fails if a part of the kernel could not be read; the error names it.
     pub fn run(&self) -> Result<Vec<Problem>, KernelError> {
         let devices = [self.cluster.tunnel.device.as_str(), "lo"];
-        Ok(self.judge(&probe::facts(&devices)?))
+        let runs_tools = matches!(self.cluster.backend, Backend::Iptables(_));
+        Ok(self.judge(&probe::facts(&devices, runs_tools)?))
+    }
+
+    /// Returns the address families in use that none of these problems breaks.
+    ///
+    /// A problem about one family alone leaves the policies of the other one in force.
+    pub fn ready(&self, problems: &[Problem]) -> BTreeSet<Family> {
+        let breaks = |problem: &&Problem| problem.severity() == Severity::Broken;
+        let broken = |family: &Family| {
+            let mut broken = problems.iter().filter(breaks);
+            broken.any(|problem| problem.family().is_none_or(|about| about == *family))
+        };
+        self.families.iter().copied().filter(|family| !broken(family)).collect()
+    }
+
+    /// Checks the routing rules and tables alone, which takes milliseconds: for every audit.
+    ///
+    /// A program that adds a rule without a priority, such as `wg-quick`, gets one ahead of the
+    /// datapath's rules at any time. [`Watch`](crate::Watch) reports such a rule.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the rules or routes could not be read.
+    pub fn run_routing(&self) -> Result<Vec<Problem>, KernelError> {
+        let mut problems = Vec::new();
+        self.judge_routing(&probe::routing()?, &mut problems);
+        problems.sort_by_key(|problem| std::cmp::Reverse(problem.severity()));
+        Ok(problems)
     }
 
     fn add(&mut self, policy: &impl Policy) {
@@ -135,6 +172,7 @@ impl<'a> Preflight<'a> {
         self.sources.extend(policy.sources());
         let Some(gateway) = policy.gateway() else { return };
         let here = *gateway == self.cluster.node;
+        self.is_gateway |= here;
         if !here {
             self.gateways.insert(gateway.clone());
         }
@@ -159,6 +197,8 @@ impl<'a> Preflight<'a> {
         self.judge_egress_ips(facts, &mut problems);
         self.judge_routing(facts, &mut problems);
         self.judge_firewall(facts, &mut problems);
+        self.judge_reverse_path_filters(facts, &mut problems);
+        self.judge_fast_paths(facts, &mut problems);
         // The sort is stable, so that related problems stay adjacent.
         problems.sort_by_key(|problem| std::cmp::Reverse(problem.severity()));
         problems

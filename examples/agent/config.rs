@@ -22,6 +22,8 @@ pub(crate) struct Config {
     pub(crate) policies: Vec<EgressPolicy>,
     pub(crate) unreadable: Vec<Unreadable>,
     pub(crate) tables: TableRange,
+    /// The smallest MTU of the underlay among all nodes, if the file has it.
+    pub(crate) underlay_mtu: Option<u32>,
 }
 
 /// The error of a policy that cannot be read.
@@ -70,7 +72,7 @@ impl Config {
             PlanError::UnknownNode { .. } => "--node",
             PlanError::Vni { .. } => "tunnel.vni",
             PlanError::Port => "tunnel.port",
-            PlanError::Mtu { .. } => "tunnel.underlay_device",
+            PlanError::Mtu { .. } => "tunnel",
             PlanError::RulePriority { .. } => "rule_priority",
             PlanError::CachedCounters | PlanError::IptablesCounters => "policy_counters",
             PlanError::NothingExcluded | PlanError::Excluded { .. } => "excluded",
@@ -152,6 +154,7 @@ struct TunnelForm {
     vni: Option<u32>,
     port: Option<u16>,
     underlay_device: Option<Text<DeviceName>>,
+    underlay_mtu: Option<u32>,
 }
 
 #[derive(Deserialize)]
@@ -188,7 +191,8 @@ impl File<'_> {
             .with_device(self.tunnel.device.map_or(tunnel.device, |device| device.0))
             .with_vni(self.tunnel.vni.unwrap_or(tunnel.vni))
             .with_port(self.tunnel.port.unwrap_or(tunnel.port))
-            .with_underlay_device(self.tunnel.underlay_device.map(|device| device.0));
+            .with_underlay_device(self.tunnel.underlay_device.map(|device| device.0))
+            .with_underlay_mtu(self.tunnel.underlay_mtu.unwrap_or(tunnel.underlay_mtu));
         let pods = self.pods.into_iter().map(|net| net.0.0).collect();
         let cluster = Cluster::new(node, nodes, excluded)
             .with_pods(pods)
@@ -198,8 +202,13 @@ impl File<'_> {
             .with_connection_caching(self.connection_caching)
             .with_policy_counters(self.policy_counters)
             .with_steering(self.steering);
-        let mut config =
-            Config { cluster, policies: Vec::new(), unreadable: Vec::new(), tables: self.tables };
+        let mut config = Config {
+            cluster,
+            policies: Vec::new(),
+            unreadable: Vec::new(),
+            tables: self.tables,
+            underlay_mtu: self.tunnel.underlay_mtu,
+        };
         let mut nameless = Vec::new();
         for (at, raw) in self.policies.iter().enumerate() {
             let sentence = match readable(raw) {

@@ -27,7 +27,8 @@ use serde_json::{Value, json};
 
 const GOOD: &str = r#"{
   "excluded": ["10.244.0.0/16", "fd44::/16"],
-  "tunnel": {"device": "egress.vxlan", "vni": 100, "port": 7789, "underlay_device": "eth0"},
+  "tunnel": {"device": "egress.vxlan", "vni": 100, "port": 7789, "underlay_device": "eth0",
+    "underlay_mtu": 1500},
   "marks": {"prefix": "0x26000000", "prefix_mask": "0xff000000", "shift": 8, "bits": 16},
   "tables": {"start": 3000, "count": 100},
   "rule_priority": 101,
@@ -289,6 +290,15 @@ fn of_an_unreadable_policy_what_can_be_read_is_closed() {
     file["policies"][1]["id"] = json!(5);
     let ids: Vec<_> = parse(&file).policies.iter().map(|policy| policy.id.to_string()).collect();
     assert_eq!(ids, ["policies/1", "policies/1#"]);
+}
+
+#[test]
+fn underlay_mtu_is_that_of_the_file_or_the_default() {
+    for (value, said, planned) in [(json!(9000), Some(9000), 9000), (json!(null), None, 1500)] {
+        let config = parse(&changed("/tunnel/underlay_mtu", value));
+        let planned_mtu = config.cluster.tunnel.underlay_mtu;
+        assert_eq!((config.underlay_mtu, planned_mtu), (said, planned));
+    }
 }
 
 #[test]

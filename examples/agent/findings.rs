@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use egress_datapath::preflight::Problem;
 use egress_datapath::{Changes, DenyReason, Durations, Finding, PolicyError, PolicyId, Report};
 use serde::Serialize;
 
@@ -14,6 +15,8 @@ pub(crate) struct Told<'a> {
     findings: Vec<About<'a>>,
     pub(crate) changes: &'a Changes,
     durations: &'a Durations,
+    /// Problems with routing rules of other programs, which take effect after the changes.
+    pub(crate) problems: Vec<Problem>,
 }
 
 #[derive(Serialize)]
@@ -44,6 +47,7 @@ impl<'a> Told<'a> {
             findings: own.chain(findings.map(About::Finding)).collect(),
             changes: &report.changes,
             durations: &report.durations,
+            problems: Vec::new(),
         }
     }
 
@@ -63,13 +67,23 @@ impl<'a> Told<'a> {
     }
 }
 
-/// The changes, and a line for each finding.
+/// The line of a problem, with the family that it is about.
+pub(crate) fn line(problem: &Problem) -> String {
+    let (severity, remedy) = (problem.severity(), problem.remedy());
+    match problem.family() {
+        Some(family) => format!("{severity} ({family}): {problem}; {remedy}"),
+        None => format!("{severity}: {problem}; {remedy}"),
+    }
+}
+
+/// The changes, and a line for each finding and each problem.
 impl fmt::Display for Told<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.changes)?;
         self.findings.iter().try_for_each(|about| match about {
             About::Unreadable { message, .. } => writeln!(f, "note: {message}"),
             About::Finding(finding) => writeln!(f, "note: {finding}"),
-        })
+        })?;
+        self.problems.iter().try_for_each(|problem| writeln!(f, "{}", line(problem)))
     }
 }

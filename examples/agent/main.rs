@@ -98,24 +98,38 @@ fn read(of: &Of) -> Result<(String, Config), Failure> {
     Ok((file, config))
 }
 
+fn preflight(config: &Config) -> Preflight<'_> {
+    Preflight::new(&config.cluster, &config.policies).with_tables(config.tables)
+}
+
 fn doctor(of: &Of, as_json: bool) -> Result<(), Failure> {
-    let (_, config) = read(of)?;
-    let preflight = Preflight::new(&config.cluster, &config.policies).with_tables(config.tables);
+    let (file, mut config) = read(of)?;
+    if let Ok(mut kernel) = KernelDatapath::open() {
+        // A missing interface or privilege is one of the problems.
+        let _missing = find_underlay(&file, &mut config, &mut kernel);
+    }
+    if let Some(mtu) = config.underlay_mtu {
+        config.cluster.tunnel.underlay_mtu = mtu;
+    }
+    let preflight = preflight(&config);
     let problems = preflight.run().map_err(Failure::kernel)?;
     if as_json {
         json(&problems)?;
     } else {
         let mut out = io::stdout().lock();
         for problem in &problems {
-            writeln!(out, "{}: {problem}; {}", problem.severity(), problem.remedy())?;
+            writeln!(out, "{}", findings::line(problem))?;
         }
         writeln!(out, "{} problem(s)", problems.len())?;
     }
     let broken = problems.iter().filter(|problem| problem.severity() == Severity::Broken).count();
-    match broken {
-        0 => Ok(()),
-        _ => Err(Failure::Kernel(format!("{broken} problem(s) prevent the datapath from working"))),
+    if broken == 0 {
+        return Ok(());
     }
+    let ready = preflight.ready(&problems).into_iter();
+    let ready: Vec<_> = ready.map(|family| format!("; {family} is ready")).collect();
+    let ready = ready.concat();
+    Err(Failure::Kernel(format!("{broken} problem(s) prevent the datapath from working{ready}")))
 }
 
 /// Reads the file and opens a reconciler.
@@ -131,7 +145,9 @@ fn apply(of: &Of, as_json: bool) -> Result<ExitCode, Failure> {
     let (file, config, mut egress) = open(of)?;
     let report = egress.reconcile(&config.cluster, &config.policies);
     let report = report.map_err(|error| failure(&file, error))?;
-    let told = Told::of(&report, Some(&config));
+    let mut told = Told::of(&report, Some(&config));
+    told.problems = preflight(&config).run_routing().map_err(Failure::kernel)?;
+    told.problems.retain(|problem| problem.severity() == Severity::Broken);
     if as_json {
         json(&told)?;
     } else {
@@ -220,8 +236,8 @@ fn clear(datapath: &mut IptablesDatapath) -> Result<(), Failure> {
     Err(Failure::Kernel(format!("objects were restored; is spidernet's agent running?\n{left}")))
 }
 
-/// Sets the MTU of the underlay interface, and if no interface is configured, the interface that
-/// has this node's underlay address.
+/// Sets the underlay interface, if none is configured, to the one that has this node's underlay
+/// address, and lowers the MTU of the underlay to that of the interface.
 fn find_underlay(
     file: &str,
     config: &mut Config,
@@ -231,21 +247,21 @@ fn find_underlay(
         return Ok(());
     };
     let tunnel = &mut config.cluster.tunnel;
-    if let Some(device) = &tunnel.underlay_device {
-        let mtu = kernel.mtu_of(device).map_err(Failure::kernel)?;
-        tunnel.underlay_mtu = mtu.ok_or_else(|| {
+    let mtu = if let Some(device) = &tunnel.underlay_device {
+        kernel.mtu_of(device).map_err(Failure::kernel)?.ok_or_else(|| {
             Failure::Input(format!(
                 "{file}: tunnel.underlay_device: no interface is named \"{device}\""
             ))
+        })?
+    } else {
+        let found = kernel.device_of(address).map_err(Failure::kernel)?;
+        let (device, mtu) = found.ok_or_else(|| {
+            Failure::Input(format!("{file}: {field}: no interface has the address {address}"))
         })?;
-        return Ok(());
-    }
-    let found = kernel.device_of(address).map_err(Failure::kernel)?;
-    let (device, mtu) = found.ok_or_else(|| {
-        Failure::Input(format!("{file}: {field}: no interface has the address {address}"))
-    })?;
-    tunnel.underlay_device = Some(device);
-    tunnel.underlay_mtu = mtu;
+        tunnel.underlay_device = Some(device);
+        mtu
+    };
+    tunnel.underlay_mtu = tunnel.underlay_mtu.min(mtu);
     Ok(())
 }
 

@@ -9,10 +9,10 @@ pub(super) mod tests;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::netlink::socket::Socket;
+use super::rtnetlink::socket::RouteSocket;
 use crate::error::{KernelError, errno};
 use crate::event::ChangeEvents;
 use listener::Listener;
@@ -58,7 +58,10 @@ const BUSY: &str = "drop the other watch of this datapath first";
 ///
 /// Changes of the datapath's nf_tables table, of routes and rules with its protocol number, of
 /// routes that replace others outside the kernel's own tables, of the VXLAN device, of the
-/// addresses, neighbours and FDB entries on it, and of its `rp_filter`. Other changes of links,
+/// addresses, neighbours and FDB entries on it, and of its `rp_filter`. A new rule of another
+/// program that precedes the datapath's rules and may take its packets is reported as
+/// [`Component::Rule`](crate::event::Component::Rule), too: `repair` changes nothing about it, and
+/// [`Preflight::run_routing`](crate::preflight::Preflight::run_routing) names it with a remedy. Other changes of links,
 /// addresses, neighbours, rules and nf_tables tables also make the descriptor readable, but
 /// draining them reports nothing. Other routes, of which a router has many, are dropped by a socket
 /// filter in the kernel. A route that another program adds to one of the datapath's tables is not
@@ -102,8 +105,8 @@ pub(super) struct Monitor(Arc<Mutex<Listener>>);
 
 impl Monitor {
     /// Opens the sockets; they ignore changes requested from these ports.
-    pub(super) fn open(device: Arc<AtomicU32>, rules: Socket, ports: [u32; 2]) -> io::Result<Self> {
-        Ok(Self(Arc::new(Mutex::new(Listener::open(device, rules, ports)?))))
+    pub(super) fn open(routing: &RouteSocket, rules: Socket, ports: [u32; 2]) -> io::Result<Self> {
+        Ok(Self(Arc::new(Mutex::new(Listener::open(routing, rules, ports)?))))
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Listener> {

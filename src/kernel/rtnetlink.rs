@@ -1,6 +1,7 @@
 //! Links, addresses, neighbours, FDB entries, routes and rules over rtnetlink.
 
 pub(crate) mod address;
+pub(crate) mod ahead;
 pub(crate) mod fdb;
 pub(crate) mod ipv6;
 #[cfg(test)]

@@ -17,14 +17,21 @@ impl Preflight<'_> {
             problems.extend(self.shares_port(device));
         }
         let Some(address) = self.underlay() else { return };
+        let said = tunnel.underlay_mtu;
         match facts.addresses.iter().find(|found| found.ip == address) {
             None => problems.push(Problem::NoUnderlay { address }),
             Some(found) => {
-                let named = tunnel.underlay_device.as_ref().map(ToString::to_string);
-                self.judge_underlay(facts, &named.unwrap_or(found.device.clone()), problems);
+                let name = tunnel.underlay_device.as_ref().map_or(&*found.device, |d| d.as_str());
+                let small = facts.devices.iter().find(|device| device.name == name);
+                if let Some(device) = small.filter(|device| device.mtu < said) {
+                    let (device, found) = (device.name.clone(), device.mtu);
+                    problems.push(Problem::UnderlayMtu { device, found, said });
+                    // The kernel may limit the tunnel device to what this interface carries.
+                    return;
+                }
             }
         }
-        let wanted = tunnel.underlay_mtu.saturating_sub(match Family::of(address) {
+        let wanted = said.saturating_sub(match Family::of(address) {
             // Outer Ethernet, IP, UDP and VXLAN headers (RFC 7348, section 5).
             Family::V4 => 50,
             Family::V6 => 70,
@@ -49,14 +56,6 @@ impl Preflight<'_> {
         } else {
             Problem::PortShared { device, vni, port }
         })
-    }
-
-    fn judge_underlay(&self, facts: &Facts, name: &str, problems: &mut Vec<Problem>) {
-        let said = self.cluster.tunnel.underlay_mtu;
-        let device = facts.devices.iter().find(|device| device.name == name);
-        if let Some(found) = device.map(|device| device.mtu).filter(|found| *found != said) {
-            problems.push(Problem::UnderlayMtu { device: name.to_owned(), found, said });
-        }
     }
 }
 

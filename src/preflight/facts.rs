@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::terms::MarkKind;
+use super::terms::{FastPath, MarkKind};
 use crate::kernel::nft::KernelPart;
 use crate::types::Family;
 
@@ -33,6 +33,10 @@ pub(crate) struct Facts {
     pub(crate) lacks_ipv6: bool,
     /// Tables of legacy iptables.
     pub(crate) legacy: Vec<String>,
+    /// Files with rules of the datapath that the host restores at boot.
+    pub(crate) saved: Vec<Saved>,
+    /// Interfaces where packets may be forwarded ahead of all nf_tables hooks.
+    pub(crate) fast_paths: BTreeMap<FastPath, BTreeSet<String>>,
 }
 
 /// Sysctl settings below `/proc/sys/net`, by name with slashes; missing settings have no entry.
@@ -51,18 +55,38 @@ impl Settings {
     }
 }
 
+/// File from which the host restores rules of the datapath.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Saved {
+    pub(crate) file: String,
+    /// Set if the file is one of `iptables-restore`; otherwise one of `nft`.
+    pub(crate) for_iptables: bool,
+}
+
 /// Network interface.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Device {
     pub(crate) name: String,
     pub(crate) ours: bool,
-    /// Set if the interface decapsulates packets (a tunnel device).
-    pub(crate) decapsulates: bool,
+    pub(crate) kind: DeviceKind,
     pub(crate) mtu: u32,
     pub(crate) rp_filter: u32,
     /// Set if IPv4 packets that arrive on the interface are not forwarded.
     pub(crate) not_forwarding: bool,
     pub(crate) vxlan: Option<Vxlan>,
+    /// Set if an XDP program is attached.
+    pub(crate) xdp: bool,
+}
+
+/// Kind of an interface, as far as it decides about packets that arrive on it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum DeviceKind {
+    /// Decapsulates packets.
+    Tunnel,
+    /// Gives packets back to the interface that they were redirected from (`ifb`).
+    Ifb,
+    #[default]
+    Other,
 }
 
 /// Attributes of a VXLAN device.
@@ -146,6 +170,64 @@ pub(crate) struct Intruder {
 pub(crate) struct Firewall {
     pub(crate) chains: Vec<Chain>,
     pub(crate) marks: Vec<MarkUse>,
+    /// Tables with a reverse path filter.
+    pub(crate) filters: Vec<Filters>,
+    pub(crate) flowtables: Vec<Flowtable>,
+}
+
+/// Flowtable.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Flowtable {
+    /// Family and name of the table, in the syntax of `nft`.
+    pub(crate) table: String,
+    pub(crate) name: String,
+    pub(crate) devices: Vec<String>,
+    /// Set if connections are offloaded to the hardware.
+    pub(crate) hardware: bool,
+}
+
+/// Rules of a table with a reverse path filter.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Filters {
+    /// Family and name of the table, in the syntax of `nft`.
+    pub(crate) table: String,
+    /// Rules of each chain in their order.
+    pub(crate) chains: BTreeMap<String, Vec<FilterRule>>,
+}
+
+/// Rule of another program, as far as it decides what happens to a packet of the tunnel device.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct FilterRule {
+    pub(crate) handle: u64,
+    pub(crate) tests: Vec<Test>,
+    /// Set if the rule may write the packet's mark.
+    pub(crate) marks: bool,
+    pub(crate) verdict: Option<Verdict>,
+}
+
+/// Condition of a rule.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Test {
+    /// The name of the input interface, or with `begins` the begin of it.
+    Input { name: String, begins: bool, equal: bool },
+    /// The family of the packet.
+    Family { number: u8, equal: bool },
+    /// Bits of the firewall mark.
+    Mark { value: u32, mask: u32, equal: bool },
+    /// A route to the source exists, or is missing; with `strict`, by the input interface.
+    WayBack { strict: bool, exists: bool },
+    /// Anything else.
+    Unknown,
+}
+
+/// Verdict of a rule.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    Accept,
+    Drop,
+    Return,
+    Jump(String),
+    Goto(String),
 }
 
 /// Base chain.

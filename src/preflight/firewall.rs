@@ -34,6 +34,10 @@ impl Preflight<'_> {
                 });
             }
         }
+        problems.extend(facts.saved.iter().map(|saved| Problem::SavedRules {
+            file: saved.file.clone(),
+            for_iptables: saved.for_iptables,
+        }));
         if !facts.legacy.is_empty() {
             let both = facts.firewall.chains.iter().any(is_iptables);
             problems.push(Problem::LegacyIptables { tables: facts.legacy.clone(), both });

@@ -1,34 +1,49 @@
-//! Reads nf_tables chains and mark uses of other programs, including iptables-nft.
+//! Reads nf_tables chains and rules of other programs, including iptables-nft.
 
+mod filters;
 mod marks;
 #[cfg(test)]
 mod mutated;
 
-use super::facts::{Chain, Firewall, MarkUse};
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::facts::{Chain, FilterRule, Filters, Firewall, Flowtable, MarkUse};
 use crate::error::KernelError;
 use crate::kernel::netlink::exchange::{Answered, in_one_piece};
-use crate::kernel::netlink::message::{Attribute, Attributes, Malformed, flag};
+use crate::kernel::netlink::message::{Attribute, Attributes, Malformed, Writer, flag};
 use crate::kernel::netlink::nfnetlink::{Request, ask};
 use crate::kernel::netlink::socket::Socket;
+use crate::kernel::nft::expr::Expr;
 use crate::kernel::nft::{batch, chain, generation, kind};
-use crate::state::NFT_TABLE;
+use crate::state::{NFT_TABLE, XtName};
 use crate::types::Family;
 
 /// Families whose packets the datapath steers: `NFPROTO_*` number and `nft` name.
 const FAMILIES: [(u8, &str, &[Family]); 3] =
     [(batch::INET, "inet", &Family::BOTH), (2, "ip", &[Family::V4]), (10, "ip6", &[Family::V6])];
 
-/// Reads base chains and mark uses from all tables except the datapath's.
+/// Reads base chains, mark uses, flowtables and reverse path filters, except the datapath's;
+/// `names` are the interfaces by index.
 ///
 /// A read is repeated if the ruleset generation changed meanwhile or a dump was interrupted.
-pub(crate) fn foreign(socket: &mut Socket) -> Result<Firewall, KernelError> {
+pub(crate) fn foreign(
+    socket: &mut Socket,
+    names: &BTreeMap<u32, String>,
+) -> Result<Firewall, KernelError> {
     let found = in_one_piece(|| {
         let before = generation(socket)?;
         let mut found = Firewall::default();
         let mut interrupted = false;
         for family in FAMILIES {
             interrupted |= chains(socket, family, &mut found.chains)?.interrupted;
-            interrupted |= rules(socket, family, &mut found.marks)?.interrupted;
+            interrupted |= flowtables(socket, family, &mut found.flowtables)?.interrupted;
+            let mut tables = BTreeSet::new();
+            let answered = rules(socket, family, &mut found.marks, &mut tables)?;
+            interrupted |= answered.interrupted;
+            for table in &tables {
+                interrupted |=
+                    filters_of(socket, family, table, names, &mut found.filters)?.interrupted;
+            }
         }
         interrupted |= generation(socket)? != before;
         Ok((found, Answered { interrupted }))
@@ -88,10 +103,62 @@ fn read_chain(
     }))
 }
 
+fn flowtables(
+    socket: &mut Socket,
+    (number, family, _): (u8, &str, &[Family]),
+    found: &mut Vec<Flowtable>,
+) -> Result<Answered, KernelError> {
+    let request = Request {
+        text: &format!("nft list flowtables {family}"),
+        kind: kind::GETFLOWTABLE,
+        flags: flag::DUMP,
+        answer: kind::NEWFLOWTABLE,
+    };
+    let take = |_, body: &[u8]| {
+        found.extend(read_flowtable(Attributes::new(body), family)?);
+        Ok(())
+    };
+    ask(socket, &request, |writer| writer.nfgen(number, 0), take)
+}
+
+/// Reads a flowtable; the datapath's own gives `None`.
+fn read_flowtable(
+    attributes: Attributes<'_>,
+    family: &str,
+) -> Result<Option<Flowtable>, Malformed> {
+    let (mut table, mut found) = (String::new(), Flowtable::default());
+    for attribute in attributes {
+        let attribute = attribute?;
+        match attribute.kind {
+            1 => table = text(&attribute),
+            2 => found.name = text(&attribute),
+            3 => {
+                for part in attribute.nested() {
+                    let part = part?;
+                    if part.kind == 3 {
+                        let names = part.nested().flatten();
+                        // A prefix stands for all interfaces whose names begin with it.
+                        found.devices.extend(names.map(|name| match name.kind {
+                            1 => text(&name),
+                            _ => text(&name) + "*",
+                        }));
+                    }
+                }
+            }
+            // `NFT_FLOWTABLE_HW_OFFLOAD`
+            7 => found.hardware = attribute.be32()? & 1 != 0,
+            _ => {}
+        }
+    }
+    found.table = format!("{family} {table}");
+    Ok((!is_ours(family, &table)).then_some(found))
+}
+
 fn rules(
     socket: &mut Socket,
     (number, family, _): (u8, &str, &[Family]),
     found: &mut Vec<MarkUse>,
+    filtered: &mut BTreeSet<String>,
 ) -> Result<Answered, KernelError> {
     let request = Request {
         text: &format!("nft list ruleset {family}"),
@@ -99,34 +166,100 @@ fn rules(
         flags: flag::DUMP,
         answer: kind::NEWRULE,
     };
-    let take = |_, body: &[u8]| read_rule(Attributes::new(body), family, found);
+    let take = |_, body: &[u8]| read_rule(Attributes::new(body), family, found, filtered);
     ask(socket, &request, |writer| writer.nfgen(number, 0), take)
 }
 
-/// Adds the mark uses of a rule of another program.
+/// Adds the mark uses of a rule of another program, and its table if it filters by reverse path.
 fn read_rule(
     attributes: Attributes<'_>,
     family: &str,
     found: &mut Vec<MarkUse>,
+    filtered: &mut BTreeSet<String>,
 ) -> Result<(), Malformed> {
-    let (mut table, mut chain, mut uses) = (String::new(), String::new(), marks::Uses::default());
+    let (mut table, mut chain, mut uses) = ("", String::new(), marks::Uses::default());
+    let (mut name, mut filters, mut jumps) = (String::new(), false, false);
     for attribute in attributes {
         let attribute = attribute?;
         match attribute.kind {
-            1 => table = text(&attribute),
+            1 => {
+                table = attribute.text().unwrap_or_default();
+                name = text(&attribute);
+            }
             2 => chain = text(&attribute),
-            4 => uses = marks::read(attribute.nested())?,
+            4 => {
+                uses = marks::read(attribute.nested())?;
+                filters = attribute.nested().flatten().any(|element| filters::is_strict(&element));
+                jumps = attribute.nested().flatten().any(|element| jumps_to_ours(&element));
+            }
             _ => {}
         }
     }
-    if is_ours(family, &table) {
+    if is_ours(family, &name) || is_chain_of_ours(&chain) || jumps {
         return Ok(());
     }
-    let table = format!("{family} {table}");
+    if filters && !table.is_empty() {
+        filtered.insert(table.to_owned());
+    }
+    let table = format!("{family} {name}");
     for ((kind, writes), bits) in uses.0 {
         let (table, chain) = (table.clone(), chain.clone());
         count(found, MarkUse { table, chain, kind, bits, writes, rules: 1 });
     }
+    Ok(())
+}
+
+/// Reads the rules of a table with a reverse path filter.
+fn filters_of(
+    socket: &mut Socket,
+    (number, family, _): (u8, &str, &[Family]),
+    table: &str,
+    names: &BTreeMap<u32, String>,
+    found: &mut Vec<Filters>,
+) -> Result<Answered, KernelError> {
+    let request = Request {
+        text: &format!("nft list table {family} {}", printable(table)),
+        kind: kind::GETRULE,
+        flags: flag::DUMP,
+        answer: kind::NEWRULE,
+    };
+    let mut filters =
+        Filters { table: format!("{family} {}", printable(table)), ..Filters::default() };
+    let take = |_, body: &[u8]| {
+        let body = Attributes::new(body);
+        // A kernel that does not filter the dump sends the rules of all tables.
+        if body.clone().flatten().any(|attribute| attribute.kind == 1 && attribute.is(table)) {
+            read_filter(body, names, &mut filters)?;
+        }
+        Ok(())
+    };
+    let write = |writer: &mut Writer| {
+        writer.nfgen(number, 0);
+        writer.string(1, table);
+    };
+    let answered = ask(socket, &request, write, take)?;
+    found.push(filters);
+    Ok(answered)
+}
+
+/// Adds a rule to its chain.
+fn read_filter(
+    attributes: Attributes<'_>,
+    names: &BTreeMap<u32, String>,
+    filters: &mut Filters,
+) -> Result<(), Malformed> {
+    let (mut chain, mut handle, mut rule) = (String::new(), 0, None);
+    for attribute in attributes {
+        let attribute = attribute?;
+        match attribute.kind {
+            2 => chain = text(&attribute),
+            3 => handle = attribute.be64()?,
+            4 => rule = Some(filters::read(attribute.nested(), names)?),
+            _ => {}
+        }
+    }
+    let rule = FilterRule { handle, ..rule.unwrap_or_default() };
+    filters.chains.entry(chain).or_default().push(rule);
     Ok(())
 }
 
@@ -146,11 +279,55 @@ fn is_ours(family: &str, table: &str) -> bool {
     family == "inet" && table == NFT_TABLE
 }
 
+/// Returns whether a chain has the name of one that the iptables backend makes.
+fn is_chain_of_ours(chain: &str) -> bool {
+    XtName::from_name(chain).is_some_and(|name| !name.is_built_in())
+}
+
+/// Returns whether an expression is a jump to a chain of the iptables backend.
+fn jumps_to_ours(element: &Attribute<'_>) -> bool {
+    match Expr::read(element) {
+        Expr::Immediate(verdict) => verdict.chain.is_some_and(|chain| is_chain_of_ours(&chain)),
+        _ => false,
+    }
+}
+
+/// Returns the name of an expression and its attributes.
+fn expression<'a>(element: &Attribute<'a>) -> (&'a str, Attributes<'a>) {
+    let (mut name, mut data) = ("", Attributes::new(&[]));
+    for attribute in element.nested().flatten() {
+        match attribute.kind {
+            1 => name = attribute.text().unwrap_or_default(),
+            2 => data = attribute.nested(),
+            _ => {}
+        }
+    }
+    (name, data)
+}
+
+/// Returns name, revision and data of an iptables match or target.
+fn extension(data: Attributes<'_>) -> (&str, u32, &[u8]) {
+    let (mut name, mut revision, mut info) = ("", 0, &[][..]);
+    for attribute in data.flatten() {
+        match attribute.kind {
+            1 => name = attribute.text().unwrap_or_default(),
+            2 => revision = attribute.be32().unwrap_or_default(),
+            3 => info = attribute.bytes(),
+            _ => {}
+        }
+    }
+    (name, revision, info)
+}
+
 /// Returns a name in printable form, because the kernel accepts any bytes as a name.
 fn text(attribute: &Attribute<'_>) -> String {
     let bytes = attribute.bytes();
     let bytes = bytes.strip_suffix(&[0]).unwrap_or(bytes);
-    String::from_utf8_lossy(bytes).escape_debug().collect()
+    printable(&String::from_utf8_lossy(bytes))
+}
+
+fn printable(name: &str) -> String {
+    name.escape_debug().collect()
 }
 
 #[cfg(test)]
@@ -186,7 +363,7 @@ mod tests {
         in_netns(|socket| {
             harness::needs(&["nft"]);
             nft(&["-f", "-"], RULESET).unwrap();
-            let found = foreign(socket).unwrap();
+            let found = foreign(socket, &BTreeMap::new()).unwrap();
             let chains: Vec<_> = found
                 .chains
                 .iter()

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use super::terms::{DropHook, MarkKind, Severity};
+use super::terms::{DropHook, FastPath, MarkKind, Severity};
 use crate::kernel::nft::KernelPart;
 use crate::types::{Family, PolicyId};
 
@@ -125,6 +125,8 @@ pub enum Problem {
     RuleTakesFirst {
         /// Rule as `ip rule` shows it.
         rule: String,
+        /// Address family of the rule.
+        family: Family,
         /// Priority of the datapath's first rule.
         priority: u32,
     },
@@ -149,11 +151,14 @@ pub enum Problem {
         priority: u32,
     },
     /// A route of another program in a table of the datapath takes steered packets.
-    #[error("{command} {route} is of another program, and steered packets of this table match it")]
+    #[error(
+        "{} {route} is of another program, and steered packets of this table match it",
+        Self::ip_route(*family)
+    )]
     RouteInOurTable {
-        /// Command that lists the route: `ip route` or `ip -6 route`.
-        command: &'static str,
-        /// Route in the syntax of that command.
+        /// Address family of the route.
+        family: Family,
+        /// Route in the syntax of `ip route`.
         route: String,
     },
     /// IPv6 is disabled on the tunnel device, or will be on a new device.
@@ -252,6 +257,73 @@ pub enum Problem {
         /// UDP port of the tunnel.
         port: u16,
     },
+    /// An nf_tables rule drops packets from the tunnel device as a reverse path filter.
+    ///
+    /// The rule looks for a route to the source by the interface of the packet (`fib saddr . iif
+    /// oif missing`, `-m rpfilter --invert`). The pod of another node is behind another interface.
+    #[error(
+        "chain {chain} of nft table {table} drops {family} packets that come out of {device}, by {}: \
+         a reverse path filter", Self::rule_or_policy(*rule)
+    )]
+    ReversePathFilter {
+        /// Family and name of the table.
+        table: String,
+        /// Chain that drops the packets.
+        chain: String,
+        /// Handle of the rule; `None` if the chain's policy drops what its rules do not accept.
+        rule: Option<u64>,
+        /// Tunnel device.
+        device: String,
+        /// Address family of the packets.
+        family: Family,
+        /// Set if the rules drop every such packet; otherwise they depend on more than the check
+        /// evaluates.
+        certain: bool,
+    },
+    /// A flowtable of another program forwards packets of open connections ahead of all hooks.
+    #[error(
+        "flowtable {name} of nft table {table} forwards packets of open connections on {}{}, ahead \
+         of all hooks", devices.join(", "), if *hardware { " and in the hardware" } else { "" }
+    )]
+    Flowtable {
+        /// Family and name of the table.
+        table: String,
+        /// Flowtable.
+        name: String,
+        /// Interfaces of the flowtable.
+        devices: Vec<String>,
+        /// Set if connections are offloaded to the hardware.
+        hardware: bool,
+        /// Set if the datapath keeps connections of policies out of flowtables: with nf_tables.
+        kept_out: bool,
+    },
+    /// Packets may leave an interface ahead of all hooks of nf_tables.
+    #[error("{path} on {}, ahead of all hooks", devices.join(", "))]
+    FastPath {
+        /// What forwards the packets.
+        path: FastPath,
+        /// Interfaces.
+        devices: Vec<String>,
+    },
+    /// A file from which the host restores its firewall has rules of this crate.
+    ///
+    /// `iptables-restore` refuses the whole file while a set is missing, as it is at boot: the
+    /// host's own rules are missing then as well. With a table of `nft` old policies come back, or
+    /// `nft -f` fails as a whole while the table has an owner.
+    #[error(
+        "{file} has rules of this crate: {}",
+        if *for_iptables {
+            "none of its rules can be restored at boot, when the sets of this crate are missing"
+        } else {
+            "at boot they are in force before the policies are read, and a reload may fail"
+        }
+    )]
+    SavedRules {
+        /// File.
+        file: String,
+        /// Set if the file is one of `iptables-restore`; otherwise one of `nft`.
+        for_iptables: bool,
+    },
     /// Legacy iptables has rules, which this check cannot see.
     #[error(
         "legacy iptables has tables ({}), whose rules this check cannot see{}", tables.join(", "),
@@ -285,8 +357,11 @@ pub enum Problem {
         /// Underlay address.
         address: IpAddr,
     },
-    /// The MTU of the underlay interface differs from the one in the cluster configuration.
-    #[error("device {device} has MTU {found}, and the cluster is configured with {said}")]
+    /// The MTU of the underlay interface is smaller than the one in the cluster configuration.
+    #[error(
+        "device {device} has MTU {found}, and the cluster is configured with {said}: larger packets \
+         from other nodes are lost here"
+    )]
     UnderlayMtu {
         /// Underlay interface.
         device: String,
@@ -374,6 +449,17 @@ impl Problem {
     /// `net/netfilter/nf_nat_core.c`).
     pub const PORTS: usize = 64_512;
 
+    pub(super) const fn ip_route(family: Family) -> &'static str {
+        match family {
+            Family::V4 => "ip route",
+            Family::V6 => "ip -6 route",
+        }
+    }
+
+    fn rule_or_policy(rule: Option<u64>) -> String {
+        rule.map_or("its policy".to_owned(), |handle| format!("the rule with handle {handle}"))
+    }
+
     /// Short code of the problem, which never changes: for alerts and for programs.
     pub const fn code(&self) -> &'static str {
         match self {
@@ -402,6 +488,10 @@ impl Problem {
             Self::Predecessor { .. } => "spidernet_present",
             Self::NameTaken { .. } => "name_taken",
             Self::DropPolicy { .. } => "drop_policy",
+            Self::ReversePathFilter { .. } => "reverse_path_filter",
+            Self::Flowtable { .. } => "flowtable",
+            Self::FastPath { .. } => "fast_path",
+            Self::SavedRules { .. } => "saved_rules",
             Self::LegacyIptables { .. } => "legacy_iptables",
             Self::NatFirst { .. } => "nat_first",
             Self::NoUnderlay { .. } => "no_underlay",
@@ -414,6 +504,33 @@ impl Problem {
             Self::EgressIpPreferred { .. } => "egress_ip_preferred",
             Self::ConntrackFull { .. } => "conntrack_full",
             Self::ConntrackStrict { .. } => "conntrack_strict",
+        }
+    }
+
+    /// Address family that the problem is about; `None` if it may concern both.
+    pub const fn family(&self) -> Option<Family> {
+        match self {
+            Self::Missing { part: KernelPart::Ipv6 } | Self::TunnelWithoutIpv6 { .. } => {
+                Some(Family::V6)
+            }
+            // Settings of IPv4 alone.
+            Self::DeviceNotForwarding { .. }
+            | Self::StrictTunnel { .. }
+            | Self::StrictOverlay { .. }
+            | Self::StrictByDefault
+            | Self::MarkInReversePath { .. } => Some(Family::V4),
+            Self::NotForwarding { family }
+            | Self::MarkReflected { family }
+            | Self::RuleTakesFirst { family, .. }
+            | Self::LocalRuleLate { family, .. }
+            | Self::RouteInOurTable { family, .. }
+            | Self::ReversePathFilter { family, .. } => Some(*family),
+            Self::EgressIpAbsent { address, .. }
+            | Self::PortsFew { address, .. }
+            | Self::EgressIpSilent { address, .. }
+            | Self::EgressIpElsewhere { address, .. }
+            | Self::EgressIpPreferred { address, .. } => Some(Family::of(*address)),
+            _ => None,
         }
     }
 
@@ -434,9 +551,9 @@ impl Problem {
             | Self::PortTaken { .. }
             | Self::NameTaken { .. }
             | Self::NoUnderlay { .. }
+            | Self::ReversePathFilter { certain: true, .. }
             | Self::TablesFew { .. }
             | Self::TablesTaken { free: 0, .. } => Severity::Broken,
-            Self::UnderlayMtu { found, said, .. } if found < said => Severity::Broken,
             Self::StrictOverlay { .. }
             | Self::RangesMissed { .. }
             | Self::MarkTestedByRule { .. }
@@ -445,18 +562,25 @@ impl Problem {
             | Self::DropPolicy { .. }
             | Self::NatFirst { .. }
             | Self::Predecessor { .. }
+            | Self::SavedRules { .. }
+            | Self::ReversePathFilter { .. }
+            | Self::Flowtable { kept_out: false, .. }
+            | Self::FastPath { path: FastPath::Redirect | FastPath::Hardware, .. }
             | Self::LegacyIptables { both: true, .. }
             | Self::EgressIpElsewhere { .. }
             | Self::EgressIpPreferred { .. }
             | Self::PortsFew { .. }
+            | Self::UnderlayMtu { .. }
             | Self::ConntrackFull { .. } => Severity::Risk,
+            Self::TunnelMtu { found, wanted, .. } if found > wanted => Severity::Risk,
             Self::StrictByDefault
             | Self::MarkInReversePath { .. }
             | Self::MarkReflected { .. }
             | Self::TablesTaken { .. }
+            | Self::Flowtable { .. }
+            | Self::FastPath { .. }
             | Self::PortShared { .. }
             | Self::LegacyIptables { .. }
-            | Self::UnderlayMtu { .. }
             | Self::TunnelMtu { .. }
             | Self::EgressIpAbsent { .. }
             | Self::EgressIpSilent { .. }

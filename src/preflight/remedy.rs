@@ -1,6 +1,6 @@
 //! Remedies for problems.
 
-use super::{DropHook, KernelPart, Problem};
+use super::{DropHook, FastPath, KernelPart, Problem};
 use crate::types::Family;
 
 impl Problem {
@@ -19,7 +19,28 @@ impl Problem {
                 "accept UDP port {port} between the nodes in chain {chain} of {table}, if no rule \
                  does"
             ),
-            Self::RouteInOurTable { command, route } => format!("{command} del {route}"),
+            Self::ReversePathFilter { table, chain, device, .. } => format!(
+                "nft insert rule {table} {chain} iifname {device} accept; where the owner of the \
+                 table writes its rules again, exempt {device} or switch the filter off there \
+                 (firewalld: IPv6_rpfilter=no)"
+            ),
+            Self::SavedRules { file, for_iptables: true } => format!(
+                "sed -i /EGRESSGATEWAY-/d {file}; and save rules without those of this crate: \
+                 iptables-save | grep -v EGRESSGATEWAY-"
+            ),
+            Self::SavedRules { file, .. } => {
+                format!("delete the tables egress_datapath and chains EGRESSGATEWAY-… from {file}")
+            }
+            Self::RuleTakesFirst { priority, .. } => format!(
+                "move the other rule to {} or later, or give the cluster a lower rule priority, still \
+                 behind the rule for local addresses; a rule that is added without a priority, as by \
+                 wg-quick, lands ahead of any (wg-quick: Table = off, and rules of your own)",
+                // The four priorities of the datapath are free of rules of others.
+                priority.saturating_add(4)
+            ),
+            Self::RouteInOurTable { family, route } => {
+                format!("{} del {route}", Self::ip_route(*family))
+            }
             Self::DeviceNotForwarding { devices } => {
                 let one = |device| format!("sysctl -w net/ipv4/conf/{device}/forwarding=1");
                 devices.iter().map(one).collect::<Vec<_>>().join("; ")
@@ -40,6 +61,10 @@ impl Problem {
             Self::NoUnderlay { address } => {
                 format!("add {address} to a device, or correct the address of this node")
             }
+            Self::UnderlayMtu { device, found, said } => format!(
+                "set the cluster's underlay MTU to {found}, or to the smallest among the nodes, on \
+                 every node; or ip link set {device} mtu {said}, if the network carries that"
+            ),
             Self::EgressIpAbsent { address, .. } => format!(
                 "add {address} to the uplink, or see to it that the network routes it to this node"
             ),
@@ -84,10 +109,6 @@ impl Problem {
             Self::MarkTestedByRule { .. } | Self::MarkUsedByFirewall { .. } => {
                 "choose a mark layout without these bits, or move the other program's bits"
             }
-            Self::RuleTakesFirst { .. } => {
-                "give the cluster a lower rule priority, still behind the rule for local \
-                 addresses, or move the other rule"
-            }
             Self::PriorityShared { .. } => {
                 "give the cluster another rule priority: it and the next three must be free"
             }
@@ -103,15 +124,25 @@ impl Problem {
                  takeover"
             }
             Self::PortShared { .. } => "nothing: VXLAN devices share a port",
+            Self::Flowtable { kept_out: true, .. } => {
+                "nothing: the datapath keeps connections of policies out of flowtables"
+            }
+            Self::Flowtable { .. } => {
+                "switch the flowtable off in the program that makes it, or use the nf_tables backend, \
+                 which keeps connections of policies out of flowtables"
+            }
+            Self::FastPath { path: FastPath::Redirect | FastPath::Hardware, .. } => {
+                "exempt packets of the policies' pods from these filters: tc filter show dev … ingress"
+            }
+            Self::FastPath { .. } => {
+                "make sure that the programs leave packets of the policies' pods, and packets of the \
+                 tunnel, to the kernel's network stack (Cilium: bpf.hostLegacyRouting=true)"
+            }
             Self::LegacyIptables { both: true, .. } => {
                 "let one variant of iptables do everything on this host, and list the rules of \
                  the other with iptables-legacy-save"
             }
             Self::LegacyIptables { .. } => "look at iptables-legacy-save for drops and marks",
-            Self::UnderlayMtu { .. } => {
-                "set the cluster's underlay MTU to the smallest among the nodes, or the device's \
-                 to what the cluster says"
-            }
             Self::TunnelMtu { .. } => "reconcile, which sets it",
             Self::ConntrackStrict => "sysctl -w net.netfilter.nf_conntrack_tcp_loose=1",
             _ => "",

@@ -17,12 +17,9 @@ impl Preflight<'_> {
                 self.judge_rule(rule, facts, problems);
             }
         }
-        problems.extend(facts.intruders.iter().map(|intruder| {
-            let command = match intruder.family {
-                Family::V4 => "ip route",
-                Family::V6 => "ip -6 route",
-            };
-            Problem::RouteInOurTable { command, route: intruder.text.clone() }
+        problems.extend(facts.intruders.iter().map(|intruder| Problem::RouteInOurTable {
+            family: intruder.family,
+            route: intruder.text.clone(),
         }));
         let range = self.tables;
         let taken = range.iter().filter(|table| facts.tables.contains(&table.get())).count();
@@ -60,7 +57,8 @@ impl Preflight<'_> {
     fn judge_rule(&self, rule: &Rule, facts: &Facts, problems: &mut Vec<Problem>) {
         let priority = self.cluster.rule_priority;
         if rule.priority < priority && self.takes(rule, facts) {
-            problems.push(Problem::RuleTakesFirst { rule: rule.to_string(), priority });
+            let (family, rule) = (rule.family, rule.to_string());
+            problems.push(Problem::RuleTakesFirst { rule, family, priority });
             return;
         }
         let ours = RulePriorities::of(self.cluster);

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use ipnet::IpNet;
 
-use super::facts::Facts;
+use super::facts::{DeviceKind, Facts};
 use super::{KernelPart, Preflight, Problem};
 use crate::cluster::{Backend, Steering};
 use crate::types::Family;
@@ -104,7 +104,7 @@ impl Preflight<'_> {
                 .extend(ours.into_iter().map(|d| Problem::StrictTunnel { device: d.name.clone() }));
             let devices: Vec<_> = others
                 .into_iter()
-                .filter(|device| device.decapsulates)
+                .filter(|device| device.kind == DeviceKind::Tunnel)
                 .map(|device| device.name.clone())
                 .collect();
             if !devices.is_empty() {

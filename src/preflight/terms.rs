@@ -9,7 +9,7 @@ pub enum Severity {
     Note,
     /// Some traffic may be dropped or may leave with unexpected properties.
     Risk,
-    /// The datapath cannot be programmed, or cannot carry traffic.
+    /// The datapath cannot be programmed, or cannot carry traffic of the family or of any.
     Broken,
 }
 
@@ -40,6 +40,31 @@ impl fmt::Display for DropHook {
             Self::Input => "input",
             Self::Forward => "forward",
             Self::Output => "output",
+        })
+    }
+}
+
+/// Path by which packets may leave an interface ahead of all nf_tables hooks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum FastPath {
+    /// A tc filter redirects packets to another interface (`mirred`).
+    Redirect,
+    /// The hardware evaluates a tc filter, and the kernel does not (`skip_sw`).
+    Hardware,
+    /// An eBPF program is attached to tc (clsact or ingress).
+    TrafficControl,
+    /// An XDP program is attached.
+    Xdp,
+}
+
+impl fmt::Display for FastPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Redirect => "tc filters redirect packets",
+            Self::Hardware => "tc filters act on packets in the hardware",
+            Self::TrafficControl => "eBPF programs in tc may forward packets",
+            Self::Xdp => "XDP programs may forward packets",
         })
     }
 }

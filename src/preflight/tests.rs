@@ -2,7 +2,9 @@
 
 mod devices;
 mod egress_ips;
+mod fast_paths;
 mod firewall;
+mod reverse_path;
 mod routing;
 mod settings;
 
@@ -107,4 +109,29 @@ fn the_worst_comes_first() {
     assert_eq!(problems[0], Problem::Denied);
     assert_eq!(problems[0].severity(), Severity::Broken);
     assert_eq!(problems.len(), 4);
+}
+
+#[test]
+fn a_problem_of_one_family_leaves_the_other_ready() {
+    let (cluster, dual) = (cluster(), policy("node-b", EgressIp::Node));
+    let preflight = Preflight::new(&cluster, [&dual]);
+    let mut facts = facts();
+    set(&mut facts, "ipv6/conf/all/forwarding", 1);
+    let ready = |facts: &Facts| {
+        let ready = preflight.ready(&preflight.judge(facts)).into_iter();
+        ready.map(|family| family.to_string()).collect::<Vec<_>>().join(" ")
+    };
+    assert_eq!(ready(&facts), "IPv4 IPv6");
+    set(&mut facts, "netfilter/nf_conntrack_tcp_loose", 0);
+    assert_eq!(ready(&facts), "IPv4 IPv6", "a note");
+    set(&mut facts, "ipv6/conf/all/forwarding", 0);
+    assert_eq!(ready(&facts), "IPv4");
+    let before = facts.clone();
+    facts.rules.push(rule(50, Action::Refuse));
+    assert_eq!(ready(&facts), "");
+    facts = before;
+    facts.denied = true;
+    assert_eq!(ready(&facts), "");
+    let four = policy("node-b", EIP);
+    assert_eq!(Preflight::new(&cluster, [&four]).ready(&[]), [Family::V4].into());
 }

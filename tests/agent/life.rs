@@ -108,6 +108,94 @@ fn a_whole_life() {
     });
 }
 
+#[test]
+fn apply_says_that_a_rule_has_come_first() {
+    in_netns(|| {
+        ip(&["link", "add", "eth0", "type", "veth", "peer", "name", "eth1"]);
+        ip(&["addr", "add", "10.10.0.11/24", "dev", "eth0"]);
+        ip(&["link", "set", "eth0", "up"]);
+        ip(&["link", "set", "eth1", "up"]);
+        let file = File::new(&good().to_string());
+        let options = ["apply", "--node", "a", "--cluster", file.path()];
+        assert!(!done(&options).contains("broken"));
+        // As wg-quick does: no priority.
+        ip(&["route", "add", "default", "via", "10.10.0.9", "dev", "eth0", "table", "51820"]);
+        ip(&["rule", "add", "not", "fwmark", "51820", "lookup", "51820"]);
+        let out = done(&options);
+        let line = "broken (IPv4): ip rule 100: not fwmark 0xca6c/0xffffffff lookup 51820 precedes the \
+                    gateways' rules at 101 and matches steered packets; move the other rule to 105 \
+                    or later";
+        assert!(out.contains(line), "{out}");
+        assert!(out.ends_with("\n0 changes\n"), "{out}");
+        let report = done(&[&options[..], &["--json"]].concat());
+        let report: Value = serde_json::from_str(&report).unwrap();
+        assert_eq!(report["problems"][0]["code"], "rule_takes_first", "{report}");
+        std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
+        std::fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").unwrap();
+        let (code, out, message) = run(&[&["doctor"][..], &options[1..]].concat());
+        assert_eq!(code, Some(1), "{out}");
+        assert!(out.contains(line), "{out}");
+        assert_eq!(
+            message,
+            "agent: 1 problem(s) prevent the datapath from working; IPv6 is ready\n"
+        );
+        // The remedy.
+        ip(&["rule", "del", "pref", "100"]);
+        ip(&["rule", "add", "pref", "105", "not", "fwmark", "51820", "lookup", "51820"]);
+        assert!(!done(&options).contains("broken"));
+    });
+}
+
+#[test]
+fn doctor_and_apply_agree_about_the_mtu() {
+    in_netns(|| {
+        ip(&["link", "add", "eth0", "type", "veth", "peer", "name", "eth1"]);
+        ip(&["addr", "add", "10.10.0.11/24", "dev", "eth0"]);
+        ip(&["link", "set", "eth0", "up"]);
+        let problems = |file: &File| {
+            let options = ["doctor", "--node", "a", "--cluster", file.path(), "--json"];
+            let (_, problems, _) = run(&options);
+            let problems: Value = serde_json::from_str(&problems).unwrap();
+            let mut mtu = problems.as_array().unwrap().clone();
+            mtu.retain(|problem| problem["code"].as_str().unwrap().ends_with("_mtu"));
+            mtu
+        };
+        // MTU of the interface, of the file, and of the tunnel.
+        for (interface, said, tunnel) in [
+            ("1460", None, 1410),
+            ("1500", None, 1450),
+            ("9000", None, 1450),
+            ("9000", Some(9000), 8950),
+            ("9000", Some(1400), 1350),
+        ] {
+            ip(&["link", "set", "eth0", "mtu", interface]);
+            let file = File::new(&changed("/tunnel/underlay_mtu", json!(said)));
+            let options = ["apply", "--node", "a", "--cluster", file.path()];
+            assert_eq!(problems(&file), Vec::<Value>::new(), "{interface}, {said:?}");
+            done(&options);
+            let shown: Value = serde_json::from_str(&done(&["show", "--json"])).unwrap();
+            assert_eq!(shown["link"]["mtu"], tunnel, "{interface}, {said:?}");
+            assert_eq!(problems(&file), Vec::<Value>::new(), "{interface}, {said:?}");
+            assert!(done(&options).ends_with("\n0 changes\n"), "{interface}, {said:?}");
+            done(&["remove", "--now"]);
+        }
+        // Other nodes send what this interface does not receive.
+        ip(&["link", "set", "eth0", "mtu", "1460"]);
+        let file = File::new(&changed("/tunnel/underlay_mtu", json!(1500)));
+        for _ in ["before apply", "after it"] {
+            let found = problems(&file);
+            assert_eq!(found.len(), 1, "{found:?}");
+            let remedy = found[0]["remedy"].as_str().unwrap();
+            assert!(remedy.contains("underlay MTU to 1460"), "{remedy}");
+            done(&["apply", "--node", "a", "--cluster", file.path()]);
+        }
+        let text = changed("/tunnel/underlay_mtu", json!(1300));
+        let sentence = "tunnel: underlay MTU 1300 is too small: the tunnel needs 1330 to carry 1280 \
+                        bytes";
+        assert_eq!(refusal("a", &text), sentence);
+    });
+}
+
 /// Applies files with errors in one policy or node: the others are in force, and the status says so.
 fn errors_of_one_policy(options: &[&str; 4]) {
     let applied = |file: &Value, more: &[&str]| {

@@ -17,6 +17,7 @@ mod conforms;
 mod connections;
 mod counts;
 mod decoys;
+mod doctor;
 mod explained;
 mod flows;
 mod flowtables;

@@ -1,7 +1,7 @@
 //! What packets do with other marks, and with other software's.
 
 use std::io::{Read, Write};
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::thread;
 use std::time::Duration;
 
@@ -142,6 +142,51 @@ fn ping(from: &Netns, to: IpAddr) -> Result {
         Ok(false)
     })??;
     if reply { Ok(()) } else { Err(format!("no echo reply from {to}").into()) }
+}
+
+/// Sends datagrams of more than 1500 bytes until one arrives, and returns its source.
+///
+/// The sender must learn the path MTU first. Unlike TCP segments, they are no GSO packets, which
+/// virtual interfaces forward whatever their size.
+fn large_datagram(server: &Netns, from: &Netns, to: IpAddr) -> Result<Option<IpAddr>> {
+    const PORT: u16 = 7012;
+    let listener = server.run(|| UdpSocket::bind((to, PORT)))??;
+    listener.set_read_timeout(Some(Duration::from_millis(200)))?;
+    let arrived = from.run(|| -> std::io::Result<Option<IpAddr>> {
+        let any = SocketAddr::new(if to.is_ipv4() { [0; 4].into() } else { [0; 16].into() }, 0);
+        let socket = UdpSocket::bind(any)?;
+        socket.connect((to, PORT))?;
+        for _ in 0..50 {
+            // The kernel may report a path MTU that it has just learned as the error of a send.
+            let _sent = socket.send(&[7; 4000]);
+            if let Ok((_, source)) = listener.recv_from(&mut [0; 4000]) {
+                return Ok(Some(source.ip()));
+            }
+        }
+        Ok(None)
+    })??;
+    Ok(arrived)
+}
+
+#[test]
+fn larger_underlay_of_one_node_loses_no_large_packet() -> Result {
+    let lab = lab();
+    harness::needs(&["nft"]);
+    for line in ["ip link set eth0 mtu 9000", "ip link set pod10 mtu 9000"] {
+        tool(&lab.node_a.netns, line)?;
+    }
+    tool(&lab.pod_a, "ip link set eth0 mtu 9000")?;
+    tool(&lab.router, "ip link set port121 mtu 9000")?;
+    // The other nodes' ports of a switch drop what is larger, and nobody is told.
+    let switch = "table netdev switch { chain out {
+        type filter hook ingress device port121 priority 0; meta length > 1500 drop; }; }";
+    nft(&lab.router, &[], switch)?;
+    Fleet::open(&lab)?.apply(&[policy("p", &[POD_A], B, dual(EIP_B))?])?;
+    for (to, eip) in SERVER.into_iter().zip(EIP_B) {
+        let arrived = large_datagram(&lab.server, &lab.pod_a, to)?;
+        assert_eq!(arrived, Some(eip), "to {to}");
+    }
+    Ok(())
 }
 
 /// Sends so much that packets of full size are needed; returns the number of bytes that arrive.

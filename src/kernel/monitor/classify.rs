@@ -10,6 +10,7 @@ use crate::kernel::netlink::message::{Attribute, Attributes, Message};
 use crate::kernel::nft;
 use crate::kernel::rtnetlink::address;
 use crate::kernel::rtnetlink::address::is_link_local;
+use crate::kernel::rtnetlink::ahead::FirstRule;
 use crate::kernel::rtnetlink::neighbour;
 use crate::kernel::rtnetlink::socket::object;
 use crate::state::{LINK_ALIAS, NFT_TABLE, PROTOCOL, TableFamily};
@@ -38,13 +39,14 @@ const NETCONFA_RP_FILTER: u16 = 3;
 const NF_TABLES: u16 = 10;
 const NEWGEN: u16 = 0xa0f;
 
-/// Adds the change that a message reports; `device` is the VXLAN device's index, 0 for none.
+/// Adds the change that a message reports; `ours` are the VXLAN device's index, 0 for none, and our
+/// first rule.
 ///
 /// `unsigned` is whether our table was changed by a transaction that has not ended yet: the writer
 /// is named in the message that ends it, so the change is reported then.
 pub(super) fn read(
     message: &Message<'_>,
-    device: u32,
+    ours: (u32, &FirstRule),
     unsigned: &mut bool,
     events: &mut ChangeEvents,
 ) {
@@ -56,7 +58,7 @@ pub(super) fn read(
     } else if message.kind >> 8 == NF_TABLES {
         *unsigned |= is_our_table(message);
     } else {
-        events.changed.extend(part(message, device));
+        events.changed.extend(part(message, ours));
     }
 }
 
@@ -81,7 +83,7 @@ fn writer(message: &Message<'_>) -> Option<Process> {
     Some(Process { pid, name: name.trim_end_matches('\0').to_owned() })
 }
 
-fn part(message: &Message<'_>, device: u32) -> Option<Component> {
+fn part(message: &Message<'_>, (device, first): (u32, &FirstRule)) -> Option<Component> {
     let body = message.payload();
     let is_ours = |index| index != 0 && index == device;
     match message.kind {
@@ -97,15 +99,22 @@ fn part(message: &Message<'_>, device: u32) -> Option<Component> {
         NEWROUTE | DELROUTE => is_route_of_ours(message).then_some(Component::Route),
         NEWRULE | DELRULE => {
             let protocol = attribute(body, RULE, FRA_PROTOCOL);
-            protocol
-                .is_some_and(|protocol| protocol.bytes() == [PROTOCOL])
-                .then_some(Component::Rule)
+            let own = protocol.is_some_and(|protocol| protocol.bytes() == [PROTOCOL]);
+            (own || comes_first(message, first)).then_some(Component::Rule)
         }
         NEWNETCONF => {
             let index = setting(body, NETCONFA_IFINDEX).unwrap_or_default();
             (is_ours(index) && is_one_setting(body)).then_some(Component::Link)
         }
         _ => None,
+    }
+}
+
+/// Whether a rule of another program is new and may take our packets.
+fn comes_first(message: &Message<'_>, first: &FirstRule) -> bool {
+    match object(message) {
+        Ok(RouteNetlinkMessage::NewRule(rule)) => first.is_preceded_by(&rule),
+        _ => false,
     }
 }
 
@@ -199,7 +208,7 @@ mod tests {
         writer.end(message);
         let bytes = writer.finish().unwrap();
         for message in Messages::new(&bytes).flatten() {
-            read(&message, 7, unsigned, events);
+            read(&message, (7, &FirstRule::default()), unsigned, events);
         }
     }
 

@@ -14,6 +14,8 @@ use crate::error::errno;
 use crate::event::{ChangeEvents, Component};
 use crate::kernel::netlink::message::Messages;
 use crate::kernel::netlink::socket::{NETLINK_ROUTE, Socket};
+use crate::kernel::rtnetlink::ahead::FirstRule;
+use crate::kernel::rtnetlink::socket::RouteSocket;
 
 /// Rtnetlink multicast groups of a datapath (`enum rtnetlink_groups`).
 ///
@@ -41,6 +43,7 @@ pub(crate) struct Listener {
     rules: Socket,
     /// Last known index of the VXLAN device; 0 for none.
     device: Arc<AtomicU32>,
+    first_rule: FirstRule,
     /// True if the routing socket is in its multicast groups.
     pub(super) routing_joined: bool,
     /// True if the nf_tables socket is in its multicast group.
@@ -86,7 +89,7 @@ impl Listener {
     /// They do not receive changes requested from these ports. A socket belongs to the network
     /// namespace that its thread was in when it opened it.
     pub(super) fn open(
-        device: Arc<AtomicU32>,
+        ours: &RouteSocket,
         rules: Socket,
         [routing_port, rules_port]: [u32; 2],
     ) -> io::Result<Self> {
@@ -96,7 +99,8 @@ impl Listener {
         let listener = Self {
             routing,
             rules,
-            device,
+            device: ours.device_index(),
+            first_rule: ours.first_rule().clone(),
             routing_joined: false,
             rules_joined: false,
             unsigned: false,
@@ -184,7 +188,8 @@ impl Listener {
                                 continue;
                             };
                             self.last_end = classify::generation(&message).or(self.last_end);
-                            classify::read(&message, device, &mut self.unsigned, &mut events);
+                            let ours = (device, &self.first_rule);
+                            classify::read(&message, ours, &mut self.unsigned, &mut events);
                         }
                     }
                     Err(error) => match (error.kind(), error.raw_os_error()) {

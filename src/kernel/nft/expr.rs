@@ -100,7 +100,8 @@ pub(crate) enum Expr {
 }
 
 /// Verdict codes.
-pub(super) mod verdict {
+pub(crate) mod verdict {
+    pub(crate) const ACCEPT: i32 = 1;
     pub(crate) const DROP: i32 = 0;
     pub(crate) const JUMP: i32 = -3;
     pub(crate) const GOTO: i32 = -4;

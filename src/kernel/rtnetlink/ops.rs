@@ -103,7 +103,10 @@ impl RouteSocket {
             Op::DeleteFdb(device, mac, node) => fdb::delete(index(device)?, *mac, *node),
             Op::PutNeighbour(device, ip, mac) => neighbour::put(index(device)?, *ip, *mac),
             Op::DeleteNeighbour(device, ip) => neighbour::delete(index(device)?, *ip),
-            Op::AddRule(rule) => rule::add(rule),
+            Op::AddRule(rule) => {
+                self.first_rule().add(rule);
+                rule::add(rule)
+            }
             Op::DeleteRule(rule) => rule::delete(rule),
             Op::DeleteStrayRouting(stray) => return leftovers::delete(op, stray),
             Op::AddLink(_) | Op::SetLink(_) | Op::DeleteLink(_) => {
@@ -164,6 +167,7 @@ impl RouteSocket {
         }
         (state.routes, state.strays) = self.routes(index)?;
         let (rules, strays) = self.rules()?;
+        self.first_rule().set(&rules);
         state.rules = rules;
         state.strays.extend(strays);
         Ok(())

@@ -9,11 +9,12 @@ use netlink_packet_core::{
 };
 use netlink_packet_route::RouteNetlinkMessage;
 
+use super::ahead::FirstRule;
 use super::ipv6::Settings;
 use crate::diff::op::Op;
 use crate::error::{KernelError, errno};
 use crate::kernel::netlink::exchange::{self, AT_ONCE, Answered};
-use crate::kernel::netlink::message::{Malformed, Message};
+use crate::kernel::netlink::message::{Malformed, Message, Writer};
 use crate::kernel::netlink::socket::{NETLINK_ROUTE, Socket};
 use crate::types::Family;
 
@@ -52,6 +53,7 @@ pub(crate) struct RouteSocket {
     socket: Socket,
     settings: Settings,
     device: Arc<AtomicU32>,
+    first_rule: FirstRule,
 }
 
 impl RouteSocket {
@@ -61,7 +63,8 @@ impl RouteSocket {
         let socket = Socket::open(NETLINK_ROUTE).map_err(|error| KernelError::io(what, &error))?;
         // Without strict checking the kernel ignores the filters of a dump and sends everything.
         socket.set_strict().map_err(|error| KernelError::io(what, &error))?;
-        Ok(Self { socket, settings: Settings::of_thread(), device: Arc::default() })
+        let (device, first_rule) = (Arc::default(), FirstRule::default());
+        Ok(Self { socket, settings: Settings::of_thread(), device, first_rule })
     }
 
     /// Whether the calling thread is in the socket's network namespace.
@@ -79,6 +82,11 @@ impl RouteSocket {
     /// The kernel never reuses an index.
     pub(crate) fn device_index(&self) -> Arc<AtomicU32> {
         Arc::clone(&self.device)
+    }
+
+    /// The first of our rules.
+    pub(crate) const fn first_rule(&self) -> &FirstRule {
+        &self.first_rule
     }
 
     /// Records the index of our device.
@@ -166,6 +174,24 @@ impl RouteSocket {
         exchange::ask(&mut self.socket, what, &datagram, (sequence, flags), &mut take)
     }
 
+    /// Dumps messages of a type that `RouteNetlinkMessage` may not know.
+    pub(crate) fn list(
+        &mut self,
+        what: &dyn Display,
+        kind: u16,
+        header: &[u8],
+        take: &mut dyn FnMut(&Message<'_>) -> Result<(), Malformed>,
+    ) -> Result<Answered, KernelError> {
+        let sequence = self.socket.next_sequence();
+        let flags = NLM_F_REQUEST | NLM_F_DUMP;
+        let mut writer = Writer::default();
+        let message = writer.message(kind, flags, sequence);
+        writer.raw(header);
+        writer.end(message);
+        let datagram = writer.finish().unwrap_or_default();
+        exchange::ask(&mut self.socket, what, &datagram, (sequence, flags), take)
+    }
+
     /// Sends the collected requests; returns those that were refused or not acknowledged, by index.
     pub(crate) fn request_all<'a>(&mut self, run: &Run<'a>) -> Vec<(usize, &'a Op, KernelError)> {
         let refused = exchange::request_all(&mut self.socket, &run.datagram, &run.requests);
@@ -215,7 +241,7 @@ fn append(datagram: &mut Vec<u8>, message: RouteNetlinkMessage, flags: u16, sequ
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::netlink::message::{Messages, Writer};
+    use crate::kernel::netlink::message::Messages;
 
     #[test]
     fn object_with_an_attribute_of_another_form_is_malformed() {

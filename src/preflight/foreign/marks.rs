@@ -105,27 +105,11 @@ fn follow(expr: &Expr, registers: &mut BTreeMap<u32, Held>, uses: &mut Uses) {
 
 /// Reads an iptables match or target; returns false for any other expression.
 fn extension(element: &Attribute<'_>, uses: &mut Uses) -> bool {
-    let mut is_extension = false;
-    let mut data = Attributes::new(&[]);
-    for attribute in element.nested().flatten() {
-        match attribute.kind {
-            1 => is_extension = matches!(attribute.text(), Ok("match" | "target")),
-            2 => data = attribute.nested(),
-            _ => {}
-        }
-    }
-    if !is_extension {
+    let (name, data) = super::expression(element);
+    if !matches!(name, "match" | "target") {
         return false;
     }
-    let (mut name, mut revision, mut info) = ("", 0, &[][..]);
-    for attribute in data.flatten() {
-        match attribute.kind {
-            1 => name = attribute.text().unwrap_or_default(),
-            2 => revision = attribute.be32().unwrap_or_default(),
-            3 => info = attribute.bytes(),
-            _ => {}
-        }
-    }
+    let (name, revision, info) = super::extension(data);
     let word = |n: usize| info.get(n * 4..n * 4 + 4).and_then(host).unwrap_or_default();
     // `struct xt_mark_mtinfo1`, `xt_connmark_mtinfo1` and `xt_mark_tginfo2` begin with value and
     // mask, `xt_connmark_tginfo1` and `xt_connmark_tginfo2` with value, mask and the mask of the

@@ -4,14 +4,14 @@ use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 use netlink_packet_route::link::{
-    InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkInfo, LinkMessage,
+    InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkInfo, LinkMessage, LinkXdp, XdpAttached,
 };
 
 use crate::error::{KernelError, errno};
 use crate::kernel::rtnetlink::address::{kernel_family, parse};
 use crate::kernel::rtnetlink::link;
 use crate::kernel::rtnetlink::socket::{RouteSocket, unless_absent};
-use crate::preflight::facts::{Address, Device, Vxlan};
+use crate::preflight::facts::{Address, Device, DeviceKind, Vxlan};
 use crate::types::Family;
 
 /// VNI one above the highest (24 bits), invalid for every VXLAN device.
@@ -94,12 +94,20 @@ pub(crate) fn device(message: LinkMessage) -> Indexed {
         })
         .flatten()
         .collect();
-    let decapsulates = infos.iter().any(|info| match info {
-        LinkInfo::Kind(kind) => is_tunnel(kind),
-        _ => false,
+    let kind = infos.iter().find_map(|info| match info {
+        LinkInfo::Kind(InfoKind::Ifb) => Some(DeviceKind::Ifb),
+        LinkInfo::Kind(kind) => is_tunnel(kind).then_some(DeviceKind::Tunnel),
+        _ => None,
     });
     let external = infos.iter().any(|info| match info {
         LinkInfo::Data(InfoData::Vxlan(data)) => data.contains(&InfoVxlan::CollectMetadata(true)),
+        _ => false,
+    });
+    let xdp = message.attributes.iter().any(|attribute| match attribute {
+        LinkAttribute::Xdp(found) => found.iter().any(|xdp| match xdp {
+            LinkXdp::Attached(how) => *how != XdpAttached::None,
+            _ => false,
+        }),
         _ => false,
     });
     let found = link::Device::parse(message);
@@ -107,11 +115,12 @@ pub(crate) fn device(message: LinkMessage) -> Indexed {
     let device = Device {
         ours: found.is_ours(),
         name: found.name,
-        decapsulates,
+        kind: kind.unwrap_or_default(),
         mtu: found.mtu,
         rp_filter: found.rp_filter,
         not_forwarding: !found.forwarding,
         vxlan,
+        xdp,
     };
     (found.index, device)
 }
@@ -129,4 +138,27 @@ fn is_tunnel(kind: &InfoKind) -> bool {
             | InfoKind::Tun
             | InfoKind::Xfrm
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kinds_and_programs_of_interfaces() {
+        let kind = |kind| LinkAttribute::LinkInfo(vec![LinkInfo::Kind(kind)]);
+        let xdp = |how| LinkAttribute::Xdp(vec![LinkXdp::Attached(how)]);
+        for (attributes, kind, has_xdp) in [
+            (vec![], DeviceKind::Other, false),
+            (vec![kind(InfoKind::Ifb)], DeviceKind::Ifb, false),
+            (vec![kind(InfoKind::Geneve)], DeviceKind::Tunnel, false),
+            (vec![kind(InfoKind::Veth), xdp(XdpAttached::None)], DeviceKind::Other, false),
+            (vec![xdp(XdpAttached::SocketBuffer)], DeviceKind::Other, true),
+        ] {
+            let mut message = LinkMessage::default();
+            message.attributes = attributes;
+            let (_, found) = device(message);
+            assert_eq!((found.kind, found.xdp), (kind, has_xdp), "{found:?}");
+        }
+    }
 }

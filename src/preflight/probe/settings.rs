@@ -1,4 +1,4 @@
-//! Reads kernel settings; the only module that reads files.
+//! Reads kernel settings from files of the kernel.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;

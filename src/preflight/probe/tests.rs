@@ -2,10 +2,12 @@
 
 use std::process::Command;
 
-use crate::cluster::{Cluster, Node};
+use crate::alloc::{MarkPool, TablePool};
+use crate::cluster::{Backend, Cluster, Node};
+use crate::iptables::Variant;
 use crate::kernel::rtnetlink::kernel_tests::{in_namespace, sh};
 use crate::policy::{EgressIp, EgressPolicy};
-use crate::preflight::{DropHook, KernelPart, MarkKind, Preflight, Problem, Severity};
+use crate::preflight::{DropHook, FastPath, KernelPart, MarkKind, Preflight, Problem, Severity};
 use crate::reconcile::Reconciler;
 use crate::types::Family;
 
@@ -80,6 +82,80 @@ fn our_own_objects_are_no_problem() {
         sh(&strict[0].remedy());
         assert_eq!(problems(":"), []);
     });
+}
+
+#[test]
+fn our_own_chains_in_iptables_are_no_problem() {
+    for variant in [Variant::Nft, Variant::Legacy] {
+        harness::needs(&[variant.command(Family::V4), variant.command(Family::V6)]);
+        in_namespace(move || {
+            let backend = Backend::Iptables(crate::iptables::Iptables::new(variant));
+            for gateway in ["node-a", "node-b"] {
+                let (cluster, policy) =
+                    (cluster().with_backend(backend), policy(gateway, EgressIp::Node));
+                let before = problems_of(&policy, ":");
+                let datapath = crate::iptables::IptablesDatapath::open().unwrap();
+                let (marks, tables) = (MarkPool::default(), TablePool::default());
+                let mut egress = Reconciler::with_allocators(datapath, marks, tables);
+                egress.reconcile(&cluster, [&policy]).unwrap();
+                let is_legacy =
+                    |problem: &Problem| matches!(problem, Problem::LegacyIptables { .. });
+                let of_others = |by: &Cluster, chains: &str| {
+                    let mut found = Preflight::new(by, [&policy]).run().unwrap();
+                    let legacy = found.iter().any(is_legacy);
+                    found.retain(|problem| !is_legacy(problem));
+                    assert_eq!(found, before, "{variant:?}, gateway {gateway}, {chains}");
+                    legacy
+                };
+                assert!(!of_others(&cluster, "ours alone"));
+                let _same = of_others(&self::cluster(), "seen by another backend");
+                if variant == Variant::Legacy {
+                    sh("iptables-legacy -A OUTPUT -j ACCEPT");
+                    assert!(of_others(&cluster, "with a rule of another program"));
+                    sh("iptables-legacy -F OUTPUT; iptables-legacy -P INPUT DROP");
+                    assert!(of_others(&cluster, "with a policy of another program"));
+                    sh("iptables-legacy -P INPUT ACCEPT");
+                }
+                egress.remove().unwrap();
+            }
+        });
+    }
+}
+
+#[test]
+fn saved_chains_keep_the_host_from_its_own_rules_until_the_remedy() {
+    for variant in [Variant::Nft, Variant::Legacy] {
+        let tool = variant.command(Family::V4);
+        harness::needs(&[tool, "ipset", "sed"]);
+        in_namespace(move || {
+            sh(&format!("{tool} -A INPUT -p tcp --dport 7 -j ACCEPT"));
+            let backend = Backend::Iptables(crate::iptables::Iptables::new(variant));
+            let (cluster, policy) = (cluster().with_backend(backend), policy("node-a", EIP));
+            let datapath = crate::iptables::IptablesDatapath::open().unwrap();
+            let (marks, tables) = (MarkPool::default(), TablePool::default());
+            let mut egress = Reconciler::with_allocators(datapath, marks, tables);
+            egress.reconcile(&cluster, [&policy]).unwrap();
+            let root = std::env::temp_dir().join(format!("egress-{tool}-{}", std::process::id()));
+            std::fs::create_dir_all(root.join("etc/iptables")).unwrap();
+            let file = root.join("etc/iptables/rules.v4").display().to_string();
+            sh(&format!("{tool}-save >{file}"));
+            egress.remove().unwrap();
+            sh(&format!("{tool} -F"));
+            // As at boot: the sets are missing.
+            let restore = format!("{tool}-restore <{file}");
+            let restores = || Command::new("sh").args(["-c", &restore]).output().unwrap();
+            assert!(!restores().status.success());
+            assert!(!sh(&format!("{tool}-save")).contains("--dport 7"));
+            let saved = super::saved::saved(&root);
+            assert!(saved.len() == 1 && saved[0].for_iptables, "{saved:?}");
+            let problem = Problem::SavedRules { file: file.clone(), for_iptables: true };
+            sh(problem.remedy().split_once(';').unwrap().0);
+            assert!(restores().status.success(), "{}", sh(&format!("cat {file}")));
+            assert!(sh(&format!("{tool}-save")).contains("--dport 7"));
+            assert_eq!(super::saved::saved(&root), []);
+            std::fs::remove_dir_all(&root).unwrap();
+        });
+    }
 }
 
 #[test]
@@ -254,6 +330,122 @@ fn firewalls_of_others() {
             wanted.len(),
             "{found:#?}"
         );
+    });
+}
+
+#[test]
+fn filters_of_tc() {
+    harness::needs(&["tc", "ip"]);
+    in_namespace(|| {
+        let found = |script: &str| -> Vec<_> {
+            let found = problems(script).into_iter();
+            let paths = found.map(|problem| match problem {
+                Problem::FastPath { path, devices } => (path, devices.join(" ")),
+                other => panic!("{other:?}"),
+            });
+            paths.collect()
+        };
+        let redirect = |from: &str, to: &str, how: &str| {
+            format!(
+                "tc filter add dev {from} ingress protocol ip u32 match u32 0 0 action mirred {how} \
+                 dev {to}\n"
+            )
+        };
+        let qdiscs = "ip link add p0 type veth peer name p1
+            ip link add p2 type veth peer name p3
+            tc qdisc add dev p0 clsact; tc qdisc add dev p1 ingress; tc qdisc add dev p2 clsact\n";
+        assert_eq!(found(qdiscs), []);
+        assert_eq!(found(&redirect("p0", "p2", "egress mirror")), []);
+        let at = |path, devices: &str| (path, devices.to_owned());
+        let one = redirect("p0", "p2", "egress redirect");
+        assert_eq!(found(&one), [at(FastPath::Redirect, "p0")]);
+        let more = redirect("p1", "p2", "ingress redirect");
+        assert_eq!(found(&more), [at(FastPath::Redirect, "p0 p1")]);
+        let program = "tc filter add dev p2 egress bpf bytecode '1,6 0 0 4294967295' flowid 1:1";
+        let wanted = [at(FastPath::Redirect, "p0 p1"), at(FastPath::TrafficControl, "p2")];
+        assert_eq!(found(program), wanted);
+    });
+}
+
+/// Reverse path filters that a script makes, on a gateway: family, chain and certainty.
+fn filters(script: &str) -> Vec<(Family, String, bool)> {
+    let dual = policy("node-a", EgressIp::Node);
+    let found = problems_of(&dual, script).into_iter();
+    let found = found.filter_map(|problem| match problem {
+        Problem::ReversePathFilter { family, table, chain, certain, .. } => {
+            Some((family, format!("{table} {chain}"), certain))
+        }
+        _ => None,
+    });
+    found.collect()
+}
+
+#[test]
+fn reverse_path_filters_of_nft() {
+    harness::needs(&["nft"]);
+    in_namespace(|| {
+        let chain = "nft add table inet h
+            nft 'add chain inet h pre { type filter hook prerouting priority 10; }'\n";
+        let add =
+            |rule: &str| format!("nft flush chain inet h pre\nnft 'add rule inet h pre {rule}'");
+        let both = [Family::V4, Family::V6];
+        for (rule, families) in [
+            ("fib saddr . iif oif missing drop", &both[..]),
+            ("fib saddr . mark . iif oif missing counter log drop", &both),
+            ("meta nfproto ipv6 fib saddr . mark . iif oif missing drop", &both[1..]),
+            ("iifname != \"lo\" fib saddr . iif oif missing drop", &both),
+            ("iif != lo fib saddr . iif oif 0 drop", &both),
+            ("iifname \"u*\" fib saddr . iif oif missing drop", &[]),
+            ("iif u0 fib saddr . iif oif missing drop", &[]),
+            ("iifname u0 fib saddr . iif oif missing drop", &[]),
+            ("meta mark & 0xff == 7 fib saddr . iif oif missing drop", &[]),
+            ("fib saddr oif missing drop", &[]),
+            ("fib saddr . iif oif exists accept", &[]),
+            ("fib daddr . iif type != local drop", &[]),
+        ] {
+            let found = filters(&format!("{chain}{}", add(rule)));
+            let wanted = |family: &Family| (*family, "inet h pre".to_owned(), true);
+            assert_eq!(found, families.iter().map(wanted).collect::<Vec<_>>(), "{rule}");
+        }
+        let found = filters(&add("ct state new fib saddr . iif oif missing drop"));
+        assert_eq!(found.first().map(|(.., certain)| *certain), Some(false), "{found:?}");
+        let dual = policy("node-a", EgressIp::Node);
+        let found = problems_of(&dual, &add("fib saddr . iif oif missing drop"));
+        let remedy = found[0].remedy();
+        sh(remedy.split_once(';').unwrap().0);
+        assert_eq!(filters(":"), []);
+    });
+}
+
+#[test]
+fn reverse_path_filters_of_iptables() {
+    harness::needs(&["iptables-nft", "ip6tables-nft"]);
+    in_namespace(|| {
+        let six = (Family::V6, "ip6 mangle PREROUTING".to_owned(), true);
+        let found = filters(
+            "ip6tables-nft -t mangle -A PREROUTING -i lo -m rpfilter --invert -j DROP
+             ip6tables-nft -t mangle -A PREROUTING -m rpfilter --loose --invert -j DROP
+             ip6tables-nft -t mangle -A PREROUTING -m comment --comment x -m rpfilter --validmark \
+                --invert -j DROP",
+        );
+        assert_eq!(found, std::slice::from_ref(&six));
+        let four = (Family::V4, "ip mangle nixos-fw-rpfilter".to_owned(), true);
+        let found = filters(
+            "iptables-nft -t mangle -N nixos-fw-rpfilter
+             iptables-nft -t mangle -A nixos-fw-rpfilter -m rpfilter --validmark -j RETURN
+             iptables-nft -t mangle -A nixos-fw-rpfilter -p udp --sport 67 --dport 68 -j RETURN
+             iptables-nft -t mangle -A nixos-fw-rpfilter -j DROP
+             iptables-nft -t mangle -A PREROUTING -j nixos-fw-rpfilter",
+        );
+        assert_eq!(found, [four, six]);
+        // Calico's, of packets from its own interfaces.
+        let found = filters(
+            "iptables-nft -t mangle -F; ip6tables-nft -t mangle -F
+             iptables-nft -t raw -A PREROUTING -i cali+ -j MARK --set-xmark 0x40000/0x40000
+             iptables-nft -t raw -A PREROUTING -m mark --mark 0x40000/0x40000 -m rpfilter \
+                --validmark --invert -j DROP",
+        );
+        assert_eq!(found, []);
     });
 }
 

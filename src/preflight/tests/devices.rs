@@ -45,14 +45,42 @@ fn sizes() {
     facts.devices[0].mtu = 1400;
     let problem = |found| Problem::UnderlayMtu { device: "eth0".to_owned(), found, said: 1500 };
     assert_eq!(judge(&facts), [problem(1400)]);
-    assert_eq!(problem(1400).severity(), Severity::Broken);
+    assert_eq!(problem(1400).severity(), Severity::Risk);
     facts.devices[0].mtu = 9000;
-    assert_eq!(judge(&facts), [problem(9000)]);
-    assert_eq!(problem(9000).severity(), Severity::Note);
+    assert_eq!(judge(&facts), [], "the path to a node is smaller");
 
-    let ours = Device { ours: true, mtu: 1400, ..vxlan("egress.vxlan", 100, 7789, false) };
-    let device = "egress.vxlan".to_owned();
-    assert_eq!(with(ours), [Problem::TunnelMtu { device, found: 1400, wanted: 1450 }]);
+    let ours = |mtu| Device { ours: true, mtu, ..vxlan("egress.vxlan", 100, 7789, false) };
+    for (found, severity) in [(1400, Severity::Note), (8950, Severity::Risk)] {
+        let problem = Problem::TunnelMtu { device: "egress.vxlan".to_owned(), found, wanted: 1450 };
+        assert_eq!(problem.severity(), severity);
+        assert_eq!(with(ours(found)), [problem]);
+    }
+}
+
+#[test]
+fn the_smallest_underlay_on_every_node_is_no_problem() {
+    let tunnel = Tunnel::default().with_underlay_mtu(1460);
+    let (cluster, policy) = (cluster().with_tunnel(tunnel), policy("node-b", EIP));
+    for mtu in [1460, 1500, 9000] {
+        let mut facts = facts();
+        facts.devices[0].mtu = mtu;
+        assert_eq!(judge_for(&cluster, &policy, &facts), [], "before the first call");
+        let ours = Device { ours: true, ..vxlan("egress.vxlan", 100, 7789, false) };
+        facts.devices.push(Device { mtu: 1410, ..ours });
+        assert_eq!(judge_for(&cluster, &policy, &facts), [], "after it");
+    }
+}
+
+#[test]
+fn a_tunnel_that_the_kernel_limits_to_the_underlay_is_one_problem() {
+    let mut facts = facts();
+    facts.devices[0].mtu = 1460;
+    let ours = Device { ours: true, ..vxlan("egress.vxlan", 100, 7789, false) };
+    facts.devices.push(Device { mtu: 1410, ..ours });
+    let device = "eth0".to_owned();
+    let problem = Problem::UnderlayMtu { device, found: 1460, said: 1500 };
+    assert_eq!(judge(&facts), std::slice::from_ref(&problem));
+    assert!(problem.remedy().contains("underlay MTU to 1460"), "{}", problem.remedy());
 }
 
 #[test]

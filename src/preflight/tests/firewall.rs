@@ -1,4 +1,5 @@
 use super::*;
+use crate::preflight::facts::Saved;
 
 fn chain(hook: u32) -> Chain {
     Chain {
@@ -62,6 +63,19 @@ fn rules_that_use_our_bits() {
     assert_eq!(used_of(MarkKind::Connection, 0x10000, true), [], "only the prefix is ours there");
     let problems = used_of(MarkKind::Connection, 0x0f00_0000, true);
     assert!(problems[0].to_string().contains("of the connection mark"));
+}
+
+#[test]
+fn saved_rules() {
+    let mut facts = facts();
+    let saved = |for_iptables| Saved { file: "/etc/saved".to_owned(), for_iptables };
+    facts.saved = vec![saved(true), saved(false)];
+    let problems = judge(&facts);
+    let problem =
+        |for_iptables| Problem::SavedRules { file: "/etc/saved".to_owned(), for_iptables };
+    assert_eq!(problems, [problem(true), problem(false)]);
+    assert!(problems.iter().all(|problem| problem.severity() == Severity::Risk));
+    assert!(problems[0].remedy().starts_with("sed -i /EGRESSGATEWAY-/d /etc/saved;"));
 }
 
 #[test]

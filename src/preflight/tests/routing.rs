@@ -11,7 +11,7 @@ fn marked(value: u32, mask: u32, priority: u32) -> Rule {
 }
 
 fn takes_first(text: &str) -> [Problem; 1] {
-    [Problem::RuleTakesFirst { rule: text.to_owned(), priority: 101 }]
+    [Problem::RuleTakesFirst { rule: text.to_owned(), family: Family::V4, priority: 101 }]
 }
 
 #[test]
@@ -142,7 +142,7 @@ fn a_route_of_somebody_else_in_a_table_of_ours() {
     let route = "198.51.100.0/24 via 192.0.2.9 table 3000 proto 4".to_owned();
     facts.intruders = vec![Intruder { family: Family::V4, text: route.clone() }];
     let problems = judge(&facts);
-    assert_eq!(problems, [Problem::RouteInOurTable { command: "ip route", route }]);
+    assert_eq!(problems, [Problem::RouteInOurTable { family: Family::V4, route }]);
     let wanted = "ip route del 198.51.100.0/24 via 192.0.2.9 table 3000 proto 4";
     assert_eq!(problems[0].remedy(), wanted);
 }

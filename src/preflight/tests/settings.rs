@@ -1,4 +1,5 @@
 use super::*;
+use crate::preflight::facts::DeviceKind;
 
 #[test]
 fn a_missing_privilege_and_missing_parts() {
@@ -59,12 +60,12 @@ fn a_device_with_the_underlay_address_that_does_not_forward() {
 
 #[test]
 fn the_larger_of_two_filters_is_what_counts() {
-    let device = |rp_filter, ours, decapsulates| Device {
+    let device = |rp_filter, ours, tunnel| Device {
         name: if ours { "egress.vxlan" } else { "cni0" }.to_owned(),
         mtu: 1450,
         rp_filter,
         ours,
-        decapsulates,
+        kind: if tunnel { DeviceKind::Tunnel } else { DeviceKind::Other },
         ..Device::default()
     };
     let problems = |all, device| {

@@ -36,6 +36,46 @@ fn foreign_objects_produce_no_events() {
 }
 
 #[test]
+fn foreign_rules_ahead_of_ours_are_reported() {
+    in_namespace(|| {
+        let mut host = Host::new();
+        for (rule, reported) in [
+            // Without a priority it lands ahead of ours; so do the rules of `wg-quick`.
+            ("not fwmark 51820 lookup 51820", true),
+            ("lookup 51820", true),
+            ("pref 100 from 10.244.0.0/16 lookup 7", true),
+            ("pref 100 fwmark 0x26000000/0xff000000 lookup 7", true),
+            ("pref 100 prohibit", true),
+            ("pref 101 lookup 7", false),
+            ("pref 105 lookup 7", false),
+            ("pref 100 fwmark 0x80/0x80 iif u0 lookup 7", false),
+            ("lookup main suppress_prefixlength 0", false),
+            ("pref 100 fwmark 9 lookup 7", false),
+            ("pref 0 lookup local", false),
+        ] {
+            for command in ["ip", "ip -6"] {
+                if command == "ip -6" && rule.contains("10.244") {
+                    continue;
+                }
+                sh(&format!("{command} rule add {rule}"));
+                let wanted: &[Component] = if reported { &[Component::Rule] } else { &[] };
+                assert_eq!(host.drain().changed, wanted.iter().copied().collect(), "{rule}");
+                assert!(host.egress.repair().unwrap().changes.is_empty(), "{rule}");
+                sh(&format!("{command} rule del {rule}"));
+                assert_eq!(host.drain(), ChangeEvents::default(), "{rule}");
+            }
+        }
+        // After the removal of ours nothing is ahead of it.
+        let _report = host.egress.remove().unwrap();
+        let _report = host.egress.audit().unwrap();
+        let _own = host.drain();
+        let _state = host.egress.datapath().read(None).unwrap();
+        sh("ip rule add lookup 7");
+        assert_eq!(host.drain(), ChangeEvents::default());
+    });
+}
+
+#[test]
 fn foreign_routes_do_not_even_wake() {
     in_namespace(|| {
         let mut host = Host::new();

@@ -69,6 +69,6 @@ fn names_of_other_tables_may_be_any_bytes() {
         }
         assert_eq!(made, 2);
         assert_eq!(observe(socket), Ok(Some(sample::firewall())));
-        crate::preflight::foreign::foreign(socket).unwrap();
+        crate::preflight::foreign::foreign(socket, &std::collections::BTreeMap::new()).unwrap();
     });
 }
