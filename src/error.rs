@@ -85,6 +85,14 @@ impl KernelError {
         Self(Box::new(Inner { request, cause, words: None, remedy: None, holder: None }))
     }
 
+    /// Names another request: of several in one message that which the kernel refused.
+    #[cfg(all(feature = "kernel", target_os = "linux"))]
+    #[must_use]
+    pub(crate) fn with_request(mut self, request: impl fmt::Display) -> Self {
+        self.0.request = request.to_string();
+        self
+    }
+
     /// Adds the kernel's message from an extended acknowledgement.
     #[must_use]
     pub fn with_words(mut self, words: Option<String>) -> Self {
