@@ -4,8 +4,7 @@ use std::fmt;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use crate::state::lookup::Action;
-use crate::state::{MarkBits, Set, State};
+use crate::state::{Action, MarkBits, Set, State, action};
 use crate::types::Family;
 
 /// A connection that the kernel tracks (conntrack entry), identified by its original tuple.
@@ -81,7 +80,7 @@ impl Connection {
         let ours = self.has(wanted.connection_mark());
         let was_ours = self.is_of(before);
         let translated = self.snat_address != self.source;
-        let action = |state: &State| state.action(self.source, self.peer);
+        let action = |state: &State| action(state, self.source, self.peer);
         match action(wanted) {
             Action::None => self.is_of(wanted) || was_ours,
             // The connection is dropped while its policy is denied, and is checked again once the
@@ -118,7 +117,7 @@ impl Connection {
     /// another gateway. If it were ended, its client would have to open it again, and may have
     /// nothing to send.
     pub(crate) fn due_mark(&self, wanted: &State, before: &State) -> Option<MarkBits> {
-        let Action::Gateway(gateway) = wanted.action(self.source, self.peer) else { return None };
+        let Action::Gateway(gateway) = action(wanted, self.source, self.peer) else { return None };
         if self.snat_address != self.source || !(self.is_of(wanted) || self.is_of(before)) {
             return None;
         }

@@ -85,6 +85,14 @@ impl KernelError {
         Self(Box::new(Inner { request, cause, words: None, remedy: None, holder: None }))
     }
 
+    /// Names another request: of several in one message that which the kernel refused.
+    #[cfg(all(feature = "kernel", target_os = "linux"))]
+    #[must_use]
+    pub(crate) fn with_request(mut self, request: impl fmt::Display) -> Self {
+        self.0.request = request.to_string();
+        self
+    }
+
     /// Adds the kernel's message from an extended acknowledgement.
     #[must_use]
     pub fn with_words(mut self, words: Option<String>) -> Self {
@@ -102,7 +110,6 @@ impl KernelError {
     /// Adds the process that holds the requested object.
     #[cfg(all(feature = "kernel", target_os = "linux"))]
     #[must_use]
-    #[cfg(all(feature = "kernel", target_os = "linux"))]
     pub(crate) fn with_holder(mut self, process: u32) -> Self {
         self.0.holder = Some(process);
         self.0.remedy = Some("stop that process, or leave this network namespace to it");
@@ -111,8 +118,9 @@ impl KernelError {
 
     /// Returns the process that holds the requested object: the lock, or the nf_tables table.
     ///
-    /// For a table it is the port id of its owner's netlink socket. That is the PID of the owner,
-    /// unless the process has more than one netlink socket.
+    /// It is the PID that a datapath of this crate writes into its lock. Of another owner of the
+    /// table it is the port id of the netlink socket: the PID, unless the process has more than one
+    /// such socket.
     pub fn holder(&self) -> Option<u32> {
         self.0.holder
     }

@@ -126,9 +126,9 @@ impl KernelDatapath {
         else {
             return refused;
         };
-        // The port is the owner's PID only if this is the first netlink socket of that process; the
-        // holder of the socket name is more reliable.
-        let owner = ownership::holder().unwrap_or(owner);
+        // The port is the owner's PID only if this is the first netlink socket of that process; an
+        // owner of this crate has the lock, too, which has its PID.
+        let owner = nft::locked_by(&mut self.netfilter).ok().flatten().unwrap_or(owner);
         refused.into_iter().map(|(index, error)| (index, error.with_holder(owner))).collect()
     }
 

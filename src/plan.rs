@@ -126,17 +126,18 @@ fn reserve_given(world: &ValidatedCluster, marks: &mut dyn MarkAllocator) -> Res
 
 /// Returns the table of the fallback rule; if the gateways leave none, the number of tables.
 fn closing_table(
-    cluster: &Cluster,
+    world: &ValidatedCluster,
     gateways: &Gateways,
     tables: &mut dyn TableAllocator,
 ) -> Result<(Option<TableId>, Option<usize>), PlanError> {
+    let cluster = &world.cluster;
     // Without a prefix our marks cannot be told from those of other programs, so that only packets
     // with a gateway's mark can be dropped.
     if !cluster.marks.tells_by_prefix() {
         return Ok((None, None));
     }
     let idle = |node: &NodeName| !gateways.contains_key(node);
-    match table_for(&cluster.node, cluster, idle, tables) {
+    match table_for(&cluster.node, world, idle, tables) {
         Ok(table) => Ok((Some(table), None)),
         Err(AllocError::Exhausted { capacity, .. }) => Ok((None, Some(capacity))),
         Err(error) => Err(PlanError::Table(error)),
@@ -150,7 +151,7 @@ macro_rules! allocate_or_take {
     ($name:ident, $allocator:ident, $id:ty) => {
         fn $name(
             name: &NodeName,
-            cluster: &Cluster,
+            world: &ValidatedCluster,
             idle: impl Fn(&NodeName) -> bool,
             ids: &mut dyn $allocator,
         ) -> Result<$id, AllocError<$id>> {
@@ -159,9 +160,10 @@ macro_rules! allocate_or_take {
                 other => return other,
             };
             // This node comes last, because its table is the fallback rule's.
-            let others =
-                cluster.nodes.iter().map(|node| &node.name).filter(|node| **node != cluster.node);
-            for node in others.chain([&cluster.node]).filter(|node| idle(node)) {
+            let here = &world.cluster.node;
+            let nodes = world.cluster.nodes.iter().map(|node| &node.name);
+            let others = world.former.iter().chain(nodes).filter(|node| *node != here);
+            for node in others.chain([here]).filter(|node| idle(node)) {
                 let Some(id) = ids.get(node) else { continue };
                 ids.release(node)?;
                 // Not allocated: what the kernel has in a table is ours, and would count as in use.
@@ -265,7 +267,7 @@ fn numbered(
     let mut marked = BTreeMap::new();
     for (name, place) in waiting {
         let idle = |node: &NodeName| !used.contains_key(node) && world.given_mark(node).is_none();
-        match mark_for(name, cluster, idle, marks) {
+        match mark_for(name, world, idle, marks) {
             Ok(mark) => {
                 marked.insert(name, (place, mark));
             }
@@ -283,8 +285,8 @@ fn numbered(
             .ok_or_else(|| PlanError::ForeignMark { node: name.clone(), mark })?;
         // With the egress hook all gateways share this node's table.
         let found = match cluster.steering {
-            Steering::Tables => table_for(name, cluster, |node| !marked.contains_key(node), tables),
-            Steering::EgressHook => table_for(&cluster.node, cluster, |_| true, tables),
+            Steering::Tables => table_for(name, world, |node| !marked.contains_key(node), tables),
+            Steering::EgressHook => table_for(&cluster.node, world, |_| true, tables),
         };
         match found {
             Ok(table) => {

@@ -24,6 +24,7 @@ use crate::error::KernelError;
 use crate::plan::{Draft, Finding, Index, PlanError};
 use crate::policy::Policy;
 use crate::state::{Elements, Firewall, State};
+use crate::types::NodeName;
 
 use adopt::adopt;
 use durations::Clock;
@@ -56,6 +57,8 @@ pub struct Reconciler<D, M = MarkPool, T = TablePool> {
     settled: bool,
     /// Changes whose stale connections were left for later.
     pending: Option<PendingConnections>,
+    /// Nodes of earlier plans, which may hold a mark or a table.
+    former: BTreeSet<NodeName>,
     /// Times of the call in progress.
     clock: Clock,
 }
@@ -153,6 +156,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
             in_sync: false,
             settled: false,
             pending: None,
+            former: BTreeSet::new(),
             clock: Clock::new(),
         }
     }
@@ -179,7 +183,8 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         if let Some(changes) = self.follow_snapshot(cluster, &policies)? {
             return Ok(self.report(changes));
         }
-        let draft = Draft::new(cluster, policies)?;
+        self.remember_nodes();
+        let draft = Draft::new(cluster, policies)?.with_former(&self.former);
         let observed = self.observe_before(&draft)?;
         let (mut marks, mut tables) = (Lent::new(&mut self.marks), Lent::new(&mut self.tables));
         adopt(cluster, &observed, &mut marks, &mut tables);
@@ -280,6 +285,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         span!("remove");
         self.clock.start();
         let wanted = self.wanted.take();
+        self.remember_nodes();
         (self.index, self.findings, self.pending) = (None, None, None);
         let observed = match wanted {
             Some(wanted) => {
@@ -471,20 +477,31 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         Report { changes, findings, settled, durations: self.clock.stop() }
     }
 
+    /// Remembers the nodes of the index, which may be in no later cluster.
+    fn remember_nodes(&mut self) {
+        let nodes = self.index.iter().flat_map(|index| &index.cluster().nodes);
+        let names = nodes
+            .map(|node| &node.name)
+            .filter(|name| self.marks.get(name).is_some() || self.tables.get(name).is_some());
+        self.former.extend(names.cloned());
+    }
+
     /// Releases unused marks and tables of nodes, once the kernel does not use them either.
     fn release(&mut self) {
         let Some(index) = &self.index else { return };
         let cluster = index.cluster();
         let one_table = cluster.steering == Steering::EgressHook;
-        for node in cluster.nodes.iter().filter(|node| node.name != cluster.node) {
-            let idle = !index.steers_to(&node.name);
-            if idle && !index.gives_mark(&node.name) && self.marks.get(&node.name).is_some() {
-                let _freed = self.marks.release(&node.name);
+        let nodes = cluster.nodes.iter().map(|node| &node.name).chain(&self.former);
+        for node in nodes.filter(|node| **node != cluster.node) {
+            let idle = !index.steers_to(node);
+            if idle && !index.gives_mark(node) && self.marks.get(node).is_some() {
+                let _freed = self.marks.release(node);
             }
-            if (idle || one_table) && self.tables.get(&node.name).is_some() {
-                let _freed = self.tables.release(&node.name);
+            if (idle || one_table) && self.tables.get(node).is_some() {
+                let _freed = self.tables.release(node);
             }
         }
+        self.former.clear();
     }
 }
 

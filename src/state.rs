@@ -18,7 +18,7 @@
 //! | iptables chain, rule | the chain's name is one that [`XtName`] prints, or the rule jumps to one |
 
 mod leftovers;
-pub(crate) mod lookup;
+mod lookup;
 mod walk;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -45,6 +45,7 @@ pub use crate::rules::stmt::{
 };
 pub use crate::rules::table::{Firewall, Stray};
 pub use leftovers::{StrayKind, StrayRouting};
+pub use lookup::{Action, action};
 
 /// Protocol number of this crate's routes and rules, as `ip route` and `ip rule` print it.
 ///

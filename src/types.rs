@@ -288,11 +288,11 @@ macro_rules! name {
 }
 
 name! {
-    /// Stable identity of a policy: 1 to 253 bytes of ASCII letters, digits and `-_./:@+=,~#%`.
+    /// Stable identity of a policy: 1 to 317 bytes of ASCII letters, digits and `-_./:@+=,~#%`.
     ///
-    /// `namespace/name` is valid. The kernel sees the id only as a comment, never as the name of an
-    /// object.
-    PolicyId, "policy id", 253, identifier
+    /// Every `namespace/name` of Kubernetes is valid: 63 and 253 bytes, and the slash. The kernel sees
+    /// the id only as a comment, never as the name of an object.
+    PolicyId, "policy id", 317, identifier
 }
 
 name! {

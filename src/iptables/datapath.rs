@@ -165,14 +165,14 @@ impl IptablesDatapath {
         Err(KernelError::answer("run iptables", what))
     }
 
-    /// Applies changes to sets; returns the refused ones by index.
-    fn make_sets(&mut self, ops: &[&Op]) -> Vec<(usize, KernelError)> {
+    /// Applies changes to sets; returns the number of those made, and the refused ones by index.
+    fn make_sets(&mut self, ops: &[&Op]) -> (usize, Vec<(usize, KernelError)>) {
         match &self.sets {
             Sets::Netlink(ipsets) => ipsets.make_all(&mut self.kernel.netfilter, ops),
             #[cfg(feature = "ipset-sys")]
             Sets::Libipset(libipset) => match self.check_namespace() {
                 Ok(()) => libipset.make_all(ops),
-                Err(error) => vec![(0, error)],
+                Err(error) => (0, vec![(0, error)]),
             },
         }
     }
@@ -206,14 +206,14 @@ impl IptablesDatapath {
             if group.is_empty() {
                 continue;
             }
-            let refused = match here {
+            let (done, refused) = match here {
                 Some((variant, family, table)) => {
                     let restored = self.check_namespace().and_then(|()| {
                         self.tools.restore(variant, family, &super::script::of(table, &group))
                     });
                     // `iptables-restore` makes all changes to a table or none.
                     match restored {
-                        Ok(()) => Vec::new(),
+                        Ok(()) => (group.len(), Vec::new()),
                         Err(error) => {
                             blocked.insert(first.xtables_family());
                             all.push(((*first).clone(), error));
@@ -223,7 +223,7 @@ impl IptablesDatapath {
                 }
                 None => self.make_sets(&group),
             };
-            made += group.len() - refused.len();
+            made += done;
             for (index, error) in refused {
                 let Some(op) = group.get(index) else { continue };
                 blocked.insert(op.xtables_family());

@@ -20,8 +20,8 @@ use crate::state::{Ipset, IpsetContents, Member};
 
 pub(crate) use list::{Found, foreign};
 use protocol::{
-    HASH_NET, NETWORK_ORDER, NFPROTO_IPV4, OLDEST, PROTOCOL, WITH_MARKS, ask, attribute, byte,
-    data, kind, nfproto,
+    HASH_NET, NETWORK_ORDER, NFPROTO_IPV4, OLDEST, PROTOCOL, Refused, WITH_MARKS, ask,
+    ask_about_members, attribute, byte, data, kind, nfproto,
 };
 
 /// The first revision of `hash:net` with marks (`skbinfo`, kernel 3.18).
@@ -105,8 +105,8 @@ impl Ipsets {
         list::observe(self.protocol, socket)
     }
 
-    /// Applies one operation on sets.
-    pub(crate) fn make(&self, socket: &mut Socket, op: &Op) -> Result<(), KernelError> {
+    /// Applies one operation on a set as a whole.
+    fn make(&self, socket: &mut Socket, op: &Op) -> Result<(), KernelError> {
         match op {
             Op::AddIpset(set, contents) => {
                 let new = self.fill_new(socket, op, *set, contents)?;
@@ -130,42 +130,57 @@ impl Ipsets {
                 }
             }
             Op::DeleteIpset(set) => self.destroy(socket, op, *set),
-            Op::PutMember(set, net, member) => {
-                self.members(socket, op, Verb::Put, *set, &[(*net, *member)])
-            }
-            Op::DeleteMember(set, net) => {
-                self.members(socket, op, Verb::Delete, *set, &[(*net, Member::In)])
-            }
             _ => Err(KernelError::answer(op, "this is no operation on sets")),
         }
     }
 
-    /// Applies operations in order, and returns the refused ones by index.
+    /// Applies operations in order; returns the number of those made, and the refused ones by index.
     ///
     /// Successive members of one set share messages.
-    pub(crate) fn make_all(&self, socket: &mut Socket, ops: &[&Op]) -> Vec<(usize, KernelError)> {
-        let mut refused = Vec::new();
-        let mut index = 0;
-        while let Some(op) = ops.get(index) {
-            let mut members = Vec::new();
-            let first = member_of(op);
-            let rest = ops.get(index..).unwrap_or_default();
-            members.extend(
-                rest.iter()
-                    .map_while(|op| member_of(op))
-                    .take_while(|(verb, set, _)| {
-                        first.is_some_and(|(v, s, _)| (v, s) == (*verb, *set))
-                    })
-                    .map(|(_, _, member)| member),
-            );
-            let made = match first {
-                Some((verb, set, _)) => self.members(socket, op, verb, set, &members),
-                None => self.make(socket, op),
+    pub(crate) fn make_all(
+        &self,
+        socket: &mut Socket,
+        ops: &[&Op],
+    ) -> (usize, Vec<(usize, KernelError)>) {
+        let (mut made, mut refused) = (0, Vec::new());
+        let (mut index, mut at_once) = (0, member::AT_ONCE);
+        while let Some((op, rest)) = ops.get(index..).and_then(<[_]>::split_first) {
+            let Some((verb, set, first)) = member_of(op) else {
+                match self.make(socket, op) {
+                    Ok(()) => made += 1,
+                    Err(error) => refused.push((index, error)),
+                }
+                index += 1;
+                continue;
             };
-            refused.extend(made.err().map(|error| (index, error)));
-            index += members.len().max(1);
+            let alike = rest.iter().map_while(|op| member_of(op));
+            let alike = alike.take_while(|(v, s, _)| (*v, *s) == (verb, set));
+            let members: Vec<_> =
+                std::iter::once(first).chain(alike.map(|(.., member)| member)).collect();
+            let message = members.get(..at_once).unwrap_or(&members);
+            match self.members(socket, op, verb, set, message) {
+                Ok(()) => {
+                    made += message.len();
+                    index += message.len();
+                    at_once = (2 * at_once).min(member::AT_ONCE);
+                }
+                Err(Refused { member: Some(at), error }) => {
+                    made += at;
+                    index += at;
+                    let text = ops.get(index).map(|op| request_text(op)).unwrap_or_default();
+                    refused.push((index, error.with_request(text)));
+                    index += 1;
+                    // The next members are probably refused as well, each by a message.
+                    at_once = 1;
+                }
+                // There is no such set, for example.
+                Err(Refused { member: None, error }) => {
+                    refused.push((index, error));
+                    index += members.len();
+                }
+            }
         }
-        refused
+        (made, refused)
     }
 
     /// Creates a set with these members under a temporary name.
@@ -184,7 +199,10 @@ impl Ipsets {
         self.create(socket, op, new, contents)?;
         let members: Vec<_> =
             contents.members.iter().map(|(net, member)| (*net, *member)).collect();
-        self.members(socket, op, Verb::Put, new, &members)?;
+        for chunk in members.chunks(member::AT_ONCE) {
+            let filled = self.members(socket, op, Verb::Put, new, chunk);
+            filled.map_err(|refused| refused.error)?;
+        }
         Ok(new)
     }
 
@@ -231,9 +249,7 @@ impl Ipsets {
         })
     }
 
-    /// Adds or deletes members, as many per message as fit.
-    ///
-    /// Changes before a refused member remain applied.
+    /// Adds or deletes members in one message, up to the first one that is refused.
     fn members(
         &self,
         socket: &mut Socket,
@@ -241,31 +257,33 @@ impl Ipsets {
         verb: Verb,
         set: Ipset,
         members: &[(IpNet, Member)],
-    ) -> Result<(), KernelError> {
+    ) -> Result<(), Refused> {
         // A member may be added again, with another mark; a member that is deleted must exist.
         let (kind, flags) = match verb {
             Verb::Put => (kind::ADD, 0),
             Verb::Delete => (kind::DELETE, flag::EXCL),
         };
-        for chunk in members.chunks(member::AT_ONCE) {
-            let made = self.change_with(socket, op, kind, flags, |writer| {
-                writer.string(attribute::SETNAME, &set.to_string());
-                writer.be32(attribute::LINE | NETWORK_ORDER, 0);
-                writer.nest(attribute::MEMBERS, |writer| {
-                    for (net, member) in chunk {
-                        member::write(writer, *net, *member);
-                    }
-                });
-            });
-            match made {
-                Err(error) if verb == Verb::Delete && error.is_exists() => {
-                    let missing = KernelError::refused(error.request(), errno::ENOENT);
-                    return Err(missing.with_words(Some("the set has no such member".to_owned())));
+        let text = request_text(op);
+        let request = Request { text: &text, kind, flags, answer: u16::MAX };
+        let made = ask_about_members(socket, &request, self.protocol, |writer| {
+            writer.string(attribute::SETNAME, &set.to_string());
+            writer.be32(attribute::LINE | NETWORK_ORDER, 0);
+            writer.nest(attribute::MEMBERS, |writer| {
+                for (number, (net, member)) in (1..).zip(members) {
+                    member::write(writer, number, *net, *member);
                 }
-                made => made?,
-            }
-        }
-        Ok(())
+            });
+        });
+        made.map_err(|Refused { member, error }| {
+            let missing = verb == Verb::Delete && error.is_exists();
+            let error = if missing {
+                let missing = KernelError::refused(error.request(), errno::ENOENT);
+                missing.with_words(Some("the set has no such member".to_owned()))
+            } else {
+                error
+            };
+            Refused { member, error }
+        })
     }
 
     fn change(
@@ -275,21 +293,10 @@ impl Ipsets {
         kind: u16,
         write: impl FnOnce(&mut Writer),
     ) -> Result<(), KernelError> {
+        let text = request_text(op);
         // Without `EXCL` the kernel reports success if the object exists already, or does not
         // exist.
-        self.change_with(socket, op, kind, flag::EXCL, write)
-    }
-
-    fn change_with(
-        &self,
-        socket: &mut Socket,
-        op: &Op,
-        kind: u16,
-        flags: u16,
-        write: impl FnOnce(&mut Writer),
-    ) -> Result<(), KernelError> {
-        let text = request_text(op);
-        let request = Request { text: &text, kind, flags, answer: u16::MAX };
+        let request = Request { text: &text, kind, flags: flag::EXCL, answer: u16::MAX };
         ask(socket, &request, self.protocol, write, |_| Ok(())).map(drop)
     }
 }

@@ -159,21 +159,25 @@ impl Libipset {
         }
     }
 
-    /// Applies operations one after another; returns the refused ones by index.
-    pub(crate) fn make_all(&self, ops: &[&Op]) -> Vec<(usize, KernelError)> {
+    /// Applies operations one after another; returns the number of those made, and the refused ones
+    /// by index.
+    pub(crate) fn make_all(&self, ops: &[&Op]) -> (usize, Vec<(usize, KernelError)>) {
         let of_op = |(index, op): (usize, &&Op)| {
             commands(op).into_iter().map(move |command| (index, command))
         };
         let (owners, commands): (Vec<usize>, Vec<String>) =
             ops.iter().enumerate().flat_map(of_op).unzip();
-        let (mut refused, mut from) = (Vec::new(), 0);
+        let (mut refused, mut from, mut tried) = (Vec::new(), 0, ops.len());
         // Every round advances by at least one operation.
         while from < commands.len() {
             let ended = match self.run(commands.get(from..).unwrap_or_default()) {
                 Ok(Ok(_)) => break,
                 Ok(Err(ended)) => ended,
                 Err(error) => {
-                    refused.extend(owners.get(from).map(|op| (*op, error)));
+                    if let Some(op) = owners.get(from) {
+                        refused.push((*op, error));
+                        tried = op + 1;
+                    }
                     break;
                 }
             };
@@ -186,7 +190,7 @@ impl Libipset {
             }
             from = owners.partition_point(|owner| owner <= op);
         }
-        refused
+        (tried - refused.len(), refused)
     }
 
     /// Runs commands in a new process; returns its output, or why it ended early.

@@ -1,6 +1,5 @@
 //! Exclusive or shared ownership of the nf_tables table.
 
-use std::fs;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener};
 
@@ -37,15 +36,16 @@ pub enum Protection {
     None,
     /// Unique name in the network namespace, which keeps out other exclusive datapaths.
     ///
-    /// This is the only protection on Linux before 5.12.
+    /// The name is an abstract socket name, which any process may take first. This is the only
+    /// protection on Linux before 5.12.
     Name,
-    /// Name and lock; shared datapaths check the lock before they change anything.
+    /// Lock; shared datapaths check it before they change anything.
     ///
     /// The lock is a table `egress_datapath_lock` that only its owner can change and that is
     /// removed with its owner (`NFT_TABLE_F_OWNER`). A shared datapath that is in the middle of its
     /// changes finishes them. Linux from 5.12 on.
     Lock,
-    /// Table owner enforced by the kernel (`NFT_TABLE_F_PERSIST`).
+    /// Lock, and table owner enforced by the kernel (`NFT_TABLE_F_PERSIST`).
     ///
     /// The table stays when its owner dies, and the next owner takes it over. Linux from 6.9 on.
     Kernel,
@@ -57,16 +57,15 @@ pub(super) struct Hold {
     pub(super) protection: Protection,
     /// Flags for the creation of the table.
     pub(super) table_flags: u32,
-    /// Names in the abstract socket namespace, which is part of the network namespace.
+    /// Name in the abstract socket namespace, which is part of the network namespace.
     ///
-    /// The kernel frees the names with the process, however it ends.
-    _names: Option<[UnixListener; 2]>,
+    /// The kernel frees the name with the process, however it ends.
+    _name: Option<UnixListener>,
     /// Set if this kernel may have a lock to check; `None` until that is known.
     asks: Option<bool>,
 }
 
-const LOCK: &str = "egress-datapath";
-const HOLDER: &str = "egress-datapath/held-by/";
+const NAME: &str = "egress-datapath";
 
 const PLAIN_TABLE: &str = "remove what a shared datapath made, then make it exclusive: the kernel \
                            gives a table that has no owner none later";
@@ -76,16 +75,18 @@ impl Hold {
     pub(super) fn take(ownership: Ownership, socket: &mut Socket) -> Result<Self, KernelError> {
         if ownership == Ownership::Shared {
             let protection = Protection::None;
-            return Ok(Self { protection, table_flags: 0, _names: None, asks: None });
+            return Ok(Self { protection, table_flags: 0, _name: None, asks: None });
         }
-        let names = Some(lock()?);
+        // Only a privileged process can take this lock. It is also for kernels with owners of our
+        // own table, which is created later.
+        let locked = nft::lock(socket).map_err(|error| match nft::locked_by(socket) {
+            Ok(Some(holder)) => error.with_holder(holder),
+            _ => error,
+        })?;
+        let name = if locked { None } else { Some(lock_name()?) };
         if !nft::has_owners(socket)? {
-            let locked = nft::lock(socket).map_err(|error| match nft::locked_by(socket) {
-                Ok(Some(owner)) => error.with_holder(owner),
-                _ => error,
-            })?;
             let protection = if locked { Protection::Lock } else { Protection::Name };
-            return Ok(Self { protection, table_flags: 0, _names: names, asks: Some(false) });
+            return Ok(Self { protection, table_flags: 0, _name: name, asks: Some(false) });
         }
         for family in TableFamily::BOTH {
             match nft::flags_and_owner(socket, family)? {
@@ -102,7 +103,7 @@ impl Hold {
             }
         }
         let (protection, table_flags) = (Protection::Kernel, nft::LASTING);
-        Ok(Self { protection, table_flags, _names: names, asks: Some(false) })
+        Ok(Self { protection, table_flags, _name: name, asks: Some(false) })
     }
 
     /// Refuses changes while another datapath holds the lock.
@@ -123,45 +124,22 @@ impl Hold {
         }
         match nft::locked_by(socket)? {
             None => Ok(()),
-            Some(owner) => {
+            Some(holder) => {
                 let error = KernelError::refused("change what is locked", errno::EPERM);
-                Err(error.with_holder(holder().unwrap_or(owner)))
+                Err(error.with_holder(holder))
             }
         }
     }
 }
 
-/// Takes the lock, and publishes the process id of its holder as a socket name.
-fn lock() -> Result<[UnixListener; 2], KernelError> {
-    let bind = |name: &str| {
-        let address = SocketAddr::from_abstract_name(name)?;
-        UnixListener::bind_addr(&address)
-    };
-    let text = "lock the datapath of this network namespace";
-    let lock = bind(LOCK).map_err(|error| {
-        let error = KernelError::io(text, &error);
-        match holder() {
-            Some(holder) => error.with_holder(holder),
-            None => error,
-        }
-    })?;
-    let name = format!("{HOLDER}{}", std::process::id());
-    let holder = bind(&name).map_err(|error| KernelError::io(text, &error))?;
-    Ok([lock, holder])
-}
-
-/// Returns the process that holds the lock of the calling thread's network namespace.
-pub(super) fn holder() -> Option<u32> {
-    holder_in(&fs::read("/proc/thread-self/net/unix").ok()?)
-}
-
-/// Returns the process that holds the lock, according to the kernel's list of sockets.
-///
-/// The result is a hint: any program may put any bytes into that list as the name of a socket.
-fn holder_in(list: &[u8]) -> Option<u32> {
-    // The kernel writes the NUL that begins an abstract name as `@`.
-    let name = |line: &str| line.split_once(" @")?.1.strip_prefix(HOLDER)?.parse().ok();
-    String::from_utf8_lossy(list).lines().find_map(name)
+/// Takes the lock of kernels without table owners.
+fn lock_name() -> Result<UnixListener, KernelError> {
+    let address = SocketAddr::from_abstract_name(NAME);
+    let name = address.and_then(|address| UnixListener::bind_addr(&address));
+    name.map_err(|error| {
+        let error = KernelError::io("lock the datapath of this network namespace", &error);
+        error.with_remedy("`ss -xlp` shows the process that has the name @egress-datapath")
+    })
 }
 
 #[cfg(test)]
@@ -169,8 +147,8 @@ mod tests {
     use super::*;
     use crate::datapath::Datapath;
     use crate::diff::changes::Changes;
+    use crate::kernel::KernelDatapath;
     use crate::kernel::nft::tests::netns::{in_netns, nft};
-    use crate::kernel::{KernelDatapath, mutate};
     use crate::state::{Firewall, State};
 
     fn exclusive() -> Result<KernelDatapath, KernelError> {
@@ -219,7 +197,7 @@ mod tests {
                 assert_eq!((error.applied, error.skipped), (0, change.len() - 1));
                 let (_, error) = error.refused.first().unwrap();
                 assert!(error.is_denied() && error.remedy().is_some(), "{error}");
-                assert_eq!(error.holder(), Some(socket.port()));
+                assert_eq!(error.holder(), Some(std::process::id()));
                 assert!(shared.read(None).unwrap().is_empty());
                 shared.apply(&Changes::default()).unwrap();
                 // No other program can take the lock away.
@@ -269,33 +247,17 @@ mod tests {
         });
     }
 
-    const UNIX: &str = "Num       RefCount Protocol Flags    Type St Inode Path\n\
-        000000002a0955dc: 00000003 00000000 00000000 0001 03  1057\n\
-        000000009f106f6f: 00000002 00000000 00010000 0001 01 77 @egress-datapath\n\
-        000000009f106f70: 00000002 00000000 00010000 0001 01 78 @egress-datapath/held-by/4711\n";
-
     #[test]
-    fn names_that_others_give_their_sockets_hide_nobody() {
-        let list = |name: &[u8]| {
-            let line = b"0000000090c9924f: 00000002 00000000 00000000 0001 01 79 ";
-            [&line[..], name, b"\n", UNIX.as_bytes()].concat()
-        };
-        for name in [
-            &b"@\xff\nab c"[..],
-            b"@egress-datapath/held-by/",
-            b"@egress-datapath/held-by/-7",
-            b"/run/egress-datapath/held-by/7",
-        ] {
-            assert_eq!(holder_in(&list(name)), Some(4711), "{}", name.escape_ascii());
-        }
-        assert_eq!(holder_in(b""), None);
-    }
-
-    #[test]
-    fn mutated_lists_of_sockets() {
-        let corpus = [UNIX.as_bytes().to_vec(), fs::read("/proc/self/net/unix").unwrap()];
-        mutate::bytes("lists of sockets", 1, &corpus, mutate::Random::damaged, |list| {
-            holder_in(list).map(|_| size_of::<u32>())
+    fn name_of_another_process_refused_only_where_it_is_the_lock() {
+        in_netns(|_| {
+            let theirs = lock_name().unwrap();
+            let error = lock_name().unwrap_err();
+            assert_eq!(error.errno(), Some(libc::EADDRINUSE));
+            assert!(error.to_string().contains("`ss -xlp` shows the process"), "{error}");
+            let datapath = exclusive().unwrap();
+            assert!(datapath.protection() >= Protection::Lock);
+            drop(theirs);
+            lock_name().unwrap();
         });
     }
 

@@ -159,3 +159,15 @@ pub enum DenyReason {
     #[error("no mark or no routing table is left for its gateway")]
     TooManyGateways,
 }
+
+impl DenyReason {
+    /// Short code of the reason, which never changes: for alerts and for programs.
+    pub const fn code(self) -> &'static str {
+        match self {
+            Self::NoGateway => "no_gateway",
+            Self::NoEgressIp => "no_egress_ip",
+            Self::NoTunnelAddress => "no_tunnel_address",
+            Self::TooManyGateways => "too_many_gateways",
+        }
+    }
+}

@@ -88,6 +88,12 @@ impl Draft {
         &self.elements
     }
 
+    /// Names nodes that may hold a mark or a table and are in the cluster no more.
+    pub(crate) fn with_former(mut self, nodes: &BTreeSet<NodeName>) -> Self {
+        self.world.former.clone_from(nodes);
+        self
+    }
+
     /// Completes the plan with marks and tables.
     pub(crate) fn number(
         self,
@@ -97,7 +103,7 @@ impl Draft {
         let Self { world, policies, v4, v6, used, own, egress_ips, elements } = self;
         reserve_given(&world, marks)?;
         let gateways = numbered(used.keys().copied(), &world, marks, tables)?;
-        let (closing, no_table) = closing_table(&world.cluster, &gateways, tables)?;
+        let (closing, no_table) = closing_table(&world, &gateways, tables)?;
         let short = gateways.len() < used.len();
         let index = Index {
             world,

@@ -397,7 +397,7 @@ impl Index {
         }
         // Gateways that found no mark or table before are among those used: they may find one now.
         let gateways = numbered(self.used.keys().copied(), &self.world, marks, tables)?;
-        let (closing, no_table) = closing_table(&self.world.cluster, &gateways, tables)?;
+        let (closing, no_table) = closing_table(&self.world, &gateways, tables)?;
         let short = gateways.len() < self.used.len();
         let was_short = std::mem::replace(&mut self.short, short);
         if (&gateways, closing, no_table) == (&self.gateways, self.closing, self.no_table) {

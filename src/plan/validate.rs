@@ -120,6 +120,8 @@ pub(super) struct ValidatedCluster {
     /// Family of the outer packets.
     pub(super) underlay: Family,
     pub(super) nodes: Nodes,
+    /// Nodes of earlier clusters, which may hold a mark or a table.
+    pub(super) former: BTreeSet<NodeName>,
 }
 
 impl ValidatedCluster {
@@ -137,7 +139,7 @@ impl ValidatedCluster {
             check_net(net).map_err(|source| PlanError::Excluded { source })?;
         }
         let nodes = Nodes::new(cluster, Some((place, underlay)));
-        Ok(Self { cluster: cluster.clone(), here, underlay, nodes })
+        Ok(Self { cluster: cluster.clone(), here, underlay, nodes, former: BTreeSet::new() })
     }
 
     /// Returns the node at an index of the cluster's list.

@@ -27,7 +27,8 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
     ) -> Result<Report, Error> {
         span!("preview");
         self.clock.start();
-        let draft = Draft::new(cluster, policies)?;
+        self.remember_nodes();
+        let draft = Draft::new(cluster, policies)?.with_former(&self.former);
         let in_sync = self.in_sync;
         let observed = self.observe_before(&draft)?;
         // The datapath now reports drift from the observed state; the next call needs drift from

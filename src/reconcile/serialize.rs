@@ -7,6 +7,7 @@ use super::{Durations, Error, Report};
 use crate::diff::changes::Changes;
 use crate::error::KernelError;
 use crate::plan::{Finding, NodeError, PolicyError};
+use crate::types::{Family, NodeName, PolicyId};
 
 impl Serialize for Changes {
     /// The commands of the operations, in order.
@@ -17,6 +18,23 @@ impl Serialize for Changes {
 
 impl Serialize for Finding {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        /// A finding, with its subject where there is one.
+        #[derive(Default, Serialize)]
+        struct Form<'a> {
+            code: &'static str,
+            message: String,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            policy: Option<&'a PolicyId>,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            node: Option<&'a NodeName>,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            family: Option<Family>,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            reason: Option<&'static str>,
+            #[serde(skip_serializing_if = "Vec::is_empty")]
+            errors: Vec<Told>,
+        }
+
         /// An error of a policy or node.
         #[derive(Serialize)]
         struct Told {
@@ -24,28 +42,31 @@ impl Serialize for Finding {
             message: String,
         }
 
-        let (subject, errors): (_, Vec<_>) = match self {
+        let mut form = Form { code: self.code(), message: self.to_string(), ..Form::default() };
+        match self {
             Self::InvalidPolicy { policy, errors, .. } => {
                 let told =
                     |error: &PolicyError| Told { code: error.code(), message: error.to_string() };
-                (Some(("policy", policy.as_str())), errors.iter().map(told).collect())
+                form.policy = Some(policy);
+                form.errors.extend(errors.iter().map(told));
             }
             Self::InvalidNode { node, errors } => {
                 let told =
                     |error: &NodeError| Told { code: error.code(), message: error.to_string() };
-                (Some(("node", node.as_str())), errors.iter().map(told).collect())
+                form.node = Some(node);
+                form.errors.extend(errors.iter().map(told));
             }
-            _ => (None, Vec::new()),
-        };
-        let count = if subject.is_some() { 4 } else { 2 };
-        let mut fields = serializer.serialize_struct("Finding", count)?;
-        fields.serialize_field("code", self.code())?;
-        fields.serialize_field("message", &self.to_string())?;
-        if let Some((kind, name)) = subject {
-            fields.serialize_field(kind, name)?;
-            fields.serialize_field("errors", &errors)?;
+            Self::Denied { policy, family, reason } | Self::Bypassed { policy, family, reason } => {
+                form.policy = Some(policy);
+                form.family = Some(*family);
+                form.reason = Some(reason.code());
+            }
+            Self::Overlap { family, .. } | Self::FamilyUnavailable { family } => {
+                form.family = Some(*family);
+            }
+            _ => {}
         }
-        fields.end()
+        form.serialize(serializer)
     }
 }
 
@@ -138,8 +159,14 @@ mod tests {
         let (mut egress, cluster, policy) = reconciler();
         let report = to_value(egress.reconcile(&cluster, [policy]).unwrap()).unwrap();
         assert_eq!(report["settled"], true);
-        let message = "policy p drops its IPv4 traffic: it has no gateway";
-        assert_eq!(report["findings"], json!([{"code": "policy_denied", "message": message}]));
+        assert_eq!(
+            report["findings"],
+            json!([{
+                "code": "policy_denied",
+                "message": "policy p drops its IPv4 traffic: it has no gateway",
+                "policy": "p", "family": "V4", "reason": "no_gateway",
+            }])
+        );
         let commands = report["changes"].as_array().unwrap();
         assert!(commands.iter().any(|one| one.as_str().unwrap().starts_with("nft ")), "{report}");
     }

@@ -13,7 +13,7 @@ use crate::types::{Family, Mark};
 
 /// The action for a packet, by its source and its destination after destination NAT.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Action {
+pub enum Action {
     /// No policy takes the packet.
     None,
     /// The packet is dropped.
@@ -33,19 +33,19 @@ pub(crate) struct Cached {
     pub(crate) mask: u32,
 }
 
-impl State {
-    /// The action for the first packet of a connection.
-    ///
-    /// If both nf_tables and iptables have our rules, one backend is about to be removed and they
-    /// agree.
-    pub(crate) fn action(&self, source: IpAddr, destination: IpAddr) -> Action {
-        match (&self.firewall, self.xtables.values().next()) {
-            (Some(firewall), _) => firewall.action(source, destination),
-            (None, Some(tables)) => tables.action(&self.ipsets, source, destination),
-            (None, None) => Action::None,
-        }
+/// The action for the first packet of a connection, by its source and its real destination.
+///
+/// If both nf_tables and iptables have our rules, one backend is about to be removed and they
+/// agree.
+pub fn action(state: &State, source: IpAddr, destination: IpAddr) -> Action {
+    match (&state.firewall, state.xtables.values().next()) {
+        (Some(firewall), _) => firewall.action(source, destination),
+        (None, Some(tables)) => tables.action(&state.ipsets, source, destination),
+        (None, None) => Action::None,
     }
+}
 
+impl State {
     /// The bits of a connection mark that say that we translated the connection or exempted it.
     pub(crate) fn connection_mark(&self) -> Option<MarkBits> {
         let tables = || self.xtables.values().find_map(Xtables::connection_mark);
@@ -83,8 +83,7 @@ impl State {
 }
 
 impl Firewall {
-    /// The action for the first packet of a connection.
-    pub(crate) fn action(&self, source: IpAddr, destination: IpAddr) -> Action {
+    fn action(&self, source: IpAddr, destination: IpAddr) -> Action {
         let family = Family::of(source);
         let Some(policy) = self.class_of(source).and_then(|class| {
             let excluded =

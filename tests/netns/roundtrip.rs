@@ -265,7 +265,16 @@ fn policies() -> Result<Vec<EgressPolicy>> {
     let odd = PolicyId::new("odd/-_.:@+=,~#%")?;
     let mut closed = policy("x", &[STRANGER], None, dual(EIP_B))?;
     closed.id = odd;
+    // The longest ids, which differ in their last byte.
+    let long = |last: u8| {
+        let destinations = Destinations::Nets(vec![format!("203.0.113.{last}/32").parse()?]);
+        let id = format!("{}/{}{last}", "n".repeat(63), "p".repeat(252));
+        let plain = policy(&id, &[POD_A], Some("node-b"), dual(EIP_B))?;
+        Ok::<_, Box<dyn std::error::Error>>(plain.with_destinations(destinations))
+    };
     Ok(vec![
+        long(1)?,
+        long(2)?,
         policy("plain", &[POD_A, POD_B], Some("node-b"), dual(EIP_B))?,
         list,
         whole_nodes,

@@ -93,7 +93,7 @@ fn egress_ip(random: &mut Random) -> EgressIp {
 fn any_policy(random: &mut Random, number: usize) -> EgressPolicy {
     let id = match random.below(32) {
         0 => "p0".to_owned(),
-        1 => "p".repeat(253),
+        1 => "p".repeat(317),
         _ => format!("p{number}"),
     };
     let gateway = if random.one_in(6) { None } else { Some(name(random)) };

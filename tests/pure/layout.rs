@@ -51,7 +51,7 @@ const PARTS: &[(&str, &str)] = &[
 ];
 
 /// Files by their path below `src`, with their text.
-type Sources = BTreeMap<String, String>;
+pub(crate) type Sources = BTreeMap<String, String>;
 
 /// A module's imports by the module's path: `kernel::nft` for `kernel/nft.rs`.
 type Imports = BTreeMap<String, BTreeSet<String>>;
@@ -122,7 +122,7 @@ fn layout_scan_finds_circles_and_imports_against_the_order() {
     assert_eq!(circles(&parent), ["a -> a::part -> a"]);
 }
 
-fn sources() -> Sources {
+pub(crate) fn sources() -> Sources {
     let mut found = Sources::new();
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut folders = vec![src.clone()];

@@ -10,6 +10,7 @@
 #[macro_use]
 extern crate harness;
 
+mod codes;
 mod convergence;
 mod counts;
 mod faults;

@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use egress_datapath::explain::{Decision, Fate, Frame, Packet, Reason, Trace, explain_received};
 use egress_datapath::iptables::Iptables;
-use egress_datapath::state::{ChainId, Variant};
+use egress_datapath::state::{Action, ChainId, Ipset, Set, State, Variant, action};
 use egress_datapath::{
     Backend, Cluster, Destinations, EgressPolicy, Family, Mark, NodeName, Plan, Steering, explain,
 };
@@ -133,6 +133,47 @@ pub(crate) fn became(packet: Packet, trace: &Trace) -> Wanted {
     }
 }
 
+/// What the connection check wants of a connection.
+fn checked(state: &State, source: IpAddr, destination: IpAddr) -> Wanted {
+    match action(state, source, destination) {
+        Action::None => Wanted::Alone,
+        Action::Deny => Wanted::Dropped,
+        Action::Gateway(mark) => Wanted::Sent(mark),
+        Action::Local(address) => address.map_or(Wanted::WearsNodes, Wanted::Wears),
+    }
+}
+
+/// Deletes every so-manyth element and member that decides between policies, as drift does.
+///
+/// What the guard rules, the tunnel and its routes need stays: the connection check does not ask
+/// for it.
+fn lose_some(state: &mut State, every: usize, offset: usize) {
+    let mut number = offset;
+    let mut stays = || {
+        number += 1;
+        number % every != 0
+    };
+    if let Some(firewall) = &mut state.firewall {
+        firewall.elements.retain(|key, _| match key.set() {
+            Set::PolicyAction
+            | Set::Steer(_)
+            | Set::Snat(_)
+            | Set::Masquerade(_)
+            | Set::Any(_)
+            | Set::Destination(..)
+            | Set::Source(_)
+            | Set::SourceNet(_) => stays(),
+            _ => true,
+        });
+    }
+    for (set, contents) in &mut state.ipsets {
+        match set {
+            Ipset::Peers(_) | Ipset::Underlay(_) | Ipset::EgressIps(_) | Ipset::Ignored(_) => {}
+            _ => contents.members.retain(|_, _| stays()),
+        }
+    }
+}
+
 /// The packet in a frame of another node.
 pub(crate) fn frame(cluster: &Cluster, plan: &Plan, packet: Packet) -> Frame {
     let link = plan.state.link.as_ref().unwrap();
@@ -183,6 +224,33 @@ proptest! {
             let trace = explain_received(&plan.state, &frame(&cluster, &plan, packet));
             let wanted = translated(&cluster, policy, family);
             prop_assert_eq!(became(packet, &trace), wanted, "{} of {:?}", trace, policy);
+        }
+    }
+
+    #[test]
+    fn connection_check_agrees_with_explained_packet(
+        cluster in clusters(),
+        backend in prop::option::of(select(Variant::BOTH.to_vec())),
+        policies in policies(),
+        losses in prop::collection::vec((2..12_usize, 0..12_usize), 2),
+        packets in prop::collection::vec(packets(), 1..64),
+    ) {
+        let cluster = match backend {
+            Some(variant) => with_iptables(cluster, variant, false),
+            None => cluster,
+        };
+        let planned = planned(&cluster, &policies).unwrap().state;
+        let damaged = losses.into_iter().map(|(every, offset)| {
+            let mut state = planned.clone();
+            lose_some(&mut state, every, offset);
+            state
+        });
+        for state in damaged.chain([planned.clone()]) {
+            for packet in &packets {
+                let trace = explain(&state, packet);
+                let checked = checked(&state, packet.source, packet.destination);
+                prop_assert_eq!(became(*packet, &trace), checked, "{}", trace);
+            }
         }
     }
 

@@ -6,10 +6,47 @@ use std::net::IpAddr;
 use egress_datapath::alloc::{MarkPool, TablePool, TableRange};
 use egress_datapath::explain::{Fate, Packet};
 use egress_datapath::{
-    DenyReason, EgressPolicy, Family, Finding, Node, Reconciler, Sim, Update, explain,
+    DenyReason, EgressPolicy, Family, Finding, MarkLayout, Node, Reconciler, Sim, Update, explain,
 };
 
 use crate::{cluster_v4, name, policy, v4};
+
+/// Gateways that are replaced by nodes of other names, as in a cluster that scales.
+#[test]
+fn marks_and_tables_of_nodes_that_left_the_cluster_are_free_again() {
+    let layout = MarkLayout::COMPACT6;
+    let marks = MarkPool::new(layout);
+    let tables = TablePool::new(TableRange::new(3000, 40).unwrap()).with_start(0);
+    let mut egress = Reconciler::with_allocators(Sim::new(), marks, tables);
+    for round in 0..9_u8 {
+        let mut cluster = cluster_v4("a").with_marks(layout);
+        cluster.nodes.truncate(1);
+        let mut policies = Vec::new();
+        for number in 0..30_u8 {
+            let gateway = format!("gateway-{round}-{number}");
+            cluster.nodes.push(Node::new(
+                name(&gateway),
+                vec![IpAddr::from([10, 10, 1 + round, number])],
+                vec![IpAddr::from([172, 31, 1 + round, number]).into()],
+            ));
+            let source = format!("10.244.1.{number}/32");
+            policies.push(policy(
+                &format!("p{number}"),
+                &[&source],
+                Some(&gateway),
+                v4("192.0.2.1"),
+            ));
+        }
+        // All of one round, and between them a plan that is only looked at.
+        assert!(!egress.preview(&cluster, &policies).unwrap().changes.is_empty());
+        let report = egress.reconcile(&cluster, &policies).unwrap();
+        let several = |finding: &&Finding| !matches!(finding, Finding::EgressIpOnGateways { .. });
+        assert_eq!(report.findings.iter().find(several), None, "round {round}");
+        if round == 4 {
+            egress.remove().unwrap();
+        }
+    }
+}
 
 #[test]
 fn every_table_of_range_usable() {

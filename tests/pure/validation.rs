@@ -630,13 +630,44 @@ fn invalid_mark_layouts_refused() {
 }
 
 #[test]
+fn longest_policy_ids_that_differ_in_last_byte_are_two_policies() {
+    let long = |last: u8| format!("{}/{}{last}", "n".repeat(63), "p".repeat(252));
+    let one = |last: u8| {
+        let source = format!("10.244.1.{last}/32");
+        policy(&long(last), &[&source], Some("a"), v4(&format!("192.0.2.{last}")))
+            .with_destinations(Destinations::Nets(nets(&["203.0.113.0/24"])))
+    };
+    let policies = [one(1), one(2)];
+    let iptables = Backend::Iptables(Iptables::new(Variant::Nft));
+    for backend in [Backend::default(), iptables] {
+        let plan = planned(&cluster("a").with_backend(backend), &policies).unwrap();
+        assert_eq!(plan.findings, []);
+        let names = [1, 2].map(|last: u8| {
+            let (pod, peer) = ([10, 244, 1, last].into(), [203, 0, 113, 9].into());
+            let trace = explain(&plan.state, &Packet::udp(pod, 40_000, peer, 53));
+            let wanted = Fate::Routed(Some([192, 0, 2, last].into()));
+            assert_eq!(trace.fate, wanted, "{trace}");
+            trace.policy().map(str::to_owned)
+        });
+        assert!(backend != Backend::default() || names[0].is_some() && names[0] != names[1]);
+    }
+    let mut egress = Reconciler::new(Sim::new());
+    let cluster = cluster("a").with_policy_counters(true);
+    egress.reconcile(&cluster, &policies).unwrap();
+    egress.datapath().send(Packet::udp([10, 244, 1, 2].into(), 7, [203, 0, 113, 9].into(), 53));
+    let counted = egress.counters().unwrap();
+    let counted = counted.iter().map(|one| (one.policy.as_str().to_owned(), one.count.packets));
+    assert_eq!(counted.collect::<Vec<_>>(), [(long(1), 0), (long(2), 1)]);
+}
+
+#[test]
 fn invalid_names_refused() {
     use NameError as E;
     refused!(NodeName::new(""), E::Empty { .. }, "a node name cannot be empty");
     refused!(
-        PolicyId::new("p".repeat(254)),
+        PolicyId::new("p".repeat(318)),
         E::TooLong { .. },
-        "a policy id has at most 253 bytes, this one has 254"
+        "a policy id has at most 317 bytes, this one has 318"
     );
     refused!(
         DeviceName::new("egress.vxlan.100"),

@@ -8,8 +8,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::alloc::{MarkPool, TablePool, TableRange};
 use crate::iptables::Iptables;
-use crate::state::lookup::Action;
-use crate::state::{MarkBits, XtTarget};
+use crate::state::{Action, MarkBits, XtTarget};
 use crate::{
     Backend, Changes, Cluster, Destinations, EgressIp, EgressPolicy, Node, NodeName, PolicyId, plan,
 };

@@ -10,12 +10,15 @@ use crate::state::{MarkBits, Member};
 
 /// Maximum number of members in one message.
 ///
-/// The longest member, IPv6 with a mark, takes 56 bytes, and the length of the enclosing attribute
-/// has 16 bits.
+/// The longest member, IPv6 with a mark and a number, takes 64 bytes. The length of the enclosing
+/// attribute has 16 bits, and the kernel returns the message if it refuses a member, which must fit
+/// the read buffer of a socket.
 pub(crate) const AT_ONCE: usize = 1000;
 
-pub(crate) fn write(writer: &mut Writer, net: IpNet, member: Member) {
+/// Writes a member with its number in the message.
+pub(crate) fn write(writer: &mut Writer, number: u32, net: IpNet, member: Member) {
     writer.nest(attribute::DATA, |writer| {
+        writer.be32(attribute::LINE | NETWORK_ORDER, number);
         writer.nest(data::IP, |writer| match net.addr() {
             IpAddr::V4(v4) => writer.attribute(NETWORK_ORDER | 1, &v4.octets()),
             IpAddr::V6(v6) => writer.attribute(NETWORK_ORDER | 2, &v6.octets()),

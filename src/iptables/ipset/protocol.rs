@@ -4,8 +4,8 @@
 
 use super::error::explained;
 use crate::error::KernelError;
-use crate::kernel::netlink::exchange::Answered;
-use crate::kernel::netlink::message::{Attribute, Malformed, Writer};
+use crate::kernel::netlink::exchange::{Answer, Answered, exchange};
+use crate::kernel::netlink::message::{Attribute, Attributes, HEADER, Malformed, Message, Writer};
 use crate::kernel::netlink::nfnetlink;
 use crate::kernel::netlink::nfnetlink::Request;
 use crate::kernel::netlink::socket::Socket;
@@ -37,6 +37,7 @@ pub(super) mod attribute {
     pub(crate) const FLAGS: u16 = 6;
     pub(crate) const DATA: u16 = 7;
     pub(crate) const MEMBERS: u16 = 8;
+    /// Number of a member, and in the refused request of the refused member.
     pub(crate) const LINE: u16 = 9;
     pub(crate) const PROTOCOL_MIN: u16 = 10;
 }
@@ -84,12 +85,62 @@ pub(super) fn ask(
     write: impl FnOnce(&mut Writer),
     mut take: impl FnMut(&[u8]) -> Result<(), Malformed>,
 ) -> Result<Answered, KernelError> {
-    let header = |writer: &mut Writer| {
-        writer.nfgen(NFPROTO_IPV4, 0);
-        writer.attribute(attribute::PROTOCOL, &[protocol]);
-        write(writer);
-    };
-    nfnetlink::ask(socket, request, header, |_, body| take(body)).map_err(explained)
+    let payload = |writer: &mut Writer| payload(writer, protocol, write);
+    nfnetlink::ask(socket, request, payload, |_, body| take(body)).map_err(explained)
+}
+
+fn payload(writer: &mut Writer, protocol: u8, write: impl FnOnce(&mut Writer)) {
+    writer.nfgen(NFPROTO_IPV4, 0);
+    writer.attribute(attribute::PROTOCOL, &[protocol]);
+    write(writer);
+}
+
+/// Refusal of a request with several members.
+#[derive(Debug)]
+pub(super) struct Refused {
+    /// Index of the refused member, if the kernel named one: those before it were carried out.
+    pub(super) member: Option<usize>,
+    pub(super) error: KernelError,
+}
+
+/// Sends a request whose members are numbered from 1 on, each by its `LINE`.
+///
+/// The kernel ends at the first member that it refuses. It returns the whole request then, with
+/// the number of that member as `LINE` of the request (`call_ad` in
+/// `net/netfilter/ipset/ip_set_core.c`).
+pub(super) fn ask_about_members(
+    socket: &mut Socket,
+    request: &Request<'_>,
+    protocol: u8,
+    write: impl FnOnce(&mut Writer),
+) -> Result<(), Refused> {
+    let payload = |writer: &mut Writer| payload(writer, protocol, write);
+    let whole = |error| Refused { member: None, error };
+    let (datagram, (sequence, flags)) =
+        nfnetlink::encode(socket, request, payload).map_err(whole)?;
+    let mut ignore = |_: &Message<'_>| Ok(());
+    let mut answer = Answer::new(sequence, flags, &mut ignore);
+    let mut line = 0;
+    let outcome = exchange(socket, &datagram, &mut |message| {
+        let read = answer.read(message);
+        if read.is_break() {
+            line = line_of(message).unwrap_or(0);
+        }
+        read
+    });
+    let finished = outcome
+        .map_err(|error| KernelError::io(request.text, &error))
+        .and_then(|outcome| answer.finish(request.text, outcome));
+    let member = usize::try_from(line).ok().and_then(|line| line.checked_sub(1));
+    finished.map(drop).map_err(|error| Refused { member, error: explained(error) })
+}
+
+/// The `LINE` of the request that an acknowledgement returns.
+fn line_of(message: &Message<'_>) -> Option<u32> {
+    // The error number, then the header of the request and its `struct nfgenmsg`.
+    let attributes = Attributes::new(message.payload().get(4 + HEADER + 4..)?);
+    let line = attributes.map_while(Result::ok).find(|found| found.kind == attribute::LINE)?;
+    line.be32().ok()
 }
 
 pub(super) fn byte(found: &Attribute<'_>) -> Result<u8, Malformed> {

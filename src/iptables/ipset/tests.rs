@@ -113,9 +113,16 @@ fn wanted() -> Vec<String> {
     lines(&text.join("\n"))
 }
 
+/// Applies one operation.
+fn make(ipsets: &Ipsets, socket: &mut Socket, op: &Op) -> Result<(), KernelError> {
+    let (made, mut refused) = ipsets.make_all(socket, &[op]);
+    assert_eq!(made + refused.len(), 1);
+    refused.pop().map_or(Ok(()), |(_, error)| Err(error))
+}
+
 fn add_all(ipsets: &Ipsets, socket: &mut Socket) {
     for (set, contents) in samples() {
-        ipsets.make(socket, &Op::AddIpset(set, contents)).unwrap();
+        make(ipsets, socket, &Op::AddIpset(set, contents)).unwrap();
     }
 }
 
@@ -127,7 +134,7 @@ fn what_we_write_ipset_and_we_read_back() {
         assert_eq!(ipsets.observe(socket).unwrap(), samples().into_iter().collect());
         let seen = harness::has("ipset").then(saved);
         for (set, _) in samples() {
-            ipsets.make(socket, &Op::DeleteIpset(set)).unwrap();
+            make(&ipsets, socket, &Op::DeleteIpset(set)).unwrap();
         }
         assert!(ipsets.observe(socket).unwrap().is_empty());
         harness::needs(&["ipset"]);
@@ -158,17 +165,17 @@ fn a_set_grows_by_a_swap_and_keeps_no_spare() {
                 .map(|n| net(&format!("{}/32", std::net::Ipv4Addr::from_bits(0x0af4_0000 + n))))
         };
         let small = IpsetContents { capacity: 64, ..IpsetContents::of(nets(64)) };
-        ipsets.make(socket, &Op::AddIpset(set, small)).unwrap();
+        make(&ipsets, socket, &Op::AddIpset(set, small)).unwrap();
         let one_more = Op::PutMember(set, net("10.9.9.9/32"), Member::In);
-        let full = ipsets.make(socket, &one_more).unwrap_err();
+        let full = make(&ipsets, socket, &one_more).unwrap_err();
         assert_eq!(full.errno(), Some(errno::ENOSPC), "{full}");
         assert!(full.to_string().contains("the set is full, ipset error 4352"), "{full}");
 
         let large = IpsetContents::of(nets(70_000));
-        ipsets.make(socket, &Op::PutIpset(set, large.clone())).unwrap();
+        make(&ipsets, socket, &Op::PutIpset(set, large.clone())).unwrap();
         let found = ipsets.observe(socket).unwrap();
         assert_eq!(found, [(set, large)].into_iter().collect());
-        ipsets.make(socket, &one_more).unwrap();
+        make(&ipsets, socket, &one_more).unwrap();
     });
 }
 
@@ -178,24 +185,81 @@ fn members_that_come_and_go_together_do_so_in_a_message() {
         let ipsets = Ipsets::probe(socket).unwrap();
         let (a, b) = (Ipset::Sources(V4, 1), Ipset::Sources(V4, 2));
         for set in [a, b] {
-            ipsets.make(socket, &Op::AddIpset(set, IpsetContents::of([]))).unwrap();
+            make(&ipsets, socket, &Op::AddIpset(set, IpsetContents::of([]))).unwrap();
         }
         let host = |n: u8| net(&format!("10.0.0.{n}/32"));
         let put = |set, n| Op::PutMember(set, host(n), Member::In);
         let ops = [put(a, 1), put(a, 2), put(b, 1), Op::DeleteMember(a, host(1)), put(a, 3)];
-        let refused = ipsets.make_all(socket, &ops.iter().collect::<Vec<_>>());
-        assert!(refused.is_empty(), "{refused:?}");
+        let (made, refused) = ipsets.make_all(socket, &ops.iter().collect::<Vec<_>>());
+        assert_eq!((made, refused), (5, Vec::new()));
         let found = ipsets.observe(socket).unwrap();
         assert_eq!(found[&a], IpsetContents::of([host(2), host(3)]));
         assert_eq!(found[&b], IpsetContents::of([host(1)]));
 
         let gone = Ipset::Sources(V4, 3);
         let ops = [put(gone, 1), put(gone, 2), put(b, 2)];
-        let refused = ipsets.make_all(socket, &ops.iter().collect::<Vec<_>>());
-        assert_eq!(refused.len(), 1);
+        let (made, refused) = ipsets.make_all(socket, &ops.iter().collect::<Vec<_>>());
+        assert_eq!((made, refused.len()), (1, 1));
         assert_eq!(refused[0].0, 0);
         assert!(refused[0].1.is_not_found(), "{refused:?}");
         assert_eq!(ipsets.observe(socket).unwrap()[&b].members.len(), 2);
+    });
+}
+
+#[test]
+fn refusal_names_its_member_and_the_others_are_made() {
+    in_netns(|socket| {
+        let ipsets = Ipsets::probe(socket).unwrap();
+        for family in [V4, V6] {
+            let set = Ipset::Selected(family);
+            let host = |n: u32| match family {
+                V4 => IpNet::from(std::net::IpAddr::from(n.to_be_bytes())),
+                V6 => IpNet::from(std::net::IpAddr::from(u128::from(n).to_be_bytes())),
+            };
+            let spaced = |step: u32, count: u32| (1..=count).map(move |n| host(step * n));
+            make(&ipsets, socket, &Op::AddIpset(set, IpsetContents::of([]))).unwrap();
+            let put: Vec<_> =
+                spaced(1, 2_100).map(|net| Op::PutMember(set, net, Member::In)).collect();
+            let (made, refused) = ipsets.make_all(socket, &put.iter().collect::<Vec<_>>());
+            assert_eq!((made, refused), (2_100, Vec::new()));
+            // Every 700th member is gone already: the first, some and the last of a message.
+            let gone: Vec<_> = spaced(700, 3).map(|net| Op::DeleteMember(set, net)).collect();
+            gone.iter().for_each(|op| make(&ipsets, socket, op).unwrap());
+            let all: Vec<_> = spaced(1, 2_100).map(|net| Op::DeleteMember(set, net)).collect();
+            let (made, refused) = ipsets.make_all(socket, &all.iter().collect::<Vec<_>>());
+            assert_eq!(made, 2_097);
+            for ((index, error), op) in refused.iter().zip(&gone) {
+                assert_eq!(all[*index], *op);
+                assert_eq!(error.request(), op.to_string());
+                assert!(error.is_not_found(), "{error}");
+            }
+            assert_eq!(refused.len(), 3);
+            assert!(ipsets.observe(socket).unwrap()[&set].members.is_empty());
+            make(&ipsets, socket, &Op::DeleteIpset(set)).unwrap();
+        }
+    });
+}
+
+#[test]
+fn full_set_refuses_each_further_member() {
+    in_netns(|socket| {
+        let ipsets = Ipsets::probe(socket).unwrap();
+        let set = Ipset::Marks(V6);
+        let full = IpsetContents { capacity: 3, ..IpsetContents::new(true, []) };
+        make(&ipsets, socket, &Op::AddIpset(set, full)).unwrap();
+        let member = Member::Marked(MarkBits { mask: 0xff, value: 1 });
+        let put = |n: u128| {
+            Op::PutMember(set, IpNet::from(std::net::IpAddr::from(n.to_be_bytes())), member)
+        };
+        let ops: Vec<_> = (1..=1_500).map(put).collect();
+        let (made, refused) = ipsets.make_all(socket, &ops.iter().collect::<Vec<_>>());
+        let held = ipsets.observe(socket).unwrap()[&set].members.len();
+        assert!(held >= 3);
+        assert_eq!((made, refused.len()), (held, 1_500 - held));
+        for (index, error) in refused {
+            assert_eq!(error.errno(), Some(errno::ENOSPC), "{error}");
+            assert_eq!(error.request(), ops[index].to_string());
+        }
     });
 }
 
@@ -205,21 +269,22 @@ fn refusals_are_sentences() {
         let ipsets = Ipsets::probe(socket).unwrap();
         let set = Ipset::Denied(V4);
         let add = Op::AddIpset(set, IpsetContents::of([net("10.0.0.0/8")]));
-        ipsets.make(socket, &add).unwrap();
-        let twice = ipsets.make(socket, &add).unwrap_err();
+        make(&ipsets, socket, &add).unwrap();
+        let twice = make(&ipsets, socket, &add).unwrap_err();
         assert!(twice.is_exists() && twice.to_string().contains("ipset error 4101"), "{twice}");
         let other = Op::PutMember(set, net("2001:db8::/32"), Member::In);
-        let error = ipsets.make(socket, &other).unwrap_err();
+        let error = make(&ipsets, socket, &other).unwrap_err();
         assert!(error.to_string().contains("ipset error 4097"), "{error}");
         let mark = Member::Marked(MarkBits { mask: 1, value: 1 });
-        let error = ipsets.make(socket, &Op::PutMember(set, net("10.1.0.0/16"), mark)).unwrap_err();
+        let error =
+            make(&ipsets, socket, &Op::PutMember(set, net("10.1.0.0/16"), mark)).unwrap_err();
         assert!(error.to_string().contains("without marks"), "{error}");
-        let missing = ipsets.make(socket, &Op::DeleteIpset(Ipset::Denied(V6))).unwrap_err();
+        let missing = make(&ipsets, socket, &Op::DeleteIpset(Ipset::Denied(V6))).unwrap_err();
         assert!(missing.is_not_found(), "{missing}");
         let missing = Op::PutIpset(Ipset::Denied(V6), IpsetContents::of([]));
-        assert!(ipsets.make(socket, &missing).unwrap_err().is_not_found());
+        assert!(make(&ipsets, socket, &missing).unwrap_err().is_not_found());
         // A set that could not be swapped in must not be left under its temporary name.
-        ipsets.make(socket, &Op::AddIpset(Ipset::Denied(V6), IpsetContents::of([]))).unwrap();
+        make(&ipsets, socket, &Op::AddIpset(Ipset::Denied(V6), IpsetContents::of([]))).unwrap();
         let found: Vec<_> = ipsets.observe(socket).unwrap().into_keys().collect();
         assert_eq!(found, [Ipset::Denied(V4), Ipset::Denied(V6)]);
     });
@@ -251,7 +316,10 @@ fn corpus() -> Vec<Vec<u8>> {
             writer.be32(data::FLAGS | NETWORK_ORDER, WITH_MARKS);
         });
         writer.nest(attribute::MEMBERS, |writer| {
-            contents.members.iter().for_each(|(net, member)| member::write(writer, *net, *member));
+            contents
+                .members
+                .iter()
+                .for_each(|(net, member)| member::write(writer, 1, *net, *member));
         });
         writer.end(message);
         found.push(writer.finish().unwrap());
@@ -273,7 +341,7 @@ fn mutated_sets() {
         let members = &listing.contents.members;
         for (net, member) in members {
             let mut writer = Writer::default();
-            member::write(&mut writer, *net, *member);
+            member::write(&mut writer, 1, *net, *member);
             let again = writer.finish().unwrap();
             let inside = Attributes::new(&again).next().unwrap().unwrap();
             assert_eq!(member::read(inside.nested()), Ok(Some((*net, *member))));

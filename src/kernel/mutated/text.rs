@@ -30,8 +30,8 @@ const NAMES: [&str; 6] =
 
 #[test]
 fn mutated_names() {
-    let long = "n".repeat(253);
-    let corpus = [&NAMES[..], &[&long]].concat();
+    let (longest, long) = ("n".repeat(317), "n".repeat(253));
+    let corpus = [&NAMES[..], &[&longest, &long]].concat();
     texts("policy ids", &corpus, from_str::<PolicyId>);
     texts("node names", &corpus, from_str::<NodeName>);
     texts("device names", &corpus, from_str::<DeviceName>);

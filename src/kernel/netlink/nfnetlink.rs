@@ -26,6 +26,17 @@ pub(crate) fn ask(
     write: impl FnOnce(&mut Writer),
     mut take: impl FnMut(u16, &[u8]) -> Result<(), Malformed>,
 ) -> Result<Answered, KernelError> {
+    let (datagram, of) = encode(socket, request, write)?;
+    let mut take = |message: &Message<'_>| body(message, request, &mut take);
+    exchange::ask(socket, &request.text, &datagram, of, &mut take)
+}
+
+/// Encodes a request; returns its datagram, sequence number and flags.
+pub(crate) fn encode(
+    socket: &mut Socket,
+    request: &Request<'_>,
+    write: impl FnOnce(&mut Writer),
+) -> Result<(Vec<u8>, (u32, u16)), KernelError> {
     let sequence = socket.next_sequence();
     let mut writer = Writer::default();
     let flags = flag::REQUEST | flag::ACK | request.flags;
@@ -35,8 +46,7 @@ pub(crate) fn ask(
     let datagram = writer.finish();
     let datagram =
         datagram.ok_or_else(|| KernelError::answer(request.text, "a name is too long"))?;
-    let mut take = |message: &Message<'_>| body(message, request, &mut take);
-    exchange::ask(socket, &request.text, &datagram, (sequence, flags), &mut take)
+    Ok((datagram, (sequence, flags)))
 }
 
 /// Passes the message to `take` if it has the message type of the reply.

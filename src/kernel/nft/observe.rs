@@ -150,7 +150,7 @@ impl<'a> Reader<'a> {
         };
         let mut firewall = Firewall::default();
         let take = |attributes: Attributes<'_>| {
-            let (flags, _) = table::read(attributes)?;
+            let flags = table::read(attributes)?.flags;
             firewall.dormant = flags & table::DORMANT != 0;
             Ok(())
         };

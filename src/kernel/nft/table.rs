@@ -13,7 +13,14 @@ use crate::state::{NFT_TABLE, TableFamily};
 
 const NAME: u16 = 1;
 const FLAGS: u16 = 2;
+const USERDATA: u16 = 6;
 const OWNER: u16 = 7;
+
+/// `NFTNL_UDATA_TABLE_COMMENT` (libnftnl): the text that `nft` prints as the table's comment.
+const COMMENT: u8 = 0;
+
+/// Comment of the lock table, before the PID of its owner.
+const HELD_BY: &str = "process ";
 
 /// `NFT_TABLE_F_DORMANT`: the kernel evaluates no chain of the table.
 pub(super) const DORMANT: u32 = 1;
@@ -29,9 +36,7 @@ const OWNED: u32 = 2;
 /// owner dies.
 pub(crate) const LASTING: u32 = OWNED | 4;
 
-/// Name of the lock table: its owner has exclusive ownership of our table.
-///
-/// It is used if our own table cannot have that owner.
+/// Name of the lock table: its owner has exclusive ownership of our table, which may not exist yet.
 const LOCK: &str = "egress_datapath_lock";
 
 /// Name of a table that is never created.
@@ -42,7 +47,7 @@ pub(crate) fn flags_and_owner(
     socket: &mut Socket,
     family: TableFamily,
 ) -> Result<Option<(u32, Option<u32>)>, KernelError> {
-    found(socket, family, NFT_TABLE)
+    Ok(found(socket, family, NFT_TABLE)?.map(|table| (table.flags, table.owner)))
 }
 
 /// Creates the lock table, which the kernel deletes with this socket.
@@ -52,33 +57,47 @@ pub(crate) fn lock(socket: &mut Socket) -> Result<bool, KernelError> {
     if !takes_flags(socket, OWNED)? {
         return Ok(false);
     }
-    table(socket, "lock the nf_tables table", (TableFamily::Inet, LOCK), OWNED, true)?;
+    let comment = format!("{HELD_BY}{}", std::process::id());
+    let text = "lock the nf_tables table";
+    table(socket, text, (TableFamily::Inet, LOCK), OWNED, Some(&comment), true)?;
     Ok(true)
 }
 
-/// Port of the socket that holds the lock; `None` if it is not locked.
+/// Process that holds the lock, as it says; `None` if it is not locked.
+///
+/// If it says nothing, the port of its socket.
 pub(crate) fn locked_by(socket: &mut Socket) -> Result<Option<u32>, KernelError> {
     match found(socket, TableFamily::Inet, LOCK) {
-        Ok(table) => Ok(table.and_then(|(_, owner)| owner)),
+        Ok(table) => Ok(table.and_then(|table| table.holder.or(table.owner))),
         // Without nf_tables no process can hold the lock.
         Err(error) if super::generation::is_absent(&error) => Ok(None),
         Err(error) => Err(error),
     }
 }
 
-/// Flags of a table, and the port of its owner's socket; `None` if there is no table.
+/// What the kernel lists of a table.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Listed {
+    pub(super) flags: u32,
+    /// Port of the owner's socket.
+    owner: Option<u32>,
+    /// PID in the comment of the lock table.
+    holder: Option<u32>,
+}
+
+/// Reads a table; `None` if there is none.
 fn found(
     socket: &mut Socket,
     family: TableFamily,
     name: &str,
-) -> Result<Option<(u32, Option<u32>)>, KernelError> {
+) -> Result<Option<Listed>, KernelError> {
     let request = Request {
         text: &format!("nft list table {family} {name}"),
         kind: kind::GETTABLE,
         flags: 0,
         answer: kind::NEWTABLE,
     };
-    let mut found = (0, None);
+    let mut found = Listed::default();
     let take = |_, body: &[u8]| {
         found = read(Attributes::new(body))?;
         Ok(())
@@ -90,18 +109,26 @@ fn found(
     }
 }
 
-/// Flags of a dumped table, and the port of its owner's socket.
-pub(super) fn read(attributes: Attributes<'_>) -> Result<(u32, Option<u32>), Malformed> {
-    let (mut flags, mut owner) = (0, None);
+/// Decodes a dumped table.
+pub(super) fn read(attributes: Attributes<'_>) -> Result<Listed, Malformed> {
+    let mut listed = Listed::default();
     for attribute in attributes {
         let attribute = attribute?;
         match attribute.kind {
-            FLAGS => flags = attribute.be32()?,
-            OWNER => owner = Some(attribute.be32()?),
+            FLAGS => listed.flags = attribute.be32()?,
+            USERDATA => listed.holder = holder(attribute.bytes()),
+            OWNER => listed.owner = Some(attribute.be32()?),
             _ => {}
         }
     }
-    Ok((flags, owner))
+    Ok(listed)
+}
+
+/// PID in the user data of the lock table: type, length, and text with a final NUL.
+fn holder(userdata: &[u8]) -> Option<u32> {
+    let [COMMENT, _, text @ ..] = userdata else { return None };
+    let text = std::str::from_utf8(text).ok()?.strip_suffix('\0')?;
+    text.strip_prefix(HELD_BY)?.parse().ok()
 }
 
 /// Whether the kernel supports tables that persist without their owner.
@@ -113,7 +140,7 @@ pub(crate) fn has_owners(socket: &mut Socket) -> Result<bool, KernelError> {
 fn takes_flags(socket: &mut Socket, flags: u32) -> Result<bool, KernelError> {
     // A transaction without an end is checked and acknowledged, but never committed.
     let text = "nft -c add table with an owner";
-    match table(socket, text, (TableFamily::Inet, PROBE), flags, false) {
+    match table(socket, text, (TableFamily::Inet, PROBE), flags, None, false) {
         Ok(()) => Ok(true),
         Err(error) if matches!(error.errno(), Some(errno::EOPNOTSUPP | errno::EINVAL)) => Ok(false),
         Err(error) => Err(error),
@@ -126,7 +153,7 @@ pub(crate) fn adopt(
     family: TableFamily,
     flags: u32,
 ) -> Result<(), KernelError> {
-    table(socket, "take over the nf_tables table", (family, NFT_TABLE), flags, true)
+    table(socket, "take over the nf_tables table", (family, NFT_TABLE), flags, None, true)
 }
 
 fn table(
@@ -134,6 +161,7 @@ fn table(
     text: &str,
     (family, name): (TableFamily, &str),
     flags: u32,
+    comment: Option<&str>,
     end: bool,
 ) -> Result<(), KernelError> {
     let mut writer = Writer::default();
@@ -142,6 +170,10 @@ fn table(
     writer.nfgen(batch::number(family), 0);
     writer.string(NAME, name);
     writer.be32(FLAGS, flags);
+    if let Some(comment) = comment {
+        let length = u8::try_from(comment.len() + 1).unwrap_or(u8::MAX);
+        writer.attribute(USERDATA, &[&[COMMENT, length], comment.as_bytes(), &[0]].concat());
+    }
     writer.end(message);
     if end {
         edge(&mut writer, kind::END, socket.next_sequence());

@@ -14,7 +14,7 @@ use egress_datapath::preflight::Problem;
 use egress_datapath::sim::SharedSim;
 use egress_datapath::{
     Backend, ChangeEvents, Cluster, Count, Datapath, EgressIp, EgressPolicy, Error, Family,
-    Finding, KernelError, MarkLayout, Node, NodeName, PolicyCount, Reconciler, Sim, Tunnel,
+    KernelError, MarkLayout, Node, NodeName, PolicyCount, Reconciler, Sim, Tunnel, Unavailable,
     explain, plan,
 };
 use jsonschema::Validator;
@@ -398,10 +398,21 @@ fn reports_and_findings_are_as_described() {
     assert!(has("policy") && has("node"), "{json:#}");
     assert!(!json["changes"].as_array().unwrap().is_empty());
 
-    let report = egress.reconcile(&cluster, &policies[..1]).unwrap();
-    report.findings.iter().for_each(|finding| drop(written("Finding", finding)));
-    let denied = |finding: &Finding| finding.code() == "policy_denied";
-    assert!(report.findings.iter().any(denied), "{:?}", report.findings);
+    let mut closed = |unavailable| {
+        let policy = policies[0].clone().with_unavailable(unavailable);
+        let report = egress.reconcile(&cluster, [policy]).unwrap();
+        let mut written = report.findings.iter().map(|finding| written("Finding", finding));
+        written.find(|json| json["reason"] == "no_gateway").unwrap()
+    };
+    let denied = closed(Unavailable::Drop);
+    assert_eq!((&denied["code"], &denied["family"]), (&json!("policy_denied"), &json!("V4")));
+    assert_eq!(closed(Unavailable::Bypass)["code"], "policy_bypassed");
+    // What an alert reads must be there.
+    for field in ["policy", "family", "reason"] {
+        let mut without = denied.clone();
+        without.as_object_mut().unwrap().remove(field).unwrap();
+        assert!(!validator("Finding").is_valid(&without), "{field}");
+    }
     written("Changes", &egress.remove().unwrap().changes);
 }
 
