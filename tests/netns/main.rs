@@ -20,6 +20,7 @@ mod decoys;
 mod explained;
 mod flows;
 mod hook;
+mod hosts;
 mod odd_flows;
 mod overwritten;
 mod ownership;
