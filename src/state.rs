@@ -122,6 +122,8 @@ state! {
         ///
         /// No address, neighbour, route, rule or iptables chain of such a family can exist.
         missing_families: BTreeSet<Family>,
+        /// Fields that rules of the kernel cannot test, in nf_tables or in iptables.
+        missing_fields: BTreeSet<Field>,
     }
 }
 
@@ -138,6 +140,7 @@ impl State {
             strays: self.strays.clone(),
             hook: self.hook.clone(),
             missing_families: self.missing_families.clone(),
+            missing_fields: self.missing_fields.clone(),
             ..Self::default()
         }
     }
@@ -188,7 +191,8 @@ impl State {
     /// Whether the state has no objects.
     pub fn is_empty(&self) -> bool {
         let missing_families = self.missing_families.clone();
-        *self == Self { missing_families, ..Self::default() }
+        let missing_fields = self.missing_fields.clone();
+        *self == Self { missing_families, missing_fields, ..Self::default() }
     }
 }
 

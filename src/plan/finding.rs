@@ -71,6 +71,23 @@ pub enum Finding {
         /// The gateways, sorted; at least two.
         gateways: Vec<NodeName>,
     },
+    /// The kernel of this node has no match for sockets, which the rules about egress IPs need.
+    ///
+    /// A late UDP datagram to an egress IP, which no process of this node expects, is answered with
+    /// an ICMP error. TCP segments are dropped in that case, but also those of a connection of this
+    /// node that conntrack has forgotten, until the node sends one.
+    #[error(
+        "this kernel has no match for sockets (CONFIG_NFT_SOCKET, or for iptables \
+         CONFIG_NETFILTER_XT_MATCH_SOCKET): late UDP replies to an egress IP of this gateway are \
+         answered with an ICMP error"
+    )]
+    SocketsUnavailable,
+    /// The kernel of this node has no match for the type of an address.
+    #[error(
+        "this kernel has no fib expression of nf_tables (CONFIG_NFT_FIB_INET): policies also take \
+         packets to those addresses of this node that are not in the cluster's list of nodes"
+    )]
+    AddressTypesUnavailable,
     /// More policies overlap than are listed.
     #[error("{count} more overlaps of policies are not listed")]
     MoreOverlaps {
@@ -124,6 +141,8 @@ impl Finding {
             Self::FamilyUnavailable { .. } => "family_unavailable",
             Self::MoreOverlaps { .. } => "more_overlaps",
             Self::EgressIpOnGateways { .. } => "egress_ip_on_gateways",
+            Self::SocketsUnavailable { .. } => "sockets_unavailable",
+            Self::AddressTypesUnavailable { .. } => "address_types_unavailable",
             Self::NoClosingTable { .. } => "no_closing_table",
             Self::Bypassed { .. } => "policy_bypassed",
             Self::Denied { .. } => "policy_denied",

@@ -17,7 +17,7 @@ use super::{
 use crate::alloc::{MarkAllocator, TableAllocator};
 use crate::cluster::{Backend, Cluster};
 use crate::policy::{Policy, Unavailable};
-use crate::state::{Data, Elements, Key, State, Tag, Value};
+use crate::state::{Data, Elements, Field, Key, State, Tag, Value};
 use crate::types::{Family, Mark, NodeName, PolicyId, TableId};
 
 /// The wanted policies, and the counts and classes that their plan is derived from.
@@ -86,6 +86,12 @@ impl Draft {
     /// Returns the elements of the sets of sources and classes, which depend on no mark.
     pub(crate) const fn elements(&self) -> &Elements {
         &self.elements
+    }
+
+    /// Leaves out rules that test a field which rules cannot test in the kernel of this node.
+    pub(crate) fn without(mut self, missing: &BTreeSet<Field>) -> Self {
+        self.world.missing_fields.clone_from(missing);
+        self
     }
 
     /// Completes the plan with marks and tables.
@@ -168,7 +174,8 @@ impl Index {
 
     /// Returns the state without elements, and the elements that belong to no single policy.
     pub(super) fn parts(&self) -> (State, BTreeMap<Key, Value>) {
-        let mut state = State::default();
+        let missing_fields = self.world.missing_fields.clone();
+        let mut state = State { missing_fields, ..State::default() };
         routing::routing(&self.world, &self.gateways, self.closing, &mut state);
         let lengths: BTreeSet<_> = (self.v4.lengths().map(|length| (Family::V4, length)))
             .chain(self.v6.lengths().map(|length| (Family::V6, length)))
@@ -294,6 +301,12 @@ impl Index {
         findings.extend(self.overlaps(&v4.chain(v6).collect()));
         findings
             .extend(self.shared_egress_ips(self.egress_ips.keys().map(|(address, _)| *address)));
+        let missing = self.world.missing_fields.iter();
+        findings.extend(missing.filter_map(|field| match field {
+            Field::SocketWildcard if self.translates() => Some(Finding::SocketsUnavailable),
+            Field::DestinationType => Some(Finding::AddressTypesUnavailable),
+            _ => None,
+        }));
         findings
     }
 

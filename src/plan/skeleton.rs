@@ -44,6 +44,8 @@ pub(super) struct Skeleton<'a> {
     pub(super) underlay: Family,
     /// Enables a packet and byte counter for each policy.
     pub(super) counting: bool,
+    /// Fields that rules cannot test in the kernel of this node.
+    pub(super) missing: &'a BTreeSet<Field>,
 }
 
 /// Features that the policies use; rules for any other feature would only cost packets time.
@@ -103,8 +105,11 @@ impl Skeleton<'_> {
     pub(super) fn chains(&self) -> Chains {
         use priority::{AFTER_DNAT, AFTER_SNAT, BEFORE_SNAT, MANGLE, RAW};
         let mut chains = Chains::new();
+        let can_be = |rule: &Vec<Stmt>| {
+            !rule.iter().any(|one| self.missing.iter().any(|field| one.compares(*field)))
+        };
         let mut add = |chain, base, rules: Vec<Vec<Stmt>>| {
-            chains.insert(chain, (base, rules.into_iter().map(NftRule).collect()));
+            chains.insert(chain, (base, rules.into_iter().filter(can_be).map(NftRule).collect()));
         };
         add(
             ChainId::Prerouting,
@@ -536,14 +541,17 @@ impl Skeleton<'_> {
         // A packet that the host exempts from tracking is no pod's.
         let known = Stmt::ESTABLISHED | Stmt::RELATED | Stmt::UNTRACKED;
         let socket = |wildcard| vec![Field::SocketWildcard.is(wildcard), Stmt::Return];
-        vec![
+        let mut rules = vec![
             vec![Stmt::state(known), Stmt::Return],
             // Open connections that conntrack has not seen, and sockets bound to the address.
             socket(0),
             // A pod's connection may have the port of a service of this node.
             vec![Stmt::opens_nothing(), Stmt::Counter, Stmt::Drop],
             socket(1),
-            vec![Field::Protocol.is(Stmt::UDP), Stmt::Counter, Stmt::Drop],
-        ]
+        ];
+        if !self.missing.contains(&Field::SocketWildcard) {
+            rules.push(vec![Field::Protocol.is(Stmt::UDP), Stmt::Counter, Stmt::Drop]);
+        }
+        rules
     }
 }

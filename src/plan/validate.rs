@@ -8,6 +8,7 @@ use ipnet::IpNet;
 
 use super::{NodeError, PlanError, PolicyError};
 use crate::cluster::{Backend, Cluster, Node, RulePriorities};
+use crate::state::Field;
 use crate::types::{Family, Mark, NodeName};
 
 /// Destinations that are never steered: link-local (cloud metadata, node-local DNS) and multicast.
@@ -120,6 +121,8 @@ pub(super) struct ValidatedCluster {
     /// Family of the outer packets.
     pub(super) underlay: Family,
     pub(super) nodes: Nodes,
+    /// Fields that rules cannot test in the kernel of this node.
+    pub(super) missing_fields: BTreeSet<Field>,
 }
 
 impl ValidatedCluster {
@@ -137,7 +140,8 @@ impl ValidatedCluster {
             check_net(net).map_err(|source| PlanError::Excluded { source })?;
         }
         let nodes = Nodes::new(cluster, Some((place, underlay)));
-        Ok(Self { cluster: cluster.clone(), here, underlay, nodes })
+        let missing_fields = BTreeSet::new();
+        Ok(Self { cluster: cluster.clone(), here, underlay, nodes, missing_fields })
     }
 
     /// Returns the node at an index of the cluster's list.

@@ -199,6 +199,11 @@ pub enum Stmt {
 }
 
 impl Field {
+    /// The fields that a kernel may be unable to load.
+    ///
+    /// The rules that test one are left out there.
+    pub(crate) const OPTIONAL: [Self; 2] = [Self::SocketWildcard, Self::DestinationType];
+
     /// A selector of the whole field.
     pub const fn whole(self) -> Selector {
         Selector { field: self, mask: Mask::Whole }
@@ -354,6 +359,11 @@ impl Stmt {
         let family = address.family().unwrap_or(Family::V4);
         let key = vec![address.prefix(length), Field::Priority.whole()];
         Self::Map { key, map: Set::Destination(family, length), into: Target::Priority }
+    }
+
+    /// Whether the statement compares this field.
+    pub(crate) fn compares(&self, field: Field) -> bool {
+        matches!(self, Self::Match { of, .. } if of.field == field)
     }
 
     /// The value in bits of a field that the match requires.

@@ -48,7 +48,7 @@ const FIELDS: [Field; 19] = [
 ];
 
 /// Returns the expression that loads a field into a register.
-const fn load(field: Field, dreg: u32) -> Expr {
+pub(super) const fn load(field: Field, dreg: u32) -> Expr {
     const fn payload(base: u32, offset: u32, len: u32, dreg: u32) -> Expr {
         Expr::Payload { base, offset, len, dreg }
     }

@@ -4,8 +4,8 @@ use super::sets::{Sets, Way};
 use crate::cluster::Iptables;
 use crate::plan::policies::NormalizedPolicy;
 use crate::state::{
-    Comment, CtState, Direction, Ipset, Is, MarkBits, Side, XtChain, XtMatch, XtName, XtRule,
-    XtTable, XtTarget, Xtables,
+    Comment, CtState, Direction, Field, Ipset, Is, MarkBits, Side, XtChain, XtMatch, XtName,
+    XtRule, XtTable, XtTarget, Xtables,
 };
 use crate::types::{Family, Mark};
 
@@ -36,7 +36,7 @@ impl Rules<'_> {
         chain(Mangle, N::MarkRequest, self.mark_request());
         chain(Mangle, N::ResetMark, self.reset_mark());
         chain(Mangle, N::Guard, self.guard());
-        chain(Mangle, N::EgressIp, Self::egress_ip());
+        chain(Mangle, N::EgressIp, self.egress_ip());
         chain(Mangle, N::CheckSnat, self.check_snat());
         chain(Mangle, N::Clear, vec![self.set_mark(0, "egress gateway: not steered")]);
         let here = self.set_mark(self.tunnel().get(), "egress gateway: local gateway");
@@ -271,10 +271,13 @@ impl Rules<'_> {
     /// Drops packets to an egress IP to which this node's stack would reply with an error.
     ///
     /// The chain of nf_tables with the same name has the reasons.
-    fn egress_ip() -> Vec<XtRule> {
+    fn egress_ip(&self) -> Vec<XtRule> {
         let known = XtMatch::State(Is::So, CtState::KnownOrUntracked);
         let of_host = |one| rule([one], XtTarget::Return, "egress gateway: of this node");
         let strays = |one| rule([one], XtTarget::Drop, "egress gateway: nobody expects it");
+        if self.sets.world.missing_fields.contains(&Field::SocketWildcard) {
+            return vec![of_host(known), strays(XtMatch::OpensNothing)];
+        }
         vec![
             of_host(known),
             of_host(XtMatch::Socket),
