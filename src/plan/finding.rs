@@ -2,6 +2,8 @@
 
 use std::net::IpAddr;
 
+use ipnet::IpNet;
+
 use super::error::{NodeError, PolicyError, listed};
 use crate::policy::Unavailable;
 use crate::types::{Family, NodeName, PolicyId};
@@ -70,6 +72,21 @@ pub enum Finding {
         address: IpAddr,
         /// The gateways, sorted; at least two.
         gateways: Vec<NodeName>,
+    },
+    /// A policy selects addresses of nodes, whose own packets are not steered.
+    ///
+    /// The packets of a node's processes, and of pods in its network namespace, leave with the
+    /// node's address. Only packets that another node forwards are steered or dropped.
+    #[error(
+        "policy {policy} selects addresses of nodes ({}): packets that a node or a pod in its \
+         network namespace sends are not steered, and keep that source",
+        nets(sources)
+    )]
+    SourcesOfNodes {
+        /// The policy.
+        policy: PolicyId,
+        /// The sources that contain an underlay or tunnel address of a node, sorted.
+        sources: Vec<IpNet>,
     },
     /// The kernel of this node has no match for sockets, which the rules about egress IPs need.
     ///
@@ -141,6 +158,7 @@ impl Finding {
             Self::FamilyUnavailable { .. } => "family_unavailable",
             Self::MoreOverlaps { .. } => "more_overlaps",
             Self::EgressIpOnGateways { .. } => "egress_ip_on_gateways",
+            Self::SourcesOfNodes { .. } => "sources_of_nodes",
             Self::SocketsUnavailable { .. } => "sockets_unavailable",
             Self::AddressTypesUnavailable { .. } => "address_types_unavailable",
             Self::NoClosingTable { .. } => "no_closing_table",
@@ -148,6 +166,14 @@ impl Finding {
             Self::Denied { .. } => "policy_denied",
         }
     }
+}
+
+fn nets(nets: &[IpNet]) -> String {
+    let shown = nets.iter().map(|net| match net.prefix_len() == net.max_prefix_len() {
+        true => net.addr().to_string(),
+        false => net.to_string(),
+    });
+    shown.collect::<Vec<_>>().join(", ")
 }
 
 fn names(nodes: &[NodeName]) -> String {

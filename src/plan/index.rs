@@ -366,6 +366,9 @@ impl Index {
 
     /// Returns the errors of a policy, or the reasons why it cannot be carried out.
     pub(super) fn findings_of(&self, kept: &NormalizedPolicy) -> impl Iterator<Item = Finding> {
+        let sources = kept.sources.around(&self.world.nodes.addresses);
+        let of_nodes = (!sources.is_empty())
+            .then(|| Finding::SourcesOfNodes { policy: kept.id.clone(), sources });
         let errors = kept.all_errors();
         let invalid = (!errors.is_empty()).then(|| Finding::InvalidPolicy {
             policy: kept.id.clone(),
@@ -386,7 +389,7 @@ impl Index {
                 Unavailable::Bypass => Finding::Bypassed { policy, family, reason },
             })
         });
-        invalid.into_iter().chain(denied)
+        invalid.into_iter().chain(denied).chain(of_nodes)
     }
 }
 

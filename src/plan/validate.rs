@@ -39,7 +39,7 @@ pub(super) struct Nodes {
     /// Prefixes of pods, disjoint and sorted.
     pods: Vec<IpNet>,
     /// The node of each address, of several the one with the smallest name.
-    addresses: BTreeMap<IpAddr, NodeName>,
+    pub(super) addresses: BTreeMap<IpAddr, NodeName>,
 }
 
 impl Nodes {
