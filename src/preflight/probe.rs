@@ -7,6 +7,7 @@ mod routing;
 mod settings;
 #[cfg(test)]
 mod tests;
+mod uses;
 
 use std::collections::BTreeSet;
 
@@ -38,6 +39,8 @@ pub(crate) fn facts(devices: &[&str]) -> Result<Facts, KernelError> {
     let tables = socket.foreign_tables(&facts.rules)?;
     (facts.tables, facts.catch_all) = (tables.used, tables.catch_all);
     facts.intruders = tables.intruders;
+    let sources = tables.sources.into_iter().map(|ip| (ip, "source of routes".to_owned()));
+    facts.uses = sources.chain(uses::bound()).collect();
     match socket.has_vxlan() {
         Ok(true) => {}
         Ok(false) => facts.missing.push(KernelPart::Vxlan),

@@ -113,6 +113,10 @@ impl Problem {
                  to what the cluster says"
             }
             Self::TunnelMtu { .. } => "reconcile, which sets it",
+            Self::EgressIpUsed { .. } => {
+                "nothing, if pods may have an address in common with this node; else give the \
+                 policies another one"
+            }
             Self::ConntrackStrict => "sysctl -w net.netfilter.nf_conntrack_tcp_loose=1",
             _ => "",
         }
