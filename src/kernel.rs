@@ -21,7 +21,7 @@ use crate::diff::op::Op;
 use crate::error::KernelError;
 use crate::mark::MarkLayout;
 use crate::reconcile::{Error, Reconciler};
-use crate::state::{Elements, State, TableFamily};
+use crate::state::{Elements, Field, Firewall, State, TableFamily};
 use crate::types::DeviceName;
 #[cfg(test)]
 pub(crate) use harness::mutate;
@@ -58,6 +58,8 @@ pub struct KernelDatapath {
     monitor: Monitor,
     /// Whether nf_tables has flowtables; `None` until that is known.
     flowtables: Option<bool>,
+    /// Fields that rules cannot test, once they were looked for.
+    pub(crate) missing_fields: Option<BTreeSet<Field>>,
 }
 
 impl KernelDatapath {
@@ -85,7 +87,7 @@ impl KernelDatapath {
         let ports = [routing.port(), netfilter.port()];
         let monitor = Monitor::open(&routing, nft::open()?, ports)
             .map_err(|error| KernelError::io("open the listening sockets", &error))?;
-        Ok(Self { routing, netfilter, hold, monitor, flowtables: None })
+        Ok(Self { routing, netfilter, hold, monitor, flowtables: None, missing_fields: None })
     }
 
     /// Protection of the nf_tables table from changes by other programs.
@@ -140,15 +142,35 @@ impl KernelDatapath {
         let mut state = self.read_rest()?;
         let expected = expected.filter(|elements| elements.len() >= MANY);
         let (firewall, generation) = nft::observe_at(&mut self.netfilter, expected)?;
+        state.missing.fields = self.missing_fields(firewall.as_ref())?;
         self.monitor.lock().table_known(generation);
         state.firewall = firewall;
         Ok(state)
     }
 
+    /// Returns the fields that rules cannot test: none of those that rules of the table test.
+    fn missing_fields(&mut self, table: Option<&Firewall>) -> Result<BTreeSet<Field>, KernelError> {
+        if let Some(missing) = &self.missing_fields {
+            return Ok(missing.clone());
+        }
+        let rules =
+            table.iter().flat_map(|table| table.chains.values()).flat_map(|(_, rules)| rules);
+        let statements: Vec<_> = rules.flat_map(|rule| &rule.0).collect();
+        let tested = |field| statements.iter().any(|statement| statement.compares(field));
+        let missing = if Field::OPTIONAL.into_iter().all(tested) {
+            BTreeSet::new()
+        } else {
+            nft::missing_fields(&mut self.netfilter)?
+        };
+        Ok(self.missing_fields.insert(missing).clone())
+    }
+
     /// Reads everything except the nf_tables table of family `inet`.
     fn read_rest(&mut self) -> Result<State, KernelError> {
         self.monitor.lock().begin_routing();
+        let missing_fields = self.missing_fields.clone().unwrap_or_default();
         let mut state = State::default();
+        state.missing.fields = missing_fields;
         self.routing.observe(&mut state)?;
         state.hook = nft::observe_hook(&mut self.netfilter)?;
         state.missing.flowtables = !self.has_flowtables()?;

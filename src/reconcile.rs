@@ -188,14 +188,15 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         let observed = self.observe_before(&draft)?;
         let (mut marks, mut tables) = (Lent::new(&mut self.marks), Lent::new(&mut self.tables));
         adopt(cluster, &observed, &mut marks, &mut tables);
-        let (index, mut state) = match draft.number(&mut marks, &mut tables) {
-            Ok(numbered) => numbered,
-            Err(error) => {
-                // The allocators stay those of the index, which later updates are planned from.
-                give_back(marks, tables)?;
-                return Err(error.into());
-            }
-        };
+        let (index, mut state) =
+            match draft.without(&observed.missing.fields).number(&mut marks, &mut tables) {
+                Ok(numbered) => numbered,
+                Err(error) => {
+                    // The allocators stay those of the index, which later updates are planned from.
+                    give_back(marks, tables)?;
+                    return Err(error.into());
+                }
+            };
         state.leave_out(&observed.missing);
         let changes = Changes::between(&observed, &state);
         (self.index, self.findings) = (Some(index), None);

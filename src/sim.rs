@@ -119,7 +119,7 @@ impl Sim {
     /// Sets the families that the simulated network stack lacks, and removes their objects.
     pub fn set_missing_families(&mut self, families: &BTreeSet<Family>) {
         self.edit(|state| {
-            let missing = Missing { families: families.clone(), ..state.missing };
+            let missing = Missing { families: families.clone(), ..state.missing.clone() };
             state.leave_out(&missing);
         });
     }

@@ -131,6 +131,8 @@ pub struct Missing {
     ///
     /// No address, neighbour, route, rule or iptables chain of such a family can exist.
     pub families: BTreeSet<Family>,
+    /// Fields that rules of the kernel cannot test, in nf_tables or in iptables.
+    pub fields: BTreeSet<Field>,
     /// Whether nf_tables has no flowtables: nobody can offload a connection.
     pub flowtables: bool,
 }

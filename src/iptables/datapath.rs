@@ -13,11 +13,15 @@ use crate::count::Counts;
 use crate::datapath::{Among, Datapath, Known, Observed, OnConnection};
 use crate::diff::changes::{ApplyError, Changes, Made, Step};
 use crate::diff::op::Op;
-use crate::error::KernelError;
+use crate::error::{KernelError, errno};
 use crate::kernel::KernelDatapath;
+use crate::kernel::netlink::message::Writer;
+use crate::kernel::netlink::nfnetlink;
+use crate::kernel::netlink::nfnetlink::Request;
+use crate::kernel::netlink::socket::Socket;
 use crate::kernel::nft;
 use crate::kernel::nft::Sizes;
-use crate::state::{Variant, Xtables};
+use crate::state::{Field, Variant, Xtables};
 use crate::types::{DeviceName, Family};
 
 use super::tool::Tools;
@@ -234,9 +238,45 @@ impl IptablesDatapath {
     }
 }
 
+/// Whether the kernel has no match for sockets (`xt_socket`), which it loads if it can.
+///
+/// A kernel that cannot be asked, because it has no matches for nf_tables, is taken to have it.
+fn lacks_sockets(socket: &mut Socket) -> Result<bool, KernelError> {
+    // `NFNL_MSG_COMPAT_GET` of `include/uapi/linux/netfilter/nf_tables_compat.h`.
+    const COMPAT_GET: u16 = 11 << 8;
+    let request = Request {
+        text: "iptables -m socket --help",
+        kind: COMPAT_GET,
+        flags: 0,
+        answer: COMPAT_GET,
+    };
+    let write = |writer: &mut Writer| {
+        writer.nfgen(AF_INET, 0);
+        writer.string(1, "socket");
+        // The first revision with `--nowildcard`.
+        writer.be32(2, 2);
+        writer.be32(3, 0);
+    };
+    match nfnetlink::ask(socket, &request, write, |_, _| Ok(())) {
+        Ok(_) => Ok(false),
+        Err(error) => match error.errno() {
+            Some(errno::ENOENT | errno::EPROTONOSUPPORT) => Ok(true),
+            Some(errno::EINVAL | errno::EOPNOTSUPP) => Ok(false),
+            _ => Err(error),
+        },
+    }
+}
+
+const AF_INET: u8 = 2;
+
 impl Datapath for IptablesDatapath {
     fn observe(&mut self, known: Known<'_>) -> Result<Observed, KernelError> {
         self.check_namespace()?;
+        if self.kernel.missing_fields.is_none() {
+            let missing = lacks_sockets(&mut self.kernel.netfilter)?;
+            let missing = missing.then_some(Field::SocketWildcard);
+            self.kernel.missing_fields = Some(missing.into_iter().collect());
+        }
         let mut state = self.kernel.read(known.elements())?;
         state.ipsets = match &self.sets {
             Sets::Netlink(ipsets) => ipsets.observe(&mut self.kernel.netfilter)?,

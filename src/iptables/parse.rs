@@ -5,6 +5,7 @@
 //! rule.
 
 use std::collections::BTreeSet;
+use std::mem::take;
 use std::str::FromStr;
 
 use crate::rules::ipset::Ipset;
@@ -68,10 +69,23 @@ impl Reader<'_> {
             let (is, option) =
                 if word == "!" { (Is::Not, self.words.pop_front()?) } else { (Is::So, word) };
             match option {
-                "-m" if is == Is::So => self.module = self.words.pop_front()?,
+                "-m" if is == Is::So => {
+                    self.module = self.words.pop_front()?;
+                    if self.module == "socket" {
+                        // The next word is its only option that the datapath writes, or no option.
+                        let any = self.words.front() == Some(&"--nowildcard");
+                        let socket = if any { XtMatch::AnySocket } else { XtMatch::Socket };
+                        any.then(|| self.words.pop_front());
+                        self.rule.matches.insert(socket).then_some(())?;
+                    }
+                }
                 "-p" if is == Is::So => self.protocol = self.words.pop_front()?,
-                "-j" if is == Is::So => return self.target(),
+                "-j" if is == Is::So => {
+                    self.protocol_alone()?;
+                    return self.target();
+                }
                 "-g" if is == Is::So => {
+                    self.protocol_alone()?;
                     self.rule.target = XtTarget::Goto(XtName::from_name(self.words.pop_front()?)?);
                     return self.words.is_empty().then_some(());
                 }
@@ -88,6 +102,15 @@ impl Reader<'_> {
         None
     }
 
+    /// Reads a protocol that no other match of the rule belongs to.
+    fn protocol_alone(&mut self) -> Option<()> {
+        match take(&mut self.protocol) {
+            "" => Some(()),
+            "udp" => self.rule.matches.insert(XtMatch::Udp).then_some(()),
+            _ => None,
+        }
+    }
+
     fn matching(&mut self, is: Is, option: &str) -> Option<XtMatch> {
         let plain = |found: XtMatch| (is == Is::So).then_some(found);
         match (self.module, option) {
@@ -97,9 +120,13 @@ impl Reader<'_> {
             (_, "-o") => {
                 plain(XtMatch::OutputDevice(DeviceName::new(self.next::<String>()?).ok()?))
             }
-            ("udp", "--dport") if self.protocol == "udp" => plain(XtMatch::UdpPort(self.next()?)),
-            ("icmp6", "--icmpv6-type") if self.protocol == "ipv6-icmp" => {
-                plain(XtMatch::Icmp6Type(self.next()?))
+            ("udp", "--dport") if take(&mut self.protocol) == "udp" => {
+                plain(XtMatch::UdpPort(self.next()?))
+            }
+            ("tcp", "--tcp-flags") if take(&mut self.protocol) == "tcp" && is == Is::Not => {
+                self.is("SYN,ACK")?;
+                self.is("SYN")?;
+                Some(XtMatch::OpensNothing)
             }
             ("mark", "--mark") => Some(XtMatch::Mark(is, bits(self.words.pop_front()?)?)),
             ("connmark", "--mark") => Some(XtMatch::Connmark(is, bits(self.words.pop_front()?)?)),
@@ -202,7 +229,10 @@ mod tests {
             (v4, rule(vec![M::OutputDevice(device())], T::Netmap(v4), "no snat")),
             (Family::V6, rule(vec![M::OutputDevice(device())], T::Netmap(Family::V6), "")),
             (v4, rule(vec![M::UdpPort(7789)], T::Drop, "a \"b\" \\ c")),
-            (Family::V6, rule(vec![M::Icmp6Type(135)], T::Return, "")),
+            (v4, rule(vec![M::OpensNothing], T::Drop, "")),
+            (Family::V6, rule(vec![M::Udp], T::Drop, "")),
+            (v4, rule(vec![M::Socket], T::Return, "")),
+            (v4, rule(vec![M::AnySocket, M::Direction(Direction::Reply)], T::Return, "")),
             (v4, rule(vec![M::Mark(Is::So, bits)], T::SetMark(bits), "x")),
             (v4, rule(vec![M::Mark(Is::Not, bits)], T::SetConnmark(bits), "x")),
             (v4, rule(vec![M::Connmark(Is::Not, bits), M::Connmark(Is::So, bits)], T::Accept, "")),
@@ -248,6 +278,10 @@ mod tests {
         for text in [
             "-s 10.0.0.0/8 -j DROP",
             "! -o eth0 -j DROP",
+            "-p tcp -j DROP",
+            "-p tcp -m tcp --tcp-flags SYN,ACK SYN -j DROP",
+            "-p udp -m udp --dport 7 -p tcp -j DROP",
+            "-m socket --transparent -j DROP",
             "-j DROP --and-more",
             "-j CALICO",
             "-m mark --mark 1 -j DROP",

@@ -2,6 +2,8 @@
 
 use std::net::IpAddr;
 
+use ipnet::IpNet;
+
 use super::error::{NodeError, PolicyError, listed};
 use crate::policy::Unavailable;
 use crate::types::{Family, NodeName, PolicyId};
@@ -71,6 +73,38 @@ pub enum Finding {
         /// The gateways, sorted; at least two.
         gateways: Vec<NodeName>,
     },
+    /// A policy selects addresses of nodes, whose own packets are not steered.
+    ///
+    /// The packets of a node's processes, and of pods in its network namespace, leave with the
+    /// node's address. Only packets that another node forwards are steered or dropped.
+    #[error(
+        "policy {policy} selects addresses of nodes ({}): packets that a node or a pod in its \
+         network namespace sends are not steered, and keep that source",
+        nets(sources)
+    )]
+    SourcesOfNodes {
+        /// The policy.
+        policy: PolicyId,
+        /// The sources that contain an underlay or tunnel address of a node, sorted.
+        sources: Vec<IpNet>,
+    },
+    /// The kernel of this node has no match for sockets, which the rules about egress IPs need.
+    ///
+    /// A late UDP datagram to an egress IP, which no process of this node expects, is answered with
+    /// an ICMP error. TCP segments are dropped in that case, but also those of a connection of this
+    /// node that conntrack has forgotten, until the node sends one.
+    #[error(
+        "this kernel has no match for sockets (CONFIG_NFT_SOCKET, or for iptables \
+         CONFIG_NETFILTER_XT_MATCH_SOCKET): late UDP replies to an egress IP of this gateway are \
+         answered with an ICMP error"
+    )]
+    SocketsUnavailable,
+    /// The kernel of this node has no match for the type of an address.
+    #[error(
+        "this kernel has no fib expression of nf_tables (CONFIG_NFT_FIB_INET): policies also take \
+         packets to those addresses of this node that are not in the cluster's list of nodes"
+    )]
+    AddressTypesUnavailable,
     /// More policies overlap than are listed.
     #[error("{count} more overlaps of policies are not listed")]
     MoreOverlaps {
@@ -124,11 +158,22 @@ impl Finding {
             Self::FamilyUnavailable { .. } => "family_unavailable",
             Self::MoreOverlaps { .. } => "more_overlaps",
             Self::EgressIpOnGateways { .. } => "egress_ip_on_gateways",
+            Self::SourcesOfNodes { .. } => "sources_of_nodes",
+            Self::SocketsUnavailable { .. } => "sockets_unavailable",
+            Self::AddressTypesUnavailable { .. } => "address_types_unavailable",
             Self::NoClosingTable { .. } => "no_closing_table",
             Self::Bypassed { .. } => "policy_bypassed",
             Self::Denied { .. } => "policy_denied",
         }
     }
+}
+
+fn nets(nets: &[IpNet]) -> String {
+    let shown = nets.iter().map(|net| match net.prefix_len() == net.max_prefix_len() {
+        true => net.addr().to_string(),
+        false => net.to_string(),
+    });
+    shown.collect::<Vec<_>>().join(", ")
 }
 
 fn names(nodes: &[NodeName]) -> String {

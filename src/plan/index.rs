@@ -17,7 +17,7 @@ use super::{
 use crate::alloc::{MarkAllocator, TableAllocator};
 use crate::cluster::{Backend, Cluster};
 use crate::policy::{Policy, Unavailable};
-use crate::state::{Data, Elements, Key, State, Tag, Value};
+use crate::state::{Data, Elements, Field, Key, Missing, State, Tag, Value};
 use crate::types::{Family, Mark, NodeName, PolicyId, TableId};
 
 /// The wanted policies, and the counts and classes that their plan is derived from.
@@ -91,6 +91,12 @@ impl Draft {
     /// Names nodes that may hold a mark or a table and are in the cluster no more.
     pub(crate) fn with_former(mut self, nodes: &BTreeSet<NodeName>) -> Self {
         self.world.former.clone_from(nodes);
+        self
+    }
+
+    /// Leaves out rules that test a field which rules cannot test in the kernel of this node.
+    pub(crate) fn without(mut self, missing: &BTreeSet<Field>) -> Self {
+        self.world.missing_fields.clone_from(missing);
         self
     }
 
@@ -174,7 +180,9 @@ impl Index {
 
     /// Returns the state without elements, and the elements that belong to no single policy.
     pub(super) fn parts(&self) -> (State, BTreeMap<Key, Value>) {
-        let mut state = State::default();
+        let fields = self.world.missing_fields.clone();
+        let missing = Missing { fields, ..Missing::default() };
+        let mut state = State { missing, ..State::default() };
         routing::routing(&self.world, &self.gateways, self.closing, &mut state);
         let lengths: BTreeSet<_> = (self.v4.lengths().map(|length| (Family::V4, length)))
             .chain(self.v6.lengths().map(|length| (Family::V6, length)))
@@ -300,6 +308,12 @@ impl Index {
         findings.extend(self.overlaps(&v4.chain(v6).collect()));
         findings
             .extend(self.shared_egress_ips(self.egress_ips.keys().map(|(address, _)| *address)));
+        let missing = self.world.missing_fields.iter();
+        findings.extend(missing.filter_map(|field| match field {
+            Field::SocketWildcard if self.translates() => Some(Finding::SocketsUnavailable),
+            Field::DestinationType => Some(Finding::AddressTypesUnavailable),
+            _ => None,
+        }));
         findings
     }
 
@@ -359,6 +373,9 @@ impl Index {
 
     /// Returns the errors of a policy, or the reasons why it cannot be carried out.
     pub(super) fn findings_of(&self, kept: &NormalizedPolicy) -> impl Iterator<Item = Finding> {
+        let sources = kept.sources.around(&self.world.nodes.addresses);
+        let of_nodes = (!sources.is_empty())
+            .then(|| Finding::SourcesOfNodes { policy: kept.id.clone(), sources });
         let errors = kept.all_errors();
         let invalid = (!errors.is_empty()).then(|| Finding::InvalidPolicy {
             policy: kept.id.clone(),
@@ -379,7 +396,7 @@ impl Index {
                 Unavailable::Bypass => Finding::Bypassed { policy, family, reason },
             })
         });
-        invalid.into_iter().chain(denied)
+        invalid.into_iter().chain(denied).chain(of_nodes)
     }
 }
 

@@ -1,7 +1,7 @@
 //! Validated, normalised policies, stored for as long as they are wanted.
 
 use std::cmp::Ordering;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
@@ -168,6 +168,28 @@ impl Sources {
         let v4 = self.v4.difference(&other.v4).map(|a| IpAddr::from(Ipv4Addr::from_bits(*a)));
         let v6 = self.v6.difference(&other.v6).map(|a| IpAddr::from(Ipv6Addr::from_bits(*a)));
         v4.chain(v6).collect()
+    }
+
+    /// Returns the sources that contain one of these addresses.
+    pub(super) fn around<T>(&self, addresses: &BTreeMap<IpAddr, T>) -> Vec<IpNet> {
+        // Whichever there are fewer of: an update must not cost as much as all sources of a policy.
+        let found: BTreeSet<IpNet> = if self.len() < addresses.len() {
+            let single = self.single().into_iter().map(IpNet::from);
+            let has =
+                |net: &IpNet| addresses.range(net.network()..=net.broadcast()).next().is_some();
+            single.chain(self.cover.iter().copied()).filter(has).collect()
+        } else {
+            let single = |address: &IpAddr| match address {
+                IpAddr::V4(v4) => self.v4.contains(&v4.to_bits()),
+                IpAddr::V6(v6) => self.v6.contains(&v6.to_bits()),
+            };
+            let around = |address: &IpAddr| {
+                let alone = single(address).then(|| IpNet::from(*address));
+                alone.into_iter().chain(around(&self.cover, *address).copied())
+            };
+            addresses.keys().flat_map(around).collect()
+        };
+        found.into_iter().collect()
     }
 
     pub(super) fn len(&self) -> usize {

@@ -44,6 +44,8 @@ pub(super) struct Skeleton<'a> {
     pub(super) underlay: Family,
     /// Enables a packet and byte counter for each policy.
     pub(super) counting: bool,
+    /// Fields that rules cannot test in the kernel of this node.
+    pub(super) missing: &'a BTreeSet<Field>,
 }
 
 /// Features that the policies use; rules for any other feature would only cost packets time.
@@ -103,8 +105,11 @@ impl Skeleton<'_> {
     pub(super) fn chains(&self) -> Chains {
         use priority::{AFTER_DNAT, AFTER_SNAT, BEFORE_SNAT, MANGLE, RAW};
         let mut chains = Chains::new();
+        let can_be = |rule: &Vec<Stmt>| {
+            !rule.iter().any(|one| self.missing.iter().any(|field| one.compares(*field)))
+        };
         let mut add = |chain, base, rules: Vec<Vec<Stmt>>| {
-            chains.insert(chain, (base, rules.into_iter().map(NftRule).collect()));
+            chains.insert(chain, (base, rules.into_iter().filter(can_be).map(NftRule).collect()));
         };
         add(
             ChainId::Prerouting,
@@ -126,6 +131,7 @@ impl Skeleton<'_> {
                 self.guard(),
             );
         }
+        add(ChainId::EgressIp, None, self.egress_ip());
         add(ChainId::Marked, None, self.marked());
         add(ChainId::Tracked, None, self.bound());
         add(ChainId::SpoofedVxlan, None, self.injected());
@@ -279,7 +285,10 @@ impl Skeleton<'_> {
             vec![self.is_ours(), Stmt::direction(Direction::Original), pick.clone()],
             vec![Field::Destination(family).is_in(Set::Excluded(family)), bypass.clone()],
             // Packets of connections that were opened to the pod.
-            vec![Stmt::direction(Direction::Reply), bypass],
+            vec![Stmt::direction(Direction::Reply), bypass.clone()],
+            // Delivered on this node, whatever its mark. A node has more addresses than the cluster
+            // knows.
+            vec![Field::DestinationType.is(Stmt::LOCAL), bypass],
             // NAT ignores it, so it would leave with the pod's address.
             vec![Stmt::state(Stmt::INVALID), Stmt::Counter, Stmt::Drop],
             vec![pick],
@@ -534,23 +543,36 @@ impl Skeleton<'_> {
                 rules.push(vec![port, stranger, Stmt::Counter, Stmt::Drop]);
             }
         }
-        // Neighbour solicitations and advertisements (RFC 4861): if a unicast probe gets no reply,
-        // the router deletes its neighbour entry for the address.
-        for kind in [135, 136] {
-            rules.push(vec![
-                Field::Destination(Family::V6).is_in(Set::Eip(Family::V6)),
-                Field::Icmp6Type.is(kind),
-                Stmt::Return,
-            ]);
-        }
         for family in Family::BOTH {
-            // No service of this node listens on an egress IP, and an open connection that moved to
-            // this node is not reset before its first outgoing packet.
             rules.push(vec![
                 Field::Destination(family).is_in(Set::Eip(family)),
-                Stmt::Counter,
-                Stmt::Drop,
+                Stmt::Goto(ChainId::EgressIp),
             ]);
+        }
+        rules
+    }
+
+    /// Drops packets to an egress IP to which this node's stack would reply with an error.
+    ///
+    /// The address may be one that this node uses itself. A late answer to a pod's connection, or
+    /// one that moved to this node, is not for this node: a TCP reset or an ICMP error would end
+    /// the connection before its first outgoing packet. Conntrack does not know it here, and no
+    /// socket takes it. Other protocols are passed, because the kernel itself may take them
+    /// (IPsec, IPIP), and because an ICMP packet causes no error.
+    fn egress_ip(&self) -> Vec<Vec<Stmt>> {
+        // A packet that the host exempts from tracking is no pod's.
+        let known = Stmt::ESTABLISHED | Stmt::RELATED | Stmt::UNTRACKED;
+        let socket = |wildcard| vec![Field::SocketWildcard.is(wildcard), Stmt::Return];
+        let mut rules = vec![
+            vec![Stmt::state(known), Stmt::Return],
+            // Open connections that conntrack has not seen, and sockets bound to the address.
+            socket(0),
+            // A pod's connection may have the port of a service of this node.
+            vec![Stmt::opens_nothing(), Stmt::Counter, Stmt::Drop],
+            socket(1),
+        ];
+        if !self.missing.contains(&Field::SocketWildcard) {
+            rules.push(vec![Field::Protocol.is(Stmt::UDP), Stmt::Counter, Stmt::Drop]);
         }
         rules
     }

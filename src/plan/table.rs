@@ -47,6 +47,7 @@ pub(super) fn skeleton(
         underlay: world.underlay,
         counting: world.cluster.policy_counters,
         gateways: marks,
+        missing: &world.missing_fields,
     };
     let (chains, sets) = (skeleton.chains(), skeleton.sets());
     (Firewall { chains, sets, flowtable: true, ..Firewall::default() }, elements)

@@ -8,6 +8,7 @@ use ipnet::IpNet;
 
 use super::{NodeError, PlanError, PolicyError};
 use crate::cluster::{Backend, Cluster, Node, RulePriorities};
+use crate::state::Field;
 use crate::types::{Family, Mark, NodeName};
 
 /// Destinations that are never steered: link-local (cloud metadata, node-local DNS) and multicast.
@@ -38,7 +39,7 @@ pub(super) struct Nodes {
     /// Prefixes of pods, disjoint and sorted.
     pods: Vec<IpNet>,
     /// The node of each address, of several the one with the smallest name.
-    addresses: BTreeMap<IpAddr, NodeName>,
+    pub(super) addresses: BTreeMap<IpAddr, NodeName>,
 }
 
 impl Nodes {
@@ -122,6 +123,8 @@ pub(super) struct ValidatedCluster {
     pub(super) nodes: Nodes,
     /// Nodes of earlier clusters, which may hold a mark or a table.
     pub(super) former: BTreeSet<NodeName>,
+    /// Fields that rules cannot test in the kernel of this node.
+    pub(super) missing_fields: BTreeSet<Field>,
 }
 
 impl ValidatedCluster {
@@ -139,7 +142,8 @@ impl ValidatedCluster {
             check_net(net).map_err(|source| PlanError::Excluded { source })?;
         }
         let nodes = Nodes::new(cluster, Some((place, underlay)));
-        Ok(Self { cluster: cluster.clone(), here, underlay, nodes, former: BTreeSet::new() })
+        let (former, missing_fields) = (BTreeSet::new(), BTreeSet::new());
+        Ok(Self { cluster: cluster.clone(), here, underlay, nodes, former, missing_fields })
     }
 
     /// Returns the node at an index of the cluster's list.

@@ -34,6 +34,11 @@ impl Preflight<'_> {
         if address.is_ipv6() && !found.deprecated {
             problems.push(Problem::EgressIpPreferred { address, device });
         }
+        let uses = facts.uses.iter().filter(|(ip, _)| *ip == address);
+        let uses: Vec<_> = uses.map(|(_, what)| what.clone()).collect();
+        if !uses.is_empty() {
+            problems.push(Problem::EgressIpUsed { address, uses });
+        }
         problems
     }
 

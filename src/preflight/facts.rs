@@ -28,6 +28,8 @@ pub(crate) struct Facts {
     pub(crate) catch_all: BTreeSet<(Family, u32)>,
     /// Routes of other programs in tables that hold a route of the datapath.
     pub(crate) intruders: Vec<Intruder>,
+    /// Addresses that this host uses itself, and what for: routes, and sockets bound to them.
+    pub(crate) uses: BTreeSet<(IpAddr, String)>,
     pub(crate) firewall: Firewall,
     /// Set if the tunnel device has no IPv6, and this process cannot enable it.
     pub(crate) lacks_ipv6: bool,

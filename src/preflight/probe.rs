@@ -9,6 +9,7 @@ pub(crate) mod saved;
 mod settings;
 #[cfg(test)]
 mod tests;
+mod uses;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -38,6 +39,7 @@ pub(crate) fn facts(devices: &[&str], runs_tools: bool) -> Result<Facts, KernelE
     let ours = socket.link()?.map(|(device, _)| device);
     facts.lacks_ipv6 = socket.lacks_ipv6(ours.as_ref())?;
     read_routing(&mut socket, &mut facts)?;
+    facts.uses.extend(uses::bound());
     match socket.has_vxlan() {
         Ok(true) => {}
         Ok(false) => facts.missing.push(KernelPart::Vxlan),
@@ -75,6 +77,8 @@ fn read_routing(socket: &mut RouteSocket, facts: &mut Facts) -> Result<(), Kerne
     let tables = socket.foreign_tables(&facts.rules)?;
     (facts.tables, facts.catch_all) = (tables.used, tables.catch_all);
     facts.intruders = tables.intruders;
+    let sources = tables.sources.into_iter().map(|ip| (ip, "source of routes".to_owned()));
+    facts.uses = sources.collect();
     Ok(())
 }
 

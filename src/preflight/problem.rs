@@ -429,6 +429,17 @@ pub enum Problem {
         /// Interface with the egress IP.
         device: String,
     },
+    /// This node itself uses an egress IP that policies give to pods.
+    ///
+    /// Both uses work, and share the ports of the address. Sockets that are bound to no address are
+    /// not named, although they are reached at the egress IP, too.
+    #[error("egress IP {address} is also used by this node: {}", uses.join(", "))]
+    EgressIpUsed {
+        /// Egress IP.
+        address: IpAddr,
+        /// The uses: routes that name the address as source, and sockets bound to it.
+        uses: Vec<String>,
+    },
     /// The conntrack table is nearly full.
     #[error("{count} of {max} connections are tracked: the next ones will be dropped")]
     ConntrackFull {
@@ -502,6 +513,7 @@ impl Problem {
             Self::EgressIpSilent { .. } => "egress_ip_silent",
             Self::EgressIpElsewhere { .. } => "egress_ip_elsewhere",
             Self::EgressIpPreferred { .. } => "egress_ip_preferred",
+            Self::EgressIpUsed { .. } => "egress_ip_used",
             Self::ConntrackFull { .. } => "conntrack_full",
             Self::ConntrackStrict { .. } => "conntrack_strict",
         }
@@ -584,6 +596,7 @@ impl Problem {
             | Self::TunnelMtu { .. }
             | Self::EgressIpAbsent { .. }
             | Self::EgressIpSilent { .. }
+            | Self::EgressIpUsed { .. }
             | Self::ConntrackStrict => Severity::Note,
         }
     }

@@ -144,6 +144,10 @@ impl Problem {
             }
             Self::LegacyIptables { .. } => "look at iptables-legacy-save for drops and marks",
             Self::TunnelMtu { .. } => "reconcile, which sets it",
+            Self::EgressIpUsed { .. } => {
+                "nothing, if pods may have an address in common with this node; else give the \
+                 policies another one"
+            }
             Self::ConntrackStrict => "sysctl -w net.netfilter.nf_conntrack_tcp_loose=1",
             _ => "",
         }

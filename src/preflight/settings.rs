@@ -20,8 +20,10 @@ impl Preflight<'_> {
         if facts.denied {
             problems.push(Problem::Denied);
         }
-        let needed = |part: &&KernelPart| {
-            **part != KernelPart::EgressHook || self.cluster.steering == Steering::EgressHook
+        let needed = |part: &&KernelPart| match part {
+            KernelPart::EgressHook => self.cluster.steering == Steering::EgressHook,
+            KernelPart::Socket | KernelPart::Fib => self.cluster.backend == Backend::Nftables,
+            _ => true,
         };
         let missing = facts.missing.iter().filter(needed);
         problems.extend(missing.map(|part| Problem::Missing { part: *part }));

@@ -36,6 +36,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         self.in_sync = in_sync && self.wanted.as_ref() == Some(&observed);
         let (mut marks, mut tables) = (Lent::new(&mut self.marks), Lent::new(&mut self.tables));
         adopt(cluster, &observed, &mut marks, &mut tables);
+        let draft = draft.without(&observed.missing.fields);
         let numbered = draft.number(&mut marks, &mut tables);
         let back = give_back(marks, tables);
         let (index, mut state) = numbered?;

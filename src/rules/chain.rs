@@ -34,10 +34,10 @@ impl fmt::Display for TableFamily {
 pub enum ChainId {
     /// Prerouting base chain: marks a pod's packet, after destination NAT and before routing.
     Prerouting,
-    /// Input base chain: drops tunnel packets of unknown senders and traffic to egress IPs.
-    ///
-    /// No service of the node is reachable at an egress IP.
+    /// Input base chain: drops tunnel packets of unknown senders.
     Input,
+    /// Packets to an egress IP: drops those that neither a connection nor a socket expects.
+    EgressIp,
     /// Output base chain: exempts the tunnel's outer packets from connection tracking.
     Output,
     /// Forward base chain: dispatches marked and tracked packets.
@@ -97,6 +97,7 @@ impl ChainId {
         Some(match name {
             "prerouting" => Self::Prerouting,
             "input" => Self::Input,
+            "egress_ip" => Self::EgressIp,
             "output" => Self::Output,
             "forward" => Self::Forward,
             "nat_postrouting" => Self::NatPostrouting,
@@ -140,6 +141,7 @@ impl fmt::Display for ChainId {
         match self {
             Self::Prerouting => f.write_str("prerouting"),
             Self::Input => f.write_str("input"),
+            Self::EgressIp => f.write_str("egress_ip"),
             Self::Output => f.write_str("output"),
             Self::Forward => f.write_str("forward"),
             Self::NatPostrouting => f.write_str("nat_postrouting"),

@@ -103,8 +103,10 @@ pub enum XtName {
     MarkRequest,
     /// Clears the mark before encapsulation; drops marked packets that do not enter the tunnel.
     ResetMark,
-    /// Drops tunnel packets of unknown senders and traffic to services on egress IPs.
+    /// Drops tunnel packets of unknown senders.
     Guard,
+    /// Packets to an egress IP: drops those that neither a connection nor a socket expects.
+    EgressIp,
     /// Checks the source translation of open connections.
     CheckSnat,
     /// Accepts our packets where the host's default is to drop.
@@ -138,6 +140,7 @@ impl XtName {
                 "MARK-REQUEST" => Self::MarkRequest,
                 "RESET-MARK" => Self::ResetMark,
                 "GUARD" => Self::Guard,
+                "EIP" => Self::EgressIp,
                 "CHECK-SNAT" => Self::CheckSnat,
                 "KEEP-MARK" => Self::KeepMark,
                 "TUNNEL" => Self::Tunnel,
@@ -175,6 +178,7 @@ impl fmt::Display for XtName {
             Self::MarkRequest => "EGRESSGATEWAY-MARK-REQUEST",
             Self::ResetMark => "EGRESSGATEWAY-RESET-MARK",
             Self::Guard => "EGRESSGATEWAY-GUARD",
+            Self::EgressIp => "EGRESSGATEWAY-EIP",
             Self::CheckSnat => "EGRESSGATEWAY-CHECK-SNAT",
             Self::KeepMark => "EGRESSGATEWAY-KEEP-MARK",
             Self::Tunnel => "EGRESSGATEWAY-TUNNEL",
@@ -209,8 +213,14 @@ pub enum XtMatch {
     OutputDevice(DeviceName),
     /// `-p udp --dport port`
     UdpPort(u16),
-    /// `-p ipv6-icmp --icmpv6-type type`
-    Icmp6Type(u8),
+    /// `-p udp`
+    Udp,
+    /// `-p tcp ! --tcp-flags SYN,ACK SYN`: the segment is not the first one of a connection
+    OpensNothing,
+    /// `-m socket`: a socket takes the packet that is connected or bound to the address
+    Socket,
+    /// `-m socket --nowildcard`: the same, or a socket that is bound to no address
+    AnySocket,
     /// `--mark value/mask`
     Mark(Is, MarkBits),
     /// `--mark value/mask` of the connection
@@ -250,18 +260,21 @@ pub enum CtState {
     Invalid,
     /// `INVALID,UNTRACKED`
     InvalidOrUntracked,
+    /// `RELATED,ESTABLISHED,UNTRACKED`
+    KnownOrUntracked,
     /// `SNAT`: the source is translated.
     Snat,
 }
 
 impl CtState {
     #[cfg(all(feature = "kernel", target_os = "linux"))]
-    pub(crate) const ALL: [Self; 3] = [Self::Invalid, Self::InvalidOrUntracked, Self::Snat];
+    pub(crate) const ALL: [Self; 4] =
+        [Self::Invalid, Self::InvalidOrUntracked, Self::KnownOrUntracked, Self::Snat];
 
     /// The field of a packet in which nf_tables has the state.
     pub(crate) const fn field(self) -> Field {
         match self {
-            Self::Invalid | Self::InvalidOrUntracked => Field::CtState,
+            Self::Invalid | Self::InvalidOrUntracked | Self::KnownOrUntracked => Field::CtState,
             Self::Snat => Field::CtStatus,
         }
     }
@@ -271,6 +284,7 @@ impl CtState {
         match self {
             Self::Invalid => Stmt::INVALID,
             Self::InvalidOrUntracked => Stmt::INVALID | Stmt::UNTRACKED,
+            Self::KnownOrUntracked => Stmt::ESTABLISHED | Stmt::RELATED | Stmt::UNTRACKED,
             Self::Snat => Stmt::SNAT,
         }
     }
@@ -279,6 +293,7 @@ impl CtState {
         match self {
             Self::Invalid => "INVALID",
             Self::InvalidOrUntracked => "INVALID,UNTRACKED",
+            Self::KnownOrUntracked => "RELATED,ESTABLISHED,UNTRACKED",
             Self::Snat => "SNAT",
         }
     }
@@ -337,7 +352,10 @@ impl fmt::Display for XtMatch {
             Self::InputDevice(is, name) => write!(f, "{is}-i {name}"),
             Self::OutputDevice(name) => write!(f, "-o {name}"),
             Self::UdpPort(port) => write!(f, "-p udp -m udp --dport {port}"),
-            Self::Icmp6Type(kind) => write!(f, "-p ipv6-icmp -m icmp6 --icmpv6-type {kind}"),
+            Self::Udp => f.write_str("-p udp"),
+            Self::OpensNothing => f.write_str("-p tcp -m tcp ! --tcp-flags SYN,ACK SYN"),
+            Self::Socket => f.write_str("-m socket"),
+            Self::AnySocket => f.write_str("-m socket --nowildcard"),
             Self::Mark(is, bits) => write!(f, "-m mark {is}--mark {}", xmark(*bits)),
             Self::Connmark(is, bits) => write!(f, "-m connmark {is}--mark {}", xmark(*bits)),
             Self::Direction(Direction::Original) => f.write_str("-m conntrack --ctdir ORIGINAL"),

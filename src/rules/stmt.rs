@@ -80,8 +80,13 @@ pub enum Field {
     UdpDestinationPort,
     /// `tcp flags`.
     TcpFlags,
-    /// `icmpv6 type`.
-    Icmp6Type,
+    /// `socket wildcard`: 1 if the socket that takes the packet is bound to no address, else 0.
+    ///
+    /// The socket is a connected one, or else a listening one. The rule ends if there is none, and
+    /// for every protocol but TCP, UDP and ICMP errors.
+    SocketWildcard,
+    /// `fib daddr type`: the type of the destination address, such as [`Stmt::LOCAL`].
+    DestinationType,
 }
 
 /// The part of a field that is compared or looked up.
@@ -204,6 +209,11 @@ pub enum Stmt {
 }
 
 impl Field {
+    /// The fields that a kernel may be unable to load.
+    ///
+    /// The rules that test one are left out there.
+    pub(crate) const OPTIONAL: [Self; 2] = [Self::SocketWildcard, Self::DestinationType];
+
     /// A selector of the whole field.
     pub const fn whole(self) -> Selector {
         Selector { field: self, mask: Mask::Whole }
@@ -305,6 +315,14 @@ impl Stmt {
     pub const CONFIRMED: u32 = 1 << 3;
     /// `tcp flags syn` (RFC 9293 section 3.1).
     pub const SYN: u32 = 1 << 1;
+    /// `tcp flags ack`.
+    pub const ACK: u32 = 1 << 4;
+    /// `fib daddr type unicast`: `RTN_UNICAST` of `include/uapi/linux/rtnetlink.h`.
+    pub const UNICAST: u32 = 1;
+    /// `fib daddr type local`: `RTN_LOCAL` of `include/uapi/linux/rtnetlink.h`.
+    pub const LOCAL: u32 = 2;
+    /// `meta l4proto udp` (RFC 768).
+    pub const UDP: u32 = 17;
 
     /// `ct direction …`
     pub const fn direction(direction: Direction) -> Self {
@@ -324,6 +342,11 @@ impl Stmt {
     /// `tcp flags ! syn`: the segment does not open a connection.
     pub const fn without_syn() -> Self {
         Field::TcpFlags.has(MarkBits { mask: Self::SYN, value: 0 })
+    }
+
+    /// `tcp flags & (syn|ack) != syn`: the segment is not the first one of a connection.
+    pub const fn opens_nothing() -> Self {
+        Field::TcpFlags.has_not(MarkBits { mask: OPENING, value: Self::SYN })
     }
 
     /// A lookup of addresses and protocol in a set of [replies](Set::BlockedReply).
@@ -346,6 +369,11 @@ impl Stmt {
         let family = address.family().unwrap_or(Family::V4);
         let key = vec![address.prefix(length), Field::Priority.whole()];
         Self::Map { key, map: Set::Destination(family, length), into: Target::Priority }
+    }
+
+    /// Whether the statement compares this field.
+    pub(crate) fn compares(&self, field: Field) -> bool {
+        matches!(self, Self::Match { of, .. } if of.field == field)
     }
 
     /// The value in bits of a field that the match requires.
@@ -398,7 +426,8 @@ impl fmt::Display for Field {
             Self::DestinationPort => "th dport",
             Self::UdpDestinationPort => "udp dport",
             Self::TcpFlags => "tcp flags",
-            Self::Icmp6Type => "icmpv6 type",
+            Self::SocketWildcard => "socket wildcard",
+            Self::DestinationType => "fib daddr type",
         })
     }
 }
@@ -432,6 +461,9 @@ impl fmt::Display for Concatenated<'_> {
     }
 }
 
+/// Flags that tell the first segment of a TCP connection from all others.
+const OPENING: u32 = Stmt::SYN | Stmt::ACK;
+
 /// Writes a comparison; uses the name of the value where `nft` has one.
 fn comparison(f: &mut fmt::Formatter<'_>, of: Selector, negated: bool, value: u32) -> fmt::Result {
     let not = if negated { "!= " } else { "" };
@@ -452,6 +484,11 @@ fn comparison(f: &mut fmt::Formatter<'_>, of: Selector, negated: bool, value: u3
         }
         (Field::CtStatus, Mask::Bits(Stmt::SNAT), false, 0) => f.write_str("ct status ! snat"),
         (Field::TcpFlags, Mask::Bits(Stmt::SYN), false, 0) => f.write_str("tcp flags ! syn"),
+        (Field::TcpFlags, Mask::Bits(OPENING), true, Stmt::SYN) => {
+            f.write_str("tcp flags & (syn|ack) != syn")
+        }
+        (Field::DestinationType, Mask::Whole, _, Stmt::LOCAL) => write!(f, "{of} {not}local"),
+        (Field::Protocol, Mask::Whole, _, Stmt::UDP) => write!(f, "{of} {not}udp"),
         (_, Mask::Bits(_), ..) => {
             write!(f, "{of} {} {value:#010x}", if negated { "!=" } else { "==" })
         }

@@ -6,7 +6,7 @@ use super::side_effects::{LinkSnapshot, follow, has_ipv6};
 use crate::diff::op::Op;
 use crate::error::errno;
 use crate::state::{
-    ChainId, Data, FLOWTABLE, Firewall, NftRule, Route, RuleAction, Set, State, Stmt, Stray,
+    ChainId, Data, FLOWTABLE, Field, Firewall, NftRule, Route, RuleAction, Set, State, Stmt, Stray,
     Verdict, Vxlan,
 };
 use crate::types::{DeviceName, Family};
@@ -31,9 +31,18 @@ pub(super) fn make(state: &mut State, op: &Op) -> Result<(), Errno> {
             Ok(())
         }
         Op::AddFlowtable if state.missing.flowtables => Err(errno::ENOENT),
+        Op::SetRules(_, rules)
+            if state.missing.fields.iter().any(|field| tested(*field, rules)) =>
+        {
+            Err(errno::ENOENT)
+        }
         op if op.is_nft() => nft(state.table_mut(op.table()).as_mut().ok_or(errno::ENOENT)?, op),
         op => rtnetlink(state, op),
     }
+}
+
+fn tested(field: Field, rules: &[NftRule]) -> bool {
+    rules.iter().flat_map(|rule| &rule.0).any(|statement| statement.compares(field))
 }
 
 fn rtnetlink(state: &mut State, op: &Op) -> Result<(), Errno> {

@@ -13,7 +13,7 @@ mod ruleset;
 mod skb;
 mod xtables;
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 
@@ -37,12 +37,16 @@ pub struct HostContext {
     pub local: Vec<IpAddr>,
     /// Source address of the node's own packets by destination; the longest prefix decides.
     pub own: Vec<(IpNet, IpAddr)>,
+    /// Listening sockets of the node: protocol number, and the address and port they are bound to.
+    ///
+    /// An unspecified address is any address; that of IPv6 is also any of IPv4.
+    pub sockets: Vec<(u8, SocketAddr)>,
 }
 
 impl HostContext {
     /// Creates a host with these addresses, whose own packets have none of them as default source.
     pub const fn new(local: Vec<IpAddr>) -> Self {
-        Self { local, own: Vec::new() }
+        Self { local, own: Vec::new(), sockets: Vec::new() }
     }
 
     /// Sets the source addresses of the node's own packets by destination.
@@ -50,6 +54,26 @@ impl HostContext {
     pub fn with_own(mut self, own: Vec<(IpNet, IpAddr)>) -> Self {
         self.own = own;
         self
+    }
+
+    /// Sets the listening sockets of the node.
+    #[must_use]
+    pub fn with_sockets(mut self, sockets: Vec<(u8, SocketAddr)>) -> Self {
+        self.sockets = sockets;
+        self
+    }
+
+    /// Whether the socket that takes the packet is bound to no address; `None` without a socket.
+    fn wildcard(&self, packet: &Packet) -> Option<bool> {
+        let Packet { protocol, destination, destination_port, .. } = *packet;
+        let takes = |bound: IpAddr| match bound {
+            IpAddr::V4(any) if any.is_unspecified() => destination.is_ipv4(),
+            bound => bound.is_unspecified() || bound == destination,
+        };
+        let found = self.sockets.iter().filter(|(of, socket)| {
+            (*of, socket.port()) == (protocol, destination_port) && takes(socket.ip())
+        });
+        found.map(|(_, socket)| socket.ip().is_unspecified()).min()
     }
 
     fn own(&self, destination: IpAddr) -> Option<IpAddr> {
@@ -153,11 +177,13 @@ impl Walk<'_> {
         if let Some(seen) = &seen {
             seen.translate_back(&mut skb.packet);
         }
+        skb.local = self.around.local.contains(&skb.packet.destination);
         let behind_nat = DESTINATION_NAT + 1..=i32::MAX;
         if let End::Dropped = self.hook_within(&Hook::Prerouting, skb, false, behind_nat) {
             return Fate::Dropped;
         }
-        if self.around.local.contains(&skb.packet.destination) {
+        if skb.local {
+            skb.wildcard = self.around.wildcard(&skb.packet);
             if let End::Dropped = self.hook(&Hook::Input, skb, false) {
                 return Fate::Dropped;
             }

@@ -54,6 +54,7 @@ fn sims() -> SimCluster {
         sim: Sim::new().with_host(HostContext {
             local: vec![ip(&format!("10.10.0.1{number}"))],
             own: vec![("0.0.0.0/0".parse().unwrap(), ip(&format!("10.10.0.1{number}")))],
+            sockets: Vec::new(),
         }),
         pods: vec![format!("10.244.{number}.0/24").parse().unwrap()],
     };

@@ -114,7 +114,12 @@ impl Packet<'_> {
     fn holds(&self, one: &XtMatch) -> bool {
         match one {
             // The packet comes from a pod and has none of the properties that these matches test.
-            XtMatch::OutputDevice(_) | XtMatch::UdpPort(_) | XtMatch::Icmp6Type(_) => false,
+            XtMatch::OutputDevice(_)
+            | XtMatch::UdpPort(_)
+            | XtMatch::Udp
+            | XtMatch::OpensNothing
+            | XtMatch::Socket
+            | XtMatch::AnySocket => false,
             XtMatch::Mark(is, bits) => bits.are_in(self.mark) == (*is == Is::So),
             XtMatch::Connmark(is, bits) => bits.are_in(0) == (*is == Is::So),
             XtMatch::Direction(direction) => *direction == Direction::Original,

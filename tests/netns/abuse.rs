@@ -1,6 +1,6 @@
 //! Packets and sockets of a hostile pod, neighbour or process: SECURITY.md refers to these tests.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr as UnixAddr, UnixListener};
@@ -479,15 +479,68 @@ fn mark_and_priority_of_a_pod_ignored() -> Result {
 }
 
 #[test]
-fn egress_ip_bound_by_process_of_gateway_gets_no_reply() -> Result {
+fn egress_ip_bound_by_process_of_gateway_gets_replies() -> Result {
     let lab = lab();
     let _fleet = steered(&lab)?;
     for (ip, server) in EIP_B.into_iter().zip(SERVER) {
         let socket = unprivileged(&lab.node_b.netns, || UdpSocket::bind((ip, 0)))??;
-        socket.set_read_timeout(Some(Duration::from_millis(500)))?;
+        socket.set_read_timeout(Some(Duration::from_secs(60)))?;
         socket.send_to(b"?", (server, PORT))?;
-        assert!(socket.recv(&mut [0; 64]).is_err(), "{ip}");
+        socket.recv(&mut [0; 64])?;
         assert_eq!(seen(&lab)?, [ip], "{ip}");
+    }
+    Ok(())
+}
+
+/// Counts what an egress IP tells the server: TCP resets and ICMP errors.
+const ERRORS: &str = "table inet counted {
+    set seen4 { type ipv4_addr; flags dynamic; }
+    set seen6 { type ipv6_addr; flags dynamic; }
+    chain prerouting {
+        type filter hook prerouting priority -350;
+        ip saddr 198.51.100.200 tcp flags rst add @seen4 { ip saddr }
+        ip saddr 198.51.100.200 icmp type destination-unreachable add @seen4 { ip saddr }
+        ip6 saddr 2001:db8:51::200 tcp flags rst add @seen6 { ip6 saddr }
+        ip6 saddr 2001:db8:51::200 icmpv6 type destination-unreachable add @seen6 { ip6 saddr }
+    }
+}";
+
+const TCP: u8 = 6;
+const SYN: u8 = 2;
+const ACK: u8 = 16;
+
+/// A TCP segment with these flags.
+fn segment(from: (IpAddr, u16), to: (IpAddr, u16), flags: u8) -> Vec<u8> {
+    let ports = [from.1, to.1].map(u16::to_be_bytes).concat();
+    let mut bytes = [&ports[..], &[0, 0, 0, 7, 0, 0, 0, 7, 0x50, flags, 1, 0, 0, 0, 0, 0]].concat();
+    let sum = transport_sum(TCP, from.0, to.0, &bytes);
+    bytes[16..18].copy_from_slice(&sum);
+    ip(TCP, from.0, to.0, 0, &bytes)
+}
+
+#[test]
+fn stray_packets_to_egress_ip_answered_with_no_error() -> Result {
+    let lab = lab();
+    let _fleet = steered(&lab)?;
+    nft(&lab.server, &[], ERRORS)?;
+    lab.node_b.netns.sysctl(&[("ipv6/bindv6only", "1")])?;
+    const CLOSED: u16 = 7012;
+    const EVERYWHERE: u16 = 7013;
+    for (server, eip) in SERVER.into_iter().zip(EIP_B) {
+        let any: IpAddr =
+            if eip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+        let _service = lab.node_b.netns.run(|| TcpListener::bind((any, EVERYWHERE)))??;
+        let from = (server, FROM);
+        for port in [CLOSED, EVERYWHERE] {
+            for flags in [ACK, SYN | ACK] {
+                send(&lab.server, eip, &segment(from, (eip, port), flags))?;
+            }
+        }
+        send(&lab.server, eip, &datagram(from, (eip, CLOSED), b"!"))?;
+        assert_eq!(counted(&lab)?, "", "{eip}");
+        // A new connection is for this node alone, which refuses it.
+        send(&lab.server, eip, &segment(from, (eip, CLOSED), SYN))?;
+        assert_eq!(counted(&lab)?, eip.to_string());
     }
     Ok(())
 }
@@ -506,7 +559,6 @@ const NODE_PORT: &str = "table inet node_port {
 fn egress_ip_with_destination_nat_of_another_program_reached() -> Result {
     let lab = lab();
     let _fleet = steered(&lab)?;
-    let _service = Echo::start(&lab.node_b.netns, &EIP_B)?;
     check(&[expect_nothing(&lab.server, EIP_B)]);
     nft(&lab.node_b.netns, &[], NODE_PORT)?;
     check(&[expect(&lab.server, EIP_B, SERVER)]);

@@ -22,6 +22,7 @@ mod explained;
 mod flows;
 mod flowtables;
 mod hook;
+mod hosts;
 mod odd_flows;
 mod overwritten;
 mod ownership;

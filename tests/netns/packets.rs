@@ -116,7 +116,7 @@ fn two_gateways() -> Result<[EgressPolicy; 2]> {
 }
 
 /// Sends an ICMP echo request and waits for the reply.
-fn ping(from: &Netns, to: IpAddr) -> Result {
+pub(crate) fn ping(from: &Netns, to: IpAddr) -> Result {
     let reply = from.run(|| -> std::io::Result<bool> {
         let (family, protocol, request, reply) = match to {
             IpAddr::V4(_) => (AddressFamily::INET, ipproto::ICMP, 8, 0),

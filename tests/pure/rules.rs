@@ -1,8 +1,13 @@
 //! Rules are there only for what policies ask for, and in time.
 
+use std::collections::BTreeSet;
+
 use egress_datapath::datapath::{Op, Phase};
-use egress_datapath::state::{ChainId, Field, Mask, Set, Stmt, Target};
-use egress_datapath::{Changes, EgressPolicy, Family, Mark, Reconciler, Sim, Steering};
+use egress_datapath::explain::{Fate, HostContext, Packet};
+use egress_datapath::state::{ChainId, Field, Mask, Missing, Set, Stmt, Target};
+use egress_datapath::{
+    Changes, EgressPolicy, Family, Finding, Mark, Reconciler, Sim, State, Steering, Update,
+};
 
 use crate::{cluster, cluster_v4, dual, policy, v4};
 
@@ -149,4 +154,51 @@ fn next_hop_found_by_old_mark_during_change() {
     });
     let expected = [(Phase::Chains, vec![true, false]), (Phase::EmptyVerdicts, vec![true])];
     assert_eq!(looks.collect::<Vec<_>>(), expected, "{changes}");
+}
+
+#[test]
+fn rules_about_fields_that_the_kernel_lacks_left_out_and_reported() {
+    let gateway = policy("p", &["10.244.1.1/32"], Some("a"), v4("198.51.100.200"));
+    let told = [
+        (Field::SocketWildcard, "sockets_unavailable"),
+        (Field::DestinationType, "address_types_unavailable"),
+    ];
+    let tested = |state: &State| {
+        let chains = state.firewall.as_ref().unwrap().chains.values();
+        let statements = chains.flat_map(|(_, rules)| rules).flat_map(|rule| &rule.0);
+        let fields = statements.filter_map(|statement| match statement {
+            Stmt::Match { of, .. } => Some(of.field),
+            _ => None,
+        });
+        fields.collect::<BTreeSet<_>>()
+    };
+    for lacking in [vec![], vec![told[0]], vec![told[1]], told.to_vec()] {
+        let missing_fields: BTreeSet<_> = lacking.iter().map(|(field, _)| *field).collect();
+        let missing = Missing { fields: missing_fields.clone(), ..Missing::default() };
+        let state = State { missing, ..State::default() };
+        let local = vec!["198.51.100.200".parse().unwrap()];
+        let sim = Sim::with_state(state).with_host(HostContext::new(local));
+        let mut egress = Reconciler::new(sim);
+        // The refusal of a rule would be an error.
+        let previewed = egress.preview(&cluster("a"), [&gateway]).unwrap();
+        let report = egress.reconcile(&cluster("a"), [&gateway]).unwrap();
+        assert_eq!(previewed.findings, report.findings);
+        let codes: Vec<_> = report.findings.iter().map(Finding::code).collect();
+        assert_eq!(codes, lacking.iter().map(|(_, code)| *code).collect::<Vec<_>>());
+        for update in [Update::Upsert(with(&["10.244.1.7/32"])), Update::Upsert(gateway.clone())] {
+            egress.update([update]).unwrap();
+        }
+        assert!(egress.audit().unwrap().changes.is_empty());
+        for (field, _) in told {
+            let has = tested(egress.datapath().state()).contains(&field);
+            assert_eq!(has, !missing_fields.contains(&field), "{field}");
+        }
+        // An answer that nobody expects is dropped if it can be told from one that somebody does.
+        let (server, eip) = ("192.0.2.1".parse().unwrap(), "198.51.100.200".parse().unwrap());
+        let fate = egress.datapath().send(Packet::udp(server, 53, eip, 40_000)).fate;
+        let known = !missing_fields.contains(&Field::SocketWildcard);
+        assert_eq!(fate, if known { Fate::Dropped } else { Fate::Delivered });
+        egress.remove().unwrap();
+        assert!(egress.datapath().state().is_empty());
+    }
 }

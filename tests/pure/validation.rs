@@ -726,3 +726,42 @@ fn egress_ip_on_several_gateways_reported_once() {
     let moved = policies.pop().unwrap().with_gateway(name("b"));
     assert!(egress.update([Update::Upsert(&moved)]).unwrap().findings.is_empty());
 }
+
+#[test]
+fn sources_of_nodes_reported() {
+    let cluster = cluster("a");
+    let nodes = &cluster.nodes;
+    let (underlay, tunnel) = (nodes[1].underlay[0], nodes[2].tunnel[0].addr());
+    let around = IpNet::new(underlay, 24).unwrap().trunc();
+    let sentence = format!(
+        "policy p selects addresses of nodes ({around}, {underlay}, {tunnel}): packets that a node \
+         or a pod in its network namespace sends are not steered, and keep that source"
+    );
+    let eip = v4("198.51.100.7");
+    let of = |sources: Vec<IpNet>| {
+        EgressPolicy::new(PolicyId::new("p").unwrap(), sources, eip).with_gateway(name("a"))
+    };
+    let mut selected: Vec<IpNet> = vec![underlay.into(), tunnel.into(), around];
+    let pods =
+        (0..100_u32).map(|number| IpNet::from(IpAddr::from((0x0af4_0100 + number).to_be_bytes())));
+    // Fewer sources than nodes have addresses, and more.
+    for pods in [Vec::new(), pods.collect()] {
+        let mut all = selected.clone();
+        all.extend(&pods);
+        let findings = planned(&cluster, &[of(all)]).unwrap().findings;
+        let expected: Vec<_> =
+            findings.iter().filter(|one| one.code() == "sources_of_nodes").collect();
+        assert_eq!(expected.len(), 1);
+        assert_eq!(expected[0].to_string(), sentence);
+        let pod = of([vec![net("10.244.0.0/16")], pods].concat());
+        assert!(planned(&cluster, &[pod]).unwrap().findings.is_empty());
+    }
+    selected.sort_unstable();
+    let mut egress = Reconciler::new(Sim::new());
+    egress.reconcile(&cluster, [of(nets(&["10.244.1.1/32"]))]).unwrap();
+    let id = PolicyId::new("p").unwrap();
+    let added =
+        Update::AddSources::<EgressPolicy> { policy: id.clone(), sources: vec![underlay.into()] };
+    let finding = Finding::SourcesOfNodes { policy: id, sources: vec![underlay.into()] };
+    assert!(egress.update([added]).unwrap().findings.contains(&finding));
+}

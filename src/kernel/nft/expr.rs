@@ -53,6 +53,18 @@ pub(crate) mod ct {
     pub(crate) const MARK: u32 = 3;
 }
 
+/// Keys of `socket`.
+pub(super) mod socket {
+    pub(crate) const WILDCARD: u32 = 2;
+}
+
+/// Flags and results of `fib`.
+pub(super) mod fib {
+    /// Looks up the destination address.
+    pub(crate) const DESTINATION: u32 = 1 << 1;
+    pub(crate) const TYPE: u32 = 3;
+}
+
 /// Headers that offsets of `payload` are relative to.
 pub(super) mod base {
     pub(crate) const LINK: u32 = 0;
@@ -81,6 +93,10 @@ pub(crate) enum Expr {
     Ct { key: u32, dreg: u32 },
     /// Sets a property of the conntrack entry from a register.
     CtSet { key: u32, sreg: u32 },
+    /// Loads a property of the socket that takes the packet into a register.
+    Socket { key: u32, dreg: u32 },
+    /// Looks an address up in the routing tables; loads the result into a register.
+    Fib { flags: u32, result: u32, dreg: u32 },
     /// Excludes the packet from connection tracking.
     NoTrack,
     /// Puts the connection into a flowtable; ends the rule if it is in one, or may be in none.
@@ -123,6 +139,8 @@ impl Expr {
             Self::Bitwise { .. } => "bitwise",
             Self::Lookup { .. } => "lookup",
             Self::Ct { .. } | Self::CtSet { .. } => "ct",
+            Self::Socket { .. } => "socket",
+            Self::Fib { .. } => "fib",
             Self::NoTrack => "notrack",
             Self::FlowOffload { .. } => "flow_offload",
             Self::Load { .. } | Self::Immediate(_) => "immediate",
@@ -153,6 +171,16 @@ impl Expr {
             Self::CtSet { key, sreg } => {
                 writer.be32(2, *key);
                 writer.be32(4, *sreg);
+            }
+            Self::Socket { key, dreg } => {
+                writer.be32(1, *key);
+                writer.be32(2, *dreg);
+                writer.be32(3, 0);
+            }
+            Self::Fib { flags, result, dreg } => {
+                writer.be32(3, *flags);
+                writer.be32(2, *result);
+                writer.be32(1, *dreg);
             }
             Self::Payload { base, offset, len, dreg } => {
                 writer.be32(1, *dreg);

@@ -1,16 +1,18 @@
 //! Detects nf_tables features that the kernel lacks.
 
+use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 
 use super::expr::{Expr, ct, reg};
 use super::generation::{generation, is_absent};
+use super::stmt::load;
 use super::table::has_owners;
 use super::{batch, flowtable, kind};
 use crate::error::{KernelError, errno};
 use crate::kernel::netlink::exchange::acknowledgements;
 use crate::kernel::netlink::message::{Writer, flag};
 use crate::kernel::netlink::socket::Socket;
-use crate::state::TableFamily;
+use crate::state::{Field, TableFamily};
 
 /// Kernel feature that the datapath needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, thiserror::Error)]
@@ -37,6 +39,17 @@ pub enum KernelPart {
     /// Counters in rules.
     #[error("the counter expression of nf_tables (CONFIG_NF_TABLES)")]
     Counter,
+    /// Expressions that match on the socket that takes a packet.
+    ///
+    /// Without it [`Finding::SocketsUnavailable`](crate::Finding::SocketsUnavailable) is reported.
+    #[error("the socket expression of nf_tables (CONFIG_NFT_SOCKET)")]
+    Socket,
+    /// Expressions that match on the type of an address.
+    ///
+    /// Without it [`Finding::AddressTypesUnavailable`](crate::Finding::AddressTypesUnavailable) is
+    /// reported.
+    #[error("the fib expression of nf_tables (CONFIG_NFT_FIB_INET)")]
+    Fib,
     /// Egress hook of an interface, for [`Steering::EgressHook`](crate::Steering::EgressHook).
     #[error("the egress hook of nf_tables (CONFIG_NFT_NETDEV, CONFIG_NETFILTER_EGRESS)")]
     EgressHook,
@@ -63,12 +76,15 @@ impl KernelPart {
     pub const fn since(self) -> Option<(u8, u8)> {
         match self {
             Self::NatChain | Self::Nat | Self::Masquerade => Some((5, 2)),
+            // The property of a socket that the rules test.
+            Self::Socket => Some((5, 10)),
             Self::EgressHook => Some((5, 16)),
             Self::TableOwner => Some((6, 9)),
             Self::NfTables
             | Self::InetFamily
             | Self::Ct
             | Self::Counter
+            | Self::Fib
             | Self::Vxlan
             | Self::PolicyRouting
             | Self::Ipv6 => None,
@@ -77,7 +93,7 @@ impl KernelPart {
 
     /// Whether the crate can do everything without this feature.
     pub(crate) const fn can_be_done_without(self) -> bool {
-        matches!(self, Self::TableOwner)
+        matches!(self, Self::TableOwner | Self::Socket | Self::Fib)
     }
 }
 
@@ -138,8 +154,22 @@ fn parts() -> Vec<(KernelPart, Trial)> {
         rule(KernelPart::Masquerade, Expr::Masquerade),
         rule(KernelPart::Nat, Expr::Snat { family: 2, sreg: reg::R1 }),
         rule(KernelPart::Counter, Expr::Counter),
+        rule(KernelPart::Socket, load(Field::SocketWildcard, reg::R1)),
+        rule(KernelPart::Fib, load(Field::DestinationType, reg::R1)),
         (KernelPart::EgressHook, Trial::EgressChain),
     ]
+}
+
+/// Fields that rules cannot test in this kernel, of those that rules can do without.
+pub(crate) fn missing_fields(socket: &mut Socket) -> Result<BTreeSet<Field>, KernelError> {
+    let fields =
+        [(KernelPart::Socket, Field::SocketWildcard), (KernelPart::Fib, Field::DestinationType)];
+    let rules = fields.map(|(part, field)| (part, Trial::Rule(load(field, reg::R1))));
+    let trials: Vec<_> =
+        [(KernelPart::InetFamily, Trial::Table)].into_iter().chain(rules).collect();
+    let missing = try_out(socket, &trials)?;
+    let missing = fields.into_iter().filter(|(part, _)| missing.contains(part));
+    Ok(missing.map(|(_, field)| field).collect())
 }
 
 fn try_out<P: Copy>(socket: &mut Socket, parts: &[(P, Trial)]) -> Result<Vec<P>, KernelError> {

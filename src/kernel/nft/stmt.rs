@@ -8,7 +8,7 @@
 #[cfg(test)]
 mod tests;
 
-use super::expr::{Expr, Verdict, base, ct, meta, reg, verdict};
+use super::expr::{Expr, Verdict, base, ct, fib, meta, reg, socket, verdict};
 use crate::state::{
     ChainId, FLOWTABLE, Field, Interface, MarkBits, MarkOf, Mask, NftRule, Selector, Set, Stmt,
     Target,
@@ -18,7 +18,6 @@ use crate::types::{DeviceName, Family};
 /// Protocol numbers of the IP header.
 const TCP: u8 = 6;
 const UDP: u8 = 17;
-const ICMP6: u8 = 58;
 
 /// `ARPHRD_ETHER`, the type of the tunnel device.
 const ETHERNET: u16 = 1;
@@ -27,7 +26,7 @@ const ETHERNET: u16 = 1;
 const TCP_FLAGS: u32 = 13;
 
 /// All fields that can be loaded, with each family.
-const FIELDS: [Field; 18] = [
+const FIELDS: [Field; 19] = [
     Field::Input,
     Field::Output,
     Field::Mark,
@@ -45,11 +44,12 @@ const FIELDS: [Field; 18] = [
     Field::DestinationPort,
     Field::UdpDestinationPort,
     Field::TcpFlags,
-    Field::Icmp6Type,
+    Field::SocketWildcard,
+    Field::DestinationType,
 ];
 
 /// Returns the expression that loads a field into a register.
-const fn load(field: Field, dreg: u32) -> Expr {
+pub(super) const fn load(field: Field, dreg: u32) -> Expr {
     const fn payload(base: u32, offset: u32, len: u32, dreg: u32) -> Expr {
         Expr::Payload { base, offset, len, dreg }
     }
@@ -70,7 +70,8 @@ const fn load(field: Field, dreg: u32) -> Expr {
         Field::SourcePort => payload(base::TRANSPORT, 0, 2, dreg),
         Field::DestinationPort | Field::UdpDestinationPort => payload(base::TRANSPORT, 2, 2, dreg),
         Field::TcpFlags => payload(base::TRANSPORT, TCP_FLAGS, 1, dreg),
-        Field::Icmp6Type => payload(base::TRANSPORT, 0, 1, dreg),
+        Field::SocketWildcard => Expr::Socket { key: socket::WILDCARD, dreg },
+        Field::DestinationType => Expr::Fib { flags: fib::DESTINATION, result: fib::TYPE, dreg },
     }
 }
 
@@ -90,7 +91,9 @@ enum Form {
 const fn form(field: Field) -> Form {
     match field {
         Field::Source(family) | Field::Destination(family) => Form::Address(family),
-        Field::Protocol | Field::CtDirection | Field::TcpFlags | Field::Icmp6Type => Form::Byte,
+        Field::Protocol | Field::CtDirection | Field::TcpFlags | Field::SocketWildcard => {
+            Form::Byte
+        }
         Field::SourcePort | Field::DestinationPort | Field::UdpDestinationPort => Form::Port,
         _ => Form::Host,
     }
@@ -101,17 +104,13 @@ const fn protocol(field: Field) -> Option<u8> {
     match field {
         Field::UdpDestinationPort => Some(UDP),
         Field::TcpFlags => Some(TCP),
-        Field::Icmp6Type => Some(ICMP6),
         _ => None,
     }
 }
 
 /// Returns the family that must be tested before the field is loaded, unless the rule tested it.
 const fn family(field: Field) -> Option<Family> {
-    match field {
-        Field::Icmp6Type => Some(Family::V6),
-        _ => field.family(),
-    }
+    field.family()
 }
 
 impl Form {
@@ -409,6 +408,9 @@ fn guess(mut exprs: &[Expr]) -> Option<Stmt> {
     while let Some(part) = selected(&mut exprs, reg::after(at), protocol) {
         at += form(part.field).width();
         key.push(part);
+    }
+    if let (Some(number), []) = (protocol, key.as_slice()) {
+        return Some(Field::Protocol.is(number.into()));
     }
     match (exprs, key.as_slice()) {
         ([Expr::Cmp { equal, data, .. }, ..], [of]) => {

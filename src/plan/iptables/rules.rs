@@ -4,8 +4,8 @@ use super::sets::{Sets, Way};
 use crate::cluster::Iptables;
 use crate::plan::policies::NormalizedPolicy;
 use crate::state::{
-    Comment, CtState, Direction, Ipset, Is, MarkBits, Side, XtChain, XtMatch, XtName, XtRule,
-    XtTable, XtTarget, Xtables,
+    Comment, CtState, Direction, Field, Ipset, Is, MarkBits, Side, XtChain, XtMatch, XtName,
+    XtRule, XtTable, XtTarget, Xtables,
 };
 use crate::types::{Family, Mark};
 
@@ -36,6 +36,7 @@ impl Rules<'_> {
         chain(Mangle, N::MarkRequest, self.mark_request());
         chain(Mangle, N::ResetMark, self.reset_mark());
         chain(Mangle, N::Guard, self.guard());
+        chain(Mangle, N::EgressIp, self.egress_ip());
         chain(Mangle, N::CheckSnat, self.check_snat());
         chain(Mangle, N::Clear, vec![self.set_mark(0, "egress gateway: not steered")]);
         let here = self.set_mark(self.tunnel().get(), "egress gateway: local gateway");
@@ -259,22 +260,31 @@ impl Rules<'_> {
         // Nodes send to no other address of this node: such a packet is a pod's frame that was
         // masqueraded on the way.
         let elsewhere = [self.tunnel_port(), self.destination(Is::Not, Ipset::Underlay)];
-        let mut rules = vec![
+        let eip = [self.destination(Is::So, Ipset::EgressIps)];
+        vec![
             rule(stranger, XtTarget::Drop, "egress gateway: unknown node"),
             rule(elsewhere, XtTarget::Drop, "egress gateway: not for a node"),
-        ];
-        if self.sets.family == Family::V6 {
-            // Neighbour discovery (RFC 4861): if a unicast probe gets no reply, the router deletes
-            // its neighbour entry for the address.
-            for kind in [135, 136] {
-                let matches =
-                    [XtMatch::Icmp6Type(kind), self.destination(Is::So, Ipset::EgressIps)];
-                rules.push(rule(matches, XtTarget::Return, "egress gateway: neighbours"));
-            }
+            rule(eip, XtTarget::Goto(XtName::EgressIp), "egress gateway: to an EIP"),
+        ]
+    }
+
+    /// Drops packets to an egress IP to which this node's stack would reply with an error.
+    ///
+    /// The chain of nf_tables with the same name has the reasons.
+    fn egress_ip(&self) -> Vec<XtRule> {
+        let known = XtMatch::State(Is::So, CtState::KnownOrUntracked);
+        let of_host = |one| rule([one], XtTarget::Return, "egress gateway: of this node");
+        let strays = |one| rule([one], XtTarget::Drop, "egress gateway: nobody expects it");
+        if self.sets.world.missing_fields.contains(&Field::SocketWildcard) {
+            return vec![of_host(known), strays(XtMatch::OpensNothing)];
         }
-        let eip = [self.destination(Is::So, Ipset::EgressIps)];
-        rules.push(rule(eip, XtTarget::Drop, "egress gateway: no service on an EIP"));
-        rules
+        vec![
+            of_host(known),
+            of_host(XtMatch::Socket),
+            strays(XtMatch::OpensNothing),
+            of_host(XtMatch::AnySocket),
+            strays(XtMatch::Udp),
+        ]
     }
 
     /// Returns the guard rules for open connections.

@@ -1,9 +1,12 @@
 //! Reads routing rules and tables of other programs.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 
 use ipnet::IpNet;
-use netlink_packet_route::route::{RouteMessage, RouteProtocol, RouteType};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteType,
+};
 use netlink_packet_route::rule::{
     RuleAction as KernelAction, RuleAttribute, RuleFlags, RuleMessage,
 };
@@ -24,6 +27,8 @@ pub(crate) struct Tables {
     pub(crate) catch_all: BTreeSet<(Family, u32)>,
     /// Routes of other programs in tables that hold a route of the datapath.
     pub(crate) intruders: Vec<Intruder>,
+    /// Addresses that routes of other programs name as the source of this host's packets.
+    pub(crate) sources: BTreeSet<IpAddr>,
 }
 
 /// Route from a dump.
@@ -33,6 +38,7 @@ struct Listed {
     ///
     /// The text is in the syntax of `ip route`, and present in a table that may be the datapath's.
     foreign: Option<(Option<String>, bool)>,
+    source: Option<IpAddr>,
 }
 
 impl RouteSocket {
@@ -59,7 +65,8 @@ impl RouteSocket {
                 let ours = message.header.protocol == RouteProtocol::from(PROTOCOL);
                 let table = route::table(message);
                 let text = || TableId::new(table).map(|_| route::text(message, family));
-                Some(Listed { table, foreign: (!ours).then(|| (text(), is_catch_all(message))) })
+                let foreign = (!ours).then(|| (text(), is_catch_all(message)));
+                Some(Listed { table, foreign, source: source(message) })
             });
             let found = match found {
                 // The same kernel has no rules, and the rule dump reports that.
@@ -71,8 +78,9 @@ impl RouteSocket {
                 .filter(|route| route.foreign.is_none())
                 .map(|route| route.table)
                 .collect();
-            for Listed { table, foreign } in found {
+            for Listed { table, foreign, source } in found {
                 let Some((text, catches)) = foreign else { continue };
+                tables.sources.extend(source);
                 tables.used.insert(table);
                 if catches {
                     tables.catch_all.insert((family, table));
@@ -84,6 +92,21 @@ impl RouteSocket {
         }
         Ok(tables)
     }
+}
+
+/// Source address of this host's packets, if a route to other hosts names one.
+fn source(message: &RouteMessage) -> Option<IpAddr> {
+    let mut attributes = message.attributes.iter();
+    attributes.find_map(|attribute| match attribute {
+        RouteAttribute::PrefSource(address) if message.header.kind == RouteType::Unicast => {
+            match address {
+                RouteAddress::Inet(v4) => Some(IpAddr::from(*v4)),
+                RouteAddress::Inet6(v6) => Some(IpAddr::from(*v6)),
+                _ => None,
+            }
+        }
+        _ => None,
+    })
 }
 
 pub(crate) fn is_catch_all(message: &RouteMessage) -> bool {

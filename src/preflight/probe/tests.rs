@@ -279,6 +279,16 @@ fn egress_ips() {
         let found = problems(":");
         assert!(matches!(&found[..], [Problem::EgressIpElsewhere { .. }]), "{found:?}");
 
+        sh("ip addr add 198.51.100.7/24 dev u0");
+        let listener = std::net::TcpListener::bind("198.51.100.7:22").unwrap();
+        let connection = std::net::TcpStream::connect("198.51.100.7:22").unwrap();
+        let socket = std::net::UdpSocket::bind("198.51.100.7:53").unwrap();
+        let uses = ["TCP port 22", "UDP port 53", "source of routes"].map(String::from);
+        let used = Problem::EgressIpUsed { address, uses: uses.to_vec() };
+        assert!(problems_of(&here, ":").contains(&used));
+        drop((listener, connection, socket));
+        sh("ip addr del 198.51.100.7/24 dev u0");
+
         let six = policy("node-a", EgressIp::V6("2001:db8::7".parse().unwrap()));
         let found = problems_of(&six, "ip addr add 2001:db8::7/128 dev u0 nodad");
         assert!(matches!(&found[..], [Problem::EgressIpPreferred { .. }]), "{found:?}");

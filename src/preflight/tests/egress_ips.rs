@@ -27,6 +27,26 @@ fn an_address_on_the_loopback_device_for_which_nobody_answers() {
 }
 
 #[test]
+fn an_address_that_the_gateway_uses_itself() {
+    let mut facts = facts();
+    facts.addresses.push(address("198.51.100.7", "eth0"));
+    let here = policy("node-a", EIP);
+    let uses = ["TCP port 22", "source of routes"].map(String::from);
+    facts.uses = uses.clone().map(|what| (ip("198.51.100.7"), what)).into();
+    facts.uses.insert((ip("192.0.2.1"), "UDP port 53".to_owned()));
+    let problems = judge_for(&cluster(), &here, &facts);
+    assert_eq!(
+        problems,
+        [Problem::EgressIpUsed { address: ip("198.51.100.7"), uses: uses.to_vec() }]
+    );
+    assert_eq!(
+        problems[0].to_string(),
+        "egress IP 198.51.100.7 is also used by this node: TCP port 22, source of routes"
+    );
+    assert_eq!(problems[0].severity(), Severity::Note);
+}
+
+#[test]
 fn an_address_on_another_node() {
     let mut facts = facts();
     facts.addresses.push(address("198.51.100.7", "eth0"));

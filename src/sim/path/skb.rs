@@ -23,6 +23,10 @@ pub(crate) struct Skb {
     /// Destination MAC address, once the packet is a frame.
     pub(crate) ethernet: Option<MacAddr>,
     pub(crate) tracking: Tracking,
+    /// Whether the socket that takes the packet is bound to no address; `None` without a socket.
+    pub(crate) wildcard: Option<bool>,
+    /// Whether the destination is an address of the host.
+    pub(crate) local: bool,
 }
 
 /// Conntrack state of a packet.
@@ -60,6 +64,8 @@ impl Skb {
             routed: false,
             ethernet: None,
             tracking,
+            wildcard: None,
+            local: false,
         }
     }
 
@@ -138,8 +144,10 @@ pub(super) fn load(Selector { field, mask }: Selector, skb: &Skb) -> Option<Load
         Field::UdpDestinationPort if protocol == Packet::UDP => destination_port.into(),
         // A TCP connection is assumed to begin with SYN where its first segment is seen.
         Field::TcpFlags if protocol == Packet::TCP => Stmt::SYN,
-        Field::Icmp6Type if protocol == Packet::ICMP6 => (destination_port >> 8).into(),
-        Field::UdpDestinationPort | Field::TcpFlags | Field::Icmp6Type => return None,
+        Field::UdpDestinationPort | Field::TcpFlags => return None,
+        Field::SocketWildcard => skb.wildcard?.into(),
+        Field::DestinationType if skb.local => Stmt::LOCAL,
+        Field::DestinationType => Stmt::UNICAST,
     };
     Some(Loaded::Number(match mask {
         Mask::Bits(bits) => number & bits,

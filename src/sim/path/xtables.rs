@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use super::Walk;
 use super::ruleset::{End, Nat, Next, Ruleset};
 use super::skb::{Loaded, Skb, load};
+use crate::sim::packet::Packet;
 use crate::sim::trace::Decision;
 use crate::state::{
     Comment, Direction, Field, Ipset, IpsetContents, Is, MarkBits, Mask, Member, Selector, Side,
@@ -56,10 +57,13 @@ impl<'a> Table<'a> {
                 let found = number(Field::UdpDestinationPort, Mask::Whole);
                 (Is::So, found.map(|found| found == u32::from(*port)))
             }
-            XtMatch::Icmp6Type(kind) => {
-                let found = number(Field::Icmp6Type, Mask::Whole);
-                (Is::So, found.map(|found| found == u32::from(*kind)))
+            XtMatch::Udp => (Is::So, Some(skb.packet.protocol == Packet::UDP)),
+            XtMatch::OpensNothing => {
+                let mask = Stmt::SYN | Stmt::ACK;
+                (Is::Not, has(Field::TcpFlags, MarkBits { mask, value: Stmt::SYN }))
             }
+            XtMatch::Socket => (Is::So, Some(skb.wildcard == Some(false))),
+            XtMatch::AnySocket => (Is::So, Some(skb.wildcard.is_some())),
             XtMatch::Mark(is, bits) => (*is, has(Field::Mark, *bits)),
             XtMatch::Connmark(is, bits) => (*is, has(Field::CtMark, *bits)),
             XtMatch::Direction(direction) => {

@@ -150,7 +150,7 @@ pub static CASES: &[Case] = &[
     .with_nft(),
     Case::new(
         "egress-ip-service",
-        "no service of the gateway answers on an egress IP",
+        "a service of the gateway at an egress IP answers",
         closed::egress_ip_service,
     ),
     Case::new(

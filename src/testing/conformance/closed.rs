@@ -232,7 +232,8 @@ pub(super) fn egress_ip_service(trial: &mut Trial<'_>) -> Result {
     check(&[Expect::source(trial.server(), EIP_B, SERVER)])?;
     trial.apply(&[policy("p", &[POD_A], B, dual(EIP_B))?])?;
     check(&[
-        Expect::nothing(trial.server(), EIP_B),
+        Expect::source(trial.server(), EIP_B, SERVER),
         Expect::source(trial.server(), NODE_B_OUTSIDE, SERVER),
+        Expect::source(trial.pod_a(), SERVER, EIP_B),
     ])
 }

@@ -1,6 +1,6 @@
 //! Scenarios whose packets are not simply a pod's questions.
 
-use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::OwnedFd;
 
 use egress_datapath::explain;
@@ -111,7 +111,12 @@ pub(super) fn scanned(world: &mut World<'_>) -> Result {
     let _service = Echo::start(&world.lab.node_b.netns, &[EIP_B, NODE_B_OUTSIDE].concat())?;
     world.apply(&[by_b()?])?;
     let mut sim = world.simulated(1)?;
-    sim = sim.with_host(HostContext::new([NODE_B_OUTSIDE, EIP_B].concat()));
+    let local = [NODE_B_OUTSIDE, EIP_B].concat();
+    let listens = |ip: &IpAddr| {
+        [Packet::TCP, Packet::UDP].map(|protocol| (protocol, SocketAddr::new(*ip, PORT)))
+    };
+    let sockets = local.iter().flat_map(listens).collect();
+    sim = sim.with_host(HostContext::new(local).with_sockets(sockets));
     let name = world.lab.cluster(&world.lab.node_b)?.node;
     let mut sims = SimCluster::new([SimNode { name, sim, pods: Vec::new() }]);
     for to in [EIP_B, NODE_B_OUTSIDE] {

@@ -137,6 +137,15 @@ pub(super) fn data(name: &str, list: Attributes<'_>) -> Result<Option<Expr>, Mal
             (Some(key), None, Some(sreg)) => Some(Expr::CtSet { key, sreg }),
             _ => None,
         },
+        "socket" if !fields.none(&[3])? => None,
+        "socket" => match (fields.number(1)?, fields.register(2)?) {
+            (Some(key), Some(dreg)) => Some(Expr::Socket { key, dreg }),
+            _ => None,
+        },
+        "fib" => match (fields.number(3)?, fields.number(2)?, fields.register(1)?) {
+            (Some(flags), Some(result), Some(dreg)) => Some(Expr::Fib { flags, result, dreg }),
+            _ => None,
+        },
         "notrack" => Some(Expr::NoTrack),
         "flow_offload" => match fields.get(1)? {
             Some(name) => Some(Expr::FlowOffload { flowtable: name.text()?.to_owned() }),

@@ -17,7 +17,7 @@ fn golden() -> Vec<(&'static str, Vec<u8>)> {
         let byte = |at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap();
         list.push((rule, (0..hex.len()).step_by(2).map(byte).collect()));
     }
-    assert_eq!(list.len(), 45);
+    assert_eq!(list.len(), 48);
     list
 }
 
@@ -72,7 +72,7 @@ fn statements() -> Vec<Stmt> {
         Field::Mark.has(MarkBits { mask: 0, value: 0 }),
         Field::DestinationPort.is(7789),
         Field::UdpDestinationPort.is(0),
-        Field::Icmp6Type.is(255),
+        Field::Protocol.is(255),
     ]);
     list
 }

@@ -102,8 +102,7 @@ fn base_chains() -> Vec<Chain> {
                     Counter,
                     Drop,
                 ],
-                vec![Field::Destination(V6).is_in(Set::Eip(V6)), Field::Icmp6Type.is(135), Return],
-                vec![Field::Icmp6Type.is(136), Return],
+                vec![Field::Destination(V6).is_in(Set::Eip(V6)), Goto(ChainId::EgressIp)],
                 vec![
                     Field::Source(V4).is_in(Set::Peer(V4)),
                     Field::Destination(V4).is_not_in(Set::Excluded(V4)),
@@ -170,6 +169,15 @@ pub(super) fn chains() -> Vec<Chain> {
     use Stmt::*;
     let mut list = base_chains();
     list.extend([
+        (
+            ChainId::EgressIp,
+            None,
+            rules(vec![
+                vec![Field::SocketWildcard.is(0), Return],
+                vec![Stmt::opens_nothing(), Drop],
+                vec![Field::Protocol.is(Stmt::UDP), Counter, Drop],
+            ]),
+        ),
         (ChainId::LocalGateway, None, rules(vec![vec![ClearPriority]])),
         (ChainId::Bypass, None, rules(vec![])),
         (ChainId::To(GATEWAY), None, rules(vec![vec![MARK], vec![ClearPriority], vec![Counter]])),
@@ -189,7 +197,10 @@ pub(super) fn chains() -> Vec<Chain> {
             (
                 ChainId::Exclude(family),
                 None,
-                rules(vec![vec![Goto(ChainId::SelectPolicy(family))]]),
+                rules(vec![
+                    vec![Field::DestinationType.is(Stmt::LOCAL), Return],
+                    vec![Goto(ChainId::SelectPolicy(family))],
+                ]),
             ),
             (ChainId::SelectPolicy(family), None, rules(pick)),
             (
