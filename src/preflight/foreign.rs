@@ -1,5 +1,6 @@
 //! Reads nf_tables chains and rules of other programs, including iptables-nft.
 
+mod expression;
 mod filters;
 mod marks;
 #[cfg(test)]
@@ -17,6 +18,7 @@ use crate::kernel::nft::expr::Expr;
 use crate::kernel::nft::{batch, chain, generation, kind};
 use crate::state::{NFT_TABLE, XtName};
 use crate::types::Family;
+use expression::{printable, text};
 
 /// Families whose packets the datapath steers: `NFPROTO_*` number and `nft` name.
 const FAMILIES: [(u8, &str, &[Family]); 3] =
@@ -290,44 +292,6 @@ fn jumps_to_ours(element: &Attribute<'_>) -> bool {
         Expr::Immediate(verdict) => verdict.chain.is_some_and(|chain| is_chain_of_ours(&chain)),
         _ => false,
     }
-}
-
-/// Returns the name of an expression and its attributes.
-fn expression<'a>(element: &Attribute<'a>) -> (&'a str, Attributes<'a>) {
-    let (mut name, mut data) = ("", Attributes::new(&[]));
-    for attribute in element.nested().flatten() {
-        match attribute.kind {
-            1 => name = attribute.text().unwrap_or_default(),
-            2 => data = attribute.nested(),
-            _ => {}
-        }
-    }
-    (name, data)
-}
-
-/// Returns name, revision and data of an iptables match or target.
-fn extension(data: Attributes<'_>) -> (&str, u32, &[u8]) {
-    let (mut name, mut revision, mut info) = ("", 0, &[][..]);
-    for attribute in data.flatten() {
-        match attribute.kind {
-            1 => name = attribute.text().unwrap_or_default(),
-            2 => revision = attribute.be32().unwrap_or_default(),
-            3 => info = attribute.bytes(),
-            _ => {}
-        }
-    }
-    (name, revision, info)
-}
-
-/// Returns a name in printable form, because the kernel accepts any bytes as a name.
-fn text(attribute: &Attribute<'_>) -> String {
-    let bytes = attribute.bytes();
-    let bytes = bytes.strip_suffix(&[0]).unwrap_or(bytes);
-    printable(&String::from_utf8_lossy(bytes))
-}
-
-fn printable(name: &str) -> String {
-    name.escape_debug().collect()
 }
 
 #[cfg(test)]

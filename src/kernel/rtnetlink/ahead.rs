@@ -7,7 +7,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
 
-use super::rule;
 use crate::state::Rule;
 
 /// Number of the kernel's table of local addresses.
@@ -37,19 +36,20 @@ impl FirstRule {
         let first = self.lock();
         let Some(first) = first.as_ref() else { return false };
         let (mut priority, mut value, mut mask, mut selects) = (0, 0, 0, false);
-        let mut without_default = false;
+        let (mut table, mut without_default) = (u32::from(message.header.table), false);
         for attribute in &message.attributes {
             match attribute {
                 RuleAttribute::Priority(number) => priority = *number,
                 RuleAttribute::FwMark(number) => value = *number,
                 RuleAttribute::FwMask(number) => mask = *number,
+                RuleAttribute::Table(number) => table = *number,
                 RuleAttribute::SuppressPrefixLen(length) => without_default = *length != u32::MAX,
                 RuleAttribute::Iifname(_) | RuleAttribute::Oifname(_) => selects = true,
                 _ => {}
             }
         }
         let ends = match message.header.action {
-            RuleAction::ToTable => !without_default && rule::table(message) != LOCAL,
+            RuleAction::ToTable => !without_default && table != LOCAL,
             RuleAction::Blackhole | RuleAction::Unreachable | RuleAction::Prohibit => true,
             _ => false,
         };

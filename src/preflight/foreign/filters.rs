@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::expression;
+use super::expression::{expression, extension, printable};
 use crate::kernel::netlink::message::{Attribute, Attributes, Malformed};
 use crate::kernel::nft::expr::{ELEMENT, Expr, meta, verdict};
 use crate::preflight::facts::{FilterRule, Test, Verdict};
@@ -39,7 +39,7 @@ pub(crate) fn is_strict(element: &Attribute<'_>) -> bool {
     match name {
         "fib" => matches!(fib(data), Some((_, Held::WayBack { strict: true, .. }))),
         "match" => {
-            let (name, _, info) = super::extension(data);
+            let (name, _, info) = extension(data);
             name == "rpfilter" && info.first().is_some_and(|flags| flags & LOOSE == 0)
         }
         _ => false,
@@ -104,8 +104,8 @@ fn follow(
                 (verdict::ACCEPT, _) => Some(Verdict::Accept),
                 (verdict::DROP, _) => Some(Verdict::Drop),
                 (verdict::RETURN, _) => Some(Verdict::Return),
-                (verdict::JUMP, Some(chain)) => Some(Verdict::Jump(super::printable(&chain))),
-                (verdict::GOTO, Some(chain)) => Some(Verdict::Goto(super::printable(&chain))),
+                (verdict::JUMP, Some(chain)) => Some(Verdict::Jump(printable(&chain))),
+                (verdict::GOTO, Some(chain)) => Some(Verdict::Goto(printable(&chain))),
                 _ => None,
             }
         }
@@ -125,7 +125,7 @@ fn other(element: &Attribute<'_>, registers: &mut BTreeMap<u32, Held>, rule: &mu
         },
         "match" => rule.tests.push(matching(data)),
         "target" => {
-            let (name, ..) = super::extension(data);
+            let (name, ..) = extension(data);
             rule.marks |= matches!(name, "MARK" | "CONNMARK");
             if name == "REJECT" {
                 rule.verdict = Some(Verdict::Drop);
@@ -198,7 +198,7 @@ fn fib(data: Attributes<'_>) -> Option<(u32, Held)> {
 
 /// Reads a match of iptables.
 fn matching(data: Attributes<'_>) -> Test {
-    let (name, revision, info) = super::extension(data);
+    let (name, revision, info) = extension(data);
     match (name, revision, info) {
         ("rpfilter", 0, [flags, ..]) => {
             Test::WayBack { strict: flags & LOOSE == 0, exists: flags & INVERT == 0 }

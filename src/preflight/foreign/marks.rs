@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use super::expression;
 use crate::kernel::netlink::message::{Attribute, Attributes, Malformed};
 use crate::kernel::nft::expr::{ELEMENT, Expr, ct, meta};
 use crate::preflight::MarkKind;
@@ -105,11 +106,11 @@ fn follow(expr: &Expr, registers: &mut BTreeMap<u32, Held>, uses: &mut Uses) {
 
 /// Reads an iptables match or target; returns false for any other expression.
 fn extension(element: &Attribute<'_>, uses: &mut Uses) -> bool {
-    let (name, data) = super::expression(element);
+    let (name, data) = expression::expression(element);
     if !matches!(name, "match" | "target") {
         return false;
     }
-    let (name, revision, info) = super::extension(data);
+    let (name, revision, info) = expression::extension(data);
     let word = |n: usize| info.get(n * 4..n * 4 + 4).and_then(host).unwrap_or_default();
     // `struct xt_mark_mtinfo1`, `xt_connmark_mtinfo1` and `xt_mark_tginfo2` begin with value and
     // mask, `xt_connmark_tginfo1` and `xt_connmark_tginfo2` with value, mask and the mask of the
