@@ -169,9 +169,9 @@ impl Finding {
 }
 
 fn nets(nets: &[IpNet]) -> String {
-    let shown = nets.iter().map(|net| match net.prefix_len() == net.max_prefix_len() {
-        true => net.addr().to_string(),
-        false => net.to_string(),
+    let shown = nets.iter().map(|net| {
+        let single = net.prefix_len() == net.max_prefix_len();
+        if single { net.addr().to_string() } else { net.to_string() }
     });
     shown.collect::<Vec<_>>().join(", ")
 }

@@ -557,8 +557,8 @@ impl Skeleton<'_> {
     /// The address may be one that this node uses itself. A late answer to a pod's connection, or
     /// one that moved to this node, is not for this node: a TCP reset or an ICMP error would end
     /// the connection before its first outgoing packet. Conntrack does not know it here, and no
-    /// socket takes it. Other protocols are passed, because the kernel itself may take them
-    /// (IPsec, IPIP), and because an ICMP packet causes no error.
+    /// socket takes it. Other protocols are passed, because the kernel itself may take them (ESP,
+    /// IPIP), and because an ICMP packet causes no error.
     fn egress_ip(&self) -> Vec<Vec<Stmt>> {
         // A packet that the host exempts from tracking is no pod's.
         let known = Stmt::ESTABLISHED | Stmt::RELATED | Stmt::UNTRACKED;

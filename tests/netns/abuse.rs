@@ -509,6 +509,10 @@ const TCP: u8 = 6;
 const SYN: u8 = 2;
 const ACK: u8 = 16;
 
+/// A port of no socket, and of one that is bound to no address.
+const CLOSED: u16 = 7012;
+const EVERYWHERE: u16 = 7013;
+
 /// A TCP segment with these flags.
 fn segment(from: (IpAddr, u16), to: (IpAddr, u16), flags: u8) -> Vec<u8> {
     let ports = [from.1, to.1].map(u16::to_be_bytes).concat();
@@ -524,8 +528,6 @@ fn stray_packets_to_egress_ip_answered_with_no_error() -> Result {
     let _fleet = steered(&lab)?;
     nft(&lab.server, &[], ERRORS)?;
     lab.node_b.netns.sysctl(&[("ipv6/bindv6only", "1")])?;
-    const CLOSED: u16 = 7012;
-    const EVERYWHERE: u16 = 7013;
     for (server, eip) in SERVER.into_iter().zip(EIP_B) {
         let any: IpAddr =
             if eip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };

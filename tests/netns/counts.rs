@@ -165,11 +165,11 @@ fn drops_of_a_chain_counted() -> Result {
     let mut fleet = Fleet::open(&lab)?;
     fleet.apply(&[policy("one", &[POD_A], Some("node-b"), dual(EIP_B))?])?;
     assert!(fleet.drops("node-b")?.values().all(|count| count.packets == 0));
-    // A connection from outside to the egress IP is not one of a pod.
+    // Only nodes may send to the tunnel's port.
     for (any, to) in [("0.0.0.0", EIP_B[0]), ("::", EIP_B[1])] {
         let socket = lab.server.run(|| UdpSocket::bind((any, 0)))??;
         for _ in 0..3 {
-            socket.send_to(b"?", (to, 9))?;
+            socket.send_to(b"?", (to, 7789))?;
         }
     }
     let six = Count { packets: 6, bytes: 3 * (29 + 49) };

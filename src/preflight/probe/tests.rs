@@ -284,8 +284,8 @@ fn egress_ips() {
         let connection = std::net::TcpStream::connect("198.51.100.7:22").unwrap();
         let socket = std::net::UdpSocket::bind("198.51.100.7:53").unwrap();
         let uses = ["TCP port 22", "UDP port 53", "source of routes"].map(String::from);
-        let used = Problem::EgressIpUsed { address, uses: uses.to_vec() };
-        assert!(problems_of(&here, ":").contains(&used));
+        let noted = Problem::EgressIpUsed { address, uses: uses.to_vec() };
+        assert!(problems_of(&here, ":").contains(&noted));
         drop((listener, connection, socket));
         sh("ip addr del 198.51.100.7/24 dev u0");
 

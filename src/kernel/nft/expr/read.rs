@@ -131,13 +131,12 @@ pub(super) fn data(name: &str, list: Attributes<'_>) -> Result<Option<Expr>, Mal
         },
         "bitwise" => bitwise(&fields)?,
         "lookup" => lookup(&fields)?,
-        "ct" if !fields.none(&[3])? => None,
+        "ct" | "socket" if !fields.none(&[3])? => None,
         "ct" => match (fields.number(2)?, fields.register(1)?, fields.register(4)?) {
             (Some(key), Some(dreg), None) => Some(Expr::Ct { key, dreg }),
             (Some(key), None, Some(sreg)) => Some(Expr::CtSet { key, sreg }),
             _ => None,
         },
-        "socket" if !fields.none(&[3])? => None,
         "socket" => match (fields.number(1)?, fields.register(2)?) {
             (Some(key), Some(dreg)) => Some(Expr::Socket { key, dreg }),
             _ => None,
