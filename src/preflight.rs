@@ -25,8 +25,8 @@
 //!
 //! # Limits
 //!
-//! The check does not see the rules of legacy iptables, eBPF programs attached by `bpf` links (TCX,
-//! netkit), packets that the network between the nodes drops, and sockets other than VXLAN devices
+//! The check does not see the rules of legacy iptables, eBPF programs attached by `bpf` links (TCX),
+//! packets that the network between the nodes drops, and sockets other than VXLAN devices
 //! on the tunnel's UDP port. Of a reverse path filter it does not evaluate lookups in sets.
 
 mod devices;

@@ -87,6 +87,8 @@ pub(crate) enum DeviceKind {
     Tunnel,
     /// Gives packets back to the interface that they were redirected from (`ifb`).
     Ifb,
+    /// Has eBPF programs in place of a qdisc.
+    Netkit,
     #[default]
     Other,
 }

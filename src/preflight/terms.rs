@@ -52,7 +52,7 @@ pub enum FastPath {
     Redirect,
     /// The hardware evaluates a tc filter, and the kernel does not (`skip_sw`).
     Hardware,
-    /// An eBPF program is attached to tc (clsact or ingress).
+    /// An eBPF program is attached to tc (clsact or ingress), or the interface is a netkit device.
     TrafficControl,
     /// An XDP program is attached.
     Xdp,
@@ -63,7 +63,7 @@ impl fmt::Display for FastPath {
         f.write_str(match self {
             Self::Redirect => "tc filters redirect packets",
             Self::Hardware => "tc filters act on packets in the hardware",
-            Self::TrafficControl => "eBPF programs in tc may forward packets",
+            Self::TrafficControl => "eBPF programs may forward packets",
             Self::Xdp => "XDP programs may forward packets",
         })
     }

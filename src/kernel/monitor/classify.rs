@@ -10,7 +10,7 @@ use crate::kernel::netlink::message::{Attribute, Attributes, Message};
 use crate::kernel::nft;
 use crate::kernel::rtnetlink::address;
 use crate::kernel::rtnetlink::address::is_link_local;
-use crate::kernel::rtnetlink::ahead::FirstRule;
+use crate::kernel::rtnetlink::ahead::OurRules;
 use crate::kernel::rtnetlink::neighbour;
 use crate::kernel::rtnetlink::socket::object;
 use crate::state::{LINK_ALIAS, NFT_TABLE, PROTOCOL, TableFamily};
@@ -40,13 +40,13 @@ const NF_TABLES: u16 = 10;
 const NEWGEN: u16 = 0xa0f;
 
 /// Adds the change that a message reports; `ours` are the VXLAN device's index, 0 for none, and our
-/// first rule.
+/// routing rules.
 ///
 /// `unsigned` is whether our table was changed by a transaction that has not ended yet: the writer
 /// is named in the message that ends it, so the change is reported then.
 pub(super) fn read(
     message: &Message<'_>,
-    ours: (u32, &FirstRule),
+    ours: (u32, &OurRules),
     unsigned: &mut bool,
     events: &mut ChangeEvents,
 ) {
@@ -83,7 +83,7 @@ fn writer(message: &Message<'_>) -> Option<Process> {
     Some(Process { pid, name: name.trim_end_matches('\0').to_owned() })
 }
 
-fn part(message: &Message<'_>, (device, first): (u32, &FirstRule)) -> Option<Component> {
+fn part(message: &Message<'_>, (device, rules): (u32, &OurRules)) -> Option<Component> {
     let body = message.payload();
     let is_ours = |index| index != 0 && index == device;
     match message.kind {
@@ -100,7 +100,7 @@ fn part(message: &Message<'_>, (device, first): (u32, &FirstRule)) -> Option<Com
         NEWRULE | DELRULE => {
             let protocol = attribute(body, RULE, FRA_PROTOCOL);
             let own = protocol.is_some_and(|protocol| protocol.bytes() == [PROTOCOL]);
-            (own || comes_first(message, first)).then_some(Component::Rule)
+            (own || comes_first(message, rules)).then_some(Component::Rule)
         }
         NEWNETCONF => {
             let index = setting(body, NETCONFA_IFINDEX).unwrap_or_default();
@@ -111,9 +111,9 @@ fn part(message: &Message<'_>, (device, first): (u32, &FirstRule)) -> Option<Com
 }
 
 /// Whether a rule of another program is new and may take our packets.
-fn comes_first(message: &Message<'_>, first: &FirstRule) -> bool {
+fn comes_first(message: &Message<'_>, ours: &OurRules) -> bool {
     match object(message) {
-        Ok(RouteNetlinkMessage::NewRule(rule)) => first.is_preceded_by(&rule),
+        Ok(RouteNetlinkMessage::NewRule(rule)) => ours.are_preceded_by(&rule),
         _ => false,
     }
 }
@@ -208,7 +208,7 @@ mod tests {
         writer.end(message);
         let bytes = writer.finish().unwrap();
         for message in Messages::new(&bytes).flatten() {
-            read(&message, (7, &FirstRule::default()), unsigned, events);
+            read(&message, (7, &OurRules::default()), unsigned, events);
         }
     }
 

@@ -14,7 +14,7 @@ use crate::error::errno;
 use crate::event::{ChangeEvents, Component};
 use crate::kernel::netlink::message::Messages;
 use crate::kernel::netlink::socket::{NETLINK_ROUTE, Socket};
-use crate::kernel::rtnetlink::ahead::FirstRule;
+use crate::kernel::rtnetlink::ahead::OurRules;
 use crate::kernel::rtnetlink::socket::RouteSocket;
 
 /// Rtnetlink multicast groups of a datapath (`enum rtnetlink_groups`).
@@ -43,7 +43,7 @@ pub(crate) struct Listener {
     rules: Socket,
     /// Last known index of the VXLAN device; 0 for none.
     device: Arc<AtomicU32>,
-    first_rule: FirstRule,
+    our_rules: OurRules,
     /// True if the routing socket is in its multicast groups.
     pub(super) routing_joined: bool,
     /// True if the nf_tables socket is in its multicast group.
@@ -100,7 +100,7 @@ impl Listener {
             routing,
             rules,
             device: ours.device_index(),
-            first_rule: ours.first_rule().clone(),
+            our_rules: ours.our_rules().clone(),
             routing_joined: false,
             rules_joined: false,
             unsigned: false,
@@ -188,7 +188,7 @@ impl Listener {
                                 continue;
                             };
                             self.last_end = classify::generation(&message).or(self.last_end);
-                            let ours = (device, &self.first_rule);
+                            let ours = (device, &self.our_rules);
                             classify::read(&message, ours, &mut self.unsigned, &mut events);
                         }
                     }

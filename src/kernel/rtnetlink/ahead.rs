@@ -12,29 +12,39 @@ use crate::state::Rule;
 /// Number of the kernel's table of local addresses.
 const LOCAL: u32 = 255;
 
-/// The first of our rules, as last read or written; shared with the listener for notifications.
+/// What decides whether a rule precedes ours, as last read or written; shared with the listener for
+/// notifications.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct FirstRule(Arc<Mutex<Option<Rule>>>);
+pub(crate) struct OurRules(Arc<Mutex<Option<Marks>>>);
 
-impl FirstRule {
+/// Priority and marks of our rules.
+#[derive(Clone, Copy, Debug)]
+struct Marks {
+    /// Lowest priority.
+    first: u32,
+    /// Value and mask that all our marks have in common; of the guard rules.
+    prefix: (u32, u32),
+    /// Bits that any of our rules tests.
+    tested: u32,
+}
+
+impl OurRules {
     /// Records our rules as read.
     pub(crate) fn set<'a>(&self, rules: impl IntoIterator<Item = &'a Rule>) {
-        *self.lock() = rules.into_iter().min_by_key(|rule| order(rule)).cloned();
+        let mut known = self.lock();
+        *known = None;
+        rules.into_iter().for_each(|rule| add(&mut known, rule));
     }
 
     /// Records a rule as added.
     pub(crate) fn add(&self, rule: &Rule) {
-        let mut first = self.lock();
-        if first.as_ref().is_none_or(|first| order(rule) < order(first)) {
-            *first = Some(rule.clone());
-        }
+        add(&mut self.lock(), rule);
     }
 
     /// Whether a rule of another program comes before ours and may decide the route of a packet
     /// with our mark.
-    pub(crate) fn is_preceded_by(&self, message: &RuleMessage) -> bool {
-        let first = self.lock();
-        let Some(first) = first.as_ref() else { return false };
+    pub(crate) fn are_preceded_by(&self, message: &RuleMessage) -> bool {
+        let Some(ours) = *self.lock() else { return false };
         let (mut priority, mut value, mut mask, mut selects) = (0, 0, 0, false);
         let (mut table, mut without_default) = (u32::from(message.header.table), false);
         for attribute in &message.attributes {
@@ -53,19 +63,24 @@ impl FirstRule {
             RuleAction::Blackhole | RuleAction::Unreachable | RuleAction::Prohibit => true,
             _ => false,
         };
-        // The guard rule has our mark prefix; other rules have bits that differ by gateway.
-        let prefix = if first.inverted { first.mask } else { 0 };
-        let matches = (value ^ first.mark.get()) & mask & prefix == 0;
+        // Value bits differ by gateway; the others are the prefix, or of no program and 0.
+        let (prefix, prefix_mask) = ours.prefix;
+        let matches = (value ^ prefix) & mask & !(ours.tested & !prefix_mask) == 0;
         let inverted = message.header.flags.contains(RuleFlags::Invert);
-        priority < first.priority && ends && !selects && (matches || inverted)
+        priority < ours.first && ends && !selects && (matches || inverted)
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<Rule>> {
+    fn lock(&self) -> MutexGuard<'_, Option<Marks>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Order of our rules, with the guard rule first among those of its priority.
-const fn order(rule: &Rule) -> (u32, bool) {
-    (rule.priority, !rule.inverted)
+fn add(known: &mut Option<Marks>, rule: &Rule) {
+    let unknown = Marks { first: rule.priority, prefix: (0, 0), tested: 0 };
+    let ours = known.get_or_insert(unknown);
+    ours.first = ours.first.min(rule.priority);
+    ours.tested |= rule.mask;
+    if rule.inverted {
+        ours.prefix = (rule.mark.get(), rule.mask);
+    }
 }

@@ -104,7 +104,7 @@ impl RouteSocket {
             Op::PutNeighbour(device, ip, mac) => neighbour::put(index(device)?, *ip, *mac),
             Op::DeleteNeighbour(device, ip) => neighbour::delete(index(device)?, *ip),
             Op::AddRule(rule) => {
-                self.first_rule().add(rule);
+                self.our_rules().add(rule);
                 rule::add(rule)
             }
             Op::DeleteRule(rule) => rule::delete(rule),
@@ -167,7 +167,7 @@ impl RouteSocket {
         }
         (state.routes, state.strays) = self.routes(index)?;
         let (rules, strays) = self.rules()?;
-        self.first_rule().set(&rules);
+        self.our_rules().set(&rules);
         state.rules = rules;
         state.strays.extend(strays);
         Ok(())

@@ -9,7 +9,7 @@ use netlink_packet_core::{
 };
 use netlink_packet_route::RouteNetlinkMessage;
 
-use super::ahead::FirstRule;
+use super::ahead::OurRules;
 use super::ipv6::Settings;
 use crate::diff::op::Op;
 use crate::error::{KernelError, errno};
@@ -53,7 +53,7 @@ pub(crate) struct RouteSocket {
     socket: Socket,
     settings: Settings,
     device: Arc<AtomicU32>,
-    first_rule: FirstRule,
+    our_rules: OurRules,
 }
 
 impl RouteSocket {
@@ -63,8 +63,8 @@ impl RouteSocket {
         let socket = Socket::open(NETLINK_ROUTE).map_err(|error| KernelError::io(what, &error))?;
         // Without strict checking the kernel ignores the filters of a dump and sends everything.
         socket.set_strict().map_err(|error| KernelError::io(what, &error))?;
-        let (device, first_rule) = (Arc::default(), FirstRule::default());
-        Ok(Self { socket, settings: Settings::of_thread(), device, first_rule })
+        let (device, our_rules) = (Arc::default(), OurRules::default());
+        Ok(Self { socket, settings: Settings::of_thread(), device, our_rules })
     }
 
     /// Whether the calling thread is in the socket's network namespace.
@@ -84,9 +84,9 @@ impl RouteSocket {
         Arc::clone(&self.device)
     }
 
-    /// The first of our rules.
-    pub(crate) const fn first_rule(&self) -> &FirstRule {
-        &self.first_rule
+    /// Priority and marks of our rules.
+    pub(crate) const fn our_rules(&self) -> &OurRules {
+        &self.our_rules
     }
 
     /// Records the index of our device.

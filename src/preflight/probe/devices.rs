@@ -96,6 +96,7 @@ pub(crate) fn device(message: LinkMessage) -> Indexed {
         .collect();
     let kind = infos.iter().find_map(|info| match info {
         LinkInfo::Kind(InfoKind::Ifb) => Some(DeviceKind::Ifb),
+        LinkInfo::Kind(InfoKind::Netkit) => Some(DeviceKind::Netkit),
         LinkInfo::Kind(kind) => is_tunnel(kind).then_some(DeviceKind::Tunnel),
         _ => None,
     });
@@ -151,6 +152,7 @@ mod tests {
         for (attributes, kind, has_xdp) in [
             (vec![], DeviceKind::Other, false),
             (vec![kind(InfoKind::Ifb)], DeviceKind::Ifb, false),
+            (vec![kind(InfoKind::Netkit)], DeviceKind::Netkit, false),
             (vec![kind(InfoKind::Geneve)], DeviceKind::Tunnel, false),
             (vec![kind(InfoKind::Veth), xdp(XdpAttached::None)], DeviceKind::Other, false),
             (vec![xdp(XdpAttached::SocketBuffer)], DeviceKind::Other, true),

@@ -1,6 +1,7 @@
 //! Reads where packets may leave an interface ahead of all nf_tables hooks.
 //!
-//! Programs that are attached by `bpf` links (TCX, netkit) are not listed over rtnetlink.
+//! Programs that are attached by `bpf` links (TCX, netkit) are not listed over rtnetlink; a netkit
+//! device is taken for one with programs.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -43,10 +44,14 @@ impl RouteSocket {
     ) -> Result<BTreeMap<FastPath, BTreeSet<String>>, KernelError> {
         let mut found: BTreeMap<FastPath, BTreeSet<String>> = BTreeMap::new();
         let mut add = |way, name: &str| found.entry(way).or_default().extend([name.to_owned()]);
-        devices
-            .iter()
-            .filter(|(_, device)| device.xdp)
-            .for_each(|(_, d)| add(FastPath::Xdp, &d.name));
+        for (_, device) in devices {
+            if device.xdp {
+                add(FastPath::Xdp, &device.name);
+            }
+            if device.kind == DeviceKind::Netkit {
+                add(FastPath::TrafficControl, &device.name);
+            }
+        }
         let with_qdisc = self.interfaces_with_qdisc()?;
         for (index, device) in devices.iter().filter(|(index, _)| with_qdisc.contains(index)) {
             let filters = self.filters(*index)?;

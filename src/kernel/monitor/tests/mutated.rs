@@ -5,7 +5,7 @@ use crate::kernel::monitor::classify;
 use crate::kernel::mutate;
 use crate::kernel::mutated::notifications;
 use crate::kernel::netlink::message::Messages;
-use crate::kernel::rtnetlink::ahead::FirstRule;
+use crate::kernel::rtnetlink::ahead::OurRules;
 use crate::kernel::rtnetlink::wire_tests::golden;
 use crate::state::{Rule, RuleAction};
 use crate::types::{Family, Mark};
@@ -25,7 +25,7 @@ fn events(what: &str, corpus: &[Vec<u8>]) {
     }];
     mutate::messages(what, 8, corpus, |input| {
         let (mut events, mut unsigned) = (ChangeEvents::default(), false);
-        let first = FirstRule::default();
+        let first = OurRules::default();
         first.set(&rules);
         for index in INDICES {
             for message in Messages::new(input).flatten() {

@@ -51,6 +51,8 @@ fn foreign_rules_ahead_of_ours_are_reported() {
             ("pref 100 fwmark 0x80/0x80 iif u0 lookup 7", false),
             ("lookup main suppress_prefixlength 0", false),
             ("pref 100 fwmark 9 lookup 7", false),
+            // Cilium's, whose bits no mark in use has.
+            ("pref 9 fwmark 0x200/0xf00 lookup 2004", false),
             ("pref 0 lookup local", false),
         ] {
             for command in ["ip", "ip -6"] {
