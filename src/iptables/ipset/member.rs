@@ -15,10 +15,12 @@ use crate::state::{MarkBits, Member};
 /// the read buffer of a socket.
 pub(crate) const AT_ONCE: usize = 1000;
 
-/// Writes a member with its number in the message.
-pub(crate) fn write(writer: &mut Writer, number: u32, net: IpNet, member: Member) {
+/// Writes a member, with its number in the message where a refusal must name it.
+pub(crate) fn write(writer: &mut Writer, number: Option<u32>, net: IpNet, member: Member) {
     writer.nest(attribute::DATA, |writer| {
-        writer.be32(attribute::LINE | NETWORK_ORDER, number);
+        if let Some(number) = number {
+            writer.be32(attribute::LINE | NETWORK_ORDER, number);
+        }
         writer.nest(data::IP, |writer| match net.addr() {
             IpAddr::V4(v4) => writer.attribute(NETWORK_ORDER | 1, &v4.octets()),
             IpAddr::V6(v6) => writer.attribute(NETWORK_ORDER | 2, &v6.octets()),

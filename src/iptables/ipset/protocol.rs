@@ -103,7 +103,7 @@ pub(super) struct Refused {
     pub(super) error: KernelError,
 }
 
-/// Sends a request whose members are numbered from 1 on, each by its `LINE`.
+/// Sends a request whose members may be numbered from 1 on, each by its `LINE`.
 ///
 /// The kernel ends at the first member that it refuses. It returns the whole request then, with
 /// the number of that member as `LINE` of the request (`call_ad` in

@@ -31,6 +31,12 @@ const NETFILTER: u32 = 7;
 /// Notifications that do not fit are dropped by the kernel and reported as lost.
 const UNREAD: usize = 1 << 20;
 
+/// Number of datagrams of a socket that are read at once; its receive buffer never holds as many.
+///
+/// While they are read, the datapath waits for the listener. Another program may write faster than
+/// they are read.
+const AT_ONCE: usize = 16_384;
+
 /// The listening sockets of a datapath, which also serve the caller's watch.
 ///
 /// If any socket is in the nf_tables multicast group (`netlink_has_listeners`), the kernel writes a
@@ -176,10 +182,21 @@ impl Listener {
     ///
     /// An error of a socket; it also counts as lost notifications.
     pub(super) fn take_in(&mut self) -> io::Result<()> {
+        self.take_in_at_most(AT_ONCE)
+    }
+
+    /// Reads so many datagrams of each socket; more count as lost, and the next call reads them.
+    pub(super) fn take_in_at_most(&mut self, most: usize) -> io::Result<()> {
         let (mut events, mut failed) = (ChangeEvents::default(), Ok(()));
         let device = self.device.load(Ordering::Relaxed);
         for socket in [&mut self.routing, &mut self.rules] {
+            let mut left = most;
             loop {
+                if left == 0 {
+                    events.lost = true;
+                    break;
+                }
+                left -= 1;
                 match socket.receive() {
                     Ok(datagram) => {
                         for message in Messages::new(datagram) {

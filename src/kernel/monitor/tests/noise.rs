@@ -121,6 +121,28 @@ fn overflow_is_reported_as_lost_and_later_changes_are_reported() {
 }
 
 #[test]
+fn notifications_beyond_the_limit_are_lost_and_read_by_the_next_call() {
+    in_namespace(|| {
+        let mut host = Host::new();
+        let rules = |verb: &str| {
+            let rule = format!("echo rule {verb} pref 9$i fwmark 9 lookup 9 protocol 69");
+            sh(&format!("for i in $(seq 8); do {rule}; done | ip -batch -"));
+        };
+        rules("add");
+        host.watch.monitor.lock().take_in_at_most(8).unwrap();
+        assert!(host.is_readable(0));
+        assert!(host.drain().lost);
+        rules("del");
+        host.watch.monitor.lock().take_in_at_most(3).unwrap();
+        // What is left is read now, and no notification is missed after that.
+        assert!(host.drain().lost);
+        assert!(!host.is_readable(0));
+        assert!(host.egress.repair().unwrap().changes.is_empty());
+        assert!(host.drain().is_empty());
+    });
+}
+
+#[test]
 fn what_noise_costs() {
     in_namespace(|| {
         let mut host = Host::new();
