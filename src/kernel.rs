@@ -57,7 +57,7 @@ pub struct KernelDatapath {
     hold: Hold,
     monitor: Monitor,
     /// Fields that rules cannot test, once they were looked for.
-    pub(crate) missing_fields: Option<BTreeSet<Field>>,
+    missing_fields: Option<BTreeSet<Field>>,
 }
 
 impl KernelDatapath {
