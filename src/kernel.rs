@@ -59,7 +59,7 @@ pub struct KernelDatapath {
     /// Whether nf_tables has flowtables; `None` until that is known.
     flowtables: Option<bool>,
     /// Fields that rules cannot test, once they were looked for.
-    pub(crate) missing_fields: Option<BTreeSet<Field>>,
+    missing_fields: Option<BTreeSet<Field>>,
 }
 
 impl KernelDatapath {

@@ -45,6 +45,8 @@ pub struct IptablesDatapath {
     kernel: KernelDatapath,
     sets: Sets,
     tools: Tools,
+    /// Whether iptables has no match for sockets, once that was looked for.
+    lacks_sockets: Option<bool>,
 }
 
 /// Access to ipset sets: netlink or libipset.
@@ -64,7 +66,7 @@ impl IptablesDatapath {
     pub fn open() -> Result<Self, KernelError> {
         let mut kernel = KernelDatapath::open()?;
         let sets = Sets::Netlink(Ipsets::probe(&mut kernel.netfilter)?);
-        Ok(Self { kernel, sets, tools: Tools::find()? })
+        Ok(Self { kernel, sets, tools: Tools::find()?, lacks_sockets: None })
     }
 
     /// Opens the datapath with sets read and written through libipset, in separate processes.
@@ -77,7 +79,7 @@ impl IptablesDatapath {
         let _sets = libipset.observe()?;
         let kernel = KernelDatapath::open()?;
         let sets = Sets::Libipset(libipset);
-        Ok(Self { kernel, sets, tools: Tools::find()? })
+        Ok(Self { kernel, sets, tools: Tools::find()?, lacks_sockets: None })
     }
 
     /// Returns true if this namespace has sets of the datapath.
@@ -238,23 +240,22 @@ impl IptablesDatapath {
     }
 }
 
-/// Whether the kernel has no match for sockets (`xt_socket`), which it loads if it can.
+/// Whether the kernel has no iptables match of this name and revision; it loads the module if it can.
 ///
 /// A kernel that cannot be asked, because it has no matches for nf_tables, is taken to have it.
-fn lacks_sockets(socket: &mut Socket) -> Result<bool, KernelError> {
+fn lacks_match(socket: &mut Socket, name: &str, revision: u32) -> Result<bool, KernelError> {
     // `NFNL_MSG_COMPAT_GET` of `include/uapi/linux/netfilter/nf_tables_compat.h`.
     const COMPAT_GET: u16 = 11 << 8;
     let request = Request {
-        text: "iptables -m socket --help",
+        text: "look for a match of iptables",
         kind: COMPAT_GET,
         flags: 0,
         answer: COMPAT_GET,
     };
     let write = |writer: &mut Writer| {
         writer.nfgen(AF_INET, 0);
-        writer.string(1, "socket");
-        // The first revision with `--nowildcard`.
-        writer.be32(2, 2);
+        writer.string(1, name);
+        writer.be32(2, revision);
         writer.be32(3, 0);
     };
     match nfnetlink::ask(socket, &request, write, |_, _| Ok(())) {
@@ -272,12 +273,16 @@ const AF_INET: u8 = 2;
 impl Datapath for IptablesDatapath {
     fn observe(&mut self, known: Known<'_>) -> Result<Observed, KernelError> {
         self.check_namespace()?;
-        if self.kernel.missing_fields.is_none() {
-            let missing = lacks_sockets(&mut self.kernel.netfilter)?;
-            let missing = missing.then_some(Field::SocketWildcard);
-            self.kernel.missing_fields = Some(missing.into_iter().collect());
-        }
         let mut state = self.kernel.read(known.elements())?;
+        let lacks_sockets = match self.lacks_sockets {
+            Some(known) => known,
+            // The first revision with `--nowildcard`.
+            None => {
+                *self.lacks_sockets.insert(lacks_match(&mut self.kernel.netfilter, "socket", 2)?)
+            }
+        };
+        // The wanted state may be that of either backend.
+        state.missing_fields.extend(lacks_sockets.then_some(Field::SocketWildcard));
         state.ipsets = match &self.sets {
             Sets::Netlink(ipsets) => ipsets.observe(&mut self.kernel.netfilter)?,
             #[cfg(feature = "ipset-sys")]
@@ -344,6 +349,19 @@ mod tests {
         let (mut marks, mut tables) = (MarkPool::default(), TablePool::default());
         let plan = plan(&cluster, [policy], &mut marks, &mut tables).unwrap();
         State { firewall: plan.state.firewall, ..State::default() }
+    }
+
+    #[test]
+    fn a_match_that_the_kernel_lacks_is_noticed() {
+        harness::needs(&[Variant::Nft.command(Family::V4)]);
+        in_namespace(|| {
+            let mut socket = nft::open().unwrap();
+            for (name, revision, lacks) in
+                [("socket", 2, false), ("socket", 99, true), ("no_match", 0, true)]
+            {
+                assert_eq!(lacks_match(&mut socket, name, revision), Ok(lacks), "{name}");
+            }
+        });
     }
 
     #[test]

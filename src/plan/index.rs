@@ -311,7 +311,9 @@ impl Index {
         let missing = self.world.missing_fields.iter();
         findings.extend(missing.filter_map(|field| match field {
             Field::SocketWildcard if self.translates() => Some(Finding::SocketsUnavailable),
-            Field::DestinationType => Some(Finding::AddressTypesUnavailable),
+            Field::DestinationType if self.world.cluster.backend == Backend::Nftables => {
+                Some(Finding::AddressTypesUnavailable)
+            }
             _ => None,
         }));
         findings
