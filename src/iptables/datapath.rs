@@ -282,7 +282,7 @@ impl Datapath for IptablesDatapath {
             }
         };
         // The wanted state may be that of either backend.
-        state.missing_fields.extend(lacks_sockets.then_some(Field::SocketWildcard));
+        state.missing.fields.extend(lacks_sockets.then_some(Field::SocketWildcard));
         state.ipsets = match &self.sets {
             Sets::Netlink(ipsets) => ipsets.observe(&mut self.kernel.netfilter)?,
             #[cfg(feature = "ipset-sys")]

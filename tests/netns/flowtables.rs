@@ -9,7 +9,7 @@ use egress_datapath::testing::lab::{
     EIP_B, EIP_C, Host, Lab, NODE_A, Netns, POD_A, Pair, SERVER, STRANGER,
 };
 
-use crate::connections::{by, listen, outward, say};
+use crate::connections::{Pipe, by, listen, outward, say};
 use crate::flows::{ask_twice, datagrams, masquerade};
 
 /// Datagrams of a flow and words of a connection; the second packet may be offloaded.
@@ -149,7 +149,7 @@ fn offloaded_connections_end_with_their_first_policy() -> Result {
         for (flow, node) in flows.iter().zip(NODE_A) {
             assert_eq!(ask_twice(flow)?, node);
         }
-        pipes.iter().try_for_each(|pipe| pipe.client_first())?;
+        pipes.iter().try_for_each(Pipe::client_first)?;
     }
     for source in POD_A {
         assert!(is_offloaded(&lab, source)?, "{source}");
@@ -190,7 +190,7 @@ fn offloaded_connections_follow_their_policy() -> Result {
             for (flow, egress_ip) in flows.iter().zip(eip) {
                 assert_eq!(ask_twice(flow)?, egress_ip);
             }
-            pipes.iter().try_for_each(|pipe| pipe.client_first())?;
+            pipes.iter().try_for_each(Pipe::client_first)?;
         }
         assert_eq!(sources(&lab), set(eip));
     }
