@@ -56,7 +56,7 @@ pub struct KernelDatapath {
     pub(crate) netfilter: Socket,
     hold: Hold,
     monitor: Monitor,
-    /// Whether nf_tables has flowtables; `None` until that is known.
+    /// Support for flowtables in nf_tables; `None` until it is known.
     flowtables: Option<bool>,
     /// Fields that rules cannot test, once they were looked for.
     missing_fields: Option<BTreeSet<Field>>,

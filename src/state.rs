@@ -133,7 +133,7 @@ pub struct Missing {
     pub families: BTreeSet<Family>,
     /// Fields that rules of the kernel cannot test, in nf_tables or in iptables.
     pub fields: BTreeSet<Field>,
-    /// Whether nf_tables has no flowtables: nobody can offload a connection.
+    /// Absence of flowtables in nf_tables: nobody can offload a connection.
     pub flowtables: bool,
 }
 

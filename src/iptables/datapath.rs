@@ -45,7 +45,7 @@ pub struct IptablesDatapath {
     kernel: KernelDatapath,
     sets: Sets,
     tools: Tools,
-    /// Whether iptables has no match for sockets, once that was looked for.
+    /// Absence of the iptables match for sockets; `None` until it is known.
     lacks_sockets: Option<bool>,
 }
 
@@ -240,7 +240,7 @@ impl IptablesDatapath {
     }
 }
 
-/// Whether the kernel has no iptables match of this name and revision; it loads the module if it can.
+/// Absence of an iptables match of this name and revision; the kernel loads the module if it can.
 ///
 /// A kernel that cannot be asked, because it has no matches for nf_tables, is taken to have it.
 fn lacks_match(socket: &mut Socket, name: &str, revision: u32) -> Result<bool, KernelError> {

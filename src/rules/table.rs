@@ -20,7 +20,7 @@ pub struct Firewall {
     pub chains: BTreeMap<ChainId, (Option<Base>, Vec<NftRule>)>,
     /// Sets and maps that the table has.
     pub sets: BTreeSet<Set>,
-    /// Whether the table has the flowtable [`FLOWTABLE`](super::stmt::FLOWTABLE).
+    /// Presence of the flowtable [`FLOWTABLE`](super::stmt::FLOWTABLE).
     pub flowtable: bool,
     /// Elements of all sets and maps.
     pub elements: Elements,

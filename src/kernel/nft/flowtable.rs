@@ -34,12 +34,12 @@ pub(super) fn write_in(writer: &mut Writer, table: &str) {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Found {
     pub(super) name: String,
-    /// Whether the flowtable has a device.
+    /// Presence of devices.
     has_devices: bool,
 }
 
 impl Found {
-    /// Whether this is the flowtable of this crate.
+    /// Returns true for the flowtable of this crate.
     pub(super) fn is_ours(&self) -> bool {
         self.name == FLOWTABLE && !self.has_devices
     }

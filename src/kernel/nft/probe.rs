@@ -124,7 +124,7 @@ pub(crate) fn missing(socket: &mut Socket) -> Result<Vec<KernelPart>, KernelErro
     }
 }
 
-/// Whether the kernel has flowtables of family `inet`; it loads the modules for them.
+/// Support for flowtables of family `inet`; the kernel loads the modules for them.
 ///
 /// A kernel without nf_tables has none.
 pub(crate) fn has_flowtables(socket: &mut Socket) -> Result<bool, KernelError> {
