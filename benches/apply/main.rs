@@ -1,8 +1,8 @@
 //! What it costs to change a node's kernel: ours, the tools, and the kernel's own floor.
 //!
 //! `cargo bench --bench apply -- --quick`, as root; compare figures of one run with each other;
-//! `-- gateways`, `-- moves`, `-- sets` and `-- watch` are those rows alone. Everything is made in a
-//! network namespace that ends with the process.
+//! `-- gateways`, `-- moves`, `-- sets`, `-- shared` and `-- watch` are those rows alone. Everything
+//! is made in a network namespace that ends with the process.
 
 #![allow(
     clippy::unwrap_used,
@@ -13,6 +13,7 @@
 
 mod gateways;
 mod sets;
+mod shared;
 mod tools;
 mod watch;
 
@@ -43,10 +44,11 @@ fn main() {
     for (_, (count, sources)) in sizes {
         size(*count, *sources, restore && !(quick && count * sources > 10_000));
     }
-    let parts: [(&str, fn()); 4] = [
+    let parts: [(&str, fn()); 5] = [
         ("gateways", gateways::gateways),
         ("moves", gateways::moving),
         ("sets", sets::sets),
+        ("shared", shared::shared),
         ("watch", watch::watch),
     ];
     for (name, part) in parts {
