@@ -73,8 +73,8 @@ pub(crate) fn shared() {
         let added: Update = Update::AddSources { policy: policy.clone(), sources: sources.clone() };
         pods.push(timed(|| egress.update([added]).unwrap()).0);
         // A restart that finds elements which are not expected lists the whole map.
-        let back: Update = Update::RemoveSources { policy, sources };
-        egress.update([back]).unwrap();
+        let undo: Update = Update::RemoveSources { policy, sources };
+        egress.update([undo]).unwrap();
         let mut fresh = Reconciler::new(KernelDatapath::open().unwrap());
         restarts.push(timed(|| fresh.reconcile(&cluster, &policies).unwrap()).0);
         removes.push(timed(|| fresh.remove().unwrap()).0);
