@@ -110,12 +110,14 @@ fn follow(
             }
         }
         Expr::MetaSet { key, .. } => rule.marks |= key == meta::MARK,
-        Expr::Other(_) => other(element, registers, rule),
+        Expr::Other(_) | Expr::Fib { .. } | Expr::Socket { .. } | Expr::FlowOffload { .. } => {
+            other(element, registers, rule);
+        }
         _ => {}
     }
 }
 
-/// Reads an expression that the datapath never writes.
+/// Reads an expression by its name.
 fn other(element: &Attribute<'_>, registers: &mut BTreeMap<u32, Held>, rule: &mut FilterRule) {
     let (name, data) = expression(element);
     match name {

@@ -97,7 +97,9 @@ fn follow(expr: &Expr, registers: &mut BTreeMap<u32, Held>, uses: &mut Uses) {
         Expr::MetaLoad { dreg, .. }
         | Expr::Payload { dreg, .. }
         | Expr::Ct { dreg, .. }
-        | Expr::Load { dreg, .. } => drop(registers.remove(dreg)),
+        | Expr::Load { dreg, .. }
+        | Expr::Socket { dreg, .. }
+        | Expr::Fib { dreg, .. } => drop(registers.remove(dreg)),
         // The registers may hold anything after an unknown expression.
         Expr::Other(_) => registers.clear(),
         _ => {}
