@@ -198,6 +198,8 @@ impl KernelDatapath {
         let made = self.attempt(step, sizes);
         if !made.1.is_empty() {
             self.monitor.lock().end();
+            // The kernel may lack what it seemed to have.
+            (self.flowtables, self.missing_fields) = (None, None);
         }
         made
     }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use egress_datapath::state::{RouteKey, Rule, RuleAction};
+use egress_datapath::state::{Missing, RouteKey, Rule, RuleAction};
 use egress_datapath::{State, TableId};
 
 /// The state with its tables numbered in the order of their rules.
@@ -10,6 +10,8 @@ use egress_datapath::{State, TableId};
 /// Which table a gateway has is no matter, and one that was left without a rule and without a way
 /// to its gateway cannot be known again.
 pub fn numbered(mut state: State) -> State {
+    // A false acknowledgement lets the kernel seem to have what it lacks.
+    state.missing = Missing::default();
     let mut numbers: BTreeMap<TableId, u32> = BTreeMap::new();
     for rule in &state.rules {
         if let RuleAction::Lookup(table) = rule.action {
