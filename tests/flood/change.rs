@@ -91,6 +91,11 @@ impl Change {
         self.foreign.contains("flowtable")
     }
 
+    /// Whether other software copies the mark of the connection to its packets.
+    pub(crate) fn restores(&self) -> bool {
+        self.foreign.contains("meta mark set ct mark")
+    }
+
     /// Whether connections go on all the time: their first packet or a flowtable decides for all.
     pub(crate) fn lasts(&self) -> bool {
         self.caching || self.offloads()

@@ -55,6 +55,9 @@ fn one_kind(change: &Change) -> Result {
         if change.caching || other {
             harness::limit("with iptables this is not changed while it is in use");
         }
+        if change.restores() {
+            harness::limit("with iptables whoever overwrites the whole mark takes ours away");
+        }
     }
     if change.backends {
         harness::needs(&["iptables-legacy", "iptables-nft"]);
