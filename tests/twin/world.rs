@@ -3,9 +3,9 @@
 use std::net::IpAddr;
 use std::sync::OnceLock;
 
+use common::suited;
 use egress_datapath::alloc::{MarkPool, TablePool, TableRange};
 use egress_datapath::datapath::observe;
-use egress_datapath::state::Firewall;
 use egress_datapath::testing::lab::{self, Netns, Pair};
 use egress_datapath::{
     Cluster, Destinations, EgressIp, EgressPolicy, KernelDatapath, MacAddr, MarkLayout, NodeName,
@@ -118,12 +118,9 @@ pub(crate) fn cluster(random: &mut Random, of: &str) -> Cluster {
 pub(crate) fn planned(cluster: &Cluster, policies: &[EgressPolicy]) -> State {
     let mut tables = TablePool::new(TableRange::default()).with_start(0);
     let plan = plan(cluster, policies, &mut MarkPool::new(cluster.marks), &mut tables).unwrap();
-    let mut state = plan.state;
-    if !has_flowtables() {
-        state.missing.flowtables = true;
-        state.firewall.iter_mut().for_each(Firewall::leave_out_flowtable);
-    }
-    state
+    let mut found = State::default();
+    found.missing.flowtables = !has_flowtables();
+    suited(plan.state, &found)
 }
 
 /// A simulated kernel that has flowtables if the kernel has them.

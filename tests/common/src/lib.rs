@@ -10,7 +10,7 @@ pub mod world;
 
 use egress_datapath::testing::lab::Netns;
 
-pub use numbered::numbered;
+pub use numbered::{numbered, suited};
 
 /// Runs a test in a network namespace of its own, which the processes that it starts share.
 pub fn in_netns<T: Send>(test: impl FnOnce() -> T + Send) -> T {

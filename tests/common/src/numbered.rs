@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use egress_datapath::state::{Missing, RouteKey, Rule, RuleAction};
+use egress_datapath::state::{Firewall, Missing, RouteKey, Rule, RuleAction};
 use egress_datapath::{State, TableId};
 
 /// The state with its tables numbered in the order of their rules.
@@ -36,4 +36,13 @@ pub fn numbered(mut state: State) -> State {
         })
         .collect();
     state
+}
+
+/// A planned state without what the node lacks of which this state was found.
+pub fn suited(mut planned: State, found: &State) -> State {
+    planned.missing.clone_from(&found.missing);
+    if found.missing.flowtables {
+        planned.firewall.iter_mut().for_each(Firewall::leave_out_flowtable);
+    }
+    planned
 }
