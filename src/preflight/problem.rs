@@ -300,7 +300,7 @@ pub enum Problem {
     /// Packets may leave an interface ahead of all hooks of nf_tables.
     #[error("{path} on {}, ahead of all hooks", devices.join(", "))]
     FastPath {
-        /// What forwards the packets.
+        /// Path of the packets.
         path: FastPath,
         /// Interfaces.
         devices: Vec<String>,

@@ -371,7 +371,7 @@ impl Stmt {
         Self::Map { key, map: Set::Destination(family, length), into: Target::Priority }
     }
 
-    /// Whether the statement compares this field.
+    /// Returns true for a comparison of this field.
     pub(crate) fn compares(&self, field: Field) -> bool {
         matches!(self, Self::Match { of, .. } if of.field == field)
     }

@@ -63,7 +63,7 @@ impl HostContext {
         self
     }
 
-    /// Whether the socket that takes the packet is bound to no address; `None` without a socket.
+    /// Wildcard flag of the socket that takes the packet: bound to no address; `None` without one.
     fn wildcard(&self, packet: &Packet) -> Option<bool> {
         let Packet { protocol, destination, destination_port, .. } = *packet;
         let takes = |bound: IpAddr| match bound {

@@ -1,7 +1,7 @@
 //! Flowtables of other programs, which offload connections past all hooks.
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
 use common::fleet::{Fleet, Result, dual, lab, needs_flowtables, nft, policy, sources, tool};
@@ -53,6 +53,11 @@ fn until_offloaded(lab: &Lab, from: &Netns, source: Pair) -> Result {
     Ok(())
 }
 
+/// A flow of each family to the server.
+fn flows(from: &Netns) -> Result<Vec<UdpSocket>> {
+    SERVER.into_iter().map(|to| datagrams(from, to)).collect()
+}
+
 fn is_offloaded(lab: &Lab, source: IpAddr) -> Result<bool> {
     let family = if source.is_ipv4() { "ipv4" } else { "ipv6" };
     let list = tool(&lab.node_a.netns, &format!("conntrack -L -f {family} -s {source}"))?;
@@ -77,8 +82,7 @@ fn steered_connections_not_offloaded_past_tunnel() -> Result {
 
     let listeners = listen(&lab.server, SERVER)?;
     let pipes = outward(&lab.pod_a, &listeners)?;
-    let flows = SERVER.map(|to| datagrams(&lab.pod_a, to));
-    let flows = flows.into_iter().collect::<Result<Vec<_>>>()?;
+    let flows = flows(&lab.pod_a)?;
     for _ in 0..PACKETS {
         for (flow, egress_ip) in flows.iter().zip(EIP_B) {
             assert_eq!(ask_twice(flow)?, egress_ip);
@@ -143,8 +147,7 @@ fn offloaded_connections_end_with_their_first_policy() -> Result {
     offload(&lab.node_a, "eth0, pod10, pod11")?;
     let listeners = listen(&lab.server, SERVER)?;
     let pipes = outward(&lab.pod_a, &listeners)?;
-    let flows = SERVER.map(|to| datagrams(&lab.pod_a, to));
-    let flows = flows.into_iter().collect::<Result<Vec<_>>>()?;
+    let flows = flows(&lab.pod_a)?;
     for _ in 0..PACKETS {
         for (flow, node) in flows.iter().zip(NODE_A) {
             assert_eq!(ask_twice(flow)?, node);
@@ -179,8 +182,7 @@ fn offloaded_connections_follow_their_policy() -> Result {
     let mut fleet = Fleet::open(&lab)?;
     fleet.apply(&by("node-b", EIP_B)?)?;
     offload_everywhere(&lab)?;
-    let flows = SERVER.map(|to| datagrams(&lab.pod_a, to));
-    let flows = flows.into_iter().collect::<Result<Vec<_>>>()?;
+    let flows = flows(&lab.pod_a)?;
     let listeners = listen(&lab.server, SERVER)?;
     for (gateway, eip) in [("node-b", EIP_B), ("node-c", EIP_C), ("node-b", EIP_B)] {
         fleet.apply(&by(gateway, eip)?)?;

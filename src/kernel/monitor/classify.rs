@@ -110,7 +110,7 @@ fn part(message: &Message<'_>, (device, rules): (u32, &OurRules)) -> Option<Comp
     }
 }
 
-/// Whether a rule of another program is new and may take our packets.
+/// Returns true for a new rule of another program that may take our packets.
 fn comes_first(message: &Message<'_>, ours: &OurRules) -> bool {
     match object(message) {
         Ok(RouteNetlinkMessage::NewRule(rule)) => ours.are_preceded_by(&rule),

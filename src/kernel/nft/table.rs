@@ -75,7 +75,7 @@ pub(crate) fn locked_by(socket: &mut Socket) -> Result<Option<u32>, KernelError>
     }
 }
 
-/// What the kernel lists of a table.
+/// A table as the kernel lists it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Listed {
     pub(super) flags: u32,

@@ -12,8 +12,8 @@ use crate::state::Rule;
 /// Number of the kernel's table of local addresses.
 const LOCAL: u32 = 255;
 
-/// What decides whether a rule precedes ours, as last read or written; shared with the listener for
-/// notifications.
+/// Our rules as last read or written, by which another rule is found to precede them; shared with the
+/// listener for notifications.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct OurRules(Arc<Mutex<Option<Marks>>>);
 
@@ -41,8 +41,8 @@ impl OurRules {
         add(&mut self.lock(), rule);
     }
 
-    /// Whether a rule of another program comes before ours and may decide the route of a packet
-    /// with our mark.
+    /// Returns true for a rule of another program that comes before ours and may decide the route of
+    /// a packet with our mark.
     pub(crate) fn are_preceded_by(&self, message: &RuleMessage) -> bool {
         let Some(ours) = *self.lock() else { return false };
         let (mut priority, mut value, mut mask, mut selects) = (0, 0, 0, false);

@@ -36,7 +36,7 @@ fn with(hook: u32, drops: bool, chains: &[(&str, Vec<FilterRule>)]) -> Facts {
     facts
 }
 
-/// What is found on a gateway of IPv4 traffic: chain, handle, and whether it is certain.
+/// Filters found on a gateway of IPv4 traffic: chain, handle, and whether it is certain.
 #[track_caller]
 fn found(facts: &Facts) -> Vec<(String, Option<u64>, bool)> {
     let problems = judge_for(&cluster(), &policy("node-a", EIP), facts);

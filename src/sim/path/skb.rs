@@ -23,7 +23,7 @@ pub(crate) struct Skb {
     /// Destination MAC address, once the packet is a frame.
     pub(crate) ethernet: Option<MacAddr>,
     pub(crate) tracking: Tracking,
-    /// Whether the socket that takes the packet is bound to no address; `None` without a socket.
+    /// Wildcard flag of the socket that takes the packet: bound to no address; `None` without one.
     pub(crate) wildcard: Option<bool>,
     /// Whether the destination is an address of the host.
     pub(crate) local: bool,
