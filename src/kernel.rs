@@ -21,7 +21,7 @@ use crate::diff::op::Op;
 use crate::error::KernelError;
 use crate::mark::MarkLayout;
 use crate::reconcile::{Error, Reconciler};
-use crate::state::{Elements, Field, Firewall, State, TableFamily};
+use crate::state::{Elements, Firewall, Missing, State, TableFamily};
 use crate::types::DeviceName;
 #[cfg(test)]
 pub(crate) use harness::mutate;
@@ -56,10 +56,8 @@ pub struct KernelDatapath {
     pub(crate) netfilter: Socket,
     hold: Hold,
     monitor: Monitor,
-    /// Support for flowtables in nf_tables; `None` until it is known.
-    flowtables: Option<bool>,
-    /// Fields that rules cannot test, once they were looked for.
-    missing_fields: Option<BTreeSet<Field>>,
+    /// Features that the rules can do without and the kernel lacks; `None` until they are known.
+    missing: Option<Missing>,
 }
 
 impl KernelDatapath {
@@ -87,7 +85,7 @@ impl KernelDatapath {
         let ports = [routing.port(), netfilter.port()];
         let monitor = Monitor::open(&routing, nft::open()?, ports)
             .map_err(|error| KernelError::io("open the listening sockets", &error))?;
-        Ok(Self { routing, netfilter, hold, monitor, flowtables: None, missing_fields: None })
+        Ok(Self { routing, netfilter, hold, monitor, missing: None })
     }
 
     /// Protection of the nf_tables table from changes by other programs.
@@ -137,54 +135,43 @@ impl KernelDatapath {
     /// Reads the whole state; `expected` are the set elements that the kernel probably holds.
     pub(crate) fn read(&mut self, expected: Option<&Elements>) -> Result<State, KernelError> {
         self.monitor.lock().begin();
-        // A module may have been installed since.
-        self.flowtables = self.flowtables.filter(|present| *present);
         let mut state = self.read_rest()?;
         let expected = expected.filter(|elements| elements.len() >= MANY);
         let (firewall, generation) = nft::observe_at(&mut self.netfilter, expected)?;
-        state.missing.fields = self.missing_fields(firewall.as_ref())?;
+        let families = state.missing.families;
+        state.missing = Missing { families, ..self.missing_of_rules(firewall.as_ref())? };
         self.monitor.lock().table_known(generation);
         state.firewall = firewall;
         Ok(state)
     }
 
-    /// Returns the fields that rules cannot test: none of those that rules of the table test.
-    fn missing_fields(&mut self, table: Option<&Firewall>) -> Result<BTreeSet<Field>, KernelError> {
-        if let Some(missing) = &self.missing_fields {
-            return Ok(missing.clone());
+    /// Returns the features that the rules can do without and the kernel lacks.
+    ///
+    /// What the table has is not looked for.
+    fn missing_of_rules(&mut self, table: Option<&Firewall>) -> Result<Missing, KernelError> {
+        if let Some(known) = self.missing.as_ref() {
+            // A module may have been installed since: it is noticed by the first flowtable.
+            if !known.flowtables || !nft::has_flowtable(&mut self.netfilter)? {
+                return Ok(known.clone());
+            }
         }
-        let rules =
-            table.iter().flat_map(|table| table.chains.values()).flat_map(|(_, rules)| rules);
-        let statements: Vec<_> = rules.flat_map(|rule| &rule.0).collect();
-        let tested = |field| statements.iter().any(|statement| statement.compares(field));
-        let missing = if Field::OPTIONAL.into_iter().all(tested) {
-            BTreeSet::new()
+        let missing = if table.is_some_and(Firewall::has_all_optional) {
+            Missing::default()
         } else {
-            nft::missing_fields(&mut self.netfilter)?
+            nft::missing_of_rules(&mut self.netfilter)?
         };
-        Ok(self.missing_fields.insert(missing).clone())
+        Ok(self.missing.insert(missing).clone())
     }
 
     /// Reads everything except the nf_tables table of family `inet`.
     fn read_rest(&mut self) -> Result<State, KernelError> {
         self.monitor.lock().begin_routing();
-        let missing_fields = self.missing_fields.clone().unwrap_or_default();
-        let mut state = State::default();
-        state.missing.fields = missing_fields;
+        let missing = self.missing.clone().unwrap_or_default();
+        let mut state = State { missing, ..State::default() };
         self.routing.observe(&mut state)?;
         state.hook = nft::observe_hook(&mut self.netfilter)?;
-        state.missing.flowtables = !self.has_flowtables()?;
         self.monitor.lock().routing_known();
         Ok(state)
-    }
-
-    fn has_flowtables(&mut self) -> Result<bool, KernelError> {
-        if let Some(present) = self.flowtables {
-            return Ok(present);
-        }
-        let present = nft::has_flowtables(&mut self.netfilter)?;
-        self.flowtables = Some(present);
-        Ok(present)
     }
 
     /// Parts that may have changed since the last read, apart from changes by this datapath.
@@ -199,7 +186,7 @@ impl KernelDatapath {
         if !made.1.is_empty() {
             self.monitor.lock().end();
             // The kernel may lack what it seemed to have.
-            (self.flowtables, self.missing_fields) = (None, None);
+            self.missing = None;
         }
         made
     }

@@ -28,7 +28,7 @@ pub(crate) use generation::{generation, is_absent, open};
 pub(super) use observe::observe;
 pub(super) use observe::{counts, observe_at, observe_hook};
 pub use probe::KernelPart;
-pub(crate) use probe::{has_flowtables, missing, missing_fields};
+pub(crate) use probe::{has_flowtable, missing, missing_of_rules};
 pub(crate) use resize::{enlarge, full};
 pub(super) use table::{LASTING, adopt, flags_and_owner, has_owners, lock, locked_by};
 pub(crate) use terms::{Sizes, Terms};

@@ -266,6 +266,11 @@ impl<A: Address> Classes<A> {
         classes.chain(behind).chain(self.behind.iter().copied())
     }
 
+    /// Returns the policies that have this address as a source of its own, not in a prefix.
+    pub(super) fn selecting_alone(&self, address: A) -> &[Handle] {
+        self.hosts.get(&address).map_or(&[], |place| self.members(*place))
+    }
+
     fn combination(&self, place: Place) -> Option<&Combination> {
         at(place).and_then(|at| self.combinations.get(at)?.as_ref())
     }

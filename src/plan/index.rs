@@ -88,9 +88,11 @@ impl Draft {
         &self.elements
     }
 
-    /// Names nodes that may hold a mark or a table and are in the cluster no more.
+    /// Names nodes that may hold a mark or a table; those of the cluster are known anyway.
     pub(crate) fn with_former(mut self, nodes: &BTreeSet<NodeName>) -> Self {
-        self.world.former.clone_from(nodes);
+        let listed: BTreeSet<_> = self.world.cluster.nodes.iter().map(|node| &node.name).collect();
+        // The order in which ids are taken from idle nodes must not depend on earlier plans.
+        self.world.former = nodes.iter().filter(|node| !listed.contains(node)).cloned().collect();
         self
     }
 
@@ -300,14 +302,26 @@ impl Index {
                 errors: errors.clone(),
             })
             .collect();
-        findings
-            .extend(self.policies.ordered().iter().flat_map(|(_, kept)| self.findings_of(kept)));
+        // Of thousands of policies hardly one selects a node.
+        let addresses = self.world.nodes.addresses.keys();
+        let on_nodes: HashSet<_> =
+            addresses.flat_map(|address| self.selecting_alone(*address)).copied().collect();
+        let of_policies = self.policies.iter().filter_map(|(handle, kept)| {
+            let may = !kept.sources.cover.is_empty() || on_nodes.contains(&handle);
+            let found = may.then(|| self.sources_of_nodes(kept)).flatten();
+            let found: Vec<_> = self.reasons(kept).chain(found).collect();
+            (!found.is_empty()).then_some((handle, found))
+        });
+        let mut of_policies: Vec<_> = of_policies.collect();
+        of_policies.sort_unstable_by(|(one, _), (other, _)| self.policies.order(*one, *other));
+        findings.extend(of_policies.into_iter().flat_map(|(_, found)| found));
         findings.extend(self.no_table.map(|capacity| Finding::NoClosingTable { capacity }));
         let v4 = self.v4.overlaps().map(|pair| (Family::V4, pair));
         let v6 = self.v6.overlaps().map(|pair| (Family::V6, pair));
         findings.extend(self.overlaps(&v4.chain(v6).collect()));
-        findings
-            .extend(self.shared_egress_ips(self.egress_ips.keys().map(|(address, _)| *address)));
+        let uses = self.egress_ips.keys().zip(self.egress_ips.keys().skip(1));
+        let twice = uses.filter(|((one, _), (next, _))| one == next).map(|((one, _), _)| *one);
+        findings.extend(self.shared_egress_ips(twice));
         let missing = self.world.missing_fields.iter();
         findings.extend(missing.filter_map(|field| match field {
             Field::SocketWildcard if self.translates() => Some(Finding::SocketsUnavailable),
@@ -373,11 +387,27 @@ impl Index {
         first.into_iter().filter_map(overlap).chain(more)
     }
 
-    /// Returns the errors of a policy, or the reasons why it cannot be carried out.
+    /// Returns the policies that have this address as a source of its own, not in a prefix.
+    fn selecting_alone(&self, address: IpAddr) -> &[Handle] {
+        match address {
+            IpAddr::V4(v4) => self.v4.selecting_alone(v4.to_bits()),
+            IpAddr::V6(v6) => self.v6.selecting_alone(v6.to_bits()),
+        }
+    }
+
+    /// Returns the findings about a policy, apart from those that other policies share.
     pub(super) fn findings_of(&self, kept: &NormalizedPolicy) -> impl Iterator<Item = Finding> {
+        self.reasons(kept).chain(self.sources_of_nodes(kept))
+    }
+
+    /// Returns the finding about sources of a policy that are addresses of nodes.
+    fn sources_of_nodes(&self, kept: &NormalizedPolicy) -> Option<Finding> {
         let sources = kept.sources.around(&self.world.nodes.addresses);
-        let of_nodes = (!sources.is_empty())
-            .then(|| Finding::SourcesOfNodes { policy: kept.id.clone(), sources });
+        (!sources.is_empty()).then(|| Finding::SourcesOfNodes { policy: kept.id.clone(), sources })
+    }
+
+    /// Returns the errors of a policy, and the reasons why it cannot be carried out.
+    fn reasons(&self, kept: &NormalizedPolicy) -> impl Iterator<Item = Finding> {
         let errors = kept.all_errors();
         let invalid = (!errors.is_empty()).then(|| Finding::InvalidPolicy {
             policy: kept.id.clone(),
@@ -398,7 +428,7 @@ impl Index {
                 Unavailable::Bypass => Finding::Bypassed { policy, family, reason },
             })
         });
-        invalid.into_iter().chain(denied).chain(of_nodes)
+        invalid.into_iter().chain(denied)
     }
 }
 

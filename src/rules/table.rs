@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::chain::{Base, ChainId};
 use super::elements::Elements;
 use super::set::{Key, KeyValue, Set};
-use super::stmt::{NftRule, Stmt};
+use super::stmt::{Field, NftRule, Stmt};
 use crate::range::IpRange;
 
 /// One of our nf_tables tables: its chains, and the elements of its sets and maps.
@@ -37,6 +37,16 @@ impl Firewall {
         for (_, rules) in self.chains.values_mut() {
             rules.retain(|rule| !rule.0.contains(&Stmt::NoOffload));
         }
+    }
+
+    /// Returns true if the table has the flowtable and tests each field that a kernel may lack.
+    pub(crate) fn has_all_optional(&self) -> bool {
+        let statements = || {
+            let rules = self.chains.values().flat_map(|(_, rules)| rules);
+            rules.flat_map(|rule| &rule.0)
+        };
+        let tests = |field| statements().any(|statement| statement.compares(field));
+        self.flowtable && Field::OPTIONAL.into_iter().all(tests)
     }
 
     /// An element of the same set whose range overlaps the range of the key.

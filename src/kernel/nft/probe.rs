@@ -11,8 +11,9 @@ use super::{batch, flowtable, kind};
 use crate::error::{KernelError, errno};
 use crate::kernel::netlink::exchange::acknowledgements;
 use crate::kernel::netlink::message::{Writer, flag};
+use crate::kernel::netlink::nfnetlink::{self, Request};
 use crate::kernel::netlink::socket::Socket;
-use crate::state::{Field, TableFamily};
+use crate::state::{Field, Missing, TableFamily};
 
 /// Kernel feature that the datapath needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, thiserror::Error)]
@@ -124,13 +125,53 @@ pub(crate) fn missing(socket: &mut Socket) -> Result<Vec<KernelPart>, KernelErro
     }
 }
 
-/// Support for flowtables of family `inet`; the kernel loads the modules for them.
+/// Features that the rules can do without, and that this kernel lacks.
 ///
-/// A kernel without nf_tables has none.
-pub(crate) fn has_flowtables(socket: &mut Socket) -> Result<bool, KernelError> {
-    let parts = [(TableFamily::Inet, Trial::Table), (TableFamily::Inet, Trial::Flowtable)];
-    match try_out(socket, &parts) {
-        Ok(missing) => Ok(missing.is_empty()),
+/// The kernel loads the modules that it has. A kernel without nf_tables has no flowtables.
+pub(crate) fn missing_of_rules(socket: &mut Socket) -> Result<Missing, KernelError> {
+    #[derive(Clone, Copy, PartialEq)]
+    enum Optional {
+        Table,
+        Flowtable,
+        Field(Field),
+    }
+    let mut trials = vec![(Optional::Table, Trial::Table), (Optional::Flowtable, Trial::Flowtable)];
+    let rule = |field| (Optional::Field(field), Trial::Rule(load(field, reg::R1)));
+    trials.extend(Field::OPTIONAL.map(rule));
+    let missing = match try_out(socket, &trials) {
+        Ok(missing) if !missing.contains(&Optional::Table) => missing,
+        Ok(_) => vec![Optional::Flowtable],
+        Err(error) if is_absent(&error) => vec![Optional::Flowtable],
+        Err(error) => return Err(error),
+    };
+    let field = |optional: &Optional| match optional {
+        Optional::Field(field) => Some(*field),
+        Optional::Table | Optional::Flowtable => None,
+    };
+    Ok(Missing {
+        families: BTreeSet::new(),
+        fields: missing.iter().filter_map(field).collect(),
+        flowtables: missing.contains(&Optional::Flowtable),
+    })
+}
+
+/// Returns true if there is a flowtable, in any table of the network namespace.
+pub(crate) fn has_flowtable(socket: &mut Socket) -> Result<bool, KernelError> {
+    let request = Request {
+        text: "nft list flowtables",
+        kind: kind::GETFLOWTABLE,
+        flags: flag::DUMP,
+        answer: kind::NEWFLOWTABLE,
+    };
+    let mut found = false;
+    let take = |_, _: &[u8]| {
+        found = true;
+        Ok(())
+    };
+    // Family 0: the flowtables of all families.
+    let header = |writer: &mut Writer| writer.nfgen(0, 0);
+    match nfnetlink::ask(socket, &request, header, take) {
+        Ok(_) => Ok(found),
         Err(error) if is_absent(&error) => Ok(false),
         Err(error) => Err(error),
     }
@@ -158,18 +199,6 @@ fn parts() -> Vec<(KernelPart, Trial)> {
         rule(KernelPart::Fib, load(Field::DestinationType, reg::R1)),
         (KernelPart::EgressHook, Trial::EgressChain),
     ]
-}
-
-/// Fields that rules cannot test in this kernel, of those that rules can do without.
-pub(crate) fn missing_fields(socket: &mut Socket) -> Result<BTreeSet<Field>, KernelError> {
-    let fields =
-        [(KernelPart::Socket, Field::SocketWildcard), (KernelPart::Fib, Field::DestinationType)];
-    let rules = fields.map(|(part, field)| (part, Trial::Rule(load(field, reg::R1))));
-    let trials: Vec<_> =
-        [(KernelPart::InetFamily, Trial::Table)].into_iter().chain(rules).collect();
-    let missing = try_out(socket, &trials)?;
-    let missing = fields.into_iter().filter(|(part, _)| missing.contains(part));
-    Ok(missing.map(|(_, field)| field).collect())
 }
 
 fn try_out<P: Copy>(socket: &mut Socket, parts: &[(P, Trial)]) -> Result<Vec<P>, KernelError> {
