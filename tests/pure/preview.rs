@@ -214,6 +214,24 @@ proptest! {
     }
 }
 
+/// The fallback table is taken from an idle node, and each plan has to choose the same node.
+#[test]
+fn preview_takes_the_table_of_the_same_idle_node_as_a_reconciliation() {
+    let range = TableRange::new(3000, 1).unwrap();
+    let mut host = Host::start(SharedSim::default(), MarkPool::default(), range);
+    let to = |gateway, source| policy(gateway, &[source], Some(gateway), v4("198.51.100.200"));
+    let first = cluster_v4("a");
+    host.egress.reconcile(&first, [to("c", "10.244.1.1/32")]).unwrap();
+    let mut second = first;
+    second.excluded.push("192.0.2.0/24".parse().unwrap());
+    let both = [to("b", "10.244.1.1/32"), to("c", "10.244.1.2/32")];
+    host.egress.reconcile(&second, both).unwrap();
+
+    let none: [EgressPolicy; 0] = [];
+    let said = host.egress.preview(&second, &none);
+    assert_eq!(parts(said), parts(host.egress.reconcile(&second, &none)));
+}
+
 #[test]
 fn preview_allocates_nothing() {
     let kernel = SharedSim::default();
