@@ -24,6 +24,11 @@ pub enum Known<'a> {
     /// The elements are a hint, for example those of the plan after a restart. A datapath that can
     /// query single keys for less than it costs to list a set may use it.
     Expected(&'a Elements),
+    /// No state is known, and the elements of the `inet` table do not matter.
+    ///
+    /// The table will be deleted, or its sets flushed. A datapath may leave the elements out, as
+    /// [`State::without_elements`] does: to list a million elements takes a kernel minutes.
+    WithoutElements,
     /// This state is the last observed one plus all changes applied since, none of them refused.
     Installed(&'a State),
 }
@@ -32,7 +37,7 @@ impl<'a> Known<'a> {
     /// Elements of the `inet` table that are probably installed.
     pub fn elements(self) -> Option<&'a Elements> {
         match self {
-            Known::Nothing => None,
+            Known::Nothing | Known::WithoutElements => None,
             Known::Expected(elements) => Some(elements),
             Known::Installed(state) => state.elements(),
         }

@@ -397,6 +397,9 @@ fn firewall(family: TableFamily, observed: &Firewall, desired: &Firewall, steps:
     elements::elements(&observed.elements, &desired.elements, |change| {
         element(change, stays, overlapped, steps);
     });
+    for set in observed.unlisted.intersection(&desired.sets) {
+        steps.add(phases_of(*set).1, Op::FlushSet(*set));
+    }
     for stray in &observed.strays {
         steps.add(Phase::EmptyVerdicts, Op::DeleteStray(family, stray.clone()));
     }
@@ -419,7 +422,7 @@ fn rank(op: &Op) -> u8 {
         Op::AddChain(..) => 3,
         Op::SetRules(..) => 4,
         // A range that is split must be deleted before its parts are added.
-        Op::DeleteElement(..) => 5,
+        Op::DeleteElement(..) | Op::FlushSet(_) => 5,
         Op::AddElement(..) => 6,
         // Its elements refer to chains.
         Op::DeleteSet(set) if set.data() == Some(Datum::Verdict) => 7,

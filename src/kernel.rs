@@ -21,7 +21,7 @@ use crate::diff::op::Op;
 use crate::error::KernelError;
 use crate::mark::MarkLayout;
 use crate::reconcile::{Error, Reconciler};
-use crate::state::{Elements, Firewall, Missing, State, TableFamily};
+use crate::state::{Firewall, Missing, State, TableFamily};
 use crate::types::DeviceName;
 #[cfg(test)]
 pub(crate) use harness::mutate;
@@ -132,17 +132,23 @@ impl KernelDatapath {
         refused.into_iter().map(|(index, error)| (index, error.with_holder(owner))).collect()
     }
 
-    /// Reads the whole state; `expected` are the set elements that the kernel probably holds.
-    pub(crate) fn read(&mut self, expected: Option<&Elements>) -> Result<State, KernelError> {
+    /// Reads the whole state.
+    pub(crate) fn read(&mut self, known: Known<'_>) -> Result<State, KernelError> {
         self.monitor.lock().begin();
         let mut state = self.read_rest()?;
-        let expected = expected.filter(|elements| elements.len() >= MANY);
-        let (firewall, generation) = nft::observe_at(&mut self.netfilter, expected)?;
+        let expected = known.elements().filter(|elements| elements.len() >= MANY);
+        let (firewall, generation) = match known {
+            Known::WithoutElements => nft::observe_objects(&mut self.netfilter)?,
+            _ => nft::observe_at(&mut self.netfilter, expected)?,
+        };
         let families = state.missing.families;
         state.missing = Missing { families, ..self.missing_of_rules(firewall.as_ref())? };
         self.monitor.lock().table_known(generation);
         state.firewall = firewall;
-        Ok(state)
+        Ok(match known {
+            Known::WithoutElements => state.without_elements(),
+            _ => state,
+        })
     }
 
     /// Returns the features that the rules can do without and the kernel lacks.
@@ -302,7 +308,7 @@ impl Datapath for KernelDatapath {
                 Drift::Unknown => {}
             }
         }
-        self.read(known.elements()).map(Observed::from)
+        self.read(known).map(Observed::from)
     }
 
     fn connections(

@@ -289,11 +289,12 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         self.remember_nodes();
         (self.index, self.findings, self.pending) = (None, None, None);
         let observed = match wanted {
-            Some(wanted) => {
+            Some(wanted) if self.in_sync => {
                 let found = self.find(&wanted)?;
                 current(wanted, found)
             }
-            None => self.observe(Known::Nothing)?,
+            // What the table has and the wanted state has not goes as well.
+            _ => self.observe(Known::WithoutElements)?.without_elements(),
         };
         let firewall = observed.firewall.as_ref().and_then(keep);
         let nothing = State { firewall, ..State::default() };

@@ -471,7 +471,12 @@ impl Datapath for Sim {
             }
         }
         self.freshness = Freshness { table: true, rest: true };
-        Ok(self.state.clone().into())
+        let state = self.state.clone();
+        Ok(match known {
+            Known::WithoutElements => state.without_elements(),
+            _ => state,
+        }
+        .into())
     }
 
     fn connections(

@@ -174,6 +174,19 @@ impl State {
         }
     }
 
+    /// Leaves out the elements of the `inet` table, and notes the sets that may have some.
+    ///
+    /// Elements that expire by themselves are no part of the state.
+    #[must_use]
+    pub fn without_elements(mut self) -> Self {
+        if let Some(firewall) = &mut self.firewall {
+            let sets = firewall.sets.iter().filter(|set| !set.is_fleeting());
+            firewall.unlisted = sets.copied().collect();
+            firewall.elements = Elements::default();
+        }
+        self
+    }
+
     /// One of the two nf_tables tables.
     pub const fn table(&self, family: TableFamily) -> Option<&Firewall> {
         match family {

@@ -198,4 +198,7 @@ fn steady(
     let (took, report) = timed(|| fresh.reconcile(cluster, &*policies).unwrap());
     assert!(report.changes.is_empty());
     line("reconcile after a restart", took, None);
+    let mut last = Reconciler::new(KernelDatapath::open().unwrap());
+    line("drain by a new process", timed(|| last.drain().unwrap()).0, None);
+    line("remove after it", timed(|| last.remove().unwrap()).0, None);
 }

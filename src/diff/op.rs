@@ -78,6 +78,8 @@ pub enum Op {
     AddElement(Key, Value),
     /// Deletes an element.
     DeleteElement(Key, Value),
+    /// Deletes all elements of a set or map.
+    FlushSet(Set),
     /// Deletes an object in a table of this crate that this crate never creates.
     DeleteStray(TableFamily, Stray),
     /// Creates an ipset with these members.
@@ -148,6 +150,7 @@ impl Op {
                 | Self::SetRules(..)
                 | Self::AddElement(..)
                 | Self::DeleteElement(..)
+                | Self::FlushSet(_)
                 | Self::DeleteStray(..)
                 | Self::BlockReplies(_)
         )
@@ -160,7 +163,7 @@ impl Op {
             | Self::AddTable(family)
             | Self::DeleteTable(family)
             | Self::DeleteStray(family, _) => *family,
-            Self::AddSet(set) | Self::DeleteSet(set) => set.table(),
+            Self::AddSet(set) | Self::DeleteSet(set) | Self::FlushSet(set) => set.table(),
             Self::AddChain(chain, _) | Self::DeleteChain(chain) | Self::SetRules(chain, _) => {
                 chain.table()
             }
@@ -316,6 +319,7 @@ fn nft_commands(f: &mut String, op: &Op) -> fmt::Result {
         Op::DeleteElement(key, _) => {
             write!(f, "delete element {table} {} {{ {key} }}", key.set())
         }
+        Op::FlushSet(set) => write!(f, "flush {} {table} {set}", noun(*set)),
         Op::DeleteStray(_, Stray::Chain(name)) => {
             write!(f, "delete chain {table} {}", name.escape_default())
         }

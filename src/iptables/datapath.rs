@@ -273,7 +273,7 @@ const AF_INET: u8 = 2;
 impl Datapath for IptablesDatapath {
     fn observe(&mut self, known: Known<'_>) -> Result<Observed, KernelError> {
         self.check_namespace()?;
-        let mut state = self.kernel.read(known.elements())?;
+        let mut state = self.kernel.read(known)?;
         let lacks_sockets = match self.lacks_sockets {
             Some(known) => known,
             // The first revision with `--nowildcard`.

@@ -26,7 +26,7 @@ pub(super) use commit::{Between, Refused, commit_as};
 pub(crate) use generation::{generation, is_absent, open};
 #[cfg(test)]
 pub(super) use observe::observe;
-pub(super) use observe::{counts, observe_at, observe_hook};
+pub(super) use observe::{counts, observe_at, observe_hook, observe_objects};
 pub use probe::KernelPart;
 pub(crate) use probe::{has_flowtable, missing, missing_of_rules};
 pub(crate) use resize::{enlarge, full};

@@ -145,7 +145,7 @@ fn lock_name() -> Result<UnixListener, KernelError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::datapath::Datapath;
+    use crate::datapath::{Datapath, Known};
     use crate::diff::changes::Changes;
     use crate::kernel::KernelDatapath;
     use crate::kernel::nft::tests::netns::{in_netns, nft};
@@ -198,7 +198,7 @@ mod tests {
                 let (_, error) = error.refused.first().unwrap();
                 assert!(error.is_denied() && error.remedy().is_some(), "{error}");
                 assert_eq!(error.holder(), Some(std::process::id()));
-                assert!(shared.read(None).unwrap().is_empty());
+                assert!(shared.read(Known::Nothing).unwrap().is_empty());
                 shared.apply(&Changes::default()).unwrap();
                 // No other program can take the lock away.
                 assert!(nft::lock(&mut nft::open().unwrap()).is_err());
@@ -206,7 +206,7 @@ mod tests {
             }
             *socket = nft::open().unwrap();
             shared.apply(&change).unwrap();
-            assert_eq!(shared.read(None).unwrap().firewall, with_table().firewall);
+            assert_eq!(shared.read(Known::Nothing).unwrap().firewall, with_table().firewall);
         });
     }
 
@@ -216,7 +216,7 @@ mod tests {
             for _ in 0..3 {
                 let mut datapath = exclusive().unwrap();
                 assert!(datapath.protection() >= Protection::Lock);
-                if datapath.read(None).unwrap().firewall.is_none() {
+                if datapath.read(Known::Nothing).unwrap().firewall.is_none() {
                     create(&mut datapath);
                 }
                 let mut other = KernelDatapath::open().unwrap();
@@ -225,12 +225,12 @@ mod tests {
                 let (_, error) = error.refused.first().unwrap();
                 assert!(error.is_denied() && error.holder().is_some(), "{error}");
                 drop(datapath);
-                let left = KernelDatapath::open().unwrap().read(None).unwrap();
+                let left = KernelDatapath::open().unwrap().read(Known::Nothing).unwrap();
                 assert_eq!(left.firewall, with_table().firewall);
             }
             let mut datapath = exclusive().unwrap();
             datapath.apply(&Changes::between(&with_table(), &State::default())).unwrap();
-            assert!(datapath.read(None).unwrap().is_empty());
+            assert!(datapath.read(Known::Nothing).unwrap().is_empty());
         });
     }
 
@@ -243,7 +243,7 @@ mod tests {
             nft(&["flush", "ruleset"], "").unwrap();
             let delete = ["delete", "table", "inet", "egress_datapath"];
             assert!(nft(&delete, "").unwrap_err().contains("Operation not permitted"));
-            assert_eq!(datapath.read(None).unwrap().firewall, with_table().firewall);
+            assert_eq!(datapath.read(Known::Nothing).unwrap().firewall, with_table().firewall);
         });
     }
 

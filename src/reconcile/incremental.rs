@@ -319,6 +319,7 @@ pub(super) fn without_elements(state: &State) -> State {
         sets: firewall.sets.clone(),
         flowtable: firewall.flowtable,
         elements: Elements::default(),
+        unlisted: BTreeSet::new(),
         strays: firewall.strays.clone(),
         dormant: firewall.dormant,
     });

@@ -22,8 +22,10 @@ pub struct Firewall {
     pub sets: BTreeSet<Set>,
     /// Presence of the flowtable [`FLOWTABLE`](super::stmt::FLOWTABLE).
     pub flowtable: bool,
-    /// Elements of all sets and maps.
+    /// Elements of all sets and maps that are listed.
     pub elements: Elements,
+    /// Sets and maps whose elements are not listed, because the table is about to be emptied.
+    pub unlisted: BTreeSet<Set>,
     /// Objects found in our table that this crate never makes, by name.
     pub strays: BTreeSet<Stray>,
     /// Whether another program set the table's `dormant` flag: the kernel then skips its chains.

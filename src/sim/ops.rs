@@ -246,6 +246,13 @@ fn nft(firewall: &mut Firewall, op: &Op) -> Result<(), Errno> {
             Ok(())
         }
         Op::DeleteElement(key, _) => firewall.elements.remove(key).map(drop).ok_or(errno::ENOENT),
+        Op::FlushSet(set) => {
+            let all: Vec<_> = firewall.elements.of(*set).map(|(key, _)| key).collect();
+            for key in all {
+                firewall.elements.remove(&key);
+            }
+            if firewall.sets.contains(set) { Ok(()) } else { Err(errno::ENOENT) }
+        }
         Op::AddFlowtable => {
             let exists = std::mem::replace(&mut firewall.flowtable, true);
             if exists { Err(errno::EEXIST) } else { Ok(()) }

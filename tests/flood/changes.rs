@@ -532,12 +532,23 @@ fn comes(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
     }
 }
 
-fn everything(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+/// Installs everything, and removes it again, every other time by a new process after a drain.
+fn everything(lab: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
     if round % 2 == 0 {
         return make(nodes, round, GATEWAY_FIRST, &[p()?]);
     }
-    let remove = |name: &&str| Ok(nodes.node(name)?.1.remove()?);
-    ["node-a", "node-b"].iter().map(remove).collect()
+    let clients_first = ["node-a", "node-b"];
+    let mut reports = Vec::new();
+    if round % 4 == 3 {
+        nodes.restart(lab)?;
+        for name in clients_first {
+            reports.push(nodes.node(name)?.1.drain()?);
+        }
+    }
+    for name in clients_first {
+        reports.push(nodes.node(name)?.1.remove()?);
+    }
+    Ok(reports)
 }
 
 /// From one backend to the other, and between the variants of iptables.

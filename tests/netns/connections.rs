@@ -3,6 +3,9 @@
 use std::collections::BTreeSet;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd};
+use std::process;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,12 +16,19 @@ use egress_datapath::testing::lab::{
     EIP_B, EIP_C, Host, Lab, NODE_A, Netns, POD_A, POD_C, Pair, SERVER, STRANGER,
 };
 
+use rustix::net::sockopt::set_socket_recv_buffer_size_force;
+use rustix::net::{
+    AddressFamily, SendFlags, SocketFlags, SocketType, ipproto, sendto, socket_with,
+};
+
 use crate::flows::masquerade;
 
 const PORT: u16 = 7002;
 /// Long enough for a segment that was lost to be sent again.
 const PATIENCE: Duration = Duration::from_secs(120);
 const MOVES: usize = 20;
+/// Addresses of node-a on the interface of its pods.
+const POD_A_GATEWAY: [&str; 2] = ["10.244.1.1", "fd44:1::1"];
 const SERVICE: [&str; 2] = ["10.96.0.10", "fd96::10"];
 
 /// Both ends of a connection.
@@ -153,6 +163,120 @@ fn they_survive(caching: bool) -> Result {
         "{count} connections survived {MOVES} of {MOVES} moves, longest stall {longest:?}"
     )?;
     assert_eq!(sources(&lab), EIP_B.into_iter().collect::<BTreeSet<_>>());
+    Ok(())
+}
+
+/// Moves the first pod of node-a to another node, with its addresses and its interface.
+fn move_pod(lab: &Lab, to: &Host) -> Result {
+    let netns = format!("/proc/{}/fd/{}", process::id(), to.netns.as_fd().as_raw_fd());
+    tool(&lab.node_a.netns, &format!("ip link set pod10 netns {netns} name moved"))?;
+    tool(&to.netns, "ip link set moved up")?;
+    let cluster = lab.cluster(to)?;
+    let node = cluster.nodes.iter().find(|node| node.name.as_str() == to.name);
+    let underlay = &node.ok_or("no such node")?.underlay;
+    for ((pod, gateway), via) in POD_A.into_iter().zip(POD_A_GATEWAY).zip(underlay) {
+        tool(&to.netns, &format!("ip addr add {gateway} dev moved nodad"))?;
+        tool(&to.netns, &format!("ip route replace {pod} dev moved"))?;
+        for (other, device) in
+            [(&lab.node_a.netns, "eth0"), (&lab.node_b.netns, "eth0"), (&lab.router, "underlay")]
+        {
+            tool(other, &format!("ip route replace {pod} via {via} dev {device}"))?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn connections_survive_move_of_pod_to_another_node() -> Result {
+    harness::needs(&["ip"]);
+    for caching in [false, true] {
+        let lab = lab();
+        masquerade(&lab)?;
+        let listeners = listen(&lab.server, SERVER)?;
+        let mut fleet = Fleet::with(&lab, |cluster| cluster.connection_caching = caching)?;
+        let policies = by("node-b", EIP_B)?;
+        fleet.apply(&policies)?;
+        let mut pipes = Vec::new();
+        for _ in 0..15 {
+            pipes.extend(outward(&lab.pod_a, &listeners)?);
+        }
+        pipes.iter().try_for_each(Pipe::client_first)?;
+        move_pod(&lab, &lab.node_c)?;
+        for pipe in &pipes {
+            pipe.client_first().map_err(|error| format!("{}: {error}", pipe.name))?;
+            pipe.server_first().map_err(|error| format!("{}: {error}", pipe.name))?;
+            assert!(EIP_B.contains(&pipe.source()?), "{}", pipe.name);
+        }
+        // New ones, from the new node.
+        for pipe in outward(&lab.pod_a, &listeners)? {
+            assert!(EIP_B.contains(&pipe.source()?), "{}", pipe.name);
+        }
+        assert_eq!(fleet.apply(&policies)?.iter().map(|one| one.changes.len()).sum::<usize>(), 0);
+    }
+    Ok(())
+}
+
+/// Two pods open more flows to one destination than an egress IP has ports.
+#[test]
+fn flows_beyond_ports_of_egress_ip_are_dropped() -> Result {
+    const PORTS: Range<u16> = 1024..41_024;
+    let lab = lab();
+    masquerade(&lab)?;
+    let policies = [policy("p", &[POD_A, STRANGER], Some("node-b"), dual(EIP_B))?];
+    Fleet::open(&lab)?.apply(&policies)?;
+    let server = SERVER[0];
+    let receiver = lab.server.run(|| UdpSocket::bind((server, PORT)))??;
+    let _refused = set_socket_recv_buffer_size_force(&receiver, 8 << 20);
+    receiver.set_read_timeout(Some(Duration::from_millis(500)))?;
+    let done = AtomicBool::new(false);
+    let receive = || {
+        let (mut seen, mut packet) = (BTreeSet::new(), [0; 8]);
+        loop {
+            match receiver.recv_from(&mut packet) {
+                Ok((_, from)) => drop(seen.insert(from)),
+                Err(_) if done.load(Relaxed) => return seen,
+                Err(_) => {}
+            }
+        }
+    };
+    // A flow whose first datagram was lost on the way has a second.
+    let open_flows = || -> Result {
+        for pod in [&lab.pod_a, &lab.stranger, &lab.pod_a, &lab.stranger] {
+            let open = || {
+                socket_with(
+                    AddressFamily::INET,
+                    SocketType::RAW,
+                    SocketFlags::CLOEXEC,
+                    Some(ipproto::UDP),
+                )
+            };
+            let socket = pod.run(open)??;
+            for port in PORTS {
+                // Source and destination port, length; without a checksum.
+                let header = [port.to_be_bytes(), PORT.to_be_bytes(), [0, 8], [0, 0]].concat();
+                sendto(&socket, &header, SendFlags::empty(), &SocketAddr::new(server, 0))?;
+                if port % 64 == 0 {
+                    thread::sleep(Duration::from_millis(1));
+                }
+            }
+        }
+        Ok(())
+    };
+    let (opened, seen) = thread::scope(|scope| {
+        let receiver = scope.spawn(receive);
+        let opened = open_flows();
+        done.store(true, Relaxed);
+        (opened, receiver.join())
+    });
+    opened?;
+    let seen = seen.map_err(|_| "the receiver panicked")?;
+    let others: BTreeSet<_> =
+        seen.iter().map(SocketAddr::ip).filter(|ip| *ip != EIP_B[0]).collect();
+    let (flows, ports) = (2 * PORTS.len(), seen.len());
+    writeln!(io::stderr(), "{flows} flows, {ports} ports of the egress IP, others: {others:?}")?;
+    assert!(others.is_empty(), "{others:?}");
+    // Ports 1024 to 65535: `net/netfilter/nf_nat_core.c`.
+    assert!((PORTS.len()..=64_512).contains(&ports), "{ports}");
     Ok(())
 }
 

@@ -31,6 +31,7 @@ mod process;
 mod refusals;
 mod restart;
 mod roundtrip;
+mod saved;
 mod stand_ins;
 mod way_back;
 mod xtables;

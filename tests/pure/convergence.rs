@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use egress_datapath::datapath::{Op, Phase};
 use egress_datapath::state::{
     Base, ChainId, ChainType, Firewall, Hook, Key, NftRule, Set, Stmt, Stray, StrayKind,
-    StrayRouting,
+    StrayRouting, TableFamily,
 };
 use egress_datapath::{
     Backend, Changes, Datapath, Destinations, DeviceName, Family, Finding, MacAddr, Reconciler,
@@ -399,6 +399,36 @@ proptest! {
         prop_assert!(successor.reconcile(&cluster, &after).unwrap().changes.is_empty());
         successor.remove().unwrap();
         prop_assert!(kernel.state().is_empty());
+    }
+
+    #[test]
+    fn drain_by_new_process_flushes_the_sets(cluster in clusters(), policies in policies()) {
+        let start = |sim| {
+            let (marks, tables) = pools(&cluster);
+            Reconciler::with_allocators(sim, marks, tables)
+        };
+        let mut first = start(Sim::new());
+        first.reconcile(&cluster, &policies).unwrap();
+        let mut second = start(first.datapath().clone());
+        // The first has been given its datapath back, and knows the elements.
+        first.repair().unwrap();
+        let known = first.drain().unwrap().changes;
+        let unknown = second.drain().unwrap().changes;
+        let state = second.datapath().state().clone();
+        prop_assert_eq!(first.datapath().state(), &state);
+        let elements = |op: &Op| match op {
+            Op::DeleteElement(key, _) => key.set().table() == TableFamily::Inet,
+            _ => false,
+        };
+        let flushes = |op: &Op| matches!(op, Op::FlushSet(_));
+        prop_assert!(!unknown.ops().any(elements) && !known.ops().any(flushes));
+        let other = |changes: &Changes, but: &dyn Fn(&Op) -> bool| {
+            changes.ops().filter(|op| !but(op)).cloned().collect::<Vec<_>>()
+        };
+        prop_assert_eq!(other(&known, &elements), other(&unknown, &flushes));
+        let sets = state.firewall.iter().flat_map(|table| &table.sets).count();
+        prop_assert!(unknown.ops().filter(|op| flushes(op)).count() <= sets);
+        prop_assert!(second.remove().is_ok() && second.datapath().state().is_empty());
     }
 
     #[test]

@@ -13,6 +13,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::*;
 use crate::alloc::TableRange;
+use crate::datapath::Known;
 use crate::event::Component;
 use crate::kernel::KernelDatapath;
 use crate::kernel::rtnetlink::kernel_tests::{in_namespace, sh};
@@ -70,7 +71,7 @@ impl Host {
 
     /// Routing table of a gateway and MAC address of its tunnel, as shell variables.
     pub(crate) fn variables(&mut self) -> String {
-        let state = self.egress.datapath().read(None).unwrap();
+        let state = self.egress.datapath().read(Known::Nothing).unwrap();
         let via = |route: &crate::state::Route| matches!(route, crate::state::Route::Via(_));
         let (key, _) = state.routes.iter().find(|(_, route)| via(route)).unwrap();
         format!("TABLE={}\nMAC={}\n", key.table, node(2).mac())

@@ -302,6 +302,10 @@ impl Builder<'_> {
             }
             Op::AddElement(key, value) => self.element(index, key, Some(value)),
             Op::DeleteElement(key, _) => self.element(index, key, None),
+            // Without a list of elements, all are meant.
+            Op::FlushSet(set) => {
+                self.message(at, kind::DELSETELEM, 0, named(set.name(), 2));
+            }
             Op::DeleteStray(_, Stray::Chain(name)) => {
                 self.message(at, kind::DELCHAIN, 0, named(name.clone(), 3));
             }

@@ -46,6 +46,11 @@ pub(crate) fn observe_at(
     whole(socket, TableFamily::Inet, expected)
 }
 
+/// Reads our table without elements, and the ruleset generation.
+pub(crate) fn observe_objects(socket: &mut Socket) -> Result<(Option<Firewall>, u32), KernelError> {
+    steady(socket, TableFamily::Inet, None, |reader| reader.table(|_| false))
+}
+
 /// Reads the table's chains, its sets, the elements of some sets, and the generation.
 pub(super) fn observe_some(
     socket: &mut Socket,
@@ -68,13 +73,12 @@ pub(crate) fn observe_hook(socket: &mut Socket) -> Result<Option<Firewall>, Kern
     whole(socket, TableFamily::Netdev, None).map(|(table, _)| table)
 }
 
-#[expect(clippy::redundant_closure_for_method_calls, reason = "a path has no lifetime of its own")]
 fn whole(
     socket: &mut Socket,
     family: TableFamily,
     expected: Option<&Elements>,
 ) -> Result<(Option<Firewall>, u32), KernelError> {
-    steady(socket, family, expected, |reader| reader.table())
+    steady(socket, family, expected, |reader| reader.table(|_| true))
 }
 
 /// Reads part of a table, repeatedly until the ruleset generation did not change during the read.
@@ -141,7 +145,8 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
-    fn table(&mut self) -> Result<Option<Firewall>, KernelError> {
+    /// Reads the table, and the elements of the wanted sets; `None` if there is no table.
+    fn table(&mut self, is_wanted: impl Fn(Set) -> bool) -> Result<Option<Firewall>, KernelError> {
         let request = Request {
             text: &format!("nft list table {} {NFT_TABLE}", self.family),
             kind: kind::GETTABLE,
@@ -158,7 +163,7 @@ impl<'a> Reader<'a> {
             Err(error) if error.errno() == Some(errno::ENOENT) => return Ok(None),
             other => other?,
         }
-        self.contents(|_| true, &mut firewall)?;
+        self.contents(is_wanted, &mut firewall)?;
         Ok(Some(firewall))
     }
 

@@ -123,6 +123,7 @@ impl RouteSocket {
             | Op::SetRules(..)
             | Op::AddElement(..)
             | Op::DeleteElement(..)
+            | Op::FlushSet(_)
             | Op::DeleteStray(..)
             | Op::BlockReplies(_)
             | Op::MarkConnection(..)

@@ -2,8 +2,9 @@
 
 use std::process::Command;
 
-use crate::alloc::{MarkPool, TablePool};
-use crate::cluster::{Backend, Cluster, Node};
+use crate::alloc::{MarkPool, TablePool, TableRange};
+use crate::cluster::{Backend, Cluster, Node, Steering};
+use crate::datapath::Known;
 use crate::iptables::Variant;
 use crate::kernel::rtnetlink::kernel_tests::{in_namespace, sh};
 use crate::policy::{EgressIp, EgressPolicy};
@@ -73,8 +74,7 @@ fn a_fresh_host_has_no_problem_and_keeps_no_trace() {
 fn our_own_objects_are_no_problem() {
     in_namespace(|| {
         let (cluster, policy) = (cluster(), policy("node-b", EIP));
-        let mut egress =
-            Reconciler::open(cluster.marks, crate::alloc::TableRange::default()).unwrap();
+        let mut egress = Reconciler::open(cluster.marks, TableRange::default()).unwrap();
         egress.reconcile(&cluster, [&policy]).unwrap();
         assert_eq!(problems("echo 1 >/proc/sys/net/ipv4/conf/u0/rp_filter"), []);
         let strict = problems("echo 1 >/proc/sys/net/ipv4/conf/egress.vxlan/rp_filter");
@@ -159,13 +159,47 @@ fn saved_chains_keep_the_host_from_its_own_rules_until_the_remedy() {
 }
 
 #[test]
+fn saved_tables_are_named_and_the_host_loads_its_own_after_the_remedy() {
+    harness::needs(&["nft", "awk"]);
+    for steering in [Steering::Tables, Steering::EgressHook] {
+        in_namespace(move || {
+            sh("nft add table inet host");
+            let (cluster, policy) = (cluster().with_steering(steering), policy("node-b", EIP));
+            let mut egress = Reconciler::open(cluster.marks, TableRange::default()).unwrap();
+            egress.reconcile(&cluster, [&policy]).unwrap();
+            let root = std::env::temp_dir().join(format!("egress-nft-{}", std::process::id()));
+            std::fs::create_dir_all(root.join("etc")).unwrap();
+            let file = root.join("etc/nftables.conf").display().to_string();
+            sh(&format!("nft list ruleset >{file}"));
+            egress.remove().unwrap();
+            sh("nft flush ruleset");
+            let restore = format!("nft -f {file}");
+            let restores = || Command::new("sh").args(["-c", &restore]).output().unwrap();
+            let first = restores().status.success();
+            // Where a chain needs a device that is not there yet, older kernels refuse all.
+            assert!(first || steering == Steering::EgressHook);
+            assert_eq!(sh("nft list ruleset").contains("table inet host"), first);
+            let saved = super::saved::saved(&root);
+            assert!(saved.len() == 1 && !saved[0].for_iptables, "{saved:?}");
+            sh(&format!(
+                "awk '/^table (inet|netdev) egress_datapath /{{ours=1}} !ours{{print}} /^}}/{{ours=0}}' \
+                 {file} >{file}.new; mv {file}.new {file}; nft flush ruleset"
+            ));
+            assert!(restores().status.success());
+            assert_eq!(sh("nft list tables").trim(), "table inet host");
+            assert_eq!(super::saved::saved(&root), []);
+            std::fs::remove_dir_all(&root).unwrap();
+        });
+    }
+}
+
+#[test]
 fn what_others_have_put_into_our_tables() {
     in_namespace(|| {
         let (cluster, policy) = (cluster(), policy("node-b", EIP));
-        let mut egress =
-            Reconciler::open(cluster.marks, crate::alloc::TableRange::default()).unwrap();
+        let mut egress = Reconciler::open(cluster.marks, TableRange::default()).unwrap();
         egress.reconcile(&cluster, [&policy]).unwrap();
-        let state = egress.datapath().read(None).unwrap();
+        let state = egress.datapath().read(Known::Nothing).unwrap();
         let table = state.routes.keys().next().unwrap().table;
         let script = format!("ip route add 203.0.113.0/24 via 192.0.2.9 table {table}");
         let found = problems(&script);

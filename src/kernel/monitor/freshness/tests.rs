@@ -5,7 +5,7 @@ use ipnet::IpNet;
 
 use super::*;
 use crate::alloc::{MarkPool, TablePool};
-use crate::datapath::Datapath;
+use crate::datapath::{Datapath, Known};
 use crate::event::Component;
 use crate::kernel::KernelDatapath;
 use crate::kernel::monitor::tests::Host;
@@ -18,7 +18,7 @@ use crate::{ChangeEvents, Changes, Cluster, Reconciler, State, Update, plan};
 /// Reads until no more notifications arrive: new devices keep sending them for a while.
 fn known(kernel: &mut KernelDatapath) -> State {
     for _ in 0..50 {
-        let state = kernel.read(None).unwrap();
+        let state = kernel.read(Known::Nothing).unwrap();
         std::thread::sleep(Duration::from_millis(20));
         if kernel.drift() == Drift::None {
             return state;
@@ -109,7 +109,7 @@ fn source(number: u8) -> IpNet {
 
 /// Checks the policies with the added sources: the plan against the state read from the kernel.
 fn check(host: &mut Host, cluster: &Cluster) {
-    let found = host.egress.datapath().read(None).unwrap();
+    let found = host.egress.datapath().read(Known::Nothing).unwrap();
     // The pools allocate the marks and tables that the kernel has.
     let (mut marks, mut tables) = (MarkPool::default(), TablePool::default());
     let mut other = Reconciler::with_allocators(

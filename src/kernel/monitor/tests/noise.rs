@@ -71,7 +71,7 @@ fn foreign_rules_ahead_of_ours_are_reported() {
         let _report = host.egress.remove().unwrap();
         let _report = host.egress.audit().unwrap();
         let _own = host.drain();
-        let _state = host.egress.datapath().read(None).unwrap();
+        let _state = host.egress.datapath().read(Known::Nothing).unwrap();
         sh("ip rule add lookup 7");
         assert_eq!(host.drain(), ChangeEvents::default());
     });

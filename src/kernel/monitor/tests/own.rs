@@ -6,7 +6,7 @@ use ipnet::IpNet;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 
 use super::*;
-use crate::datapath::{Datapath, Drift};
+use crate::datapath::{Datapath, Drift, Known};
 use crate::diff::op::Op;
 use crate::state::State;
 use crate::{EgressPolicy, Update};
@@ -15,7 +15,7 @@ use crate::{EgressPolicy, Update};
 fn own_change_of_the_device_is_reported_a_few_times_and_repair_writes_nothing() {
     in_namespace(|| {
         let mut host = Host::new();
-        let all = host.egress.datapath().read(None).unwrap();
+        let all = host.egress.datapath().read(Known::Nothing).unwrap();
         for _ in 0..2 {
             host.egress.remove().unwrap();
             host.settle("removing everything");
@@ -30,7 +30,7 @@ fn own_change_of_the_device_is_reported_a_few_times_and_repair_writes_nothing() 
         host.policies.extend(policies);
         host.reconcile();
         host.settle("a node that comes");
-        assert_eq!(host.egress.datapath().read(None).unwrap(), all);
+        assert_eq!(host.egress.datapath().read(Known::Nothing).unwrap(), all);
     });
 }
 
@@ -78,7 +78,7 @@ fn has_port(op: &Op) -> bool {
 fn watch_silent_after_own_change_of_rules_routes_and_tables() {
     in_namespace(|| {
         let mut host = Host::new();
-        let all = host.egress.datapath().read(None).unwrap();
+        let all = host.egress.datapath().read(Known::Nothing).unwrap();
         let mut more = all.clone();
         more.addresses
             .extend(["9.9.9.9/32", "fd99::9/128"].map(|net| net.parse::<IpNet>().unwrap()));
@@ -88,7 +88,7 @@ fn watch_silent_after_own_change_of_rules_routes_and_tables() {
         let mut seen = 0;
         for wanted in [&more, &bare, &all, &bare, &all] {
             let datapath = host.egress.datapath();
-            let observed = datapath.read(None).unwrap();
+            let observed = datapath.read(Known::Nothing).unwrap();
             for step in crate::Changes::between(&observed, wanted).steps() {
                 let step = step.clone();
                 let silent = step.ops.iter().all(has_port);

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::*;
-use crate::datapath::{Datapath, Drift};
+use crate::datapath::{Datapath, Drift, Known};
 use crate::diff::op::Op;
 use crate::kernel::nft;
 use crate::kernel::rtnetlink::socket::RouteSocket;
@@ -88,7 +88,7 @@ fn read(kernel: &mut KernelDatapath) {
     let begin = Instant::now();
     while kernel.drift() != Drift::None {
         assert!(begin.elapsed() < Duration::from_secs(60));
-        kernel.read(None).unwrap();
+        kernel.read(Known::Nothing).unwrap();
     }
 }
 
@@ -190,7 +190,7 @@ fn read_during_a_change_and_a_drain_is_not_taken_for_current() {
                         let op = if adds { Op::AddRule } else { Op::DeleteRule };
                         other.make_one(&op(edits::RULE)).unwrap();
                     });
-                    kernel.read(None).unwrap()
+                    kernel.read(Known::Nothing).unwrap()
                 });
                 if kernel.drift() == Drift::None {
                     current += 1;
@@ -233,7 +233,7 @@ fn change_noticed_by_the_datapath_and_reported_once_if_a_thread_drains() {
                 let op = if round % 2 == 0 { &rule } else { &Op::DeleteRule(edits::RULE) };
                 other.make_one(op).unwrap();
                 assert_eq!(kernel.drift(), Drift::Rest);
-                kernel.observe(crate::datapath::Known::Nothing).unwrap();
+                kernel.observe(Known::Nothing).unwrap();
                 drainer.join().unwrap()
             });
             by_thread += reported;
@@ -251,7 +251,7 @@ fn watch_after_a_failed_join_told_of_the_loss_and_joined_by_the_next_read() {
     in_namespace(|| {
         let mut host = Host::new();
         let kernel = host.egress.datapath();
-        kernel.read(None).unwrap();
+        kernel.read(Known::Nothing).unwrap();
         let before = nft::generation(&mut kernel.netfilter).unwrap();
         let between = nft::Between { before, after: before };
         kernel.monitor.lock().will_commit(usize::MAX);
@@ -263,7 +263,7 @@ fn watch_after_a_failed_join_told_of_the_loss_and_joined_by_the_next_read() {
         set_capabilities(None, all).unwrap();
         kernel.monitor.lock().resumed(Some(before));
         assert_eq!((kernel.drift(), subscribers()), (Drift::Unknown, 0));
-        kernel.read(None).unwrap();
+        kernel.read(Known::Nothing).unwrap();
         assert_eq!(subscribers(), 1);
         assert!(host.is_readable(0) && host.drain().lost);
         sh("nft add chain inet egress_datapath other");
@@ -276,7 +276,7 @@ fn thread_that_panics_while_it_reads_leaves_nothing_certain() {
     in_namespace(|| {
         let mut host = Host::new();
         let kernel = host.egress.datapath();
-        kernel.read(None).unwrap();
+        kernel.read(Known::Nothing).unwrap();
         let monitor = kernel.monitor.clone();
         let panics = std::thread::spawn(move || {
             let _listener = monitor.lock();

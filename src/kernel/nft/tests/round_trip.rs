@@ -5,8 +5,10 @@ use std::process::Command;
 use super::netns::{in_netns, nft};
 use super::sample;
 use crate::diff::op::Op;
-use crate::kernel::nft::{commit, observe, observe_hook};
-use crate::state::{ChainId, Data, Firewall, Key, NFT_TABLE, Set, Stray, TableFamily, Value};
+use crate::kernel::nft::{commit, observe, observe_hook, observe_objects};
+use crate::state::{
+    ChainId, Data, Elements, Firewall, Key, NFT_TABLE, Set, Stray, TableFamily, Value,
+};
 use crate::types::{DeviceName, Family};
 
 #[track_caller]
@@ -127,6 +129,34 @@ fn everything_can_be_deleted_again() {
         ops.extend(wanted.sets.into_iter().map(Op::DeleteSet));
         assert_eq!(commit(socket, &ops), Ok(()));
         assert_eq!(observe(socket), Ok(Some(Firewall::default())));
+    });
+}
+
+#[test]
+fn flushed_sets_are_empty_and_take_elements_again() {
+    harness::needs(&["nft"]);
+    in_netns(|socket| {
+        commit(socket, &sample::ops()).unwrap();
+        let whole = sample::firewall();
+        let flush: Vec<_> = whole.sets.iter().copied().map(Op::FlushSet).collect();
+        let refill = whole.elements.iter().map(|(key, value)| Op::AddElement(key, value));
+        let refill: Vec<_> = refill.collect();
+        let empty = Firewall { elements: Elements::default(), ..whole };
+        for by_nft in [false, true] {
+            for _ in 0..2 {
+                // An empty set can be flushed, too.
+                if by_nft {
+                    nft(&["-f", "-"], &script(&flush)).unwrap();
+                } else {
+                    commit(socket, &flush).unwrap();
+                }
+                assert_eq!(observe(socket), Ok(Some(empty.clone())));
+            }
+            commit(socket, &refill).unwrap();
+            assert_same(observe(socket).unwrap());
+        }
+        // A read without elements is the same as a read of empty sets.
+        assert_eq!(observe_objects(socket).unwrap().0, Some(empty));
     });
 }
 
