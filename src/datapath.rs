@@ -26,8 +26,8 @@ pub enum Known<'a> {
     Expected(&'a Elements),
     /// No state is known, and the elements of the `inet` table do not matter.
     ///
-    /// The table will be deleted, or its sets flushed. A datapath may leave the elements out, as
-    /// [`State::without_elements`] does: to list a million elements takes a kernel minutes.
+    /// The table will be deleted, or its sets flushed. A datapath may leave the elements out: to
+    /// list a million takes a kernel minutes.
     WithoutElements,
     /// This state is the last observed one plus all changes applied since, none of them refused.
     Installed(&'a State),

@@ -145,10 +145,7 @@ impl KernelDatapath {
         state.missing = Missing { families, ..self.missing_of_rules(firewall.as_ref())? };
         self.monitor.lock().table_known(generation);
         state.firewall = firewall;
-        Ok(match known {
-            Known::WithoutElements => state.without_elements(),
-            _ => state,
-        })
+        Ok(state)
     }
 
     /// Returns the features that the rules can do without and the kernel lacks.

@@ -57,10 +57,20 @@ pub struct Reconciler<D, M = MarkPool, T = TablePool> {
     settled: bool,
     /// Changes whose stale connections were left for later.
     pending: Option<PendingConnections>,
+    /// The state before a reconciliation whose stale connections were left for later.
+    unsettled: Option<State>,
     /// Nodes of earlier plans, which may hold a mark or a table.
     former: BTreeSet<NodeName>,
     /// Times of the call in progress.
     clock: Clock,
+}
+
+/// The time at which stale connections are ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ending {
+    Now,
+    /// By the next call that settles.
+    Later,
 }
 
 /// The observed state, beside the wanted one that the datapath was left in.
@@ -156,6 +166,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
             in_sync: false,
             settled: false,
             pending: None,
+            unsettled: None,
             former: BTreeSet::new(),
             clock: Clock::new(),
         }
@@ -177,10 +188,57 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         cluster: &Cluster,
         policies: impl IntoIterator<Item = P>,
     ) -> Result<Report, Error> {
+        self.reconcile_and(Ending::Now, cluster, policies)
+    }
+
+    /// Does the same as [`reconcile`](Self::reconcile), and leaves stale connections to
+    /// [`settle`](Self::settle), as [`update`](Self::update) does.
+    ///
+    /// This is for the first call of a process: to find stale connections the kernel lists its
+    /// conntrack entries, which takes 0.4 s for 100 000. Until they are ended, the guard rules drop
+    /// their packets. [`reconcile`](Self::reconcile), [`repair`](Self::repair) and a second call of
+    /// this method end them as well.
+    ///
+    /// ```
+    /// # use egress_datapath::{Cluster, EgressIp, EgressPolicy, Node, NodeName, PolicyId};
+    /// # use egress_datapath::{Reconciler, Sim};
+    /// # let name = NodeName::new("a")?;
+    /// # let node = Node::new(name.clone(), vec!["10.10.0.11".parse()?], vec!["172.31.0.11/16".parse()?]);
+    /// # let cluster = Cluster::new(name.clone(), vec![node], vec!["10.244.0.0/16".parse()?]);
+    /// # let eip = EgressIp::V4("198.51.100.200".parse()?);
+    /// # let policy = EgressPolicy::new(PolicyId::new("p")?, vec!["10.244.1.10/32".parse()?], eip);
+    /// # let policy = policy.with_gateway(name);
+    /// # let mut egress = Reconciler::new(Sim::new());
+    /// egress.reconcile_unsettled(&cluster, [&policy])?;
+    /// // The policies are in force: pods may start.
+    /// assert!(egress.settle()?.settled);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As for [`reconcile`](Self::reconcile).
+    pub fn reconcile_unsettled<P: Policy>(
+        &mut self,
+        cluster: &Cluster,
+        policies: impl IntoIterator<Item = P>,
+    ) -> Result<Report, Error> {
+        self.reconcile_and(Ending::Later, cluster, policies)
+    }
+
+    fn reconcile_and<P: Policy>(
+        &mut self,
+        ending: Ending,
+        cluster: &Cluster,
+        policies: impl IntoIterator<Item = P>,
+    ) -> Result<Report, Error> {
         span!("reconcile");
         self.clock.start();
         let policies: Vec<P> = policies.into_iter().collect();
-        if let Some(changes) = self.follow_snapshot(cluster, &policies)? {
+        if let Some(mut changes) = self.follow_snapshot(cluster, &policies)? {
+            if ending == Ending::Now {
+                changes.extend(self.end_unsettled()?);
+            }
             return Ok(self.report(changes));
         }
         self.remember_nodes();
@@ -200,11 +258,14 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         state.leave_out(&observed.missing);
         let changes = Changes::between(&observed, &state);
         (self.index, self.findings) = (Some(index), None);
-        let made = self.make(changes, &observed, &state);
+        let made = self.make(changes, &observed, &state, ending);
         self.wanted = Some(state);
         let mut changes = made?;
-        changes.extend(self.end_unsettled()?);
-        self.release();
+        if ending == Ending::Now {
+            changes.extend(self.end_unsettled()?);
+            // A stale connection may have the mark of a node.
+            self.release();
+        }
         Ok(self.report(changes))
     }
 
@@ -299,7 +360,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         let firewall = observed.firewall.as_ref().and_then(keep);
         let nothing = State { firewall, ..State::default() };
         let changes = Changes::between(&observed, &nothing);
-        let changes = self.make(changes, &observed, &nothing)?;
+        let changes = self.make(changes, &observed, &nothing, Ending::Now)?;
         Ok(self.finished(changes, Vec::new(), true))
     }
 
@@ -377,17 +438,23 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
             }
             Found::Whole(observed) => {
                 let changes = Changes::between(&observed, wanted);
-                self.make(changes, &observed, wanted)
+                self.make(changes, &observed, wanted, Ending::Now)
             }
         }
     }
 
-    /// Applies changes, and ends the connections that they make stale.
+    /// Applies changes, and ends the connections that they make stale, or leaves them.
     ///
     /// The guard rules of the table drop packets of stale connections until then. The first call
     /// looks for stale connections even if nothing changes: a previous process may have been killed
     /// between the two.
-    fn make(&mut self, changes: Changes, before: &State, wanted: &State) -> Result<Changes, Error> {
+    fn make(
+        &mut self,
+        changes: Changes,
+        before: &State,
+        wanted: &State,
+        ending: Ending,
+    ) -> Result<Changes, Error> {
         if self.settled && !changes.ops().any(Op::concerns_packets) {
             return self.apply_only(changes);
         }
@@ -401,16 +468,34 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
             }
             applied => applied.map(|()| None)?,
         };
-        let stale = self.stale_connections(None, wanted, before)?;
+        if ending == Ending::Later && self.unsettled.is_none() {
+            self.unsettled = Some(before.clone());
+            self.in_sync = last.is_empty() && refused.is_none();
+            let Some(mut error) = refused else { return Ok(made) };
+            error.skipped = last.len();
+            return Err(error.into());
+        }
+        let mut stale = self.stale_connections(None, wanted, before)?;
+        let earlier = self.unsettled.clone();
+        if let Some(earlier) = &earlier {
+            stale.extend(self.stale_connections(None, wanted, earlier)?);
+        }
         // If everything is removed, the old table exists until its guard rules are no longer
         // needed.
         let table = wanted.firewall.as_ref().or(before.firewall.as_ref());
-        let mut rest = Changes::end(&stale, table, |one| one.due_mark(wanted, before));
+        let due_mark = |one: &Connection| {
+            let earlier = || earlier.as_ref().and_then(|earlier| one.due_mark(wanted, earlier));
+            one.due_mark(wanted, before).or_else(earlier)
+        };
+        let mut rest = Changes::end(&stale, table, due_mark);
         if refused.is_none() {
             rest.extend(last);
         }
         self.apply_changes(&rest)?;
         self.settled = true;
+        if self.unsettled.take().is_some() {
+            self.release();
+        }
         if let Some(mut error) = refused {
             error.applied += rest.len();
             return Err(error.into());

@@ -471,12 +471,7 @@ impl Datapath for Sim {
             }
         }
         self.freshness = Freshness { table: true, rest: true };
-        let state = self.state.clone();
-        Ok(match known {
-            Known::WithoutElements => state.without_elements(),
-            _ => state,
-        }
-        .into())
+        Ok(self.state.clone().into())
     }
 
     fn connections(

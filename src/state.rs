@@ -177,8 +177,7 @@ impl State {
     /// Leaves out the elements of the `inet` table, and notes the sets that may have some.
     ///
     /// Elements that expire by themselves are no part of the state.
-    #[must_use]
-    pub fn without_elements(mut self) -> Self {
+    pub(crate) fn without_elements(mut self) -> Self {
         if let Some(firewall) = &mut self.firewall {
             let sets = firewall.sets.iter().filter(|set| !set.is_fleeting());
             firewall.unlisted = sets.copied().collect();

@@ -1,8 +1,8 @@
 //! What it costs to change a node's kernel: ours, the tools, and the kernel's own floor.
 //!
 //! `cargo bench --bench apply -- --quick`, as root; compare figures of one run with each other;
-//! `-- gateways`, `-- moves`, `-- sets`, `-- shared` and `-- watch` are those rows alone. Everything
-//! is made in a network namespace that ends with the process.
+//! `-- gateways`, `-- moves`, `-- sets`, `-- shared`, `-- tracked` and `-- watch` are those rows
+//! alone. Everything is made in a network namespace that ends with the process.
 
 #![allow(
     clippy::unwrap_used,
@@ -15,6 +15,7 @@ mod gateways;
 mod sets;
 mod shared;
 mod tools;
+mod tracked;
 mod watch;
 
 use std::time::{Duration, Instant};
@@ -44,11 +45,12 @@ fn main() {
     for (_, (count, sources)) in sizes {
         size(*count, *sources, restore && !(quick && count * sources > 10_000));
     }
-    let parts: [(&str, fn()); 5] = [
+    let parts: [(&str, fn()); 6] = [
         ("gateways", gateways::gateways),
         ("moves", gateways::moving),
         ("sets", sets::sets),
         ("shared", shared::shared),
+        ("tracked", tracked::tracked),
         ("watch", watch::watch),
     ];
     for (name, part) in parts {

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use super::traced::{report_findings, span};
-use super::{Error, Found, Reconciler, Report};
+use super::{Ending, Error, Found, Reconciler, Report};
 use crate::alloc::{MarkAllocator, TableAllocator};
 use crate::cluster::Cluster;
 use crate::connection::Connection;
@@ -118,8 +118,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
             return Ok(None);
         };
         let Some(differences) = index.differences(policies) else { return Ok(None) };
-        let (mut changes, _) = self.follow(differences)?;
-        changes.extend(self.end_unsettled()?);
+        let (changes, _) = self.follow(differences)?;
         Ok(Some(changes))
     }
 
@@ -171,7 +170,7 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
                 state.leave_out(&wanted.missing);
                 let observed = current(std::mem::replace(wanted, *state), found?);
                 let changes = Changes::between(&observed, wanted);
-                self.make(changes, &observed, wanted)?
+                self.make(changes, &observed, wanted, Ending::Now)?
             }
         };
         if moved {
@@ -213,16 +212,28 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
 
     /// Ends the stale connections that were left for later.
     pub(crate) fn end_unsettled(&mut self) -> Result<Changes, Error> {
-        let Some(pending) = self.pending.take() else { return Ok(Changes::default()) };
         let Some(wanted) = self.wanted.take() else { return Ok(Changes::default()) };
-        let in_sync = std::mem::take(&mut self.in_sync);
-        let ended = self.end(&pending, &wanted);
+        let ended = self.end_left(&wanted);
         self.wanted = Some(wanted);
-        match &ended {
-            Ok(_) => self.in_sync = in_sync,
-            Err(_) => self.pending = Some(pending),
-        }
         ended
+    }
+
+    fn end_left(&mut self, wanted: &State) -> Result<Changes, Error> {
+        let mut changes = Changes::default();
+        if self.unsettled.is_some() && self.in_sync {
+            changes = self.make(Changes::default(), wanted, wanted, Ending::Now)?;
+        }
+        let Some(pending) = self.pending.take() else { return Ok(changes) };
+        let in_sync = std::mem::take(&mut self.in_sync);
+        match self.end(&pending, wanted) {
+            Ok(ended) => changes.extend(ended),
+            Err(error) => {
+                self.pending = Some(pending);
+                return Err(error);
+            }
+        }
+        self.in_sync = in_sync;
+        Ok(changes)
     }
 
     fn end(&mut self, pending: &PendingConnections, wanted: &State) -> Result<Changes, Error> {

@@ -247,7 +247,7 @@ fn nft(firewall: &mut Firewall, op: &Op) -> Result<(), Errno> {
         }
         Op::DeleteElement(key, _) => firewall.elements.remove(key).map(drop).ok_or(errno::ENOENT),
         Op::FlushSet(set) => {
-            let all: Vec<_> = firewall.elements.of(*set).map(|(key, _)| key).collect();
+            let all: Vec<_> = firewall.elements.keys().filter(|key| key.set() == *set).collect();
             for key in all {
                 firewall.elements.remove(&key);
             }

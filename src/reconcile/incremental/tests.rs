@@ -14,7 +14,8 @@ use crate::plan::{PlanError, plan, with_few_tags};
 use crate::state::Set;
 use crate::types::Family;
 use crate::{
-    Destinations, EgressIp, EgressPolicy, MarkLayout, Node, NodeName, PolicyId, Sim, Unavailable,
+    Destinations, EgressIp, EgressPolicy, MarkBits, MarkLayout, Node, NodeName, PolicyId, Sim,
+    Unavailable,
 };
 
 fn name(text: &str) -> NodeName {
@@ -104,9 +105,6 @@ impl Datapath for Recorder {
     fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {
         let ended: Vec<_> = changes.ops().filter_map(Op::ended).copied().collect();
         self.connections.retain(|one| !ended.contains(one));
-        if !ended.is_empty() {
-            return Ok(());
-        }
         let made = self.sim.apply(changes);
         if made.is_err() {
             self.drift = Some(Drift::Unknown);
@@ -585,6 +583,87 @@ fn of_a_policy_that_becomes_invalid_all_connections_are_looked_at() {
     egress.settle().unwrap();
     // Its other sources are closed, too, and the update names none of them.
     assert_eq!(egress.datapath.listed, [None, None]);
+}
+
+#[test]
+fn first_reconciliation_left_unsettled_is_settled_by_any_later_call() {
+    let settlers: [fn(&mut Egress) -> Report; 5] = [
+        |egress| egress.settle().unwrap(),
+        |egress| egress.repair().unwrap(),
+        |egress| egress.audit().unwrap(),
+        |egress| egress.reconcile(&cluster(), [one_policy()]).unwrap(),
+        |egress| {
+            egress.datapath.drift = Some(Drift::Rest);
+            egress.settle().unwrap()
+        },
+    ];
+    for settle in settlers {
+        let mut egress = Reconciler::new(Recorder::default());
+        let (stale, other) = (connection("10.0.0.1"), connection("10.0.7.7"));
+        egress.datapath.connections = vec![stale, other];
+        let report = egress.reconcile_unsettled(&cluster(), [one_policy()]).unwrap();
+        assert!(!report.settled && egress.datapath.listed.is_empty());
+        let installed = egress.datapath.sim.state().clone();
+        assert_eq!(Some(&installed), egress.wanted.as_ref());
+        assert!(!egress.update(add("10.0.0.2/32")).unwrap().settled);
+        assert_eq!(egress.datapath.connections, [stale, other]);
+        let report = settle(&mut egress);
+        assert!(report.settled);
+        assert_eq!(egress.datapath.connections, [other]);
+        assert!(settle(&mut egress).changes.is_empty());
+    }
+}
+
+/// Connections of some pods, as their node, a gateway or nobody has translated and marked them.
+fn connections() -> impl Strategy<Value = Vec<Connection>> {
+    let MarkBits { value, .. } = MarkLayout::SEED.connection();
+    let one = (
+        select(vec!["10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.1.1", "10.0.9.9"]),
+        select(vec![None, Some([203, 0, 113, 1]), Some([203, 0, 113, 2]), Some([10, 10, 0, 11])]),
+        select(vec![0, value, value | 1, 0x2600_0000, 0x2600_0100]),
+        0..4_u32,
+    );
+    let one = one.prop_map(|(source, snat, mark, id)| {
+        let found = connection(source);
+        let snat_address = snat.map_or(found.snat_address, IpAddr::from);
+        Connection { snat_address, mark, id, ..found }
+    });
+    prop::collection::vec(one, 0..24)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 192, failure_persistence: None, ..<_>::default() })]
+
+    /// Nothing is forgotten: what a reconciliation would have ended ends with the next call.
+    #[test]
+    fn settled_later_is_settled_all_the_same(
+        rounds in prop::collection::vec(
+            (any::<bool>(), prop::collection::vec(policies(), 0..4), connections(), 0..3_usize), 1..5,
+        ),
+    ) {
+        let start = || {
+            let tables = TablePool::new(TableRange::default()).with_start(0);
+            Reconciler::with_allocators(Recorder::default(), MarkPool::default(), tables)
+        };
+        let (mut at_once, mut later) = (start(), start());
+        for (caching, policies, connections, by) in rounds {
+            let cluster =
+ Cluster { connection_caching: caching, policy_counters: !caching, ..cluster() };
+            at_once.datapath.connections.clone_from(&connections);
+            later.datapath.connections = connections;
+            at_once.reconcile(&cluster, &policies).unwrap();
+            later.reconcile_unsettled(&cluster, &policies).unwrap();
+            let report = match by {
+                0 => later.settle(),
+                1 => later.audit(),
+                _ => later.reconcile(&cluster, &policies),
+            };
+            prop_assert!(report.unwrap().settled);
+            prop_assert_eq!(&later.datapath.connections, &at_once.datapath.connections);
+            prop_assert_eq!(later.datapath.sim.state(), at_once.datapath.sim.state());
+            prop_assert_eq!(&later.wanted, &at_once.wanted);
+        }
+    }
 }
 
 #[test]

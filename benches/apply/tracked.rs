@@ -1,0 +1,73 @@
+//! First calls of a process where connections of others are tracked.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::process::Command;
+use std::time::Duration;
+
+use common::world::{cluster, policies};
+use egress_datapath::{KernelDatapath, Reconciler};
+use rustix::net::{
+    AddressFamily, SendFlags, SocketFlags, SocketType, ipproto, sendto, socket_with,
+};
+
+use crate::{line, median, timed};
+
+const ROUNDS: usize = 7;
+const TRACKED: u32 = 100_000;
+
+/// Has the kernel track so many UDP flows of this host to itself, for some minutes.
+fn track(flows: u32) {
+    let set = ["-w", "net.netfilter.nf_conntrack_udp_timeout=600"];
+    assert!(Command::new("sysctl").arg("-q").args(set).status().unwrap().success());
+    let open = || {
+        let protocol = Some(ipproto::UDP);
+        socket_with(AddressFamily::INET, SocketType::RAW, SocketFlags::CLOEXEC, protocol)
+    };
+    let socket = open().unwrap();
+    let to = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0);
+    for flow in 0..flows {
+        let [a, b, c, d] = (0x0400_0400 + flow % 50_000 * 0x1_0000 + flow / 50_000).to_be_bytes();
+        // Source port, destination port, length, no checksum.
+        sendto(&socket, &[a, b, c, d, 0, 8, 0, 0], SendFlags::empty(), &to).unwrap();
+    }
+}
+
+pub(crate) fn tracked() {
+    for (count, sources) in [(1, 1), (10, 10), (1_000, 100)] {
+        let (cluster, policies) = (cluster(), policies(count, sources));
+        println!("{count} x {sources}, connections of others that the kernel tracks: 0, {TRACKED}");
+        let first = |unsettled: bool| {
+            let rounds = (0..ROUNDS).map(|_| {
+                let mut egress = Reconciler::new(KernelDatapath::open().unwrap());
+                let call = |egress: &mut Reconciler<KernelDatapath>| {
+                    if unsettled {
+                        egress.reconcile_unsettled(&cluster, &policies).unwrap()
+                    } else {
+                        egress.reconcile(&cluster, &policies).unwrap()
+                    }
+                };
+                let took = timed(|| call(&mut egress)).0;
+                let settling = timed(|| egress.settle().unwrap()).0;
+                egress.remove().unwrap();
+                (took, settling)
+            });
+            let (all, settling): (Vec<Duration>, Vec<_>) = rounds.unzip();
+            (median(all), median(settling))
+        };
+        // The module that tracks is loaded by the first rules.
+        let mut egress = Reconciler::new(KernelDatapath::open().unwrap());
+        egress.reconcile(&cluster, &policies).unwrap();
+        for flows in [0, TRACKED] {
+            track(flows);
+            egress.remove().unwrap();
+            line("first reconcile", first(false).0, None);
+            let (took, settling) = first(true);
+            line("first reconcile_unsettled", took, None);
+            line("settle after it", settling, None);
+            egress.reconcile(&cluster, &policies).unwrap();
+        }
+        egress.remove().unwrap();
+        let forget = "conntrack -F";
+        let _missing = Command::new("sh").args(["-c", forget]).output();
+    }
+}
