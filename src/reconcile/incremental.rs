@@ -220,8 +220,14 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
 
     fn end_left(&mut self, wanted: &State) -> Result<Changes, Error> {
         let mut changes = Changes::default();
-        if self.unsettled.is_some() && self.in_sync {
-            changes = self.make(Changes::default(), wanted, wanted, Ending::Now)?;
+        let earlier = if self.in_sync { self.unsettled.take() } else { None };
+        if let Some(earlier) = earlier {
+            let made = self.make(Changes::default(), &earlier, wanted, Ending::Now);
+            if made.is_err() {
+                self.unsettled = Some(earlier);
+            }
+            changes = made?;
+            self.release();
         }
         let Some(pending) = self.pending.take() else { return Ok(changes) };
         let in_sync = std::mem::take(&mut self.in_sync);
