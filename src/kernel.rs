@@ -150,7 +150,7 @@ impl KernelDatapath {
 
     /// Returns the features that the rules can do without and the kernel lacks.
     ///
-    /// What the table has is not looked for.
+    /// Features that the table has are not looked for.
     fn missing_of_rules(&mut self, table: Option<&Firewall>) -> Result<Missing, KernelError> {
         if let Some(known) = self.missing.as_ref() {
             // A module may have been installed since: it is noticed by the first flowtable.
