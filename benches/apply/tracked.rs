@@ -4,11 +4,10 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::process::Command;
 use std::time::Duration;
 
+use common::stream::raw;
 use common::world::{cluster, policies};
 use egress_datapath::{KernelDatapath, Reconciler};
-use rustix::net::{
-    AddressFamily, SendFlags, SocketFlags, SocketType, ipproto, sendto, socket_with,
-};
+use rustix::net::{SendFlags, sendto};
 
 use crate::{line, median, timed};
 
@@ -17,18 +16,14 @@ const TRACKED: u32 = 100_000;
 
 /// A host whose other software tracks connections already: otherwise the kernel walks them all when
 /// the first rules come.
-const HOST: &str = "ip link set lo up; nft 'table inet other { chain nat {
+const HOST: &str = "set -e; ip link set lo up; nft 'table inet other { chain nat {
     type nat hook postrouting priority 100; ct state new oifname other masquerade; }; }'
     sysctl -qw net.netfilter.nf_conntrack_udp_timeout=600";
 
 /// Has the kernel track so many UDP flows of this host to itself, for some minutes.
 fn track(flows: u32) {
-    let open = || {
-        let protocol = Some(ipproto::UDP);
-        socket_with(AddressFamily::INET, SocketType::RAW, SocketFlags::CLOEXEC, protocol)
-    };
-    let socket = open().unwrap();
     let to = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0);
+    let socket = raw(to.ip()).unwrap();
     for flow in 0..flows {
         let [a, b, c, d] = (0x0400_0400 + flow % 50_000 * 0x1_0000 + flow / 50_000).to_be_bytes();
         // Source port, destination port, length, no checksum.
@@ -36,8 +31,13 @@ fn track(flows: u32) {
     }
 }
 
+fn run(script: &str) {
+    let output = Command::new("sh").args(["-c", script]).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
 pub(crate) fn tracked() {
-    assert!(Command::new("sh").args(["-c", HOST]).status().unwrap().success());
+    run(HOST);
     for (count, sources) in [(1, 1), (10, 10), (1_000, 100)] {
         let (cluster, policies) = (cluster(), policies(count, sources));
         println!("{count} x {sources}, connections of others that the kernel tracks: 0, {TRACKED}");
@@ -66,7 +66,6 @@ pub(crate) fn tracked() {
             line("first reconcile_unsettled", took, None);
             line("settle after it", settling, None);
         }
-        let forget = "conntrack -F";
-        let _missing = Command::new("sh").args(["-c", forget]).output();
+        run("conntrack -F 2>&1");
     }
 }

@@ -11,15 +11,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::fleet::{Fleet, Result, dual, lab, nft, policy, sources, tool};
+use common::stream::raw;
 use egress_datapath::EgressPolicy;
 use egress_datapath::testing::lab::{
     EIP_B, EIP_C, Host, Lab, NODE_A, Netns, POD_A, POD_C, Pair, SERVER, STRANGER,
 };
 
 use rustix::net::sockopt::set_socket_recv_buffer_size_force;
-use rustix::net::{
-    AddressFamily, SendFlags, SocketFlags, SocketType, ipproto, sendto, socket_with,
-};
+use rustix::net::{SendFlags, sendto};
 
 use crate::flows::masquerade;
 
@@ -242,15 +241,7 @@ fn flows_beyond_ports_of_egress_ip_are_dropped() -> Result {
     // A flow whose first datagram was lost on the way has a second.
     let open_flows = || -> Result {
         for pod in [&lab.pod_a, &lab.stranger, &lab.pod_a, &lab.stranger] {
-            let open = || {
-                socket_with(
-                    AddressFamily::INET,
-                    SocketType::RAW,
-                    SocketFlags::CLOEXEC,
-                    Some(ipproto::UDP),
-                )
-            };
-            let socket = pod.run(open)??;
+            let socket = pod.run(|| raw(server))??;
             for port in PORTS {
                 // Source and destination port, length; without a checksum.
                 let header = [port.to_be_bytes(), PORT.to_be_bytes(), [0, 8], [0, 0]].concat();

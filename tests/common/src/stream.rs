@@ -149,7 +149,8 @@ struct Way {
     to: IpAddr,
 }
 
-fn raw(to: IpAddr) -> io::Result<OwnedFd> {
+/// Opens a raw socket of the calling thread's network for UDP datagrams with headers of our own.
+pub fn raw(to: IpAddr) -> io::Result<OwnedFd> {
     let family = if to.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     Ok(socket_with(family, SocketType::RAW, SocketFlags::CLOEXEC, Some(ipproto::UDP))?)
 }
