@@ -90,6 +90,37 @@ pub struct Cluster {
     /// The steering of marked packets to their gateway; default a routing table for each gateway.
     #[cfg_attr(feature = "serde", serde(default))]
     pub steering: Steering,
+    /// The path of replies from the gateway to the pod's node; default the host's own routes.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub replies: Replies,
+}
+
+/// The path of replies from the gateway to the node of the pod.
+///
+/// All nodes should have the same setting, but a node accepts either path, so that the setting can
+/// be changed node by node without losing connections.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "lowercase"))]
+#[non_exhaustive]
+pub enum Replies {
+    /// The gateway routes replies to the pod by its own routes, with the server's address as source.
+    ///
+    /// The network between the nodes must accept such packets. If the node of the pod has forgotten
+    /// a connection that the gateway still knows, and the server sends first, the answers of the pod
+    /// leave with the pod's address.
+    #[default]
+    Direct,
+    /// The gateway sends replies through the tunnel to the node from which the connection came.
+    ///
+    /// The connection mark holds that node, so that no address of a pod is looked up, and a pod that
+    /// moves to another node takes its connections along. A node that has forgotten a connection
+    /// sends the answers of its pod back to the gateway from which the server's packet came.
+    ///
+    /// A gateway needs a mark for each other node, and with [`Steering::Tables`] a routing table
+    /// too: for more nodes than tables choose [`Steering::EgressHook`]. The option needs a mark
+    /// layout with a prefix, and nf_tables as backend.
+    Tunnel,
 }
 
 /// The mechanism that routes a marked packet to its gateway.
@@ -227,6 +258,7 @@ impl Cluster {
             policy_counters: false,
             backend: Backend::default(),
             steering: Steering::default(),
+            replies: Replies::default(),
         }
     }
 
@@ -283,6 +315,13 @@ impl Cluster {
     #[must_use]
     pub const fn with_steering(mut self, steering: Steering) -> Self {
         self.steering = steering;
+        self
+    }
+
+    /// Sets the path of replies from the gateway to the node of the pod.
+    #[must_use]
+    pub const fn with_replies(mut self, replies: Replies) -> Self {
+        self.replies = replies;
         self
     }
 }

@@ -80,6 +80,11 @@ impl Connection {
         let ours = self.has(wanted.connection_mark());
         let was_ours = self.is_of(before);
         let translated = self.snat_address != self.source;
+        match self.returned(wanted) {
+            Some(Action::Gateway(gateway)) => return !wanted.replies_go_to(gateway, self.mark),
+            Some(_) => return true,
+            None => {}
+        }
         let action = |state: &State| action(state, self.source, self.peer);
         match action(wanted) {
             Action::None => self.is_of(wanted) || was_ours,
@@ -96,7 +101,7 @@ impl Connection {
                 Some(cached) if self.is_cached(wanted) => {
                     translated || self.mark & cached.mask != gateway.get()
                 }
-                _ => !ours || translated,
+                _ => !self.has(wanted.bound_mark()) || translated,
             },
             Action::Local(Some(address)) => !ours || self.snat_address != address,
             Action::Local(None) => {
@@ -123,7 +128,20 @@ impl Connection {
         }
         match wanted.cached() {
             Some(cached) => Some(MarkBits { mask: cached.mask, value: gateway.get() }),
-            None => wanted.connection_mark(),
+            None => wanted.bound_mark(),
+        }
+    }
+
+    /// Returns the action for the pod's packets, if a gateway's packet opened the connection to it.
+    fn returned(&self, wanted: &State) -> Option<Action> {
+        let ours = wanted.returns_replies() && self.has(wanted.connection_mark());
+        if !ours || self.snat_address != self.source {
+            return None;
+        }
+        match (action(wanted, self.source, self.peer), action(wanted, self.peer, self.source)) {
+            (Action::None, Action::None) => None,
+            (Action::None, of_pod) => Some(of_pod),
+            _ => None,
         }
     }
 

@@ -102,6 +102,8 @@ pub enum Among<'a> {
     All,
     /// Connections from these original sources.
     Sources(&'a BTreeSet<IpAddr>),
+    /// Connections from or to these addresses, as the original source or the source of replies.
+    Pods(&'a BTreeSet<IpAddr>),
     /// Connections from these original sources, and those with one of these connection marks.
     SourcesOrMarks(&'a BTreeSet<IpAddr>, &'a BTreeSet<MarkBits>),
 }
@@ -112,6 +114,9 @@ impl Among<'_> {
         match self {
             Self::All => true,
             Self::Sources(sources) => sources.contains(&connection.source),
+            Self::Pods(pods) => {
+                pods.contains(&connection.source) || pods.contains(&connection.peer)
+            }
             Self::SourcesOrMarks(sources, marks) => {
                 sources.contains(&connection.source)
                     || marks.iter().any(|bits| bits.are_in(connection.mark))

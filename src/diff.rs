@@ -209,6 +209,7 @@ fn order_nft(steps: &mut Steps) {
         Phase::FillClasses,
         Phase::FillSources,
         Phase::EmptyVerdicts,
+        Phase::RetireGuards,
     ] {
         sort(steps, phase, rank);
     }
@@ -469,11 +470,28 @@ fn chains(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
             }
         }
     }
-    for chain in observed.chains.keys().filter(|chain| !desired.chains.contains_key(chain)) {
-        // Packets with the mark that the guard chain matches may be in flight until then.
-        let guards = matches!(chain, ChainId::Guard);
-        let phase = if guards { Phase::RetireGuards } else { Phase::EmptyVerdicts };
+    let gone = || observed.chains.iter().filter(|(chain, _)| !desired.chains.contains_key(chain));
+    for (chain, (_, rules)) in gone() {
+        let phase = deletion(*chain);
+        let refers =
+            |other: ChainId| rules.iter().any(|rule| rule.0.iter().any(|one| one.leads_to(other)));
+        // The kernel deletes no chain to which a rule leads.
+        if gone().any(|(other, _)| deletion(*other) == phase && refers(*other)) {
+            steps.add(phase, Op::SetRules(*chain, Vec::new()));
+        }
         steps.add(phase, Op::DeleteChain(*chain));
+    }
+}
+
+/// Returns the phase in which a chain is deleted.
+const fn deletion(chain: ChainId) -> Phase {
+    match chain {
+        // Packets with the mark that the guard chain matches may be in flight until then, and its
+        // rules lead to the others.
+        ChainId::Guard | ChainId::ReturnCheck | ChainId::SourceCheck(_) | ChainId::Returned => {
+            Phase::RetireGuards
+        }
+        _ => Phase::EmptyVerdicts,
     }
 }
 

@@ -9,6 +9,7 @@ mod intervals;
 mod iptables;
 mod pending;
 mod policies;
+mod replies;
 mod routing;
 mod skeleton;
 mod table;
@@ -16,12 +17,12 @@ mod tags;
 mod update;
 mod validate;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::alloc::{AllocError, MarkAllocator, TableAllocator};
 #[cfg(doc)]
 use crate::cluster::Node;
-use crate::cluster::{Cluster, Steering};
+use crate::cluster::{Cluster, Replies, Steering};
 use crate::policy::Policy;
 use crate::state::State;
 use crate::types::{Family, Mark, NodeName, TableId};
@@ -249,24 +250,34 @@ fn gateway_of<'a>(
     world.node(place).and_then(|node| gateways.get(&node.name))
 }
 
-/// Assigns marks and tables to the gateways at these indices of the cluster's list.
+/// Assigns marks and tables to the nodes at these indices of the cluster's list.
 ///
-/// Gateways for which none is left are missing in the result, and hold neither afterwards.
+/// Nodes for which none is left are missing in the result, and hold neither afterwards. Of those
+/// that have none yet, gateways of policies come first.
 fn numbered(
-    used: impl IntoIterator<Item = usize>,
+    receivers: &BTreeSet<usize>,
+    gateways_of_policies: &BTreeMap<usize, usize>,
     world: &ValidatedCluster,
     marks: &mut dyn MarkAllocator,
     tables: &mut dyn TableAllocator,
 ) -> Result<Gateways, PlanError> {
     let cluster = &world.cluster;
-    let named = used.into_iter().filter_map(|place| Some((&world.node(place)?.name, place)));
+    let named = receivers.iter().filter_map(|place| Some((&world.node(*place)?.name, *place)));
     let used: BTreeMap<_, _> = named.collect();
+    let replies = cluster.replies == Replies::Tunnel;
+    let replies_only = |place: usize| !gateways_of_policies.contains_key(&place);
     // Gateways that have a mark keep it; a new one must not displace them.
     let mut waiting: Vec<_> = used.iter().map(|(name, place)| (*name, *place)).collect();
-    waiting.sort_by_key(|(name, _)| (marks.get(name).is_none(), *name));
+    waiting.sort_by_key(|(name, place)| {
+        let none = marks.get(name).is_none();
+        (none, none && replies_only(*place), *name)
+    });
     let mut marked = BTreeMap::new();
     for (name, place) in waiting {
-        let idle = |node: &NodeName| !used.contains_key(node) && world.given_mark(node).is_none();
+        let here = |node: &NodeName| replies && *node == cluster.node;
+        let idle = |node: &NodeName| {
+            !used.contains_key(node) && !here(node) && world.given_mark(node).is_none()
+        };
         match mark_for(name, world, idle, marks) {
             Ok(mark) => {
                 marked.insert(name, (place, mark));
@@ -277,7 +288,10 @@ fn numbered(
     }
     let mut gateways = Gateways::new();
     let mut waiting: Vec<_> = marked.iter().collect();
-    waiting.sort_by_key(|(name, _)| (tables.get(name).is_none(), **name));
+    waiting.sort_by_key(|(name, (place, _))| {
+        let none = tables.get(name).is_none();
+        (none, none && replies_only(*place), **name)
+    });
     for (&name, &(place, mark)) in waiting {
         let value = cluster
             .marks

@@ -527,6 +527,8 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         };
         let suspects = if sources.is_none() { Suspects::new(wanted, before) } else { None };
         let among = match (sources, &suspects) {
+            // A gateway may have returned a packet that opened the connection to the pod.
+            (Some(pods), _) if wanted.returns_replies() => Among::Pods(pods),
             (Some(sources), _) => Among::Sources(sources),
             (None, Some(Suspects { sources, marks })) => Among::SourcesOrMarks(sources, marks),
             (None, None) => Among::All,

@@ -28,9 +28,17 @@ impl Flow {
     }
 }
 
+/// The MAC address of nobody in particular, from which frames come.
+const SOMEBODY: [u8; 6] = [2, 0, 0, 0, 0, 1];
+
 /// A frame of the least length that Ethernet has.
 pub(crate) fn udp(to: [u8; 6], flow: Flow) -> Vec<u8> {
-    around(to, flow, &[0; 18])
+    around([to, SOMEBODY], flow, &[0; 18])
+}
+
+/// The same from a MAC address.
+pub(crate) fn udp_from(from: [u8; 6], to: [u8; 6], flow: Flow) -> Vec<u8> {
+    around([to, from], flow, &[0; 18])
 }
 
 /// The frame as it leaves a node by VXLAN.
@@ -38,10 +46,10 @@ pub(crate) fn vxlan(to: [u8; 6], nodes: Flow, inner: &[u8]) -> Vec<u8> {
     let mut payload = vec![0x08, 0, 0, 0];
     payload.extend((VXLAN.1 << 8).to_be_bytes());
     payload.extend(inner);
-    around(to, Flow { ports: (nodes.ports.0, VXLAN.0), ..nodes }, &payload)
+    around([to, SOMEBODY], Flow { ports: (nodes.ports.0, VXLAN.0), ..nodes }, &payload)
 }
 
-fn around(to: [u8; 6], flow: Flow, payload: &[u8]) -> Vec<u8> {
+fn around(macs: [[u8; 6]; 2], flow: Flow, payload: &[u8]) -> Vec<u8> {
     let length =
         |headers: usize| u16::try_from(headers + payload.len()).unwrap_or_default().to_be_bytes();
     let mut ip = vec![0x45, 0];
@@ -56,8 +64,8 @@ fn around(to: [u8; 6], flow: Flow, payload: &[u8]) -> Vec<u8> {
     let checksum = !u16::try_from((folded & 0xffff) + (folded >> 16)).unwrap_or_default();
     ip.splice(10..12, checksum.to_be_bytes());
 
-    let mut frame = to.to_vec();
-    frame.extend([2, 0, 0, 0, 0, 1, 8, 0]);
+    let mut frame = macs.concat();
+    frame.extend([8, 0]);
     frame.extend(ip);
     frame.extend(flow.ports.0.to_be_bytes());
     frame.extend(flow.ports.1.to_be_bytes());

@@ -17,6 +17,7 @@ use std::hint::black_box;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use egress_datapath::Replies;
 use egress_datapath::testing::lab;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
@@ -218,6 +219,12 @@ fn variants(extent: &Extent) -> Result<Vec<Variant>> {
         }
         for policies in extent.gateway {
             variants.push(Variant::gateway(*policies)?);
+        }
+        if let [policies, ..] = extent.gateway {
+            variants.extend(Variant::replies()?);
+            for replies in [Replies::Direct, Replies::Tunnel] {
+                variants.extend(Variant::established(*policies, replies)?);
+            }
         }
         for policies in counts(extent.seed) {
             variants.extend(Variant::seed(policies)?);

@@ -34,6 +34,13 @@ const NOBODYS_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x99];
 const IN: u32 = 10;
 const OUT: u32 = 11;
 
+/// An end of the path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    Sender,
+    Receiver,
+}
+
 /// The three namespaces and the ends that frames are put in by.
 pub(crate) struct Path {
     pub(crate) router: Netns,
@@ -42,7 +49,7 @@ pub(crate) struct Path {
     pub(crate) there: Port,
     /// Where the receiver's are.
     pub(crate) back: Port,
-    _sender: Netns,
+    sender: Netns,
 }
 
 impl Path {
@@ -81,21 +88,28 @@ impl Path {
             link.route(NODES.into(), Some(NOBODY.into()), OUT)?;
             link.route(Ipv4Net::default().into(), Some(NOBODY.into()), OUT)
         })?;
-        Ok(Self { router, receiver, there, back, _sender: sender })
+        Ok(Self { router, receiver, there, back, sender })
     }
 
-    /// How many packets have come out at the other end.
-    pub(crate) fn received(&self) -> Result<u64> {
+    fn netns(&self, end: End) -> &Netns {
+        match end {
+            End::Sender => &self.sender,
+            End::Receiver => &self.receiver,
+        }
+    }
+
+    /// How many packets have come out at an end.
+    pub(crate) fn received(&self, end: End) -> Result<u64> {
         let devices =
-            self.receiver.run(|| std::fs::read_to_string("/proc/thread-self/net/dev"))??;
+            self.netns(end).run(|| std::fs::read_to_string("/proc/thread-self/net/dev"))??;
         let line = devices.lines().find_map(|line| line.trim_start().strip_prefix("eth0:"));
         let packets = line.and_then(|line| line.split_whitespace().nth(1));
         Ok(packets.ok_or("the receiver has no device")?.parse()?)
     }
 
-    /// Sees what comes out at the other end, for as long as it is there.
-    pub(crate) fn tap(&self) -> Result<Tap> {
-        Tap::open(&self.receiver)
+    /// Sees what comes out at an end, for as long as it is there.
+    pub(crate) fn tap(&self, end: End) -> Result<Tap> {
+        Tap::open(self.netns(end))
     }
 
     /// Forgets all connections, so that those of one round are not in the way of the next.

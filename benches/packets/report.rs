@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use egress_datapath::Replies;
 use egress_datapath::state::Variant as Tables;
 
 use crate::variant::{Cost, Kind, Variant};
@@ -45,11 +46,15 @@ const fn gateway(policies: u32) -> Kind {
     Kind::Gateway { policies }
 }
 
+const fn established(replies: Replies, back: bool) -> Kind {
+    Kind::Established { replies, back }
+}
+
 const fn ratio(what: &'static str, of: Kind, to: Kind) -> Target {
     Target { what, of, to, most: f64::INFINITY }
 }
 
-const TARGETS: [Target; 25] = [
+const TARGETS: [Target; 29] = [
     Target {
         what: "10 000 policies to 1, steered",
         of: ours(10_000, true),
@@ -195,11 +200,35 @@ const TARGETS: [Target; 25] = [
         to: gateway(10),
         most: 1.1,
     },
+    Target {
+        what: "gateway, packets, replies by the tunnel to direct",
+        of: established(Replies::Tunnel, false),
+        to: established(Replies::Direct, false),
+        most: 1.35,
+    },
+    Target {
+        what: "gateway, replies by the tunnel to direct",
+        of: established(Replies::Tunnel, true),
+        to: established(Replies::Direct, true),
+        most: f64::INFINITY,
+    },
+    Target {
+        what: "steered, replies by the tunnel to direct",
+        of: Kind::Replies { selected: true },
+        to: ours(1, true),
+        most: f64::INFINITY,
+    },
+    Target {
+        what: "unselected, replies by the tunnel to direct",
+        of: Kind::Replies { selected: false },
+        to: ours(1, false),
+        most: 1.02,
+    },
 ];
 
 /// What a run in instructions is compared by with another one: the kernel's own parts first, so
 /// that it is seen whether they or ours have moved.
-const CHIEF: [Target; 15] = [
+const CHIEF: [Target; 19] = [
     ratio("conntrack alone to no rules", Kind::Conntrack, Kind::Plain),
     ratio("static route to conntrack alone", Kind::Bound, Kind::Conntrack),
     ratio("the least that steers by a mark to the static route", Kind::Least, Kind::Bound),
@@ -219,6 +248,26 @@ const CHIEF: [Target; 15] = [
     ratio("1 000 policies to 1, steered, cached", cached(1_000, true), cached(1, true)),
     ratio("gateway, 10 policies, to conntrack alone", gateway(10), Kind::Conntrack),
     ratio("gateway, 1 000 policies to 10", gateway(1_000), gateway(10)),
+    ratio(
+        "gateway, packets, replies by the tunnel to direct",
+        established(Replies::Tunnel, false),
+        established(Replies::Direct, false),
+    ),
+    ratio(
+        "gateway, replies by the tunnel to direct",
+        established(Replies::Tunnel, true),
+        established(Replies::Direct, true),
+    ),
+    ratio(
+        "steered, replies by the tunnel to direct",
+        Kind::Replies { selected: true },
+        ours(1, true),
+    ),
+    ratio(
+        "unselected, replies by the tunnel to direct",
+        Kind::Replies { selected: false },
+        ours(1, false),
+    ),
 ];
 
 impl Report {

@@ -6,10 +6,10 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use egress_datapath::state::Variant as Tables;
-use egress_datapath::{Family, Steering};
+use egress_datapath::{Family, Replies, Steering};
 
 use crate::frame::{self, Flow};
-use crate::path::Path;
+use crate::path::{End, Path};
 use crate::{Result, iptables, ours, seed};
 
 /// Packets that are timed together: few, so that most of the batches are not interrupted.
@@ -53,8 +53,12 @@ pub(crate) enum Kind {
     Seed { policies: u32, selected: bool },
     /// As this crate programs a client with iptables, for policies that take every destination.
     Iptables { policies: u32, variant: Tables, selected: bool },
+    /// As this crate programs a client of one policy, with replies by the tunnel.
+    Replies { selected: bool },
     /// As this crate programs a gateway: out of the tunnel, each packet of a new connection.
     Gateway { policies: u32 },
+    /// The same of connections that are established, or their replies.
+    Established { replies: Replies, back: bool },
 }
 
 impl fmt::Display for Kind {
@@ -93,6 +97,14 @@ impl fmt::Display for Kind {
             Self::Gateway { policies } => {
                 write!(f, "gateway, new connections, {policies} policies")
             }
+            Self::Replies { selected } => {
+                write!(f, "{}, 1 policy, replies by the tunnel", which(selected))
+            }
+            Self::Established { replies, back } => {
+                let which = if back { "replies" } else { "packets" };
+                let by = if replies == Replies::Tunnel { "by the tunnel" } else { "direct" };
+                write!(f, "gateway, {which} of established connections, replies {by}")
+            }
         }
     }
 }
@@ -101,6 +113,8 @@ impl fmt::Display for Kind {
 pub(crate) struct Variant {
     pub(crate) kind: Kind,
     path: Rc<Path>,
+    /// What opens the connections before the first frame.
+    opening: Vec<Vec<u8>>,
     frames: Vec<Vec<u8>>,
     /// What each frame is where it comes out.
     expected: Vec<Flow>,
@@ -221,18 +235,58 @@ impl Variant {
 
     fn forwarded(kind: Kind, path: Rc<Path>, flows: Vec<Flow>) -> Self {
         let frames = flows.iter().map(|flow| frame::udp(path.there.peer, *flow)).collect();
-        Self { kind, path, frames, expected: flows, fresh: None, next: 0, best: Cost::UNKNOWN }
+        Self {
+            kind,
+            path,
+            opening: Vec::new(),
+            frames,
+            expected: flows,
+            fresh: None,
+            next: 0,
+            best: Cost::UNKNOWN,
+        }
+    }
+
+    /// A client of one policy with replies by the tunnel.
+    pub(crate) fn replies() -> Result<[Self; 2]> {
+        let path = Path::new()?;
+        ours::program(&path, 1, 1, |cluster| cluster.replies = Replies::Tunnel)?;
+        Ok(Self::both(Rc::new(path), 1, |selected| Kind::Replies { selected }))
     }
 
     pub(crate) fn gateway(policies: u32) -> Result<Self> {
         let path = Path::new()?;
         ours::program(&path, policies, 0, |_| {})?;
+        let variant = Self::out_of_tunnel(Kind::Gateway { policies }, Rc::new(path), policies)?;
+        Ok(Self { fresh: Some((frame::OUTER + frame::PORTS, 0)), ..variant })
+    }
+
+    /// The same gateway twice: for packets of established connections, and for their replies.
+    pub(crate) fn established(policies: u32, replies: Replies) -> Result<[Self; 2]> {
+        let path = Path::new()?;
+        ours::program(&path, policies, 0, |cluster| cluster.replies = replies)?;
+        let path = Rc::new(path);
+        let kind = |back| Kind::Established { replies, back };
+        let there = Self::out_of_tunnel(kind(false), Rc::clone(&path), policies)?;
+        let answer = |flow: &Flow| frame::udp(path.back.peer, flow.back());
+        let frames = there.expected.iter().map(answer).collect();
+        let expected = flows(policies).into_iter().map(Flow::back).collect();
+        let opening = there.frames.clone();
+        let (kind, path) = (kind(true), Rc::clone(&path));
+        let (fresh, best) = (None, Cost::UNKNOWN);
+        let back = Self { kind, path, opening, frames, expected, fresh, next: 0, best };
+        Ok([there, back])
+    }
+
+    fn out_of_tunnel(kind: Kind, path: Rc<Path>, policies: u32) -> Result<Self> {
         let nodes =
             Flow { source: ours::gateway(0), destination: crate::path::NODE, ports: (50_000, 0) };
-        let device = ours::cluster(1)?.nodes.first().map(|node| node.mac().octets());
+        let cluster = ours::cluster(1)?;
+        let mut macs = cluster.nodes.iter().map(|node| node.mac().octets());
+        let (device, peer) = macs.next().zip(macs.next()).ok_or("two nodes")?;
         let flows = flows(policies);
         let frame = |flow: &Flow| {
-            let inner = frame::udp(device.unwrap_or_default(), *flow);
+            let inner = frame::udp_from(peer, device, *flow);
             frame::vxlan(path.there.peer, nodes, &inner)
         };
         let frames = flows.iter().map(frame).collect();
@@ -242,9 +296,25 @@ impl Variant {
             Flow { source: ours::egress_ip(policy), ..flow }
         };
         let expected = flows.into_iter().map(worn).collect();
-        let fresh = Some((frame::OUTER + frame::PORTS, 0));
-        let (kind, path) = (Kind::Gateway { policies }, Rc::new(path));
-        Ok(Self { kind, path, frames, expected, fresh, next: 0, best: Cost::UNKNOWN })
+        let (opening, fresh, best) = (Vec::new(), None, Cost::UNKNOWN);
+        Ok(Self { kind, path, opening, frames, expected, fresh, next: 0, best })
+    }
+
+    const fn is_back(&self) -> bool {
+        matches!(self.kind, Kind::Established { back: true, .. })
+    }
+
+    /// Where frames are put in.
+    fn port(&self) -> &crate::port::Port {
+        if self.is_back() { &self.path.back } else { &self.path.there }
+    }
+
+    /// Where they come out.
+    const fn end(&self) -> End {
+        match self.kind {
+            Kind::Established { back: true, replies: Replies::Direct } => End::Sender,
+            _ => End::Receiver,
+        }
     }
 
     /// Whether packets are seen inside a VXLAN packet to one of the gateways.
@@ -253,7 +323,9 @@ impl Variant {
             Kind::Bound
             | Kind::Least
             | Kind::Seed { selected: true, .. }
-            | Kind::Iptables { selected: true, .. } => Some(1),
+            | Kind::Iptables { selected: true, .. }
+            | Kind::Replies { selected: true }
+            | Kind::Established { back: true, replies: Replies::Tunnel } => Some(1),
             Kind::Spread { gateways }
             | Kind::Ours { gateways, selected: true, .. }
             | Kind::Hook { gateways, selected: true } => Some(gateways),
@@ -263,10 +335,13 @@ impl Variant {
 
     /// Sends a packet of every flow and looks at what comes out; then every flow gets an answer.
     pub(crate) fn verify(&self) -> Result {
+        for frame in &self.opening {
+            self.path.there.send(frame)?;
+        }
         for (frames, flows) in self.frames.chunks(GLANCE).zip(self.expected.chunks(GLANCE)) {
-            let tap = self.path.tap()?;
+            let tap = self.path.tap(self.end())?;
             for frame in frames {
-                self.path.there.send(frame)?;
+                self.port().send(frame)?;
             }
             let seen = tap.frames()?;
             for flow in flows {
@@ -277,7 +352,7 @@ impl Variant {
                 }
             }
         }
-        for flow in &self.expected {
+        for flow in self.expected.iter().filter(|_| !self.is_back()) {
             self.path.back.send(&frame::udp(self.path.back.peer, flow.back()))?;
         }
         Ok(())
@@ -296,7 +371,7 @@ impl Variant {
 
     /// A round: the flows take some turns, and the median of a turn is kept if it is the best.
     pub(crate) fn measure(&mut self, time: Duration) -> Result {
-        let before = self.path.received()?;
+        let before = self.path.received(self.end())?;
         let mut sent = 0;
         for turn in 0..TURNS {
             let (packets, median) = self.turn(time)?;
@@ -304,7 +379,7 @@ impl Variant {
             let best = if turn == 0 { &mut self.best.cold } else { &mut self.best.warm };
             *best = best.min(median);
         }
-        let arrived = self.path.received()? - before;
+        let arrived = self.path.received(self.end())? - before;
         if self.fresh.is_some() {
             self.path.forget()?;
         }
@@ -317,7 +392,7 @@ impl Variant {
 
     /// Sends until it is enough: how many packets, and the median of what they cost.
     fn turn(&mut self, time: Duration) -> Result<(u64, f64)> {
-        let begin = Instant::now();
+        let (begin, back) = (Instant::now(), self.is_back());
         let (mut sent, mut batches) = (0, Vec::new());
         while sent < LEAST || sent < ENOUGH && begin.elapsed() < time {
             let at = self.next;
@@ -331,8 +406,9 @@ impl Variant {
                 }
             }
             let start = Instant::now();
+            let port = if back { &self.path.back } else { &self.path.there };
             for frame in frames {
-                self.path.there.send(frame)?;
+                port.send(frame)?;
             }
             batches.push(start.elapsed());
             sent += u64::from(BATCH);

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use egress_datapath::alloc::TableRange;
 use egress_datapath::{
     Cluster, Destinations, DeviceName, EgressIp, EgressPolicy, MacAddr, Mark, MarkLayout, Node,
-    NodeName, PlanError, PolicyId, Steering, Tunnel, Unavailable,
+    NodeName, PlanError, PolicyId, Replies, Steering, Tunnel, Unavailable,
 };
 use ipnet::IpNet;
 use serde::Deserialize;
@@ -77,6 +77,7 @@ impl Config {
             PlanError::CachedCounters | PlanError::IptablesCounters => "policy_counters",
             PlanError::NothingExcluded | PlanError::Excluded { .. } => "excluded",
             PlanError::EgressHookPrefix | PlanError::EgressHookBackend => "steering",
+            PlanError::TunnelRepliesPrefix | PlanError::TunnelRepliesBackend => "replies",
             PlanError::Mark(_) => "marks",
             PlanError::Table(_) => "tables",
             _ => "nodes",
@@ -142,6 +143,8 @@ struct File<'a> {
     policy_counters: bool,
     #[serde(default)]
     steering: Steering,
+    #[serde(default)]
+    replies: Replies,
     nodes: Vec<NodeForm>,
     #[serde(borrow)]
     policies: Vec<&'a RawValue>,
@@ -201,7 +204,8 @@ impl File<'_> {
             .with_rule_priority(self.rule_priority.unwrap_or(Cluster::RULE_PRIORITY))
             .with_connection_caching(self.connection_caching)
             .with_policy_counters(self.policy_counters)
-            .with_steering(self.steering);
+            .with_steering(self.steering)
+            .with_replies(self.replies);
         let mut config = Config {
             cluster,
             policies: Vec::new(),

@@ -176,6 +176,9 @@ impl Changes {
         due_mark: impl Fn(&Connection) -> Option<MarkBits>,
     ) -> Self {
         let has = |set| table.is_some_and(|table| table.sets.contains(&set));
+        // Its packets to the pod come through the tunnel, and the pod's answers go back there.
+        let returned =
+            |one: &Connection| table.is_some_and(|table| table.is_returned_mark(one.mark));
         let mut marked = Vec::new();
         let mut connections = connections.clone();
         connections.retain(|connection| {
@@ -185,7 +188,8 @@ impl Changes {
         });
         let held = connections
             .iter()
-            .filter(|one| one.can_be_reopened_by_reply() && has(one.blocked_replies()));
+            .filter(|one| one.can_be_reopened_by_reply() && !returned(one))
+            .filter(|one| has(one.blocked_replies()));
         // Sorted by set, because elements of one set share netlink messages.
         let mut held: Vec<_> = held.copied().collect();
         held.sort_by_key(Connection::blocked_replies);

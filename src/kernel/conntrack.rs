@@ -83,6 +83,8 @@ enum Pick {
     V6,
     /// Connections from a source; kernels before 5.8 send all of the family.
     Source(Ipv4Addr),
+    /// Connections whose replies have this source; kernels before 5.8 send all of the family.
+    ReplySource(Ipv4Addr),
     Mark(MarkBits),
 }
 
@@ -97,20 +99,33 @@ impl Pick {
         }
     }
 
+    /// The connections whose replies have a source, and others.
+    const fn to(source: IpAddr) -> Self {
+        match source {
+            IpAddr::V4(source) => Self::ReplySource(source),
+            IpAddr::V6(_) => Self::V6,
+        }
+    }
+
     /// Writes the filter of a dump.
     fn write(self, writer: &mut Writer) {
         match self {
             Self::All => writer.nfgen(0, 0),
             Self::V6 => writer.nfgen(10, 0),
-            Self::Source(source) => {
+            Self::Source(source) | Self::ReplySource(source) => {
+                let (tuple, flags) = match self {
+                    Self::Source(_) => (TUPLE_ORIG, [BY_SOURCE, 0]),
+                    _ => (TUPLE_REPLY, [0, BY_SOURCE]),
+                };
                 writer.nfgen(2, 0);
-                writer.nest(TUPLE_ORIG, |writer| {
+                writer.nest(tuple, |writer| {
                     writer.nest(1, |writer| writer.attribute(1, &source.octets()));
                 });
                 writer.nest(FILTER, |writer| {
                     // Native byte order, as the kernel reads these flags.
-                    writer.attribute(1, &BY_SOURCE.to_ne_bytes());
-                    writer.attribute(2, &0_u32.to_ne_bytes());
+                    for (kind, flags) in (1..).zip(flags) {
+                        writer.attribute(kind, &flags.to_ne_bytes());
+                    }
                 });
             }
             Self::Mark(bits) => {
@@ -128,6 +143,11 @@ fn picks(among: Among<'_>) -> BTreeSet<Pick> {
     match among {
         Among::All => [Pick::All].into(),
         Among::Sources(sources) => of(sources),
+        Among::Pods(pods) => {
+            let mut picks: BTreeSet<_> = of(pods);
+            picks.extend(pods.iter().copied().map(Pick::to));
+            picks
+        }
         Among::SourcesOrMarks(sources, marks) => {
             let mut picks: BTreeSet<_> = of(sources);
             picks.extend(marks.iter().copied().map(Pick::Mark));

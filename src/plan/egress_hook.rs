@@ -10,7 +10,7 @@ use crate::state::{
     Base, ChainId, ChainType, Comment, Data, Field, Firewall, Hook, Key, MarkBits, MarkOf, NftRule,
     Set, Stmt, Target, Value,
 };
-use crate::types::Family;
+use crate::types::{Family, Mark};
 
 /// Returns the next hop of all marked packets: a neighbour with this node's own MAC address.
 ///
@@ -43,12 +43,17 @@ pub(super) fn check(world: &ValidatedCluster) -> Result<(), PlanError> {
 }
 
 /// Returns the table, if steering uses the egress hook.
-pub(super) fn hook(world: &ValidatedCluster, gateways: &Gateways) -> Option<Firewall> {
+pub(super) fn hook(
+    world: &ValidatedCluster,
+    gateways: &Gateways,
+    own_mark: Option<Mark>,
+) -> Option<Firewall> {
     if world.cluster.steering == Steering::Tables {
         return None;
     }
     let layout = world.cluster.marks;
-    let mask = layout.tested(gateways.values().map(|gateway| gateway.mark));
+    let marks = gateways.values().map(|gateway| gateway.mark);
+    let mask = layout.tested(marks.chain(own_mark));
     let prefix = MarkBits { mask: layout.prefix_mask(), value: layout.prefix() };
     let rules = [
         // Routed by another program; the MAC address that the frame has decides its path.

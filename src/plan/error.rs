@@ -48,6 +48,15 @@ pub enum PlanError {
     /// Steering by the egress hook was combined with iptables as backend.
     #[error("steering by the egress hook needs nf_tables as backend: iptables has no such hook")]
     EgressHookBackend,
+    /// Replies by the tunnel were combined with a mark layout without prefix.
+    #[error(
+        "replies by the tunnel need a layout of marks with a prefix: a connection mark must name \
+         the node of the pod"
+    )]
+    TunnelRepliesPrefix,
+    /// Replies by the tunnel were combined with iptables as backend.
+    #[error("replies by the tunnel need nf_tables as backend")]
+    TunnelRepliesBackend,
     /// The VXLAN network identifier is zero or longer than 24 bits.
     #[error("VXLAN network identifier {vni} is not between 1 and 16777215")]
     Vni {
@@ -261,6 +270,8 @@ impl PlanError {
             Self::IptablesDevice { .. } => "iptables_device",
             Self::EgressHookPrefix { .. } => "egress_hook_prefix",
             Self::EgressHookBackend { .. } => "egress_hook_backend",
+            Self::TunnelRepliesPrefix { .. } => "tunnel_replies_prefix",
+            Self::TunnelRepliesBackend { .. } => "tunnel_replies_backend",
             Self::ForeignMark { .. } => "foreign_mark",
             Self::Vni { .. } => "vni",
             Self::Port { .. } => "port",

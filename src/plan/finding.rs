@@ -120,6 +120,19 @@ pub enum Finding {
         /// Number of tables in the range.
         capacity: usize,
     },
+    /// No mark or routing table is left for the replies to some nodes.
+    ///
+    /// This node is a gateway with replies by the tunnel. Replies to pods on these nodes take the
+    /// host's own routes, as with [`Replies::Direct`](crate::Replies::Direct).
+    #[error(
+        "no mark or no routing table is left for replies by the tunnel to {}: replies to pods there \
+         take this host's own routes",
+        names(nodes)
+    )]
+    TooManyNodes {
+        /// The nodes, sorted.
+        nodes: Vec<NodeName>,
+    },
     /// The policy's traffic of a family bypasses the policy, as its `unavailable` says.
     #[error("policy {policy} leaves its {family} traffic unchanged: {reason}")]
     Bypassed {
@@ -162,6 +175,7 @@ impl Finding {
             Self::SocketsUnavailable { .. } => "sockets_unavailable",
             Self::AddressTypesUnavailable { .. } => "address_types_unavailable",
             Self::NoClosingTable { .. } => "no_closing_table",
+            Self::TooManyNodes { .. } => "too_many_nodes",
             Self::Bypassed { .. } => "policy_bypassed",
             Self::Denied { .. } => "policy_denied",
         }

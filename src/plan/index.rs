@@ -7,6 +7,7 @@ use super::classes::Classes;
 use super::egress_hook;
 use super::egress_hook::hook;
 use super::policies::{Handle, NormalizedPolicy, Policies};
+use super::replies::{own_mark, receivers};
 use super::skeleton::Used;
 use super::table::{egress_ips, skeleton, ways_out};
 use super::validate::{ValidatedCluster, tunnel_of};
@@ -35,6 +36,8 @@ pub(crate) struct Index {
     /// family.
     pub(super) egress_ips: BTreeMap<(IpAddr, usize), usize>,
     pub(super) gateways: Gateways,
+    /// Mark of connections whose initiator is on this node, with replies by the tunnel.
+    pub(super) own_mark: Option<Mark>,
     /// True if no mark or table was left for some gateway.
     pub(super) short: bool,
     /// Table of the fallback rule.
@@ -110,9 +113,11 @@ impl Draft {
     ) -> Result<(Index, State), PlanError> {
         let Self { world, policies, v4, v6, used, own, egress_ips, elements } = self;
         reserve_given(&world, marks)?;
-        let gateways = numbered(used.keys().copied(), &world, marks, tables)?;
+        let receivers = receivers(&used, own > 0, &world);
+        let mut gateways = numbered(&receivers, &used, &world, marks, tables)?;
+        let own_mark = own_mark(&mut gateways, &used, &world, marks)?;
         let (closing, no_table) = closing_table(&world, &gateways, tables)?;
-        let short = gateways.len() < used.len();
+        let short = gateways.len() < receivers.len();
         let index = Index {
             world,
             policies,
@@ -122,6 +127,7 @@ impl Draft {
             own,
             egress_ips,
             gateways,
+            own_mark,
             short,
             closing,
             no_table,
@@ -185,7 +191,7 @@ impl Index {
         let fields = self.world.missing_fields.clone();
         let missing = Missing { fields, ..Missing::default() };
         let mut state = State { missing, ..State::default() };
-        routing::routing(&self.world, &self.gateways, self.closing, &mut state);
+        routing::routing(&self.world, &self.gateways, self.own_mark, self.closing, &mut state);
         let lengths: BTreeSet<_> = (self.v4.lengths().map(|length| (Family::V4, length)))
             .chain(self.v6.lengths().map(|length| (Family::V6, length)))
             .collect();
@@ -199,9 +205,9 @@ impl Index {
             ranges: those(self.v4.has_ranges(), self.v6.has_ranges()),
             translates: self.translates(),
         };
-        let (firewall, fixed) = skeleton(&self.world, &self.gateways, used);
+        let (firewall, fixed) = skeleton(&self.world, &self.gateways, self.own_mark, used);
         state.firewall = Some(firewall);
-        state.hook = hook(&self.world, &self.gateways);
+        state.hook = hook(&self.world, &self.gateways, self.own_mark);
         (state, fixed)
     }
 
@@ -283,6 +289,25 @@ impl Index {
         self.world.given_mark(node).is_some()
     }
 
+    /// Returns the nodes to which this node sends packets through the tunnel, by their index.
+    pub(super) fn receivers(&self) -> BTreeSet<usize> {
+        receivers(&self.used, self.translates(), &self.world)
+    }
+
+    /// Returns the finding about nodes for which no mark or table is left for their replies.
+    pub(super) fn unreachable_replies(&self) -> Option<Finding> {
+        if !self.short {
+            return None;
+        }
+        let only_replies = |place: &usize| !self.used.contains_key(place);
+        let receivers = self.receivers().into_iter().filter(only_replies);
+        let named = receivers.filter_map(|place| self.world.node(place).map(|node| &node.name));
+        let left = named.filter(|name| !self.gateways.contains_key(*name));
+        let mut nodes: Vec<_> = left.cloned().collect();
+        nodes.sort_unstable();
+        (!nodes.is_empty()).then_some(Finding::TooManyNodes { nodes })
+    }
+
     /// Returns the policies in the order of their ids, with the keys of their counters.
     pub(crate) fn counted(&self) -> Vec<(&PolicyId, Family, Tag)> {
         let all = self.policies.iter().flat_map(|(_, kept)| {
@@ -316,6 +341,7 @@ impl Index {
         of_policies.sort_unstable_by(|(one, _), (other, _)| self.policies.order(*one, *other));
         findings.extend(of_policies.into_iter().flat_map(|(_, found)| found));
         findings.extend(self.no_table.map(|capacity| Finding::NoClosingTable { capacity }));
+        findings.extend(self.unreachable_replies());
         let v4 = self.v4.overlaps().map(|pair| (Family::V4, pair));
         let v6 = self.v6.overlaps().map(|pair| (Family::V6, pair));
         findings.extend(self.overlaps(&v4.chain(v6).collect()));

@@ -20,6 +20,7 @@ pub(super) fn carries(world: &ValidatedCluster, peer: &Node, family: Family) -> 
 pub(super) fn routing(
     world: &ValidatedCluster,
     gateways: &Gateways,
+    own_mark: Option<Mark>,
     closing: Option<TableId>,
     state: &mut State,
 ) {
@@ -51,7 +52,8 @@ pub(super) fn routing(
         }
     }
     let layout = world.cluster.marks;
-    let mask = layout.tested(gateways.values().map(|gateway| gateway.mark));
+    let marks = gateways.values().map(|gateway| gateway.mark);
+    let mask = layout.tested(marks.chain(own_mark));
     for family in Family::BOTH {
         let priorities = RulePriorities::of(&world.cluster);
         for gateway in gateways.values().filter(|_| !one_for_all) {

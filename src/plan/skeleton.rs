@@ -21,6 +21,8 @@ pub(super) struct Skeleton<'a> {
     pub(super) port: u16,
     /// Mask of the mark bits that are written and tested.
     pub(super) mask: u32,
+    /// Those bits that hold the value of a node.
+    pub(super) values: u32,
     /// Mark of packets that this node must translate.
     pub(super) tunnel: Mark,
     /// Mark of connections that this crate's rules translated or marked.
@@ -32,6 +34,11 @@ pub(super) struct Skeleton<'a> {
     /// The marks of gateways and the mark of packets to translate share these bits, and no other
     /// marks have them. `None` in layouts without prefix.
     pub(super) shared: Option<MarkBits>,
+    /// This node's own mark, if replies use the tunnel.
+    ///
+    /// The mark of a connection of ours then has the value of the node of the initiator: where
+    /// replies go. It is this node's own value where they stay on this node.
+    pub(super) replies: Option<Mark>,
     /// Prefix of the gateways' marks as (value, mask); `None` in layouts without prefix.
     pub(super) prefix: Option<(u32, u32)>,
     /// True if packets that enter the tunnel keep their mark, because the egress hook needs it.
@@ -93,7 +100,8 @@ impl Skeleton<'_> {
     pub(super) fn sets(&self) -> BTreeSet<Set> {
         let all = Family::BOTH.into_iter().flat_map(Set::all).filter(|set| match set {
             Set::Gateway => self.prefix.is_none(),
-            Set::Connection => self.caching,
+            Set::Connection => self.caching || self.replies.is_some(),
+            Set::PeerMac => self.replies.is_some(),
             Set::Count(_) => self.counting,
             set => set.table() == TableFamily::Inet,
         });
@@ -133,17 +141,27 @@ impl Skeleton<'_> {
         }
         add(ChainId::EgressIp, None, self.egress_ip());
         add(ChainId::Marked, None, self.marked());
-        add(ChainId::Tracked, None, self.bound());
+        add(ChainId::Tracked, None, self.tracked());
         add(ChainId::SpoofedVxlan, None, self.injected());
         add(ChainId::FromTunnel, None, self.arrived());
         add(ChainId::Classify, None, self.by_source(Field::Source, ChainId::Exclude));
         add(ChainId::MidStream, None, self.by_source(Field::Destination, ChainId::ReplyCheck));
         add(ChainId::Bypass, None, vec![vec![Stmt::ClearPriority]]);
-        add(ChainId::LocalGateway, None, self.send(self.tunnel));
+        add(ChainId::LocalGateway, None, self.translate_here());
         for mark in &self.gateways {
             add(ChainId::To(*mark), None, self.send_to(*mark));
-            if self.caching {
+            if self.caching || self.replies.is_some() {
                 add(ChainId::Via(*mark), None, vec![vec![self.set_mark(mark.get())]]);
+            }
+            if self.replies.is_some() {
+                add(ChainId::FromNode(*mark), None, vec![self.mark_initiator(*mark)]);
+            }
+        }
+        if let Some(own) = self.replies {
+            add(ChainId::ReturnCheck, None, self.return_check(own));
+            add(ChainId::Returned, None, self.returned());
+            for family in Family::BOTH {
+                add(ChainId::SourceCheck(family), None, self.source_check(family));
             }
         }
         for family in Family::BOTH {
@@ -194,6 +212,13 @@ impl Skeleton<'_> {
                 self.set_mark(0),
             ]);
         }
+        if self.replies.is_some() {
+            rules.push(vec![
+                Field::CtMark.has(self.connection),
+                Stmt::direction(Direction::Reply),
+                Field::CtMark.bits(self.mask).map(Set::Connection, Target::Verdict),
+            ]);
+        }
         if let (true, Some((value, mask))) = (self.caching, self.prefix) {
             // The first packet of the connection was classified, and its gateway is in the
             // connection mark.
@@ -219,11 +244,76 @@ impl Skeleton<'_> {
     /// the gateway would send it back and forth.
     fn arrived(&self) -> Vec<Vec<Stmt>> {
         let untracked = Stmt::state(Stmt::INVALID | Stmt::UNTRACKED);
-        vec![
+        let mut rules = vec![
             // NAT ignores such packets, whatever their mark.
             vec![untracked, Stmt::Counter, Stmt::Drop],
-            vec![self.set_mark(self.tunnel.get())],
-        ]
+            // A gateway has returned it.
+            vec![Stmt::direction(Direction::Reply), self.set_mark(0), Stmt::Return],
+        ];
+        if let Some(own) = self.replies {
+            // For each packet, because a pod moves to another node with its connections.
+            rules.push(vec![Field::EthernetSource.map(Set::PeerMac, Target::Verdict)]);
+            // Replies to a node that has no mark take the host's own routes.
+            rules.push(self.mark_initiator(own));
+        } else {
+            rules.push(vec![self.set_mark(self.tunnel.get())]);
+        }
+        rules
+    }
+
+    /// Marks a packet for translation, and its connection with the node to which replies go.
+    ///
+    /// The packet's mark has the value of the node as well: another program may copy either mark to
+    /// the other.
+    fn mark_initiator(&self, node: Mark) -> Vec<Stmt> {
+        let bits = self.value_of(node);
+        let mark = self.tunnel.get() | bits.value;
+        vec![self.set_mark(mark), Stmt::SetMark(MarkOf::Connection, bits)]
+    }
+
+    /// Returns the mark bits that hold the value of a node.
+    fn value_of(&self, node: Mark) -> MarkBits {
+        MarkBits { mask: self.values, value: node.get() & self.values }
+    }
+
+    /// Drops packets from the tunnel that are for no selected pod, and have not been translated.
+    ///
+    /// A gateway returns a packet of a connection that this node does not know: the conntrack entry
+    /// has expired here before it did there. The pod's answers must go to that gateway.
+    fn return_check(&self, own: Mark) -> Vec<Vec<Stmt>> {
+        // It comes from a node that is no gateway of ours.
+        let mut rules =
+            vec![vec![Field::CtMark.has(self.value_of(own)), Stmt::Counter, Stmt::Drop]];
+        rules.extend(self.by_source(Field::Destination, ChainId::SourceCheck));
+        rules.push(vec![Stmt::Counter, Stmt::Drop]);
+        rules
+    }
+
+    /// Drops packets from a selected pod: that policy is not of this node, or not any more.
+    ///
+    /// Excluded destinations are pods, to which no other node steers a pod's packet.
+    fn source_check(&self, family: Family) -> Vec<Vec<Stmt>> {
+        let mut rules = vec![vec![
+            Field::Destination(family).is_in(Set::Excluded(family)),
+            Stmt::Goto(ChainId::Bypass),
+        ]];
+        let found = self.sources(family).map(|set| {
+            vec![Field::Source(family).map(set, Target::Priority), Stmt::Counter, Stmt::Drop]
+        });
+        rules.extend(found);
+        rules.push(vec![Stmt::ClearPriority]);
+        rules
+    }
+
+    /// Keeps the source of a connection that a gateway has returned, and marks it as ours.
+    fn returned(&self) -> Vec<Vec<Stmt>> {
+        let mut rules = vec![
+            vec![Stmt::Jump(ChainId::ReturnCheck)],
+            vec![Stmt::SetMark(MarkOf::Connection, self.connection)],
+            vec![self.set_mark(0)],
+        ];
+        rules.extend(Family::BOTH.map(|family| vec![Stmt::KeepSource(family)]));
+        rules
     }
 
     /// Looks up the class of a source, single addresses first.
@@ -232,16 +322,18 @@ impl Skeleton<'_> {
         address: fn(Family) -> Field,
         next: fn(Family) -> ChainId,
     ) -> Vec<Vec<Stmt>> {
-        let sets = |family| {
-            let singles = self.used.singles.contains(&family).then_some(Set::Source(family));
-            let ranges = self.used.ranges.contains(&family).then_some(Set::SourceNet(family));
-            [singles, ranges].map(|set| (family, set))
-        };
-        let found = Family::BOTH.into_iter().flat_map(sets);
-        let rule = |family, set| {
+        let sets = |family| self.sources(family).map(move |set| (family, set));
+        let rule = |(family, set)| {
             vec![address(family).map(set, Target::Priority), Stmt::Goto(next(family))]
         };
-        found.filter_map(|(family, set)| Some(rule(family, set?))).collect()
+        Family::BOTH.into_iter().flat_map(sets).map(rule).collect()
+    }
+
+    /// Returns the sets of sources of a family, that of single addresses first.
+    fn sources(&self, family: Family) -> impl Iterator<Item = Set> {
+        let singles = self.used.singles.contains(&family).then_some(Set::Source(family));
+        let ranges = self.used.ranges.contains(&family).then_some(Set::SourceNet(family));
+        singles.into_iter().chain(ranges)
     }
 
     /// Looks up the policy of a destination within a class, the longest prefix first.
@@ -278,12 +370,24 @@ impl Skeleton<'_> {
     fn exclude(&self, family: Family) -> Vec<Vec<Stmt>> {
         let bypass = Stmt::Goto(ChainId::Bypass);
         let pick = Stmt::Goto(ChainId::SelectPolicy(family));
-        vec![
+        let mut rules = vec![
             // The first packet of the connection passed the checks below. A destination that was
             // excluded since then needs no check: the connection has no other allowed path, and is
             // about to be ended.
             vec![self.is_ours(), Stmt::direction(Direction::Original), pick.clone()],
             vec![Field::Destination(family).is_in(Set::Excluded(family)), bypass.clone()],
+        ];
+        if let Some(own) = self.replies {
+            // The answer to a packet that a gateway has returned: that gateway is none any more.
+            rules.push(vec![
+                Stmt::direction(Direction::Reply),
+                Field::CtMark.has(self.connection),
+                Field::CtMark.has_not(self.value_of(own)),
+                Stmt::Counter,
+                Stmt::Drop,
+            ]);
+        }
+        rules.extend([
             // Packets of connections that were opened to the pod.
             vec![Stmt::direction(Direction::Reply), bypass.clone()],
             // Delivered on this node, whatever its mark. A node has more addresses than the cluster
@@ -292,7 +396,8 @@ impl Skeleton<'_> {
             // NAT ignores it, so it would leave with the pod's address.
             vec![Stmt::state(Stmt::INVALID), Stmt::Counter, Stmt::Drop],
             vec![pick],
-        ]
+        ]);
+        rules
     }
 
     fn select_policy(&self, family: Family) -> Vec<Vec<Stmt>> {
@@ -324,6 +429,14 @@ impl Skeleton<'_> {
             rules.push(vec![Stmt::SetMark(MarkOf::Connection, bits)]);
         }
         rules
+    }
+
+    fn translate_here(&self) -> Vec<Vec<Stmt>> {
+        match self.replies {
+            // Also for a connection whose pod was on another node.
+            Some(own) => vec![[self.mark_initiator(own), vec![Stmt::ClearPriority]].concat()],
+            None => self.send(self.tunnel),
+        }
     }
 
     fn send(&self, mark: Mark) -> Vec<Vec<Stmt>> {
@@ -371,17 +484,34 @@ impl Skeleton<'_> {
 
     /// Drops marked packets that do not enter the tunnel: the link, a route or a rule is missing.
     ///
-    /// No rule marks a reply, unless it comes from the tunnel: another program has copied the mark of
-    /// the connection to it.
+    /// A reply that does not enter the tunnel has its mark from another program, which has copied that
+    /// of the connection.
     fn marked(&self) -> Vec<Vec<Stmt>> {
         let mut rules = self.keep_from_offload();
-        rules.extend([
-            self.enter(),
-            vec![self.out_of_tunnel(), Stmt::Counter, Stmt::Drop],
-            vec![Stmt::direction(Direction::Reply), Stmt::Return],
-            vec![Stmt::Counter, Stmt::Drop],
-        ]);
+        if self.replies.is_some() && !self.keeps_mark {
+            // The other direction of a reply comes out of the tunnel.
+            rules.push(vec![Stmt::direction(Direction::Reply), Stmt::NoOffload]);
+        }
+        rules.push(self.enter());
+        rules.push(vec![Stmt::direction(Direction::Reply), Stmt::Return]);
+        if self.replies.is_some() && !self.used.translates {
+            rules.extend(self.returned_to_pods());
+        }
+        rules.push(vec![Stmt::Counter, Stmt::Drop]);
         rules
+    }
+
+    /// Passes packets that a gateway has returned, on a node that translates none itself.
+    fn returned_to_pods(&self) -> Vec<Vec<Stmt>> {
+        let returned =
+            |rest: Vec<Stmt>| [vec![self.out_of_tunnel(), self.is_tunnel()], rest].concat();
+        let connection = Stmt::SetMark(MarkOf::Connection, self.connection);
+        vec![
+            returned(vec![Stmt::Jump(ChainId::ReturnCheck)]),
+            // The first one is judged again at source NAT, by its mark.
+            returned(vec![Stmt::state(Stmt::NEW), connection, Stmt::Return]),
+            returned(vec![Field::CtMark.has(self.connection), self.set_mark(0), Stmt::Return]),
+        ]
     }
 
     /// Keeps all connections from being offloaded, if packets need their mark in the tunnel.
@@ -403,7 +533,7 @@ impl Skeleton<'_> {
     /// all hooks; offloaded by the gateway for a packet from the tunnel, the replies would be sent
     /// into the tunnel, to nobody. A packet that enters the tunnel may have its connection
     /// offloaded: both directions are right.
-    fn bound(&self) -> Vec<Vec<Stmt>> {
+    fn tracked(&self) -> Vec<Vec<Stmt>> {
         let original = Stmt::direction(Direction::Original);
         let mut rules = self.keep_from_offload();
         rules.push(self.enter());
@@ -440,11 +570,12 @@ impl Skeleton<'_> {
                 rules.push(vec![Stmt::answers(set), Stmt::Counter, Stmt::Drop]);
             }
         }
-        rules.push(vec![
-            Stmt::without_syn(),
-            Field::Input.is_not(0),
-            Stmt::Jump(ChainId::MidStream),
-        ]);
+        let mut mid_stream = vec![Stmt::without_syn(), Field::Input.is_not(0)];
+        // What a gateway has returned opens the connection in the reverse direction, and its
+        // connection mark says where the pod's packets go.
+        mid_stream.extend(self.replies.map(|_| self.is_not_tunnel()));
+        mid_stream.push(Stmt::Jump(ChainId::MidStream));
+        rules.push(mid_stream);
         for family in Family::BOTH {
             // The tunnel address of another node is an excluded destination: that connection enters
             // the tunnel without a policy.
@@ -453,7 +584,7 @@ impl Skeleton<'_> {
             if let (true, Some((value, mask))) = (self.caching, self.prefix) {
                 bind.push(Field::CtMark.has_not(MarkBits { mask, value }));
             }
-            bind.push(Stmt::SetMark(MarkOf::Connection, self.connection));
+            bind.push(Stmt::SetMark(MarkOf::Connection, self.bound()));
             rules.push(bind);
         }
         for family in Family::BOTH {
@@ -466,7 +597,8 @@ impl Skeleton<'_> {
         // Another program may have overwritten the mark since prerouting: packets from the tunnel
         // are recognised by the input interface, and others are classified again. Before Linux 5.7
         // there is no input interface in this hook, and the mark is used.
-        rules.push(vec![self.out_of_tunnel(), self.set_mark(self.tunnel.get())]);
+        let tunnel = Stmt::SetMark(MarkOf::Packet, self.tunnel_bits());
+        rules.push(vec![self.out_of_tunnel(), tunnel]);
         rules.push(vec![
             self.is_not_tunnel(),
             Field::Input.is_not(0),
@@ -474,10 +606,27 @@ impl Skeleton<'_> {
         ]);
         rules.push(vec![Field::Input.is_not(0), self.is_stray(), Stmt::Counter, Stmt::Drop]);
         rules.push(vec![self.is_not_tunnel(), Stmt::Return]);
+        if self.replies.is_some() {
+            // Not translated, even if a policy has all addresses as sources.
+            rules.extend(Family::BOTH.map(|family| {
+                let inside = Field::Destination(family).is_in(Set::Excluded(family));
+                vec![inside, Stmt::Goto(ChainId::Returned)]
+            }));
+        }
         rules.extend(self.by_source(Field::Source, ChainId::Translate));
         // A packet from the tunnel whose source is in no policy of this node.
-        rules.push(vec![Stmt::Counter, Stmt::Drop]);
+        rules.push(match self.replies {
+            Some(_) => vec![Stmt::Goto(ChainId::Returned)],
+            None => vec![Stmt::Counter, Stmt::Drop],
+        });
         rules
+    }
+
+    /// Returns the mark of connections that this node steers.
+    fn bound(&self) -> MarkBits {
+        let own = self.replies.map_or(0, Mark::get) & self.values;
+        let mask = if self.replies.is_some() { self.values } else { 0 };
+        MarkBits { mask: self.connection.mask | mask, value: self.connection.value | own }
     }
 
     fn translate(&self, family: Family) -> Vec<Vec<Stmt>> {
@@ -498,21 +647,40 @@ impl Skeleton<'_> {
     fn guard(&self) -> Vec<Vec<Stmt>> {
         let untracked = Stmt::state(Stmt::INVALID | Stmt::UNTRACKED);
         let original = Stmt::direction(Direction::Original);
-        vec![
+        let mut rules = vec![
             vec![self.is_not_tunnel(), Stmt::Return],
             vec![untracked, Stmt::Counter, Stmt::Drop],
             // Translated by another program, before there was a policy.
             vec![
                 original.clone(),
-                Field::CtMark.has_not(self.connection),
+                Field::CtMark.has_not(self.guarded()),
                 Stmt::Counter,
                 Stmt::Drop,
             ],
+        ];
+        if self.replies.is_some() {
+            // Before Linux 5.7 there is no input interface in this hook: dropped.
+            let returned = [original.clone(), Stmt::not_translated(), self.out_of_tunnel()];
+            let then = |last: Vec<Stmt>| [returned.to_vec(), last].concat();
+            rules.push(then(vec![Stmt::Jump(ChainId::ReturnCheck)]));
+            rules.push(then(vec![self.set_mark(0), Stmt::Return]));
+        }
+        rules.extend([
             vec![original, Stmt::not_translated(), Stmt::Counter, Stmt::Drop],
             // The tag that translation left in the priority would select a queue of the device.
             vec![Stmt::state(Stmt::NEW), Stmt::ClearPriority],
             vec![self.set_mark(0)],
-        ]
+        ]);
+        rules
+    }
+
+    /// Returns the mark of connections that pass the guard.
+    ///
+    /// A reply keeps the mark of its node for the egress hook, behind all hooks at which another
+    /// program may copy it to the connection.
+    fn guarded(&self) -> MarkBits {
+        let replies = self.keeps_mark && self.replies.is_some();
+        self.shared.filter(|_| replies).unwrap_or(self.connection)
     }
 
     fn output(&self) -> Vec<Vec<Stmt>> {

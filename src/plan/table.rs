@@ -7,19 +7,22 @@ use super::policies::NormalizedPolicy;
 use super::skeleton::{Skeleton, Used};
 use super::validate::ValidatedCluster;
 use super::{Gateways, Role, gateway_of, roles};
-use crate::cluster::Steering;
+use crate::cluster::{Replies, Steering};
 use crate::policy::Unavailable;
 use crate::range::IpRange;
 use crate::state::{ChainId, Comment, Data, Firewall, Key, Tag, Value, Verdict};
+use crate::types::Mark;
 
 /// Returns the nf_tables table of this node without the elements of single policies.
 pub(super) fn skeleton(
     world: &ValidatedCluster,
     gateways: &Gateways,
+    own_mark: Option<Mark>,
     used: Used,
 ) -> (Firewall, BTreeMap<Key, Value>) {
     let layout = world.cluster.marks;
     let marks: BTreeSet<_> = gateways.values().map(|gateway| gateway.mark).collect();
+    let mask = layout.tested(marks.iter().copied().chain(own_mark));
     let prefix = layout.tells_by_prefix();
     let mut elements = fixed(world, gateways);
     if !prefix {
@@ -33,10 +36,27 @@ pub(super) fn skeleton(
             (Key::connection(gateway.mark), Value { data, comment })
         }));
     }
+    let replies = world.cluster.replies == Replies::Tunnel;
+    if replies {
+        for (name, gateway) in gateways {
+            let Some(node) = world.node(gateway.place) else { continue };
+            let comment = Some(Comment::of_name(name.as_str()));
+            let of_connection = Mark::new(layout.connection().set_in(gateway.mark.get()));
+            for (key, chain) in [
+                (Key::peer_mac(node.mac()), ChainId::FromNode(gateway.mark)),
+                (Key::connection(of_connection), ChainId::Via(gateway.mark)),
+            ] {
+                let data = Data::Verdict(Verdict::Goto(chain));
+                elements.insert(key, Value { data, comment: comment.clone() });
+            }
+        }
+    }
     let skeleton = Skeleton {
         device: &world.cluster.tunnel.device,
         port: world.cluster.tunnel.port,
-        mask: layout.tested(marks.iter().copied()),
+        mask,
+        values: layout.value_mask() & mask,
+        replies: replies.then(|| own_mark.unwrap_or_else(|| layout.tunnel())),
         tunnel: layout.tunnel(),
         connection: layout.connection(),
         caching,

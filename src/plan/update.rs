@@ -8,6 +8,7 @@ use ipnet::IpNet;
 use super::index::{Index, NOTHING};
 use super::pending::Delta;
 use super::policies::{Handle, NormalizedPolicy, Sources};
+use super::replies::own_mark;
 use super::table::{egress_ips, ways_out};
 use super::validate::check_net;
 use super::{Finding, PlanError, PolicyError, Role, closing_table, numbered, roles};
@@ -390,17 +391,20 @@ impl Index {
         tables: &mut dyn TableAllocator,
         delta: &mut Delta,
     ) -> Result<(), PlanError> {
+        let receivers = self.receivers();
         let places = self.gateways.values().map(|gateway| gateway.place);
-        if places.collect::<BTreeSet<_>>().iter().eq(self.used.keys()) {
+        if places.collect::<BTreeSet<_>>() == receivers {
             self.short = false;
             return Ok(());
         }
         // Gateways that found no mark or table before are among those used: they may find one now.
-        let gateways = numbered(self.used.keys().copied(), &self.world, marks, tables)?;
+        let mut gateways = numbered(&receivers, &self.used, &self.world, marks, tables)?;
+        let own_mark = own_mark(&mut gateways, &self.used, &self.world, marks)?;
         let (closing, no_table) = closing_table(&self.world, &gateways, tables)?;
-        let short = gateways.len() < self.used.len();
+        let short = gateways.len() < receivers.len();
         let was_short = std::mem::replace(&mut self.short, short);
-        if (&gateways, closing, no_table) == (&self.gateways, self.closing, self.no_table) {
+        let same = (closing, no_table, own_mark) == (self.closing, self.no_table, self.own_mark);
+        if same && gateways == self.gateways {
             return Ok(());
         }
         let renumbered = gateways
@@ -411,7 +415,8 @@ impl Index {
         delta.skeleton = true;
         let (_, gone) = self.parts();
         delta.elements.extend(gone.into_keys().map(|key| (key, None)));
-        (self.gateways, self.closing, self.no_table) = (gateways, closing, no_table);
+        (self.gateways, self.own_mark) = (gateways, own_mark);
+        (self.closing, self.no_table) = (closing, no_table);
         Ok(())
     }
 
@@ -428,6 +433,7 @@ impl Index {
         findings.extend(self.shared_egress_ips(addresses));
         let no_table = self.no_table.filter(|_| delta.skeleton);
         findings.extend(no_table.map(|capacity| Finding::NoClosingTable { capacity }));
+        findings.extend(self.unreachable_replies().filter(|_| delta.skeleton));
         // With iptables the effect of an update is only known from a plan of everything.
         if delta.disputed || self.world.cluster.backend != Backend::Nftables {
             return (Planned::Whole(Box::new(self.renew())), findings);

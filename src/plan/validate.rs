@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv6Addr};
 use ipnet::IpNet;
 
 use super::{NodeError, PlanError, PolicyError};
-use crate::cluster::{Backend, Cluster, Node, RulePriorities};
+use crate::cluster::{Backend, Cluster, Node, Replies, RulePriorities};
 use crate::state::Field;
 use crate::types::{Family, Mark, NodeName};
 
@@ -162,6 +162,11 @@ impl ValidatedCluster {
         nodes.filter(|node| node.name != self.here.name)
     }
 
+    /// Returns the indices of all nodes that are not left out, except this one.
+    pub(super) fn peer_places(&self) -> impl Iterator<Item = usize> + '_ {
+        self.nodes.sound.values().copied().filter(|place| !self.is_here(*place))
+    }
+
     /// Returns the marks that the caller gives to nodes that are not left out, and to this node.
     pub(super) fn given_marks(&self) -> impl Iterator<Item = (&NodeName, Mark)> {
         let nodes = self.peers().chain([&self.here]);
@@ -258,6 +263,14 @@ fn check_settings(cluster: &Cluster) -> Result<(), PlanError> {
     }
     if cluster.policy_counters && cluster.connection_caching {
         return Err(PlanError::CachedCounters);
+    }
+    if cluster.replies == Replies::Tunnel {
+        if cluster.backend != Backend::Nftables {
+            return Err(PlanError::TunnelRepliesBackend);
+        }
+        if !cluster.marks.tells_by_prefix() {
+            return Err(PlanError::TunnelRepliesPrefix);
+        }
     }
     if cluster.policy_counters && cluster.backend != Backend::Nftables {
         return Err(PlanError::IptablesCounters);

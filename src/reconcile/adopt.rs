@@ -32,6 +32,9 @@ pub(crate) fn adopt(
             let _refused = tables.reserve(&cluster.node, table);
         }
     }
+    if let Some(mark) = own_mark(cluster, observed).filter(|_| marks.get(&cluster.node).is_none()) {
+        let _refused = marks.reserve(&cluster.node, mark);
+    }
     // Gateways and nodes may be thousands each: everything is found by its key.
     let (mut table_of, mut marks_to) = (HashMap::new(), HashMap::<_, Vec<_>>::new());
     for rule in &observed.rules {
@@ -58,6 +61,15 @@ pub(crate) fn adopt(
             let _refused = marks.reserve(node, mark);
         }
     }
+}
+
+/// The mark of this node's own connections, with replies by the tunnel.
+fn own_mark(cluster: &Cluster, observed: &State) -> Option<Mark> {
+    let (layout, bound) = (cluster.marks, observed.bound_mark()?);
+    let values = bound.mask & !layout.connection().mask;
+    // The rules may be those of another layout, or of direct replies.
+    let ours = layout.connection().are_in(bound.value) && values != 0;
+    ours.then(|| Mark::new(layout.prefix() | bound.value & values))
 }
 
 fn marks_of<'a>(

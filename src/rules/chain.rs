@@ -54,6 +54,14 @@ pub enum ChainId {
     SpoofedVxlan,
     /// Packets received from the tunnel.
     FromTunnel,
+    /// Packets received from the node with this mark: writes its value into the connection mark.
+    FromNode(Mark),
+    /// Packets that a gateway returned through the tunnel: drops those not for a selected pod.
+    ReturnCheck,
+    /// Packets to a selected pod: drops those that this node should have translated.
+    SourceCheck(Family),
+    /// First packet of a connection that a gateway returned through the tunnel: keeps its source.
+    Returned,
     /// Class lookup by source, for packets whose mark does not give the class.
     Classify,
     /// Segments of a TCP connection whose opening segment conntrack has not seen.
@@ -72,7 +80,7 @@ pub enum ChainId {
     Bypass,
     /// Action: steer the packet to the gateway with this mark.
     To(Mark),
-    /// Action for a connection that is already steered to the gateway with this mark.
+    /// Action for a connection whose packets go to the node with this mark.
     Via(Mark),
     /// Policy lookup by class and destination, on the gateway node.
     Translate(Family),
@@ -106,6 +114,10 @@ impl ChainId {
             "tracked" => Self::Tracked,
             "spoofed_vxlan" => Self::SpoofedVxlan,
             "from_tunnel" => Self::FromTunnel,
+            "return_check" => Self::ReturnCheck,
+            "source_check4" => Self::SourceCheck(V4),
+            "source_check6" => Self::SourceCheck(V6),
+            "returned" => Self::Returned,
             "classify" => Self::Classify,
             "mid_stream" => Self::MidStream,
             "reply_check4" => Self::ReplyCheck(V4),
@@ -128,6 +140,7 @@ impl ChainId {
                 let mark = Mark::new(u32::from_str_radix(digits, 16).ok()?);
                 let chain = match way {
                     "to" => Self::To(mark),
+                    "from" => Self::FromNode(mark),
                     _ => Self::Via(mark),
                 };
                 return (chain.to_string() == name).then_some(chain);
@@ -150,6 +163,10 @@ impl fmt::Display for ChainId {
             Self::Tracked => f.write_str("tracked"),
             Self::SpoofedVxlan => f.write_str("spoofed_vxlan"),
             Self::FromTunnel => f.write_str("from_tunnel"),
+            Self::FromNode(mark) => write!(f, "from_{:08x}", mark.get()),
+            Self::ReturnCheck => f.write_str("return_check"),
+            Self::SourceCheck(family) => write!(f, "source_check{}", family.digit()),
+            Self::Returned => f.write_str("returned"),
             Self::Classify => f.write_str("classify"),
             Self::MidStream => f.write_str("mid_stream"),
             Self::ReplyCheck(family) => write!(f, "reply_check{}", family.digit()),

@@ -10,7 +10,7 @@ use ipnet::IpNet;
 use super::chain::TableFamily;
 use super::element::Tag;
 use crate::range::IpRange;
-use crate::types::{Family, Mark};
+use crate::types::{Family, MacAddr, Mark};
 
 /// Data type of a key part or of a map's value, as `nft` names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,8 +80,10 @@ pub enum Set {
     PortlessBlockedReply(Family),
     /// Marks in use, in mark layouts without prefix.
     Gateway,
-    /// Connection mark → verdict, where the first packet of a connection decides for all.
+    /// Connection mark → verdict, where the connection mark names the node to send packets to.
     Connection,
+    /// MAC address of another node's tunnel interface → verdict.
+    PeerMac,
     /// Action → verdict.
     PolicyAction,
     /// Policy → action.
@@ -196,6 +198,7 @@ impl Set {
             Self::Connection => {
                 Row::set("connection_mark", None, Verdict, &[Mark]).map(Datum::Verdict)
             }
+            Self::PeerMac => Row::set("peer_mac", None, Verdict, &[Ethernet]).map(Datum::Verdict),
             Self::PolicyAction => {
                 Row::set("policy_action", None, Verdict, &[ClassId]).map(Datum::Verdict)
             }
@@ -221,7 +224,7 @@ impl Set {
     }
 
     /// The sets of a family and those of none, without those of destinations.
-    pub(crate) const fn all(family: Family) -> [Self; 17] {
+    pub(crate) const fn all(family: Family) -> [Self; 18] {
         [
             Self::Peer(family),
             Self::Underlay(family),
@@ -231,6 +234,7 @@ impl Set {
             Self::PortlessBlockedReply(family),
             Self::Gateway,
             Self::Connection,
+            Self::PeerMac,
             Self::PolicyAction,
             Self::Steer(family),
             Self::Snat(family),
@@ -333,6 +337,8 @@ pub enum KeyValue {
     Range(IpRange),
     /// A mark.
     Mark(Mark),
+    /// A MAC address.
+    Mac(MacAddr),
     /// A class, a policy or an action.
     Tag(Tag),
     /// An address, truncated to the prefix length of the set, and a class.
@@ -347,6 +353,7 @@ impl Key {
             KeyValue::Address(address) => set.key() == [ip(address)],
             KeyValue::Range(range) => set.key() == [ip(range.first())],
             KeyValue::Mark(_) => set.key() == [Datum::Mark],
+            KeyValue::Mac(_) => set.key() == [Datum::Ethernet],
             KeyValue::Tag(_) => set.key() == [Datum::ClassId],
             KeyValue::AddressAndTag(address, _) => set.key() == [ip(address), Datum::ClassId],
         };
@@ -402,6 +409,8 @@ keys! {
     gateway(mark: Mark) = Set::Gateway, KeyValue::Mark(mark);
     /// In [`Set::Connection`].
     connection(mark: Mark) = Set::Connection, KeyValue::Mark(mark);
+    /// In [`Set::PeerMac`].
+    peer_mac(mac: MacAddr) = Set::PeerMac, KeyValue::Mac(mac);
     /// In [`Set::PolicyAction`].
     policy_action(action: Tag) = Set::PolicyAction, KeyValue::Tag(action);
     /// In [`Set::Steer`].
@@ -432,6 +441,7 @@ impl fmt::Display for Key {
             KeyValue::Address(address) => address.fmt(f),
             KeyValue::Range(range) => range.fmt(f),
             KeyValue::Mark(mark) => mark.fmt(f),
+            KeyValue::Mac(mac) => mac.fmt(f),
             KeyValue::Tag(tag) => tag.fmt(f),
             KeyValue::AddressAndTag(address, tag) => write!(f, "{address} . {tag}"),
         }
@@ -460,12 +470,13 @@ mod tests {
         let (v4, v6): (IpAddr, IpAddr) = (Ipv4Addr::LOCALHOST.into(), [0; 16].into());
         let range = |address: IpAddr| IpRange::from(IpNet::from(address));
         let (mark, tag) = (Mark::new(1), Tag::LOCAL);
+        let mac = MacAddr::new([2, 0, 0, 0, 0, 1]);
         let family = |value: &KeyValue| match value {
             KeyValue::Address(address) | KeyValue::AddressAndTag(address, _) => {
                 Some(Family::of(*address))
             }
             KeyValue::Range(range) => Some(range.family()),
-            KeyValue::Mark(_) | KeyValue::Tag(_) => None,
+            KeyValue::Mark(_) | KeyValue::Mac(_) | KeyValue::Tag(_) => None,
         };
         for key in [v4, v6].into_iter().flat_map(|address| {
             let (family, range, net) = (Family::of(address), range(address), IpNet::from(address));
@@ -476,6 +487,7 @@ mod tests {
                 Key::eip(address),
                 Key::gateway(mark),
                 Key::connection(mark),
+                Key::peer_mac(mac),
                 Key::policy_action(tag),
                 Key::steer(family, tag),
                 Key::snat(family, tag),
@@ -497,6 +509,7 @@ mod tests {
                 KeyValue::Range(range(v4)),
                 KeyValue::Range(range(v6)),
                 KeyValue::Mark(mark),
+                KeyValue::Mac(mac),
                 KeyValue::Tag(tag),
                 KeyValue::AddressAndTag(v4, tag),
                 KeyValue::AddressAndTag(v6, tag),

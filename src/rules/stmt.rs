@@ -85,6 +85,8 @@ pub enum Field {
     /// The socket is a connected one, or else a listening one. The rule ends if there is none, and
     /// for every protocol but TCP, UDP and ICMP errors.
     SocketWildcard,
+    /// `ether saddr`: the source MAC address of the frame that the packet came in.
+    EthernetSource,
     /// `fib daddr type`: the type of the destination address, such as [`Stmt::LOCAL`].
     DestinationType,
 }
@@ -392,6 +394,11 @@ impl Stmt {
         }
     }
 
+    /// Whether the statement continues in a chain.
+    pub(crate) fn leads_to(&self, chain: ChainId) -> bool {
+        matches!(self, Self::Jump(to) | Self::Goto(to) if *to == chain)
+    }
+
     /// The set or map that the statement looks up.
     pub(crate) const fn set(&self) -> Option<Set> {
         match self {
@@ -427,6 +434,7 @@ impl fmt::Display for Field {
             Self::UdpDestinationPort => "udp dport",
             Self::TcpFlags => "tcp flags",
             Self::SocketWildcard => "socket wildcard",
+            Self::EthernetSource => "ether saddr",
             Self::DestinationType => "fib daddr type",
         })
     }

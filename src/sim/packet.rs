@@ -134,6 +134,8 @@ pub struct Frame {
     pub port: u16,
     /// VXLAN network identifier.
     pub vni: u32,
+    /// Source MAC address of the inner frame: that of the sending node's tunnel interface.
+    pub source_mac: MacAddr,
     /// Destination MAC address of the inner frame.
     pub mac: MacAddr,
     /// The inner packet.

@@ -21,7 +21,7 @@ use super::packet::{Frame, Packet};
 use super::trace::{Decision, Fate, Reason};
 use crate::count::Counts;
 use crate::state::{Hook, Rule, State, Vxlan};
-use crate::types::{DeviceName, Family};
+use crate::types::{DeviceName, Family, MacAddr};
 
 use conntrack::{Conntrack, Seen};
 use hook::DESTINATION_NAT;
@@ -96,7 +96,8 @@ pub(crate) struct Walk<'a> {
 enum Arrival {
     /// A pod on this node, or the network outside the tunnel.
     Wire,
-    Tunnel,
+    /// The tunnel, in a frame with this source MAC address.
+    Tunnel(MacAddr),
 }
 
 impl Walk<'_> {
@@ -136,7 +137,7 @@ impl Walk<'_> {
             self.say(filter, Decision::Dropped);
             return (Fate::Dropped, packet);
         }
-        self.pass(packet, Arrival::Tunnel)
+        self.pass(packet, Arrival::Tunnel(frame.source_mac))
     }
 
     /// The reverse path filter that drops the packet, if any (`__fib_validate_source`).
@@ -167,8 +168,9 @@ impl Walk<'_> {
     }
 
     fn through(&mut self, skb: &mut Skb, seen: Option<Seen>, arrival: Arrival) -> Fate {
-        if let (Arrival::Tunnel, Some(link)) = (arrival, &self.state.link) {
+        if let (Arrival::Tunnel(source), Some(link)) = (arrival, &self.state.link) {
             skb.input = Some(link.name.clone());
+            skb.ethernet_source = Some(source);
         }
         let before_nat = i32::MIN..=DESTINATION_NAT;
         if let End::Dropped = self.hook_within(&Hook::Prerouting, skb, false, before_nat) {
@@ -245,8 +247,15 @@ impl Walk<'_> {
             return Fate::Dropped;
         };
         self.say(format!("fdb {mac} dev {}", link.name), Decision::Tunnel(to));
-        let frame =
-            Frame { from: link.local, to, port: link.port, vni: link.vni, mac, packet: skb.packet };
+        let frame = Frame {
+            from: link.local,
+            to,
+            port: link.port,
+            vni: link.vni,
+            source_mac: link.mac,
+            mac,
+            packet: skb.packet,
+        };
         if self.outer(&frame, skb.mark, &link.name) {
             Fate::Tunnelled(frame)
         } else {

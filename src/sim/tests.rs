@@ -317,6 +317,7 @@ fn strangers_have_no_say_in_the_tunnel() {
         to: link.local,
         port: link.port,
         vni: link.vni,
+        source_mac: crate::MacAddr::of_node(&name("a")),
         mac: link.mac,
         packet: asked(),
     };

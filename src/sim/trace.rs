@@ -46,6 +46,10 @@ pub enum Decision {
     Shadowed(Tag, Option<Comment>),
     /// The packet is steered to this gateway, named by the comment.
     Gateway(Option<Comment>),
+    /// The initiator of the packet's connection is on this node, named by the comment.
+    ///
+    /// Replies go there.
+    Initiator(Option<Comment>),
     /// The packet is translated on this node.
     Local,
     /// The packet is left unchanged.
@@ -184,6 +188,10 @@ impl fmt::Display for Decision {
             }
             Self::Gateway(name) => {
                 f.write_str("gateway")?;
+                named(f, name.as_ref())
+            }
+            Self::Initiator(name) => {
+                f.write_str("initiator on node")?;
                 named(f, name.as_ref())
             }
             Self::Local => f.write_str("translated on this node"),

@@ -5,8 +5,8 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use super::{
-    ChainId, Data, Field, Firewall, Key, MarkBits, MarkOf, Mask, Set, State, Stmt, Tag, Verdict,
-    Xtables,
+    ChainId, Data, Direction, Field, Firewall, Key, MarkBits, MarkOf, Mask, Set, State, Stmt, Tag,
+    Verdict, Xtables,
 };
 use crate::range::IpRange;
 use crate::types::{Family, Mark};
@@ -47,9 +47,29 @@ pub fn action(state: &State, source: IpAddr, destination: IpAddr) -> Action {
 
 impl State {
     /// The bits of a connection mark that say that we translated the connection or exempted it.
+    ///
+    /// With iptables they are the whole of what the rules set.
     pub(crate) fn connection_mark(&self) -> Option<MarkBits> {
         let tables = || self.xtables.values().find_map(Xtables::connection_mark);
         self.firewall.as_ref().and_then(Firewall::connection_mark).or_else(tables)
+    }
+
+    /// The mark of a connection that enters the tunnel on this node.
+    pub(crate) fn bound_mark(&self) -> Option<MarkBits> {
+        let bound = self.firewall.as_ref().and_then(Firewall::bound_mark);
+        bound.or_else(|| self.connection_mark())
+    }
+
+    /// Whether packets of our connections that arrive from the tunnel name the node of origin.
+    pub(crate) fn returns_replies(&self) -> bool {
+        self.firewall.as_ref().is_some_and(|table| table.sets.contains(&Set::PeerMac))
+    }
+
+    /// The gateway to which the connection mark sends replies, and whether it has the value.
+    pub(crate) fn replies_go_to(&self, gateway: Mark, mark: u32) -> bool {
+        let Some(bound) = self.bound_mark() else { return false };
+        let prefix = self.connection_mark().map_or(0, |bits| bits.mask);
+        (mark ^ gateway.get()) & bound.mask & !prefix == 0
     }
 
     /// Whether a guard drops packets with this connection mark that are not steered or translated.
@@ -147,17 +167,37 @@ impl Firewall {
     fn cached(&self) -> Option<Cached> {
         let (_, rules) = self.chains.get(&ChainId::Prerouting)?;
         rules.iter().find_map(|rule| match rule.0.as_slice() {
-            [some, _, Stmt::Map { key, map: Set::Connection, .. }] => match key.first()?.mask {
-                Mask::Bits(mask) => Some(Cached { some: some.tests(Field::CtMark)?, mask }),
-                Mask::Whole | Mask::Prefix(_) => None,
-            },
+            [some, direction, Stmt::Map { key, map: Set::Connection, .. }]
+                if *direction == Stmt::direction(Direction::Original) =>
+            {
+                match key.first()?.mask {
+                    Mask::Bits(mask) => Some(Cached { some: some.tests(Field::CtMark)?, mask }),
+                    Mask::Whole | Mask::Prefix(_) => None,
+                }
+            }
             _ => None,
         })
     }
 
     /// The bits of a connection mark that say that we translated the connection or exempted it.
     pub(crate) fn connection_mark(&self) -> Option<MarkBits> {
-        let (_, rules) = self.chains.get(&ChainId::NatPostrouting)?;
+        self.sets_connection_mark(ChainId::Snat(Family::V4))
+    }
+
+    /// The mark of a connection that enters the tunnel on this node.
+    fn bound_mark(&self) -> Option<MarkBits> {
+        self.sets_connection_mark(ChainId::NatPostrouting)
+    }
+
+    /// Whether a connection mark says that a gateway's packet opened the connection.
+    pub(crate) fn is_returned_mark(&self, mark: u32) -> bool {
+        let ours = self.connection_mark().is_some_and(|bits| bits.are_in(mark));
+        let bound = self.bound_mark().is_some_and(|bits| bits.are_in(mark));
+        self.sets.contains(&Set::PeerMac) && ours && !bound
+    }
+
+    fn sets_connection_mark(&self, chain: ChainId) -> Option<MarkBits> {
+        let (_, rules) = self.chains.get(&chain)?;
         rules.iter().flat_map(|rule| &rule.0).find_map(|statement| match statement {
             Stmt::SetMark(MarkOf::Connection, bits) => Some(*bits),
             _ => None,

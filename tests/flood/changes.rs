@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use common::backend::steering;
+use common::backend::{replies, steering};
 use common::fleet::{Result, dual, policy};
 use egress_datapath::iptables::Iptables;
 use egress_datapath::state::Variant;
@@ -12,7 +12,7 @@ use egress_datapath::testing::lab::{
 };
 use egress_datapath::{
     Backend, Destinations, EgressIp, EgressPolicy, Mark, MarkLayout, Node, NodeName, PolicyId,
-    Report, Steering,
+    Replies, Report, Steering,
 };
 use ipnet::IpNet;
 
@@ -89,6 +89,7 @@ const MOVE_OF_MANY: &str = "move of 100 000 sources";
 pub(crate) const COUNTERS: &str = "counters";
 /// Of one backend only.
 pub(crate) const STEERING: &str = "steering";
+pub(crate) const REPLIES: &str = "path of replies";
 
 const EVERYBODY: &[&str] = &["node-c", "node-b", "node-a"];
 pub(crate) const GATEWAY_FIRST: &[&str] = &["node-b", "node-a"];
@@ -131,6 +132,7 @@ pub(crate) const ALL: &[Change] = &[
     Change { name: "egress IP", allowed: EITHER, round: egress_ip, ..USUAL },
     Change { name: "gateways", round: gateways, ..USUAL },
     Change { name: STEERING, round: steerings, ..USUAL },
+    Change { name: REPLIES, round: replies_change, ..USUAL },
     Change { name: "nodes", round: known, ..USUAL },
     Change { name: "marks among foreign bits", foreign: EARLY_BIT, round: marks, ..USUAL },
     Change {
@@ -485,6 +487,7 @@ fn layouts(lab: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
         let marks = if round % 2 == 0 { MarkLayout::SEED } else { MarkLayout::COMPACT };
         let cluster = &mut nodes.node(name)?.0;
         (cluster.marks, cluster.steering) = (marks, steering(&marks));
+        cluster.replies = replies(&marks, cluster.backend);
     }
     nodes.restart(lab)?;
     make(nodes, round, if round % 4 < 2 { GATEWAY_FIRST } else { &["node-a", "node-b"] }, &[p()?])
@@ -498,6 +501,17 @@ fn steerings(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
             if by_hook { Steering::EgressHook } else { Steering::Tables };
     }
     make(nodes, round, if round % 4 < 2 { GATEWAY_FIRST } else { &["node-a", "node-b"] }, &[p()?])
+}
+
+/// From direct replies to replies by the tunnel and back, and not on all nodes at once.
+fn replies_change(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+    let mut reports = Vec::new();
+    for (name, number) in EVERYBODY.iter().zip(0..) {
+        let tunnel = (round + number) % 4 < 2;
+        nodes.node(name)?.0.replies = if tunnel { Replies::Tunnel } else { Replies::Direct };
+        reports.extend(make(nodes, round, &[name], &[p()?])?);
+    }
+    Ok(reports)
 }
 
 /// Prefixes that the packets' destination is always in, cut one way or another.
@@ -566,6 +580,7 @@ fn backends(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
             Backend::Nftables => steering(&cluster.marks),
             _ => Steering::Tables,
         };
+        cluster.replies = replies(&cluster.marks, backend);
     }
     make(nodes, round, GATEWAY_FIRST, &[p()?])
 }

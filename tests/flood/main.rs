@@ -51,7 +51,8 @@ const LAYOUT: &str = "layout of the marks";
 /// No packet leaves with a wrong source while changes of one kind are made.
 fn one_kind(change: &Change) -> Result {
     if backend() != Backend::Nftables {
-        let other = [LAYOUT, changes::COUNTERS, changes::STEERING].contains(&change.name);
+        let other =
+            [LAYOUT, changes::COUNTERS, changes::STEERING, changes::REPLIES].contains(&change.name);
         if change.caching || other {
             harness::limit("with iptables this is not changed while it is in use");
         }

@@ -1,6 +1,6 @@
 //! A reconciler on each node, as fast as commits can be.
 
-use common::backend::{backend, datapath, steering};
+use common::backend::{backend, datapath, replies, steering};
 use common::fleet::Result;
 use egress_datapath::KernelTables;
 use egress_datapath::alloc::{MarkPool, TablePool, TableRange};
@@ -75,6 +75,7 @@ impl Nodes {
                 .with_marks(marks)
                 .with_backend(backend())
                 .with_steering(steering(&marks))
+                .with_replies(replies(&marks, backend()))
                 .with_connection_caching(caching);
             let both = Backend::Iptables(Iptables::new(Variant::Nft));
             let backend = if backends { both } else { backend() };

@@ -2,11 +2,13 @@
 
 use std::slice::from_ref;
 
-use common::backend::{backend, steering};
+use common::backend::{backend, replies, steering};
 use egress_datapath::testing::lab::{
     self, EIP_B, EIP_C, OTHER_SERVER, POD_A, POD_B, Pair, SERVER, STRANGER, dual, hosts,
 };
-use egress_datapath::{Backend, Cluster, Destinations, EgressPolicy, MarkLayout, Ownership};
+use egress_datapath::{
+    Backend, Cluster, Destinations, EgressPolicy, MarkLayout, Ownership, Replies,
+};
 
 use crate::{NODES, Result};
 
@@ -80,19 +82,23 @@ pub(crate) struct Scenario {
 pub(crate) struct Marks {
     layout: MarkLayout,
     caching: bool,
+    /// The path of replies; that of the run if it is not by the tunnel.
+    replies: Replies,
 }
 
 impl Marks {
-    const USUAL: Self = Self { layout: MarkLayout::SEED, caching: false };
+    const USUAL: Self = Self { layout: MarkLayout::SEED, caching: false, replies: Replies::Direct };
 
     pub(crate) fn of(self, cluster: Cluster) -> Cluster {
-        let Self { layout: marks, caching: connection_caching } = self;
+        let Self { layout: marks, caching: connection_caching, replies: by } = self;
         let (backend, steering) = (backend(), steering(&marks));
+        let by = if by == Replies::Direct { replies(&marks, backend) } else { by };
         cluster
             .with_marks(marks)
             .with_connection_caching(connection_caching)
             .with_backend(backend)
             .with_steering(steering)
+            .with_replies(by)
     }
 }
 
@@ -190,6 +196,7 @@ pub(crate) fn scenarios() -> Result<Vec<Scenario>> {
     let half_way = |scenario| Scenario { pauses: Pauses::HalfWay, ..scenario };
     let compact = Marks { layout: MarkLayout::COMPACT, ..Marks::USUAL };
     let caching = Marks { caching: true, ..Marks::USUAL };
+    let returned = Marks { replies: Replies::Tunnel, ..Marks::USUAL };
     let mut all = vec![
         scenario(
             "bootstrap client",
@@ -336,6 +343,19 @@ pub(crate) fn scenarios() -> Result<Vec<Scenario>> {
         same("connections cached no more", [caching, Marks::USUAL]),
         ends("connections cached, and a policy goes", [Marks::USUAL, caching]),
         ends("connections cached no more, and a policy goes", [caching, Marks::USUAL]),
+        same("replies by the tunnel", [Marks::USUAL, returned]),
+        same("replies direct again", [returned, Marks::USUAL]),
+        ends("replies by the tunnel, and a policy goes", [returned, returned]),
+        Scenario {
+            marks: [returned, returned],
+            ..scenario(
+                "replies by the tunnel, move gateway",
+                with(&p),
+                with(&moved),
+                &[C, A, B],
+                &pods(eip_b, eip_c, eip_c),
+            )
+        },
         exclusive(
             "add policy, alone in charge",
             scenario("", alone.clone(), with(&p), &[B, C, A], &pods(Plain, eip_b, eip_c)),

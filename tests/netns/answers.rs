@@ -22,7 +22,7 @@ const EXPERIMENT: u32 = 253;
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Has the server note which pods speak to it with their own address, in any protocol.
-fn note_sources(lab: &Lab) -> Result {
+pub(crate) fn note_sources(lab: &Lab) -> Result {
     let rules = "table inet noted {
         set pods4 { type ipv4_addr; flags dynamic; }
         set pods6 { type ipv6_addr; flags dynamic; }
@@ -45,7 +45,7 @@ fn noting_lab() -> Result<Lab> {
 }
 
 /// The lines of the table that tell of pods.
-fn noted(lab: &Lab) -> Result<Vec<String>> {
+pub(crate) fn noted(lab: &Lab) -> Result<Vec<String>> {
     let listed = tool(&lab.server, "nft list table inet noted")?;
     Ok(listed.lines().filter(|line| line.contains("elements")).map(String::from).collect())
 }

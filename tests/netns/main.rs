@@ -29,6 +29,7 @@ mod ownership;
 mod packets;
 mod process;
 mod refusals;
+mod replies;
 mod restart;
 mod roundtrip;
 mod saved;

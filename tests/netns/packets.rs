@@ -30,9 +30,11 @@ fn tunnel_packets_not_in_conntrack() -> Result {
     check(&[expect(&lab.pod_a, SERVER, EIP_B)]);
     let mut own = String::new();
     for family in ["ipv4", "ipv6"] {
-        let tracked =
-            |more| tool(&lab.node_a.netns, &format!("conntrack -L -f {family} -p udp {more}"));
-        own += &tracked("--orig-port-dst 7789")?;
+        let tracked = |more: &str| {
+            tool(&lab.node_a.netns, &format!("conntrack -L -f {family} -p udp {more}"))
+        };
+        let sent = if family == "ipv4" { "-s 10.10.0.11" } else { "-s fd10::11" };
+        own += &tracked(&format!("{sent} --orig-port-dst 7789"))?;
         assert_ne!(tracked("")?, "", "{family}");
     }
     assert_eq!(!own.is_empty(), is_tracked, "{own}");

@@ -8,7 +8,8 @@ use std::path::Path;
 use egress_datapath::datapath::Op;
 use egress_datapath::state::{ChainId, Set};
 use egress_datapath::{
-    Changes, Cluster, Destinations, EgressIp, EgressPolicy, MarkLayout, Plan, State, Steering,
+    Changes, Cluster, Destinations, EgressIp, EgressPolicy, MarkLayout, Plan, Replies, State,
+    Steering,
 };
 
 use crate::{cluster, cluster_v4, dual, nets, planned, policy, v4};
@@ -128,6 +129,13 @@ fn by_hook(here: &str) -> Cluster {
 fn egress_hook_steering() {
     let plan = planned(&by_hook("a"), both()).unwrap();
     check("egress_hook.txt", &plan, &State::default());
+}
+
+#[test]
+fn replies_by_tunnel() {
+    let cluster = |here| cluster(here).with_replies(Replies::Tunnel);
+    check("replies_client.txt", &planned(&cluster("a"), both()).unwrap(), &State::default());
+    check("replies_gateway.txt", &planned(&cluster("b"), both()).unwrap(), &State::default());
 }
 
 #[test]

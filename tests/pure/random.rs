@@ -2,7 +2,7 @@
 
 use egress_datapath::{
     Cluster, Destinations, DeviceName, EgressIp, EgressPolicy, MacAddr, MarkLayout, PolicyId,
-    Steering,
+    Replies, Steering,
 };
 use ipnet::IpNet;
 use proptest::prelude::*;
@@ -82,10 +82,12 @@ pub(crate) fn policies() -> impl Strategy<Value = Vec<EgressPolicy>> {
 prop_compose! {
     /// Node a's view, of two nodes or three, some without IPv6 in the tunnel.
     pub(crate) fn clusters()(
-        (layout, steering) in select(vec![
-            (MarkLayout::SEED, Steering::Tables),
-            (MarkLayout::SEED, Steering::EgressHook),
-            (MarkLayout::COMPACT, Steering::Tables),
+        (layout, steering, replies) in select(vec![
+            (MarkLayout::SEED, Steering::Tables, Replies::Direct),
+            (MarkLayout::SEED, Steering::Tables, Replies::Tunnel),
+            (MarkLayout::SEED, Steering::EgressHook, Replies::Direct),
+            (MarkLayout::SEED, Steering::EgressHook, Replies::Tunnel),
+            (MarkLayout::COMPACT, Steering::Tables, Replies::Direct),
         ]),
         v6 in prop::array::uniform3(prop::bool::weighted(0.8)),
         macs in prop::array::uniform3(prop::option::weighted(0.3, 0..4_u8)),
@@ -105,6 +107,7 @@ prop_compose! {
         let mut cluster = cluster("a");
         cluster.marks = layout;
         cluster.steering = steering;
+        cluster.replies = replies;
         cluster.connection_caching = caching;
         cluster.tunnel.port = port;
         cluster.tunnel.underlay_mtu = mtu;

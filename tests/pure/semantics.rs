@@ -6,7 +6,8 @@ use egress_datapath::explain::{Decision, Fate, Frame, Packet, Reason, Trace, exp
 use egress_datapath::iptables::Iptables;
 use egress_datapath::state::{Action, ChainId, Ipset, Set, State, Variant, action};
 use egress_datapath::{
-    Backend, Cluster, Destinations, EgressPolicy, Family, Mark, NodeName, Plan, Steering, explain,
+    Backend, Cluster, Destinations, EgressPolicy, Family, Mark, NodeName, Plan, Replies, Steering,
+    explain,
 };
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -179,7 +180,8 @@ pub(crate) fn frame(cluster: &Cluster, plan: &Plan, packet: Packet) -> Frame {
     let link = plan.state.link.as_ref().unwrap();
     let peer = cluster.nodes.iter().find(|node| node.name != cluster.node).unwrap();
     let (from, to) = (peer.underlay[0], link.local);
-    Frame { from, to, port: link.port, vni: link.vni, mac: link.mac, packet }
+    let source_mac = peer.mac();
+    Frame { from, to, port: link.port, vni: link.vni, source_mac, mac: link.mac, packet }
 }
 
 /// The same cluster with the iptables backend, which has fewer features.
@@ -187,6 +189,7 @@ pub(crate) fn with_iptables(cluster: Cluster, variant: Variant, accept: bool) ->
     cluster
         .with_backend(Backend::Iptables(Iptables::new(variant).with_accept(accept)))
         .with_steering(Steering::Tables)
+        .with_replies(Replies::Direct)
         .with_policy_counters(false)
         .with_connection_caching(false)
 }

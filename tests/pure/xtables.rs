@@ -4,8 +4,8 @@ use egress_datapath::explain::{Fate, Packet};
 use egress_datapath::iptables::Iptables;
 use egress_datapath::state::{Ipset, IpsetContents, Variant, XtRule, XtTarget};
 use egress_datapath::{
-    Backend, Changes, Cluster, Datapath, Destinations, EgressPolicy, Plan, Sim, State, Steering,
-    explain,
+    Backend, Changes, Cluster, Datapath, Destinations, EgressPolicy, Plan, Replies, Sim, State,
+    Steering, explain,
 };
 use proptest::prelude::*;
 use proptest::sample::Index;
@@ -76,6 +76,7 @@ fn states() -> impl Strategy<Value = State> {
         cluster.policy_counters &= backend == Backend::Nftables;
         if backend != Backend::Nftables {
             cluster.steering = Steering::Tables;
+            cluster.replies = Replies::Direct;
         }
         planned(&cluster, policies).unwrap().state
     })

@@ -239,8 +239,8 @@ pub(crate) const CHECKS: [(&str, Check); 15] = [
         for packet in packets(POD_A, SERVER) {
             let from = "10.10.0.99".parse().unwrap();
             let (to, port, vni, mac) = (NODE_B[0], link.port, link.vni, link.mac);
-            let trace =
-                sim(&mut sims, "node-b").receive(&Frame { from, to, port, vni, mac, packet });
+            let frame = Frame { from, to, port, vni, source_mac: mac, mac, packet };
+            let trace = sim(&mut sims, "node-b").receive(&frame);
             if trace.fate != Fate::Dropped {
                 return Err(trace.to_string());
             }

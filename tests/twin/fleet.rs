@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 use std::{io, mem, thread};
 
-use common::backend::{backend, steering};
+use common::backend::{backend, replies, steering};
 use egress_datapath::datapath::observe;
 use egress_datapath::explain::{Fate, Packet, explain_received};
 use egress_datapath::sim::{ClusterTrace, Outcome, SimCluster};
@@ -70,6 +70,7 @@ impl Fleet {
             cluster.connection_caching = caching;
             cluster.policy_counters = !caching && cluster.backend == Backend::Nftables;
             cluster.steering = steering(&layout);
+            cluster.replies = replies(&layout, cluster.backend);
             clusters.push(cluster);
             // So that connections are tracked and translated whether our table is there or not,
             // as on every node of a cluster, and last for the whole test.

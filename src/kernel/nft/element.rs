@@ -105,6 +105,7 @@ fn write_key(writer: &mut Writer, key: &Key) {
         KeyValue::Address(address) => write_address(writer, address),
         KeyValue::Range(range) => write_address(writer, range.first()),
         KeyValue::Mark(mark) => writer.attribute(1, &mark.get().to_ne_bytes()),
+        KeyValue::Mac(mac) => writer.attribute(1, &mac.octets()),
         KeyValue::Tag(tag) => writer.attribute(1, &tag.get().to_ne_bytes()),
         KeyValue::AddressAndTag(address, tag) => {
             let mut bytes = octets(address);
@@ -207,9 +208,7 @@ fn read_data(data: &Attribute<'_>, datum: Datum) -> Result<Option<Data>, Malform
         Datum::Ipv4 => ip(Family::V4, bytes).map(Data::Address),
         Datum::Ipv6 => ip(Family::V6, bytes).map(Data::Address),
         Datum::ClassId => tag(bytes).map(Data::Tag),
-        Datum::Ethernet => {
-            <[u8; 6]>::try_from(bytes).ok().map(|mac| Data::Ethernet(MacAddr::new(mac)))
-        }
+        Datum::Ethernet => mac(bytes).map(Data::Ethernet),
         Datum::Mark | Datum::Protocol | Datum::Service | Datum::Verdict => None,
     })
 }
@@ -231,6 +230,7 @@ fn note(mut bytes: &[u8]) -> Option<Comment> {
 pub(super) fn key(set: Set, bytes: &[u8]) -> Option<Key> {
     let value = match *set.key() {
         [Datum::Mark] => KeyValue::Mark(mark(bytes)?),
+        [Datum::Ethernet] => KeyValue::Mac(mac(bytes)?),
         [Datum::ClassId] => KeyValue::Tag(tag(bytes)?),
         [_] => KeyValue::Address(ip(set.family()?, bytes)?),
         [_, Datum::ClassId] => {
@@ -252,6 +252,10 @@ pub(super) fn ip(family: Family, bytes: &[u8]) -> Option<IpAddr> {
 
 fn mark(bytes: &[u8]) -> Option<Mark> {
     bytes.try_into().ok().map(u32::from_ne_bytes).map(Mark::new)
+}
+
+fn mac(bytes: &[u8]) -> Option<MacAddr> {
+    bytes.try_into().ok().map(MacAddr::new)
 }
 
 fn tag(bytes: &[u8]) -> Option<Tag> {

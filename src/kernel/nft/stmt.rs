@@ -26,7 +26,7 @@ const ETHERNET: u16 = 1;
 const TCP_FLAGS: u32 = 13;
 
 /// All fields that can be loaded, with each family.
-const FIELDS: [Field; 19] = [
+const FIELDS: [Field; 20] = [
     Field::Input,
     Field::Output,
     Field::Mark,
@@ -45,6 +45,7 @@ const FIELDS: [Field; 19] = [
     Field::UdpDestinationPort,
     Field::TcpFlags,
     Field::SocketWildcard,
+    Field::EthernetSource,
     Field::DestinationType,
 ];
 
@@ -71,6 +72,7 @@ pub(super) const fn load(field: Field, dreg: u32) -> Expr {
         Field::DestinationPort | Field::UdpDestinationPort => payload(base::TRANSPORT, 2, 2, dreg),
         Field::TcpFlags => payload(base::TRANSPORT, TCP_FLAGS, 1, dreg),
         Field::SocketWildcard => Expr::Socket { key: socket::WILDCARD, dreg },
+        Field::EthernetSource => payload(base::LINK, 6, 6, dreg),
         Field::DestinationType => Expr::Fib { flags: fib::DESTINATION, result: fib::TYPE, dreg },
     }
 }
@@ -86,6 +88,8 @@ enum Form {
     Port,
     /// Address.
     Address(Family),
+    /// MAC address.
+    Mac,
 }
 
 const fn form(field: Field) -> Form {
@@ -95,6 +99,7 @@ const fn form(field: Field) -> Form {
             Form::Byte
         }
         Field::SourcePort | Field::DestinationPort | Field::UdpDestinationPort => Form::Port,
+        Field::EthernetSource => Form::Mac,
         _ => Form::Host,
     }
 }
@@ -120,7 +125,7 @@ impl Form {
             Self::Host => number.to_ne_bytes().to_vec(),
             Self::Byte => vec![u8::try_from(number).ok()?],
             Self::Port => u16::try_from(number).ok()?.to_be_bytes().to_vec(),
-            Self::Address(_) => return None,
+            Self::Address(_) | Self::Mac => return None,
         })
     }
 
@@ -130,7 +135,7 @@ impl Form {
             Self::Host => bytes.try_into().ok().map(u32::from_ne_bytes),
             Self::Byte => <[u8; 1]>::try_from(bytes).ok().map(|[byte]| byte.into()),
             Self::Port => bytes.try_into().ok().map(|bytes| u16::from_be_bytes(bytes).into()),
-            Self::Address(_) => None,
+            Self::Address(_) | Self::Mac => None,
         }
     }
 
@@ -138,6 +143,7 @@ impl Form {
     const fn width(self) -> u32 {
         match self {
             Self::Address(Family::V6) => 16,
+            Self::Mac => 8,
             _ => 4,
         }
     }
@@ -167,6 +173,11 @@ const fn cmp(equal: bool, data: Vec<u8>) -> Expr {
 fn family_test(family: Family) -> [Expr; 2] {
     let load = Expr::MetaLoad { key: meta::NFPROTO, dreg: reg::R1 };
     [load, cmp(true, vec![nfproto(family)])]
+}
+
+fn ethernet_test() -> [Expr; 2] {
+    let load = Expr::MetaLoad { key: meta::IIFTYPE, dreg: reg::R1 };
+    [load, cmp(true, ETHERNET.to_ne_bytes().to_vec())]
 }
 
 /// Loads a field into a register and masks it.
@@ -207,6 +218,9 @@ fn expressions(statement: &Stmt, known: &mut Option<Family>) -> Option<Vec<Expr>
             let load = Expr::MetaLoad { key: meta::L4PROTO, dreg: reg::R1 };
             exprs.extend([load, cmp(true, vec![protocol])]);
         }
+        if field == Field::EthernetSource {
+            exprs.extend(ethernet_test());
+        }
     };
     let lookup =
         |set: Set, dreg, invert| Expr::Lookup { set: set.name(), sreg: reg::R1, dreg, invert };
@@ -241,8 +255,7 @@ fn expressions(statement: &Stmt, known: &mut Option<Family>) -> Option<Vec<Expr>
         Stmt::Map { key: parts, map, into } => {
             if *into == Target::EthernetDestination {
                 // At the egress hook, the kernel takes the device for the packet's input interface.
-                let load = Expr::MetaLoad { key: meta::IIFTYPE, dreg: reg::R1 };
-                exprs.extend([load, cmp(true, ETHERNET.to_ne_bytes().to_vec())]);
+                exprs.extend(ethernet_test());
             }
             require(&mut exprs, parts.first()?.field);
             key(&mut exprs, parts)?;

@@ -90,7 +90,7 @@ impl Datapath for Recorder {
         each: &mut OnConnection<'_>,
     ) -> Result<(), KernelError> {
         self.listed.push(match among {
-            Among::Sources(sources) => Some(sources.clone()),
+            Among::Sources(sources) | Among::Pods(sources) => Some(sources.clone()),
             Among::All | Among::SourcesOrMarks(..) => None,
         });
         let of = |one: &&Connection| among.has(one);

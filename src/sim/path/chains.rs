@@ -11,8 +11,8 @@ use super::skb::{Loaded, Skb, Tracking, load, values};
 use crate::count::Count;
 use crate::sim::trace::Decision;
 use crate::state::{
-    ChainId, Data, Firewall, Interface, Key, KeyValue, MarkOf, NftRule, Set, Stmt, Tag, Target,
-    Value, Verdict,
+    ChainId, Data, Direction, Firewall, Interface, Key, KeyValue, MarkOf, NftRule, Set, Stmt, Tag,
+    Target, Value, Verdict,
 };
 use crate::types::{Family, Mark};
 
@@ -30,7 +30,7 @@ impl Walk<'_> {
         let holds = match statement {
             Stmt::Match { of, negated, value } => match load(*of, skb) {
                 Some(Loaded::Number(found)) => (found == *value) != *negated,
-                Some(Loaded::Address(_)) | None => false,
+                Some(Loaded::Address(_) | Loaded::Mac(_)) | None => false,
             },
             Stmt::Interface(Interface::Input, name) => skb.input.as_ref() == Some(name),
             Stmt::Interface(Interface::Output, name) => skb.output.as_ref() == Some(name),
@@ -145,8 +145,15 @@ impl Walk<'_> {
                 Some(Next::End(End::Dropped))
             }
             (Target::Verdict, Data::Verdict(Verdict::Goto(chain))) => {
-                if key.set() == Set::Connection {
-                    self.say(shown(firewall, &key), Decision::Gateway(comment));
+                let direction = skb.tracking.facts().map(|facts| facts.direction);
+                match (key.set(), direction) {
+                    (Set::Connection, Some(Direction::Reply)) | (Set::PeerMac, _) => {
+                        self.say(shown(firewall, &key), Decision::Initiator(comment));
+                    }
+                    (Set::Connection, _) => {
+                        self.say(shown(firewall, &key), Decision::Gateway(comment));
+                    }
+                    _ => {}
                 }
                 Some(Next::Goto(chain))
             }

@@ -24,6 +24,7 @@ pub(crate) fn element(firewall: &Firewall, set: Set, values: &[Loaded]) -> Optio
             return firewall.overlapping(&Key::new(set, range)?).copied();
         }
         [Loaded::Address(address)] => KeyValue::Address(address),
+        [Loaded::Mac(mac)] => KeyValue::Mac(mac),
         [Loaded::Number(number)] => match Tag::new(number) {
             Some(tag) if *set.key() == [Datum::ClassId] => KeyValue::Tag(tag),
             _ => KeyValue::Mark(Mark::new(number)),

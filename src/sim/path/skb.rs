@@ -22,6 +22,8 @@ pub(crate) struct Skb {
     pub(crate) routed: bool,
     /// Destination MAC address, once the packet is a frame.
     pub(crate) ethernet: Option<MacAddr>,
+    /// Source MAC address of the frame from the tunnel that the packet came in.
+    pub(crate) ethernet_source: Option<MacAddr>,
     pub(crate) tracking: Tracking,
     /// Wildcard flag of the socket that takes the packet: bound to no address; `None` without one.
     pub(crate) wildcard: Option<bool>,
@@ -63,6 +65,7 @@ impl Skb {
             output: None,
             routed: false,
             ethernet: None,
+            ethernet_source: None,
             tracking,
             wildcard: None,
             local: false,
@@ -109,6 +112,7 @@ impl Tracking {
 pub(super) enum Loaded {
     Number(u32),
     Address(IpAddr),
+    Mac(MacAddr),
 }
 
 /// Loads a selector's value; `None` if the packet has no such field, which ends the rule.
@@ -125,6 +129,7 @@ pub(super) fn load(Selector { field, mask }: Selector, skb: &Skb) -> Option<Load
                 Mask::Whole | Mask::Bits(_) => address,
             }));
         }
+        Field::EthernetSource => return skb.ethernet_source.map(Loaded::Mac),
         // Packets of the host's own processes, which have no input interface, are not simulated.
         Field::Input => 1,
         Field::Output => u32::from(skb.routed),

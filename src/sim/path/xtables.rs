@@ -44,7 +44,7 @@ impl<'a> Table<'a> {
     fn matches(&self, one: &XtMatch, skb: &Skb) -> bool {
         let number = |field, mask| match load(Selector { field, mask }, skb) {
             Some(Loaded::Number(number)) => Some(number),
-            Some(Loaded::Address(_)) | None => None,
+            Some(Loaded::Address(_) | Loaded::Mac(_)) | None => None,
         };
         let has = |field, MarkBits { mask, value }| {
             number(field, Mask::Bits(mask)).map(|found| found == value)

@@ -1,4 +1,4 @@
-//! The backend and the steering that a run of the tests is about.
+//! The backend, the steering and the path of replies that a run of the tests is about.
 
 use std::env;
 use std::os::fd::{AsFd, OwnedFd};
@@ -8,7 +8,8 @@ use egress_datapath::iptables::{Iptables, IptablesDatapath};
 use egress_datapath::state::Variant;
 use egress_datapath::testing::lab::{Netns, inside};
 use egress_datapath::{
-    ApplyError, Backend, Changes, Datapath, KernelDatapath, KernelError, MarkLayout, Steering,
+    ApplyError, Backend, Changes, Datapath, KernelDatapath, KernelError, MarkLayout, Replies,
+    Steering,
 };
 
 /// The backend that `EGRESS_BACKEND` names as the agent does; without it nf_tables.
@@ -26,6 +27,16 @@ pub fn steering(marks: &MarkLayout) -> Steering {
     match env::var("EGRESS_STEERING").as_deref() {
         Ok("egress-hook") if marks.prefix_mask() != 0 => Steering::EgressHook,
         _ => Steering::Tables,
+    }
+}
+
+/// The path of replies that `EGRESS_REPLIES` names as the agent does, where marks and backend allow
+/// it; without it the hosts' own routes.
+pub fn replies(marks: &MarkLayout, backend: Backend) -> Replies {
+    let allowed = marks.prefix_mask() != 0 && backend == Backend::Nftables;
+    match env::var("EGRESS_REPLIES").as_deref() {
+        Ok("tunnel") if allowed => Replies::Tunnel,
+        _ => Replies::Direct,
     }
 }
 

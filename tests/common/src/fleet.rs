@@ -17,10 +17,10 @@ use egress_datapath::testing::lab::{
 pub use egress_datapath::testing::lab::{dual, policy};
 use egress_datapath::{
     Backend, Cluster, Count, Datapath, EgressPolicy, Family, KernelDatapath, MarkLayout, Ownership,
-    Protection, Reconciler, Report, Steering,
+    Protection, Reconciler, Replies, Report, Steering,
 };
 
-use crate::backend::{backend, datapath, steering};
+use crate::backend::{backend, datapath, replies, steering};
 
 pub type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
 
@@ -128,6 +128,9 @@ impl Fleet {
             change(&mut cluster);
             if cluster.steering == Steering::Tables {
                 cluster.steering = steering(&cluster.marks);
+            }
+            if cluster.replies == Replies::Direct {
+                cluster.replies = replies(&cluster.marks, cluster.backend);
             }
             let datapath = datapath(&host.netns, cluster.backend)?;
             let tables = host.netns.run(KernelTables::open)??;

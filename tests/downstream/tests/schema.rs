@@ -374,11 +374,13 @@ fn options_that_exclude_each_other_are_refused() {
     let backend = sample("Backend");
     assert_eq!(refused(json!({"policy_counters": true})), (false, false));
     assert_eq!(refused(json!({"steering": "egress-hook"})), (false, false));
+    assert_eq!(refused(json!({"replies": "tunnel"})), (false, false));
     assert_eq!(refused(json!({"excluded": [], "pods": ["10.244.0.0/16"]})), (false, false));
     for changes in [
         json!({"policy_counters": true, "connection_caching": true}),
         json!({"policy_counters": true, "backend": backend}),
         json!({"steering": "egress-hook", "backend": backend}),
+        json!({"replies": "tunnel", "backend": backend}),
         json!({"excluded": [], "pods": []}),
     ] {
         assert_eq!(refused(changes.clone()), (true, true), "{changes}");

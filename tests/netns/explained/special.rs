@@ -95,7 +95,8 @@ pub(super) fn injected(world: &mut World<'_>) -> Result {
         let mut here = here.filter(|source| seen.contains(&(*source, Proto::Udp)));
         let real = here.next().map_or(End::Lost, End::As);
         let (from, to, mac) = (from.parse()?, NODE_B[0], link.mac);
-        let frame = Frame { from, to, port: link.port, vni: link.vni, mac, packet };
+        let (port, vni, source_mac) = (link.port, link.vni, sender.mac);
+        let frame = Frame { from, to, port, vni, source_mac, mac, packet };
         let trace = explain_received(&states[1], &frame);
         let told = match trace.fate {
             Fate::Routed(Some(source)) => End::As(source),

@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use super::{FIELDS, compile, recognise};
+use super::{FIELDS, Form, compile, form, recognise};
 use crate::kernel::netlink::message::{Attributes, Malformed, Writer};
 use crate::kernel::nft::expr::Expr;
 use crate::kernel::nft::{chain, element, set};
@@ -55,7 +55,9 @@ fn statements() -> Vec<Stmt> {
         list.extend((1..=family.bits()).map(|bits| Stmt::by_prefix(source, bits)));
     }
     // Each field, with and without a mask, even if no rule of the datapath compares it.
-    for field in FIELDS.iter().filter(|field| field.family().is_none()) {
+    let numbers =
+        FIELDS.iter().filter(|field| !matches!(form(**field), Form::Address(_) | Form::Mac));
+    for field in numbers {
         // The protocol occurs only in set keys: a comparison of it belongs to the field that
         // follows.
         if *field != Field::Protocol {
@@ -64,6 +66,7 @@ fn statements() -> Vec<Stmt> {
         }
     }
     list.extend([
+        Field::EthernetSource.map(Set::PeerMac, Target::Verdict),
         Stmt::Unknown(7),
         set_mark(u32::MAX, 0),
         set_mark(0, 0),
