@@ -40,11 +40,11 @@ pub struct Cluster {
     /// The bits of a packet's firewall mark that this crate uses.
     #[cfg_attr(feature = "serde", serde(default))]
     pub marks: MarkLayout,
-    /// The first of the four consecutive priorities of routing rules, 1 to 32762; default 101.
+    /// The first of the five consecutive priorities of routing rules, 1 to 32761; default 101.
     ///
-    /// The four are: guard rules that skip the gateways' rules for packets without the mark prefix
+    /// The five are: guard rules that skip the gateways' rules for packets without the mark prefix
     /// and for this node's own packets, then the gateways' rules in two halves, then the fallback
-    /// rule.
+    /// rule, and with replies by the tunnel the end of all these.
     ///
     /// The default is behind the rule for local addresses, also where Cilium has moved that rule to
     /// 100, and ahead of every rule whose table has a default route.
@@ -283,7 +283,7 @@ impl Cluster {
         self
     }
 
-    /// Sets the first of the four priorities of routing rules, 1 to 32762.
+    /// Sets the first of the five priorities of routing rules, 1 to 32761.
     #[must_use]
     pub const fn with_rule_priority(mut self, rule_priority: u32) -> Self {
         self.rule_priority = rule_priority;
@@ -346,11 +346,14 @@ pub(crate) struct RulePriorities {
     ///
     /// Packets with our prefix that matched no gateway's rule fail closed there.
     pub(crate) closing: u32,
+    /// Priority of a rule that matches no packet, to which other rules skip the fallback rule; only
+    /// with replies by the tunnel.
+    pub(crate) end: u32,
 }
 
 impl RulePriorities {
     /// The highest value of the first priority: 32766 is the kernel's rule for the main table.
-    pub(crate) const LAST: u32 = 32_762;
+    pub(crate) const LAST: u32 = 32_761;
 
     pub(crate) const fn of(cluster: &Cluster) -> Self {
         let first = cluster.rule_priority;
@@ -359,6 +362,7 @@ impl RulePriorities {
             gateways: first.saturating_add(1),
             half: first.saturating_add(2),
             closing: first.saturating_add(3),
+            end: first.saturating_add(4),
         }
     }
 }

@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 
 use crate::cluster::Tunnel;
 use crate::state::{
-    ChainId, Datum, FLOWTABLE, Firewall, Key, Route, RuleAction, Set, Stage, State, Stray,
+    ChainId, Datum, FLOWTABLE, Firewall, Key, Route, Rule, RuleAction, Set, Stage, State, Stray,
     StrayKind, TableFamily, Value, Vxlan,
 };
 use changes::{Changes, Phase, Step};
@@ -261,10 +261,24 @@ fn rtnetlink(observed: &State, desired: &State, steps: &mut Steps) {
     for rule in desired.rules.difference(&observed.rules) {
         steps.add(Phase::Rules, Op::AddRule(rule.clone()));
     }
-    for rule in observed.rules.difference(&desired.rules) {
+    let in_the_way =
+        |rule: &Rule| observed.rules.iter().find(|found| found.differs_by_target(rule)).cloned();
+    let gone = observed.rules.difference(&desired.rules);
+    let displaced = |rule: &&Rule| desired.rules.iter().any(|other| other.differs_by_target(rule));
+    for rule in gone.filter(|rule| !displaced(rule)) {
         steps.add(Phase::DeleteRules, Op::DeleteRule(rule.clone()));
     }
     sort(steps, Phase::Rules, |op| (!is_stray(op), Reverse(rule_order(op))));
+    if let Some(ops) = steps.phases.get_mut(&Phase::Rules) {
+        let each = std::mem::take(ops).into_iter().flat_map(|op| {
+            let before = match &op {
+                Op::AddRule(rule) => in_the_way(rule).map(Op::DeleteRule),
+                _ => None,
+            };
+            before.into_iter().chain([op])
+        });
+        *ops = each.collect();
+    }
     sort(steps, Phase::DeleteRules, rule_order);
     // The last address of a family takes the neighbours of its network with it.
     sort(steps, Phase::DeletePeers, |op| matches!(op, Op::DeleteAddress(..)));

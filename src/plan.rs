@@ -10,6 +10,7 @@ mod iptables;
 mod pending;
 mod policies;
 mod replies;
+mod reverse_path;
 mod routing;
 mod skeleton;
 mod table;
@@ -31,8 +32,9 @@ pub use error::{NodeError, PlanError, PolicyError};
 pub use finding::{DenyReason, Finding};
 pub(crate) use index::{Draft, Index};
 use policies::NormalizedPolicy;
+pub(crate) use reverse_path::reverse_path;
 #[cfg(all(feature = "kernel", target_os = "linux"))]
-pub(crate) use skeleton::priority::BEFORE_SNAT;
+pub(crate) use skeleton::priority::{AFTER_DNAT, BEFORE_SNAT};
 #[cfg(test)]
 pub(crate) use tags::tests::with_few as with_few_tags;
 pub use update::Update;

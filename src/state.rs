@@ -242,8 +242,8 @@ pub struct Vxlan {
     pub up: bool,
     /// Whether the other attributes are as this crate sets them.
     ///
-    /// They are alias and group, no bridge, no learning, the host's TTL on frames, and IPv4
-    /// forwarding.
+    /// They are alias and group, no bridge, no learning, the host's TTL on frames, IPv4 forwarding,
+    /// and `src_valid_mark`.
     pub intact: bool,
 }
 
@@ -303,6 +303,16 @@ pub struct Rule {
 }
 
 impl Rule {
+    /// Whether the kernel takes two rules for one, though they skip to different rules.
+    ///
+    /// The priority to which a rule skips is not among the compared properties (`rule_exists` in
+    /// `net/core/fib_rules.c`), so that one of them must be deleted before the other is added.
+    pub(crate) fn differs_by_target(&self, other: &Self) -> bool {
+        let both = (&self.action, &other.action);
+        matches!(both, (RuleAction::Goto(one), RuleAction::Goto(other)) if one != other)
+            && *self == Self { action: self.action, ..other.clone() }
+    }
+
     /// Input interface of the node's own packets in rule lookups.
     pub const LOOPBACK: &'static str = "lo";
 }

@@ -308,6 +308,14 @@ name! {
     DeviceName, "device name", 15, device
 }
 
+impl NodeName {
+    /// Creates a name from a literal that is known to be valid.
+    pub(crate) fn known(name: &'static str) -> Self {
+        debug_assert!(Self::new(name).is_ok());
+        Self(name.into())
+    }
+}
+
 impl DeviceName {
     /// Creates a name from a literal that is known to be valid.
     pub(crate) fn known(name: &'static str) -> Self {

@@ -287,7 +287,11 @@ fn link_attributes(f: &mut String, link: &Vxlan) -> fmt::Result {
 fn ipv4_settings(f: &mut String, link: &Vxlan) -> fmt::Result {
     // Slashes as separators, because the interface name may have a dot.
     let settings = format!("net/ipv4/conf/{}", link.name);
-    write!(f, "\nsysctl -w {settings}/forwarding=1 {settings}/rp_filter={}", link.rp_filter)
+    write!(
+        f,
+        "\nsysctl -w {settings}/forwarding=1 {settings}/src_valid_mark=1 {settings}/rp_filter={}",
+        link.rp_filter
+    )
 }
 
 /// Writes the commands of an nf_tables operation, one per line, in the syntax of `nft -f`.

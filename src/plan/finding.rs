@@ -133,6 +133,14 @@ pub enum Finding {
         /// The nodes, sorted.
         nodes: Vec<NodeName>,
     },
+    /// No routing table is left for the reverse path of packets from the tunnel.
+    ///
+    /// Replies by the tunnel pass loose reverse path filters of a node with a default route only.
+    #[error(
+        "no routing table is left for the reverse path of replies by the tunnel: reverse path \
+         filters may drop packets from the tunnel"
+    )]
+    NoReversePathTable,
     /// The policy's traffic of a family bypasses the policy, as its `unavailable` says.
     #[error("policy {policy} leaves its {family} traffic unchanged: {reason}")]
     Bypassed {
@@ -176,6 +184,7 @@ impl Finding {
             Self::AddressTypesUnavailable { .. } => "address_types_unavailable",
             Self::NoClosingTable { .. } => "no_closing_table",
             Self::TooManyNodes { .. } => "too_many_nodes",
+            Self::NoReversePathTable => "no_reverse_path_table",
             Self::Bypassed { .. } => "policy_bypassed",
             Self::Denied { .. } => "policy_denied",
         }

@@ -8,6 +8,7 @@ use super::egress_hook;
 use super::egress_hook::hook;
 use super::policies::{Handle, NormalizedPolicy, Policies};
 use super::replies::{own_mark, receivers};
+use super::reverse_path::reverse_table;
 use super::skeleton::Used;
 use super::table::{egress_ips, skeleton, ways_out};
 use super::validate::{ValidatedCluster, tunnel_of};
@@ -42,6 +43,8 @@ pub(crate) struct Index {
     pub(super) short: bool,
     /// Table of the fallback rule.
     pub(super) closing: Option<TableId>,
+    /// Table of the reverse path, with replies by the tunnel.
+    pub(super) reverse: Option<TableId>,
     /// Number of tables, if none is left for the fallback rule.
     pub(super) no_table: Option<usize>,
 }
@@ -117,6 +120,7 @@ impl Draft {
         let mut gateways = numbered(&receivers, &used, &world, marks, tables)?;
         let own_mark = own_mark(&mut gateways, &used, &world, marks)?;
         let (closing, no_table) = closing_table(&world, &gateways, tables)?;
+        let reverse = reverse_table(&world, &gateways, tables)?;
         let short = gateways.len() < receivers.len();
         let index = Index {
             world,
@@ -130,6 +134,7 @@ impl Draft {
             own_mark,
             short,
             closing,
+            reverse,
             no_table,
         };
         let state = index.state(elements);
@@ -191,7 +196,8 @@ impl Index {
         let fields = self.world.missing_fields.clone();
         let missing = Missing { fields, ..Missing::default() };
         let mut state = State { missing, ..State::default() };
-        routing::routing(&self.world, &self.gateways, self.own_mark, self.closing, &mut state);
+        let tables = (self.closing, self.reverse);
+        routing::routing(&self.world, &self.gateways, self.own_mark, tables, &mut state);
         let lengths: BTreeSet<_> = (self.v4.lengths().map(|length| (Family::V4, length)))
             .chain(self.v6.lengths().map(|length| (Family::V6, length)))
             .collect();
@@ -308,6 +314,12 @@ impl Index {
         (!nodes.is_empty()).then_some(Finding::TooManyNodes { nodes })
     }
 
+    /// Returns the finding about a missing table of the reverse path.
+    fn no_reverse_path(&self) -> Option<Finding> {
+        let missing = self.own_mark.is_some() && self.reverse.is_none();
+        missing.then_some(Finding::NoReversePathTable)
+    }
+
     /// Returns the policies in the order of their ids, with the keys of their counters.
     pub(crate) fn counted(&self) -> Vec<(&PolicyId, Family, Tag)> {
         let all = self.policies.iter().flat_map(|(_, kept)| {
@@ -342,6 +354,7 @@ impl Index {
         findings.extend(of_policies.into_iter().flat_map(|(_, found)| found));
         findings.extend(self.no_table.map(|capacity| Finding::NoClosingTable { capacity }));
         findings.extend(self.unreachable_replies());
+        findings.extend(self.no_reverse_path());
         let v4 = self.v4.overlaps().map(|pair| (Family::V4, pair));
         let v6 = self.v6.overlaps().map(|pair| (Family::V6, pair));
         findings.extend(self.overlaps(&v4.chain(v6).collect()));

@@ -6,9 +6,10 @@ use ipnet::IpNet;
 
 use super::Gateways;
 use super::egress_hook::next_hop;
+use super::reverse_path::reverse_rules;
 use super::validate::{ValidatedCluster, tunnel_of};
 use crate::cluster::{Node, RulePriorities, Steering};
-use crate::state::{BACKSTOP_METRIC, Route, RouteKey, Rule, RuleAction, State, Vxlan};
+use crate::state::{BACKSTOP_METRIC, MarkBits, Route, RouteKey, Rule, RuleAction, State, Vxlan};
 use crate::types::{DeviceName, Family, Mark, TableId};
 
 /// Returns whether the tunnel carries a family between this node and another.
@@ -21,7 +22,7 @@ pub(super) fn routing(
     world: &ValidatedCluster,
     gateways: &Gateways,
     own_mark: Option<Mark>,
-    closing: Option<TableId>,
+    (closing, reverse): (Option<TableId>, Option<TableId>),
     state: &mut State,
 ) {
     let tunnel = &world.cluster.tunnel;
@@ -55,30 +56,26 @@ pub(super) fn routing(
     let marks = gateways.values().map(|gateway| gateway.mark);
     let mask = layout.tested(marks.chain(own_mark));
     for family in Family::BOTH {
+        if let Some(own) = own_mark.filter(|_| tunnel_of(&world.here, family).is_some()) {
+            let values = layout.value_mask() & mask;
+            let own = MarkBits { mask: values, value: own.get() & values };
+            reverse_rules(world, reverse, own, family, state);
+        }
         let priorities = RulePriorities::of(&world.cluster);
-        for gateway in gateways.values().filter(|_| !one_for_all) {
-            let Some(node) = world.node(gateway.place) else { continue };
-            let via = tunnel_of(node, family);
-            if let Some(via) = via.filter(|_| carries(world, node, family)) {
-                table(world, node, gateway.table, via, closing.is_some(), state);
-                let of_half = gateway.mark.get() & layout.half() != 0;
-                state.rules.insert(Rule {
-                    family,
-                    priority: if of_half { priorities.half } else { priorities.gateways },
-                    mark: gateway.mark,
-                    mask,
-                    inverted: false,
-                    input: None,
-                    action: RuleAction::Lookup(gateway.table),
-                });
-            }
+        if !one_for_all {
+            gateway_rules(world, gateways, (mask, closing.is_some()), family, state);
         }
         if let Some(table) = closing.filter(|_| tunnel_of(&world.here, family).is_some()) {
             // Packets with our prefix that match no gateway's rule fail closed here, and do not
             // reach the main table. A table is used, not a rule that refuses: where
             // `src_valid_mark` is set, the kernel looks up the reverse path to the pod with our
-            // mark, and that lookup must succeed.
-            inside(world, table, family, None, state);
+            // mark, and that lookup must succeed. With replies by the tunnel, rules skip the table
+            // for such lookups, and replies to pods are routed by it.
+            if one_for_all && own_mark.is_some() {
+                backstop(table, family, state);
+            } else {
+                inside(world, table, family, None, state);
+            }
             let closing = Rule {
                 family,
                 priority: priorities.closing,
@@ -122,10 +119,46 @@ pub(super) fn routing(
             // the packet it replies to (`fwmark_reflect`), nor the lookup of the reverse path to
             // the sender of a packet that is about to enter the tunnel (`src_valid_mark`).
             for device in [DeviceName::known(Rule::LOOPBACK), tunnel.device.clone()] {
-                state.rules.insert(Rule { input: Some(device), ..past.clone() });
+                if own_mark.is_none() {
+                    state.rules.insert(Rule { input: Some(device), ..past.clone() });
+                }
             }
-            // Packets without our prefix need not be matched against every gateway.
-            state.rules.insert(Rule { inverted: true, ..past });
+            // Packets without our marks need not be matched against every gateway.
+            let MarkBits { mask, value } = match own_mark {
+                Some(_) => layout.bound(),
+                None => MarkBits { mask: layout.prefix_mask(), value: layout.prefix() },
+            };
+            state.rules.insert(Rule { mark: Mark::new(value), mask, inverted: true, ..past });
+        }
+    }
+}
+
+/// Adds the rules and tables of the gateways, one of each for a gateway.
+///
+/// `spared` says that rules skip the tables for packets that must not enter the tunnel.
+fn gateway_rules(
+    world: &ValidatedCluster,
+    gateways: &Gateways,
+    (mask, spared): (u32, bool),
+    family: Family,
+    state: &mut State,
+) {
+    let priorities = RulePriorities::of(&world.cluster);
+    for gateway in gateways.values() {
+        let Some(node) = world.node(gateway.place) else { continue };
+        let via = tunnel_of(node, family);
+        if let Some(via) = via.filter(|_| carries(world, node, family)) {
+            table(world, node, gateway.table, via, spared, state);
+            let of_half = gateway.mark.get() & world.cluster.marks.half() != 0;
+            state.rules.insert(Rule {
+                family,
+                priority: if of_half { priorities.half } else { priorities.gateways },
+                mark: gateway.mark,
+                mask,
+                inverted: false,
+                input: None,
+                action: RuleAction::Lookup(gateway.table),
+            });
         }
     }
 }

@@ -77,7 +77,7 @@ pub(super) mod priority {
     /// `raw`: ahead of connection tracking (-200).
     pub(super) const RAW: i32 = -300;
     /// Right after destination NAT (-100), so that the real destination of a service is matched.
-    pub(super) const AFTER_DNAT: i32 = -99;
+    pub(crate) const AFTER_DNAT: i32 = -99;
     /// `mangle`: ahead of the filter chains of other programs.
     pub(super) const MANGLE: i32 = -150;
     /// Right ahead of source NAT (100): at 100 the chain created last would run first.
@@ -248,7 +248,7 @@ impl Skeleton<'_> {
             // NAT ignores such packets, whatever their mark.
             vec![untracked, Stmt::Counter, Stmt::Drop],
             // A gateway has returned it.
-            vec![Stmt::direction(Direction::Reply), self.set_mark(0), Stmt::Return],
+            vec![Stmt::direction(Direction::Reply), self.set_mark(self.reply_mark()), Stmt::Return],
         ];
         if let Some(own) = self.replies {
             // For each packet, because a pod moves to another node with its connections.
@@ -259,6 +259,14 @@ impl Skeleton<'_> {
             rules.push(vec![self.set_mark(self.tunnel.get())]);
         }
         rules
+    }
+
+    /// Returns the mark of replies from the tunnel up to the forward chain.
+    ///
+    /// By it the reverse path to the server is the tunnel. The value is any but this node's own.
+    fn reply_mark(&self) -> u32 {
+        let lowest = self.values & self.values.wrapping_neg();
+        self.replies.map_or(0, |own| self.tunnel.get() | (own.get() & self.values) ^ lowest)
     }
 
     /// Marks a packet for translation, and its connection with the node to which replies go.
@@ -493,7 +501,7 @@ impl Skeleton<'_> {
             rules.push(vec![Stmt::direction(Direction::Reply), Stmt::NoOffload]);
         }
         rules.push(self.enter());
-        rules.push(vec![Stmt::direction(Direction::Reply), Stmt::Return]);
+        rules.push(vec![Stmt::direction(Direction::Reply), self.set_mark(0), Stmt::Return]);
         if self.replies.is_some() && !self.used.translates {
             rules.extend(self.returned_to_pods());
         }

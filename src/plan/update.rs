@@ -9,6 +9,7 @@ use super::index::{Index, NOTHING};
 use super::pending::Delta;
 use super::policies::{Handle, NormalizedPolicy, Sources};
 use super::replies::own_mark;
+use super::reverse_path::reverse_table;
 use super::table::{egress_ips, ways_out};
 use super::validate::check_net;
 use super::{Finding, PlanError, PolicyError, Role, closing_table, numbered, roles};
@@ -401,9 +402,11 @@ impl Index {
         let mut gateways = numbered(&receivers, &self.used, &self.world, marks, tables)?;
         let own_mark = own_mark(&mut gateways, &self.used, &self.world, marks)?;
         let (closing, no_table) = closing_table(&self.world, &gateways, tables)?;
+        let reverse = reverse_table(&self.world, &gateways, tables)?;
         let short = gateways.len() < receivers.len();
         let was_short = std::mem::replace(&mut self.short, short);
-        let same = (closing, no_table, own_mark) == (self.closing, self.no_table, self.own_mark);
+        let same = (closing, no_table) == (self.closing, self.no_table)
+            && (own_mark, reverse) == (self.own_mark, self.reverse);
         if same && gateways == self.gateways {
             return Ok(());
         }
@@ -416,7 +419,7 @@ impl Index {
         let (_, gone) = self.parts();
         delta.elements.extend(gone.into_keys().map(|key| (key, None)));
         (self.gateways, self.own_mark) = (gateways, own_mark);
-        (self.closing, self.no_table) = (closing, no_table);
+        (self.closing, self.reverse, self.no_table) = (closing, reverse, no_table);
         Ok(())
     }
 

@@ -219,7 +219,9 @@ pub(crate) enum Test {
     /// Bits of the firewall mark.
     Mark { value: u32, mask: u32, equal: bool },
     /// A route to the source exists, or is missing; with `strict`, by the input interface.
-    WayBack { strict: bool, exists: bool },
+    ///
+    /// With `by_mark`, it is looked up with the packet's mark.
+    WayBack { strict: bool, by_mark: bool, exists: bool },
     /// Anything else.
     Unknown,
 }

@@ -130,7 +130,7 @@ pub enum Problem {
         /// Priority of the datapath's first rule.
         priority: u32,
     },
-    /// A routing rule of another program at one of the datapath's four rule priorities.
+    /// A routing rule of another program at one of the datapath's five rule priorities.
     #[error(
         "{rule} has a priority of ours: which of them is asked first depends on their age, and \
          packets without our mark may pass it by"

@@ -35,7 +35,7 @@ impl Problem {
                 "move the other rule to {} or later, or give the cluster a lower rule priority, still \
                  behind the rule for local addresses; a rule that is added without a priority, as by \
                  wg-quick, lands ahead of any (wg-quick: Table = off, and rules of your own)",
-                // The four priorities of the datapath are free of rules of others.
+                // The five priorities of the datapath are free of rules of others.
                 priority.saturating_add(4)
             ),
             Self::RouteInOurTable { family, route } => {

@@ -1,17 +1,22 @@
 //! Checks of reverse path filters in nf_tables, by the path of a packet through their rules.
 //!
 //! The packet comes out of the tunnel device of a gateway and is from a pod of another node: the
-//! host's own route to that pod is by another interface. A rule drops it as a reverse path filter
+//! host's own route to that pod is by another interface. With replies by the tunnel, the packet may
+//! also be a reply on the node of a pod; the datapath gives such packets a mark by which their way
+//! back is the tunnel, for filters that look it up by mark. A rule drops it as a reverse path filter
 //! if it would not drop the same packet with a route back through the tunnel device.
 
 use std::collections::BTreeMap;
 
 use super::facts::{Chain, Facts, FilterRule, Filters, Test, Verdict};
 use super::{Preflight, Problem};
+use crate::cluster::Replies;
+use crate::plan::AFTER_DNAT;
 use crate::types::Family;
 
 /// Hook numbers `NF_INET_PRE_ROUTING` and `NF_INET_FORWARD`.
-const HOOKS: [u32; 2] = [0, 2];
+const HOOKS: [u32; 2] = [PREROUTING, 2];
+const PREROUTING: u32 = 0;
 
 /// Longest chain of jumps that the kernel accepts (`NFT_JUMP_STACK_SIZE`).
 const JUMPS: usize = 16;
@@ -21,7 +26,8 @@ const RULES: usize = 100_000;
 
 impl Preflight<'_> {
     pub(super) fn judge_reverse_path_filters(&self, facts: &Facts, problems: &mut Vec<Problem>) {
-        if !self.is_gateway {
+        let replies = self.cluster.replies == Replies::Tunnel && !self.gateways.is_empty();
+        if !self.is_gateway && !replies {
             return;
         }
         for filters in &facts.firewall.filters {
@@ -43,7 +49,10 @@ impl Preflight<'_> {
         let device = self.cluster.tunnel.device.as_str();
         let walk = |way_back| {
             let (marked, rules, drops) = (false, 0, BTreeMap::new());
-            let mut walk = Walk { filters, device, family, way_back, marked, rules, drops };
+            let replies = self.cluster.replies == Replies::Tunnel;
+            let by_mark = replies && chain.hook == PREROUTING && chain.priority > AFTER_DNAT;
+            let mut walk =
+                Walk { filters, device, family, way_back, by_mark, marked, rules, drops };
             let end = walk.through(&chain.name, JUMPS, true);
             if end == End::Falls && chain.drops {
                 walk.drops.insert((&chain.name, None), true);
@@ -72,6 +81,8 @@ struct Walk<'a> {
     family: Family,
     /// Set if the route to the source is by the input interface.
     way_back: bool,
+    /// Set if a lookup by the packet's mark finds one by that interface.
+    by_mark: bool,
     /// Set if a rule may have written the mark, which was 0.
     marked: bool,
     rules: usize,
@@ -149,7 +160,10 @@ impl Walk<'_> {
             Test::Mark { .. } if self.marked => Match::Maybe,
             Test::Mark { value, equal, .. } => is((*value == 0) == *equal),
             // The host has some route to its pods.
-            Test::WayBack { strict, exists } => is((!strict || self.way_back) == *exists),
+            Test::WayBack { strict, by_mark, exists } => {
+                let found = !strict || self.way_back || *by_mark && self.by_mark;
+                is(found == *exists)
+            }
             Test::Unknown => Match::Maybe,
         });
         tests.min().unwrap_or(Match::Yes)

@@ -2,7 +2,7 @@
 
 use super::facts::{Action, Facts, Rule};
 use super::{Preflight, Problem};
-use crate::cluster::{RulePriorities, Steering};
+use crate::cluster::{Replies, RulePriorities, Steering};
 use crate::types::Family;
 
 /// Number of the kernel's table of local addresses (`local`).
@@ -25,8 +25,11 @@ impl Preflight<'_> {
         let taken = range.iter().filter(|table| facts.tables.contains(&table.get())).count();
         let taken = u32::try_from(taken).unwrap_or(u32::MAX);
         let free = range.len().saturating_sub(taken);
+        // With replies by the tunnel, a gateway has a table for each other node.
+        let all = self.is_gateway && self.cluster.replies == Replies::Tunnel;
+        let nodes = if all { self.cluster.nodes.len() } else { self.gateways.len() };
         let gateways = match self.cluster.steering {
-            Steering::Tables => u32::try_from(self.gateways.len()).unwrap_or(u32::MAX),
+            Steering::Tables => u32::try_from(nodes).unwrap_or(u32::MAX),
             Steering::EgressHook => u32::from(!self.gateways.is_empty()),
         };
         if free < gateways {
@@ -62,9 +65,10 @@ impl Preflight<'_> {
             return;
         }
         let ours = RulePriorities::of(self.cluster);
+        let replies = self.cluster.replies == Replies::Tunnel;
         // Without a mark prefix there is neither a guard rule nor a closing rule.
         let ours = if self.cluster.marks.tells_by_prefix() {
-            ours.guard..=ours.closing
+            ours.guard..=if replies { ours.end } else { ours.closing }
         } else {
             ours.gateways..=ours.gateways
         };

@@ -94,7 +94,6 @@ impl Preflight<'_> {
     fn judge_reverse_path(&self, facts: &Facts, problems: &mut Vec<Problem>) {
         let settings = &facts.settings;
         let all = settings.get("ipv4/conf/all/rp_filter").unwrap_or(0);
-        let tunnel = self.cluster.tunnel.device.as_str();
         if self.families.contains(&Family::V4) {
             let strict = |own: u32| all.max(u64::from(own)) == STRICT;
             let (ours, others): (Vec<_>, Vec<_>) = facts
@@ -115,11 +114,10 @@ impl Preflight<'_> {
                 problems.push(Problem::StrictByDefault);
             }
         }
-        let marked = ["all", tunnel]
-            .into_iter()
-            .find(|device| settings.get(&format!("ipv4/conf/{device}/src_valid_mark")) == Some(1));
-        problems
-            .extend(marked.map(|device| Problem::MarkInReversePath { device: device.to_owned() }));
+        // The datapath sets it on its own interface.
+        if settings.get("ipv4/conf/all/src_valid_mark") == Some(1) {
+            problems.push(Problem::MarkInReversePath { device: "all".to_owned() });
+        }
     }
 }
 

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use crate::alloc::{MarkAllocator, TableAllocator};
 use crate::cluster::{Cluster, Steering};
+use crate::plan::reverse_path;
 use crate::state::{
     ChainId, Comment, Data, KeyValue, Route, Rule, RuleAction, Set, State, Verdict,
 };
@@ -30,6 +31,15 @@ pub(crate) fn adopt(
     for rule in observed.rules.iter().filter(closing) {
         if let (RuleAction::Lookup(table), None) = (rule.action, tables.get(&cluster.node)) {
             let _refused = tables.reserve(&cluster.node, table);
+        }
+    }
+    let reverse = reverse_path();
+    let back = |rule: &&Rule| {
+        (rule.mark, rule.mask, &rule.input) == (layout.tunnel(), layout.prefix_mask(), &None)
+    };
+    for rule in observed.rules.iter().filter(back) {
+        if let (RuleAction::Lookup(table), None) = (rule.action, tables.get(&reverse)) {
+            let _refused = tables.reserve(&reverse, table);
         }
     }
     if let Some(mark) = own_mark(cluster, observed).filter(|_| marks.get(&cluster.node).is_none()) {

@@ -160,6 +160,9 @@ fn rules(state: &mut State, op: &Op) -> Result<(), Errno> {
             if matches!(rule.action, RuleAction::Goto(later) if later <= rule.priority) {
                 return Err(errno::EINVAL);
             }
+            if state.rules.iter().any(|found| found.differs_by_target(rule)) {
+                return Err(errno::EEXIST);
+            }
             if !state.rules.insert(rule.clone()) {
                 return Err(errno::EEXIST);
             }

@@ -133,25 +133,30 @@ impl Walk<'_> {
             return (Fate::Dropped, packet);
         }
         self.say(device, Decision::Received);
-        if let Some(filter) = self.filtered(link, packet.source) {
-            self.say(filter, Decision::Dropped);
-            return (Fate::Dropped, packet);
-        }
         self.pass(packet, Arrival::Tunnel(frame.source_mac))
     }
 
-    /// The reverse path filter that drops the packet, if any (`__fib_validate_source`).
+    /// The reverse path filter that drops a packet from the tunnel (`__fib_validate_source`).
     ///
-    /// The route back to a pod of another node is not the tunnel, so strict filtering drops the
-    /// packet. Without an address on the interface, loose filtering drops every packet as well.
-    /// IPv6 has no such filter.
-    fn filtered(&self, link: &Vxlan, source: IpAddr) -> Option<String> {
-        let bare = || !self.state.addresses.iter().any(|net| net.addr().is_ipv4());
-        match link.rp_filter {
-            _ if source.is_ipv6() => None,
-            0 => None,
-            1 => Some(format!("{} rp_filter 1", link.name)),
-            filter => bare().then(|| format!("{} rp_filter {filter} without address", link.name)),
+    /// Unless our rules lead back into the tunnel, strict filtering drops the packet: the host's own
+    /// route to the sender is not the tunnel. Without an address on the interface, loose filtering
+    /// drops every packet as well. IPv6 has no such filter.
+    fn filtered(&mut self, link: &Vxlan, source: IpAddr, mark: u32) -> Option<String> {
+        if source.is_ipv6() || link.rp_filter == 0 {
+            return None;
+        }
+        // The lookup is no decision about the packet.
+        let said = self.reasons.len();
+        let back = self.route(source, mark, None);
+        self.reasons.truncate(said);
+        let (name, filter) = (&link.name, link.rp_filter);
+        let bare = !self.state.addresses.iter().any(|net| net.addr().is_ipv4());
+        match back {
+            Routed::Via(..) if !bare => None,
+            Routed::Own if filter != 1 && !bare => None,
+            Routed::Refused => Some(format!("{name} rp_filter {filter}, no route back")),
+            _ if bare => Some(format!("{name} rp_filter {filter} without address")),
+            _ => Some(format!("{name} rp_filter {filter}")),
         }
     }
 
@@ -183,6 +188,12 @@ impl Walk<'_> {
         let behind_nat = DESTINATION_NAT + 1..=i32::MAX;
         if let End::Dropped = self.hook_within(&Hook::Prerouting, skb, false, behind_nat) {
             return Fate::Dropped;
+        }
+        if let (Arrival::Tunnel(_), Some(link)) = (arrival, &self.state.link) {
+            if let Some(filter) = self.filtered(link, skb.packet.source, skb.mark) {
+                self.say(filter, Decision::Dropped);
+                return Fate::Dropped;
+            }
         }
         if skb.local {
             skb.wildcard = self.around.wildcard(&skb.packet);

@@ -335,11 +335,11 @@ fn invalid_settings_refused() {
         E::Mtu { .. },
         "underlay MTU 1329 is too small: the tunnel needs 1330 to carry 1280 bytes"
     );
-    for priority in [0, 32_763] {
+    for priority in [0, 32_762] {
         refused!(
             of_cluster(|cluster| cluster.rule_priority = priority),
             E::RulePriority { .. },
-            format!("rule priority {priority} is not between 1 and 32762").as_str()
+            format!("rule priority {priority} is not between 1 and 32761").as_str()
         );
     }
     refused!(

@@ -21,6 +21,7 @@ const IFLA_INET_CONF: u16 = 1;
 const IPV4_DEVCONF_FORWARDING: u16 = 1;
 const IPV4_DEVCONF_RP_FILTER: u16 = 8;
 const IPV4_DEVCONF_PROMOTE_SECONDARIES: u16 = 20;
+const IPV4_DEVCONF_SRC_VMARK: u16 = 24;
 
 const NAME_TAKEN: &str =
     "a device of another program has this name: remove that device or choose another name";
@@ -45,6 +46,8 @@ pub(crate) struct Device {
     pub(crate) rp_filter: u32,
     /// Whether packets that arrive on the device are forwarded, by IPv4.
     pub(crate) forwarding: bool,
+    /// Whether the reverse path of a packet is looked up with its mark, by IPv4.
+    pub(crate) src_valid_mark: bool,
     /// Whether IPv6 is enabled on the device; `None` if the network stack has no IPv6.
     pub(crate) ipv6: Option<bool>,
     pub(crate) up: bool,
@@ -97,6 +100,7 @@ impl Device {
                         if let AfSpecInet::DevConf(conf) = attribute {
                             self.rp_filter = u32::try_from(conf.rp_filter).unwrap_or_default();
                             self.forwarding = conf.forwarding != 0;
+                            self.src_valid_mark = conf.src_vmark != 0;
                         }
                     }
                 }
@@ -121,7 +125,7 @@ impl Device {
     pub(crate) fn is_intact(&self) -> bool {
         let plain = self.tunnel.is_some_and(|tunnel| !tunnel.learning && tunnel.ttl == 0);
         let named = self.alias.as_deref() == Some(LINK_ALIAS) && self.group == LINK_GROUP;
-        plain && named && self.master == 0 && self.forwarding
+        plain && named && self.master == 0 && self.forwarding && self.src_valid_mark
     }
 }
 
@@ -196,12 +200,14 @@ fn info(data: Vec<InfoVxlan>) -> LinkAttribute {
 /// A new device takes its `forwarding` from the host's default, which may be off while the host
 /// forwards: the kernel asks the device by which a packet arrives. Without `promote_secondaries` the
 /// kernel deletes all other addresses of a subnet together with the oldest one, also the one that
-/// was to replace it.
+/// was to replace it. With `src_valid_mark` the reverse path to the sender of a packet from the tunnel
+/// is found by the mark that the rules have given to the packet.
 fn ipv4(rp_filter: u32) -> LinkAttribute {
     let settings = [
         (IPV4_DEVCONF_FORWARDING, 1),
         (IPV4_DEVCONF_RP_FILTER, rp_filter),
         (IPV4_DEVCONF_PROMOTE_SECONDARIES, 1),
+        (IPV4_DEVCONF_SRC_VMARK, 1),
     ]
     .map(|(kind, value)| DefaultNla::new(kind, value.to_ne_bytes().to_vec()));
     let settings = settings.as_slice();

@@ -9,6 +9,7 @@ use crate::preflight::facts::{FilterRule, Test, Verdict};
 
 // Flags and results of `fib` (`enum nft_fib_flags`, `enum nft_fib_result`).
 const SADDR: u32 = 1;
+const BY_MARK: u32 = 1 << 2;
 const IIF: u32 = 1 << 3;
 const PRESENT: u32 = 1 << 5;
 const OIF: u32 = 1;
@@ -16,6 +17,7 @@ const OIFNAME: u32 = 2;
 
 // Flags in `struct xt_rpfilter_info`.
 const LOOSE: u8 = 1;
+const VALID_MARK: u8 = 1 << 1;
 const INVERT: u8 = 1 << 3;
 
 /// Content of a register.
@@ -29,6 +31,7 @@ enum Held {
     /// The interface of the route to the source, or whether there is one.
     WayBack {
         strict: bool,
+        by_mark: bool,
         present: bool,
     },
 }
@@ -170,11 +173,11 @@ fn test(held: Held, equal: bool, data: &[u8], names: &BTreeMap<u32, String>) -> 
             Some(value) => Test::Mark { value, mask, equal },
             None => Test::Unknown,
         },
-        Held::WayBack { strict, present } => {
+        Held::WayBack { strict, by_mark, present } => {
             let zero = data.iter().all(|byte| *byte == 0);
             // One interface of several is no answer.
             if zero || present {
-                Test::WayBack { strict, exists: zero != equal }
+                Test::WayBack { strict, by_mark, exists: zero != equal }
             } else {
                 Test::Unknown
             }
@@ -194,7 +197,9 @@ fn fib(data: Attributes<'_>) -> Option<(u32, Held)> {
         }
     }
     let is_way_back = flags & SADDR != 0 && matches!(result, OIF | OIFNAME);
-    let held = Held::WayBack { strict: flags & IIF != 0, present: flags & PRESENT != 0 };
+    let has = |flag| flags & flag != 0;
+    let (strict, by_mark, present) = (has(IIF), has(BY_MARK), has(PRESENT));
+    let held = Held::WayBack { strict, by_mark, present };
     is_way_back.then_some((dreg?, held))
 }
 
@@ -203,7 +208,9 @@ fn matching(data: Attributes<'_>) -> Test {
     let (name, revision, info) = extension(data);
     match (name, revision, info) {
         ("rpfilter", 0, [flags, ..]) => {
-            Test::WayBack { strict: flags & LOOSE == 0, exists: flags & INVERT == 0 }
+            let has = |flag| flags & flag != 0;
+            let (strict, exists) = (!has(LOOSE), !has(INVERT));
+            Test::WayBack { strict, by_mark: has(VALID_MARK), exists }
         }
         // `struct xt_mark_mtinfo1`: value, mask, and whether it is inverted.
         ("mark", 1, info) => {

@@ -1,8 +1,9 @@
 use super::*;
+use crate::cluster::Replies;
 use crate::preflight::facts::{FilterRule, Filters, Test, Verdict};
 
-const STRICT: Test = Test::WayBack { strict: true, exists: false };
-const EXISTS: Test = Test::WayBack { strict: true, exists: true };
+const STRICT: Test = Test::WayBack { strict: true, by_mark: false, exists: false };
+const EXISTS: Test = Test::WayBack { strict: true, by_mark: false, exists: true };
 
 fn rule(handle: u64, tests: &[Test], verdict: Option<Verdict>) -> FilterRule {
     FilterRule { handle, tests: tests.to_vec(), marks: false, verdict }
@@ -84,7 +85,7 @@ fn filters_that_cannot_hit_the_tunnel() {
     for tests in [
         vec![],
         vec![EXISTS],
-        vec![Test::WayBack { strict: false, exists: false }],
+        vec![Test::WayBack { strict: false, by_mark: false, exists: false }],
         vec![STRICT, input("eth0", true)],
         vec![STRICT, input("eth*", true)],
         vec![STRICT, input("egress.vxlan", false)],
@@ -169,4 +170,28 @@ fn each_family_is_a_problem() {
     assert!(problems.iter().all(|problem| problem.severity() == Severity::Broken));
     let remedy = problems[0].remedy();
     assert!(remedy.starts_with("nft insert rule inet host pre iifname egress.vxlan accept;"));
+}
+
+#[test]
+fn filters_by_mark_pass_packets_with_replies_by_tunnel() {
+    let by_mark = Test::WayBack { strict: true, by_mark: true, exists: false };
+    let facts =
+        |hook, test: &Test| with(hook, false, &[("pre", vec![drops(std::slice::from_ref(test))])]);
+    let found = |replies, node: &str, facts: &Facts| {
+        let cluster = cluster().with_replies(replies);
+        let problems = judge_for(&cluster, &policy(node, EIP), facts);
+        problems.iter().filter(|one| matches!(one, Problem::ReversePathFilter { .. })).count()
+    };
+    for (replies, node, hook, test, count) in [
+        (Replies::Direct, "node-a", 0, &by_mark, 1),
+        (Replies::Tunnel, "node-a", 0, &by_mark, 0),
+        (Replies::Tunnel, "node-a", 2, &by_mark, 1),
+        (Replies::Tunnel, "node-a", 0, &STRICT, 1),
+        // On the node of the pod, replies come out of the tunnel.
+        (Replies::Direct, "node-b", 0, &STRICT, 0),
+        (Replies::Tunnel, "node-b", 0, &STRICT, 1),
+        (Replies::Tunnel, "node-b", 0, &by_mark, 0),
+    ] {
+        assert_eq!(found(replies, node, &facts(hook, test)), count, "{replies:?} {node} {hook}");
+    }
 }
