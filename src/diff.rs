@@ -259,14 +259,19 @@ fn rtnetlink(observed: &State, desired: &State, steps: &mut Steps) {
     }
     routes(&observed, desired, steps);
     for rule in desired.rules.difference(&observed.rules) {
-        steps.add(Phase::Rules, Op::AddRule(rule.clone()));
+        // Packets that pass the old chains have no mark that the rule spares.
+        let late = desired.leads_back(rule);
+        let phase = if late { Phase::DeleteRules } else { Phase::Rules };
+        steps.add(phase, Op::AddRule(rule.clone()));
     }
     let in_the_way =
         |rule: &Rule| observed.rules.iter().find(|found| found.differs_by_target(rule)).cloned();
     let gone = observed.rules.difference(&desired.rules);
     let displaced = |rule: &&Rule| desired.rules.iter().any(|other| other.differs_by_target(rule));
     for rule in gone.filter(|rule| !displaced(rule)) {
-        steps.add(Phase::DeleteRules, Op::DeleteRule(rule.clone()));
+        let early = observed.leads_back(rule);
+        let phase = if early { Phase::Rules } else { Phase::DeleteRules };
+        steps.add(phase, Op::DeleteRule(rule.clone()));
     }
     sort(steps, Phase::Rules, |op| (!is_stray(op), Reverse(rule_order(op))));
     if let Some(ops) = steps.phases.get_mut(&Phase::Rules) {

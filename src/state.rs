@@ -212,6 +212,13 @@ impl State {
         self.firewall.as_ref().map(|firewall| &firewall.elements)
     }
 
+    /// Whether a rule leads to the table of the reverse path, the only one without a backstop route.
+    pub(crate) fn leads_back(&self, rule: &Rule) -> bool {
+        let RuleAction::Lookup(table) = rule.action else { return false };
+        let mut routes = self.routes.keys().filter(|key| key.table == table);
+        !routes.any(|key| Family::of_net(&key.dst) == rule.family && key.metric == BACKSTOP_METRIC)
+    }
+
     /// Whether the state has no objects.
     pub fn is_empty(&self) -> bool {
         let missing = self.missing.clone();
