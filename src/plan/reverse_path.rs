@@ -66,15 +66,21 @@ pub(super) fn reverse_rules(
     // No packet has that mark, which is set with iptables only, for packets to be dropped.
     let closed = MarkBits { mask: layout.prefix_mask(), value: layout.closed().get() };
     state.rules.insert(rule(priorities.end, closed, RuleAction::Unreachable));
-    for device in [DeviceName::known(Rule::LOOPBACK), world.cluster.tunnel.device.clone()] {
-        let skip = rule(priorities.guard, prefix, end);
-        state.rules.insert(Rule { input: Some(device), ..skip });
+    let device = world.cluster.tunnel.device.clone();
+    for half in [0, layout.half()] {
+        // Other bits than those of the rules without replies by the tunnel: these must exist when
+        // those are deleted, and the kernel would take one for the other.
+        let MarkBits { mask, value } = prefix;
+        let bits = MarkBits { mask: mask | layout.half(), value: value | half };
+        for device in [DeviceName::known(Rule::LOOPBACK), device.clone()] {
+            let of_node = rule(priorities.guard, bits, end);
+            state.rules.insert(Rule { input: Some(device), ..of_node });
+        }
     }
     let Some(table) = table else { return };
     let of_tunnel = layout.connection();
     // The packet itself, which arrives by the tunnel, and packets of this node's own pods.
     let itself = rule(priorities.guard, of_tunnel, end);
-    let device = world.cluster.tunnel.device.clone();
     state.rules.insert(Rule { input: Some(device), ..itself });
     let own = MarkBits { mask: of_tunnel.mask | own.mask, value: of_tunnel.value | own.value };
     state.rules.insert(rule(priorities.gateways, own, end));

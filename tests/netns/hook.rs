@@ -36,7 +36,7 @@ fn egress_hook_missing_object_no_leak_and_restored() -> Result {
     fleet.apply(&policies)?;
     check(&[expect(&lab.pod_a, SERVER, EIP_B)]);
     let tunnel = replies(&MarkLayout::SEED, backend()) == Replies::Tunnel;
-    assert_eq!(steers_by(&lab.node_a)?, [1, if tunnel { 8 } else { 2 }, 1]);
+    assert_eq!(steers_by(&lab.node_a)?, [1, if tunnel { 10 } else { 2 }, 1]);
     sources(&lab);
     for (damage, closed) in [
         (&["nft delete table netdev egress_datapath"][..], true),

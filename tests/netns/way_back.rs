@@ -125,7 +125,7 @@ fn rules_in_any_order_removed() -> Result {
     };
     let over = "pref 102 fwmark 0x26001000/0xff001000";
     let tunnel = replies(&MarkLayout::SEED, backend()) == Replies::Tunnel;
-    let left = if tunnel { 10 } else { 6 };
+    let left = if tunnel { 12 } else { 6 };
     for gone in ["pref 101", "pref 101 iif lo", "pref 101 iif egress.vxlan", over, "pref 103"] {
         fleet.apply(&policies)?;
         // What is put back is the last of its priority, and the kernel deletes the first that fits.
