@@ -12,8 +12,8 @@ use std::collections::BTreeMap;
 
 use crate::cluster::Tunnel;
 use crate::state::{
-    ChainId, Datum, FLOWTABLE, Firewall, Key, Route, Rule, RuleAction, Set, Stage, State, Stray,
-    StrayKind, TableFamily, Value, Vxlan,
+    ChainId, Datum, FLOWTABLE, Firewall, Key, Route, Rule, RuleAction, Set, Stage, State, Stmt,
+    Stray, StrayKind, TableFamily, Value, Vxlan,
 };
 use changes::{Changes, Phase, Step};
 use op::Op;
@@ -489,13 +489,12 @@ fn chains(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
             }
         }
     }
-    let gone = || observed.chains.iter().filter(|(chain, _)| !desired.chains.contains_key(chain));
-    for (chain, (_, rules)) in gone() {
+    let is_gone = |chain: &ChainId| !desired.chains.contains_key(chain);
+    for (chain, (_, rules)) in observed.chains.iter().filter(|(chain, _)| is_gone(chain)) {
         let phase = deletion(*chain);
-        let refers =
-            |other: ChainId| rules.iter().any(|rule| rule.0.iter().any(|one| one.leads_to(other)));
+        let mut next = rules.iter().flat_map(|rule| rule.0.iter().filter_map(Stmt::next));
         // The kernel deletes no chain to which a rule leads.
-        if gone().any(|(other, _)| deletion(*other) == phase && refers(*other)) {
+        if next.any(|other| is_gone(&other) && deletion(other) == phase) {
             steps.add(phase, Op::SetRules(*chain, Vec::new()));
         }
         steps.add(phase, Op::DeleteChain(*chain));

@@ -394,9 +394,12 @@ impl Stmt {
         }
     }
 
-    /// Whether the statement continues in a chain.
-    pub(crate) fn leads_to(&self, chain: ChainId) -> bool {
-        matches!(self, Self::Jump(to) | Self::Goto(to) if *to == chain)
+    /// The chain in which the statement continues.
+    pub(crate) const fn next(&self) -> Option<ChainId> {
+        match self {
+            Self::Jump(chain) | Self::Goto(chain) => Some(*chain),
+            _ => None,
+        }
     }
 
     /// The set or map that the statement looks up.

@@ -6,7 +6,8 @@ use std::net::IpAddr;
 use egress_datapath::alloc::{MarkPool, TablePool, TableRange};
 use egress_datapath::explain::{Fate, Packet};
 use egress_datapath::{
-    DenyReason, EgressPolicy, Family, Finding, MarkLayout, Node, Reconciler, Sim, Update, explain,
+    Cluster, DenyReason, EgressPolicy, Family, Finding, MarkLayout, Node, Reconciler, Replies, Sim,
+    Update, explain, plan,
 };
 
 use crate::{cluster_v4, name, policy, v4};
@@ -102,4 +103,56 @@ fn every_table_of_range_usable() {
     assert_eq!(moved.findings, [Finding::NoClosingTable { capacity: 2 }]);
     assert_eq!(egress.reconcile(&cluster, &all[..1]).unwrap().findings, []);
     assert!(egress.reconcile(&cluster, &all[..1]).unwrap().changes.is_empty());
+}
+
+/// A gateway with replies by the tunnel, and policies of its own and of another gateway.
+fn gateway_of_all(layout: MarkLayout) -> (Cluster, [EgressPolicy; 2]) {
+    let cluster = cluster_v4("b").with_marks(layout).with_replies(Replies::Tunnel);
+    let here = policy("p", &["10.244.1.10/32"], Some("b"), v4("192.0.2.1"));
+    let there = policy("q", &["10.244.2.10/32"], Some("c"), v4("192.0.2.2"));
+    (cluster, [here, there])
+}
+
+#[test]
+fn gateways_come_before_nodes_that_get_replies_only() {
+    let (cluster, policies) = gateway_of_all(MarkLayout::SEED);
+    let planned = |count| {
+        let mut tables = TablePool::new(TableRange::new(3000, count).unwrap()).with_start(0);
+        plan(&cluster, &policies, &mut MarkPool::new(cluster.marks), &mut tables).unwrap()
+    };
+    let nodes = vec![name("a")];
+    let left_out = Finding::TooManyNodes { nodes };
+    let [whole, three, one] = [3, 2, 0].map(planned);
+    assert_eq!(whole.findings, []);
+    assert_eq!(whole.gateways.keys().collect::<Vec<_>>(), [&name("a"), &name("c")]);
+    assert_eq!(three.findings, [Finding::NoReversePathTable]);
+    assert!(one.findings.contains(&left_out), "{:?}", one.findings);
+    assert_eq!(one.gateways.keys().collect::<Vec<_>>(), [&name("c")]);
+    // A node that is no gateway knows the nodes to which it steers, and no others.
+    let mut client = cluster.clone();
+    client.node = name("a");
+    let mut tables = TablePool::new(TableRange::default()).with_start(0);
+    let plan = plan(&client, &policies, &mut MarkPool::new(client.marks), &mut tables).unwrap();
+    assert_eq!(plan.gateways.len(), 2);
+    let plan = crate::planned(&client, &policies[..1]).unwrap();
+    assert_eq!(plan.gateways.keys().collect::<Vec<_>>(), [&name("b")]);
+}
+
+#[test]
+fn node_has_a_mark_of_its_own_even_if_marks_are_few() {
+    // Two marks: of the three nodes one gets no replies by the tunnel, and it is not the gateway.
+    let layout = MarkLayout::new(0x2600_0000, 0xff00_0000, 8, 1).unwrap();
+    let (cluster, policies) = gateway_of_all(layout);
+    let mut egress = Reconciler::with_allocators(
+        Sim::new(),
+        MarkPool::new(layout),
+        TablePool::new(TableRange::default()).with_start(0),
+    );
+    for _ in 0..2 {
+        let report = egress.reconcile(&cluster, &policies).unwrap();
+        let left_out = Finding::TooManyNodes { nodes: vec![name("a")] };
+        assert_eq!(report.findings, [left_out]);
+    }
+    let report = egress.reconcile(&cluster, &policies).unwrap();
+    assert!(report.changes.is_empty(), "{}", report.changes);
 }
