@@ -198,6 +198,12 @@ struct Gateway {
 /// The gateways that this node steers to.
 type Gateways = BTreeMap<NodeName, Gateway>;
 
+/// Returns the bits of a mark that distinguish these gateways, this node and the reserved marks.
+fn tested_bits(world: &ValidatedCluster, gateways: &Gateways, own_mark: Option<Mark>) -> u32 {
+    let marks = gateways.values().map(|gateway| gateway.mark);
+    world.cluster.marks.tested(marks.chain(own_mark))
+}
+
 /// The treatment of a policy's traffic of one family on this node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::validate::ValidatedCluster;
-use super::{Gateways, PlanError};
+use super::{Gateways, PlanError, tested_bits};
 use crate::cluster::{Backend, Steering};
 use crate::state::{
     Base, ChainId, ChainType, Comment, Data, Field, Firewall, Hook, Key, MarkBits, MarkOf, NftRule,
@@ -52,8 +52,7 @@ pub(super) fn hook(
         return None;
     }
     let layout = world.cluster.marks;
-    let marks = gateways.values().map(|gateway| gateway.mark);
-    let mask = layout.tested(marks.chain(own_mark));
+    let mask = tested_bits(world, gateways, own_mark);
     let prefix = MarkBits { mask: layout.prefix_mask(), value: layout.prefix() };
     let rules = [
         // Routed by another program; the MAC address that the frame has decides its path.

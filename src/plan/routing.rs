@@ -4,10 +4,10 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::Gateways;
 use super::egress_hook::next_hop;
 use super::reverse_path::reverse_rules;
 use super::validate::{ValidatedCluster, tunnel_of};
+use super::{Gateways, tested_bits};
 use crate::cluster::{Node, RulePriorities, Steering};
 use crate::state::{BACKSTOP_METRIC, MarkBits, Route, RouteKey, Rule, RuleAction, State, Vxlan};
 use crate::types::{DeviceName, Family, Mark, TableId};
@@ -53,8 +53,7 @@ pub(super) fn routing(
         }
     }
     let layout = world.cluster.marks;
-    let marks = gateways.values().map(|gateway| gateway.mark);
-    let mask = layout.tested(marks.chain(own_mark));
+    let mask = tested_bits(world, gateways, own_mark);
     for family in Family::BOTH {
         if let Some(own) = own_mark.filter(|_| tunnel_of(&world.here, family).is_some()) {
             let values = layout.value_mask() & mask;

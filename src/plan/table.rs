@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use super::policies::NormalizedPolicy;
 use super::skeleton::{Skeleton, Used};
 use super::validate::ValidatedCluster;
-use super::{Gateways, Role, gateway_of, roles};
+use super::{Gateways, Role, gateway_of, roles, tested_bits};
 use crate::cluster::{Replies, Steering};
 use crate::policy::Unavailable;
 use crate::range::IpRange;
@@ -22,7 +22,7 @@ pub(super) fn skeleton(
 ) -> (Firewall, BTreeMap<Key, Value>) {
     let layout = world.cluster.marks;
     let marks: BTreeSet<_> = gateways.values().map(|gateway| gateway.mark).collect();
-    let mask = layout.tested(marks.iter().copied().chain(own_mark));
+    let mask = tested_bits(world, gateways, own_mark);
     let prefix = layout.tells_by_prefix();
     let mut elements = fixed(world, gateways);
     if !prefix {

@@ -35,6 +35,7 @@ fn by_b() -> Result<Vec<EgressPolicy>> {
 /// Drops what arrives from the underlay with an address of the outside, as a fabric does that
 /// knows the addresses of each port.
 fn drop_foreign_sources(host: &Host) -> Result {
+    harness::needs(&["nft"]);
     let rules = "table inet fabric {
         chain prerouting {
             type filter hook prerouting priority -400;
