@@ -212,7 +212,7 @@ impl State {
         self.firewall.as_ref().map(|firewall| &firewall.elements)
     }
 
-    /// Whether a rule leads to the table of the reverse path, the only one without a backstop route.
+    /// Returns true for a rule to the table of the reverse path, the only one without backstop route.
     pub(crate) fn leads_back(&self, rule: &Rule) -> bool {
         let RuleAction::Lookup(table) = rule.action else { return false };
         let mut routes = self.routes.keys().filter(|key| key.table == table);
@@ -310,10 +310,10 @@ pub struct Rule {
 }
 
 impl Rule {
-    /// Whether the kernel takes two rules for one, though they skip to different rules.
+    /// Returns true for two rules that differ in the rule to which they skip, and in nothing else.
     ///
-    /// The priority to which a rule skips is not among the compared properties (`rule_exists` in
-    /// `net/core/fib_rules.c`), so that one of them must be deleted before the other is added.
+    /// The kernel does not compare that priority (`rule_exists` in `net/core/fib_rules.c`), so that one
+    /// of them must be deleted before the other is added.
     pub(crate) fn differs_by_target(&self, other: &Self) -> bool {
         let both = (&self.action, &other.action);
         matches!(both, (RuleAction::Goto(one), RuleAction::Goto(other)) if one != other)

@@ -113,7 +113,7 @@ impl fmt::Display for Kind {
 pub(crate) struct Variant {
     pub(crate) kind: Kind,
     path: Rc<Path>,
-    /// What opens the connections before the first frame.
+    /// Frames that open the connections ahead of the others.
     opening: Vec<Vec<u8>>,
     frames: Vec<Vec<u8>>,
     /// What each frame is where it comes out.

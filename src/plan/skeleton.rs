@@ -21,7 +21,7 @@ pub(super) struct Skeleton<'a> {
     pub(super) port: u16,
     /// Mask of the mark bits that are written and tested.
     pub(super) mask: u32,
-    /// Those bits that hold the value of a node.
+    /// Bits of the mask that hold the value of a node.
     pub(super) values: u32,
     /// Mark of packets that this node must translate.
     pub(super) tunnel: Mark,

@@ -47,8 +47,6 @@ pub fn action(state: &State, source: IpAddr, destination: IpAddr) -> Action {
 
 impl State {
     /// The bits of a connection mark that say that we translated the connection or exempted it.
-    ///
-    /// With iptables they are the whole of what the rules set.
     pub(crate) fn connection_mark(&self) -> Option<MarkBits> {
         let tables = || self.xtables.values().find_map(Xtables::connection_mark);
         self.firewall.as_ref().and_then(Firewall::connection_mark).or_else(tables)
@@ -60,12 +58,12 @@ impl State {
         bound.or_else(|| self.connection_mark())
     }
 
-    /// Whether packets of our connections that arrive from the tunnel name the node of origin.
+    /// Returns true with replies by the tunnel: connection marks have the node of the initiator.
     pub(crate) fn returns_replies(&self) -> bool {
         self.firewall.as_ref().is_some_and(|table| table.sets.contains(&Set::PeerMac))
     }
 
-    /// The gateway to which the connection mark sends replies, and whether it has the value.
+    /// Returns true if a connection mark has the value of this gateway.
     pub(crate) fn replies_go_to(&self, gateway: Mark, mark: u32) -> bool {
         let Some(bound) = self.bound_mark() else { return false };
         let prefix = self.connection_mark().map_or(0, |bits| bits.mask);
@@ -189,7 +187,7 @@ impl Firewall {
         self.sets_connection_mark(ChainId::NatPostrouting)
     }
 
-    /// Whether a connection mark says that a gateway's packet opened the connection.
+    /// Returns true for the mark of a connection that a packet of a gateway opened.
     pub(crate) fn is_returned_mark(&self, mark: u32) -> bool {
         let ours = self.connection_mark().is_some_and(|bits| bits.are_in(mark));
         let bound = self.bound_mark().is_some_and(|bits| bits.are_in(mark));
