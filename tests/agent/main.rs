@@ -229,7 +229,7 @@ fn values_that_contradict_each_other_or_the_kernel() {
         (
             "/rule_priority",
             json!(32_766),
-            "rule_priority: rule priority 32766 is not between 1 and 32762".into(),
+            "rule_priority: rule priority 32766 is not between 1 and 32761".into(),
         ),
         (
             "/excluded",
