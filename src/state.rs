@@ -215,8 +215,8 @@ impl State {
     /// Returns true for a rule to the table of the reverse path, the only one without backstop route.
     pub(crate) fn leads_back(&self, rule: &Rule) -> bool {
         let RuleAction::Lookup(table) = rule.action else { return false };
-        let mut routes = self.routes.keys().filter(|key| key.table == table);
-        !routes.any(|key| Family::of_net(&key.dst) == rule.family && key.metric == BACKSTOP_METRIC)
+        let dst = IpNet::new_assert(rule.family.unspecified(), 0);
+        !self.routes.contains_key(&RouteKey { table, dst, metric: BACKSTOP_METRIC })
     }
 
     /// Whether the state has no objects.

@@ -392,12 +392,17 @@ impl Index {
         tables: &mut dyn TableAllocator,
         delta: &mut Delta,
     ) -> Result<(), PlanError> {
-        let receivers = self.receivers();
         let places = self.gateways.values().map(|gateway| gateway.place);
-        if places.collect::<BTreeSet<_>>() == receivers {
+        let places: BTreeSet<_> = places.collect();
+        // Each update comes here: without replies by the tunnel nothing else is collected.
+        let all = self.own_mark.is_some() && self.translates();
+        let complete =
+            if all { places == self.receivers() } else { places.iter().eq(self.used.keys()) };
+        if complete {
             self.short = false;
             return Ok(());
         }
+        let receivers = self.receivers();
         // Gateways that found no mark or table before are among those used: they may find one now.
         let mut gateways = numbered(&receivers, &self.used, &self.world, marks, tables)?;
         let own_mark = own_mark(&mut gateways, &self.used, &self.world, marks)?;

@@ -46,7 +46,7 @@ pub(crate) struct Device {
     pub(crate) rp_filter: u32,
     /// Whether packets that arrive on the device are forwarded, by IPv4.
     pub(crate) forwarding: bool,
-    /// Whether the reverse path of a packet is looked up with its mark, by IPv4.
+    /// Lookup of the reverse path of a packet with its mark, by IPv4.
     pub(crate) src_valid_mark: bool,
     /// Whether IPv6 is enabled on the device; `None` if the network stack has no IPv6.
     pub(crate) ipv6: Option<bool>,
