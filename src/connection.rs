@@ -30,9 +30,13 @@ pub struct Connection {
     pub snat_port: u16,
     /// Connection mark.
     pub mark: u32,
-    /// Conntrack zone.
+    /// Conntrack zone of packets from the original source.
     pub zone: u16,
-    /// Conntrack id; another connection with the same addresses has another id.
+    /// Conntrack zone of replies.
+    pub reply_zone: u16,
+    /// Conntrack id, a hash of the original tuple and of the place in the kernel's memory.
+    ///
+    /// A later connection with the same original tuple may get the place, and so the id.
     pub id: u32,
 }
 
@@ -172,6 +176,9 @@ impl fmt::Display for Connection {
         match protocol {
             1 | 58 => write!(f, " --icmp-id {}", self.source_port)?,
             _ => write!(f, " --sport {} --dport {}", self.source_port, self.destination_port)?,
+        }
+        if self.snat_address != self.source {
+            write!(f, " -q {}", self.snat_address)?;
         }
         if self.zone == 0 { Ok(()) } else { write!(f, " --zone {}", self.zone) }
     }

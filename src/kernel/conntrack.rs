@@ -214,21 +214,20 @@ struct Tuple {
 
 /// Parses a conntrack entry; `None` if it lacks an address or a protocol.
 fn read(attributes: Attributes<'_>) -> Result<Option<Connection>, Malformed> {
-    let (mut orig, mut reply, mut mark, mut zone, mut id) = (None, None, 0, None, 0);
+    let (mut orig, mut reply, mut mark, mut both, mut id) = (None, None, 0, None, 0);
     for attribute in attributes {
         let attribute = attribute?;
         match attribute.kind {
             TUPLE_ORIG => orig = tuple(attribute.nested())?,
             TUPLE_REPLY => reply = tuple(attribute.nested())?,
             MARK => mark = attribute.be32()?,
-            ZONE => zone = Some(be16(&attribute)?),
+            ZONE => both = Some(be16(&attribute)?),
             ID => id = attribute.be32()?,
             _ => {}
         }
     }
-    // Zone of both directions, or of the original direction alone; the reply direction may have
-    // another.
-    let zone = zone.or(orig.as_ref().and_then(|orig| orig.zone)).unwrap_or(0);
+    // Zone of both directions, or of one of them, and then the other has zone 0.
+    let zone = |tuple: &Tuple| both.or(tuple.zone).unwrap_or(0);
     Ok(orig.zip(reply).map(|(orig, reply)| Connection {
         protocol: orig.protocol,
         source: orig.source,
@@ -240,7 +239,8 @@ fn read(attributes: Attributes<'_>) -> Result<Option<Connection>, Malformed> {
         snat_address: reply.destination,
         snat_port: reply.destination_port,
         mark,
-        zone,
+        zone: zone(&orig),
+        reply_zone: zone(&reply),
         id,
     }))
 }
@@ -331,6 +331,11 @@ fn make_some(socket: &mut Socket, ops: &[Op]) -> Vec<(usize, KernelError)> {
 }
 
 /// Writes a request; `false` if the operation is not about a connection.
+///
+/// It names the connection by its reply tuple. The kernel may end a translated connection after it
+/// was listed (`nf_nat_oif_changed` of `net/netfilter/nf_nat_core.c` does when it is steered), and
+/// the pod's next packet opens one with the same original tuple and often the same id. Its replies
+/// are not translated, so only the reply tuple tells it from the first.
 fn write(writer: &mut Writer, op: &Op, sequence: u32) -> bool {
     let (connection, kind) = match op {
         // Without NLM_F_CREATE the kernel creates no entry.
@@ -344,9 +349,9 @@ fn write(writer: &mut Writer, op: &Op, sequence: u32) -> bool {
     };
     let message = writer.message(kind, flag::REQUEST | flag::ACK, sequence);
     writer.nfgen(family, 0);
-    writer.nest(TUPLE_ORIG, |writer| {
+    writer.nest(TUPLE_REPLY, |writer| {
         writer.nest(TUPLE_IP, |writer| {
-            for (kind, address) in [(1, connection.source), (2, connection.destination)] {
+            for (kind, address) in [(1, connection.peer), (2, connection.snat_address)] {
                 match address {
                     IpAddr::V4(v4) => writer.attribute(base + kind, &v4.octets()),
                     IpAddr::V6(v6) => writer.attribute(base + kind, &v6.octets()),
@@ -362,11 +367,11 @@ fn write(writer: &mut Writer, op: &Op, sequence: u32) -> bool {
             writer.be32(MARK, bits.value);
             writer.be32(MARK_MASK, bits.mask);
         }
-        // Without the id the request could delete a new connection with the same addresses.
+        // Without the id the request would delete any new connection with the same addresses.
         _ => writer.be32(ID, connection.id),
     }
-    if connection.zone != 0 {
-        writer.attribute(ZONE, &connection.zone.to_be_bytes());
+    if connection.reply_zone != 0 {
+        writer.attribute(ZONE, &connection.reply_zone.to_be_bytes());
     }
     writer.end(message);
     true
@@ -374,7 +379,7 @@ fn write(writer: &mut Writer, op: &Op, sequence: u32) -> bool {
 
 fn protocol(writer: &mut Writer, connection: &Connection) {
     let (source, destination) =
-        (connection.source_port.to_be_bytes(), connection.destination_port.to_be_bytes());
+        (connection.reply_source_port.to_be_bytes(), connection.snat_port.to_be_bytes());
     writer.attribute(1, &[connection.protocol]);
     let icmp = match connection.protocol {
         1 => 4,
@@ -409,6 +414,7 @@ mod tests {
             snat_port: 40_000,
             mark: 0,
             zone: 7,
+            reply_zone: 7,
             id: 0x1234_5678,
         }
     }
@@ -431,29 +437,29 @@ mod tests {
             let mut writer = Writer::default();
             write(&mut writer, &Op::EndConnection(connection), 1);
             let datagram = writer.finish().unwrap();
-            // A dumped entry has the tuple of the reply direction, too.
-            let both = [body(&datagram), &reply(body(&datagram))].concat();
+            // A dumped entry has the tuple of the original direction, too.
+            let both = [body(&datagram), &original(body(&datagram))].concat();
             let read = read(Attributes::new(&both)).unwrap().unwrap();
-            // Reply tuple is a copy of the original one, so its source is read as the peer.
-            let Connection { source, source_port, destination, destination_port, .. } = connection;
-            let (peer, reply_source_port) = (source, source_port);
-            let (snat_address, snat_port) = (destination, destination_port);
+            // The original tuple is a copy of the reply tuple, so the peer is read as its source.
+            let Connection { peer, reply_source_port, snat_address, snat_port, .. } = connection;
+            let (source, source_port) = (peer, reply_source_port);
+            let (destination, destination_port) = (snat_address, snat_port);
             assert_eq!(
                 read,
-                Connection { peer, reply_source_port, snat_address, snat_port, ..connection }
+                Connection { source, source_port, destination, destination_port, ..connection }
             );
         }
     }
 
     #[test]
-    fn a_zone_of_one_direction_is_that_of_the_request() {
+    fn zone_of_one_direction_is_read_and_that_of_replies_requested() {
         let mut connection = sample("10.244.1.10", "198.51.100.10", 17);
-        connection.zone = 0;
+        connection.reply_zone = 0;
         let mut writer = Writer::default();
         write(&mut writer, &Op::EndConnection(connection), 1);
         let datagram = writer.finish().unwrap();
         let tuple = Attributes::new(body(&datagram)).next().unwrap().unwrap().bytes().to_vec();
-        for (kind, zone) in [(TUPLE_ORIG, 5), (TUPLE_REPLY, 0)] {
+        for (kind, zones) in [(TUPLE_ORIG, (5, 0)), (TUPLE_REPLY, (0, 5))] {
             let mut writer = Writer::default();
             for side in [TUPLE_ORIG, TUPLE_REPLY] {
                 writer.nest(side, |writer| {
@@ -464,15 +470,21 @@ mod tests {
                 });
             }
             let read = read(Attributes::new(&writer.finish().unwrap())).unwrap().unwrap();
-            assert_eq!((read.zone, read.source), (zone, connection.source));
+            assert_eq!((read.zone, read.reply_zone), zones);
+            let mut writer = Writer::default();
+            write(&mut writer, &Op::EndConnection(read), 1);
+            let datagram = writer.finish().unwrap();
+            let mut requested = Attributes::new(body(&datagram)).flatten();
+            let zone = requested.find(|attribute| attribute.kind == ZONE);
+            assert_eq!(zone.map_or(0, |zone| be16(&zone).unwrap()), zones.1);
         }
     }
 
-    /// Tuple of a request, as the tuple of the reply direction.
-    fn reply(body: &[u8]) -> Vec<u8> {
+    /// Tuple of a request, as the tuple of the original direction.
+    fn original(body: &[u8]) -> Vec<u8> {
         let tuple = Attributes::new(body).next().unwrap().unwrap();
         let mut writer = Writer::default();
-        writer.nest(TUPLE_REPLY, |writer| writer.raw(tuple.bytes()));
+        writer.nest(TUPLE_ORIG, |writer| writer.raw(tuple.bytes()));
         writer.finish().unwrap()
     }
 

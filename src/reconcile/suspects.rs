@@ -130,6 +130,7 @@ mod tests {
                             snat_port: 40_000,
                             mark: *mark,
                             zone: 0,
+                            reply_zone: 0,
                             id: 1,
                         };
                         let is_stale = connection.is_stale(wanted, before);

@@ -37,17 +37,37 @@ fn node_connections_survive_policy_for_all_sources() -> Result {
 }
 
 #[test]
-fn conntrack_zone_per_direction_policy_followed() -> Result {
+fn conntrack_zone_of_original_direction_policy_followed() -> Result {
+    policy_followed(
+        "ip saddr 10.244.0.0/16 ct original zone set 5
+        ip6 saddr fd44::/16 ct original zone set 5",
+    )
+}
+
+#[test]
+fn conntrack_zone_of_reply_direction_policy_followed() -> Result {
+    harness::needs(&["nft"]);
+    policy_followed("ct reply zone set 5")
+}
+
+#[test]
+fn conntrack_zone_policy_followed() -> Result {
+    harness::needs(&["nft"]);
+    policy_followed("ct zone set 5")
+}
+
+fn policy_followed(zone: &str) -> Result {
     let lab = lab();
     masquerade(&lab)?;
-    let zones = "table inet zones {
-        chain prerouting {
-            type filter hook prerouting priority raw;
-            ip saddr 10.244.0.0/16 ct original zone set 5
-            ip6 saddr fd44::/16 ct original zone set 5
-        }
-    }";
-    nft(&lab.node_a.netns, &[], zones)?;
+    let zones = format!(
+        "table inet zones {{
+            chain prerouting {{
+                type filter hook prerouting priority raw;
+                {zone}
+            }}
+        }}"
+    );
+    nft(&lab.node_a.netns, &[], &zones)?;
     let mut fleet = Fleet::open(&lab)?;
     let flows = [datagrams(&lab.stranger, SERVER[0])?, datagrams(&lab.stranger, SERVER[1])?];
     for (policies, source) in [

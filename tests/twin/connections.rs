@@ -53,6 +53,7 @@ fn connections_differ_in_all_but_their_numbers() {
         snat_port: 1024,
         mark: 0x2700_0000,
         zone: 0,
+        reply_zone: 0,
         id: 7,
     };
     assert!(between(vec![one], vec![Connection { id: 8, ..one }]).is_ok());

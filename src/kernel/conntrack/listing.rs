@@ -157,3 +157,30 @@ fn after_an_update_the_connections_of_its_sources_end_and_no_others() {
         assert_eq!(listed, 1);
     });
 }
+
+#[test]
+fn connection_that_follows_translated_one_with_its_tuple_and_id_goes_on() {
+    const TUPLE: &str = "-s 10.244.7.1 -d 198.51.100.9 -p udp --sport 1 --dport 53";
+    harness::needs(&["conntrack"]);
+    in_namespace(|| {
+        let mut socket = nft::open().unwrap();
+        let mut only = |request: &str| {
+            sh(&format!("conntrack -F; conntrack -I {TUPLE} {request} -t 60"));
+            let found = all(&mut socket, None);
+            assert_eq!(found.len(), 1);
+            found[0]
+        };
+        let translated =
+            only("-r 198.51.100.9 -q 10.10.0.11 --reply-port-src 53 --reply-port-dst 7");
+        let next = only("");
+        assert_eq!(next.source_port, translated.source_port);
+        let mut socket = nft::open().unwrap();
+        let mut end = |connection: Connection| {
+            assert!(make(&mut socket, &[Op::EndConnection(connection)]).is_empty());
+            all(&mut socket, None)
+        };
+        // Same place in the kernel's memory, same id.
+        assert_eq!(end(Connection { id: next.id, ..translated }), [next]);
+        assert_eq!(end(next), []);
+    });
+}

@@ -22,7 +22,7 @@ fn corpus() -> Vec<Vec<u8>> {
             let message = writer.message(NEW, 2, 1);
             writer.nfgen(2, 0);
             writer.raw(body);
-            writer.nest(TUPLE_REPLY, |writer| writer.raw(tuple.bytes()));
+            writer.nest(TUPLE_ORIG, |writer| writer.raw(tuple.bytes()));
             writer.be32(MARK, 0x2700_0000);
             writer.end(message);
             found.push(writer.finish().unwrap());

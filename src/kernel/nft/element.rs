@@ -353,6 +353,7 @@ mod tests {
             snat_port: 8,
             mark: 0,
             zone: 0,
+            reply_zone: 0,
             id: 0,
         };
         let mut writer = Writer::default();

@@ -104,6 +104,7 @@ impl Conntrack {
             snat_port: reply.destination_port,
             mark: *mark,
             zone: 0,
+            reply_zone: 0,
             id: *id,
         })
     }

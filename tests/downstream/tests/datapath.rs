@@ -87,6 +87,7 @@ fn masqueraded(source: &str) -> Connection {
         snat_port: 40_000,
         mark: 0,
         zone: 0,
+        reply_zone: 0,
         id: 7,
     }
 }

@@ -95,6 +95,7 @@ fn connection(protocol: u8, port: u16) -> Connection {
         snat_port: port,
         mark: 0,
         zone: 0,
+        reply_zone: 0,
         id: port.into(),
     }
 }
