@@ -6,7 +6,7 @@ use super::egress_hook::next_hop;
 use super::validate::ValidatedCluster;
 use super::{Gateways, PlanError, table_for};
 use crate::alloc::{AllocError, TableAllocator};
-use crate::cluster::{Replies, RulePriorities};
+use crate::cluster::{Replies, RulePriorities, Steering};
 use crate::state::{MarkBits, Route, RouteKey, Rule, RuleAction, State};
 use crate::types::{DeviceName, Family, Mark, NodeName, TableId};
 
@@ -27,7 +27,9 @@ pub(super) fn reverse_table(
         return Ok(None);
     }
     let here = &world.cluster.node;
-    let idle = |node: &NodeName| node != here && !gateways.contains_key(node);
+    let shared = world.cluster.steering == Steering::EgressHook;
+    // Gateways that share the table of this node need none of those that they had before.
+    let idle = |node: &NodeName| node != here && (shared || !gateways.contains_key(node));
     match table_for(&reverse_path(), world, idle, tables) {
         Ok(table) => Ok(Some(table)),
         Err(AllocError::Exhausted { .. }) => Ok(None),

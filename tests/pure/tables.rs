@@ -7,7 +7,7 @@ use egress_datapath::alloc::{MarkPool, TablePool, TableRange};
 use egress_datapath::explain::{Fate, Packet};
 use egress_datapath::{
     Cluster, DenyReason, EgressPolicy, Family, Finding, MarkLayout, Node, Reconciler, Replies, Sim,
-    Update, explain, plan,
+    Steering, Update, explain, plan,
 };
 
 use crate::{cluster_v4, name, policy, v4};
@@ -136,6 +136,21 @@ fn gateways_come_before_nodes_that_get_replies_only() {
     assert_eq!(plan.gateways.len(), 2);
     let plan = crate::planned(&client, &policies[..1]).unwrap();
     assert_eq!(plan.gateways.keys().collect::<Vec<_>>(), [&name("b")]);
+}
+
+#[test]
+fn reverse_path_gets_a_table_of_gateways_that_share_one_from_now_on() {
+    let (cluster, policies) = gateway_of_all(MarkLayout::default());
+    let mut egress = Reconciler::with_allocators(
+        Sim::new(),
+        MarkPool::default(),
+        TablePool::new(TableRange::new(3000, 1).unwrap()).with_start(0),
+    );
+    let direct = cluster.clone().with_replies(Replies::Direct);
+    assert_eq!(egress.reconcile(&direct, &policies).unwrap().findings, []);
+    let cluster = cluster.with_steering(Steering::EgressHook);
+    assert_eq!(egress.reconcile(&cluster, &policies).unwrap().findings, []);
+    assert!(egress.preview(&cluster, &policies).unwrap().changes.is_empty());
 }
 
 #[test]
