@@ -1,6 +1,7 @@
 //! The cluster as input of a plan: this node, the other nodes, excluded prefixes and settings.
 
 use std::net::IpAddr;
+use std::time::Duration;
 
 use ipnet::IpNet;
 
@@ -93,6 +94,49 @@ pub struct Cluster {
     /// The path of replies from the gateway to the pod's node; default the host's own routes.
     #[cfg_attr(feature = "serde", serde(default))]
     pub replies: Replies,
+    /// Egress IPs that a node adds to an interface while it is their gateway; default none.
+    ///
+    /// An egress IP in no prefix of the list is the caller's: on an interface, routed to the node,
+    /// or assigned by a cloud.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub claims: Vec<Claim>,
+}
+
+/// A prefix of egress IPs, and the interface to which their gateway adds them.
+///
+/// The gateway of a policy adds the egress IP before it announces it, and deletes it with the last
+/// policy that uses it. Before that it asks the network for the address, for
+/// [`PROBE_TIME`](Self::PROBE_TIME): if a host replies, the operation is refused with the MAC address
+/// of that host, and nothing else. After that it announces the address, by gratuitous ARP or an
+/// unsolicited neighbour advertisement.
+///
+/// The address does not change which source the node's own packets have: it is an IPv4 address of
+/// scope `host` with prefix length 32, or a deprecated IPv6 address. It has this crate's protocol
+/// number, by which it is found again after a restart: Linux 5.18. Announcements need `CAP_NET_RAW`.
+///
+/// A caller that moves an egress IP calls the old gateway first and the new one after that. An
+/// address that another program has added is not touched: the operation is refused. Of several
+/// prefixes with an egress IP the longest counts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
+#[non_exhaustive]
+pub struct Claim {
+    /// The egress IPs, without host bits.
+    #[cfg_attr(feature = "serde", serde(deserialize_with = "crate::serde_forms::net"))]
+    pub net: IpNet,
+    /// The interface, which reaches the network of the egress IPs; not that of the tunnel.
+    pub device: DeviceName,
+}
+
+impl Claim {
+    /// Time for which the network is asked for an address before it is added.
+    pub const PROBE_TIME: Duration = Duration::from_millis(400);
+
+    /// Creates a claim of the egress IPs in a prefix on an interface.
+    pub const fn new(net: IpNet, device: DeviceName) -> Self {
+        Self { net, device }
+    }
 }
 
 /// The path of replies from the gateway to the node of the pod.
@@ -259,6 +303,7 @@ impl Cluster {
             backend: Backend::default(),
             steering: Steering::default(),
             replies: Replies::default(),
+            claims: Vec::new(),
         }
     }
 
@@ -322,6 +367,13 @@ impl Cluster {
     #[must_use]
     pub const fn with_replies(mut self, replies: Replies) -> Self {
         self.replies = replies;
+        self
+    }
+
+    /// Sets the egress IPs that a node adds to an interface while it is their gateway.
+    #[must_use]
+    pub fn with_claims(mut self, claims: Vec<Claim>) -> Self {
+        self.claims = claims;
         self
     }
 }

@@ -220,6 +220,20 @@ pub trait Datapath: Send {
     ///
     /// As for [`observe`](Self::observe).
     fn counters(&mut self) -> Result<Counts, KernelError>;
+
+    /// Announces the installed egress IPs that this crate added to interfaces of the host.
+    ///
+    /// [`Op::ClaimAddress`] announces an address once. [`Reconciler::announce`] calls this method. A
+    /// datapath without neighbours does nothing.
+    ///
+    /// [`Reconciler::announce`]: crate::Reconciler::announce
+    ///
+    /// # Errors
+    ///
+    /// As for [`observe`](Self::observe).
+    fn announce(&mut self) -> Result<(), KernelError> {
+        Ok(())
+    }
 }
 
 macro_rules! delegate {
@@ -243,6 +257,10 @@ macro_rules! delegate {
 
             fn counters(&mut self) -> Result<Counts, KernelError> {
                 (**self).counters()
+            }
+
+            fn announce(&mut self) -> Result<(), KernelError> {
+                (**self).announce()
             }
         }
     )*};

@@ -230,6 +230,12 @@ fn rtnetlink(observed: &State, desired: &State, steps: &mut Steps) {
             steps.add(Phase::DeletePeers, Op::DeleteAddress(device.clone(), *net));
         }
     }
+    for (address, device) in desired.claims.difference(&observed.claims) {
+        steps.add(Phase::Claim, Op::ClaimAddress(device.clone(), *address));
+    }
+    for (address, device) in observed.claims.difference(&desired.claims) {
+        steps.add(Phase::Release, Op::ReleaseAddress(device.clone(), *address));
+    }
     // A deleted device took its entries with it, so that all entries left here have a device.
     let device = new.or(old);
     changes(&observed.fdb, &desired.fdb, |change| match (change, &device) {

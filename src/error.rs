@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::types::MacAddr;
+
 pub use crate::types::{NameError, ParseMacError};
 
 /// An error of a kernel request: the kernel refused it, or its reply could not be understood.
@@ -18,6 +20,7 @@ struct Inner {
     words: Option<String>,
     remedy: Option<&'static str>,
     holder: Option<u32>,
+    duplicate: Option<MacAddr>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,9 +33,9 @@ enum Cause {
 #[cfg(all(feature = "kernel", target_os = "linux"))]
 pub(crate) mod errno {
     pub(crate) use libc::{
-        EACCES, EADDRNOTAVAIL, EAFNOSUPPORT, EAGAIN, EBUSY, EEXIST, EINTR, EINVAL, EMSGSIZE,
-        ENETDOWN, ENFILE, ENOBUFS, ENODEV, ENOENT, ENOSPC, EOPNOTSUPP, EPERM, EPROTONOSUPPORT,
-        ERANGE, ERESTART, ESRCH,
+        EACCES, EADDRINUSE, EADDRNOTAVAIL, EAFNOSUPPORT, EAGAIN, EBUSY, EEXIST, EINTR, EINVAL,
+        EMSGSIZE, ENETDOWN, ENFILE, ENOBUFS, ENODEV, ENOENT, ENOSPC, EOPNOTSUPP, EPERM,
+        EPROTONOSUPPORT, ERANGE, ERESTART, ESRCH,
     };
 }
 
@@ -82,7 +85,14 @@ impl KernelError {
 
     fn with(request: impl fmt::Display, cause: Cause) -> Self {
         let request = request.to_string();
-        Self(Box::new(Inner { request, cause, words: None, remedy: None, holder: None }))
+        Self(Box::new(Inner {
+            request,
+            cause,
+            words: None,
+            remedy: None,
+            holder: None,
+            duplicate: None,
+        }))
     }
 
     /// Names another request: of several in one message that which the kernel refused.
@@ -123,6 +133,21 @@ impl KernelError {
     /// such socket.
     pub fn holder(&self) -> Option<u32> {
         self.0.holder
+    }
+
+    /// Adds the MAC address of the host that has the requested address.
+    #[cfg(all(feature = "kernel", target_os = "linux"))]
+    #[must_use]
+    pub(crate) fn with_duplicate(mut self, mac: MacAddr) -> Self {
+        self.0.words = Some(format!("the host with MAC address {mac} has the address"));
+        self.0.remedy = Some("release the address there first, or choose another egress IP");
+        self.0.duplicate = Some(mac);
+        self
+    }
+
+    /// Returns the MAC address of the host that already has the egress IP to be claimed.
+    pub fn duplicate(&self) -> Option<MacAddr> {
+        self.0.duplicate
     }
 
     /// Returns the request, as an operator would type it.

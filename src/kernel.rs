@@ -328,6 +328,10 @@ impl Datapath for KernelDatapath {
         nft::counts(&mut self.netfilter)
     }
 
+    fn announce(&mut self) -> Result<(), KernelError> {
+        self.routing.announce_claims()
+    }
+
     fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {
         if let Some(first) = changes.ops().next() {
             self.hold.may_change(&mut self.netfilter).map_err(|error| ApplyError {

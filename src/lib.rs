@@ -215,7 +215,7 @@ pub mod mock {
 pub use ipnet;
 
 pub use alloc::{MarkAllocator, TableAllocator};
-pub use cluster::{Backend, Cluster, Node, Replies, Steering, Tunnel};
+pub use cluster::{Backend, Claim, Cluster, Node, Replies, Steering, Tunnel};
 pub use count::{Count, PolicyCount};
 pub use datapath::Datapath;
 pub use diff::changes::{ApplyError, Changes};

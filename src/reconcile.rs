@@ -364,6 +364,19 @@ impl<D: Datapath, M: MarkAllocator, T: TableAllocator> Reconciler<D, M, T> {
         Ok(self.finished(changes, Vec::new(), true))
     }
 
+    /// Announces again the egress IPs that this node has added ([`Claim`](crate::Claim)).
+    ///
+    /// Each is announced once when it is added. A neighbour that missed that, or a process that died
+    /// before it, is the reason to repeat: call this at the start, and 1 and 3 seconds after
+    /// egress IPs were added, as RFC 5227 and RFC 4861 suggest.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Observe`].
+    pub fn announce(&mut self) -> Result<(), Error> {
+        self.datapath.announce().map_err(Error::Observe)
+    }
+
     /// Returns the datapath.
     ///
     /// The caller may change the state of the datapath, so the next call reads it again.

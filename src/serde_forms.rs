@@ -29,6 +29,11 @@ impl<'de> Deserialize<'de> for Net {
     }
 }
 
+/// Deserializes a CIDR prefix without leading zeros.
+pub(crate) fn net<'de, D: Deserializer<'de>>(deserializer: D) -> Result<IpNet, D::Error> {
+    Net::deserialize(deserializer).map(|net| net.0)
+}
+
 /// Deserializes CIDR prefixes without leading zeros.
 pub(crate) fn nets<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<IpNet>, D::Error> {
     Ok(Vec::<Net>::deserialize(deserializer)?.into_iter().map(|net| net.0).collect())

@@ -11,6 +11,7 @@
 //! |---|---|
 //! | VXLAN device | it has the alias [`LINK_ALIAS`] or the group [`LINK_GROUP`] |
 //! | address, FDB entry, neighbour | it is on the VXLAN device |
+//! | claimed egress IP | it is an address of another interface with the protocol [`PROTOCOL`] |
 //! | route | its protocol is [`PROTOCOL`] and its table is not one of the kernel's own |
 //! | rule | its protocol is [`PROTOCOL`] |
 //! | set, chain, element | it is in the nf_tables table `inet egress_datapath` or `netdev egress_datapath` |
@@ -99,6 +100,8 @@ state! {
         link: Option<Vxlan>,
         /// Addresses of the VXLAN device, with their prefix length.
         addresses: BTreeSet<IpNet>,
+        /// Egress IPs among the addresses of other interfaces, where this crate added them.
+        claims: BTreeSet<(IpAddr, DeviceName)>,
         /// FDB entries of the VXLAN device: destination MAC address to underlay address of the
         /// node.
         fdb: BTreeMap<MacAddr, IpAddr>,
@@ -143,6 +146,7 @@ impl State {
         Self {
             link: self.link.clone(),
             addresses: self.addresses.clone(),
+            claims: self.claims.clone(),
             fdb: self.fdb.clone(),
             neighbours: self.neighbours.clone(),
             routes: self.routes.clone(),
@@ -165,6 +169,7 @@ impl State {
         }
         let stays = |family| !missing.families.contains(&family);
         self.addresses.retain(|net| stays(Family::of_net(net)));
+        self.claims.retain(|(address, _)| stays(Family::of(*address)));
         self.neighbours.retain(|address, _| stays(Family::of(*address)));
         self.routes.retain(|key, _| stays(Family::of_net(&key.dst)));
         self.rules.retain(|rule| stays(rule.family));

@@ -26,6 +26,9 @@ pub struct Summary {
     pub policies: Vec<PolicySummary>,
     /// Numbers of elements that map sources to policies.
     pub sources: PerFamily<Sources>,
+    /// Egress IPs that this node has added to interfaces, sorted by address.
+    #[cfg_attr(feature = "serde", serde(skip_serializing_if = "Vec::is_empty"))]
+    pub claims: Vec<ClaimSummary>,
     /// Packets dropped by the rules of each chain, by the name of the chain; only chains that
     /// dropped packets.
     #[cfg_attr(feature = "serde", serde(skip_serializing_if = "BTreeMap::is_empty"))]
@@ -71,6 +74,17 @@ pub struct Gateway {
     pub mark: String,
     /// Routing table; `None` if no routing rule looks one up.
     pub table: Option<u32>,
+}
+
+/// An egress IP that this node has added to an interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
+pub struct ClaimSummary {
+    /// The egress IP.
+    pub egress_ip: String,
+    /// Name of the interface.
+    pub device: String,
 }
 
 /// A policy in force.
@@ -176,6 +190,14 @@ impl State {
                 up: link.up,
                 addresses: self.addresses.iter().map(ToString::to_string).collect(),
             }),
+            claims: self
+                .claims
+                .iter()
+                .map(|(address, device)| ClaimSummary {
+                    egress_ip: address.to_string(),
+                    device: device.to_string(),
+                })
+                .collect(),
             drops: counts
                 .drops
                 .iter()
@@ -298,6 +320,9 @@ impl fmt::Display for Summary {
         for Gateway { node, mark, table } in &self.gateways {
             let table = table.map_or("none".into(), |table| table.to_string());
             writeln!(f, "gateway: {node} mark {mark} table {table}")?;
+        }
+        for ClaimSummary { egress_ip, device } in &self.claims {
+            writeln!(f, "claim: {egress_ip} dev {device}")?;
         }
         for PolicySummary { id, families } in &self.policies {
             for (family, treatment) in families.each() {

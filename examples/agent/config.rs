@@ -6,8 +6,8 @@ use std::str::FromStr;
 
 use egress_datapath::alloc::TableRange;
 use egress_datapath::{
-    Cluster, Destinations, DeviceName, EgressIp, EgressPolicy, MacAddr, Mark, MarkLayout, Node,
-    NodeName, PlanError, PolicyId, Replies, Steering, Tunnel, Unavailable,
+    Claim, Cluster, Destinations, DeviceName, EgressIp, EgressPolicy, MacAddr, Mark, MarkLayout,
+    Node, NodeName, PlanError, PolicyId, Replies, Steering, Tunnel, Unavailable,
 };
 use ipnet::IpNet;
 use serde::Deserialize;
@@ -78,6 +78,7 @@ impl Config {
             PlanError::NothingExcluded | PlanError::Excluded { .. } => "excluded",
             PlanError::EgressHookPrefix | PlanError::EgressHookBackend => "steering",
             PlanError::TunnelRepliesPrefix | PlanError::TunnelRepliesBackend => "replies",
+            PlanError::Claim { .. } | PlanError::ClaimDevice { .. } => "claims",
             PlanError::Mark(_) => "marks",
             PlanError::Table(_) => "tables",
             _ => "nodes",
@@ -145,6 +146,8 @@ struct File<'a> {
     steering: Steering,
     #[serde(default)]
     replies: Replies,
+    #[serde(default)]
+    claims: Vec<Claim>,
     nodes: Vec<NodeForm>,
     #[serde(borrow)]
     policies: Vec<&'a RawValue>,
@@ -205,7 +208,8 @@ impl File<'_> {
             .with_connection_caching(self.connection_caching)
             .with_policy_counters(self.policy_counters)
             .with_steering(self.steering)
-            .with_replies(self.replies);
+            .with_replies(self.replies)
+            .with_claims(self.claims);
         let mut config = Config {
             cluster,
             policies: Vec::new(),

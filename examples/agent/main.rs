@@ -145,6 +145,8 @@ fn apply(of: &Of, as_json: bool) -> Result<ExitCode, Failure> {
     let (file, config, mut egress) = open(of)?;
     let report = egress.reconcile(&config.cluster, &config.policies);
     let report = report.map_err(|error| failure(&file, error))?;
+    // An agent that died before it announced an address is followed by this one.
+    egress.announce().map_err(|error| failure(&file, error))?;
     let mut told = Told::of(&report, Some(&config));
     told.problems = preflight(&config).run_routing().map_err(Failure::kernel)?;
     told.problems.retain(|problem| problem.severity() == Severity::Broken);

@@ -57,6 +57,8 @@ pub enum Phase {
     FillClasses,
     /// Adds sources: the class of each pod.
     FillSources,
+    /// Adds egress IPs to interfaces of the host, now that packets to them are translated back.
+    Claim,
     /// Deletes sources.
     EmptySources,
     /// Deletes classes.
@@ -65,6 +67,8 @@ pub enum Phase {
     EmptyPolicies,
     /// Deletes chains and rules that look up sets which are about to be deleted.
     EmptyVerdicts,
+    /// Deletes egress IPs from interfaces of the host, now that no packet leaves with them.
+    Release,
     /// Deletes the VXLAN device when everything is removed.
     ///
     /// This comes before routes and rules, so that no packet enters or leaves the tunnel.

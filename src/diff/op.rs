@@ -38,6 +38,11 @@ pub enum Op {
     AddAddress(DeviceName, IpNet),
     /// Deletes an address of the VXLAN device.
     DeleteAddress(DeviceName, IpNet),
+    /// Adds an egress IP to an interface of the host, if no other host replies for it, and
+    /// announces it.
+    ClaimAddress(DeviceName, IpAddr),
+    /// Deletes an egress IP of this crate from an interface of the host.
+    ReleaseAddress(DeviceName, IpAddr),
     /// Creates or replaces an FDB entry: the node to which frames for a MAC address are sent.
     PutFdb(DeviceName, MacAddr, IpAddr),
     /// Deletes an FDB entry.
@@ -240,6 +245,22 @@ fn commands(f: &mut String, op: &Op) -> fmt::Result {
         }
         Op::DeleteAddress(device, net) => {
             write!(f, "{} addr del {net} dev {device}", ip(Family::of_net(net)))
+        }
+        Op::ClaimAddress(device, IpAddr::V4(address)) => write!(
+            f,
+            "arping -D -c 3 -I {device} {address}\n\
+             ip addr add {address}/32 dev {device} scope host proto {PROTOCOL}\n\
+             arping -U -c 1 -I {device} {address}"
+        ),
+        Op::ClaimAddress(device, IpAddr::V6(address)) => write!(
+            f,
+            "ndisc6 -m {address} {device}\n\
+             ip -6 addr add {address}/128 dev {device} nodad noprefixroute preferred_lft 0 \
+             proto {PROTOCOL}"
+        ),
+        Op::ReleaseAddress(device, address) => {
+            let (family, net) = (Family::of(*address), IpNet::from(*address));
+            write!(f, "{} addr del {net} dev {device}", ip(family))
         }
         Op::PutFdb(device, mac, node) => {
             write!(f, "bridge fdb replace {mac} dev {device} dst {node} self permanent")

@@ -316,6 +316,10 @@ impl Datapath for IptablesDatapath {
         self.kernel.counters()
     }
 
+    fn announce(&mut self) -> Result<(), KernelError> {
+        self.kernel.announce()
+    }
+
     fn apply(&mut self, changes: &Changes) -> Result<(), ApplyError> {
         let sizes = Sizes::of(changes.ops());
         changes.make(|step| self.step(step, &sizes))

@@ -2,6 +2,8 @@
 
 pub(crate) mod address;
 pub(crate) mod ahead;
+pub(crate) mod announce;
+pub(crate) mod claim;
 pub(crate) mod fdb;
 pub(crate) mod ipv6;
 #[cfg(test)]

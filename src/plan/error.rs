@@ -99,6 +99,21 @@ pub enum PlanError {
         /// The error in the prefix.
         source: PolicyError,
     },
+    /// The prefix of a claim is invalid.
+    #[error("claims: {source}")]
+    Claim {
+        /// The error in the prefix.
+        source: PolicyError,
+    },
+    /// Egress IPs are to be added to the interface of the tunnel.
+    #[error(
+        "egress IPs cannot be claimed on {device}, which is the tunnel: name the interface of their \
+         network"
+    )]
+    ClaimDevice {
+        /// The interface.
+        device: DeviceName,
+    },
     /// An update names a policy that is not wanted.
     #[error("policy {policy} is not one of those that are wanted")]
     UnknownPolicy {
@@ -281,6 +296,8 @@ impl PlanError {
             Self::IptablesCounters { .. } => "iptables_counters",
             Self::NothingExcluded { .. } => "nothing_excluded",
             Self::Excluded { .. } => "excluded_prefix",
+            Self::Claim { .. } => "claim_prefix",
+            Self::ClaimDevice { .. } => "claim_device",
             Self::UnknownPolicy { .. } => "unknown_policy",
             Self::Mark { .. } => "mark_allocator",
             Self::Table { .. } => "table_allocator",

@@ -20,7 +20,7 @@ use crate::alloc::{MarkAllocator, TableAllocator};
 use crate::cluster::{Backend, Cluster};
 use crate::policy::{Policy, Unavailable};
 use crate::state::{Data, Elements, Field, Key, Missing, State, Tag, Value};
-use crate::types::{Family, Mark, NodeName, PolicyId, TableId};
+use crate::types::{DeviceName, Family, Mark, NodeName, PolicyId, TableId};
 
 /// The wanted policies, and the counts and classes that their plan is derived from.
 #[derive(Debug)]
@@ -213,8 +213,24 @@ impl Index {
         };
         let (firewall, fixed) = skeleton(&self.world, &self.gateways, self.own_mark, used);
         state.firewall = Some(firewall);
+        state.claims = self.claims();
         state.hook = hook(&self.world, &self.gateways, self.own_mark);
         (state, fixed)
+    }
+
+    /// Returns the egress IPs that this node adds to interfaces of the host.
+    pub(super) fn claims(&self) -> BTreeSet<(IpAddr, DeviceName)> {
+        let claims = &self.world.cluster.claims;
+        if claims.is_empty() {
+            return BTreeSet::new();
+        }
+        let local = self.egress_ips.keys().filter(|(_, gateway)| self.world.is_here(*gateway));
+        let claimed = local.filter_map(|(address, _)| {
+            let around = claims.iter().filter(|claim| claim.net.contains(address));
+            let longest = around.max_by_key(|claim| claim.net.prefix_len())?;
+            Some((*address, longest.device.clone()))
+        });
+        claimed.collect()
     }
 
     /// Returns whether this node is the gateway of any policy.

@@ -111,6 +111,8 @@ struct Course {
     touched: BTreeSet<Handle>,
     /// True if the path of all sources of some policy changes, whichever they are.
     everybody: bool,
+    /// Egress IPs of this node that the touched policies alone had.
+    gone: BTreeSet<IpAddr>,
 }
 
 impl Index {
@@ -138,8 +140,9 @@ impl Index {
             }
             Ok(())
         });
-        self.put_back(&course.touched);
-        course.delta.skeleton |= translated != self.translates();
+        let come = self.put_back(&course.touched);
+        let claims = !self.world.cluster.claims.is_empty() && come != course.gone;
+        course.delta.skeleton |= claims || translated != self.translates();
         match made.and_then(|()| self.allocate(marks, tables, &mut course.delta)) {
             Ok(()) => Ok(self.planned(course)),
             Err(error) => {
@@ -266,12 +269,15 @@ impl Index {
         for (address, gateway) in egress_ips(kept, &self.world) {
             if less(&mut self.egress_ips, &(address, gateway)) && self.world.is_here(gateway) {
                 course.delta.put(Key::eip(address), None);
+                course.gone.insert(address);
             }
         }
     }
 
-    /// Counts the gateways and egress IPs of these policies again.
-    fn put_back(&mut self, touched: &BTreeSet<Handle>) {
+    /// Counts the gateways and egress IPs of these policies again; returns the egress IPs of this
+    /// node that no other policy has.
+    fn put_back(&mut self, touched: &BTreeSet<Handle>) -> BTreeSet<IpAddr> {
+        let mut come = BTreeSet::new();
         for kept in touched.iter().filter_map(|handle| self.policies.get(*handle)) {
             for (_, role) in roles(kept, &self.world) {
                 match role {
@@ -280,10 +286,15 @@ impl Index {
                     Role::Denied(_) | Role::Invalid => {}
                 }
             }
-            for address in egress_ips(kept, &self.world) {
-                *self.egress_ips.entry(address).or_default() += 1;
+            for (address, gateway) in egress_ips(kept, &self.world) {
+                let count = self.egress_ips.entry((address, gateway)).or_default();
+                *count += 1;
+                if *count == 1 && self.world.is_here(gateway) {
+                    come.insert(address);
+                }
             }
         }
+        come
     }
 
     fn insert(&mut self, kept: NormalizedPolicy, course: &mut Course) -> Handle {
@@ -429,7 +440,7 @@ impl Index {
     }
 
     fn planned(&mut self, course: Course) -> (Planned, Vec<Finding>) {
-        let Course { mut delta, touched, everybody } = course;
+        let Course { mut delta, touched, everybody, .. } = course;
         let edited = !touched.is_empty();
         let mut touched: Vec<_> =
             touched.iter().filter_map(|handle| self.policies.get(*handle)).collect();

@@ -141,6 +141,12 @@ impl ValidatedCluster {
         for net in cluster.excluded.iter().chain(&cluster.pods) {
             check_net(net).map_err(|source| PlanError::Excluded { source })?;
         }
+        for claim in &cluster.claims {
+            check_net(&claim.net).map_err(|source| PlanError::Claim { source })?;
+            if claim.device == cluster.tunnel.device {
+                return Err(PlanError::ClaimDevice { device: claim.device.clone() });
+            }
+        }
         let nodes = Nodes::new(cluster, Some((place, underlay)));
         let (former, missing_fields) = (BTreeSet::new(), BTreeSet::new());
         Ok(Self { cluster: cluster.clone(), here, underlay, nodes, former, missing_fields })

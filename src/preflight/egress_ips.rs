@@ -14,6 +14,8 @@ impl Preflight<'_> {
             match (facts.addresses.iter().find(|found| found.ip == *ip), wearer.here) {
                 (Some(found), true) => problems.extend(self.judge_own(facts, found)),
                 (Some(found), false) => problems.push(elsewhere(found, wearer)),
+                // It is added by the first reconciliation.
+                (None, true) if self.cluster.claims.iter().any(|claim| claim.net.contains(ip)) => {}
                 (None, true) => problems
                     .push(Problem::EgressIpAbsent { address: *ip, policy: wearer.policy.clone() }),
                 (None, false) => {}

@@ -164,6 +164,7 @@ impl SimDatapath {
             state.fdb = self.routing("bridge fdb show", |all| all.fdb.clone())?;
             state.neighbours = self.routing("ip neighbour show", |all| all.neighbours.clone())?;
         }
+        state.claims = self.routing("ip address show proto 69", |all| all.claims.clone())?;
         let strays = |all: &State, kind| {
             all.strays.iter().filter(|stray| stray.kind == kind).cloned().collect::<BTreeSet<_>>()
         };

@@ -45,7 +45,10 @@ impl ChangeSet {
         };
         let differs = [
             (Component::Link, before.link != after.link),
-            (Component::Address, before.addresses != after.addresses),
+            (
+                Component::Address,
+                before.addresses != after.addresses || before.claims != after.claims,
+            ),
             (Component::Fdb, before.fdb != after.fdb),
             (Component::Neighbour, before.neighbours != after.neighbours),
             (Component::Route, routes_differ(before, after) || strays(StrayKind::Route)),

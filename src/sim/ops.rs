@@ -48,7 +48,9 @@ fn tested(field: Field, rules: &[NftRule]) -> bool {
 fn rtnetlink(state: &mut State, op: &Op) -> Result<(), Errno> {
     let family = match op {
         Op::AddAddress(_, net) => Some(Family::of_net(net)),
-        Op::PutNeighbour(_, address, _) => Some(Family::of(*address)),
+        Op::ClaimAddress(_, address) | Op::PutNeighbour(_, address, _) => {
+            Some(Family::of(*address))
+        }
         Op::PutRoute(_, key, _) => Some(Family::of_net(&key.dst)),
         Op::AddRule(rule) => Some(rule.family),
         _ => None,
@@ -99,6 +101,16 @@ fn request(state: &mut State, op: &Op) -> Result<(), Errno> {
         Op::DeleteAddress(device, net) => {
             has(device)?;
             if !state.addresses.remove(net) {
+                return Err(errno::EADDRNOTAVAIL);
+            }
+        }
+        Op::ClaimAddress(device, address) => {
+            if !state.claims.insert((*address, device.clone())) {
+                return Err(errno::EEXIST);
+            }
+        }
+        Op::ReleaseAddress(device, address) => {
+            if !state.claims.remove(&(*address, device.clone())) {
                 return Err(errno::EADDRNOTAVAIL);
             }
         }

@@ -1,5 +1,6 @@
 //! One scenario, and a death before and after every write of it.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use common::backend::{backend, datapath};
@@ -182,6 +183,14 @@ impl<'a> Matrix<'a> {
 
     /// All nodes as they were before, whatever they are.
     fn reset(&self) -> Result {
+        let claims = self.before.iter().chain(&self.after).any(|state| !state.claims.is_empty());
+        for host in self.lab.nodes().into_iter().filter(|_| claims) {
+            // Where another node is to add them.
+            let mut datapath = self.datapath(host)?;
+            let found = observe(&mut datapath)?;
+            let released = State { claims: BTreeSet::new(), ..found.clone() };
+            datapath.apply(&Changes::between(&found, &released))?;
+        }
         for (host, before) in self.lab.nodes().into_iter().zip(&self.before) {
             let mut datapath = self.datapath(host)?;
             let found = observe(&mut datapath)?;

@@ -4,10 +4,10 @@ use std::slice::from_ref;
 
 use common::backend::{backend, replies, steering};
 use egress_datapath::testing::lab::{
-    self, EIP_B, EIP_C, OTHER_SERVER, POD_A, POD_B, Pair, SERVER, STRANGER, dual, hosts,
+    self, EIP_A, EIP_B, EIP_C, OTHER_SERVER, POD_A, POD_B, Pair, SERVER, STRANGER, dual, hosts,
 };
 use egress_datapath::{
-    Backend, Cluster, Destinations, EgressPolicy, MarkLayout, Ownership, Replies,
+    Backend, Claim, Cluster, Destinations, DeviceName, EgressPolicy, MarkLayout, Ownership, Replies,
 };
 
 use crate::{NODES, Result};
@@ -84,13 +84,16 @@ pub(crate) struct Marks {
     caching: bool,
     /// The path of replies; that of the run if it is not by the tunnel.
     replies: Replies,
+    /// Whether the gateway adds the egress IPs to the interface of their network.
+    claims: bool,
 }
 
 impl Marks {
-    const USUAL: Self = Self { layout: MarkLayout::SEED, caching: false, replies: Replies::Direct };
+    const USUAL: Self =
+        Self { layout: MarkLayout::SEED, caching: false, replies: Replies::Direct, claims: false };
 
     pub(crate) fn of(self, cluster: Cluster) -> Cluster {
-        let Self { layout: marks, caching: connection_caching, replies: by } = self;
+        let Self { layout: marks, caching: connection_caching, replies: by, claims } = self;
         let (backend, steering) = (backend(), steering(&marks));
         let by = if by == Replies::Direct { replies(&marks, backend) } else { by };
         cluster
@@ -99,7 +102,16 @@ impl Marks {
             .with_backend(backend)
             .with_steering(steering)
             .with_replies(by)
+            .with_claims(if claims { self::claims() } else { Vec::new() })
     }
+}
+
+/// The egress IP that no interface of the lab has.
+fn claims() -> Vec<Claim> {
+    DeviceName::new("eth1").map_or_else(
+        |_| Vec::new(),
+        |device| EIP_A.map(|address| Claim::new(address.into(), device.clone())).to_vec(),
+    )
 }
 
 /// What may not get through for a while although nothing changes for it.
@@ -197,6 +209,7 @@ pub(crate) fn scenarios() -> Result<Vec<Scenario>> {
     let compact = Marks { layout: MarkLayout::COMPACT, ..Marks::USUAL };
     let caching = Marks { caching: true, ..Marks::USUAL };
     let returned = Marks { replies: Replies::Tunnel, ..Marks::USUAL };
+    let claiming = Marks { claims: true, ..Marks::USUAL };
     let mut all = vec![
         scenario(
             "bootstrap client",
@@ -275,6 +288,17 @@ pub(crate) fn scenarios() -> Result<Vec<Scenario>> {
                 with(&elsewhere),
                 &[B, A, C],
                 &pods(eip_b, eip_b, eip_c),
+            )
+        },
+        Scenario {
+            pauses: Pauses::Policy,
+            marks: [claiming; 2],
+            ..scenario(
+                "move gateway, same claimed EIP, old one first",
+                with(&policy("p", &both, B, EIP_A)?),
+                with(&policy("p", &both, C, EIP_A)?),
+                &[B, A, C],
+                &pods(Eip(EIP_A), Eip(EIP_A), eip_c),
             )
         },
         scenario(

@@ -12,6 +12,7 @@ extern crate harness;
 
 mod abuse;
 mod answers;
+mod claims;
 mod closed;
 mod conforms;
 mod connections;

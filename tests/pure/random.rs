@@ -1,8 +1,8 @@
 //! Random clusters and policies, out of few addresses, so that they meet.
 
 use egress_datapath::{
-    Cluster, Destinations, DeviceName, EgressIp, EgressPolicy, MacAddr, MarkLayout, PolicyId,
-    Replies, Steering,
+    Claim, Cluster, Destinations, DeviceName, EgressIp, EgressPolicy, MacAddr, MarkLayout,
+    PolicyId, Replies, Steering,
 };
 use ipnet::IpNet;
 use proptest::prelude::*;
@@ -95,6 +95,11 @@ prop_compose! {
         (port, mtu, priority) in (7789..7791_u16, select(vec![1500, 9000]), 101..103_u32),
         (vni, device) in (100..102_u32, select(vec!["egress.vxlan", "egress1"])),
         under in select(vec![None, Some("eth0"), Some("eth1")]),
+        claims in select(vec![
+            vec![],
+            vec![("192.0.2.0/24", "eth0"), ("192.0.2.2/32", "eth1"), ("2001:db8:ffff::/48", "eth1")],
+            vec![("192.0.2.2/31", "eth1")],
+        ]),
         (up_v4, counting) in (prop::bool::weighted(0.9), any::<bool>()),
         caching in any::<bool>(),
         excluded in select(vec![
@@ -115,6 +120,10 @@ prop_compose! {
         cluster.tunnel.device = DeviceName::new(device).unwrap();
         cluster.tunnel.underlay_device = under.map(|name| DeviceName::new(name).unwrap());
         cluster.rule_priority = priority;
+        let claim = |(net, device): (&str, _)| {
+            Claim::new(net.parse().unwrap(), DeviceName::new(device).unwrap())
+        };
+        cluster.claims = claims.into_iter().map(claim).collect();
         cluster.excluded = nets(&excluded);
         cluster.policy_counters = counting && !caching;
         for (number, node) in cluster.nodes.iter_mut().enumerate() {

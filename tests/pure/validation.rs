@@ -9,9 +9,9 @@ use egress_datapath::iptables::Iptables;
 use egress_datapath::mark::LayoutError;
 use egress_datapath::state::{Data, Key, KeyValue, Set, Tag, Variant};
 use egress_datapath::{
-    Backend, Cluster, Destinations, DeviceName, EgressIp, EgressPolicy, Finding, MacAddr, Mark,
-    MarkAllocator, MarkLayout, Node, NodeName, Plan, PlanError, PolicyError, PolicyId, Reconciler,
-    Sim, TableAllocator, Unavailable, Update, check_policy, explain, plan,
+    Backend, Claim, Cluster, Destinations, DeviceName, EgressIp, EgressPolicy, Finding, MacAddr,
+    Mark, MarkAllocator, MarkLayout, Node, NodeName, Plan, PlanError, PolicyError, PolicyId,
+    Reconciler, Sim, TableAllocator, Unavailable, Update, check_policy, explain, plan,
 };
 use ipnet::IpNet;
 
@@ -372,6 +372,19 @@ fn invalid_settings_refused() {
         of_cluster(|cluster| cluster.excluded[0] = net("10.244.1.0/16")),
         E::Excluded { .. },
         "excluded prefixes: 10.244.1.0/16 has host bits set; 10.244.0.0/16 may be meant"
+    );
+    let claim = |text, device| Claim::new(net(text), DeviceName::new(device).unwrap());
+    of_cluster(|cluster| cluster.claims = vec![claim("198.51.100.200/32", "eth1")]).unwrap();
+    refused!(
+        of_cluster(|cluster| cluster.claims = vec![claim("198.51.100.200/24", "eth1")]),
+        E::Claim { .. },
+        "claims: 198.51.100.200/24 has host bits set; 198.51.100.0/24 may be meant"
+    );
+    refused!(
+        of_cluster(|cluster| cluster.claims = vec![claim("198.51.100.0/24", "egress.vxlan")]),
+        E::ClaimDevice { .. },
+        "egress IPs cannot be claimed on egress.vxlan, which is the tunnel: name the interface of \
+         their network"
     );
 }
 

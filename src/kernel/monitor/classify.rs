@@ -26,10 +26,12 @@ const NEWRULE: u16 = 32;
 const DELRULE: u16 = 33;
 const NEWNETCONF: u16 = 80;
 const LINK: usize = 16;
+const ADDRESS: usize = 8;
 const RULE: usize = 12;
 const NETCONF: usize = 4;
 
 const IFLA_IFALIAS: u16 = 20;
+const IFA_PROTO: u16 = 11;
 const FRA_PROTOCOL: u16 = 21;
 const NETCONFA_IFINDEX: u16 = 1;
 const NETCONFA_FORWARDING: u16 = 2;
@@ -94,6 +96,12 @@ fn part(message: &Message<'_>, (device, rules): (u32, &OurRules)) -> Option<Comp
         }
         NEWADDR | DELADDR if is_ours(index(body)) => {
             is_address_of_ours(message).then_some(Component::Address)
+        }
+        // The kernel names no writer of a new IPv6 address: it is mostly this process.
+        DELADDR => {
+            let protocol = attribute(body, ADDRESS, IFA_PROTO);
+            let own = protocol.is_some_and(|protocol| protocol.bytes() == [PROTOCOL]);
+            own.then_some(Component::Address)
         }
         NEWNEIGH | DELNEIGH if is_ours(index(body)) => neighbour_or_fdb(message),
         NEWROUTE | DELROUTE => is_route_of_ours(message).then_some(Component::Route),

@@ -6,11 +6,15 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
-use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
+use netlink_packet_route::address::{
+    AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressProtocol,
+    AddressScope, CacheInfo,
+};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::socket::{Request, RouteSocket, unless_absent};
 use crate::error::{KernelError, errno};
+use crate::state::PROTOCOL;
 use crate::types::{DeviceName, Family};
 
 const NO_IPV6: &str = "set the sysctl net.ipv6.conf.<device>.disable_ipv6 to 0";
@@ -77,6 +81,34 @@ pub(crate) fn not_added(net: IpNet, error: KernelError) -> KernelError {
     }
 }
 
+/// Request that adds an egress IP to an interface of the host.
+///
+/// The node's own packets never get it as source: the kernel chooses no IPv4 address of scope `host`
+/// for another host (`inet_select_addr`), and no deprecated IPv6 address while there is another.
+pub(crate) fn claim(index: u32, address: IpAddr) -> Request {
+    let mut message = message(index, IpNet::from(address));
+    message.attributes.push(AddressAttribute::Protocol(AddressProtocol::Other(PROTOCOL)));
+    if address.is_ipv4() {
+        message.header.scope = AddressScope::Host;
+    } else {
+        // Duplicates were asked for, and detection would take another second.
+        let flags = AddressFlags::Nodad | AddressFlags::Noprefixroute;
+        let mut lifetime = CacheInfo::default();
+        (lifetime.ifa_preferred, lifetime.ifa_valid) = (0, u32::MAX);
+        message
+            .attributes
+            .extend([AddressAttribute::Flags(flags), AddressAttribute::CacheInfo(lifetime)]);
+    }
+    let message = RouteNetlinkMessage::NewAddress(message);
+    Request { message, flags: NLM_F_CREATE | NLM_F_EXCL }
+}
+
+/// Returns whether the address has this crate's protocol number.
+fn is_claim(message: &AddressMessage) -> bool {
+    let own = AddressAttribute::Protocol(AddressProtocol::Other(PROTOCOL));
+    message.attributes.contains(&own)
+}
+
 /// Request that deletes an address from an interface.
 pub(crate) fn delete(index: u32, net: IpNet) -> Request {
     Request { message: RouteNetlinkMessage::DelAddress(message(index, net)), flags: 0 }
@@ -97,6 +129,27 @@ impl RouteSocket {
                     .filter(|(at, net)| *at == index && !is_link_local(net.addr()))
                     .map(|(_, net)| net),
             );
+        }
+        Ok(found)
+    }
+
+    /// Addresses of all interfaces of this node: index, prefix, and whether it is a claim.
+    pub(crate) fn addresses_of_host(&mut self) -> Result<Vec<(u32, IpNet, bool)>, KernelError> {
+        let mut found = Vec::new();
+        for family in Family::BOTH {
+            let mut message = AddressMessage::default();
+            message.header.family = kernel_family(family);
+            let message = RouteNetlinkMessage::GetAddress(message);
+            let listed = self.dump(&"ip addr show", &message, |message| match message {
+                RouteNetlinkMessage::NewAddress(message)
+                    if message.header.family == kernel_family(family) =>
+                {
+                    let (index, net) = parse(&message)?;
+                    Some((index, net, is_claim(&message)))
+                }
+                _ => None,
+            });
+            found.extend(unless_absent(family, listed)?);
         }
         Ok(found)
     }

@@ -3,10 +3,13 @@
 use std::collections::BTreeSet;
 use std::mem;
 
+use ipnet::IpNet;
+
+use super::claim::Asked;
 use super::socket::{Request, RouteSocket, Run};
 use super::{address, fdb, leftovers, neighbour, route, rule};
 use crate::diff::op::Op;
-use crate::error::KernelError;
+use crate::error::{KernelError, errno};
 use crate::state::{Route, State};
 use crate::types::{DeviceName, Family};
 
@@ -26,6 +29,7 @@ impl RouteSocket {
     /// after an error.
     pub(crate) fn make(&mut self, ops: &[Op]) -> Vec<(usize, KernelError)> {
         let (mut refused, mut run, mut ours) = (Vec::new(), Run::default(), None);
+        let mut claims = Vec::new();
         for (place, op) in ops.iter().enumerate() {
             if matches!(op, Op::AddLink(_) | Op::SetLink(_) | Op::DeleteLink(_)) {
                 // Several requests, each of which depends on the replies to those before; and our
@@ -33,6 +37,11 @@ impl RouteSocket {
                 refused.extend(self.make_run(&mem::take(&mut run)));
                 refused.extend(self.make_link(op).err().map(|error| (place, error)));
                 ours = None;
+                continue;
+            }
+            if let Op::ClaimAddress(device, address) = op {
+                // The network is asked for all of them at the same time.
+                claims.push(Asked::new(place, op, device, *address));
                 continue;
             }
             match self.request_of(op, &mut ours) {
@@ -44,6 +53,7 @@ impl RouteSocket {
             }
         }
         refused.extend(self.make_run(&run));
+        refused.extend(self.make_claims(claims));
         refused.sort_by_key(|(place, _)| *place);
         refused
     }
@@ -99,6 +109,10 @@ impl RouteSocket {
                 address::add(index, *net)
             }
             Op::DeleteAddress(device, net) => address::delete(index(device)?, *net),
+            Op::ReleaseAddress(device, address) => match self.device_named(op, device)? {
+                Some(device) => address::delete(device.index, IpNet::from(*address)),
+                None => return Err(KernelError::refused(op, errno::ENODEV)),
+            },
             Op::PutFdb(device, mac, node) => fdb::put(index(device)?, *mac, *node),
             Op::DeleteFdb(device, mac, node) => fdb::delete(index(device)?, *mac, *node),
             Op::PutNeighbour(device, ip, mac) => neighbour::put(index(device)?, *ip, *mac),
@@ -109,7 +123,7 @@ impl RouteSocket {
             }
             Op::DeleteRule(rule) => rule::delete(rule),
             Op::DeleteStrayRouting(stray) => return leftovers::delete(op, stray),
-            Op::AddLink(_) | Op::SetLink(_) | Op::DeleteLink(_) => {
+            Op::AddLink(_) | Op::SetLink(_) | Op::DeleteLink(_) | Op::ClaimAddress(..) => {
                 return Err(KernelError::answer(op, "a device takes more than one request"));
             }
             Op::WakeTable(_)
@@ -166,6 +180,7 @@ impl RouteSocket {
             state.fdb.clear();
             state.neighbours.clear();
         }
+        state.claims = self.claims(index)?;
         (state.routes, state.strays) = self.routes(index)?;
         let (rules, strays) = self.rules()?;
         self.our_rules().set(&rules);

@@ -10,6 +10,7 @@ use netlink_packet_core::{
 use netlink_packet_route::RouteNetlinkMessage;
 
 use super::ahead::OurRules;
+use super::announce::Announcer;
 use super::ipv6::Settings;
 use crate::diff::op::Op;
 use crate::error::{KernelError, errno};
@@ -54,6 +55,7 @@ pub(crate) struct RouteSocket {
     settings: Settings,
     device: Arc<AtomicU32>,
     our_rules: OurRules,
+    announcer: Announcer,
 }
 
 impl RouteSocket {
@@ -64,7 +66,8 @@ impl RouteSocket {
         // Without strict checking the kernel ignores the filters of a dump and sends everything.
         socket.set_strict().map_err(|error| KernelError::io(what, &error))?;
         let (device, our_rules) = (Arc::default(), OurRules::default());
-        Ok(Self { socket, settings: Settings::of_thread(), device, our_rules })
+        let settings = Settings::of_thread();
+        Ok(Self { socket, settings, device, our_rules, announcer: Announcer::open() })
     }
 
     /// Whether the calling thread is in the socket's network namespace.
@@ -82,6 +85,11 @@ impl RouteSocket {
     /// The kernel never reuses an index.
     pub(crate) fn device_index(&self) -> Arc<AtomicU32> {
         Arc::clone(&self.device)
+    }
+
+    /// Sender of gratuitous ARP and unsolicited neighbour advertisements.
+    pub(super) const fn announcer(&self) -> &Announcer {
+        &self.announcer
     }
 
     /// Priority and marks of our rules.

@@ -78,6 +78,10 @@ impl<D: Datapath> Datapath for Inside<D> {
         self.inner.connections(among, each)
     }
 
+    fn announce(&mut self) -> Result<(), KernelError> {
+        self.inner.announce()
+    }
+
     fn counters(&mut self) -> Result<Counts, KernelError> {
         self.inner.counters()
     }

@@ -13,7 +13,7 @@ use egress_datapath::iptables::{Iptables, Variant};
 use egress_datapath::preflight::Problem;
 use egress_datapath::sim::SharedSim;
 use egress_datapath::{
-    Backend, ChangeEvents, Cluster, Count, Datapath, EgressIp, EgressPolicy, Error, Family,
+    Backend, ChangeEvents, Claim, Cluster, Count, Datapath, EgressIp, EgressPolicy, Error, Family,
     KernelError, MarkLayout, Node, NodeName, PolicyCount, Reconciler, Sim, Tunnel, Unavailable,
     explain, plan,
 };
@@ -197,6 +197,7 @@ fn samples_are_valid_and_read_back() {
     }
     back::<Cluster>("Cluster");
     back::<Backend>("Backend");
+    back::<Claim>("Claim");
     back::<EgressPolicy>("EgressPolicy");
     back::<TableRange>("TableRange");
     back::<PolicyCount>("PolicyCount");
@@ -221,6 +222,7 @@ fn input_has_the_fields_that_the_code_reads() {
         ("Cluster", fields::<Cluster>(whole)),
         ("Node", fields::<Node>(whole)),
         ("Tunnel", fields::<Tunnel>(whole)),
+        ("Claim", fields::<Claim>(whole)),
         ("MarkLayout", fields::<MarkLayout>(whole)),
         ("TableRange", fields::<TableRange>(whole)),
         ("EgressPolicy", fields::<EgressPolicy>(whole)),
