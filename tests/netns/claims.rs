@@ -201,6 +201,7 @@ fn interface_that_is_missing_or_down_closes_nothing_else() -> Result {
 
 #[test]
 fn address_of_another_program_is_left_alone() -> Result {
+    harness::needs(&["ip"]);
     let lab = lab();
     let mut fleet = fleet(&lab)?;
     let policies = [policy("p", &[POD_A], Some("node-b"), dual(EIP_B))?];
