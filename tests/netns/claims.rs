@@ -123,6 +123,13 @@ fn egress_ip_that_a_host_has_is_refused_with_its_mac() -> Result {
     for (address, length) in EIP_A.into_iter().zip([32, 128]) {
         tool(&lab.node_c.netns, &format!("ip addr del {address}/{length} dev eth1"))?;
     }
+    // A permanent neighbour is not deleted.
+    let entry = format!("{} lladdr {holder} dev eth1", EIP_A[0]);
+    tool(&lab.node_b.netns, &format!("ip neigh replace {entry} nud permanent"))?;
+    let error = fleet.apply_to("node-b", &via("node-b")?).unwrap_err();
+    let Some(Error::Apply(source)) = error.downcast_ref() else { return Err(error) };
+    assert_eq!((source.refused.len(), claimed(&lab.node_b)?), (1, vec![EIP_A[1]]));
+    tool(&lab.node_b.netns, &format!("ip neigh del {entry}"))?;
     fleet.apply(&via("node-b")?)?;
     check(&[expect(&lab.pod_a, SERVER, EIP_A)]);
     Ok(())

@@ -11,6 +11,7 @@ use std::net::IpAddr;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
 use netlink_packet_core::NLM_F_CREATE;
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::LinkMessage;
@@ -59,6 +60,11 @@ impl<'a> Asked<'a> {
     }
 }
 
+/// Returns whether no host has replied yet.
+const fn is_open(found: &Result<Option<MacAddr>, KernelError>) -> bool {
+    matches!(found, Ok(None))
+}
+
 impl RouteSocket {
     /// Egress IPs that this crate has added to interfaces other than the tunnel's.
     pub(super) fn claims(
@@ -86,31 +92,46 @@ impl RouteSocket {
         if asked.is_empty() {
             return Vec::new();
         }
-        let mut refused = Vec::new();
-        let mut free = Vec::new();
+        let (mut refused, mut free) = (Vec::new(), Vec::new());
+        let all = match self.addresses_of_host() {
+            Ok(all) => all,
+            Err(error) => return asked.iter().map(|one| (one.place, error.clone())).collect(),
+        };
+        let others: BTreeMap<_, _> = all
+            .into_iter()
+            .filter(|(.., claimed)| !claimed)
+            .map(|(index, net, _)| (net.addr(), index))
+            .collect();
         for one in asked {
-            match self.is_possible(&one) {
+            match self.is_possible(&one, others.get(&one.address).copied()) {
                 Ok(device) => free.push((one, device)),
                 Err(error) => refused.push((one.place, error)),
             }
         }
         let holders = self.holders(&free);
-        let mut holders = holders.into_iter();
-        free.retain(|(one, _)| match holders.next() {
-            Some(Ok(None)) => true,
-            Some(Ok(Some(mac))) => {
-                let error = KernelError::refused(one.op, errno::EADDRINUSE);
-                refused.push((one.place, error.with_duplicate(mac)));
-                false
+        let mut added = Vec::new();
+        for ((one, device), holder) in free.into_iter().zip(holders) {
+            let made = match holder {
+                Ok(None) => self.add(&one, &device),
+                Ok(Some(mac)) => {
+                    Err(KernelError::refused(one.op, errno::EADDRINUSE).with_duplicate(mac))
+                }
+                Err(error) => Err(error),
+            };
+            match made {
+                Ok(()) => added.push((one, device)),
+                Err(error) => refused.push((one.place, error)),
             }
-            Some(Err(error)) => {
-                refused.push((one.place, error));
-                false
-            }
-            None => false,
-        });
-        for (one, device) in free {
-            refused.extend(self.take(&one, &device).err().map(|error| (one.place, error)));
+        }
+        let found = self.addresses_of_host().map(BTreeSet::from_iter);
+        for (one, device) in added {
+            let claim = (device.index, IpNet::from(one.address), true);
+            let made = match &found {
+                Ok(found) if found.contains(&claim) => self.announce(one.op, &device, one.address),
+                Ok(_) => self.take_back(&one, &device),
+                Err(error) => Err(error.clone()),
+            };
+            refused.extend(made.err().map(|error| (one.place, error)));
         }
         refused
     }
@@ -126,8 +147,9 @@ impl RouteSocket {
         Ok(())
     }
 
-    /// Returns the interface, if the address can be added to it.
-    fn is_possible(&mut self, one: &Asked<'_>) -> Result<Device, KernelError> {
+    /// Returns the interface, if the address can be added to it; `other` is the interface to which
+    /// another program has added the address.
+    fn is_possible(&mut self, one: &Asked<'_>, other: Option<u32>) -> Result<Device, KernelError> {
         let Some(device) = self.device_named(one.op, one.name)? else {
             return Err(KernelError::refused(one.op, errno::ENODEV).with_remedy(NO_DEVICE));
         };
@@ -137,10 +159,8 @@ impl RouteSocket {
         if device.mac.is_some() {
             self.announcer().check(one.op)?;
         }
-        let others =
-            |(_, net, claimed): &&(u32, ipnet::IpNet, bool)| net.addr() == one.address && !claimed;
-        if let Some((index, ..)) = self.addresses_of_host()?.iter().find(others) {
-            let at = self.device_at(*index)?.map_or_else(|| index.to_string(), |found| found.name);
+        if let Some(index) = other {
+            let at = self.device_at(index)?.map_or_else(|| index.to_string(), |found| found.name);
             let words = format!("another program has added the address to {at}");
             return Err(KernelError::refused(one.op, errno::EEXIST)
                 .with_words(Some(words))
@@ -154,36 +174,44 @@ impl RouteSocket {
         &mut self,
         asked: &[(Asked<'_>, Device)],
     ) -> Vec<Result<Option<MacAddr>, KernelError>> {
-        let mut found: Vec<_> = asked.iter().map(|_| Ok(None)).collect();
-        let mut own = None;
+        // A permanent neighbour is another program's, and says who has the address.
+        let known = self.macs().and_then(|own| Ok((own, self.replied(asked, true)?)));
+        // This host replies by one interface for an address of another.
+        let (own, permanent) = match known {
+            Ok(known) => known,
+            Err(error) => return asked.iter().map(|_| Err(error.clone())).collect(),
+        };
+        let of = |(one, device): &(Asked<'_>, Device)| {
+            Ok(permanent.get(&(device.index, one.address)).copied())
+        };
+        let mut found: Vec<Result<_, _>> = asked.iter().map(of).collect();
+        let open = asked.iter().zip(&found).filter(|(_, found)| is_open(found));
+        let open: Vec<_> = open.map(|(one, _)| one).collect();
         for _ in 0..ROUNDS {
             for ((one, device), found) in asked.iter().zip(&mut found) {
-                if let Ok(None) = found {
-                    if let Err(error) = self.ask_for(one, device) {
-                        *found = Err(error);
-                    }
+                if is_open(found) {
+                    *found = self.ask_for(one, device).map(|()| None);
                 }
             }
             let until = Instant::now() + Claim::PROBE_TIME / ROUNDS;
-            while found.iter().any(|found| matches!(found, Ok(None))) && Instant::now() < until {
+            while found.iter().any(is_open) && Instant::now() < until {
                 thread::sleep(POLL);
+                let replied = self.replied(asked, false);
                 for ((one, device), found) in asked.iter().zip(&mut found) {
-                    if !matches!(found, Ok(None)) {
-                        continue;
+                    let mac = match &replied {
+                        Ok(replied) => replied.get(&(device.index, one.address)).copied(),
+                        Err(error) => {
+                            *found = Err(error.clone());
+                            continue;
+                        }
+                    };
+                    if is_open(found) {
+                        *found = Ok(mac.filter(|mac| !own.contains(mac)));
                     }
-                    *found = self.neighbour(one, device).and_then(|mac| {
-                        let Some(mac) = mac else { return Ok(None) };
-                        // This host replies by one interface for an address of another.
-                        let macs = match &mut own {
-                            Some(macs) => macs,
-                            none => none.insert(self.macs()?),
-                        };
-                        Ok(Some(mac).filter(|mac| !macs.contains(mac)))
-                    });
                 }
             }
         }
-        for (one, device) in asked {
+        for (one, device) in open {
             let _gone = self.forget(one, device);
         }
         found
@@ -203,27 +231,34 @@ impl RouteSocket {
         self.request(one.op, RouteNetlinkMessage::DelNeighbour(request), 0)
     }
 
-    /// MAC address of a host that has replied for the address.
-    fn neighbour(
+    /// MAC addresses of the hosts that have replied, or those of permanent neighbours, by interface
+    /// and address.
+    fn replied(
         &mut self,
-        one: &Asked<'_>,
-        device: &Device,
-    ) -> Result<Option<MacAddr>, KernelError> {
-        let mut request = NeighbourMessage::default();
-        request.header.family = kernel_family(Family::of(one.address));
-        request.attributes = vec![NeighbourAttribute::IfIndex(device.index)];
-        let request = RouteNetlinkMessage::GetNeighbour(request);
-        let found = self.dump(one.op, &request, |message| match message {
-            RouteNetlinkMessage::NewNeighbour(found)
-                if found.header.ifindex == device.index
-                    && destination(&found.attributes) == Some(one.address)
-                    && found.header.state != NeighbourState::Noarp =>
-            {
-                lladdr(&found.attributes)
-            }
-            _ => None,
-        })?;
-        Ok(found.into_iter().next())
+        asked: &[(Asked<'_>, Device)],
+        permanent: bool,
+    ) -> Result<BTreeMap<(u32, IpAddr), MacAddr>, KernelError> {
+        let tables = asked.iter().map(|(one, device)| (device.index, Family::of(one.address)));
+        let tables: BTreeSet<_> = tables.collect();
+        let mut all = BTreeMap::new();
+        for (index, family) in tables {
+            let mut request = NeighbourMessage::default();
+            request.header.family = kernel_family(family);
+            request.attributes = vec![NeighbourAttribute::IfIndex(index)];
+            let request = RouteNetlinkMessage::GetNeighbour(request);
+            all.extend(self.dump(&"ip neigh show", &request, |message| match message {
+                RouteNetlinkMessage::NewNeighbour(found)
+                    if found.header.ifindex == index
+                        && found.header.state != NeighbourState::Noarp
+                        && (found.header.state == NeighbourState::Permanent) == permanent =>
+                {
+                    let address = destination(&found.attributes)?;
+                    Some(((index, address), lladdr(&found.attributes)?))
+                }
+                _ => None,
+            })?);
+        }
+        Ok(all)
     }
 
     /// MAC addresses of all interfaces of this host.
@@ -236,18 +271,17 @@ impl RouteSocket {
         Ok(found.into_iter().collect())
     }
 
-    /// Adds an address and announces it.
-    fn take(&mut self, one: &Asked<'_>, device: &Device) -> Result<(), KernelError> {
+    fn add(&mut self, one: &Asked<'_>, device: &Device) -> Result<(), KernelError> {
         let request = address::claim(device.index, one.address);
         let added = self.request(one.op, request.message, request.flags);
-        added.map_err(|error| address::not_added(one.address.into(), error))?;
-        let ours = (device.index, one.address.into(), true);
-        if !self.addresses_of_host()?.contains(&ours) {
-            let request = address::delete(device.index, one.address.into());
-            self.request(one.op, request.message, request.flags)?;
-            return Err(KernelError::answer(one.op, NO_PROTOCOL));
-        }
-        self.announce(one.op, device, one.address)
+        added.map_err(|error| address::not_added(one.address.into(), error))
+    }
+
+    /// Deletes an address that would not be found again.
+    fn take_back(&mut self, one: &Asked<'_>, device: &Device) -> Result<(), KernelError> {
+        let request = address::delete(device.index, one.address.into());
+        self.request(one.op, request.message, request.flags)?;
+        Err(KernelError::answer(one.op, NO_PROTOCOL))
     }
 
     /// Announces an address; an interface without MAC address has no neighbours to tell.
