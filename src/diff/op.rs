@@ -254,9 +254,7 @@ fn commands(f: &mut String, op: &Op) -> fmt::Result {
         ),
         Op::ClaimAddress(device, IpAddr::V6(address)) => write!(
             f,
-            "ndisc6 -m {address} {device}\n\
-             ip -6 addr add {address}/128 dev {device} nodad noprefixroute preferred_lft 0 \
-             proto {PROTOCOL}"
+            "ip -6 addr add {address}/128 dev {device} noprefixroute preferred_lft 0 proto {PROTOCOL}"
         ),
         Op::ReleaseAddress(device, address) => {
             let (family, net) = (Family::of(*address), IpNet::from(*address));

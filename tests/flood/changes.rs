@@ -8,11 +8,12 @@ use common::fleet::{Result, dual, policy};
 use egress_datapath::iptables::Iptables;
 use egress_datapath::state::Variant;
 use egress_datapath::testing::lab::{
-    EIP_B, EIP_C, Lab, NODE_A, NODE_B_OUTSIDE, OTHER_SERVER, POD_A, POD_B, Pair, SERVER, hosts, net,
+    EIP_A, EIP_B, EIP_C, Lab, NODE_A, NODE_B_OUTSIDE, OTHER_SERVER, POD_A, POD_B, Pair, SERVER,
+    hosts, net,
 };
 use egress_datapath::{
-    Backend, Destinations, EgressIp, EgressPolicy, Mark, MarkLayout, Node, NodeName, PolicyId,
-    Replies, Report, Steering,
+    Backend, Claim, Destinations, DeviceName, EgressIp, EgressPolicy, Mark, MarkLayout, Node,
+    NodeName, PolicyId, Replies, Report, Steering,
 };
 use ipnet::IpNet;
 
@@ -40,6 +41,7 @@ const USUAL: Change = Change {
     round: |_, _, _| Ok(Vec::new()),
 };
 const EITHER: [&[Pair]; 2] = [&[EIP_B, EIP_C]; 2];
+const ADDED: [&[Pair]; 2] = [&[EIP_A, EIP_B]; 2];
 /// As a CNI plugin does it: a pod without policy has the node's address, and its own is a leak.
 const MASQUERADE: &str = "table inet foreign { chain post {
     type nat hook postrouting priority 100
@@ -130,6 +132,7 @@ pub(crate) const ALL: &[Change] = &[
     },
     Change { name: "move of all there is", loss: Loss::Any, round: moved, ..USUAL },
     Change { name: "egress IP", allowed: EITHER, round: egress_ip, ..USUAL },
+    Change { name: "egress IP that the gateway adds", allowed: ADDED, round: added, ..USUAL },
     Change { name: "gateways", round: gateways, ..USUAL },
     Change { name: STEERING, round: steerings, ..USUAL },
     Change { name: REPLIES, round: replies_change, ..USUAL },
@@ -512,6 +515,17 @@ fn replies_change(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>>
         reports.extend(make(nodes, round, &[name], &[p()?])?);
     }
     Ok(reports)
+}
+
+/// From an egress IP that the host has to one that the gateway adds, and back.
+fn added(_: &Lab, nodes: &mut Nodes, round: u64) -> Result<Vec<Report>> {
+    let device = DeviceName::new("eth1")?;
+    for name in EVERYBODY {
+        let claim = |address: IpAddr| Claim::new(address.into(), device.clone());
+        nodes.node(name)?.0.claims = EIP_A.map(claim).to_vec();
+    }
+    let egress_ip = dual(if round % 2 == 0 { EIP_A } else { EIP_B });
+    make(nodes, round, GATEWAY_FIRST, &[p()?.with_egress_ip(egress_ip)])
 }
 
 /// Prefixes that the packets' destination is always in, cut one way or another.

@@ -8,8 +8,8 @@ use std::path::Path;
 use egress_datapath::datapath::Op;
 use egress_datapath::state::{ChainId, Set};
 use egress_datapath::{
-    Changes, Cluster, Destinations, EgressIp, EgressPolicy, MarkLayout, Plan, Replies, State,
-    Steering,
+    Changes, Claim, Cluster, Destinations, DeviceName, EgressIp, EgressPolicy, MarkLayout, Plan,
+    Replies, State, Steering,
 };
 
 use crate::{cluster, cluster_v4, dual, nets, planned, policy, v4};
@@ -73,6 +73,19 @@ fn gateway_one_policy() {
 fn dual_stack() {
     let plan = planned(&cluster("a"), both()).unwrap();
     check("dual_stack.txt", &plan, &State::default());
+}
+
+#[test]
+fn gateway_adds_egress_ips() {
+    let mut cluster = cluster("b");
+    let without = planned(&cluster, both()).unwrap();
+    let device = DeviceName::new("eth1").unwrap();
+    let claim = |net| Claim::new(net, device.clone());
+    cluster.claims =
+        nets(&["198.51.100.0/24", "2001:db8:51::/64"]).into_iter().map(claim).collect();
+    let with = planned(&cluster, both()).unwrap();
+    check("claims.txt", &with, &without.state);
+    check("release.txt", &without, &with.state);
 }
 
 #[test]

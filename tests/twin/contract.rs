@@ -7,7 +7,7 @@ use egress_datapath::state::IpRange;
 use egress_datapath::state::{
     ChainId, Data, Field, Key, NftRule, Route, RouteKey, Set, State, Stmt, Tag, Value, Verdict,
 };
-use egress_datapath::{Changes, Family, MacAddr, Mark, NodeName, TableId};
+use egress_datapath::{Changes, DeviceName, Family, MacAddr, Mark, NodeName, TableId};
 
 use crate::checks::policies;
 use crate::{Result, Twins, lab, say, world};
@@ -31,7 +31,7 @@ type Case = (&'static str, [Edit; 3], Option<i32>);
 
 const AS_IS: Edit = |_| {};
 
-const CASES: [Case; 50] = [
+const CASES: [Case; 52] = [
     ("all of it is added", [nothing, nothing, AS_IS], None),
     ("all of it is deleted", [AS_IS, AS_IS, nothing], None),
     ("all of it is added again", [AS_IS, nothing, AS_IS], Some(EEXIST)),
@@ -71,6 +71,8 @@ const CASES: [Case; 50] = [
     ("a forwarding entry leads elsewhere", [AS_IS, other_fdb, no_fdb], None),
     ("an address is there", [AS_IS, |state| state.addresses.clear(), AS_IS], Some(EEXIST)),
     ("an address is not there", [no_addresses, AS_IS, no_addresses], Some(EADDRNOTAVAIL)),
+    ("an egress IP is on the interface", [claim, AS_IS, claim], Some(EEXIST)),
+    ("an egress IP is not on the interface", [AS_IS, claim, AS_IS], Some(EADDRNOTAVAIL)),
     ("the last addresses go", [AS_IS, AS_IS, no_addresses], None),
     ("a device goes down", [AS_IS, AS_IS, only_down], None),
     ("a device gets another address", [AS_IS, AS_IS, other_mac], None),
@@ -290,6 +292,11 @@ fn other_fdb(state: &mut State) {
 
 fn no_addresses(state: &mut State) {
     state.addresses.clear();
+}
+
+fn claim(state: &mut State) {
+    let device = DeviceName::new("lo").unwrap();
+    state.claims.insert(([198, 51, 100, 77].into(), device));
 }
 
 fn other_mac(state: &mut State) {
