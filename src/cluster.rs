@@ -480,6 +480,14 @@ pub struct Tunnel {
     pub port: u16,
     /// Interface that carries the outer packets on this node; if it is deleted, so is the tunnel.
     pub underlay_device: Option<DeviceName>,
+    /// Drops tunnel packets that leave or arrive by another interface than the underlay device;
+    /// default off.
+    ///
+    /// With an underlay device that encrypts, such as a WireGuard interface, no packet of a pod is
+    /// sent in the clear: neither while the interface is down, when the route to a node may be one by
+    /// another interface, nor while it is created again. The option needs `underlay_device`, and
+    /// nf_tables as backend.
+    pub underlay_only: bool,
     /// Smallest MTU of the underlay among all nodes, in bytes; default 1500.
     ///
     /// The MTU of the tunnel interface follows from it and should be the same on every node: an
@@ -495,6 +503,7 @@ impl Default for Tunnel {
             vni: 100,
             port: 7789,
             underlay_device: None,
+            underlay_only: false,
             underlay_mtu: 1500,
         }
     }
@@ -527,6 +536,18 @@ impl Tunnel {
     pub fn with_underlay_device(mut self, underlay_device: impl Into<Option<DeviceName>>) -> Self {
         self.underlay_device = underlay_device.into();
         self
+    }
+
+    /// Drops tunnel packets that leave or arrive by another interface than the underlay device.
+    #[must_use]
+    pub const fn with_underlay_only(mut self, underlay_only: bool) -> Self {
+        self.underlay_only = underlay_only;
+        self
+    }
+
+    /// Returns the interface by which all tunnel packets leave and arrive, if there is but one.
+    pub(crate) const fn only_underlay(&self) -> Option<&DeviceName> {
+        if self.underlay_only { self.underlay_device.as_ref() } else { None }
     }
 
     /// Sets the smallest MTU of the underlay among all nodes, in bytes.

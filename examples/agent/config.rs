@@ -79,6 +79,9 @@ impl Config {
             PlanError::EgressHookPrefix | PlanError::EgressHookBackend => "steering",
             PlanError::TunnelRepliesPrefix | PlanError::TunnelRepliesBackend => "replies",
             PlanError::Claim { .. } | PlanError::ClaimDevice { .. } => "claims",
+            PlanError::UnderlayOnlyDevice | PlanError::UnderlayOnlyBackend => {
+                "tunnel.underlay_only"
+            }
             PlanError::Mark(_) => "marks",
             PlanError::Table(_) => "tables",
             _ => "nodes",
@@ -160,6 +163,8 @@ struct TunnelForm {
     vni: Option<u32>,
     port: Option<u16>,
     underlay_device: Option<Text<DeviceName>>,
+    #[serde(default)]
+    underlay_only: bool,
     underlay_mtu: Option<u32>,
 }
 
@@ -198,6 +203,7 @@ impl File<'_> {
             .with_vni(self.tunnel.vni.unwrap_or(tunnel.vni))
             .with_port(self.tunnel.port.unwrap_or(tunnel.port))
             .with_underlay_device(self.tunnel.underlay_device.map(|device| device.0))
+            .with_underlay_only(self.tunnel.underlay_only)
             .with_underlay_mtu(self.tunnel.underlay_mtu.unwrap_or(tunnel.underlay_mtu));
         let pods = self.pods.into_iter().map(|net| net.0.0).collect();
         let cluster = Cluster::new(node, nodes, excluded)

@@ -57,6 +57,12 @@ pub enum PlanError {
     /// Replies by the tunnel were combined with iptables as backend.
     #[error("replies by the tunnel need nf_tables as backend")]
     TunnelRepliesBackend,
+    /// Tunnel packets are limited to the underlay device, and none is named.
+    #[error("underlay_only needs an underlay_device: name the interface of the underlay")]
+    UnderlayOnlyDevice,
+    /// Tunnel packets are limited to the underlay device, with iptables as backend.
+    #[error("underlay_only needs nf_tables as backend")]
+    UnderlayOnlyBackend,
     /// The VXLAN network identifier is zero or longer than 24 bits.
     #[error("VXLAN network identifier {vni} is not between 1 and 16777215")]
     Vni {
@@ -287,6 +293,8 @@ impl PlanError {
             Self::EgressHookBackend { .. } => "egress_hook_backend",
             Self::TunnelRepliesPrefix { .. } => "tunnel_replies_prefix",
             Self::TunnelRepliesBackend { .. } => "tunnel_replies_backend",
+            Self::UnderlayOnlyDevice { .. } => "underlay_only_device",
+            Self::UnderlayOnlyBackend { .. } => "underlay_only_backend",
             Self::ForeignMark { .. } => "foreign_mark",
             Self::Vni { .. } => "vni",
             Self::Port { .. } => "port",

@@ -19,6 +19,8 @@ pub(super) struct Skeleton<'a> {
     pub(super) device: &'a DeviceName,
     /// UDP port of the tunnel.
     pub(super) port: u16,
+    /// Interface by which all tunnel packets leave and arrive, if there is but one.
+    pub(super) only: Option<&'a DeviceName>,
     /// Mask of the mark bits that are written and tested.
     pub(super) mask: u32,
     /// Bits of the mask that hold the value of a node.
@@ -138,6 +140,14 @@ impl Skeleton<'_> {
                 Some(base(ChainType::Filter, Hook::Postrouting, AFTER_SNAT)),
                 self.guard(),
             );
+        }
+        if let Some(device) = self.only {
+            // The interface is known for certain after the last hook where a packet can be routed
+            // again.
+            let base = base(ChainType::Filter, Hook::Postrouting, AFTER_SNAT);
+            let other = Stmt::OtherInterface(Interface::Output, device.clone());
+            let rule = [self.outer(), vec![other, Stmt::Counter, Stmt::Drop]].concat();
+            add(ChainId::Underlay, Some(base), vec![rule]);
         }
         add(ChainId::EgressIp, None, self.egress_ip());
         add(ChainId::Marked, None, self.marked());
@@ -707,6 +717,11 @@ impl Skeleton<'_> {
 
     fn input(&self) -> Vec<Vec<Stmt>> {
         let mut rules = Vec::new();
+        if let Some(device) = self.only {
+            let port = Field::UdpDestinationPort.is(self.port.into());
+            let other = Stmt::OtherInterface(Interface::Input, device.clone());
+            rules.push(vec![port, other, Stmt::Counter, Stmt::Drop]);
+        }
         for family in Family::BOTH {
             // VXLAN is not authenticated: any host could send packets with an egress IP as source.
             // So could a pod whose packets its node masquerades, if it sends to an address of this

@@ -54,6 +54,7 @@ pub(super) fn skeleton(
     let skeleton = Skeleton {
         device: &world.cluster.tunnel.device,
         port: world.cluster.tunnel.port,
+        only: world.cluster.tunnel.only_underlay(),
         mask,
         values: layout.value_mask() & mask,
         replies: replies.then(|| own_mark.unwrap_or_else(|| layout.tunnel())),

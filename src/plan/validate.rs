@@ -267,6 +267,14 @@ fn check_settings(cluster: &Cluster) -> Result<(), PlanError> {
     if tunnel.port == 0 {
         return Err(PlanError::Port);
     }
+    if tunnel.underlay_only {
+        if tunnel.underlay_device.is_none() {
+            return Err(PlanError::UnderlayOnlyDevice);
+        }
+        if cluster.backend != Backend::Nftables {
+            return Err(PlanError::UnderlayOnlyBackend);
+        }
+    }
     if cluster.policy_counters && cluster.connection_caching {
         return Err(PlanError::CachedCounters);
     }

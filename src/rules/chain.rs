@@ -46,6 +46,9 @@ pub enum ChainId {
     NatPostrouting,
     /// Postrouting base chain after source NAT: checks the translation that a packet really got.
     Guard,
+    /// Postrouting base chain: drops tunnel packets that leave by another interface than the
+    /// underlay's.
+    Underlay,
     /// Packets with a gateway's mark: clears it before encapsulation, drops packets not tunnelled.
     Marked,
     /// Packets of our tracked connections: drops those that are not steered or translated any more.
@@ -110,6 +113,7 @@ impl ChainId {
             "forward" => Self::Forward,
             "nat_postrouting" => Self::NatPostrouting,
             "guard" => Self::Guard,
+            "underlay" => Self::Underlay,
             "marked" => Self::Marked,
             "tracked" => Self::Tracked,
             "spoofed_vxlan" => Self::SpoofedVxlan,
@@ -159,6 +163,7 @@ impl fmt::Display for ChainId {
             Self::Forward => f.write_str("forward"),
             Self::NatPostrouting => f.write_str("nat_postrouting"),
             Self::Guard => f.write_str("guard"),
+            Self::Underlay => f.write_str("underlay"),
             Self::Marked => f.write_str("marked"),
             Self::Tracked => f.write_str("tracked"),
             Self::SpoofedVxlan => f.write_str("spoofed_vxlan"),

@@ -160,6 +160,8 @@ pub enum Stmt {
     },
     /// `iifname "…"` or `oifname "…"`
     Interface(Interface, DeviceName),
+    /// `iifname != "…"` or `oifname != "…"`
+    OtherInterface(Interface, DeviceName),
     /// `key @set`, or `!=`; where the set's elements have counters, they count the packet.
     Lookup {
         /// The key to look up, in the order of the set's key parts.
@@ -508,12 +510,21 @@ fn comparison(f: &mut fmt::Formatter<'_>, of: Selector, negated: bool, value: u3
     }
 }
 
+impl fmt::Display for Interface {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Input => "iifname",
+            Self::Output => "oifname",
+        })
+    }
+}
+
 impl fmt::Display for Stmt {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Match { of, negated, value } => comparison(f, *of, *negated, *value),
-            Self::Interface(Interface::Input, name) => write!(f, "iifname \"{name}\""),
-            Self::Interface(Interface::Output, name) => write!(f, "oifname \"{name}\""),
+            Self::Interface(interface, name) => write!(f, "{interface} \"{name}\""),
+            Self::OtherInterface(interface, name) => write!(f, "{interface} != \"{name}\""),
             Self::Lookup { key, set, negated } => {
                 let not = if *negated { "!= " } else { "" };
                 write!(f, "{} {not}@{set}", Concatenated(key))

@@ -118,6 +118,7 @@ impl Walk<'_> {
         let packet = frame.packet;
         let outer = Packet::udp(frame.from, u16::MAX, frame.to, frame.port);
         let mut skb = Skb::new(outer, Tracking::fresh());
+        skb.input = self.state.link.as_ref().and_then(|link| link.underlay.clone());
         if let End::Dropped = self.hook(&Hook::Input, &mut skb, false) {
             return (Fate::Dropped, packet);
         }
@@ -281,6 +282,7 @@ impl Walk<'_> {
         skb.mark = mark;
         // Postrouting sees the VXLAN device as the input interface; it is not the output interface.
         skb.input = Some(device.clone());
+        skb.output = self.state.link.as_ref().and_then(|link| link.underlay.clone());
         match self.route(frame.to, mark, Some(Rule::LOOPBACK)) {
             Routed::Own => {}
             Routed::Refused => return false,

@@ -35,6 +35,7 @@ mod restart;
 mod roundtrip;
 mod saved;
 mod stand_ins;
+mod underlay;
 mod way_back;
 mod xtables;
 

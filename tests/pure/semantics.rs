@@ -185,7 +185,8 @@ pub(crate) fn frame(cluster: &Cluster, plan: &Plan, packet: Packet) -> Frame {
 }
 
 /// The same cluster with the iptables backend, which has fewer features.
-pub(crate) fn with_iptables(cluster: Cluster, variant: Variant, accept: bool) -> Cluster {
+pub(crate) fn with_iptables(mut cluster: Cluster, variant: Variant, accept: bool) -> Cluster {
+    cluster.tunnel.underlay_only = false;
     cluster
         .with_backend(Backend::Iptables(Iptables::new(variant).with_accept(accept)))
         .with_steering(Steering::Tables)

@@ -373,6 +373,20 @@ fn invalid_settings_refused() {
         E::Excluded { .. },
         "excluded prefixes: 10.244.1.0/16 has host bits set; 10.244.0.0/16 may be meant"
     );
+    refused!(
+        of_cluster(|cluster| cluster.tunnel.underlay_only = true),
+        E::UnderlayOnlyDevice,
+        "underlay_only needs an underlay_device: name the interface of the underlay"
+    );
+    refused!(
+        of_cluster(|cluster| {
+            cluster.tunnel.underlay_only = true;
+            cluster.tunnel.underlay_device = Some(DeviceName::new("wg0").unwrap());
+            cluster.backend = Backend::Iptables(Iptables::new(Variant::Nft));
+        }),
+        E::UnderlayOnlyBackend,
+        "underlay_only needs nf_tables as backend"
+    );
     let claim = |text, device| Claim::new(net(text), DeviceName::new(device).unwrap());
     of_cluster(|cluster| cluster.claims = vec![claim("198.51.100.200/32", "eth1")]).unwrap();
     refused!(

@@ -77,6 +77,7 @@ fn states() -> impl Strategy<Value = State> {
         if backend != Backend::Nftables {
             cluster.steering = Steering::Tables;
             cluster.replies = Replies::Direct;
+            cluster.tunnel.underlay_only = false;
         }
         planned(&cluster, policies).unwrap().state
     })

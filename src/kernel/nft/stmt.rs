@@ -238,14 +238,15 @@ fn expressions(statement: &Stmt, known: &mut Option<Family>) -> Option<Vec<Expr>
             exprs.extend(select(*of, reg::R1)?);
             exprs.push(cmp(!negated, form(of.field).bytes(*value)?));
         }
-        Stmt::Interface(interface, name) => {
+        Stmt::Interface(interface, name) | Stmt::OtherInterface(interface, name) => {
+            let equal = matches!(statement, Stmt::Interface(..));
             let key = match interface {
                 Interface::Input => meta::IIFNAME,
                 Interface::Output => meta::OIFNAME,
             };
             let mut padded = name.as_str().as_bytes().to_vec();
             padded.resize(DEVICE, 0);
-            exprs.extend([Expr::MetaLoad { key, dreg: reg::R1 }, cmp(true, padded)]);
+            exprs.extend([Expr::MetaLoad { key, dreg: reg::R1 }, cmp(equal, padded)]);
         }
         Stmt::Lookup { key: parts, set, negated } => {
             require(&mut exprs, parts.first()?.field);
@@ -396,10 +397,18 @@ fn guess(mut exprs: &[Expr]) -> Option<Stmt> {
     }
     for (key, interface) in [(meta::IIFNAME, Interface::Input), (meta::OIFNAME, Interface::Output)]
     {
-        if let Some(name) = tested(&mut exprs, key) {
-            let name = name.split(|byte| *byte == 0).next()?;
-            let name = DeviceName::new(std::str::from_utf8(name).ok()?).ok()?;
-            return Some(Stmt::Interface(interface, name));
+        if let [
+            Expr::MetaLoad { key: loaded, dreg: reg::R1 },
+            Expr::Cmp { sreg: reg::R1, equal, data },
+            ..,
+        ] = exprs
+        {
+            if *loaded == key {
+                let name = data.split(|byte| *byte == 0).next()?;
+                let name = DeviceName::new(std::str::from_utf8(name).ok()?).ok()?;
+                let of = if *equal { Stmt::Interface } else { Stmt::OtherInterface };
+                return Some(of(interface, name));
+            }
         }
     }
     if let [load_mark, Expr::Bitwise { mask, xor, .. }, set, ..] = exprs {

@@ -32,8 +32,13 @@ impl Walk<'_> {
                 Some(Loaded::Number(found)) => (found == *value) != *negated,
                 Some(Loaded::Address(_) | Loaded::Mac(_)) | None => false,
             },
-            Stmt::Interface(Interface::Input, name) => skb.input.as_ref() == Some(name),
-            Stmt::Interface(Interface::Output, name) => skb.output.as_ref() == Some(name),
+            Stmt::Interface(interface, name) | Stmt::OtherInterface(interface, name) => {
+                let found = match interface {
+                    Interface::Input => &skb.input,
+                    Interface::Output => &skb.output,
+                };
+                (found.as_ref() == Some(name)) == matches!(statement, Stmt::Interface(..))
+            }
             Stmt::Lookup { set, negated, .. } if set.is_fleeting() => {
                 self.conntrack.held.holds(*set, &skb.packet) != *negated
             }

@@ -102,6 +102,8 @@ fn base_chains() -> Vec<Chain> {
                     Counter,
                     Drop,
                 ],
+                vec![OtherInterface(crate::state::Interface::Input, device()), Counter, Drop],
+                vec![OtherInterface(crate::state::Interface::Output, device()), Counter, Drop],
                 vec![Field::Destination(V6).is_in(Set::Eip(V6)), Goto(ChainId::EgressIp)],
                 vec![
                     Field::Source(V4).is_in(Set::Peer(V4)),

@@ -1,0 +1,177 @@
+//! Tunnel packets by the interface of the underlay, and by no other.
+
+use std::net::UdpSocket;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::Duration;
+use std::{io, thread};
+
+use common::backend::backend;
+use common::fleet::{
+    Fleet, Result, check, dual, expect, expect_nothing, lab, nft, policy, sources, tool,
+};
+use egress_datapath::testing::lab::{Device, EIP_B, Lab, Netns, POD_A, PORT, SERVER};
+use egress_datapath::{Backend, DeviceName, EgressPolicy};
+use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, eth, recv, socket_with};
+
+const DATAGRAMS: u32 = 100_000;
+const TIMES: u32 = 100;
+const CRYPT: Device<'_> = Device { name: "crypt0", index: 12 };
+
+/// Gives node-a and node-b a second link, for their underlay addresses while it is up.
+fn encrypt(lab: &Lab) -> Result {
+    let (a, b) = (&lab.node_a.netns, &lab.node_b.netns);
+    a.link(|link| link.veth(CRYPT, None, CRYPT, b.as_fd()))?;
+    for netns in [a, b] {
+        up(netns)?;
+    }
+    Ok(())
+}
+
+fn up(netns: &Netns) -> Result {
+    tool(netns, "ip link set crypt0 up")?;
+    for last in [11, 12] {
+        tool(netns, &format!("ip route replace 10.10.0.{last}/32 dev crypt0 metric 1"))?;
+    }
+    Ok(())
+}
+
+/// A fleet whose nodes a and b may send tunnel packets by this interface alone.
+fn fleet(lab: &Lab, only: bool) -> Result<Fleet> {
+    Fleet::with(lab, |cluster| {
+        if cluster.node.as_str() != "node-c" {
+            let device = DeviceName::new("crypt0").ok();
+            cluster.tunnel.underlay_device = device.filter(|_| only);
+            cluster.tunnel.underlay_only = only;
+        }
+    })
+}
+
+fn policies() -> Result<Vec<EgressPolicy>> {
+    Ok(vec![policy("p", &[POD_A], Some("node-b"), dual(EIP_B))?])
+}
+
+/// All frames of the network between the nodes but those of the second link.
+fn tap(lab: &Lab) -> Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let open = || socket_with(AddressFamily::PACKET, SocketType::DGRAM, flags, Some(eth::ALL));
+    Ok(lab.router.run(open)?.map_err(io::Error::from)?)
+}
+
+/// Number of tunnel packets that have passed.
+fn tunnelled(tap: &OwnedFd) -> usize {
+    let (mut packet, mut count) = ([0; 64], 0);
+    while let Ok((length, _)) = recv(tap, &mut packet[..], RecvFlags::empty()) {
+        // IPv4 without options, UDP, and the port of the tunnel.
+        let is =
+            |at: usize, bytes: &[u8]| packet[..length].get(at..at + bytes.len()) == Some(bytes);
+        count += usize::from(is(0, &[0x45]) && is(9, &[17]) && is(22, &7789_u16.to_be_bytes()));
+    }
+    count
+}
+
+/// Sends datagrams of a selected pod while the second link goes down and comes back; returns the
+/// number sent and that of tunnel packets on the other link.
+fn flap(lab: &Lab) -> Result<(u32, usize)> {
+    let tap = tap(lab)?;
+    let flow = lab.pod_a.run(|| UdpSocket::bind("0.0.0.0:0"))??;
+    flow.connect((SERVER[0], PORT))?;
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| -> Result<(u32, usize)> {
+        let sender = scope.spawn(|| {
+            let mut sent = 0;
+            while sent < DATAGRAMS || !done.load(Relaxed) {
+                sent += u32::from(flow.send(b"?").is_ok());
+                if sent % 64 == 0 {
+                    thread::sleep(Duration::from_micros(500));
+                }
+            }
+            sent
+        });
+        let mut seen = 0;
+        let mut flap = || -> Result {
+            for _ in 0..TIMES {
+                tool(&lab.node_a.netns, "ip link set crypt0 down")?;
+                seen += tunnelled(&tap);
+                up(&lab.node_a.netns)?;
+                seen += tunnelled(&tap);
+            }
+            Ok(())
+        };
+        let flapped = flap();
+        done.store(true, Relaxed);
+        let sent = sender.join().map_err(|_| "the sender panicked")?;
+        flapped.map(|()| (sent, seen + tunnelled(&tap)))
+    })
+}
+
+#[test]
+fn underlay_goes_down_and_no_tunnel_packet_leaves_by_another_interface() -> Result {
+    harness::needs(&["ip"]);
+    if backend() != Backend::Nftables {
+        return Ok(());
+    }
+    let lab = lab();
+    encrypt(&lab)?;
+    // Without the option packets take the route that there is.
+    let mut plain = fleet(&lab, false)?;
+    plain.apply(&policies()?)?;
+    let (_, seen) = flap(&lab)?;
+    assert_ne!(seen, 0);
+    let mut only = fleet(&lab, true)?;
+    only.apply(&policies()?)?;
+    check(&[expect(&lab.pod_a, SERVER, EIP_B)]);
+    for report in fleet(&lab, true)?.apply(&policies()?)? {
+        assert!(report.changes.is_empty(), "{}", report.changes);
+    }
+    let (sent, seen) = flap(&lab)?;
+    println!("{sent} datagrams, the underlay down and up {TIMES} times, {seen} in the clear");
+    assert_eq!(seen, 0);
+    check(&[expect(&lab.pod_a, SERVER, EIP_B)]);
+    // The interface is created again, and the tunnel, which the kernel deletes with it.
+    let tap = tap(&lab)?;
+    tool(&lab.node_a.netns, "ip link del crypt0")?;
+    check(&[expect_nothing(&lab.pod_a, SERVER)]);
+    encrypt(&lab)?;
+    check(&[expect_nothing(&lab.pod_a, SERVER)]);
+    only.apply(&policies()?)?;
+    check(&[expect(&lab.pod_a, SERVER, EIP_B)]);
+    assert_eq!(tunnelled(&tap), 0);
+    Ok(())
+}
+
+#[test]
+fn tunnel_packets_by_another_interface_are_dropped() -> Result {
+    harness::needs(&["ip", "nft"]);
+    if backend() != Backend::Nftables {
+        return Ok(());
+    }
+    let lab = lab();
+    encrypt(&lab)?;
+    let mut only = fleet(&lab, true)?;
+    only.apply(&policies()?)?;
+    check(&[expect(&lab.pod_a, SERVER, EIP_B)]);
+    // Another program routes the tunnel packets of node-a again, by their mark.
+    let rules = "table inet foreign {
+        chain output {
+            type route hook output priority mangle;
+            udp dport 7789 meta mark set 0x77
+        }
+    }";
+    nft(&lab.node_a.netns, &[], rules)?;
+    tool(&lab.node_a.netns, "ip rule add pref 50 fwmark 0x77 lookup 77")?;
+    tool(&lab.node_a.netns, "ip route add 10.10.0.0/24 dev eth0 table 77")?;
+    let tap = tap(&lab)?;
+    sources(&lab);
+    check(&[expect_nothing(&lab.pod_a, SERVER)]);
+    assert_eq!((tunnelled(&tap), sources(&lab).len()), (0, 0));
+    // They arrive where the option is not set, and are dropped where it is.
+    let mut plain = fleet(&lab, false)?;
+    plain.apply_to("node-a", &policies()?)?;
+    check(&[expect_nothing(&lab.pod_a, SERVER)]);
+    assert_ne!(tunnelled(&tap), 0);
+    assert!(sources(&lab).is_empty());
+    plain.apply_to("node-b", &policies()?)?;
+    check(&[expect(&lab.pod_a, SERVER, EIP_B)]);
+    Ok(())
+}
