@@ -231,7 +231,7 @@ fn address_of_another_program_is_left_alone() -> Result {
 #[test]
 fn deleted_egress_ip_is_reported_and_added_again() -> Result {
     if backend() != Backend::Nftables {
-        return Ok(());
+        harness::limit("with iptables there are no notifications");
     }
     let lab = lab();
     let mut cluster = lab.cluster(&lab.node_b)?;
