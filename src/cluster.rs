@@ -104,11 +104,10 @@ pub struct Cluster {
 
 /// A prefix of egress IPs, and the interface to which their gateway adds them.
 ///
-/// The gateway of a policy adds the egress IP before it announces it, and deletes it with the last
-/// policy that uses it. Before that it asks the network for the address, for
-/// [`PROBE_TIME`](Self::PROBE_TIME): if a host replies, the operation is refused with the MAC address
-/// of that host, and nothing else. After that it announces the address, by gratuitous ARP or an
-/// unsolicited neighbour advertisement.
+/// The gateway of a policy asks the network for the egress IP for [`PROBE_TIME`](Self::PROBE_TIME),
+/// adds it, and announces it by gratuitous ARP or an unsolicited neighbour advertisement. It deletes
+/// the egress IP with the last policy that uses it. If a host replies, the operation is refused with
+/// the MAC address of that host; everything else of the call is in force.
 ///
 /// The address does not change which source the node's own packets have: it is an IPv4 address of
 /// scope `host` with prefix length 32, or a deprecated IPv6 address. It has this crate's protocol
