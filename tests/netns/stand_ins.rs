@@ -136,6 +136,14 @@ fn listed(netns: &Netns) -> Result<String> {
         let words: Vec<&str> = line.split(' ').collect();
         let text = run(netns, words[0], &words[1..], true)?;
         let mut lines: Vec<&str> = text.lines().collect();
+        if line == "ip neigh" {
+            // The kernel asks for a neighbour when it likes to send it a frame, and forgets it later.
+            let stays = |line: &&str| {
+                // The state, behind family and interface: NUD_NOARP, NUD_PERMANENT.
+                line.split(", ").nth(8).is_some_and(|state| ["40", "80"].contains(&state))
+            };
+            lines.retain(stays);
+        }
         // Of rules and routes the order matters; the kernel has the others in hashes.
         if !line.contains("rule") && !line.contains("route") {
             lines.sort_unstable();
