@@ -58,7 +58,8 @@ const BUSY: &str = "drop the other watch of this datapath first";
 ///
 /// Changes of the datapath's nf_tables table, of routes and rules with its protocol number, of
 /// routes that replace others outside the kernel's own tables, of the VXLAN device, of the
-/// addresses, neighbours and FDB entries on it, and of its `rp_filter`. A new rule of another
+/// addresses, neighbours and FDB entries on it, and of its `rp_filter`, and the deletion of an egress
+/// IP that this crate has added to another interface. A new rule of another
 /// program that precedes the datapath's rules and may take its packets is reported as
 /// [`Component::Rule`](crate::event::Component::Rule), too: `repair` changes nothing about it, and
 /// [`Preflight::run_routing`](crate::preflight::Preflight::run_routing) names it with a remedy. Other changes of links,

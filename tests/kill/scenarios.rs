@@ -84,7 +84,7 @@ pub(crate) struct Marks {
     caching: bool,
     /// The path of replies; that of the run if it is not by the tunnel.
     replies: Replies,
-    /// Whether the gateway adds the egress IPs to the interface of their network.
+    /// Egress IPs are added by the gateway to the interface of their network.
     claims: bool,
 }
 

@@ -13,7 +13,7 @@ use egress_datapath::testing::lab::{
     EIP_A, EIP_B, Host, Lab, NODE_B_OUTSIDE, NODE_C_OUTSIDE, POD_A, POD_B, SERVER,
 };
 use egress_datapath::{
-    Backend, Claim, Cluster, DeviceName, EgressIp, EgressPolicy, Error, KernelDatapath,
+    ApplyError, Backend, Claim, Cluster, DeviceName, EgressIp, EgressPolicy, Error, KernelDatapath,
 };
 
 /// Until the server knows that an address has moved.
@@ -31,6 +31,15 @@ fn fleet(lab: &Lab) -> Result<Fleet> {
 
 fn via(gateway: &str) -> Result<Vec<EgressPolicy>> {
     Ok(vec![policy("p", &[POD_A, POD_B], Some(gateway), dual(EIP_A))?])
+}
+
+/// What node-b refuses of these policies.
+fn refused(fleet: &mut Fleet, policies: &[EgressPolicy]) -> Result<ApplyError> {
+    let error = fleet.apply_to("node-b", policies).unwrap_err();
+    match *error.downcast()? {
+        Error::Apply(refused) => Ok(refused),
+        other => Err(other.into()),
+    }
 }
 
 /// Egress IPs that this crate has added to interfaces of a node.
@@ -107,8 +116,7 @@ fn egress_ip_that_a_host_has_is_refused_with_its_mac() -> Result {
     }
     let mut fleet = fleet(&lab)?;
     let begin = Instant::now();
-    let error = fleet.apply_to("node-b", &via("node-b")?).unwrap_err();
-    let Some(Error::Apply(source)) = error.downcast_ref() else { return Err(error) };
+    let source = refused(&mut fleet, &via("node-b")?)?;
     writeln!(stderr(), "refused after {:?}", begin.elapsed())?;
     let holder = mac(&lab.node_c, "eth1")?;
     let found: Vec<_> = source.refused.iter().map(|(op, error)| (op, error.duplicate())).collect();
@@ -126,8 +134,7 @@ fn egress_ip_that_a_host_has_is_refused_with_its_mac() -> Result {
     // A permanent neighbour is not deleted.
     let entry = format!("{} lladdr {holder} dev eth1", EIP_A[0]);
     tool(&lab.node_b.netns, &format!("ip neigh replace {entry} nud permanent"))?;
-    let error = fleet.apply_to("node-b", &via("node-b")?).unwrap_err();
-    let Some(Error::Apply(source)) = error.downcast_ref() else { return Err(error) };
+    let source = refused(&mut fleet, &via("node-b")?)?;
     assert_eq!((source.refused.len(), claimed(&lab.node_b)?), (1, vec![EIP_A[1]]));
     tool(&lab.node_b.netns, &format!("ip neigh del {entry}"))?;
     fleet.apply(&via("node-b")?)?;
@@ -188,21 +195,20 @@ fn interface_that_is_missing_or_down_closes_nothing_else() -> Result {
         claiming(cluster);
         cluster.claims[1].device = DeviceName::new("eth7").unwrap();
     })?;
-    let refused = |fleet: &mut Fleet| -> Result<Vec<_>> {
-        let error = fleet.apply_to("node-b", &via("node-b")?).unwrap_err();
-        let Some(Error::Apply(source)) = error.downcast_ref() else { return Err(error) };
+    let reasons = |fleet: &mut Fleet| -> Result<Vec<_>> {
+        let source = refused(fleet, &via("node-b")?)?;
         assert_eq!(source.skipped, 0, "{source}");
         Ok(source.refused.iter().map(|(_, error)| (error.errno(), error.remedy())).collect())
     };
     let missing = (Some(19), Some("create the interface first or name another one"));
-    assert_eq!(refused(&mut fleet)?, [missing]);
+    assert_eq!(reasons(&mut fleet)?, [missing]);
     assert_eq!(claimed(&lab.node_b)?, EIP_A[..1]);
     fleet.apply_to("node-a", &via("node-b")?)?;
     check(&[Expect { from: &lab.pod_a, to: SERVER, source: [Some(EIP_A[0]), None] }]);
     tool(&lab.node_b.netns, &format!("ip addr del {}/32 dev eth1", EIP_A[0]))?;
     tool(&lab.node_b.netns, "ip link set eth1 down")?;
     let down = (Some(100), Some("set the interface up first or name another one"));
-    assert_eq!(refused(&mut fleet)?, [down, missing]);
+    assert_eq!(reasons(&mut fleet)?, [down, missing]);
     Ok(())
 }
 
@@ -212,8 +218,7 @@ fn address_of_another_program_is_left_alone() -> Result {
     let lab = lab();
     let mut fleet = fleet(&lab)?;
     let policies = [policy("p", &[POD_A], Some("node-b"), dual(EIP_B))?];
-    let error = fleet.apply_to("node-b", &policies).unwrap_err();
-    let Some(Error::Apply(source)) = error.downcast_ref() else { return Err(error) };
+    let source = refused(&mut fleet, &policies)?;
     for (_, error) in &source.refused {
         assert_eq!(error.words(), Some("another program has added the address to eth1"));
     }

@@ -18,6 +18,16 @@ const DATAGRAMS: u32 = 100_000;
 const TIMES: u32 = 100;
 const CRYPT: Device<'_> = Device { name: "crypt0", index: 12 };
 
+/// A lab whose nodes a and b have a second link.
+fn encrypted() -> Result<Lab> {
+    if backend() != Backend::Nftables {
+        harness::limit("underlay_only needs nf_tables");
+    }
+    let lab = lab();
+    encrypt(&lab)?;
+    Ok(lab)
+}
+
 /// Gives node-a and node-b a second link, for their underlay addresses while it is up.
 fn encrypt(lab: &Lab) -> Result {
     let (a, b) = (&lab.node_a.netns, &lab.node_b.netns);
@@ -108,11 +118,7 @@ fn flap(lab: &Lab) -> Result<(u32, usize)> {
 #[test]
 fn underlay_goes_down_and_no_tunnel_packet_leaves_by_another_interface() -> Result {
     harness::needs(&["ip"]);
-    if backend() != Backend::Nftables {
-        harness::limit("underlay_only needs nf_tables");
-    }
-    let lab = lab();
-    encrypt(&lab)?;
+    let lab = encrypted()?;
     // Without the option packets take the route that there is.
     let mut plain = fleet(&lab, false)?;
     plain.apply(&policies()?)?;
@@ -143,11 +149,7 @@ fn underlay_goes_down_and_no_tunnel_packet_leaves_by_another_interface() -> Resu
 #[test]
 fn tunnel_packets_by_another_interface_are_dropped() -> Result {
     harness::needs(&["ip", "nft"]);
-    if backend() != Backend::Nftables {
-        harness::limit("underlay_only needs nf_tables");
-    }
-    let lab = lab();
-    encrypt(&lab)?;
+    let lab = encrypted()?;
     let mut only = fleet(&lab, true)?;
     only.apply(&policies()?)?;
     check(&[expect(&lab.pod_a, SERVER, EIP_B)]);

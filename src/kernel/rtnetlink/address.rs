@@ -17,6 +17,9 @@ use crate::error::{KernelError, errno};
 use crate::state::PROTOCOL;
 use crate::types::{DeviceName, Family};
 
+/// Index in a request for the addresses of all interfaces.
+pub(crate) const ALL: u32 = 0;
+
 const NO_IPV6: &str = "set the sysctl net.ipv6.conf.<device>.disable_ipv6 to 0";
 
 pub(crate) const fn kernel_family(family: Family) -> AddressFamily {
@@ -118,52 +121,22 @@ impl RouteSocket {
     /// Addresses of the interface with this index, without link-local addresses.
     pub(crate) fn addresses(&mut self, index: u32) -> Result<BTreeSet<IpNet>, KernelError> {
         let what = format!("ip addr show dev index {index}");
-        let mut found = BTreeSet::new();
-        for family in Family::BOTH {
-            let mut message = AddressMessage::default();
-            message.header.family = kernel_family(family);
-            message.header.index = index;
-            let nets = self.dump_addresses(&what, message, family)?;
-            found.extend(
-                nets.into_iter()
-                    .filter(|(at, net)| *at == index && !is_link_local(net.addr()))
-                    .map(|(_, net)| net),
-            );
-        }
-        Ok(found)
+        let found = self.pick_addresses(&what, index, &Family::BOTH, parse)?.into_iter();
+        let found = found.filter(|(at, net)| *at == index && !is_link_local(net.addr()));
+        Ok(found.map(|(_, net)| net).collect())
     }
 
     /// Addresses of all interfaces of this node: index, prefix, and whether it is a claim.
     pub(crate) fn addresses_of_host(&mut self) -> Result<Vec<(u32, IpNet, bool)>, KernelError> {
-        let mut found = Vec::new();
-        for family in Family::BOTH {
-            let mut message = AddressMessage::default();
-            message.header.family = kernel_family(family);
-            let message = RouteNetlinkMessage::GetAddress(message);
-            let listed = self.dump(&"ip addr show", &message, |message| match message {
-                RouteNetlinkMessage::NewAddress(message)
-                    if message.header.family == kernel_family(family) =>
-                {
-                    let (index, net) = parse(&message)?;
-                    Some((index, net, is_claim(&message)))
-                }
-                _ => None,
-            });
-            found.extend(unless_absent(family, listed)?);
-        }
-        Ok(found)
+        self.pick_addresses(&"ip addr show", ALL, &Family::BOTH, |message| {
+            let (index, net) = parse(message)?;
+            Some((index, net, is_claim(message)))
+        })
     }
 
     /// Addresses of all interfaces of this node.
     pub(crate) fn local_addresses(&mut self) -> Result<BTreeSet<IpAddr>, KernelError> {
-        let mut found = BTreeSet::new();
-        for family in Family::BOTH {
-            let mut message = AddressMessage::default();
-            message.header.family = kernel_family(family);
-            let nets = self.dump_addresses(&"ip addr show", message, family)?;
-            found.extend(nets.into_iter().map(|(_, net)| net.addr()));
-        }
-        Ok(found)
+        Ok(self.addresses_of_host()?.into_iter().map(|(_, net, _)| net.addr()).collect())
     }
 
     /// Interface that has this address, and its MTU.
@@ -172,10 +145,7 @@ impl RouteSocket {
         address: IpAddr,
     ) -> Result<Option<(DeviceName, u32)>, KernelError> {
         let what = format!("ip addr show to {address}");
-        let family = Family::of(address);
-        let mut message = AddressMessage::default();
-        message.header.family = kernel_family(family);
-        let nets = self.dump_addresses(&what, message, family)?;
+        let nets = self.pick_addresses(&what, ALL, &[Family::of(address)], parse)?;
         let Some((index, _)) = nets.into_iter().find(|(_, net)| net.addr() == address) else {
             return Ok(None);
         };
@@ -183,22 +153,31 @@ impl RouteSocket {
         Ok(device.and_then(|device| Some((DeviceName::new(device.name).ok()?, device.mtu))))
     }
 
-    fn dump_addresses(
+    /// Addresses of an interface, or of [`ALL`] interfaces, as far as `pick` returns them.
+    pub(crate) fn pick_addresses<T>(
         &mut self,
         what: &dyn Display,
-        message: AddressMessage,
-        family: Family,
-    ) -> Result<Vec<(u32, IpNet)>, KernelError> {
-        let message = RouteNetlinkMessage::GetAddress(message);
-        let found = self.dump(what, &message, |message| match message {
-            // A kernel without IPv6 replies with the addresses of all the families that it has.
-            RouteNetlinkMessage::NewAddress(message)
-                if message.header.family == kernel_family(family) =>
-            {
-                parse(&message)
-            }
-            _ => None,
-        });
-        unless_absent(family, found)
+        index: u32,
+        families: &[Family],
+        pick: impl Fn(&AddressMessage) -> Option<T>,
+    ) -> Result<Vec<T>, KernelError> {
+        let mut all = Vec::new();
+        for family in families {
+            let mut message = AddressMessage::default();
+            message.header.family = kernel_family(*family);
+            message.header.index = index;
+            let message = RouteNetlinkMessage::GetAddress(message);
+            let found = self.dump(what, &message, |message| match message {
+                // A kernel without IPv6 replies with the addresses of all the families that it has.
+                RouteNetlinkMessage::NewAddress(message)
+                    if message.header.family == kernel_family(*family) =>
+                {
+                    pick(&message)
+                }
+                _ => None,
+            });
+            all.extend(unless_absent(*family, found)?);
+        }
+        Ok(all)
     }
 }

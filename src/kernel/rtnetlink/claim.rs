@@ -198,15 +198,12 @@ impl RouteSocket {
                 thread::sleep(POLL);
                 let replied = self.replied(asked, false);
                 for ((one, device), found) in asked.iter().zip(&mut found) {
-                    let mac = match &replied {
-                        Ok(replied) => replied.get(&(device.index, one.address)).copied(),
-                        Err(error) => {
-                            *found = Err(error.clone());
-                            continue;
-                        }
-                    };
                     if is_open(found) {
-                        *found = Ok(mac.filter(|mac| !own.contains(mac)));
+                        let mac = |all: &BTreeMap<_, _>| {
+                            let mac = all.get(&(device.index, one.address)).copied();
+                            mac.filter(|mac| !own.contains(mac))
+                        };
+                        *found = replied.as_ref().map(mac).map_err(KernelError::clone);
                     }
                 }
             }

@@ -8,9 +8,9 @@ use netlink_packet_route::link::{
 };
 
 use crate::error::{KernelError, errno};
-use crate::kernel::rtnetlink::address::{kernel_family, parse};
+use crate::kernel::rtnetlink::address::{ALL, parse};
 use crate::kernel::rtnetlink::link;
-use crate::kernel::rtnetlink::socket::{RouteSocket, unless_absent};
+use crate::kernel::rtnetlink::socket::RouteSocket;
 use crate::preflight::facts::{Address, Device, DeviceKind, Vxlan};
 use crate::types::Family;
 
@@ -36,25 +36,11 @@ impl RouteSocket {
         devices: &[Indexed],
     ) -> Result<Vec<Address>, KernelError> {
         let name = |index| devices.iter().find(|(at, _)| *at == index).map(|(_, d)| d.name.clone());
-        let mut all = Vec::new();
-        for family in Family::BOTH {
-            let mut message = AddressMessage::default();
-            message.header.family = kernel_family(family);
-            let message = RouteNetlinkMessage::GetAddress(message);
-            let found = self.dump(&"ip addr show", &message, |message| match message {
-                // A kernel without IPv6 answers with the addresses of all the families it has.
-                RouteNetlinkMessage::NewAddress(message)
-                    if message.header.family == kernel_family(family) =>
-                {
-                    let (index, net) = parse(&message)?;
-                    let deprecated = is_deprecated(&message);
-                    Some(Address { ip: net.addr(), device: name(index)?, deprecated })
-                }
-                _ => None,
-            });
-            all.extend(unless_absent(family, found)?);
-        }
-        Ok(all)
+        self.pick_addresses(&"ip addr show", ALL, &Family::BOTH, |message| {
+            let (index, net) = parse(message)?;
+            let deprecated = is_deprecated(message);
+            Some(Address { ip: net.addr(), device: name(index)?, deprecated })
+        })
     }
 
     /// Returns true if the kernel supports VXLAN devices; the kernel loads the module if it can.
