@@ -90,8 +90,9 @@ fn flood(lab: &Lab, change: &Change, size: &Size) -> Result<Vec<String>> {
             nft(&host.netns, &[], change.foreign)?;
         }
     }
-    // Every reconciliation lists all connections; where each has one packet, let them go.
-    stream::forget_after(lab, if change.lasts() { "30" } else { "0" })?;
+    // Every reconciliation lists all connections; where each has one packet, let them go. One that
+    // was offloaded loses 30 s when its flowtable lets it go, and must be there after that.
+    stream::forget_after(lab, if change.lasts() { "120" } else { "0" })?;
     for host in lab.nodes() {
         host.netns.sysctl(&[
             // With its mark, a packet must at no moment seem to come from elsewhere.

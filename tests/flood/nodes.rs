@@ -18,9 +18,9 @@ use crate::changes::beside;
 
 /// The kernel, whose connections are listed now and then only.
 ///
-/// The flood's are never stale, being of one packet, unless they go on; but to list them the kernel
-/// looks into every bucket that connections of any namespace may be in, which takes longer than all
-/// else.
+/// To list connections, the kernel looks into every bucket that those of any namespace may be in,
+/// which takes longer than all else. Connections of one packet are never stale; those that go on
+/// are listed every time.
 pub(crate) struct Hasty {
     kernel: Box<dyn Datapath>,
     /// Every so-manieth time.
@@ -61,6 +61,8 @@ type Node = (Cluster, Reconciler<Hasty>);
 /// The nodes of a lab.
 pub(crate) struct Nodes {
     all: Vec<Node>,
+    /// How often connections are listed.
+    every: u32,
     /// Policies that are there all the time, and both gateways have one: with the last of them the
     /// rules would go that count what they hold back.
     beside: Vec<EgressPolicy>,
@@ -69,6 +71,7 @@ pub(crate) struct Nodes {
 impl Nodes {
     pub(crate) fn open(lab: &Lab, change: &Change) -> Result<Self> {
         let Change { marks, backends, caching, reads, .. } = *change;
+        let every = if change.lasts() { 1 } else { 16 };
         let open = |host: &&Host| {
             let cluster = lab
                 .cluster(host)?
@@ -79,18 +82,18 @@ impl Nodes {
                 .with_connection_caching(caching);
             let both = Backend::Iptables(Iptables::new(Variant::Nft));
             let backend = if backends { both } else { backend() };
-            let hasty = hasty(host, &cluster, backend, reads)?;
+            let hasty = hasty(host, (&cluster, backend), reads, every)?;
             Ok((cluster, hasty))
         };
         let all = lab.nodes().iter().map(open).collect::<Result<_>>()?;
         let beside = if change.loss.is_by_rule() { beside()?.into() } else { Vec::new() };
-        Ok(Self { all, beside })
+        Ok(Self { all, every, beside })
     }
 
     /// Gives every node a new reconciler, which remembers nothing.
     pub(crate) fn restart(&mut self, lab: &Lab) -> Result {
         for (host, (cluster, reconciler)) in lab.nodes().into_iter().zip(&mut self.all) {
-            *reconciler = hasty(host, cluster, cluster.backend, Reads::Everything)?;
+            *reconciler = hasty(host, (cluster, cluster.backend), Reads::Everything, self.every)?;
         }
         Ok(())
     }
@@ -125,14 +128,13 @@ impl Nodes {
 
 fn hasty(
     host: &Host,
-    cluster: &Cluster,
-    backend: Backend,
+    (cluster, backend): (&Cluster, Backend),
     reads: Reads,
+    every: u32,
 ) -> Result<Reconciler<Hasty>> {
     let kernel = datapath(&host.netns, backend)?;
     let in_use = host.netns.run(KernelTables::open)??;
     let tables = TablePool::with_probe(TableRange::default(), in_use);
-    let every = if cluster.connection_caching { 1 } else { 16 };
     let hasty = Hasty { kernel, every, asked: 0, reads };
     Ok(Reconciler::with_allocators(hasty, MarkPool::new(cluster.marks), tables))
 }
