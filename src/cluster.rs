@@ -493,6 +493,14 @@ pub struct Tunnel {
     /// outer packet that is larger than the MTU of a switch or of the receiving interface is lost
     /// without an ICMP error.
     pub underlay_mtu: u32,
+    /// Lowers the MSS of TCP connections to what the tunnel carries; default off.
+    ///
+    /// Without the option, a sender learns from ICMP errors that the tunnel carries less than its own
+    /// link. With the option, no such error is needed: set it if a firewall drops them. The MSS is
+    /// the MTU of the tunnel minus 40 bytes over IPv4 and 60 over IPv6, as in RFC 9293 section 3.7.1.
+    /// The node of the pod lowers it in the segments with the SYN flag: in those to the pod, and with
+    /// [`Replies::Tunnel`] in those of the pod, too. A smaller MSS stays.
+    pub clamp_mss: bool,
 }
 
 impl Default for Tunnel {
@@ -504,6 +512,7 @@ impl Default for Tunnel {
             underlay_device: None,
             underlay_only: false,
             underlay_mtu: 1500,
+            clamp_mss: false,
         }
     }
 }
@@ -553,6 +562,13 @@ impl Tunnel {
     #[must_use]
     pub const fn with_underlay_mtu(mut self, underlay_mtu: u32) -> Self {
         self.underlay_mtu = underlay_mtu;
+        self
+    }
+
+    /// Lowers the MSS of TCP connections to what the tunnel carries.
+    #[must_use]
+    pub const fn with_clamp_mss(mut self, clamp_mss: bool) -> Self {
+        self.clamp_mss = clamp_mss;
         self
     }
 }

@@ -515,6 +515,9 @@ const fn deletion(chain: ChainId) -> Phase {
         ChainId::Guard | ChainId::ReturnCheck | ChainId::SourceCheck(_) | ChainId::Returned => {
             Phase::RetireGuards
         }
+        // Rules that clear marks stay until the routes that need the marks are deleted, and those
+        // ahead of them lead to it.
+        ChainId::ClampMss => Phase::RetireGuards,
         _ => Phase::EmptyVerdicts,
     }
 }

@@ -187,7 +187,7 @@ mod tests {
         refused::<Tunnel>(
             json!({"vnid": 7}),
             "unknown field `vnid`, expected one of `device`, `vni`, `port`, `underlay_device`, \
-             `underlay_only`, `underlay_mtu`",
+             `underlay_only`, `underlay_mtu`, `clamp_mss`",
         );
         refused::<Backend>(
             json!({"iptables": {"variant": "nft", "acept": true}}),

@@ -165,6 +165,8 @@ struct TunnelForm {
     underlay_device: Option<Text<DeviceName>>,
     #[serde(default)]
     underlay_only: bool,
+    #[serde(default)]
+    clamp_mss: bool,
     underlay_mtu: Option<u32>,
 }
 
@@ -204,6 +206,7 @@ impl File<'_> {
             .with_port(self.tunnel.port.unwrap_or(tunnel.port))
             .with_underlay_device(self.tunnel.underlay_device.map(|device| device.0))
             .with_underlay_only(self.tunnel.underlay_only)
+            .with_clamp_mss(self.tunnel.clamp_mss)
             .with_underlay_mtu(self.tunnel.underlay_mtu.unwrap_or(tunnel.underlay_mtu));
         let pods = self.pods.into_iter().map(|net| net.0.0).collect();
         let cluster = Cluster::new(node, nodes, excluded)

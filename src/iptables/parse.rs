@@ -123,10 +123,12 @@ impl Reader<'_> {
             ("udp", "--dport") if take(&mut self.protocol) == "udp" => {
                 plain(XtMatch::UdpPort(self.next()?))
             }
-            ("tcp", "--tcp-flags") if take(&mut self.protocol) == "tcp" && is == Is::Not => {
-                self.is("SYN,ACK")?;
-                self.is("SYN")?;
-                Some(XtMatch::OpensNothing)
+            ("tcp", "--tcp-flags") if take(&mut self.protocol) == "tcp" => {
+                match (is, self.words.pop_front()?, self.words.pop_front()?) {
+                    (Is::Not, "SYN,ACK", "SYN") => Some(XtMatch::OpensNothing),
+                    (Is::So, "SYN", "SYN") => Some(XtMatch::Syn),
+                    _ => None,
+                }
             }
             ("mark", "--mark") => Some(XtMatch::Mark(is, bits(self.words.pop_front()?)?)),
             ("connmark", "--mark") => Some(XtMatch::Connmark(is, bits(self.words.pop_front()?)?)),
@@ -183,6 +185,10 @@ impl Reader<'_> {
                 self.is(everything(self.family))?;
                 XtTarget::Netmap(self.family)
             }
+            "TCPMSS" => {
+                self.is("--set-mss")?;
+                XtTarget::ClampMss(self.next()?)
+            }
             "NFQUEUE" => {
                 self.is("--queue-num")?;
                 (self.next::<u16>()? == SINK_QUEUE).then_some(XtTarget::Sink)?
@@ -230,6 +236,7 @@ mod tests {
             (Family::V6, rule(vec![M::OutputDevice(device())], T::Netmap(Family::V6), "")),
             (v4, rule(vec![M::UdpPort(7789)], T::Drop, "a \"b\" \\ c")),
             (v4, rule(vec![M::OpensNothing], T::Drop, "")),
+            (v4, rule(vec![M::Syn], T::ClampMss(1410), "")),
             (Family::V6, rule(vec![M::Udp], T::Drop, "")),
             (v4, rule(vec![M::Socket], T::Return, "")),
             (v4, rule(vec![M::AnySocket, M::Direction(Direction::Reply)], T::Return, "")),
@@ -290,6 +297,8 @@ mod tests {
             "-j NFQUEUE --queue-num 65535 --queue-bypass",
             "-j SNAT --to-source 1.2.3.4-1.2.3.9",
             "-j MASQUERADE --random-fully",
+            "-p tcp -m tcp --tcp-flags SYN,RST SYN -j TCPMSS --set-mss 1410",
+            "-p tcp -m tcp --tcp-flags SYN SYN -j TCPMSS --clamp-mss-to-pmtu",
             "-m conntrack --ctdir ORIGINAL -m conntrack --ctdir ORIGINAL -j DROP",
             "-j",
             "",

@@ -21,6 +21,8 @@ pub(super) struct Skeleton<'a> {
     pub(super) port: u16,
     /// Interface by which all tunnel packets leave and arrive, if there is but one.
     pub(super) only: Option<&'a DeviceName>,
+    /// MSS of TCP connections in the tunnel, in bytes; none if it is not lowered.
+    pub(super) mss: Vec<(Family, u16)>,
     /// Mask of the mark bits that are written and tested.
     pub(super) mask: u32,
     /// Bits of the mask that hold the value of a node.
@@ -152,6 +154,10 @@ impl Skeleton<'_> {
         add(ChainId::EgressIp, None, self.egress_ip());
         add(ChainId::Marked, None, self.marked());
         add(ChainId::Tracked, None, self.tracked());
+        if !self.mss.is_empty() {
+            let clamp = |(family, size): &(Family, u16)| vec![Stmt::ClampMss(*family, *size)];
+            add(ChainId::ClampMss, None, self.mss.iter().map(clamp).collect());
+        }
         add(ChainId::SpoofedVxlan, None, self.injected());
         add(ChainId::FromTunnel, None, self.arrived());
         add(ChainId::Classify, None, self.by_source(Field::Source, ChainId::Exclude));
@@ -510,6 +516,10 @@ impl Skeleton<'_> {
             // The other direction of a reply comes out of the tunnel.
             rules.push(vec![Stmt::direction(Direction::Reply), Stmt::NoOffload]);
         }
+        if self.replies.is_some() {
+            // Both directions use the tunnel, and both pass this chain or that of tracked packets.
+            rules.extend(self.clamp_mss(None));
+        }
         rules.push(self.enter());
         rules.push(vec![Stmt::direction(Direction::Reply), self.set_mark(0), Stmt::Return]);
         if self.replies.is_some() && !self.used.translates {
@@ -530,6 +540,12 @@ impl Skeleton<'_> {
             returned(vec![Stmt::state(Stmt::NEW), connection, Stmt::Return]),
             returned(vec![Field::CtMark.has(self.connection), self.set_mark(0), Stmt::Return]),
         ]
+    }
+
+    /// Lowers the MSS of a segment with the SYN flag, under a condition.
+    fn clamp_mss(&self, condition: Option<Stmt>) -> Option<Vec<Stmt>> {
+        let rule = [Some(Stmt::with_syn()), condition, Some(Stmt::Jump(ChainId::ClampMss))];
+        (!self.mss.is_empty()).then(|| rule.into_iter().flatten().collect())
     }
 
     /// Keeps all connections from being offloaded, if packets need their mark in the tunnel.
@@ -556,6 +572,8 @@ impl Skeleton<'_> {
         let mut rules = self.keep_from_offload();
         rules.push(self.enter());
         rules.push(vec![original, self.is_not_tunnel(), Stmt::Counter, Stmt::Drop]);
+        // A reply to a connection that a gateway translates: the pod's segments use the tunnel.
+        rules.extend(self.clamp_mss(Some(Stmt::not_translated())));
         if !self.keeps_mark {
             rules.push(vec![Stmt::NoOffload]);
         }

@@ -11,7 +11,7 @@ use crate::cluster::{Replies, Steering};
 use crate::policy::Unavailable;
 use crate::range::IpRange;
 use crate::state::{ChainId, Comment, Data, Firewall, Key, Tag, Value, Verdict};
-use crate::types::Mark;
+use crate::types::{Family, Mark};
 
 /// Returns the nf_tables table of this node without the elements of single policies.
 pub(super) fn skeleton(
@@ -55,6 +55,11 @@ pub(super) fn skeleton(
         device: &world.cluster.tunnel.device,
         port: world.cluster.tunnel.port,
         only: world.cluster.tunnel.only_underlay(),
+        mss: Family::BOTH
+            .map(|family| Some((family, world.mss(family)?)))
+            .into_iter()
+            .flatten()
+            .collect(),
         mask,
         values: layout.value_mask() & mask,
         replies: replies.then(|| own_mark.unwrap_or_else(|| layout.tunnel())),

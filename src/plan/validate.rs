@@ -195,6 +195,17 @@ impl ValidatedCluster {
     pub(super) fn mtu(&self) -> u32 {
         self.cluster.tunnel.underlay_mtu - overhead(self.underlay)
     }
+
+    /// Returns the MSS, in bytes, to which that of TCP connections in the tunnel is lowered, if any.
+    pub(super) fn mss(&self, family: Family) -> Option<u16> {
+        // Headers without options: 20 or 40 bytes of IP, and 20 of TCP.
+        let headers = match family {
+            Family::V4 => 40,
+            Family::V6 => 60,
+        };
+        let size = u16::try_from(self.mtu() - headers).unwrap_or(u16::MAX);
+        self.cluster.tunnel.clamp_mss.then_some(size)
+    }
 }
 
 /// Returns the bytes of the outer Ethernet, IP, UDP and VXLAN headers (RFC 7348, section 5).

@@ -53,6 +53,8 @@ pub enum ChainId {
     Marked,
     /// Packets of our tracked connections: drops those that are not steered or translated any more.
     Tracked,
+    /// Segments with the SYN flag of connections that use the tunnel: lowers their MSS.
+    ClampMss,
     /// Packets that imitate a tunnel packet of this node: drops them.
     SpoofedVxlan,
     /// Packets received from the tunnel.
@@ -116,6 +118,7 @@ impl ChainId {
             "underlay" => Self::Underlay,
             "marked" => Self::Marked,
             "tracked" => Self::Tracked,
+            "clamp_mss" => Self::ClampMss,
             "spoofed_vxlan" => Self::SpoofedVxlan,
             "from_tunnel" => Self::FromTunnel,
             "return_check" => Self::ReturnCheck,
@@ -166,6 +169,7 @@ impl fmt::Display for ChainId {
             Self::Underlay => f.write_str("underlay"),
             Self::Marked => f.write_str("marked"),
             Self::Tracked => f.write_str("tracked"),
+            Self::ClampMss => f.write_str("clamp_mss"),
             Self::SpoofedVxlan => f.write_str("spoofed_vxlan"),
             Self::FromTunnel => f.write_str("from_tunnel"),
             Self::FromNode(mark) => write!(f, "from_{:08x}", mark.get()),

@@ -103,6 +103,8 @@ pub enum XtName {
     MarkRequest,
     /// Clears the mark before encapsulation; drops marked packets that do not enter the tunnel.
     ResetMark,
+    /// Lowers the MSS of segments to pods whose own segments use the tunnel.
+    ClampMss,
     /// Drops tunnel packets of unknown senders.
     Guard,
     /// Packets to an egress IP: drops those that neither a connection nor a socket expects.
@@ -139,6 +141,7 @@ impl XtName {
             _ => match name.strip_prefix("EGRESSGATEWAY-")? {
                 "MARK-REQUEST" => Self::MarkRequest,
                 "RESET-MARK" => Self::ResetMark,
+                "CLAMP-MSS" => Self::ClampMss,
                 "GUARD" => Self::Guard,
                 "EIP" => Self::EgressIp,
                 "CHECK-SNAT" => Self::CheckSnat,
@@ -177,6 +180,7 @@ impl fmt::Display for XtName {
             Self::Postrouting => "POSTROUTING",
             Self::MarkRequest => "EGRESSGATEWAY-MARK-REQUEST",
             Self::ResetMark => "EGRESSGATEWAY-RESET-MARK",
+            Self::ClampMss => "EGRESSGATEWAY-CLAMP-MSS",
             Self::Guard => "EGRESSGATEWAY-GUARD",
             Self::EgressIp => "EGRESSGATEWAY-EIP",
             Self::CheckSnat => "EGRESSGATEWAY-CHECK-SNAT",
@@ -217,6 +221,8 @@ pub enum XtMatch {
     Udp,
     /// `-p tcp ! --tcp-flags SYN,ACK SYN`: the segment is not the first one of a connection
     OpensNothing,
+    /// `-p tcp --tcp-flags SYN SYN`: the segment has an MSS, if any has
+    Syn,
     /// `-m socket`: a socket takes the packet that is connected or bound to the address
     Socket,
     /// `-m socket --nowildcard`: the same, or a socket that is bound to no address
@@ -320,6 +326,8 @@ pub enum XtTarget {
     Masquerade,
     /// `NETMAP --to` all addresses: maps the connection to its own source, which blocks masquerades
     Netmap(Family),
+    /// `TCPMSS --set-mss size`, in bytes: lowers the MSS of a segment
+    ClampMss(u16),
     /// `NFQUEUE` to a queue without a reader, which drops; the nat table refuses `DROP`.
     Sink,
     /// `-j chain`
@@ -354,6 +362,7 @@ impl fmt::Display for XtMatch {
             Self::UdpPort(port) => write!(f, "-p udp -m udp --dport {port}"),
             Self::Udp => f.write_str("-p udp"),
             Self::OpensNothing => f.write_str("-p tcp -m tcp ! --tcp-flags SYN,ACK SYN"),
+            Self::Syn => f.write_str("-p tcp -m tcp --tcp-flags SYN SYN"),
             Self::Socket => f.write_str("-m socket"),
             Self::AnySocket => f.write_str("-m socket --nowildcard"),
             Self::Mark(is, bits) => write!(f, "-m mark {is}--mark {}", xmark(*bits)),
@@ -394,6 +403,7 @@ impl fmt::Display for XtRule {
             XtTarget::Snat(address) => write!(f, "-j SNAT --to-source {address}"),
             XtTarget::Masquerade => f.write_str("-j MASQUERADE"),
             XtTarget::Netmap(family) => write!(f, "-j NETMAP --to {}", everything(*family)),
+            XtTarget::ClampMss(size) => write!(f, "-j TCPMSS --set-mss {size}"),
             XtTarget::Sink => write!(f, "-j NFQUEUE --queue-num {SINK_QUEUE}"),
             XtTarget::Jump(chain) => write!(f, "-j {chain}"),
             XtTarget::Goto(chain) => write!(f, "-g {chain}"),

@@ -190,6 +190,11 @@ pub enum Stmt {
     KeepSource(Family),
     /// `masquerade`
     Masquerade,
+    /// `meta nfproto … tcp option maxseg size set …`: lowers the MSS, in bytes, of a segment.
+    ///
+    /// The kernel leaves a smaller MSS as it is, and adds none to a segment without one
+    /// (`nft_exthdr_tcp_set_eval`).
+    ClampMss(Family, u16),
     /// `notrack`
     NoTrack,
     /// `flow add @no_offload`: no other flowtable takes the connection.
@@ -348,6 +353,11 @@ impl Stmt {
         Field::TcpFlags.has(MarkBits { mask: Self::SYN, value: 0 })
     }
 
+    /// `tcp flags syn`: the segment has an MSS, if any has.
+    pub const fn with_syn() -> Self {
+        Field::TcpFlags.has_not(MarkBits { mask: Self::SYN, value: 0 })
+    }
+
     /// `tcp flags & (syn|ack) != syn`: the segment is not the first one of a connection.
     pub const fn opens_nothing() -> Self {
         Field::TcpFlags.has_not(MarkBits { mask: OPENING, value: Self::SYN })
@@ -497,6 +507,7 @@ fn comparison(f: &mut fmt::Formatter<'_>, of: Selector, negated: bool, value: u3
         }
         (Field::CtStatus, Mask::Bits(Stmt::SNAT), false, 0) => f.write_str("ct status ! snat"),
         (Field::TcpFlags, Mask::Bits(Stmt::SYN), false, 0) => f.write_str("tcp flags ! syn"),
+        (Field::TcpFlags, Mask::Bits(Stmt::SYN), true, 0) => f.write_str("tcp flags syn"),
         (Field::TcpFlags, Mask::Bits(OPENING), true, Stmt::SYN) => {
             f.write_str("tcp flags & (syn|ack) != syn")
         }
@@ -554,6 +565,10 @@ impl fmt::Display for Stmt {
                 write!(f, "meta nfproto ipv{digit} snat {ip} to {ip} saddr")
             }
             Self::Masquerade => f.write_str("masquerade"),
+            Self::ClampMss(family, size) => {
+                let digit = family.digit();
+                write!(f, "meta nfproto ipv{digit} tcp option maxseg size set {size}")
+            }
             Self::NoTrack => f.write_str("notrack"),
             Self::NoOffload => write!(f, "flow add @{FLOWTABLE}"),
             Self::Counter => f.write_str("counter"),

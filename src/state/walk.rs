@@ -104,7 +104,7 @@ impl Packet<'_> {
                     End::Through => {}
                     end => return end,
                 },
-                XtTarget::SetConnmark(_) | XtTarget::Unknown(_) => {}
+                XtTarget::SetConnmark(_) | XtTarget::ClampMss(_) | XtTarget::Unknown(_) => {}
                 _ => return End::Through,
             }
         }
@@ -118,6 +118,7 @@ impl Packet<'_> {
             | XtMatch::UdpPort(_)
             | XtMatch::Udp
             | XtMatch::OpensNothing
+            | XtMatch::Syn
             | XtMatch::Socket
             | XtMatch::AnySocket => false,
             XtMatch::Mark(is, bits) => bits.are_in(self.mark) == (*is == Is::So),

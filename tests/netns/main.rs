@@ -28,6 +28,7 @@ mod odd_flows;
 mod overwritten;
 mod ownership;
 mod packets;
+mod path_mtu;
 mod process;
 mod refusals;
 mod replies;

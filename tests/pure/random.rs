@@ -100,7 +100,8 @@ prop_compose! {
             vec![("192.0.2.0/24", "eth0"), ("192.0.2.2/32", "eth1"), ("2001:db8:ffff::/48", "eth1")],
             vec![("192.0.2.2/31", "eth1")],
         ]),
-        (up_v4, counting, only) in (prop::bool::weighted(0.9), any::<bool>(), any::<bool>()),
+        (up_v4, counting) in (prop::bool::weighted(0.9), any::<bool>()),
+        (only, clamp) in (any::<bool>(), any::<bool>()),
         caching in any::<bool>(),
         excluded in select(vec![
             vec!["10.244.0.0/16", "fd44::/16"],
@@ -120,6 +121,7 @@ prop_compose! {
         cluster.tunnel.device = DeviceName::new(device).unwrap();
         cluster.tunnel.underlay_device = under.map(|name| DeviceName::new(name).unwrap());
         cluster.tunnel.underlay_only = only && under.is_some();
+        cluster.tunnel.clamp_mss = clamp;
         cluster.rule_priority = priority;
         let claim = |(net, device): (&str, _)| {
             Claim::new(net.parse().unwrap(), DeviceName::new(device).unwrap())

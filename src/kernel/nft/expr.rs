@@ -65,6 +65,13 @@ pub(super) mod fib {
     pub(crate) const TYPE: u32 = 3;
 }
 
+/// Operations of `exthdr`, and numbers of TCP options.
+pub(super) mod exthdr {
+    pub(crate) const TCP_OPTION: u32 = 1;
+    /// Maximum segment size (RFC 9293 section 3.2).
+    pub(crate) const MSS: u8 = 2;
+}
+
 /// Headers that offsets of `payload` are relative to.
 pub(super) mod base {
     pub(crate) const LINK: u32 = 0;
@@ -83,6 +90,8 @@ pub(crate) enum Expr {
     Payload { base: u32, offset: u32, len: u32, dreg: u32 },
     /// Sets bytes of the packet that no checksum covers.
     PayloadSet { base: u32, offset: u32, len: u32, sreg: u32 },
+    /// Lowers a number in a TCP option to that in a register.
+    TcpOption { option: u8, offset: u32, len: u32, sreg: u32 },
     /// Ends the rule unless a register equals the value (`equal` false: unless it differs).
     Cmp { sreg: u32, equal: bool, data: Vec<u8> },
     /// Masks a register, then inverts bits (xor).
@@ -135,6 +144,7 @@ impl Expr {
         let name = match self {
             Self::MetaLoad { .. } | Self::MetaSet { .. } => "meta",
             Self::Payload { .. } | Self::PayloadSet { .. } => "payload",
+            Self::TcpOption { .. } => "exthdr",
             Self::Cmp { .. } => "cmp",
             Self::Bitwise { .. } => "bitwise",
             Self::Lookup { .. } => "lookup",
@@ -196,6 +206,13 @@ impl Expr {
                 writer.be32(6, 0);
                 writer.be32(7, 0);
                 writer.be32(8, 0);
+            }
+            Self::TcpOption { option, offset, len, sreg } => {
+                writer.be32(7, *sreg);
+                writer.attribute(2, &[*option]);
+                writer.be32(3, *offset);
+                writer.be32(4, *len);
+                writer.be32(6, exthdr::TCP_OPTION);
             }
             Self::Cmp { sreg, equal, data } => {
                 writer.be32(1, *sreg);

@@ -8,7 +8,7 @@
 #[cfg(test)]
 mod tests;
 
-use super::expr::{Expr, Verdict, base, ct, fib, meta, reg, socket, verdict};
+use super::expr::{Expr, Verdict, base, ct, exthdr, fib, meta, reg, socket, verdict};
 use crate::state::{
     ChainId, FLOWTABLE, Field, Interface, MarkBits, MarkOf, Mask, NftRule, Selector, Set, Stmt,
     Target,
@@ -285,6 +285,18 @@ fn expressions(statement: &Stmt, known: &mut Option<Family>) -> Option<Vec<Expr>
             exprs.extend(store(Target::Snat(*family)));
         }
         Stmt::Masquerade => exprs.push(Expr::Masquerade),
+        Stmt::ClampMss(family, size) => {
+            // As for `KeepSource`, the family is tested again.
+            exprs.extend(family_test(*family));
+            *known = Some(*family);
+            exprs.push(Expr::Load { dreg: reg::R1, data: size.to_be_bytes().to_vec() });
+            exprs.push(Expr::TcpOption {
+                option: exthdr::MSS,
+                offset: MSS_OFFSET,
+                len: 2,
+                sreg: reg::R1,
+            });
+        }
         Stmt::NoTrack => exprs.push(Expr::NoTrack),
         Stmt::NoOffload => exprs.push(Expr::FlowOffload { flowtable: FLOWTABLE.to_owned() }),
         Stmt::Counter => exprs.push(Expr::Counter),
@@ -296,6 +308,9 @@ fn expressions(statement: &Stmt, known: &mut Option<Family>) -> Option<Vec<Expr>
     }
     Some(exprs)
 }
+
+/// Offset of the size in the option (RFC 9293 section 3.2).
+const MSS_OFFSET: u32 = 2;
 
 /// Length of an interface name, padded with zeros (`IFNAMSIZ`).
 const DEVICE: usize = 16;
@@ -422,7 +437,13 @@ fn guess(mut exprs: &[Expr]) -> Option<Stmt> {
             return Some(Stmt::SetMark(of, MarkBits { mask: !keep, value }));
         }
     }
-    let _family = tested(&mut exprs, meta::NFPROTO);
+    let family = tested(&mut exprs, meta::NFPROTO);
+    if let (Some(&[number]), [Expr::Load { data, .. }, Expr::TcpOption { .. }, ..]) =
+        (family, exprs)
+    {
+        let family = Family::BOTH.into_iter().find(|family| nfproto(*family) == number)?;
+        return Some(Stmt::ClampMss(family, u16::from_be_bytes(data.as_slice().try_into().ok()?)));
+    }
     let protocol = tested(&mut exprs, meta::L4PROTO).map(|bytes| Form::Byte.number(bytes));
     let protocol = protocol.flatten().and_then(|number| u8::try_from(number).ok());
     let _ethernet = tested(&mut exprs, meta::IIFTYPE);

@@ -35,6 +35,10 @@ impl Rules<'_> {
         };
         chain(Mangle, N::MarkRequest, self.mark_request());
         chain(Mangle, N::ResetMark, self.reset_mark());
+        if let Some(size) = self.mss() {
+            let rule = rule([XtMatch::Syn], XtTarget::ClampMss(size), "egress gateway: clamp mss");
+            chain(Mangle, N::ClampMss, vec![rule]);
+        }
         chain(Mangle, N::Guard, self.guard());
         chain(Mangle, N::EgressIp, self.egress_ip());
         chain(Mangle, N::CheckSnat, self.check_snat());
@@ -92,11 +96,23 @@ impl Rules<'_> {
     fn to_reset_mark(&self) -> Vec<XtRule> {
         let ours = XtMatch::Connmark(Is::So, self.connection());
         let unmarked = [self.marked(Is::Not), ours, XtMatch::Direction(Direction::Original)];
-        vec![
+        let mut jumps = vec![
             to(unmarked, XtName::ResetMark, "without the mark of its connection"),
             to([self.tunnel_port()], XtName::ResetMark, "to the tunnel"),
             to([self.marked(Is::So)], XtName::ResetMark, "reset mark"),
-        ]
+        ];
+        if self.mss().is_some() {
+            // A reply to a connection that a gateway translates: the pod's segments use the tunnel.
+            let plain = XtMatch::State(Is::Not, CtState::Snat);
+            let ours = XtMatch::Connmark(Is::So, self.connection());
+            let reply = XtMatch::Direction(Direction::Reply);
+            jumps.push(to([XtMatch::Syn, ours, reply, plain], XtName::ClampMss, "clamp mss"));
+        }
+        jumps
+    }
+
+    fn mss(&self) -> Option<u16> {
+        self.sets.world.mss(self.sets.family)
     }
 
     fn tunnel(&self) -> Mark {

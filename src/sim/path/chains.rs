@@ -80,6 +80,8 @@ impl Walk<'_> {
                 self.say(here(), Decision::Snat(own));
                 return Some(Next::End(End::Nat(Nat::Masquerade)));
             }
+            // A simulated segment has no options.
+            Stmt::ClampMss(of, _) => *of == Self::family(skb.packet),
             Stmt::NoTrack => {
                 skb.tracking = Tracking::Untracked;
                 true

@@ -62,6 +62,9 @@ impl<'a> Table<'a> {
                 let mask = Stmt::SYN | Stmt::ACK;
                 (Is::Not, has(Field::TcpFlags, MarkBits { mask, value: Stmt::SYN }))
             }
+            XtMatch::Syn => {
+                (Is::So, has(Field::TcpFlags, MarkBits { mask: Stmt::SYN, value: Stmt::SYN }))
+            }
             XtMatch::Socket => (Is::So, Some(skb.wildcard == Some(false))),
             XtMatch::AnySocket => (Is::So, Some(skb.wildcard.is_some())),
             XtMatch::Mark(is, bits) => (*is, has(Field::Mark, *bits)),
@@ -156,6 +159,8 @@ impl Ruleset for Table<'_> {
                 walk.say(here(), Decision::Snat(Some(*address)));
                 Next::End(End::Nat(Nat::To(*address)))
             }
+            // A simulated segment has no options.
+            XtTarget::ClampMss(_) => Next::Rule,
             XtTarget::Masquerade => {
                 let own = walk.around.own(skb.packet.destination);
                 walk.say(here(), Decision::Snat(own));

@@ -1,6 +1,6 @@
 //! Decoding of expressions.
 
-use super::{Expr, reg};
+use super::{Expr, exthdr, reg};
 use crate::count::Count;
 use crate::kernel::netlink::message::{Attribute, Attributes, Malformed, Writer};
 use crate::state::ChainId;
@@ -123,6 +123,7 @@ pub(super) fn data(name: &str, list: Attributes<'_>) -> Result<Option<Expr>, Mal
             _ => None,
         },
         "payload" => payload(&fields)?,
+        "exthdr" => tcp_option(&fields)?,
         "cmp" => match (fields.register(1)?, fields.number(2)?, fields.data(3)?) {
             (Some(sreg), Some(op @ (0 | 1)), Some(data)) => {
                 Some(Expr::Cmp { sreg, equal: op == 0, data })
@@ -168,6 +169,18 @@ fn payload(fields: &Fields<'_>) -> Result<Option<Expr>, Malformed> {
         // The datapath's payload writes update no checksum.
         (None, Some(sreg), (Some(base), Some(offset), Some(len))) if fields.none(&[6, 8])? => {
             Some(Expr::PayloadSet { base, offset, len, sreg })
+        }
+        _ => None,
+    })
+}
+
+fn tcp_option(fields: &Fields<'_>) -> Result<Option<Expr>, Malformed> {
+    let option = fields.get(2)?.and_then(|option| option.bytes().first().copied());
+    let numbers = (fields.number(3)?, fields.number(4)?, fields.register(7)?);
+    let is_write = fields.number(6)? == Some(exthdr::TCP_OPTION) && fields.none(&[1, 5])?;
+    Ok(match (option, numbers) {
+        (Some(option), (Some(offset), Some(len), Some(sreg))) if is_write => {
+            Some(Expr::TcpOption { option, offset, len, sreg })
         }
         _ => None,
     })

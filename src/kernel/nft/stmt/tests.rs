@@ -17,7 +17,7 @@ fn golden() -> Vec<(&'static str, Vec<u8>)> {
         let byte = |at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap();
         list.push((rule, (0..hex.len()).step_by(2).map(byte).collect()));
     }
-    assert_eq!(list.len(), 48);
+    assert_eq!(list.len(), 52);
     list
 }
 
@@ -50,6 +50,7 @@ fn statements() -> Vec<Stmt> {
             Stmt::answers(Set::BlockedReply(family)),
             Stmt::answers(Set::PortlessBlockedReply(family)),
             Stmt::KeepSource(family),
+            Stmt::ClampMss(family, 1410),
         ]);
         list.extend((1..=family.bits()).map(|bits| Stmt::by_prefix(destination, bits)));
         list.extend((1..=family.bits()).map(|bits| Stmt::by_prefix(source, bits)));

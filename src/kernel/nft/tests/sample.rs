@@ -132,6 +132,8 @@ fn base_chains() -> Vec<Chain> {
             Some(base(ChainType::Filter, Hook::Forward, -150)),
             rules(vec![
                 vec![output(), UNMARK, ClearPriority],
+                vec![Stmt::with_syn(), ClampMss(V4, 1410)],
+                vec![ClampMss(V6, 1390)],
                 vec![Field::Mark.has(bits(0x2600_0000)), Drop],
                 vec![Field::Mark.bits(MASK).is_in(Set::Gateway), Drop],
             ]),
