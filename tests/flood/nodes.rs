@@ -1,6 +1,6 @@
 //! A reconciler on each node, as fast as commits can be.
 
-use common::backend::{backend, datapath, replies, steering};
+use common::backend::{backend, datapath, replies, steering, underlay};
 use common::fleet::Result;
 use egress_datapath::KernelTables;
 use egress_datapath::alloc::{MarkPool, TablePool, TableRange};
@@ -73,8 +73,7 @@ impl Nodes {
         let Change { marks, backends, caching, reads, .. } = *change;
         let every = if change.lasts() { 1 } else { 16 };
         let open = |host: &&Host| {
-            let cluster = lab
-                .cluster(host)?
+            let cluster = underlay(lab.cluster(host)?)
                 .with_marks(marks)
                 .with_backend(backend())
                 .with_steering(steering(&marks))

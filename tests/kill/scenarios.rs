@@ -2,7 +2,7 @@
 
 use std::slice::from_ref;
 
-use common::backend::{backend, replies, steering};
+use common::backend::{backend, replies, steering, underlay};
 use egress_datapath::testing::lab::{
     self, EIP_A, EIP_B, EIP_C, OTHER_SERVER, POD_A, POD_B, Pair, SERVER, STRANGER, dual, hosts,
 };
@@ -96,7 +96,7 @@ impl Marks {
         let Self { layout: marks, caching: connection_caching, replies: by, claims } = self;
         let (backend, steering) = (backend(), steering(&marks));
         let by = if by == Replies::Direct { replies(&marks, backend) } else { by };
-        cluster
+        underlay(cluster)
             .with_marks(marks)
             .with_connection_caching(connection_caching)
             .with_backend(backend)

@@ -6,7 +6,7 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr as UnixAddr, UnixListener};
 use std::time::Duration;
 
-use common::backend::steering;
+use common::backend::{outer, steering};
 use common::fleet::{
     Fleet, Result, check, dual, expect, expect_nothing, lab, nft, policy, sources, tool,
 };
@@ -162,19 +162,25 @@ fn frame(lab: &Lab) -> Result<Vec<u8>> {
 
 const TUNNEL: u16 = 7789;
 
+/// No address, of the family of the tunnel packets.
+fn any() -> IpAddr {
+    [IpAddr::from(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()][outer()]
+}
+
 #[test]
 fn vxlan_frame_with_spoofed_node_source_dropped_by_reverse_path_filter() -> Result {
     let lab = lab();
     let _fleet = steered(&lab)?;
     let frame = frame(&lab)?;
-    let node_c: IpAddr = "10.10.0.13".parse()?;
+    let node_c: Pair = ["10.10.0.13".parse()?, "fd10::13".parse()?];
+    let [node_a, node_b, node_c] = [NODE_A, NODE_B, node_c].map(|node| node[outer()]);
     // A pod of another node in the name of a third one, and a pod of the gateway itself.
     for filtered in [false, true] {
         if filtered {
             with_reverse_path(&lab)?;
         }
-        for (pod, name) in [(&lab.stranger, node_c), (&lab.pod_b, NODE_A[0])] {
-            send(pod, NODE_B[0], &datagram((name, TUNNEL), (NODE_B[0], TUNNEL), &frame))?;
+        for (pod, name) in [(&lab.stranger, node_c), (&lab.pod_b, node_a)] {
+            send(pod, node_b, &datagram((name, TUNNEL), (node_b, TUNNEL), &frame))?;
             let expected = if filtered { Vec::new() } else { vec![EIP_B[0]] };
             assert_eq!(seen(&lab)?, expected, "in the name of {name}, filtered: {filtered}");
         }
@@ -192,10 +198,11 @@ fn vxlan_frame_with_source_of_a_node_accepted_from_neighbour_and_node_without_da
     let frame = frame(&lab)?;
     let frames = || -> Result<[Vec<IpAddr>; 2]> {
         // A neighbour that forges the source, and a pod that its own node masquerades.
-        let to = (NODE_B[0], TUNNEL);
-        send(&lab.router, NODE_B[0], &datagram((NODE_A[0], TUNNEL), to, &frame))?;
+        let [node_a, node_b] = [NODE_A, NODE_B].map(|node| node[outer()]);
+        let to = (node_b, TUNNEL);
+        send(&lab.router, node_b, &datagram((node_a, TUNNEL), to, &frame))?;
         let of_neighbour = seen(&lab)?;
-        lab.stranger.run(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?.send_to(&frame, to))??;
+        lab.stranger.run(|| UdpSocket::bind((any(), 0))?.send_to(&frame, to))??;
         Ok([of_neighbour, seen(&lab)?])
     };
     fleet.apply_to("node-b", &policies)?;
@@ -357,8 +364,8 @@ fn vxlan_frame_of_unprivileged_process_dropped_by_rule_about_users() -> Result {
             lab.nodes().iter().try_for_each(|host| nft(&host.netns, &[], NO_PROGRAMS))?;
         }
         let sent = unprivileged(&lab.node_a.netns, || {
-            let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
-            socket.send_to(&frame, (NODE_B[0], TUNNEL))
+            let socket = UdpSocket::bind((any(), 0))?;
+            socket.send_to(&frame, (NODE_B[outer()], TUNNEL))
         })?;
         assert_eq!(sent.is_err(), filtered, "{sent:?}");
         let expected = if filtered { Vec::new() } else { vec![EIP_B[0]] };
@@ -433,7 +440,7 @@ fn exclusive_open_while_unprivileged_process_has_the_name() -> Result {
 fn tunnel_refused_while_unprivileged_process_has_the_port() -> Result {
     let lab = lab();
     let node = &lab.node_a.netns;
-    let bind = |port| unprivileged(node, move || UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)));
+    let bind = |port| unprivileged(node, move || UdpSocket::bind((any(), port)));
     let policies = [policy("p", &[POD_A], Some("node-b"), dual(EIP_B))?];
     let socket = bind(TUNNEL)??;
     let mut fleet = Fleet::open(&lab)?;

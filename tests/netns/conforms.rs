@@ -1,6 +1,6 @@
 //! The conformance kit's cases, passed by a reconciler of our own on each node.
 
-use common::backend::{backend, datapath, replies, steering};
+use common::backend::{backend, datapath, replies, steering, underlay};
 use common::fleet::{Result, is_beyond, needs_backend};
 use egress_datapath::KernelTables;
 use egress_datapath::alloc::{MarkPool, TablePool, TableRange};
@@ -28,7 +28,7 @@ impl Integration for Ours {
     ) -> std::result::Result<(), BoxError> {
         let steering = steering(&cluster.marks);
         let replies = replies(&cluster.marks, backend());
-        let cluster = cluster.clone().with_backend(backend()).with_steering(steering);
+        let cluster = underlay(cluster.clone()).with_backend(backend()).with_steering(steering);
         let cluster = cluster.with_replies(replies);
         self.0.apply(&cluster, policies)
     }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 use std::{io, thread};
 
-use common::backend::backend;
+use common::backend::{backend, outer};
 use common::fleet::{
     Fleet, Result, check, dual, expect, expect_nothing, lab, nft, policy, sources, tool,
 };
@@ -32,17 +32,19 @@ fn encrypted() -> Result<Lab> {
 fn encrypt(lab: &Lab) -> Result {
     let (a, b) = (&lab.node_a.netns, &lab.node_b.netns);
     a.link(|link| link.veth(CRYPT, None, CRYPT, b.as_fd()))?;
-    for netns in [a, b] {
-        up(netns)?;
-    }
-    Ok(())
+    up(a, 11)?;
+    up(b, 12)
 }
 
-fn up(netns: &Netns) -> Result {
+/// Brings up the second link of a node, by the last part of its underlay addresses.
+fn up(netns: &Netns, own: u8) -> Result {
     tool(netns, "ip link set crypt0 up")?;
-    for last in [11, 12] {
-        tool(netns, &format!("ip route replace 10.10.0.{last}/32 dev crypt0 metric 1"))?;
+    // In IPv6 an interface replies to neighbour solicitations for its own addresses alone.
+    if outer() == 1 {
+        tool(netns, &format!("ip addr replace fd10::{own}/128 dev crypt0 nodad"))?;
     }
+    let peer = format!("{}{}", ["10.10.0.", "fd10::"][outer()], 23 - own);
+    tool(netns, &format!("ip route replace {peer} dev crypt0 metric 1"))?;
     Ok(())
 }
 
@@ -72,10 +74,12 @@ fn tap(lab: &Lab) -> Result<OwnedFd> {
 fn tunnelled(tap: &OwnedFd) -> usize {
     let (mut packet, mut count) = ([0; 64], 0);
     while let Ok((length, _)) = recv(tap, &mut packet[..], RecvFlags::empty()) {
-        // IPv4 without options, UDP, and the port of the tunnel.
         let is =
             |at: usize, bytes: &[u8]| packet[..length].get(at..at + bytes.len()) == Some(bytes);
-        count += usize::from(is(0, &[0x45]) && is(9, &[17]) && is(22, &7789_u16.to_be_bytes()));
+        // IPv4 or IPv6 without options, UDP, and the port of the tunnel.
+        let (protocol, port) = [(9, 22), (6, 42)][outer()];
+        let is_ip = packet[0] == 0x45 || packet[0] >> 4 == 6;
+        count += usize::from(is_ip && is(protocol, &[17]) && is(port, &7789_u16.to_be_bytes()));
     }
     count
 }
@@ -103,7 +107,7 @@ fn flap(lab: &Lab) -> Result<(u32, usize)> {
             for _ in 0..TIMES {
                 tool(&lab.node_a.netns, "ip link set crypt0 down")?;
                 seen += tunnelled(&tap);
-                up(&lab.node_a.netns)?;
+                up(&lab.node_a.netns, 11)?;
                 seen += tunnelled(&tap);
             }
             Ok(())
@@ -162,7 +166,9 @@ fn tunnel_packets_by_another_interface_are_dropped() -> Result {
     }";
     nft(&lab.node_a.netns, &[], rules)?;
     tool(&lab.node_a.netns, "ip rule add pref 50 fwmark 0x77 lookup 77")?;
-    tool(&lab.node_a.netns, "ip route add 10.10.0.0/24 dev eth0 table 77")?;
+    tool(&lab.node_a.netns, "ip -6 rule add pref 50 fwmark 0x77 lookup 77")?;
+    let net = ["10.10.0.0/24", "fd10::/64"][outer()];
+    tool(&lab.node_a.netns, &format!("ip route add {net} dev eth0 table 77"))?;
     let tap = tap(&lab)?;
     sources(&lab);
     check(&[expect_nothing(&lab.pod_a, SERVER)]);

@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 use std::{io, mem, thread};
 
-use common::backend::{backend, replies, steering};
+use common::backend::{backend, replies, steering, underlay};
 use egress_datapath::datapath::observe;
 use egress_datapath::explain::{Fate, Packet, explain_received};
 use egress_datapath::sim::{ClusterTrace, Outcome, SimCluster};
@@ -64,7 +64,7 @@ impl Fleet {
         nodes::outside(&lab)?;
         let mut clusters = Vec::new();
         for host in lab.nodes() {
-            let mut cluster = lab.cluster(host).map_err(io::Error::other)?;
+            let mut cluster = underlay(lab.cluster(host).map_err(io::Error::other)?);
             cluster.marks = layout;
             cluster.backend = backend();
             cluster.connection_caching = caching;
@@ -238,7 +238,7 @@ impl Fleet {
             if let Some(told) = told.remove(&number) {
                 sent.explained += 1;
                 let found = seen.first().map(|seen| seen.packet.source);
-                if !told.fits(found, &self.clusters[0].nodes) {
+                if !told.fits(found) {
                     wrong.push(format!("{packet} was explained as {told:?}, came as {found:?}"));
                 }
             }
@@ -419,15 +419,17 @@ enum Explained {
 
 impl Explained {
     /// Whether it is what was seen, if anything was.
-    fn fits(self, source: Option<IpAddr>, all: &[Node]) -> bool {
+    fn fits(self, source: Option<IpAddr>) -> bool {
         match self {
             Self::Dropped => source.is_none(),
             Self::As(told) => source == Some(told),
             Self::AsNode => source.is_some_and(|source| {
                 let outside = [NODE_B_OUTSIDE, NODE_C_OUTSIDE].concat();
                 outside.contains(&source)
-                    || (1..=3).any(|number| nodes::beside_pods(number).contains(&source))
-                    || all.iter().any(|node| node.underlay.contains(&source))
+                    || (1..=3).any(|number| {
+                        nodes::beside_pods(number).contains(&source)
+                            || nodes::addresses(number).contains(&source)
+                    })
             }),
         }
     }

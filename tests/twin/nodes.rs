@@ -8,7 +8,8 @@ use egress_datapath::alloc::{MarkPool, TablePool, TableRange};
 use egress_datapath::explain::HostContext;
 use egress_datapath::sim::SimNode;
 use egress_datapath::testing::lab::{
-    EIP_B, EIP_C, Host, Lab, NODE_B_OUTSIDE, NODE_C_OUTSIDE, POD_A, Pair, Preference, SERVER, net,
+    self, EIP_B, EIP_C, Host, Lab, NODE_B_OUTSIDE, NODE_C_OUTSIDE, POD_A, Pair, Preference, SERVER,
+    net,
 };
 use egress_datapath::{Cluster, Datapath, Reconciler, Sim};
 use ipnet::IpNet;
@@ -91,10 +92,10 @@ pub(crate) fn simulated(cluster: &Cluster) -> Reconciler<Sim> {
 
 /// The twin of the lab's node of this number.
 pub(crate) fn node(number: u8, cluster: &Cluster) -> SimNode {
-    let here = cluster.nodes.iter().find(|node| node.name == cluster.node).unwrap();
-    let mut around = HostContext::new(here.underlay.clone());
+    let own = addresses(number);
+    let mut around = HostContext::new(own.clone());
     let everything = ["0.0.0.0/0", "::/0"].map(|net| net.parse().unwrap());
-    around.own.extend(everything.into_iter().zip(here.underlay.iter().copied()));
+    around.own.extend(everything.into_iter().zip(own));
     let (outside, eip): (Pair, Pair) = match number {
         2 => (NODE_B_OUTSIDE, EIP_B),
         3 => (NODE_C_OUTSIDE, EIP_C),
@@ -109,6 +110,12 @@ pub(crate) fn node(number: u8, cluster: &Cluster) -> SimNode {
     let pods: Vec<IpNet> = pods.iter().map(|net| net.parse().unwrap()).collect();
     around.own.extend(pods.iter().copied().zip(beside_pods(number)));
     SimNode { name: cluster.node.clone(), sim: crate::world::sim().with_host(around), pods }
+}
+
+/// Addresses of a node on the interface of the underlay, whichever the tunnel uses.
+pub(crate) fn addresses(number: u8) -> Vec<IpAddr> {
+    let nodes = lab::cluster("node-a").unwrap().nodes;
+    nodes[usize::from(number) - 1].underlay.clone()
 }
 
 /// Addresses of a node on the interfaces of its pods.

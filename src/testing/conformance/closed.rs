@@ -7,8 +7,8 @@ use crate::datapath::observe;
 use crate::{Changes, Cluster, Datapath, EgressIp, KernelDatapath, KernelError, MacAddr, State};
 
 use super::super::lab::{
-    EIP_B, EIP_C, Echo, Host, NODE_A, NODE_B, NODE_B_OUTSIDE, OTHER_SERVER, POD_A, POD_B, Proto,
-    SERVER, STRANGER, probe,
+    EIP_B, EIP_C, Echo, Host, NODE_A, NODE_B, NODE_B_OUTSIDE, Netns, OTHER_SERVER, POD_A, POD_B,
+    Proto, SERVER, STRANGER, probe,
 };
 use super::Failure;
 use super::expect::{Expect, check};
@@ -171,11 +171,7 @@ pub(super) fn injected_frame(trial: &mut Trial<'_>) -> Result {
     trial.apply(&[policy("p", &[POD_A], B, dual(EIP_B))?])?;
     let (cluster, frame) = frame(trial)?;
     for (netns, arrives) in [(&trial.lab.node_a.netns, true), (&trial.lab.router, false)] {
-        netns.run(|| {
-            let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
-            let [v4, _] = NODE_B;
-            (0..3).try_for_each(|_| socket.send_to(&frame, (v4, cluster.tunnel.port)).map(drop))
-        })??;
+        send_frame(netns, &frame, &NODE_B, cluster.tunnel.port)?;
         // Once a later probe has a reply, the frames have arrived or never will.
         check(&[Expect::source(trial.stranger(), OTHER_SERVER, STRANGER)])?;
         let [v4, _] = EIP_B;
@@ -191,29 +187,32 @@ pub(super) fn frame_of_a_pod(trial: &mut Trial<'_>) -> Result {
     trial.apply(&[policy("p", &[POD_A], B, dual(EIP_B))?])?;
     let (cluster, frame) = frame(trial)?;
     for (_, pod) in [trial.pod_a(), trial.stranger(), trial.pod_c()] {
-        for &to in [NODE_B, NODE_B_OUTSIDE].as_flattened() {
-            let any: IpAddr = match to {
-                IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
-                IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-            };
-            pod.run(|| {
-                let socket = UdpSocket::bind((any, 0))?;
-                let to = (to, cluster.tunnel.port);
-                (0..3).try_for_each(|_| socket.send_to(&frame, to).map(drop))
-            })??;
-        }
+        send_frame(pod, &frame, [NODE_B, NODE_B_OUTSIDE].as_flattened(), cluster.tunnel.port)?;
     }
     // Once a later probe has a reply, the frames have arrived or never will.
     check(&[Expect::source(trial.stranger(), OTHER_SERVER, NODE_A)])?;
     trial.saw(&[NODE_A])?;
     // The same frame from the node arrives: it was dropped because a pod sent it.
-    let [to, _] = NODE_B;
     let (_, node) = trial.node_a();
-    let to = (to, cluster.tunnel.port);
-    node.run(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?.send_to(&frame, to))??;
+    send_frame(node, &frame, &NODE_B, cluster.tunnel.port)?;
     check(&[Expect::source(trial.stranger(), OTHER_SERVER, NODE_A)])?;
     let [v4, _] = EIP_B;
     trial.saw(&[NODE_A, [v4; 2]])
+}
+
+/// Sends a frame of the tunnel to each address: the integration chooses the family of the underlay.
+fn send_frame(netns: &Netns, frame: &[u8], addresses: &[IpAddr], port: u16) -> Result {
+    for &to in addresses {
+        let any: IpAddr = match to {
+            IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        netns.run(|| {
+            let socket = UdpSocket::bind((any, 0))?;
+            (0..3).try_for_each(|_| socket.send_to(frame, (to, port)).map(drop))
+        })??;
+    }
+    Ok(())
 }
 
 /// Returns the cluster, and a valid VXLAN packet from node-a to node-b in its tunnel.

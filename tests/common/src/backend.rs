@@ -1,6 +1,7 @@
-//! The backend, the steering and the path of replies that a run of the tests is about.
+//! The backend, the steering, the path of replies and the underlay that a run of the tests is about.
 
 use std::env;
+use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 
 use egress_datapath::datapath::{Among, Counts, Known, Observed, OnConnection};
@@ -8,8 +9,8 @@ use egress_datapath::iptables::{Iptables, IptablesDatapath};
 use egress_datapath::state::Variant;
 use egress_datapath::testing::lab::{Netns, inside};
 use egress_datapath::{
-    ApplyError, Backend, Changes, Datapath, KernelDatapath, KernelError, MarkLayout, Replies,
-    Steering,
+    ApplyError, Backend, Changes, Cluster, Datapath, KernelDatapath, KernelError, MarkLayout,
+    Replies, Steering,
 };
 
 /// The backend that `EGRESS_BACKEND` names as the agent does; without it nf_tables.
@@ -38,6 +39,22 @@ pub fn replies(marks: &MarkLayout, backend: Backend) -> Replies {
         Ok("tunnel") if allowed => Replies::Tunnel,
         _ => Replies::Direct,
     }
+}
+
+/// The place of the family of the tunnel packets in a pair of addresses.
+pub fn outer() -> usize {
+    usize::from(env::var("EGRESS_UNDERLAY").as_deref() == Ok("ipv6"))
+}
+
+/// The cluster with an underlay of the family that `EGRESS_UNDERLAY` names, such as `ipv6`; without
+/// it all nodes have addresses of both.
+pub fn underlay(mut cluster: Cluster) -> Cluster {
+    if outer() == 1 {
+        for node in &mut cluster.nodes {
+            node.underlay.retain(IpAddr::is_ipv6);
+        }
+    }
+    cluster
 }
 
 /// The datapath of a namespace for a backend.

@@ -20,7 +20,7 @@ use egress_datapath::{
     Protection, Reconciler, Replies, Report, Steering,
 };
 
-use crate::backend::{backend, datapath, replies, steering};
+use crate::backend::{backend, datapath, replies, steering, underlay};
 
 pub type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
 
@@ -123,7 +123,7 @@ impl Fleet {
     /// With clusters that are not quite the usual ones.
     pub fn with(lab: &Lab, change: impl Fn(&mut Cluster)) -> Result<Self> {
         let open = |host: &&Host| -> Result<_> {
-            let mut cluster = lab.cluster(host)?;
+            let mut cluster = underlay(lab.cluster(host)?);
             cluster.backend = backend();
             change(&mut cluster);
             if cluster.steering == Steering::Tables {
