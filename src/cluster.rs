@@ -375,6 +375,12 @@ impl Cluster {
         self.claims = claims;
         self
     }
+
+    /// Returns the claim of an egress IP: of several, the one with the longest prefix.
+    pub(crate) fn claim_of(&self, address: IpAddr) -> Option<&Claim> {
+        let around = self.claims.iter().filter(|claim| claim.net.contains(&address));
+        around.max_by_key(|claim| claim.net.prefix_len())
+    }
 }
 
 /// Priorities of our routing rules.

@@ -220,15 +220,13 @@ impl Index {
 
     /// Returns the egress IPs that this node adds to interfaces of the host.
     pub(super) fn claims(&self) -> BTreeSet<(IpAddr, DeviceName)> {
-        let claims = &self.world.cluster.claims;
-        if claims.is_empty() {
+        let cluster = &self.world.cluster;
+        if cluster.claims.is_empty() {
             return BTreeSet::new();
         }
         let local = self.egress_ips.keys().filter(|(_, gateway)| self.world.is_here(*gateway));
         let claimed = local.filter_map(|(address, _)| {
-            let around = claims.iter().filter(|claim| claim.net.contains(address));
-            let longest = around.max_by_key(|claim| claim.net.prefix_len())?;
-            Some((*address, longest.device.clone()))
+            Some((*address, cluster.claim_of(*address)?.device.clone()))
         });
         claimed.collect()
     }

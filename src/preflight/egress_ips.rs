@@ -14,13 +14,26 @@ impl Preflight<'_> {
             match (facts.addresses.iter().find(|found| found.ip == *ip), wearer.here) {
                 (Some(found), true) => problems.extend(self.judge_own(facts, found)),
                 (Some(found), false) => problems.push(elsewhere(found, wearer)),
-                // It is added by the first reconciliation.
-                (None, true) if self.cluster.claims.iter().any(|claim| claim.net.contains(ip)) => {}
-                (None, true) => problems
-                    .push(Problem::EgressIpAbsent { address: *ip, policy: wearer.policy.clone() }),
+                (None, true) => problems.extend(self.judge_absent(facts, *ip, wearer)),
                 (None, false) => {}
             }
         }
+    }
+
+    /// Judges an egress IP that is not on this node, its gateway.
+    fn judge_absent(&self, facts: &Facts, address: IpAddr, wearer: &Wearer) -> Option<Problem> {
+        let policy = wearer.policy.clone();
+        let Some(claim) = self.cluster.claim_of(address) else {
+            return Some(Problem::EgressIpAbsent { address, policy });
+        };
+        // The first reconciliation adds it, if it can.
+        let device = claim.device.as_str().to_owned();
+        let found = facts.devices.iter().find(|found| found.name == device);
+        let down = found.map(|found| found.down);
+        (down != Some(false)).then(|| {
+            let down = down.is_some();
+            Problem::ClaimDevice { address, policy, device, down }
+        })
     }
 
     /// Judges an egress IP that is on this node, its gateway.

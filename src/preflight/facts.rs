@@ -67,9 +67,12 @@ pub(crate) struct Saved {
 
 /// Network interface.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[allow(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub(crate) struct Device {
     pub(crate) name: String,
     pub(crate) ours: bool,
+    /// Set if the interface is not up.
+    pub(crate) down: bool,
     pub(crate) kind: DeviceKind,
     pub(crate) mtu: u32,
     pub(crate) rp_filter: u32,

@@ -388,6 +388,21 @@ pub enum Problem {
         /// Policy that uses the egress IP.
         policy: PolicyId,
     },
+    /// The interface to which this node adds an egress IP cannot have it.
+    #[error(
+        "egress IP {address} of policy {policy} is to be added to device {device}, which {}",
+        if *.down { "is down" } else { "does not exist" }
+    )]
+    ClaimDevice {
+        /// Egress IP.
+        address: IpAddr,
+        /// Policy that uses the egress IP.
+        policy: PolicyId,
+        /// Interface of the [`Claim`](crate::Claim).
+        device: String,
+        /// Set if the interface is down; otherwise there is none.
+        down: bool,
+    },
     /// More pods use an egress IP than it has ports.
     #[error(
         "{pods} pods use egress IP {address}, which has ports for {} connections at a time to \
@@ -509,6 +524,7 @@ impl Problem {
             Self::UnderlayMtu { .. } => "underlay_mtu",
             Self::TunnelMtu { .. } => "tunnel_mtu",
             Self::EgressIpAbsent { .. } => "egress_ip_absent",
+            Self::ClaimDevice { .. } => "claim_device",
             Self::PortsFew { .. } => "ports_few",
             Self::EgressIpSilent { .. } => "egress_ip_silent",
             Self::EgressIpElsewhere { .. } => "egress_ip_elsewhere",
@@ -538,6 +554,7 @@ impl Problem {
             | Self::RouteInOurTable { family, .. }
             | Self::ReversePathFilter { family, .. } => Some(*family),
             Self::EgressIpAbsent { address, .. }
+            | Self::ClaimDevice { address, .. }
             | Self::PortsFew { address, .. }
             | Self::EgressIpSilent { address, .. }
             | Self::EgressIpElsewhere { address, .. }
@@ -563,6 +580,7 @@ impl Problem {
             | Self::PortTaken { .. }
             | Self::NameTaken { .. }
             | Self::NoUnderlay { .. }
+            | Self::ClaimDevice { .. }
             | Self::ReversePathFilter { certain: true, .. }
             | Self::TablesFew { .. }
             | Self::TablesTaken { free: 0, .. } => Severity::Broken,

@@ -68,6 +68,10 @@ impl Problem {
             Self::EgressIpAbsent { address, .. } => format!(
                 "add {address} to the uplink, or see to it that the network routes it to this node"
             ),
+            Self::ClaimDevice { device, down: true, .. } => format!("ip link set {device} up"),
+            Self::ClaimDevice { device, down: false, .. } => {
+                format!("add device {device}, or name another one in the claim")
+            }
             Self::EgressIpSilent { address, .. } => {
                 format!("move {address} to the uplink, or route it to this node")
             }

@@ -9,6 +9,7 @@ use common::backend::backend;
 use common::fleet::{Expect, Fleet, Result, check, dual, expect, lab, open, policy, sources, tool};
 use egress_datapath::datapath::{Op, observe};
 use egress_datapath::event::Component;
+use egress_datapath::preflight::{Preflight, Problem};
 use egress_datapath::testing::lab::{
     EIP_A, EIP_B, Host, Lab, NODE_B_OUTSIDE, NODE_C_OUTSIDE, POD_A, POD_B, SERVER,
 };
@@ -191,24 +192,39 @@ fn network_is_asked_for_many_egress_ips_at_the_same_time() -> Result {
 #[test]
 fn interface_that_is_missing_or_down_closes_nothing_else() -> Result {
     let lab = lab();
-    let mut fleet = Fleet::with(&lab, |cluster| {
+    let missing = |cluster: &mut Cluster| {
         claiming(cluster);
         cluster.claims[1].device = DeviceName::new("eth7").unwrap();
-    })?;
+    };
+    let mut fleet = Fleet::with(&lab, missing)?;
+    let mut cluster = lab.cluster(&lab.node_b)?;
+    missing(&mut cluster);
+    // What the check says beforehand: the interface, and whether it is down.
+    let foretold = || -> Result<Vec<_>> {
+        let policies = via("node-b")?;
+        let found = lab.node_b.netns.run(|| Preflight::new(&cluster, &policies).run())??;
+        let claims = found.into_iter().filter_map(|problem| match problem {
+            Problem::ClaimDevice { device, down, .. } => Some((device, down)),
+            _ => None,
+        });
+        Ok(claims.collect())
+    };
+    assert_eq!(foretold()?, [("eth7".to_owned(), false)]);
     let reasons = |fleet: &mut Fleet| -> Result<Vec<_>> {
         let source = refused(fleet, &via("node-b")?)?;
         assert_eq!(source.skipped, 0, "{source}");
         Ok(source.refused.iter().map(|(_, error)| (error.errno(), error.remedy())).collect())
     };
-    let missing = (Some(19), Some("create the interface first or name another one"));
-    assert_eq!(reasons(&mut fleet)?, [missing]);
+    let absent = (Some(19), Some("create the interface first or name another one"));
+    assert_eq!(reasons(&mut fleet)?, [absent]);
     assert_eq!(claimed(&lab.node_b)?, EIP_A[..1]);
     fleet.apply_to("node-a", &via("node-b")?)?;
     check(&[Expect { from: &lab.pod_a, to: SERVER, source: [Some(EIP_A[0]), None] }]);
     tool(&lab.node_b.netns, &format!("ip addr del {}/32 dev eth1", EIP_A[0]))?;
     tool(&lab.node_b.netns, "ip link set eth1 down")?;
+    assert_eq!(foretold()?, [("eth1".to_owned(), true), ("eth7".to_owned(), false)]);
     let down = (Some(100), Some("set the interface up first or name another one"));
-    assert_eq!(reasons(&mut fleet)?, [down, missing]);
+    assert_eq!(reasons(&mut fleet)?, [down, absent]);
     Ok(())
 }
 

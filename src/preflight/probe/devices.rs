@@ -101,6 +101,7 @@ pub(crate) fn device(message: LinkMessage) -> Indexed {
     let vxlan = found.tunnel.map(|t| Vxlan { vni: t.vni, port: t.port, external });
     let device = Device {
         ours: found.is_ours(),
+        down: !found.up,
         name: found.name,
         kind: kind.unwrap_or_default(),
         mtu: found.mtu,

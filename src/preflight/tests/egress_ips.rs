@@ -12,6 +12,31 @@ fn an_address_that_the_gateway_does_not_have() {
 }
 
 #[test]
+fn an_address_that_the_gateway_adds_to_an_interface() {
+    let device = |name: &str| crate::DeviceName::new(name).unwrap();
+    let mut cluster = cluster();
+    cluster.claims = vec![
+        crate::Claim::new("198.51.100.0/24".parse().unwrap(), device("eth8")),
+        crate::Claim::new("198.51.100.7/32".parse().unwrap(), device("eth7")),
+    ];
+    let here = policy("node-a", EIP);
+    let mut facts = facts();
+    facts.devices.push(Device { name: "eth8".to_owned(), ..Device::default() });
+    for down in [false, true] {
+        let problems = judge_for(&cluster, &here, &facts);
+        let (device, policy) = ("eth7".to_owned(), "shop/checkout".parse().unwrap());
+        let address = ip("198.51.100.7");
+        assert_eq!(problems, [Problem::ClaimDevice { address, policy, device, down }]);
+        assert_eq!(problems[0].severity(), Severity::Broken);
+        facts.devices.retain(|device| device.name != "eth7");
+        facts.devices.push(Device { name: "eth7".to_owned(), down: !down, ..Device::default() });
+    }
+    assert_eq!(judge_for(&cluster, &here, &facts), []);
+    // Another node is the gateway.
+    assert_eq!(judge_for(&cluster, &policy("node-b", EIP), &super::facts()), []);
+}
+
+#[test]
 fn an_address_on_the_loopback_device_for_which_nobody_answers() {
     let mut facts = facts();
     facts.addresses.push(address("198.51.100.7", "lo"));
