@@ -8,14 +8,17 @@ use std::{io, thread};
 
 use common::backend::{backend, outer};
 use common::fleet::{
-    Fleet, Result, check, dual, expect, expect_nothing, lab, nft, policy, sources, tool,
+    Fleet, Result, check, dual, expect, expect_nothing, feed, lab, nft, policy, sources, tool,
 };
 use egress_datapath::testing::lab::{Device, EIP_B, Lab, Netns, POD_A, PORT, SERVER};
-use egress_datapath::{Backend, DeviceName, EgressPolicy};
+use egress_datapath::{Backend, Cluster, DeviceName, EgressPolicy};
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, eth, recv, socket_with};
 
-const DATAGRAMS: u32 = 100_000;
 const TIMES: u32 = 100;
+/// Datagrams sent at least while the link goes down and comes back once.
+const DATAGRAMS: u32 = 1_000;
+/// Times that suffice to see packets that are not held back.
+const FEW: u32 = 10;
 const CRYPT: Device<'_> = Device { name: "crypt0", index: 12 };
 
 /// A lab whose nodes a and b have a second link.
@@ -48,15 +51,26 @@ fn up(netns: &Netns, own: u8) -> Result {
     Ok(())
 }
 
+/// A link between node-a and node-b, and how it comes up on a node.
+struct Link {
+    name: &'static str,
+    up: fn(&Netns, u8) -> Result,
+}
+
+const CRYPT_LINK: Link = Link { name: "crypt0", up };
+const WIREGUARD: Link = Link { name: "wg0", up: wireguard_up };
+
 /// A fleet whose nodes a and b may send tunnel packets by this interface alone.
 fn fleet(lab: &Lab, only: bool) -> Result<Fleet> {
-    Fleet::with(lab, |cluster| {
-        if cluster.node.as_str() != "node-c" {
-            let device = DeviceName::new("crypt0").ok();
-            cluster.tunnel.underlay_device = device.filter(|_| only);
-            cluster.tunnel.underlay_only = only;
-        }
-    })
+    Fleet::with(lab, |cluster| limit_to(&CRYPT_LINK, only, cluster))
+}
+
+fn limit_to(link: &Link, only: bool, cluster: &mut Cluster) {
+    if cluster.node.as_str() != "node-c" {
+        let device = DeviceName::new(link.name).ok();
+        cluster.tunnel.underlay_device = device.filter(|_| only);
+        cluster.tunnel.underlay_only = only;
+    }
 }
 
 fn policies() -> Result<Vec<EgressPolicy>> {
@@ -86,7 +100,7 @@ fn tunnelled(tap: &OwnedFd) -> usize {
 
 /// Sends datagrams of a selected pod while the second link goes down and comes back; returns the
 /// number sent and that of tunnel packets on the other link.
-fn flap(lab: &Lab) -> Result<(u32, usize)> {
+fn flap(lab: &Lab, link: &Link, times: u32) -> Result<(u32, usize)> {
     let tap = tap(lab)?;
     let flow = lab.pod_a.run(|| UdpSocket::bind("0.0.0.0:0"))??;
     flow.connect((SERVER[0], PORT))?;
@@ -94,7 +108,7 @@ fn flap(lab: &Lab) -> Result<(u32, usize)> {
     thread::scope(|scope| -> Result<(u32, usize)> {
         let sender = scope.spawn(|| {
             let mut sent = 0;
-            while sent < DATAGRAMS || !done.load(Relaxed) {
+            while sent < times * DATAGRAMS || !done.load(Relaxed) {
                 sent += u32::from(flow.send(b"?").is_ok());
                 if sent % 64 == 0 {
                     thread::sleep(Duration::from_micros(500));
@@ -104,10 +118,10 @@ fn flap(lab: &Lab) -> Result<(u32, usize)> {
         });
         let mut seen = 0;
         let mut flap = || -> Result {
-            for _ in 0..TIMES {
-                tool(&lab.node_a.netns, "ip link set crypt0 down")?;
+            for _ in 0..times {
+                tool(&lab.node_a.netns, &format!("ip link set {} down", link.name))?;
                 seen += tunnelled(&tap);
-                up(&lab.node_a.netns, 11)?;
+                (link.up)(&lab.node_a.netns, 11)?;
                 seen += tunnelled(&tap);
             }
             Ok(())
@@ -126,7 +140,7 @@ fn underlay_goes_down_and_no_tunnel_packet_leaves_by_another_interface() -> Resu
     // Without the option packets take the route that there is.
     let mut plain = fleet(&lab, false)?;
     plain.apply(&policies()?)?;
-    let (_, seen) = flap(&lab)?;
+    let (_, seen) = flap(&lab, &CRYPT_LINK, FEW)?;
     assert_ne!(seen, 0);
     let mut only = fleet(&lab, true)?;
     only.apply(&policies()?)?;
@@ -134,7 +148,7 @@ fn underlay_goes_down_and_no_tunnel_packet_leaves_by_another_interface() -> Resu
     for report in fleet(&lab, true)?.apply(&policies()?)? {
         assert!(report.changes.is_empty(), "{}", report.changes);
     }
-    let (sent, seen) = flap(&lab)?;
+    let (sent, seen) = flap(&lab, &CRYPT_LINK, TIMES)?;
     println!("{sent} datagrams, the underlay down and up {TIMES} times, {seen} in the clear");
     assert_eq!(seen, 0);
     check(&[expect(&lab.pod_a, SERVER, EIP_B)]);
@@ -180,6 +194,84 @@ fn tunnel_packets_by_another_interface_are_dropped() -> Result {
     assert_ne!(tunnelled(&tap), 0);
     assert!(sources(&lab).is_empty());
     plain.apply_to("node-b", &policies()?)?;
+    check(&[expect(&lab.pod_a, SERVER, EIP_B)]);
+    Ok(())
+}
+
+/// Keys of node-a and node-b: private, public.
+const KEYS: [[&str; 2]; 2] = [
+    [
+        "YMK2XcwryQnFc8LpB+Lb3x7lqu3GHgzf4IN3X2YFmVE=",
+        "kOxYCv6FMaO+Q5YOwGsi+WVP+FnOiwT0fqSvN9SAF08=",
+    ],
+    [
+        "SPHvpthyI11e4tAR4bEooDdsGJ6Mbn8WExBzildCxl8=",
+        "SmC/o8CUx3sh4+XLafThGLfhitWXtHXPm4rlz4Yt4So=",
+    ],
+];
+/// Addresses of the nodes in the encrypted network, ahead of the last part.
+const ENCRYPTED: [&str; 2] = ["10.99.0.", "fd99::"];
+
+/// Gives node-a and node-b a WireGuard interface.
+fn wireguard(lab: &Lab) -> Result {
+    let [[private_a, public_a], [private_b, public_b]] = KEYS;
+    let nodes = [(&lab.node_a, 11, private_a, public_b), (&lab.node_b, 12, private_b, public_a)];
+    for (host, own, private, public) in nodes {
+        let peer = 23 - own;
+        let made = tool(&host.netns, "ip link add wg0 type wireguard");
+        harness::needs_other_kernel("WireGuard", made.is_ok());
+        harness::needs(&["wg"]);
+        let allowed = ENCRYPTED.map(|net| format!("{net}{peer}")).join(",");
+        let line = format!(
+            "set wg0 private-key /dev/stdin listen-port 51820 peer {public} allowed-ips {allowed} \
+             endpoint 10.10.0.{peer}:51820"
+        );
+        feed(&host.netns, "wg", &line.split_whitespace().collect::<Vec<_>>(), private)?;
+        tool(&host.netns, &format!("ip addr add {}{own}/24 dev wg0", ENCRYPTED[0]))?;
+        wireguard_up(&host.netns, own)?;
+    }
+    Ok(())
+}
+
+fn wireguard_up(netns: &Netns, own: u8) -> Result {
+    tool(netns, "ip link set wg0 up")?;
+    // The address goes with the interface.
+    tool(netns, &format!("ip addr replace {}{own}/64 dev wg0 nodad", ENCRYPTED[1]))?;
+    Ok(())
+}
+
+#[test]
+fn wireguard_interface_goes_down_and_no_tunnel_packet_leaves_in_the_clear() -> Result {
+    harness::needs(&["ip"]);
+    if backend() != Backend::Nftables {
+        harness::limit("underlay_only needs nf_tables");
+    }
+    let lab = lab();
+    wireguard(&lab)?;
+    let fleet = |only: bool| {
+        Fleet::with(&lab, |cluster| {
+            limit_to(&WIREGUARD, only, cluster);
+            cluster.tunnel.underlay_mtu = 1420;
+            for (node, last) in cluster.nodes.iter_mut().zip(11..=12) {
+                node.underlay = vec![format!("{}{last}", ENCRYPTED[outer()]).parse().unwrap()];
+            }
+        })
+    };
+    let apply = |only: bool| -> Result {
+        let mut fleet = fleet(only)?;
+        for node in ["node-b", "node-a"] {
+            fleet.apply_to(node, &policies()?)?;
+        }
+        check(&[expect(&lab.pod_a, SERVER, EIP_B)]);
+        Ok(())
+    };
+    apply(false)?;
+    let (_, seen) = flap(&lab, &WIREGUARD, FEW)?;
+    assert_ne!(seen, 0);
+    apply(true)?;
+    let (sent, seen) = flap(&lab, &WIREGUARD, TIMES)?;
+    println!("{sent} datagrams, WireGuard down and up {TIMES} times, {seen} in the clear");
+    assert_eq!(seen, 0);
     check(&[expect(&lab.pod_a, SERVER, EIP_B)]);
     Ok(())
 }
