@@ -504,8 +504,10 @@ pub struct Tunnel {
     /// Without the option, a sender learns from ICMP errors that the tunnel carries less than its own
     /// link. With the option, no such error is needed: set it if a firewall drops them. The MSS is
     /// the MTU of the tunnel minus 40 bytes over IPv4 and 60 over IPv6, as in RFC 9293 section 3.7.1.
-    /// The node of the pod lowers it in the segments with the SYN flag: in those to the pod, and with
-    /// [`Replies::Tunnel`] in those of the pod, too. A smaller MSS stays.
+    /// The node of the pod lowers it in segments with the SYN flag that it sends to the pod. With
+    /// [`Replies::Tunnel`], both nodes lower it in those that they send by the tunnel, too: a
+    /// connection that is opened while nodes change to that path may have the larger MSS in one
+    /// direction. A smaller MSS stays.
     pub clamp_mss: bool,
 }
 

@@ -511,13 +511,13 @@ fn chains(observed: &Firewall, desired: &Firewall, steps: &mut Steps) {
 const fn deletion(chain: ChainId) -> Phase {
     match chain {
         // Packets with the mark that the guard chain matches may be in flight until then, and its
-        // rules lead to the others.
-        ChainId::Guard | ChainId::ReturnCheck | ChainId::SourceCheck(_) | ChainId::Returned => {
-            Phase::RetireGuards
-        }
-        // Rules that clear marks stay until the routes that need the marks are deleted, and those
-        // ahead of them lead to it.
-        ChainId::ClampMss => Phase::RetireGuards,
+        // rules lead to the others. Of packets that keep their mark, the chains of marked and of
+        // tracked packets keep the old rules up to the entrance until then: one leads to the last.
+        ChainId::Guard
+        | ChainId::ReturnCheck
+        | ChainId::SourceCheck(_)
+        | ChainId::Returned
+        | ChainId::ClampMss => Phase::RetireGuards,
         _ => Phase::EmptyVerdicts,
     }
 }

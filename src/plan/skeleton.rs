@@ -21,7 +21,7 @@ pub(super) struct Skeleton<'a> {
     pub(super) port: u16,
     /// Interface by which all tunnel packets leave and arrive, if there is but one.
     pub(super) only: Option<&'a DeviceName>,
-    /// MSS of TCP connections in the tunnel, in bytes; none if it is not lowered.
+    /// MSS of TCP connections in the tunnel, in bytes; empty if it is not lowered.
     pub(super) mss: Vec<(Family, u16)>,
     /// Mask of the mark bits that are written and tested.
     pub(super) mask: u32,
@@ -521,7 +521,13 @@ impl Skeleton<'_> {
             rules.extend(self.clamp_mss(None));
         }
         rules.push(self.enter());
-        rules.push(vec![Stmt::direction(Direction::Reply), self.set_mark(0), Stmt::Return]);
+        // It passes the rules of tracked packets as one without the mark does, which with replies by
+        // the tunnel are above.
+        let then = match self.replies {
+            Some(_) => Stmt::Return,
+            None => Stmt::Goto(ChainId::Tracked),
+        };
+        rules.push(vec![Stmt::direction(Direction::Reply), self.set_mark(0), then]);
         if self.replies.is_some() && !self.used.translates {
             rules.extend(self.returned_to_pods());
         }
@@ -572,7 +578,7 @@ impl Skeleton<'_> {
         let mut rules = self.keep_from_offload();
         rules.push(self.enter());
         rules.push(vec![original, self.is_not_tunnel(), Stmt::Counter, Stmt::Drop]);
-        // A reply to a connection that a gateway translates: the pod's segments use the tunnel.
+        // A reply to a connection that another node translates: the pod's segments use the tunnel.
         rules.extend(self.clamp_mss(Some(Stmt::not_translated())));
         if !self.keeps_mark {
             rules.push(vec![Stmt::NoOffload]);

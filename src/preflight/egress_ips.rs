@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use super::facts::{Address, Facts};
+use super::facts::{Address, Device, Facts};
 use super::{Preflight, Problem, Wearer};
 
 impl Preflight<'_> {
@@ -12,7 +12,7 @@ impl Preflight<'_> {
                 problems.push(Problem::PortsFew { address: *ip, pods: wearer.pods });
             }
             match (facts.addresses.iter().find(|found| found.ip == *ip), wearer.here) {
-                (Some(found), true) => problems.extend(self.judge_own(facts, found)),
+                (Some(found), true) => problems.extend(self.judge_own(facts, found, wearer)),
                 (Some(found), false) => problems.push(elsewhere(found, wearer)),
                 (None, true) => problems.extend(self.judge_absent(facts, *ip, wearer)),
                 (None, false) => {}
@@ -37,9 +37,17 @@ impl Preflight<'_> {
     }
 
     /// Judges an egress IP that is on this node, its gateway.
-    fn judge_own(&self, facts: &Facts, found: &Address) -> Vec<Problem> {
+    fn judge_own(&self, facts: &Facts, found: &Address, wearer: &Wearer) -> Vec<Problem> {
         let (address, device) = (found.ip, found.device.clone());
         let mut problems = Vec::new();
+        // The kernel keeps an IPv4 address on an interface that goes down.
+        let claimed = self.cluster.claim_of(address).is_some_and(|it| it.device.as_str() == device);
+        let is_down = |other: &Device| other.name == device && other.down;
+        if claimed && facts.devices.iter().any(is_down) {
+            let policy = wearer.policy.clone();
+            let device = device.clone();
+            problems.push(Problem::ClaimDevice { address, policy, device, down: true });
+        }
         if device == "lo" {
             problems.extend(
                 self.silent_uplink(facts, address)

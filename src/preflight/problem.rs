@@ -388,7 +388,7 @@ pub enum Problem {
         /// Policy that uses the egress IP.
         policy: PolicyId,
     },
-    /// The interface to which this node adds an egress IP cannot have it.
+    /// The interface to which this node adds an egress IP is down or does not exist.
     #[error(
         "egress IP {address} of policy {policy} is to be added to device {device}, which {}",
         if *.down { "is down" } else { "does not exist" }

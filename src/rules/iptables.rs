@@ -221,7 +221,7 @@ pub enum XtMatch {
     Udp,
     /// `-p tcp ! --tcp-flags SYN,ACK SYN`: the segment is not the first one of a connection
     OpensNothing,
-    /// `-p tcp --tcp-flags SYN SYN`: the segment has an MSS, if any has
+    /// `-p tcp --tcp-flags SYN SYN`: only such segments have an MSS option
     Syn,
     /// `-m socket`: a socket takes the packet that is connected or bound to the address
     Socket,

@@ -353,7 +353,7 @@ impl Stmt {
         Field::TcpFlags.has(MarkBits { mask: Self::SYN, value: 0 })
     }
 
-    /// `tcp flags syn`: the segment has an MSS, if any has.
+    /// `tcp flags syn`: only such segments have an MSS option.
     pub const fn with_syn() -> Self {
         Field::TcpFlags.has_not(MarkBits { mask: Self::SYN, value: 0 })
     }

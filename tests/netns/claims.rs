@@ -220,9 +220,11 @@ fn interface_that_is_missing_or_down_closes_nothing_else() -> Result {
     assert_eq!(claimed(&lab.node_b)?, EIP_A[..1]);
     fleet.apply_to("node-a", &via("node-b")?)?;
     check(&[Expect { from: &lab.pod_a, to: SERVER, source: [Some(EIP_A[0]), None] }]);
-    tool(&lab.node_b.netns, &format!("ip addr del {}/32 dev eth1", EIP_A[0]))?;
     tool(&lab.node_b.netns, "ip link set eth1 down")?;
-    assert_eq!(foretold()?, [("eth1".to_owned(), true), ("eth7".to_owned(), false)]);
+    let both = [("eth1".to_owned(), true), ("eth7".to_owned(), false)];
+    assert_eq!(foretold()?, both);
+    tool(&lab.node_b.netns, &format!("ip addr del {}/32 dev eth1", EIP_A[0]))?;
+    assert_eq!(foretold()?, both);
     let down = (Some(100), Some("set the interface up first or name another one"));
     assert_eq!(reasons(&mut fleet)?, [down, absent]);
     Ok(())

@@ -70,10 +70,27 @@ fn set(pair: Pair) -> BTreeSet<IpAddr> {
 
 #[test]
 fn steered_connections_not_offloaded_past_tunnel() -> Result {
+    not_offloaded("")
+}
+
+#[test]
+fn steered_connections_not_offloaded_where_connection_mark_is_copied_to_packets() -> Result {
+    not_offloaded(
+        "table inet copying { chain prerouting {
+            type filter hook prerouting priority mangle
+            meta mark set ct mark
+        }
+        }",
+    )
+}
+
+/// Connections of a selected pod stay on the path of the hooks, beside other rules on its node.
+fn not_offloaded(rules: &str) -> Result {
     let lab = lab();
     needs_flowtables(&lab);
     harness::needs(&["conntrack"]);
     masquerade(&lab)?;
+    nft(&lab.node_a.netns, &[], rules)?;
     let mut fleet = Fleet::open(&lab)?;
     fleet.apply(&by("node-b", EIP_B)?)?;
     offload_everywhere(&lab)?;

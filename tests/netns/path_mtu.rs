@@ -18,13 +18,14 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Long enough for segments to be sent again, and short enough to wait for.
 const STALL: Duration = Duration::from_millis(500);
 
-/// Sends bytes from one to the other, by a connection that the first opens; returns how many arrive.
+/// The end that receives.
 #[derive(Clone, Copy, Debug)]
 enum To {
     Server,
     Client,
 }
 
+/// Sends bytes by a connection that the client opens; returns how many arrive.
 fn transfer(server: &Netns, client: &Netns, at: IpAddr, to: To, wait: Duration) -> Result<usize> {
     let listener = server.run(|| TcpListener::bind((at, PORT)))??;
     let client = client.run(|| TcpStream::connect((at, PORT)))??;
@@ -110,18 +111,50 @@ fn ways() -> impl Iterator<Item = (To, IpAddr)> {
     [To::Server, To::Client].into_iter().flat_map(|to| SERVER.map(|at| (to, at)))
 }
 
+/// Has node-b and the server send each other packets by the router, and not at once.
+fn by_router(lab: &Lab) -> Result {
+    for netns in [&lab.router, &lab.node_b.netns, &lab.server] {
+        for setting in ["send_redirects", "accept_redirects"] {
+            netns.sysctl(&[(&format!("ipv4/conf/all/{setting}"), "0")])?;
+        }
+    }
+    let devices = tool(&lab.server, "ip -o link")?;
+    for device in devices.lines().filter_map(|line| line.split([':', '@']).nth(1)) {
+        lab.server.sysctl(&[(&format!("ipv6/conf/{}/accept_redirects", device.trim()), "0")])?;
+    }
+    let router = ["198.51.100.1", "2001:db8:51::1"];
+    for ((server, eip), via) in SERVER.into_iter().zip(EIP_B).zip(router) {
+        tool(&lab.node_b.netns, &format!("ip route replace {server} via {via} dev eth1"))?;
+        tool(&lab.server, &format!("ip route replace {eip} via {via}"))?;
+    }
+    Ok(())
+}
+
 #[test]
 fn path_mtu_of_tunnel_and_beyond_is_discovered_in_both_directions() -> Result {
     harness::needs(&["ip"]);
     for replies in paths() {
         let lab = lab();
         let _fleet = fleet(&lab, replies)?;
+        by_router(&lab)?;
         for mtu in [1500, 1400, 1290] {
             tool(&lab.router, &format!("ip link set outside mtu {mtu}"))?;
             for (to, at) in ways() {
                 for pod in [&lab.pod_a, &lab.pod_b] {
+                    // By what a receiver knows, it would announce an MSS that spares the sender.
+                    for netns in [pod, &lab.server] {
+                        tool(netns, "ip -4 route flush cache")?;
+                        tool(netns, "ip -6 route flush cache")?;
+                    }
                     let arrived = transfer(&lab.server, pod, at, to, PATIENCE)?;
                     assert_eq!(arrived, SIZE, "{replies:?}, path of {mtu}, to the {to:?}, {at}");
+                    let (sender, receiver) = match to {
+                        To::Server => (pod, at),
+                        To::Client => (&lab.server, EIP_B[usize::from(at.is_ipv6())]),
+                    };
+                    let route = tool(sender, &format!("ip route get {receiver}"))?;
+                    let learned = mtu == 1500 || route.contains(&format!("mtu {mtu}"));
+                    assert!(learned, "{replies:?}, path of {mtu}, to the {to:?}: {route}");
                 }
             }
         }
@@ -149,7 +182,10 @@ fn clamped_mss_needs_no_icmp_errors() -> Result {
             let arrived = transfer(&lab.server, &lab.pod_a, at, to, wait)?;
             assert_eq!(arrived < SIZE, through, "{replies:?}, not clamped, to the {to:?}, {at}");
         }
-        let _before = [take_mss(&lab.pod_a)?, take_mss(&lab.server)?];
+        let whole = BTreeSet::from([1460, 1440]);
+        for netns in [&lab.pod_a, &lab.server] {
+            assert_eq!(take_mss(netns)?, whole, "{replies:?}, not clamped");
+        }
         fleet.change(|cluster| cluster.tunnel.clamp_mss = true);
         fleet.apply(&policies()?)?;
         for (to, at) in ways() {
@@ -158,7 +194,7 @@ fn clamped_mss_needs_no_icmp_errors() -> Result {
         }
         // The headers of the tunnel take 50 bytes over IPv4, and 70 over IPv6.
         let clamped = [[1410, 1390], [1390, 1370]][outer()];
-        let (clamped, whole) = (BTreeSet::from(clamped), BTreeSet::from([1460, 1440]));
+        let clamped = BTreeSet::from(clamped);
         assert_eq!(take_mss(&lab.pod_a)?, clamped, "{replies:?}");
         assert_eq!(take_mss(&lab.server)?, if by_tunnel { &clamped } else { &whole }.clone());
         // Neither direction of these uses the tunnel.

@@ -1,10 +1,10 @@
 //! Tunnel packets by the interface of the underlay, and by no other.
 
 use std::net::UdpSocket;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::thread;
 use std::time::Duration;
-use std::{io, thread};
 
 use common::backend::{backend, outer};
 use common::fleet::{
@@ -12,7 +12,6 @@ use common::fleet::{
 };
 use egress_datapath::testing::lab::{Device, EIP_B, Lab, Netns, POD_A, PORT, SERVER};
 use egress_datapath::{Backend, Cluster, DeviceName, EgressPolicy};
-use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, eth, recv, socket_with};
 
 const TIMES: u32 = 100;
 /// Datagrams sent at least while the link goes down and comes back once.
@@ -77,35 +76,35 @@ fn policies() -> Result<Vec<EgressPolicy>> {
     Ok(vec![policy("p", &[POD_A], Some("node-b"), dual(EIP_B))?])
 }
 
-/// All frames of the network between the nodes but those of the second link.
-fn tap(lab: &Lab) -> Result<OwnedFd> {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let open = || socket_with(AddressFamily::PACKET, SocketType::DGRAM, flags, Some(eth::ALL));
-    Ok(lab.router.run(open)?.map_err(io::Error::from)?)
+/// Counts the tunnel packets of node-a and node-b on the network between the nodes.
+const COUNT: &str = "table netdev between
+delete table netdev between
+table netdev between {
+    counter seen { }
+    chain a { type filter hook ingress device port121 priority 0; udp dport 7789 counter name seen; }
+    chain b { type filter hook ingress device port122 priority 0; udp dport 7789 counter name seen; }
+}";
+
+/// Begins to count tunnel packets on the network between the nodes.
+fn count(lab: &Lab) -> Result {
+    nft(&lab.router, &[], COUNT)
 }
 
-/// Number of tunnel packets that have passed.
-fn tunnelled(tap: &OwnedFd) -> usize {
-    let (mut packet, mut count) = ([0; 64], 0);
-    while let Ok((length, _)) = recv(tap, &mut packet[..], RecvFlags::empty()) {
-        let is =
-            |at: usize, bytes: &[u8]| packet[..length].get(at..at + bytes.len()) == Some(bytes);
-        // IPv4 or IPv6 without options, UDP, and the port of the tunnel.
-        let (protocol, port) = [(9, 22), (6, 42)][outer()];
-        let is_ip = packet[0] == 0x45 || packet[0] >> 4 == 6;
-        count += usize::from(is_ip && is(protocol, &[17]) && is(port, &7789_u16.to_be_bytes()));
-    }
-    count
+/// Number of tunnel packets that have passed since.
+fn tunnelled(lab: &Lab) -> Result<u64> {
+    let listed = tool(&lab.router, "nft list counter netdev between seen")?;
+    let (_, rest) = listed.split_once("packets ").ok_or("no counter")?;
+    Ok(rest.split_whitespace().next().ok_or("no number")?.parse()?)
 }
 
 /// Sends datagrams of a selected pod while the second link goes down and comes back; returns the
 /// number sent and that of tunnel packets on the other link.
-fn flap(lab: &Lab, link: &Link, times: u32) -> Result<(u32, usize)> {
-    let tap = tap(lab)?;
+fn flap(lab: &Lab, link: &Link, times: u32) -> Result<(u32, u64)> {
+    count(lab)?;
     let flow = lab.pod_a.run(|| UdpSocket::bind("0.0.0.0:0"))??;
     flow.connect((SERVER[0], PORT))?;
     let done = AtomicBool::new(false);
-    thread::scope(|scope| -> Result<(u32, usize)> {
+    thread::scope(|scope| -> Result<(u32, u64)> {
         let sender = scope.spawn(|| {
             let mut sent = 0;
             while sent < times * DATAGRAMS || !done.load(Relaxed) {
@@ -116,26 +115,24 @@ fn flap(lab: &Lab, link: &Link, times: u32) -> Result<(u32, usize)> {
             }
             sent
         });
-        let mut seen = 0;
-        let mut flap = || -> Result {
+        let flap = || -> Result {
             for _ in 0..times {
                 tool(&lab.node_a.netns, &format!("ip link set {} down", link.name))?;
-                seen += tunnelled(&tap);
                 (link.up)(&lab.node_a.netns, 11)?;
-                seen += tunnelled(&tap);
             }
             Ok(())
         };
         let flapped = flap();
         done.store(true, Relaxed);
         let sent = sender.join().map_err(|_| "the sender panicked")?;
-        flapped.map(|()| (sent, seen + tunnelled(&tap)))
+        flapped?;
+        Ok((sent, tunnelled(lab)?))
     })
 }
 
 #[test]
 fn underlay_goes_down_and_no_tunnel_packet_leaves_by_another_interface() -> Result {
-    harness::needs(&["ip"]);
+    harness::needs(&["ip", "nft"]);
     let lab = encrypted()?;
     // Without the option packets take the route that there is.
     let mut plain = fleet(&lab, false)?;
@@ -153,14 +150,14 @@ fn underlay_goes_down_and_no_tunnel_packet_leaves_by_another_interface() -> Resu
     assert_eq!(seen, 0);
     check(&[expect(&lab.pod_a, SERVER, EIP_B)]);
     // The interface is created again, and the tunnel, which the kernel deletes with it.
-    let tap = tap(&lab)?;
+    count(&lab)?;
     tool(&lab.node_a.netns, "ip link del crypt0")?;
     check(&[expect_nothing(&lab.pod_a, SERVER)]);
     encrypt(&lab)?;
     check(&[expect_nothing(&lab.pod_a, SERVER)]);
     only.apply(&policies()?)?;
     check(&[expect(&lab.pod_a, SERVER, EIP_B)]);
-    assert_eq!(tunnelled(&tap), 0);
+    assert_eq!(tunnelled(&lab)?, 0);
     Ok(())
 }
 
@@ -183,15 +180,15 @@ fn tunnel_packets_by_another_interface_are_dropped() -> Result {
     tool(&lab.node_a.netns, "ip -6 rule add pref 50 fwmark 0x77 lookup 77")?;
     let net = ["10.10.0.0/24", "fd10::/64"][outer()];
     tool(&lab.node_a.netns, &format!("ip route add {net} dev eth0 table 77"))?;
-    let tap = tap(&lab)?;
+    count(&lab)?;
     sources(&lab);
     check(&[expect_nothing(&lab.pod_a, SERVER)]);
-    assert_eq!((tunnelled(&tap), sources(&lab).len()), (0, 0));
+    assert_eq!((tunnelled(&lab)?, sources(&lab).len()), (0, 0));
     // They arrive where the option is not set, and are dropped where it is.
     let mut plain = fleet(&lab, false)?;
     plain.apply_to("node-a", &policies()?)?;
     check(&[expect_nothing(&lab.pod_a, SERVER)]);
-    assert_ne!(tunnelled(&tap), 0);
+    assert_ne!(tunnelled(&lab)?, 0);
     assert!(sources(&lab).is_empty());
     plain.apply_to("node-b", &policies()?)?;
     check(&[expect(&lab.pod_a, SERVER, EIP_B)]);
@@ -235,14 +232,14 @@ fn wireguard(lab: &Lab) -> Result {
 
 fn wireguard_up(netns: &Netns, own: u8) -> Result {
     tool(netns, "ip link set wg0 up")?;
-    // The address goes with the interface.
+    // The kernel deletes the IPv6 address when the interface goes down.
     tool(netns, &format!("ip addr replace {}{own}/64 dev wg0 nodad", ENCRYPTED[1]))?;
     Ok(())
 }
 
 #[test]
 fn wireguard_interface_goes_down_and_no_tunnel_packet_leaves_in_the_clear() -> Result {
-    harness::needs(&["ip"]);
+    harness::needs(&["ip", "nft"]);
     if backend() != Backend::Nftables {
         harness::limit("underlay_only needs nf_tables");
     }

@@ -102,7 +102,7 @@ impl Rules<'_> {
             to([self.marked(Is::So)], XtName::ResetMark, "reset mark"),
         ];
         if self.mss().is_some() {
-            // A reply to a connection that a gateway translates: the pod's segments use the tunnel.
+            // A reply to a connection that another node translates: the pod's segments use the tunnel.
             let plain = XtMatch::State(Is::Not, CtState::Snat);
             let ours = XtMatch::Connmark(Is::So, self.connection());
             let reply = XtMatch::Direction(Direction::Reply);
